@@ -1,0 +1,53 @@
+# The two commands are `make train` and `make test`; both work on a fresh checkout.
+#   make train PYTHON=python3.12 VENV=.venv312     another interpreter, another environment
+#   make train WORKDIR=runs/second                 another place for the results
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/nano
+QUICK_WORKDIR ?= runs/quick
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: setup train quick test test-all pretrain clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo 'make train      the whole pipeline on this CPU, results in $(WORKDIR)'
+	@echo 'make quick      the same, cut down to a few minutes, results in $(QUICK_WORKDIR)'
+	@echo 'make test       the tests but the slow ones'
+	@echo 'make test-all   all tests'
+	@echo 'make pretrain   rebuild the model organism from its seed'
+	@echo 'make setup      only the virtual environment $(VENV)'
+	@echo 'make clean      remove caches and build products (results and environments stay)'
+
+setup: $(STAMP)
+
+# Installs again when setup.py changes. The stamp is touched last: an interrupted installation is taken up again.
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo '$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+train: setup
+	$(RUN) -m experiments.train --config=configs/nano.py --workdir=$(WORKDIR)
+
+quick: setup
+	$(RUN) -m experiments.train --config=configs/nano.py:quick --workdir=$(QUICK_WORKDIR)
+
+test: setup
+	$(RUN) -m pytest -q -m 'not slow'
+
+test-all: setup
+	$(RUN) -m pytest -q
+
+pretrain: setup
+	$(RUN) -m experiments.pretrain --config=configs/nano_base.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""What every test runs under: the CPU backend, silent broadcasting as an error, and third-party data where there is any."""
+import os
+import pathlib
+
+# Before the first import of jax. Set it yourself to run the tests on another backend.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> pathlib.Path:
+  """The folder of third-party data (`DCORE_DATA`, default ../shared/data); tests that need it skip where it is absent."""
+  folder = pathlib.Path(os.environ.get('DCORE_DATA', REPOSITORY.parent / 'shared' / 'data'))
+  if not folder.is_dir():
+    pytest.skip(f'no third-party data at {folder} (set DCORE_DATA)')
+  return folder
