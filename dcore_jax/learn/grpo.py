@@ -1,0 +1,125 @@
+"""The (DA-)GRPO step and the pass that scores the old policy, both on token trees (method 3.2-3.5).
+
+One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one pass) -> `ADVANTAGES[...]` ->
+`tree.with_extras(advantage, old_logp, ref_logp, psi)` -> steps over `tree.batch(...)`.
+Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dcore_jax import tokentree
+from dcore_jax.learn import objectives
+from dcore_jax.learn import optimizer
+from dcore_jax.learn import sft
+from dcore_jax.models.config import DecoderConfig
+
+ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
+
+
+def make_score_pass(config: DecoderConfig, *, temperature: float = 1.0, unroll: bool | int = True) -> ScorePass:
+  """The jitted pass (params, batch) -> (log-probabilities, entropies) [A, M] of the batch's loss tokens."""
+  score = lambda params, micro: sft.token_scores(params, config, micro, temperature=temperature, unroll=unroll)
+
+  def score_pass(params, batch):
+    # One micro-batch, the usual case, needs no loop.
+    if batch.weight.shape[0] == 1:
+      scores = score(params, jax.tree.map(lambda leaf: leaf[0], batch))
+      return jax.tree.map(lambda leaf: leaf[None], scores)
+    return jax.lax.map(lambda micro: score(params, micro), batch)
+
+  return jax.jit(score_pass)
+
+
+def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree,
+               rows: int) -> tuple[np.ndarray, np.ndarray]:
+  """Scores a whole tree, `rows` rows at a time in one constant shape -> (logp, entropy), float32 [R, T], 0 elsewhere.
+
+  `tree.gather` turns either into one array per sequence.
+  """
+  if rows < 1 or tree.rows % rows:
+    raise ValueError(f'{tree.rows} rows of the tree do not divide into {rows}; pack with rows_multiple={rows}')
+  budget = tree.loss_budget(rows)
+  out = np.zeros((2, tree.rows, tree.capacity), np.float32)
+  pending = []
+  for start in range(0, tree.rows, rows):
+    batch = tree.batch(range(start, start + rows), budget=budget)
+    pending.append((start, batch, score_pass(params, batch)))  # dispatched: nothing waits until all are under way
+  for start, batch, scores in pending:
+    used = batch.weight[0] != 0
+    for values, target in zip(jax.device_get(scores), out):
+      target[start:start + rows].reshape(-1)[batch.slot[0][used]] = values[0][used]
+  return out[0], out[1]
+
+
+def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT: np.ndarray,
+                   estimator: Callable[..., objectives.Advantages]) -> tuple[np.ndarray, np.ndarray]:
+  """(advantage, psi) [R, T] of the tree's loss tokens, by one of `objectives.ADVANTAGES` with its options bound.
+
+  The tree holds the rollouts prompt by prompt: rollout g of prompt p was sequence p x G + g. A dropped one still counts
+  in its group's mean. Raises ValueError when the rewards do not number the sequences.
+  """
+  rewards_PG = np.asarray(rewards_PG)
+  if rewards_PG.size != len(tree.paths):
+    raise ValueError(f'{rewards_PG.size} rewards for {len(tree.paths)} sequences')
+  longest = max(map(len, tree.paths))
+  padded = lambda rows: np.stack([np.pad(row, (0, longest - len(row))) for row in rows]).reshape(*rewards_PG.shape, -1)
+  mask_PGT = padded(tree.gather(tree.weight != 0))
+  result = estimator(rewards_PG, padded(tree.gather(entropy_RT)) * mask_PGT, mask_PGT)
+  return tuple(tree.scatter(values.reshape(-1, longest)) for values in result)
+
+
+def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, clip_low: float = 0.2,
+                   clip_high: float = 0.2, dual_clip: float = 3.0, kl_coefficient: float = 0.0,
+                   temperature: float = 1.0, measure_psi: bool = False, remat: str = 'none', unroll: bool | int = True
+                   ) -> Callable[[sft.TrainState, tokentree.RowBatch], tuple[sft.TrainState, sft.Metrics]]:
+  """The jitted step (state, batch) -> (state, metrics); the state is donated.
+
+  The batch's extras: advantage, old_logp; ref_logp where kl_coefficient > 0; psi where `measure_psi`. Loss: the mean
+  over loss tokens, by their weights, of the clipped objective + kl_coefficient x k3 (weights 1: token mean as released;
+  weights 1 / |y_i|: the sequence mean of the paper).
+  Metrics: loss, pg_loss, kl, clip_share, entropy (of the current policy), weight, grad_norm, skipped, and psi_grad_norm
+  where `measure_psi`, which costs one more backward pass: the gradient that psi alone contributes.
+  """
+  needed = {'advantage', 'old_logp'} | ({'ref_logp'} if kl_coefficient else set()) | ({'psi'} if measure_psi else set())
+
+  def objective_sum(params, micro):
+    weight_M = micro.weight
+    logp_M, entropy_M = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
+    extras = micro.extras
+    (pg, weight), (clipped, _) = objectives.clipped_objective(
+        logp_M, extras['old_logp'], extras['advantage'], weight_M,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    sums = {'pg_loss': pg, 'clip_share': clipped, 'entropy': jnp.sum(weight_M * jax.lax.stop_gradient(entropy_M))}
+    loss = pg
+    if kl_coefficient:
+      sums['kl'], _ = objectives.kl_penalty(logp_M, extras['ref_logp'], weight_M)
+      loss += kl_coefficient * sums['kl']
+    return loss, sums | {'loss': loss, 'weight': weight}
+
+  def psi_sum(params, micro):
+    # A token is moved either by psi or by its group, so psi's share of the gradient is that of psi as the advantage.
+    logp_M, _ = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
+    (pg, _), _ = objectives.clipped_objective(
+        logp_M, micro.extras['old_logp'], micro.extras['psi'], micro.weight,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return pg, ()
+
+  def grpo_step(state, batch):
+    if needed - batch.extras.keys():
+      raise ValueError(f'the batch lacks the extras {sorted(needed - batch.extras.keys())}')
+    grads, sums = sft.accumulate(objective_sum, state.params, batch)
+    weight = sums.pop('weight')
+    scale = 1 / jnp.maximum(weight, 1e-8)
+    metrics = jax.tree.map(lambda value: value * scale, sums) | {'weight': weight}
+    if measure_psi:
+      psi_grads, _ = sft.accumulate(psi_sum, state.params, batch)
+      metrics['psi_grad_norm'] = optax.global_norm(psi_grads) * scale
+    state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads))
+    return state, metrics | applied
+
+  return jax.jit(grpo_step, donate_argnums=0)

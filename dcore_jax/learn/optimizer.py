@@ -1,0 +1,113 @@
+"""Optimizers by name, through optax, and the state that every training step carries."""
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_MATRIX = optax.contrib.MuonDimensionNumbers
+# Stacked matrices act on activations from the left axes to the right ones; the layer axis stays a batch axis.
+_MUON_AXES = {
+    'q': _MATRIX((1,), (2, 3)), 'k': _MATRIX((1,), (2, 3)), 'v': _MATRIX((1,), (2, 3)), 'o': _MATRIX((1, 2), (3,)),
+    'gate': _MATRIX((1,), (2,)), 'up': _MATRIX((1,), (2,)), 'down': _MATRIX((1,), (2,)),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything a step changes. `step` counts calls (int32 scalar), those skipped for a non-finite gradient included."""
+  params: Any
+  opt_state: Any
+  step: jax.Array
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step. Steps donate it: keep a copy of parameters that are needed afterwards."""
+  params = jax.tree.map(jnp.asarray, params)
+  return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_schedule(learning_rate: float, schedule: str = 'constant', *, warmup: float = 0.0, floor: float = 0.0,
+                  total_steps: int | None = None) -> Callable[[jax.Array], jax.Array]:
+  """Learning rate by step.
+
+  Args:
+    learning_rate: peak.
+    schedule: 'constant' or 'cosine' (down to floor x peak at `total_steps`).
+    warmup: share of `total_steps` with a linear rise; the first step already moves.
+    floor: share of the peak that remains at the end.
+    total_steps: needed for a cosine or a warm-up.
+
+  Raises:
+    ValueError: unknown schedule, shares outside 0..1, or `total_steps` missing.
+  """
+  if schedule not in ('constant', 'cosine'):
+    raise ValueError(f"unknown schedule {schedule!r}; expected 'constant' or 'cosine'")
+  if not (0 <= warmup <= 1 and 0 <= floor <= 1):
+    raise ValueError(f'warmup = {warmup} and floor = {floor} are shares, 0..1')
+  if schedule == 'constant' and not warmup:
+    return optax.constant_schedule(learning_rate)
+  if not total_steps or total_steps < 1:
+    raise ValueError(f'total_steps = {total_steps}: a cosine or a warm-up needs their number')
+  rise = round(warmup * total_steps)
+  rest = (optax.constant_schedule(learning_rate) if schedule == 'constant' else
+          optax.cosine_decay_schedule(learning_rate, max(1, total_steps - rise), alpha=floor))
+  ramp = optax.linear_schedule(learning_rate / (rise + 1), learning_rate, max(1, rise))
+  return optax.join_schedules([ramp, rest], [rise])
+
+
+def make_optimizer(name: str = 'adamw', learning_rate: float = 1e-5, schedule: str = 'constant', *, warmup: float = 0.0,
+                   floor: float = 0.0, total_steps: int | None = None, weight_decay: float = 0.0, clip: float = 1.0,
+                   b1: float = 0.9, b2: float = 0.999, adam_learning_rate: float | None = None
+                   ) -> optax.GradientTransformation:
+  """'adamw', or 'muon': Muon (Jordan 2024) on the hidden matrices, Adam on embedding, head and norms.
+
+  Args:
+    name: 'adamw' or 'muon'.
+    learning_rate, schedule, warmup, floor, total_steps: see `make_schedule`.
+    weight_decay: decoupled; never on norms, and with Muon on the hidden matrices only.
+    clip: largest global gradient norm.
+    b1, b2: Adam's decay rates.
+    adam_learning_rate: peak of Muon's Adam part, same schedule; required there, since the two differ in scale.
+
+  Raises:
+    ValueError: unknown name, or an argument that this optimizer would not use.
+  """
+  shape = dict(schedule=schedule, warmup=warmup, floor=floor, total_steps=total_steps)
+  rate = make_schedule(learning_rate, **shape)
+  if name == 'adamw':
+    if adam_learning_rate is not None:
+      raise ValueError('adam_learning_rate is for muon; adamw has learning_rate')
+    update = optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=_decayed)
+  elif name == 'muon':
+    if adam_learning_rate is None:
+      raise ValueError('muon needs adam_learning_rate for embedding and norms')
+    update = optax.contrib.muon(
+        rate, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, muon_weight_dimension_numbers=_muon_axes,
+        adam_learning_rate=make_schedule(adam_learning_rate, **shape))
+  else:
+    raise ValueError(f"unknown optimizer {name!r}; expected 'adamw' or 'muon'")
+  return optax.chain(optax.clip_by_global_norm(clip), update)
+
+
+def apply_gradients(tx: optax.GradientTransformation, state: TrainState, grads: Any) -> tuple[TrainState, dict]:
+  """One update -> (state, {'grad_norm', 'skipped'}); a non-finite norm leaves parameters and moments as they were."""
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(norm)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  keep = lambda new, old: jnp.where(finite, new, old)
+  params = jax.tree.map(keep, params, state.params)
+  opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+  return TrainState(params, opt_state, state.step + 1), {'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
+
+
+def _decayed(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith('norm'), params)
+
+
+def _muon_axes(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: _MUON_AXES.get(path[-1].key), params)

@@ -1,0 +1,317 @@
+"""Rule rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
+
+Three of them, each a function (prediction, reference) -> Reward. `toolrl` is what the published models were trained
+with, quirks included (method 4.1-4.4, golden values in section 8); `paper` is the formula printed in the paper (A.2);
+`corrected` keeps the scale of `toolrl` and mends what we take for its mistakes. A prediction is a whole response,
+`<think>` block included; a reference is a call list or plain text.
+"""
+import collections
+import re
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+import numpy as np
+
+from dcore_jax.chat.lenient_calls import parse_lenient
+from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
+
+FORMAT = re.compile(r'<think>\n.*?\n</think>\n\n', re.DOTALL)
+# The reference's parallel traces close their thoughts in the last line (method 1.7): `toolrl` never pays their format.
+CORRECTED_FORMAT = re.compile(r'<think>\n.*?</think>\n\n', re.DOTALL)
+
+# What frames an assistant turn, for texts that were decoded with their special tokens (Qwen, Llama 3).
+_TURN_STARTS = ('<|im_start|>assistant', '<|start_header_id|>assistant<|end_header_id|>')
+_TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
+
+
+class Reward(NamedTuple):
+  """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum. Floats, or float64 [B] of a batch."""
+  format: Any
+  correctness: Any
+  total: Any
+
+
+# -- the reference's reward -------------------------------------------------------------------------------------------
+
+
+def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0) -> Reward:
+  """The reward of the published runs (method 4).
+
+  Args:
+    credit: what a nearly right call list earns. 'partial' (published): Jaccard overlaps of names and argument names
+      plus equal values; 'refined': overlaps count only when they are whole; 'intermediate': only identical calls;
+      'coarse': only an equal list.
+    correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag CORRECTMAX1).
+
+  Raises:
+    ValueError: a reference without an answer, or an unknown credit.
+  """
+  if credit not in ('partial', 'refined', 'intermediate', 'coarse'):
+    raise ValueError(f'unknown credit {credit!r}; expected partial, refined, intermediate or coarse')
+  text, answer = _own_turn(prediction), _reference_answer(reference)
+  predicted = _after_think(text)
+  if predicted[:1] == '[' and predicted[-1:] == ']':
+    score, attainable = _toolrl_score(predicted, answer, credit)
+  else:
+    score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
+  # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
+  return _reward(FORMAT.match(text), 2 * correct_max * score / attainable - correct_max)
+
+
+def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
+  """(score, attainable score) of a call-like prediction."""
+  if answer[0] != '[':
+    return 0.0, 1.0
+  # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
+  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), parse_lenient(answer)
+  if calls == wanted:
+    return 1.0, 1.0
+  if credit == 'coarse':
+    return 0.0, 1.0
+  try:
+    return _partial_score([_entry(call) for call in calls], [_entry(call) for call in wanted], credit)
+  except (TypeError, AttributeError):  # lists of something else than calls: scored as wrong
+    return 0.0, 1.0
+
+
+def _entry(call: Any) -> tuple[Any, Any]:
+  """(name, arguments) of a call as `parse_lenient` has it: the first item of a dict."""
+  if not isinstance(call, dict) or not call:
+    raise TypeError('not a call')
+  return next(iter(call.items()))
+
+
+def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tuple[float, float]:
+  overlap = _same_list if credit == 'refined' else _jaccard
+  identical_only = credit == 'intermediate'
+  score = overlap([name for name, _ in wanted], [name for name, _ in calls])
+  attainable = 1.0
+  used = set()
+  for name, arguments in wanted:
+    attainable += 1.0 if identical_only else 1.0 + len(arguments)
+    best, best_index = 0.0, None
+    # Greedy, in the order of the reference, the earlier of equals: section 8's greedy trap depends on it.
+    for i, (other_name, others) in enumerate(calls):
+      if i in used or other_name != name:
+        continue
+      if identical_only:
+        worth = float(others == arguments)
+      else:
+        worth = overlap(list(arguments.keys()), list(others.keys())) + _equal_values(arguments, others)
+      if worth > best:
+        best, best_index = worth, i
+    if best_index is not None:
+      used.add(best_index)
+      score += best
+  return score, attainable
+
+
+# -- the paper's formula ----------------------------------------------------------------------------------------------
+
+
+def paper_reward(prediction: str, reference: str) -> Reward:
+  """R_format + R_struct + R_key + R_value, each in [0, 1] (paper A.2, eq. 15-18): indicators and means, nothing
+  negative.
+
+  The paper does not say which predicted call answers which reference call, nor what a text answer earns. Here calls are
+  paired by best assignment within a name, a call without arguments counts its keys as its value, and text earns 3 where
+  text was wanted.
+  """
+  text = _own_turn(prediction)
+  calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
+  if calls is None or wanted is None:
+    return _reward(FORMAT.match(text), 3.0 if calls == wanted else 0.0)
+  fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
+  struct = float({call.name for call in calls} == {call.name for call in wanted})
+  if not wanted:
+    return _reward(FORMAT.match(text), 3.0 * struct)
+
+  def worth(i: int, j: int) -> float:
+    return _same_keys(fields[i], wanted_fields[j]) + _value_mean(fields[i], wanted_fields[j])
+
+  pairs = list(_assign(calls, wanted, worth))
+  keys = sum(_same_keys(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
+  values = sum(_value_mean(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
+  return _reward(FORMAT.match(text), struct + keys + values)
+
+
+def _same_keys(fields: dict, wanted: dict) -> float:
+  return float(fields.keys() == wanted.keys())
+
+
+def _value_mean(fields: dict, wanted: dict) -> float:
+  return _equal_values(wanted, fields) / len(wanted) if wanted else _same_keys(fields, wanted)
+
+
+# -- the corrected reward ---------------------------------------------------------------------------------------------
+
+
+def corrected_reward(prediction: str, reference: str) -> Reward:
+  """The partial credit of `toolrl_reward` without its traps.
+
+  The thoughts may close in their last line; positional arguments count; values are read with JSON's true, false and
+  null; no word is rewritten; predicted calls are assigned to reference calls optimally; and a text answer must be one:
+  not empty, and not an unfinished thought.
+  """
+  text = _own_turn(prediction)
+  calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
+  if wanted is None:
+    has_answer = calls is None and _after_think(text) != '' and not ('<think>' in text and '</think>' not in text)
+    share = float(has_answer)
+  elif calls is None:
+    share = 0.0
+  else:
+    share = _assigned_share(calls, wanted)
+  return _reward(CORRECTED_FORMAT.match(text), 6.0 * share - 3.0)
+
+
+def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
+  if not wanted:
+    return float(not calls)
+  fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
+
+  def worth(i: int, j: int) -> float:
+    return _jaccard(list(wanted_fields[j]), list(fields[i])) + _equal_values(wanted_fields[j], fields[i])
+
+  score = _jaccard([call.name for call in wanted], [call.name for call in calls])
+  score += sum(worth(i, j) for i, j in _assign(calls, wanted, worth))
+  return score / (1 + sum(1 + len(arguments) for arguments in wanted_fields))
+
+
+# -- shared pieces ----------------------------------------------------------------------------------------------------
+
+
+def _reward(format_match: re.Match | None, correctness: float) -> Reward:
+  form = float(format_match is not None)
+  return Reward(form, correctness, form + correctness)
+
+
+def _own_turn(text: str) -> str:
+  """The assistant's own text, stripped: without an answer the lines after `</think>` go, and the format with them."""
+  for start in _TURN_STARTS:
+    text = text.rsplit(start, 1)[-1]
+  for end in _TURN_ENDS:
+    text = text.split(end, 1)[0]
+  return text.strip()
+
+
+def _after_think(text: str) -> str:
+  return text.rsplit('</think>', 1)[-1].strip()
+
+
+def _reference_answer(reference: str) -> str:
+  answer = _after_think(reference)
+  if not answer:
+    raise ValueError(f'the reference holds no answer: {reference[:80]!r}')
+  return answer
+
+
+def _reference_calls(reference: str) -> list[ToolCall] | None:
+  answer = _reference_answer(reference)
+  try:
+    return parse_calls(answer)
+  except ToolCallError as error:
+    raise ValueError(f'the reference {answer[:80]!r} cannot be read: {error}') from error
+
+
+def _predicted_calls(answer: str) -> list[ToolCall] | None:
+  """Calls, None for text, and for a call list that cannot be read one call that no reference makes."""
+  try:
+    return parse_calls(answer)
+  except ToolCallError:
+    return [ToolCall('', {})]
+
+
+def _fields(call: ToolCall) -> dict[str | int, Any]:
+  """Arguments by name, positional ones by place."""
+  return {**dict(enumerate(call.positional)), **call.arguments}
+
+
+def _jaccard(wanted: list, given: list) -> float:
+  """Multiset Jaccard overlap in [0, 1]; 1 for two empty lists."""
+  if wanted == given:
+    return 1.0
+  common = (collections.Counter(wanted) & collections.Counter(given)).total()
+  return common / (len(wanted) + len(given) - common)
+
+
+def _same_list(wanted: list, given: list) -> float:
+  return float(wanted == given)
+
+
+def _equal_values(wanted: dict, given: dict) -> float:
+  return float(sum(key in given and given[key] == value for key, value in wanted.items()))
+
+
+def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
+            worth: Callable[[int, int], float]) -> Iterable[tuple[int, int]]:
+  """Pairs (call, wanted) of equal names with the largest total worth; every index at most once."""
+  for name in dict.fromkeys(call.name for call in wanted):  # in order: sums of floats must not depend on hashing
+    rows = [j for j, call in enumerate(wanted) if call.name == name]
+    columns = [i for i, call in enumerate(calls) if call.name == name]
+    if not rows or not columns:
+      continue
+    worth_RC = np.array([[worth(i, j) for i in columns] for j in rows])
+    transposed = len(rows) > len(columns)
+    for a, b in enumerate(_best_assignment(worth_RC.T if transposed else worth_RC)):
+      yield (columns[a], rows[b]) if transposed else (columns[b], rows[a])
+
+
+def _best_assignment(worth_RC: np.ndarray) -> list[int]:
+  """Column of each of R <= C rows, for the largest sum: the Hungarian method by shortest augmenting paths, O(R^2 C)."""
+  R, C = worth_RC.shape
+  cost_RC = -worth_RC
+  price_row, price_column = np.zeros(R), np.zeros(C)
+  row_of = np.full(C, -1)
+  for row in range(R):
+    # Dijkstra over columns, from `row` to the nearest free one; prices keep every reduced cost >= 0.
+    distance, came_from = np.full(C, np.inf), np.full(C, -1)
+    done = np.zeros(C, bool)
+    current, at, reach = row, -1, 0.0
+    while current != -1:
+      through = reach + cost_RC[current] - price_row[current] - price_column
+      better = ~done & (through < distance)
+      distance[better], came_from[better] = through[better], at
+      at = int(np.argmin(np.where(done, np.inf, distance)))
+      reach, done[at] = distance[at], True
+      current = row_of[at]
+    seen = done & (row_of >= 0)
+    price_row[row_of[seen]] += reach - distance[seen]
+    price_row[row] += reach
+    price_column[done] -= reach - distance[done]
+    while at != -1:
+      before = came_from[at]
+      row_of[at] = row if before == -1 else row_of[before]
+      at = before
+  column_of = [-1] * R
+  for column in np.flatnonzero(row_of >= 0):
+    column_of[row_of[column]] = int(column)
+  return column_of
+
+
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+REWARDS: dict[str, Callable[[str, str], Reward]] = {
+    'toolrl': toolrl_reward,
+    'paper': paper_reward,
+    'corrected': corrected_reward,
+}
+
+
+def batch_reward(name: str, predictions: Sequence[str], references: Sequence[str]) -> Reward:
+  """Rewards of B responses, each against its own reference: a Reward of float64 arrays [B].
+
+  Raises:
+    ValueError: an unknown reward, different lengths, or a bad reference (with its row).
+  """
+  if name not in REWARDS:
+    raise ValueError(f'unknown reward {name!r}; expected one of {sorted(REWARDS)}')
+  if len(predictions) != len(references):
+    raise ValueError(f'{len(predictions)} predictions for {len(references)} references')
+  rows = []
+  for row, (prediction, reference) in enumerate(zip(predictions, references)):
+    try:
+      rows.append(REWARDS[name](prediction, reference))
+    except ValueError as error:
+      raise ValueError(f'row {row}: {error}') from error
+  return Reward(*np.asarray(rows, np.float64).reshape(-1, 3).T)

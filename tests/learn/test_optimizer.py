@@ -1,0 +1,87 @@
+"""Optimizers by name: schedules, decay masks, Muon on stacked matrices, skipped steps."""
+import jax
+import numpy as np
+import pytest
+
+from dcore_jax.learn import optimizer
+
+
+def updated(tx, params, grads):
+  """(state before, state after one update, metrics)."""
+  state = optimizer.init_state(params, tx)
+  return state, *jax.jit(lambda state, grads: optimizer.apply_gradients(tx, state, grads))(state, grads)
+
+
+def noise(params):
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+
+
+def test_cosine_schedule_with_warmup_and_floor():
+  rate = optimizer.make_schedule(1.0, 'cosine', warmup=0.1, floor=0.01, total_steps=100)
+  values = np.array([rate(step) for step in range(101)])
+  assert 0 < values[0] < values[5] < values[9] < 1 and values.argmax() == 10
+  np.testing.assert_allclose([values[10], values[55], values[100]], [1, 0.505, 0.01], atol=1e-6)
+
+
+def test_constant_schedule_with_warmup():
+  rate = optimizer.make_schedule(2.0, warmup=0.5, total_steps=8)
+  np.testing.assert_allclose([rate(step) for step in range(6)], [0.4, 0.8, 1.2, 1.6, 2, 2], rtol=1e-6)
+
+
+def test_weight_decay_spares_norms(params):
+  tx = optimizer.make_optimizer('adamw', 0.1, weight_decay=0.5)
+  _, state, _ = updated(tx, params, jax.tree.map(np.zeros_like, params))
+  np.testing.assert_allclose(state.params['embed'], params['embed'] * 0.95, rtol=1e-6)
+  np.testing.assert_array_equal(state.params['layers']['q_norm'], params['layers']['q_norm'])
+  np.testing.assert_array_equal(state.params['final_norm'], params['final_norm'])
+
+
+def test_muon_orthogonalises_each_layer_for_itself():
+  """Layer 1 of the update does not depend on layer 0's gradient, and its matrix has nearly equal singular values."""
+  shapes = {'embed': (5, 8), 'layers': {'q': (2, 8, 2, 4), 'o': (2, 2, 4, 8), 'gate': (2, 8, 12)}}
+  params = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
+  grads = noise(params)
+  triple = lambda g: np.concatenate([3 * g[:1], g[1:]])
+  tx = optimizer.make_optimizer('muon', 1.0, adam_learning_rate=1e-3)
+  update = jax.jit(lambda grads: optimizer.apply_gradients(tx, optimizer.init_state(params, tx), grads)[0].params)
+  plain, scaled = update(grads), update(grads | {'layers': jax.tree.map(triple, grads['layers'])})
+  for name, shape in {'q': (8, 8), 'o': (8, 8), 'gate': (8, 12)}.items():
+    first, second = plain['layers'][name][1], scaled['layers'][name][1]
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+    singular = np.linalg.svd(np.reshape(first, shape), compute_uv=False)
+    assert singular.max() / singular.min() < 3
+  assert 1e-3 < np.abs(plain['embed']).max() < 2e-3  # Adam with Nesterov momentum, at its own rate
+
+
+def test_non_finite_gradient_changes_nothing_but_the_count(params):
+  tx = optimizer.make_optimizer('adamw', 0.1)
+  grads = noise(params)
+  grads['embed'][0, 0] = np.nan
+  before, after, metrics = updated(tx, params, grads)
+  assert metrics['skipped'] == 1 and after.step == 1
+  jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+
+
+def test_gradient_norm_is_global_and_reported_before_clipping(params):
+  grads = noise(params)
+  norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
+  moved = {}
+  for clip in (1e-8, 1e9):  # Adam's epsilon shows through a gradient clipped to its size
+    _, state, metrics = updated(optimizer.make_optimizer('adamw', 1.0, clip=clip), params, grads)
+    np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
+    moved[clip] = np.abs(state.params['embed'] - params['embed']).max()
+  assert moved[1e-8] < 0.5 and moved[1e9] > 0.9
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(name='sgd'), 'unknown optimizer'),
+    (dict(name='muon'), 'needs adam_learning_rate'),
+    (dict(name='adamw', adam_learning_rate=1.0), 'is for muon'),
+    (dict(schedule='linear'), 'unknown schedule'),
+    (dict(schedule='cosine'), 'total_steps'),
+    (dict(warmup=5.0, total_steps=10), 'shares'),
+])
+def test_bad_arguments_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    optimizer.make_optimizer(**arguments)

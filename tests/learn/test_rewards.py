@@ -1,0 +1,184 @@
+"""Rule rewards: the golden values of the reference, its flags, the paper's formula and the corrected reward."""
+import itertools
+
+import numpy as np
+import pytest
+
+from dcore_jax.learn import rewards
+from dcore_jax.learn.rewards import batch_reward, corrected_reward, paper_reward, toolrl_reward
+
+T = '<think>\nx\n</think>\n\n'
+F = '[f(a=1)]'
+FB = "[f(a=1, b='q')]"
+# Wherever T itself is a row's prediction, its blank lines are stripped with the missing answer.
+GOLDEN = [
+    (T + FB, FB, 1, 3),
+    (T + FB, T + FB, 1, 3),
+    ('<think>\n\nx:[f(a=1)]</think>\n\n[f(a=1)]', F, 0, 3),
+    ('<think>\nx\n</think>\n' + F, F, 0, 3),
+    (F, F, 0, 3),
+    (T + "[g(a=1, b='q')]", FB, 1, -3),
+    (T + "[f(a=1, b='z')]", FB, 1, 1.5),
+    (T + F, FB, 1, 0.75),
+    (T + "[f(a=1, b='q', c=2)]", FB, 1, 2.5),
+    (T + '[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 1, 3),
+    (T + '[f(x=1)]', '[f(x=1), g(y=2)]', 1, 0),
+    (T + '[f(x=1), g(y=2)]', '[f(x=1)]', 1, 2),
+    (T + '[f(x=1), f(x=1)]', '[f(x=1)]', 1, 2),
+    (T + F, '[f()]', 1, 0),
+    (T + '[f()]', F, 1, -1),
+    (T + "[f(a='1')]", F, 1, 1),
+    (T + '[f(a=1.0)]', F, 1, 3),
+    (T + '[f(a=True)]', F, 1, 3),
+    (T + '[f(5)]', '[f(7)]', 1, 3),
+    (T + '[f(a=]', F, 1, -3),
+    (T + '[]', F, 1, -3),
+    (T + 'I cannot', F, 1, -3),
+    (T + '[f(a=1)] done', F, 1, -3),
+    (T + F, 'I cannot', 1, -3),
+    (T + '[]', 'I cannot', 1, -3),
+    (T + 'any text', 'I cannot', 1, 3),
+    (T, 'I cannot', 0, 3),
+    ('<think>\nx', 'I cannot', 0, 3),
+    (T, F, 0, -3),
+    ('<think>\nx', F, 0, -3),
+    (T + 'sure', 'see [1]', 1, -3),
+    (T + '[f(parameters=1)]', '[f(parameters=1)]', 1, -1),
+    (T + '[f(x=2), f(x=1)]', '[f(x=1), f(x=2)]', 1, 3),
+    (T + '[f(x=1,y=2), f(x=1,y=9)]', '[f(x=1,y=8), f(x=1,y=2)]', 1, 9 / 7),
+]
+
+
+@pytest.mark.parametrize('prediction, reference, form, correctness', GOLDEN)
+def test_toolrl_golden(prediction, reference, form, correctness):
+  reward = toolrl_reward(prediction, reference)
+  assert reward.format == form
+  assert reward.correctness == pytest.approx(correctness, abs=1e-12)
+  assert reward.total == reward.format + reward.correctness
+
+
+@pytest.mark.parametrize('options, near, exact', [
+    ({'credit': 'coarse'}, -2, 4), ({'credit': 'refined'}, 2.5, 4), ({'credit': 'intermediate'}, 1, 4),
+    ({'correct_max': 1.0}, 1.5, 2), ({}, 2.5, 4)])
+def test_toolrl_flags(options, near, exact):
+  assert toolrl_reward(T + "[f(a=1, b='z')]", FB, **options).total == near
+  assert toolrl_reward(T + FB, FB, **options).total == exact
+
+
+@pytest.mark.parametrize('prediction, reference, correctness', [
+    ('[f(a=true)]', "[f(a='true')]", 3),  # a bare name is its string
+    ('[f(a=-1)]', '[f(a=-1)]', 3),
+    ('[f(a=2*3-1)]', '[f(a=5)]', 3),
+    ('[a.b.f(a=(1, 2))]', '[a.b.f(a=(1, 2))]', 3),
+    ('[f(a=(1, 2))]', '[f(a=[1, 2])]', 1),  # tuples are no lists
+    ('[f(a=g(b=1))]', "[f(a={'g': {'b': 1}})]", 3),
+    ('[f(a=g(1))]', "[f(a='g(1)')]", 3),
+    ('[f(a=x[0])]', "[f(a='x[0]')]", 3),
+    ('[{"name": "f", "arguments": {"a": 1}}]', '[{"name": "f", "arguments": {"a": 1}}]', 3),
+    ('[{"name": "f", "arguments": {"a": 2}}]', '[{"name": "f", "arguments": {"a": 1}}]', -3),
+    ('[1, 2]', F, -3),
+    ('[f(a=]', '[f(a=]', 3),  # unreadable on both sides, and the same text
+    ('[]', '[]', 3),
+    ('[f(a=1)]', '[]', -3),
+    ('[f(a=9**9**9)]', F, -3),
+    ('[f(a=__import__("os").getcwd())]', F, 1),  # its source text: the wrong value of the right argument
+])
+def test_toolrl_reader(prediction, reference, correctness):
+  assert toolrl_reward(T + prediction, reference).correctness == correctness
+
+
+def test_special_tokens_frame_the_turn():
+  framed = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n' + T + F + '<|im_end|>\n'
+  assert toolrl_reward(framed, F).total == 4
+
+
+@pytest.mark.parametrize('name', sorted(rewards.REWARDS))
+def test_bad_input_is_named(name):
+  for reference in ('', '  \n', '<think>\nx\n</think>\n\n'):
+    with pytest.raises(ValueError, match='holds no answer'):
+      rewards.REWARDS[name](T + F, reference)
+  with pytest.raises(ValueError, match='row 1: the reference'):
+    batch_reward(name, [T + F] * 2, [F, ''])
+  with pytest.raises(ValueError, match='2 predictions for 1'):
+    batch_reward(name, [T] * 2, [F])
+  with pytest.raises(ValueError, match='unknown reward'):
+    batch_reward('best', [T], [F])
+  with pytest.raises(ValueError, match='unknown credit'):
+    toolrl_reward(T, F, credit='some')
+
+
+@pytest.mark.parametrize('prediction, reference, correctness', [
+    (FB, FB, 3), (F, FB, 1.5), ("[f(a=1, b='z')]", FB, 2.5), ("[g(a=1, b='q')]", FB, 0), ('[f()]', '[f()]', 3),
+    ('[f(x=1)]', '[f(x=1), g(y=2)]', 1), ('[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 3),
+    ('I cannot', FB, 0), ('sure', 'no', 3), (FB, 'no', 0), ('[f(a=]', FB, 0), ('[]', '[]', 3), ('[f(5)]', '[f(7)]', 2)])
+def test_paper_formula(prediction, reference, correctness):
+  reward = paper_reward(T + prediction, reference)
+  assert (reward.format, reward.correctness) == (1, correctness)
+
+
+@pytest.mark.parametrize('prediction, reference, form, correctness', [
+    (T + FB, FB, 1, 3),
+    ('<think>\n\nx:[f(a=1)]</think>\n\n[f(a=1)]', F, 1, 3),  # the parallel template
+    ('<think>\nx\n</think>\n' + F, F, 0, 3),
+    (T + '[f(5)]', '[f(7)]', 1, 1),
+    (T + '[f(7)]', '[f(7)]', 1, 3),
+    (T + '[f(parameters=1)]', '[f(parameters=1)]', 1, 3),
+    (T + '[f(x=1,y=2), f(x=1,y=9)]', '[f(x=1,y=8), f(x=1,y=2)]', 1, 6 * 6 / 7 - 3),  # 1 + (1 + 1) + (1 + 2) of 7
+    (T + 'any text', 'I cannot', 1, 3),
+    (T, 'I cannot', 0, -3),
+    ('<think>\nx', 'I cannot', 0, -3),
+    (T + F, 'I cannot', 1, -3),
+    (T + '[f(a=]', 'I cannot', 1, -3),
+    (T + '[]', '[]', 1, 3),
+    (T + F, '[]', 1, -3),
+    (T + '[f(a=true)]', '[f(a=True)]', 1, 3),
+    (T + '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', F, 1, 3),
+])
+def test_corrected(prediction, reference, form, correctness):
+  reward = corrected_reward(prediction, reference)
+  assert (reward.format, reward.correctness) == (form, pytest.approx(correctness, abs=1e-12))
+
+
+def test_assignment_is_optimal():
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    R = int(rng.integers(1, 6))
+    C = int(rng.integers(R, 7))
+    worth_RC = rng.integers(0, 5, (R, C)) / 2
+    columns = rewards._best_assignment(worth_RC)
+    assert len(set(columns)) == R
+    best = max(sum(worth_RC[r, c] for r, c in enumerate(order)) for order in itertools.permutations(range(C), R))
+    assert sum(worth_RC[r, c] for r, c in enumerate(columns)) == best
+
+
+def test_corrected_never_below_greedy():
+  # On call lists without positional arguments the two differ only in who is paired with whom.
+  rng = np.random.default_rng(1)
+
+  def calls():
+    names, values = rng.choice(['f', 'g'], 4), rng.integers(3, size=(4, 2))
+    return '[' + ', '.join(f'{name}(x={x}, y={y})' for name, (x, y) in zip(names, values)) + ']'
+
+  for _ in range(100):
+    prediction, reference = T + calls(), calls()
+    assert corrected_reward(prediction, reference).total >= toolrl_reward(prediction, reference).total - 1e-12
+
+
+@pytest.mark.parametrize('name', sorted(rewards.REWARDS))
+def test_batch_is_exact(name):
+  calls = [f"tool_{i % 4}(city='somewhere {i}', days={i}, tags=['a', 'b'], nested={{'k': {i}}})" for i in range(8)]
+  answer = '[' + ', '.join(calls) + ']'
+  wrong = answer.replace('days=3', 'days=4')
+  prediction = '<think>\n' + 'word ' * ((4000 - len(answer)) // 5) + '\n</think>\n\n'
+  reward = batch_reward(name, [prediction + answer, prediction + wrong] * 128, [answer] * 256)
+  assert reward.total.shape == (256,) and reward.total.dtype == np.float64
+  assert (reward.total[::2] == 4).all() and len(set(reward.total[1::2])) == 1
+
+
+@pytest.mark.parametrize('name', sorted(rewards.REWARDS))
+def test_hostile_text_earns_nothing(name):
+  reference = '[f(a=2), ' + 'f(a=3), ' * 9 + 'f(a=1)]'
+  unreadable = ['[' * 4000 + ']', '[' + '9**' * 1300 + '9]', '[f(a=' + '-' * 4000 + '1)]', '[f(a=' + '(' * 90 + ']']
+  for text in unreadable:
+    assert rewards.REWARDS[name](T + text, reference).correctness <= 0
+  assert rewards.REWARDS[name](T + '[' + 'f(a=1),' * 600 + ']', reference).correctness < 3

@@ -1,0 +1,96 @@
+"""Supervised steps: trees equal flat rows, micro-batches change nothing, one compilation, the loss falls."""
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dcore_jax import tokentree
+from dcore_jax.learn import optimizer
+from dcore_jax.learn import sft
+
+
+def dialogues(count=6, seed=0):
+  """Rows of a dialogue branch at every turn: shared history, then a weighted answer."""
+  rng = np.random.default_rng(seed)
+  result = []
+  for _ in range(count):
+    history = rng.integers(0, 23, 8)
+    for _ in range(3):
+      answer = rng.integers(0, 23, 5)
+      tokens = np.r_[history, answer].astype(np.int32)
+      weights = np.r_[np.zeros(len(history)), rng.integers(1, 3, 5)].astype(np.float32)
+      result.append(tokentree.Sequence(tokens, weights, len(tokens)))
+      history = np.r_[history, rng.integers(0, 23, 4)]
+  return result
+
+
+@pytest.fixture(scope='module')
+def sgd_step(config, params):
+  """batch -> (loss, gradient) of one step, read back through plain gradient descent of rate 1."""
+  tx = optax.sgd(1.0)
+  step = sft.make_sft_step(config, tx)
+
+  def run(batch):
+    state, metrics = step(optimizer.init_state(params, tx), batch)
+    return metrics['loss'], jax.tree.map(np.subtract, params, state.params)
+  return run
+
+
+@pytest.fixture(scope='module')
+def flat(config, params, flat_scores, padded):
+  """(loss, gradient) of the dialogues without packing."""
+  sequences = dialogues()
+  weights = padded(sequences, [sequence.weights for sequence in sequences])
+  loss = lambda params: -(weights * flat_scores(params, sequences)[0]).sum() / weights.sum()
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize('capacity, rows, accumulate', [(64, 8, 1), (40, 8, 2)])
+def test_tree_equals_flat_rows(sgd_step, flat, capacity, rows, accumulate):
+  sequences = dialogues()
+  assert tokentree.pack(sequences, capacity).dedup > 1.2
+  made = sft.batches(sequences, capacity=capacity, rows=rows, epochs=1, seed=0, accumulate=accumulate)
+  loss, grads = sgd_step(next(iter(made)))
+  np.testing.assert_allclose(loss, flat[0], rtol=1e-5)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, flat[1])
+
+
+def test_every_row_once_an_epoch_in_a_seeded_order():
+  made = sft.batches(dialogues(10), capacity=48, rows=4, epochs=2, seed=3)
+  first, again = list(made), list(made)
+  assert len(first) == len(made) == 2 * made.per_epoch
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  key = lambda batch: sorted(row.tobytes() for row in batch.tokens[0])
+  epochs = [sum((key(batch) for batch in first[start:start + made.per_epoch]), []) for start in (0, made.per_epoch)]
+  assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row.tobytes() for row in made.tree.tokens)
+  assert [key(batch) for batch in first[:made.per_epoch]] != [key(batch) for batch in first[made.per_epoch:]]
+  jax.tree.map(np.testing.assert_array_equal, list(made.start(3)), first[3:])
+
+
+def test_loss_falls_and_the_step_compiles_once(config, params):
+  made = sft.batches(dialogues(), capacity=64, rows=4, epochs=30, seed=0)
+  tx = optimizer.make_optimizer('adamw', 5e-2, 'cosine', warmup=0.1, total_steps=len(made))
+  step = sft.make_sft_step(config, tx)
+  state = optimizer.init_state(params, tx)
+  losses = []
+  for batch in made:
+    state, metrics = step(state, batch)
+    losses.append(float(metrics['loss']))
+  assert step._cache_size() == 1
+  assert np.mean(losses[-2:]) < 0.6 * np.mean(losses[:2])
+  assert int(state.step) == len(made)
+  total, weight = sft.make_sft_loss(config)(state.params, next(iter(made)))
+  assert total / weight < 0.7 * losses[0]
+
+
+def test_batch_without_loss_tokens_changes_nothing(sgd_step):
+  sequences = [tokentree.Sequence(np.arange(5, dtype=np.int32), np.zeros(5, np.float32), 5)]
+  loss, grads = sgd_step(tokentree.pack(sequences, 64, rows_multiple=8).batch(budget=512))
+  assert loss == 0 and all(not np.any(grad) for grad in jax.tree.leaves(grads))
+
+
+def test_refuses_batches_that_cannot_be():
+  with pytest.raises(ValueError, match='do not make batches'):
+    sft.batches(dialogues(), capacity=64, rows=4, epochs=1, seed=0, accumulate=3)
+  with pytest.raises(ValueError, match='no sequence fits'):
+    sft.batches(dialogues(), capacity=4, rows=4, epochs=1, seed=0)
