@@ -1,0 +1,232 @@
+"""The engine against transformers' generate, against full forward passes, and against itself under other lanes and
+orders."""
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout.engine import Engine, Request, bucket_ladder
+from dcore_jax.rollout.sampling import SamplingParams
+
+CONFIG = DecoderConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=8, rope_theta=1000.0, initializer_range=0.3,
+                       max_position_embeddings=512)
+STOP = 5
+MAX_LEN = 128
+
+
+@functools.cache
+def params(seed=1):
+  return decoder.init_params(CONFIG, jax.random.key(seed))
+
+
+def engine(**changes):
+  sizes = {'stop_ids': [STOP], 'lanes': 8, 'max_len': MAX_LEN, 'steps_per_call': 4, 'tile': 4}
+  return Engine(params(), CONFIG, **sizes | changes)
+
+
+def prompt(length, seed=0):
+  return np.random.default_rng((length, seed)).integers(6, CONFIG.vocab_size, length)
+
+
+def requests(count=14, lengths=(1, 3, 9, 30, 63, 64, 65, 90)):
+  return [Request(prompt(lengths[i % len(lengths)], i), (0, i), 5 + 7 * i % 30) for i in range(count)]
+
+
+@jax.jit
+def all_logprobs(tokens_T, temperature):
+  T = len(tokens_T)
+  hidden = decoder.hidden_states(params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T))[0]
+  return jax.nn.log_softmax(hidden @ decoder.head_matrix(params()).T / temperature)
+
+
+def reference_logprobs(context, completion, sampling):
+  """Log-probabilities of the completion by one full forward pass."""
+  tokens = np.concatenate([context, completion])
+  padded = np.pad(tokens, (0, MAX_LEN - len(tokens)))  # causal rows do not see what follows
+  table = np.asarray(all_logprobs(padded, sampling.temperature or 1.0))
+  return table[np.arange(len(context), len(tokens)) - 1, completion]
+
+
+def same(left, right):
+  for a, b in zip(left, right, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert (a.finished, a.prompt_len) == (b.finished, b.prompt_len)
+
+
+@pytest.mark.parametrize('sampling', [SamplingParams(0), SamplingParams(0.7, seed=4)], ids=str)
+def test_log_probabilities_equal_a_full_forward_pass(sampling):
+  made = requests()
+  done = engine().generate(made, sampling)
+  for request, completion in zip(made, done, strict=True):
+    assert completion.tokens.dtype == np.int32 and completion.logprobs.dtype == np.float32
+    assert completion.prompt_len == len(request.prompt)
+    want = reference_logprobs(request.prompt, completion.tokens, sampling)
+    np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
+  assert any(completion.finished for completion in done) and not all(completion.finished for completion in done)
+
+
+def test_greedy_tokens_equal_transformers(tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  hf_checkpoint = pytest.importorskip('dcore_jax.models.hf_checkpoint')
+  hf_checkpoint.save_checkpoint(tmp_path / 'model', CONFIG, params(), dtype='float32')
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'model', dtype=torch.float32).eval()
+  made = [Request(prompt(length), (0,), 20) for length in (2, 17, 80)]
+  for request, completion in zip(made, engine().generate(made, SamplingParams(0)), strict=True):
+    ids = torch.tensor(request.prompt)[None]
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+                          eos_token_id=STOP, pad_token_id=0)
+    assert completion.tokens.tolist() == want[0, len(request.prompt):].tolist()
+
+
+def test_a_rollout_does_not_depend_on_lanes_order_or_neighbours():
+  sampling, made = SamplingParams(1.0, seed=7), requests(10, lengths=(1, 3, 9, 30))
+  want = engine().generate(made, sampling)
+  same(engine(lanes=3, tile=3, steps_per_call=7).generate(made[::-1], sampling), want[::-1])
+  same(engine().generate(made[4:6], sampling), want[4:6])
+
+
+def test_streams_are_told_apart_by_seed_and_key():
+  made = [Request(prompt(9), (0, i)) for i in range(4)]
+  first, second = (engine().generate(made, SamplingParams(2.0, max_tokens=16, seed=seed)) for seed in (0, 1))
+  assert len({completion.tokens.tobytes() for completion in first + second}) == 8
+
+
+def test_stop_token_is_kept_and_limits_are_respected():
+  made = [Request(prompt(20, i), (i,), 1 + i) for i in range(12)]
+  for request, completion in zip(made, engine().generate(made, SamplingParams(1.5)), strict=True):
+    assert completion.finished == (completion.tokens[-1] == STOP)
+    assert STOP not in completion.tokens[:-1]
+    assert completion.finished or len(completion.tokens) == request.max_tokens
+  sampling = SamplingParams(max_tokens=30)
+  full = engine(stop_ids=[36]).generate([Request(prompt(118), (0,)), Request(prompt(127), (1,))], sampling)
+  assert [len(completion.tokens) for completion in full] == [10, 1]
+  want = reference_logprobs(prompt(118), full[0].tokens, sampling)
+  np.testing.assert_allclose(full[0].logprobs, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('lanes', [4, 8])
+def test_a_group_is_prefilled_once(lanes):
+  made = [Request(prompt(40, group), (group, i), 3 + 5 * i % 11) for group in range(3) for i in range(6)]
+  runner = engine(lanes=lanes)
+  done = runner.generate(made, SamplingParams())
+  assert runner.stats.prefill_tokens == 3 * 40
+  assert runner.stats.reused_tokens == 15 * 40
+  for request, completion in zip(made, done, strict=True):
+    want = reference_logprobs(request.prompt, completion.tokens, SamplingParams())
+    np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
+
+
+def test_episodes_of_several_steps():
+  """Each finished step makes the next one available: prompt, answer and a few tokens of an environment."""
+  episodes = 5
+  ready = collections.deque(((episode, 0), Request(prompt(10, episode), (episode, 0), 6))
+                            for episode in range(episodes))
+  history, asked = {}, []
+
+  def source(free):
+    asked.append(free)
+    return [ready.popleft() for _ in range(min(free, len(ready)))]
+
+  runner = engine(lanes=4)
+  contexts = {(episode, 0): prompt(10, episode) for episode in range(episodes)}
+  for (episode, turn), completion in runner.stream(source, SamplingParams(seed=2)):
+    history[episode, turn] = completion
+    if turn < 2:
+      context = np.concatenate([contexts[episode, turn], completion.tokens, prompt(4, episode)])
+      contexts[episode, turn + 1] = context
+      ready.append(((episode, turn + 1), Request(context, (episode, turn + 1), 6)))
+  assert sorted(history) == [(episode, turn) for episode in range(episodes) for turn in range(3)]
+  assert all(0 < free <= 4 for free in asked)
+  for tag, completion in history.items():
+    want = reference_logprobs(contexts[tag], completion.tokens, SamplingParams())
+    np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
+
+
+def test_compilations_are_bounded_and_new_weights_need_none():
+  runner = engine(max_len=72)  # a shape no other test uses: what is counted is compiled here
+  made = requests(20, lengths=(1, 9, 30, 63))
+  first = runner.generate(made, SamplingParams())
+  compiled = runner.stats.compilations
+  assert 0 < compiled <= 2 * len(bucket_ladder(72))
+  runner.update(params(2))
+  second = runner.generate(made, SamplingParams())
+  assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
+  runner.update(params())
+  same(runner.generate(made, SamplingParams()), first)
+  runner.generate(made, SamplingParams(0.5, seed=9))  # another temperature is not another program
+  assert runner.stats.compilations == compiled
+
+
+def test_update_refuses_what_does_not_fit():
+  runner = engine()
+  with pytest.raises(ValueError, match='do not fit'):
+    runner.update({**params(), 'final_norm': jnp.ones(7)})
+  waiting = [[(0, Request(prompt(3), (0,), 9))]]
+  rollouts = runner.stream(lambda free: waiting.pop() if waiting else [], SamplingParams())
+  next(rollouts)
+  with pytest.raises(RuntimeError, match='during a stream'):
+    runner.update(params())
+  with pytest.raises(RuntimeError, match='one stream'):
+    runner.generate(requests(1), SamplingParams())
+  rollouts.close()
+  runner.update(params())
+  assert len(runner.generate(requests(2), SamplingParams())) == 2
+
+
+def test_stats_and_progress():
+  runner, told = engine(lanes=4), []
+  made = requests(10, lengths=(1, 3, 9, 30))
+  done = runner.generate(made, SamplingParams(), progress=told.append)
+  tokens = sum(len(completion.tokens) for completion in done)
+  assert sum(told) == tokens == runner.stats.decoded_tokens
+  assert len(told) == 10
+  assert runner.stats.prefill_tokens == sum(len(request.prompt) for request in made)
+  assert 0.3 < runner.stats.occupancy <= 1
+  assert runner.stats.lane_steps % 4 == 0 and runner.stats.decode_calls and runner.stats.prefill_calls
+  assert engine().generate([], SamplingParams()) == []
+
+
+@pytest.mark.parametrize('request_, message', [
+    (Request(np.zeros(0, np.int32), (0,)), 'at least one token'), (Request(np.zeros((2, 2), np.int32), (0,)), 'row'),
+    (Request(np.zeros(3), (0,)), 'float64'), (Request(prompt(128), (0,)), '128 tokens.*max_len=128'),
+    (Request(np.array([37]), (0,)), 'vocabulary of 37'), (Request(np.array([-1]), (0,)), 'vocabulary'),
+    (Request(prompt(3), (0,), 0), 'max_tokens=0'), (Request(prompt(3), (-1,)), 'key_id')])
+def test_bad_requests_are_refused(request_, message):
+  runner = engine()
+  with pytest.raises(ValueError, match=message):
+    runner.generate([request_], SamplingParams())
+  assert len(runner.generate(requests(1), SamplingParams())) == 1
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'lanes': 0}, 'lanes'), ({'tile': 3}, 'divide'), ({'max_len': 1}, 'max_len'), ({'max_len': 513}, 'positions'),
+    ({'stop_ids': [37]}, 'stop_ids'), ({'steps_per_call': 0}, 'steps_per_call')])
+def test_bad_sizes_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    engine(**changes)
+
+
+def test_a_source_that_returns_too_much_is_refused():
+  with pytest.raises(ValueError, match='9 requests for 8'):
+    list(engine().stream(lambda free: list(enumerate(requests(9))), SamplingParams()))
+
+
+def test_weights_that_are_not_a_number_are_noticed():
+  broken = Engine({**params(), 'final_norm': jnp.full(32, jnp.nan)}, CONFIG, stop_ids=[], lanes=8, max_len=MAX_LEN,
+                  steps_per_call=4, tile=4)
+  with pytest.raises(FloatingPointError):
+    broken.generate(requests(1), SamplingParams())
+
+
+def test_bucket_ladder():
+  assert bucket_ladder(1024) == (64, 128, 192, 256, 384, 512, 768, 1024)
+  assert bucket_ladder(100) == (64, 100)
+  assert bucket_ladder(10) == (10,)

@@ -1,0 +1,107 @@
+"""The draw against the distribution it should have, and against torch-free references of top-k and top-p."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcore_jax.rollout import sampling
+from dcore_jax.rollout.sampling import SamplingParams, sample
+
+DRAWS = 20000
+DRAW = jax.jit(sampling.draw, static_argnames='mode')
+
+
+def keys(count, seed=0):
+  return sampling.token_keys(np.tile(sampling.request_key(seed, (1,)), (count, 1)), np.arange(count))
+
+
+def reference(logits, temperature, top_p=1.0, top_k=0):
+  """float64 probabilities after temperature, top-k, then top-p over what top-k left; by sorting."""
+  scaled = np.asarray(logits, np.float64) / temperature
+  prob = np.exp(scaled - scaled.max())
+  order = np.argsort(-prob)
+  if top_k:
+    prob[order[top_k:]] = 0
+  prob /= prob.sum()
+  before = np.cumsum(prob[order]) - prob[order]
+  prob[order[before >= top_p]] = 0
+  return prob / prob.sum()
+
+
+RULES = [dict(temperature=1.0), dict(temperature=0.6), dict(temperature=1.7, top_k=5), dict(temperature=1.0, top_p=0.7),
+         dict(temperature=0.8, top_p=0.9, top_k=7), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=1e-6)]
+
+
+@pytest.mark.parametrize('rule', RULES, ids=str)
+@pytest.mark.parametrize('vocab', [64, 100])
+def test_draws_follow_the_distribution(rule, vocab):
+  logits = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)
+  want = reference(logits, **rule)
+  chosen = SamplingParams(**rule)
+  many = jnp.tile(logits[None], (DRAWS, 1))
+  tokens, logprobs = DRAW(many, sampling.uniforms(keys(DRAWS)), chosen.rule(), chosen.mode)
+  counts = np.bincount(tokens, minlength=vocab)
+  assert not counts[want == 0].any()
+  np.testing.assert_allclose(logprobs, np.log(want[tokens]), atol=1e-5)
+  expected = want * DRAWS
+  often = expected > 5
+  freedom = max(often.sum() - 1, 1)
+  chi_square = (np.square(counts - expected)[often] / expected[often]).sum()
+  assert chi_square < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+def test_greedy_takes_the_first_maximum_and_reports_the_untempered_log_probability():
+  logits = jnp.array([[0.0, 3.0, 1.0, 3.0], [-1.0, -5.0, -0.5, -9.0]])
+  tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0))
+  assert tokens.tolist() == [1, 2]
+  np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[jnp.arange(2), tokens], atol=1e-6)
+
+
+def test_a_large_vocabulary_reaches_its_last_block_and_never_a_token_without_mass():
+  logits = np.full((2, 151936), -np.inf, np.float32)
+  logits[0, [0, 151935]] = 0, 1
+  logits[1, 70000] = -3
+  tokens, logprobs = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
+  assert set(tokens[:16].tolist()) == {0, 151935} and set(tokens[16:].tolist()) == {70000}
+  np.testing.assert_allclose(logprobs[16:], 0, atol=1e-6)
+
+
+def test_equally_likely_tokens_at_the_threshold_are_all_kept():
+  mass = jnp.array([[1.0, 0.5, 0.5, 0.25]])
+  np.testing.assert_array_equal(sampling.truncate(mass, 1.0, 2) > 0, [[True, True, True, False]])
+  np.testing.assert_array_equal(sampling.truncate(mass, 0.5, 0) > 0, [[True, True, True, False]])
+  np.testing.assert_array_equal(sampling.truncate(mass, 0.44, 0) > 0, [[True, False, False, False]])
+
+
+def test_a_lane_draws_the_same_beside_others():
+  logits = jax.random.normal(jax.random.key(0), (8, 50))
+  rule = SamplingParams(temperature=0.9, top_p=0.8)
+  together = sample(logits, keys(8), rule)
+  for lane in (0, 3, 7):
+    alone = sample(logits[lane:lane + 1], keys(8)[lane:lane + 1], rule)
+    assert alone[0][0] == together[0][lane]
+    np.testing.assert_allclose(alone[1][0], together[1][lane], atol=1e-6)
+
+
+def test_extreme_logits_stay_finite_and_nan_is_not_hidden():
+  logits = jnp.array([[1e30, -1e30, 0.0], [jnp.nan, 0.0, 1.0]])
+  tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
+  assert tokens[0] == 0 and logprobs[0] == 0 and np.isnan(logprobs[1])
+  assert 0 <= tokens[1] < 3
+
+
+def test_request_keys_differ_by_every_part():
+  made = [sampling.request_key(seed, key_id) for seed, key_id in
+          ((0, ()), (0, (0,)), (0, (0, 0)), (1, (0,)), (0, (1, 0)), (0, (0, 1)), (0, (2**32 - 1,)))]
+  assert len({key.tobytes() for key in made}) == len(made)
+  assert made[0].dtype == np.uint32 and made[0].shape == (2,)
+  with pytest.raises(ValueError, match='key_id'):
+    sampling.request_key(0, (-1,))
+
+
+@pytest.mark.parametrize('bad', [
+    dict(temperature=-0.1), dict(temperature=float('nan')), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1),
+    dict(max_tokens=0), dict(seed=-1)], ids=str)
+def test_values_out_of_range_are_named(bad):
+  with pytest.raises(ValueError, match=next(iter(bad))):
+    SamplingParams(**bad)
