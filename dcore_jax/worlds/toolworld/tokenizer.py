@@ -1,0 +1,42 @@
+"""The organism's tokenizer: whole words, two-letter syllables, single digits, and bytes for everything else.
+
+A byte-level BPE without merges whose vocabulary already holds the words (`ignore_merges`): lossless on any text. A space
+before a capital, a digit or a tool name is a token of its own, so that a name has the same tokens in a query, a call and
+a response; copying then is token for token, which a small model learns.
+"""
+import re
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dcore_jax.chat.template import qwen3_template
+
+SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+TAGS = ('<think>', '</think>', '<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>')
+PATTERN = (r' (?=[a-z]+_)|[a-z]+_[a-z]+|[A-Z][a-z]| ?[a-z]+|[A-Z]|[0-9]|\n\n|\n'
+           r"""|\{"|": "|": \[|": |", "|"\}|\]\}|, \{"|, "|='|', |'\)|, |[^\n]""")
+
+
+def build_tokenizer(texts: Iterable[str], size: int = 768) -> PreTrainedTokenizerFast:
+  """A tokenizer whose vocabulary holds every piece that occurs in `texts`.
+
+  Args:
+    texts: samples of everything the model will read or write; pieces not seen here fall back to bytes.
+    size: vocabulary size the result must fit in; the embedding has so many rows.
+  """
+  tags = re.compile('|'.join(re.escape(t) for t in SPECIAL + TAGS))
+  pieces = {p for text in texts for part in tags.split(text) for p in re.findall(PATTERN, part)}
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  words = sorted({to_bytes.pre_tokenize_str(p)[0][0] for p in pieces} - set(alphabet))
+  vocabulary = {token: i for i, token in enumerate([*alphabet, *words])}
+  if len(vocabulary) + len(SPECIAL) + len(TAGS) > size:
+    raise ValueError(f'{len(vocabulary) + len(SPECIAL) + len(TAGS)} tokens do not fit a vocabulary of {size}')
+  tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'), to_bytes])
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+  tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
+  return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>',
+                                 chat_template=qwen3_template(), clean_up_tokenization_spaces=False)
