@@ -1,0 +1,109 @@
+"""Evaluation in a world: every task is acted out to its end, and the responses are measured on the way."""
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dcore_jax.chat.messages import Message, split_reasoning
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.evaluate.behaviours import behaviour_counts
+from dcore_jax.evaluate.lazy_reasoning import count_reflections, lazy_ratio
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.worlds.environment import Episode, Outcome, World
+
+
+@dataclasses.dataclass
+class Trajectory:
+  """One finished episode. `texts` are the assistant's whole responses, `reasoning_tokens` the length of each one's reasoning."""
+  task: Any
+  outcome: Outcome
+  texts: list[str]
+  reasoning_tokens: list[int]
+  unfinished: int  # responses cut off by the token budget
+  messages: list[Message]
+
+  @property
+  def reasonings(self) -> list[str]:
+    """An unclosed block counts as reasoning: it is what the model did instead of answering."""
+    return [split_reasoning(text)[0] if '</think>' in text else text for text in self.texts]
+
+
+def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
+        progress: Callable[[int], None] | None = None) -> list[Trajectory]:
+  """Acts out all tasks together on the engine's lanes; trajectories come back in the order of the tasks.
+
+  Args:
+    engine: the model.
+    tokenizer: its tokenizer; its chat template renders the prompts.
+    world: where the tasks come from.
+    tasks: what to do.
+    sampling: how responses are drawn; the random stream of a response depends on its task's place and its step alone.
+    progress: told 1 for every finished task.
+  """
+  episodes: list[Episode] = [world.episode(task) for task in tasks]
+  texts: list[list[str]] = [[] for _ in tasks]
+  lengths: list[list[int]] = [[] for _ in tasks]
+  unfinished = [0] * len(tasks)
+  think_end = tokenizer.convert_tokens_to_ids('</think>')
+  waiting = collections.deque(range(len(tasks)))
+
+  def source(free: int) -> list[tuple[int, Request]]:
+    requests = []
+    for _ in range(min(free, len(waiting))):
+      number = waiting.popleft()
+      prompt = tokenizer(render_prompt(tokenizer, episodes[number].messages), add_special_tokens=False)['input_ids']
+      requests.append((number, Request(np.array(prompt, np.int32), (number, len(texts[number])))))
+    return requests
+
+  for number, completion in engine.stream(source, sampling):
+    tokens = completion.tokens[:-1] if completion.finished else completion.tokens
+    ends = np.flatnonzero(tokens == think_end)
+    # Without a closing tag everything was reasoning; the opening tag is one token.
+    lengths[number].append(max(0, int(ends[0]) - 1 if len(ends) else len(tokens) - 1))
+    texts[number].append(tokenizer.decode(tokens, skip_special_tokens=False))
+    unfinished[number] += not completion.finished
+    episodes[number].step(texts[number][-1])
+    if not episodes[number].done:
+      waiting.append(number)
+    elif progress:
+      progress(1)
+  return [Trajectory(task, episode.outcome(), *rest, episode.messages)
+          for task, episode, *rest in zip(tasks, episodes, texts, lengths, unfinished)]
+
+
+def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
+  """Figures of one stage by kind, in the shape of `summary.json`.
+
+  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and wrong ones. `decomposition_rate`
+  is the share of responses to requests of several subtasks that announce a decomposition.
+  """
+  accuracy, lazy, count, reasons, unfinished = {}, {}, {}, {}, {}
+  for kind, group in trajectories.items():
+    accuracy[kind] = float(np.mean([t.outcome.correct for t in group]))
+    count[kind] = len(group)
+    wrong = [not t.outcome.correct for t in group for _ in t.texts]
+    lazy[kind] = lazy_ratio([r for t in group for r in t.reasonings], [n for t in group for n in t.reasoning_tokens], wrong)['ratio']
+    reasons[kind] = dict(collections.Counter(t.outcome.reason for t in group if t.outcome.reason).most_common())
+    unfinished[kind] = sum(t.unfinished for t in group)
+  everything = [t for group in trajectories.values() for t in group]
+  several = [r for kind in ('sequential', 'parallel') for t in trajectories.get(kind, []) for r in t.reasonings]
+  reasonings = [r for t in everything for r in t.reasonings]
+  behaviours = behaviour_counts(reasonings)
+  return {
+      'accuracy': accuracy, 'lazy_ratio': lazy, 'n': count, 'failures': reasons, 'unfinished': unfinished,
+      'accuracy_by_subtasks': {kind: _by_subtasks(trajectories.get(kind, [])) for kind in ('sequential', 'parallel')},
+      'decomposition_rate': float(np.mean(behaviour_counts(several)['decomposition'] > 0)) if several else None,
+      'reflections_per_response': float(np.mean([count_reflections(r) for r in reasonings])),
+      'reasoning_tokens_mean': float(np.mean([n for t in everything for n in t.reasoning_tokens])),
+      'behaviours': {name: float(np.mean(counts)) for name, counts in behaviours.items()},
+  }
+
+
+def _by_subtasks(group: list[Trajectory]) -> dict[str, dict[str, float]]:
+  """Accuracy and number of tasks by their number of reference calls."""
+  sizes = sorted({t.task.steps for t in group})
+  return {str(k): {'accuracy': float(np.mean([t.outcome.correct for t in group if t.task.steps == k])),
+                   'n': sum(t.task.steps == k for t in group)} for k in sizes}

@@ -1,0 +1,139 @@
+"""Lazy reasoning: the rule, BFCL's files, and the published ratios from the published outputs."""
+import json
+import pathlib
+
+import pytest
+
+from dcore_jax.evaluate import lazy_reasoning
+from dcore_jax.evaluate.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
+from experiments import analyze
+
+
+def test_reflections_are_substrings_in_any_case():
+  assert count_reflections('Wait, BUT the attribute... However, alternatively') == 5
+  assert count_reflections('perhaps because') == 0
+  assert count_reflections('perhaps because, wait', lazy_reasoning.LOGGED_WORDS) == 3
+
+
+@pytest.mark.parametrize('reflections, n_tokens, wrong, lazy', [
+    (3, 201, True, True), (3, 200, True, False), (2, 201, True, False), (3, 201, False, False)])
+def test_lazy_edges(reflections, n_tokens, wrong, lazy):
+  assert is_lazy('wait ' * reflections, n_tokens, wrong) == lazy
+
+
+def test_ratio():
+  reasonings, tokens = ['wait ' * 4, 'wait ' * 3, '', 'wait ' * 9], [301, 301, 999, 301]
+  assert lazy_ratio(reasonings, tokens, [True, True, True, False]) == {'lazy': 2, 'total': 4, 'ratio': 0.5}
+  stricter = lazy_ratio(reasonings, tokens, [True] * 4, min_reflections=4, min_tokens=300)
+  assert stricter == {'lazy': 2, 'total': 4, 'ratio': 0.5}
+  assert lazy_ratio([], [], []) == {'lazy': 0, 'total': 0, 'ratio': 0.0}
+  with pytest.raises(ValueError, match='1 token counts'):
+    lazy_ratio(['a', 'b'], [1], [True, False])
+
+
+def write(folder: pathlib.Path, category: str, kind: str, rows: list):
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / f'BFCL_v3_{category}_{kind}.json').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+
+
+def multi_turn_files(folder: pathlib.Path):
+  for category in lazy_reasoning.GROUPS['multi_turn']:
+    rows = [{'id': f'{category}_0', 'reasoning_content': [['wait ' * 3, 'no'], [], ['but ' * 4]]},
+            {'id': f'{category}_1', 'reasoning_content': [['wait ' * 3]]}]
+    write(folder / 'result', category, 'result', rows)
+    write(folder / 'score', category, 'score', [{'accuracy': 0.5}, {'id': f'{category}_0'}])
+
+
+def group(folder: pathlib.Path, notes: list, **thresholds):
+  return lazy_reasoning.group_ratio(
+      folder / 'result', folder / 'score', lazy_reasoning.GROUPS['multi_turn'],
+      lambda texts: [len(text.split()) for text in texts], note=notes.append, **thresholds)
+
+
+def test_multi_turn_counts_steps(tmp_path):
+  multi_turn_files(tmp_path)
+  notes = []
+  assert group(tmp_path, notes, min_tokens=2) == {'lazy': 6, 'total': 12, 'ratio': 0.5}
+  assert group(tmp_path, notes, min_tokens=3) == {'lazy': 3, 'total': 12, 'ratio': 0.25}
+  assert not notes
+  (tmp_path / 'result' / 'BFCL_v3_multi_turn_miss_func_result.json').unlink()
+  assert group(tmp_path, notes) is None
+  assert notes == ['no file for multi_turn_miss_func result']
+
+
+@pytest.mark.parametrize('kind, line, reason', [
+    ('result', '{"id": "a"', r'result\.json:3: not JSON'),
+    ('result', '[]', r'result\.json:3: expected an object'),
+    ('result', '{"id": "a", "result": "x"}', r'result\.json:3: a result row needs id and reasoning_content'),
+    ('result', '{"id": "a", "reasoning_content": [[1]]}', r'result\.json:3: reasoning_content is neither'),
+    ('score', '{"valid": false}', r'score\.json:3: a failing item needs an id'),
+    ('score', '{"id": "stranger"}', "judges 1 items that .* lacks, such as 'stranger'"),
+])
+def test_bad_rows_are_named(tmp_path, kind, line, reason):
+  multi_turn_files(tmp_path)
+  path = tmp_path / kind / f'BFCL_v3_multi_turn_base_{kind}.json'
+  path.write_text(path.read_text() + line + '\n')
+  with pytest.raises(ValueError, match=reason):
+    group(tmp_path, [])
+
+
+def test_headless_score_file_and_ambiguous_files(tmp_path):
+  multi_turn_files(tmp_path)
+  write(tmp_path / 'result' / 'again', 'multi_turn_base', 'result', [])
+  with pytest.raises(ValueError, match='more than one result file of multi_turn_base'):
+    group(tmp_path, [])
+  write(tmp_path / 'score', 'multi_turn_base', 'score', [{'id': 'multi_turn_base_0'}])
+  with pytest.raises(ValueError, match='begins with its accuracy'):
+    lazy_reasoning.read_failures(tmp_path / 'score' / 'BFCL_v3_multi_turn_base_score.json')
+
+
+def analyze_published(data_dir: pathlib.Path, model: str, capsys):
+  published = data_dir / 'dcore_published'
+  status = analyze.main(['lazy', f'--results={published / "result" / model}', f'--scores={published / "score" / model}',
+                         f'--tokenizer={data_dir / "qwen3-tokenizer"}'])
+  captured = capsys.readouterr()
+  assert status == 0
+  return json.loads(captured.out), captured.err
+
+
+def counts(ratio: dict) -> tuple[int, int]:
+  assert ratio['ratio'] == ratio['lazy'] / ratio['total']
+  return ratio['lazy'], ratio['total']
+
+
+def test_published_qwen3_8b(data_dir, capsys):
+  ratios, notes = analyze_published(data_dir, 'Qwen3-8B', capsys)
+  assert counts(ratios['parallel']) == (8, 216)
+  assert counts(ratios['irrelevance']) == (102, 1122)
+  assert ratios['multi_turn'] is None and 'multi_turn: no file for multi_turn_base result' in notes
+
+
+def test_published_d_core_14b(data_dir, capsys):
+  ratios, notes = analyze_published(data_dir, 'D-CORE-14B', capsys)
+  assert counts(ratios['parallel']) == (11, 216)
+  assert ratios['irrelevance'] is None and ratios['multi_turn'] is None
+  # Its multi_turn_base score file is there, its result file is not: present in part is absent.
+  assert 'multi_turn: no file for multi_turn_base result, multi_turn_miss_func result' in notes
+
+
+def test_thresholds_reach_the_rule(tmp_path, capsys, monkeypatch):
+  multi_turn_files(tmp_path)
+
+  def count_words(texts, add_special_tokens):
+    assert not add_special_tokens
+    return {'input_ids': [text.split() for text in texts]}
+
+  monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', lambda folder: count_words)
+  folders = [f'--results={tmp_path / "result"}', f'--scores={tmp_path / "score"}', f'--tokenizer={tmp_path}']
+  for options, lazy in (([], 0), (['--min_tokens=2'], 6), (['--min_tokens=2', '--min_reflections=4'], 3)):
+    assert analyze.main(['lazy', *folders, *options]) == 0
+    ratios = json.loads(capsys.readouterr().out)
+    assert ratios['parallel'] is None and counts(ratios['multi_turn']) == (lazy, 12)
+
+
+def test_program_errors(tmp_path, capsys):
+  (tmp_path / 'there').mkdir()
+  options = [f'--scores={tmp_path / "there"}', f'--tokenizer={tmp_path / "there"}']
+  assert analyze.main(['lazy', f'--results={tmp_path / "absent"}', *options]) == 1
+  captured = capsys.readouterr()
+  assert captured.out == '' and f'no folder {tmp_path / "absent"}' in captured.err

@@ -1,0 +1,91 @@
+"""Acting tasks out with a scripted model, and the figures that come of it."""
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.evaluate.rollouts import act, measure
+from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
+from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+from dcore_jax.worlds.toolworld.world import ToolWorld
+
+KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return build_tokenizer(sample_texts(), 640)
+
+
+@dataclasses.dataclass
+class Done:
+  tokens: np.ndarray
+  finished: bool
+
+
+class Scripted:
+  """Answers each prompt with the next reference text of its task; requests of a round are answered in reverse."""
+
+  def __init__(self, tokenizer, tasks, reasoning, cut=False):
+    self.tokenizer, self.reasoning, self.cut = tokenizer, reasoning, cut
+    self.script = {}
+    for task in tasks:
+      answers = []
+      for turn in task.turns:
+        answers += [print_calls(list(turn.calls))] if task.kind == 'parallel' else [print_calls([c]) for c in turn.calls]
+        answers += [turn.answer]
+      self.script[task.turns[0].query] = iter(answers)
+
+  def stream(self, source, sampling):
+    while arrivals := list(source(3)):
+      for tag, request in reversed(arrivals):
+        prompt = self.tokenizer.decode(request.prompt)
+        query = next(q for q in self.script if q in prompt)
+        text = f'<think>\n{self.reasoning}\n</think>\n\n{next(self.script[query])}'
+        tokens = np.array(self.tokenizer(text)['input_ids'], np.int32)
+        if self.cut:
+          yield tag, Done(tokens[:5], False)
+        else:
+          yield tag, Done(np.append(tokens, self.tokenizer.eos_token_id), True)
+
+
+def run(tokenizer, reasoning='find it.', cut=False, count=8):
+  world, result = ToolWorld(), {}
+  for kind in KINDS:
+    tasks = world.tasks(kind, count, seed=2, split='eval')
+    assert len({t.turns[0].query for t in tasks}) == count
+    result[kind] = act(Scripted(tokenizer, tasks, reasoning, cut), tokenizer, world, tasks, None)
+  return result
+
+
+def test_a_perfect_model_scores_one(tokenizer):
+  trajectories = run(tokenizer)
+  figures = measure(trajectories)
+  assert figures['accuracy'] == dict.fromkeys(KINDS, 1.0) and figures['n'] == dict.fromkeys(KINDS, 8)
+  assert figures['lazy_ratio'] == dict.fromkeys(KINDS, 0.0) and not any(figures['failures'].values())
+  for trajectory in trajectories['sequential']:
+    assert len(trajectory.texts) == trajectory.task.steps + 1
+  # Tokens of "\nfind it.\n" between the tags: what the lazy measure counts.
+  inside = len(tokenizer('\nfind it.\n')['input_ids'])
+  assert {n for group in trajectories.values() for t in group for n in t.reasoning_tokens} == {inside}
+
+
+def test_right_answers_are_never_lazy_and_wrong_long_ones_are(tokenizer):
+  ramble = 'wait, but however. ' * 60
+  right = measure(run(tokenizer, ramble))
+  assert right['lazy_ratio']['single'] == 0 and right['reflections_per_response'] == 180
+  world = ToolWorld()
+  tasks = world.tasks('single', 4, seed=2, split='eval')
+  others = world.tasks('single', 8, seed=2, split='eval')[4:]
+  script = Scripted(tokenizer, tasks, ramble)
+  script.script = {t.turns[0].query: iter([print_calls(list(o.turns[0].calls))]) for t, o in zip(tasks, others)}
+  wrong = measure({'single': act(script, tokenizer, world, tasks, None)})
+  assert wrong['accuracy']['single'] == 0 and wrong['lazy_ratio']['single'] == 1
+
+
+def test_responses_cut_off_are_counted_and_wrong(tokenizer):
+  trajectories = run(tokenizer, cut=True, count=4)
+  figures = measure(trajectories)
+  assert figures['accuracy'] == dict.fromkeys(KINDS, 0.0) and figures['unfinished']['single'] == 4
+  assert all(n == 4 for t in trajectories['single'] for n in t.reasoning_tokens)
