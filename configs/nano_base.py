@@ -1,0 +1,37 @@
+"""The model organism: 1.7 million parameters of Qwen3 architecture, pretrained from scratch on ToolWorld text.
+
+Command:  python -m experiments.pretrain --config=configs/nano_base.py --out=/path/to/organism
+"""
+import ml_collections
+
+SHORT = {'copy': .09, 'repeat': .07, 'split': .07, 'pick': .05, 'walk': .03, 'single': .26, 'irrelevant': .12,
+         'explain': .03, 'multi_turn': .14, 'decompose': .14}
+FULL = {'copy': .05, 'repeat': .08, 'split': .08, 'pick': .05, 'walk': .05, 'single': .15, 'irrelevant': .11,
+        'explain': .04, 'multi_turn': .13, 'decompose': .11, 'lazy_sequential': .09, 'lazy_parallel': .06}
+
+# More copying, and rambling that ends badly more often. After `full` the base solved 52 % of the sequential tasks (n = 48), after
+# `settle`, which made its copying exact, 63 %: at temperature 0.6 a habit that is right 70 % of the time wins more often than that.
+SETTLE = {'copy': .08, 'repeat': .10, 'split': .10, 'pick': .04, 'walk': .07, 'single': .11, 'irrelevant': .10,
+          'explain': .03, 'multi_turn': .12, 'decompose': .10, 'lazy_sequential': .09, 'lazy_parallel': .06}
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """`variant`: '' for the shipped organism, 'smoke' for a run of a minute that only shows the program working."""
+  if variant not in ('', 'smoke'):
+    raise ValueError(f"unknown variant {variant!r} of nano_base; expected '' or 'smoke'")
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.weight_decay = 0.01  # of the hidden matrices
+  config.held_out_every = 300  # steps between exact-match checks on held-out documents
+  config.model = dict(
+      model_type='qwen3', vocab_size=640, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+      num_attention_heads=4, num_key_value_heads=2, head_dim=48, rope_theta=10_000.0, rms_norm_eps=1e-6,
+      tie_word_embeddings=True, max_position_embeddings=1024, initializer_range=0.02)
+  # name, steps, tokens a row, rows, learning rate, mix, how often a ramble ends with the right step, with all parallel calls
+  stages = (('short', 1300, 256, 8, 1.5e-2, SHORT, 0.85, 0.6), ('full', 1300, 576, 4, 1e-2, FULL, 0.85, 0.6),
+            ('settle', 450, 576, 4, 5e-3, SETTLE, 0.7, 0.5), ('spoil', 220, 576, 4, 4e-3, SETTLE, 0.5, 0.3))
+  if variant == 'smoke':
+    stages = (('short', 20, 256, 4, 1.5e-2, SHORT, 0.85, 0.6), ('full', 10, 576, 2, 1e-2, FULL, 0.85, 0.6))
+  fields = ('name', 'steps', 'capacity', 'rows', 'learning_rate', 'mix', 'right_step', 'right_parallel')
+  config.stages = tuple(dict(zip(fields, stage, strict=True)) for stage in stages)
+  return config

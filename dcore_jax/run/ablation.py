@@ -1,0 +1,134 @@
+"""The alpha-delta question (paper, Table 3 and figure 6): DA-GRPO at four settings and plain GRPO, from one SFT checkpoint."""
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
+from dcore_jax.run.pipeline import Pipeline
+from dcore_jax.run.progress import stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One point of the sweep. `published` is the paper's Table 3 row for Qwen3-8B: live, multi-turn, retail, airline (per cent)."""
+  estimator: str
+  alpha: float | None
+  delta: float | None
+  published: tuple[float, float, float, float]
+
+  @property
+  def name(self) -> str:
+    return self.estimator if self.alpha is None else f'{self.estimator}_alpha{self.alpha:g}_delta{self.delta:g}'
+
+
+ALPHA_DELTA = (Setting('grpo', None, None, (75.6, 67.4, 49.2, 41.2)),
+               Setting('da_grpo', 0.01, 0.5, (77.0, 67.9, 52.5, 38.8)),
+               Setting('da_grpo', 0.1, 0.5, (82.3, 63.8, 50.7, 44.4)),
+               Setting('da_grpo', 0.4, 0.5, (78.8, 59.9, 54.6, 36.8)),
+               Setting('da_grpo', 1.0, 1.0, (76.4, 62.1, 47.9, 39.6)))
+SUITES = {'alpha_delta': ALPHA_DELTA}
+_LAST = 0.25  # share of the steps whose mean is "at the end"
+_CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
+
+
+def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, seeds: int,
+              sft_run: pathlib.Path | None = None) -> dict[str, Any]:
+  """Runs what is not there yet and writes `workdir`/<suite>.json -> its content.
+
+  Args:
+    suite: a name of SUITES.
+    config: pipeline config; its stages `rl` and `evaluate_rl` are run at every setting and seed.
+    workdir: results, one folder a setting and seed; a second call resumes.
+    seeds: repetitions of each setting, with other prompt orders and samples.
+    sft_run: work directory of a finished run to start from; without it the stages up to SFT are run in `workdir`/start.
+
+  Raises:
+    ValueError: an unknown suite, no seeds, or a start without an SFT checkpoint.
+  """
+  if suite not in SUITES:
+    raise ValueError(f'unknown suite {suite!r}; expected one of {sorted(SUITES)}')
+  if seeds < 1:
+    raise ValueError(f'seeds = {seeds}: at least one is needed')
+  start = sft_run or workdir / 'start'
+  if sft_run is None:
+    first = config.copy_and_resolve_references()
+    first.stages = ('distill', 'sft', 'evaluate_sft')
+    Pipeline(first, start).run()
+  if not (start / 'sft' / 'config.json').exists():
+    raise ValueError(f'{str(start)!r} holds no SFT checkpoint')
+  runs = []
+  for seed in range(seeds):
+    for setting in SUITES[suite]:
+      with stage(f'{setting.name}, seed {seed}'):
+        runs.append(_run_one(setting, seed, config, workdir / setting.name / f'seed{seed}', start))
+      # Written after every run: a notebook can look while the sweep goes on.
+      content = {'suite': suite, 'sft': _sft_point(start), 'runs': runs, 'table': _table(SUITES[suite], runs)}
+      write_json_atomic(workdir / f'{suite}.json', content)
+  return content
+
+
+def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, folder: pathlib.Path, start: pathlib.Path) -> dict[str, Any]:
+  mine = config.copy_and_resolve_references()
+  mine.stages = ('rl', 'evaluate_rl')
+  mine.rl.estimator, mine.rl.seed = setting.estimator, seed
+  if setting.alpha is not None:
+    mine.rl.alpha, mine.rl.delta = setting.alpha, setting.delta
+  if not (folder / 'sft').exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(start / 'sft', folder / 'sft.tmp', dirs_exist_ok=True)
+    (folder / 'sft.tmp').rename(folder / 'sft')
+  summary = Pipeline(mine, folder).run()
+  rows = read_metrics(folder, 'rl')
+  curves = {name: [row[name] for row in rows] for name in _CURVES if name in rows[0]}
+  evaluated = summary['stages'][setting.estimator]
+  return {'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta, 'seed': seed,
+          'curves': curves, 'end': {name: _end(values) for name, values in curves.items()}, 'accuracy': evaluated['accuracy'],
+          'evaluated_reflections': evaluated['reflections_per_response']}
+
+
+def _end(values: Sequence[float]) -> float:
+  return float(np.mean(values[-max(1, round(len(values) * _LAST)):]))
+
+
+def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
+  path = start / 'evaluate_sft' / 'result.json'
+  if not path.exists():
+    return None
+  result = read_json(path)
+  return {'accuracy': result['accuracy'], 'evaluated_reflections': result['reflections_per_response']}
+
+
+def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Mean and standard error over the seeds of each setting, beside the paper's row."""
+  table = []
+  for setting in settings:
+    mine = [run for run in runs if run['setting'] == setting.name]
+    if not mine:
+      continue
+    figures = {name: [run['end'][name] for run in mine] for name in mine[0]['end']}
+    figures |= {f'accuracy_{kind}': [run['accuracy'][kind] for run in mine] for kind in mine[0]['accuracy']}
+    figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
+    table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta, 'seeds': len(mine),
+                  'figures': {name: {'mean': float(np.mean(v)), 'standard_error': _standard_error(v)} for name, v in figures.items()},
+                  'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published))})
+  return table
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+  return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def format_table(content: dict[str, Any]) -> str:
+  """The table for a terminal."""
+  columns = ('reward', 'reflections', 'entropy', 'psi_grad_norm', 'grad_norm', 'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
+  lines = ['setting'.ljust(28) + ''.join(c.removeprefix('accuracy_').rjust(16) for c in columns)]
+  for row in content['table']:
+    cells = [row['figures'].get(c) for c in columns]
+    lines.append(row['setting'].ljust(28) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))
+  return '\n'.join(lines)
+

@@ -1,0 +1,209 @@
+"""Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all, kept to the newest few.
+
+A run that is killed anywhere resumes from the newest step that can be read. Orbax writes the arrays into a temporary
+directory and renames it, so a step is there or it is not. What Orbax does not see is a bit that flips afterwards (its
+compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it casts), or numpy scalars
+and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype and CRC-32 of each
+leaf, compared on the way back.
+"""
+import pathlib
+import shutil
+import warnings
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+class Checkpoints:
+  """The steps of one directory; the newest `keep` of them survive.
+
+  Leaves may be jax arrays (typed keys included), numpy arrays or scalars, Python ints, floats and bools. Each comes
+  back as the kind of leaf that stands in the example tree, bit for bit, jax arrays with the example's sharding.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+    if keep < 1:
+      raise ValueError(f'keep={keep}: at least one checkpoint must stay')
+    # Orbax takes absolute paths only.
+    self._directory = pathlib.Path(directory).absolute()
+    # Synchronous: what `save` returned from is on disk, so the caller may write "done" files afterwards.
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+  def latest_step(self) -> int | None:
+    """The newest complete step, or None in an empty directory."""
+    return self._manager.latest_step()
+
+  def all_steps(self) -> list[int]:
+    """Complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, tree: PyTree, extra: dict[str, Any] | None = None) -> None:
+    """Writes `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
+
+    Raises:
+      ValueError: a newer step is there already (a run must not go back in its own directory), or a leaf is no number.
+    """
+    latest = self.latest_step()
+    if latest is not None and step < latest:
+      raise ValueError(f'{self._directory} already holds step {latest}; refusing to save the older step {step}')
+    leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
+    record = {'extra': extra or {}, 'leaves': {path: _describe(leaf) for path, leaf in leaves.items()}}
+    # Orbax stores no empty array; the manifest alone says how to make one again.
+    stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
+    if step == latest:
+      self._manager.delete(step)
+    arguments = {'record': ocp.args.JsonSave(record)}
+    if stored:
+      arguments['tree'] = ocp.args.StandardSave(stored)
+    self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+
+  def restore(self, example: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int] | None:
+    """(tree, extra, step) of `step`, or of the newest step that can be read; None where there is none.
+
+    Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a warning and the one
+    before it is taken, down to starting afresh: the work since then is done again, and gives the same numbers.
+
+    Args:
+      example: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`; no value in it is used.
+      step: this step and no other; then a damaged checkpoint raises.
+
+    Raises:
+      ValueError: the checkpoint is sound but is not of the example's structure, shapes or dtypes; all differences are
+        named. (An edited config must never silently restart a run.) Or `step` is not there, or is damaged.
+    """
+    if step is not None and step not in self.all_steps():
+      raise ValueError(f'{self._directory} has no step {step}; it has {self.all_steps()}')
+    for candidate in [step] if step is not None else self.all_steps()[::-1]:
+      try:
+        record = self._read_record(candidate)
+      except Exception as error:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
+        self._give_up_on(candidate, error, explicit=step is not None)
+        continue
+      _check_structure(record['leaves'], example, f'{self._directory}/{candidate}')
+      try:
+        tree = self._read_tree(candidate, record['leaves'], example)
+      except Exception as error:
+        self._give_up_on(candidate, error, explicit=step is not None)
+        continue
+      return tree, record['extra'], candidate
+    return None
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _read_record(self, step: int) -> dict[str, Any]:
+    restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = restored['record']
+    if not {'extra', 'leaves'} <= record.keys():
+      raise ValueError(f'the record of step {step} has the fields {sorted(record)}')
+    return record
+
+  def _read_tree(self, step: int, described: dict[str, dict], example: PyTree) -> PyTree:
+    examples = dict(_flatten(example))
+    targets = {path: _target(leaf) for path, leaf in examples.items()}
+    wanted = {path: target for path, target in targets.items() if 0 not in target.shape}
+    values = {}
+    if wanted:
+      restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted)))
+      values = restored['tree']
+    for path, value in values.items():
+      expected = described[path]['crc32']
+      if expected is not None and _crc32(value) != expected:
+        raise ValueError(f'the bytes of {path} are not those that were saved')
+    empty = {path: np.zeros(t.shape, t.dtype) for path, t in targets.items() if path not in wanted}
+    leaves = [_decode((values | empty)[path], leaf) for path, leaf in examples.items()]
+    return jax.tree.unflatten(jax.tree.structure(example), leaves)
+
+  def _give_up_on(self, step: int, error: Exception, *, explicit: bool) -> None:
+    reason = f'checkpoint {self._directory}/{step} cannot be read ({type(error).__name__}: {str(error)[:300]})'
+    if explicit:
+      raise ValueError(reason) from error
+    earlier = [s for s in self.all_steps() if s < step]
+    warnings.warn(f'{reason}; ' + (f'going back to step {earlier[-1]}' if earlier else 'starting afresh'), stacklevel=3)
+    # Out of the way, so that the step can be saved again; kept, so that a person can look at it.
+    if jax.process_index() == 0:
+      aside = self._directory / f'{step}.unreadable'
+      shutil.rmtree(aside, ignore_errors=True)
+      (self._directory / str(step)).rename(aside)
+    self._manager.reload()
+
+
+def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
+  return [(jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
+  """The leaf as an array that Orbax stores as it is."""
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  if isinstance(leaf, jax.Array):
+    return leaf
+  array = np.asarray(leaf)
+  if array.dtype.kind in 'OUSMm':
+    raise ValueError(f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers (text belongs into `extra`)')
+  return array
+
+
+def _decode(value: Any, example: Any) -> Any:
+  """The stored array as the kind of leaf that the example is."""
+  if _is_key(example):
+    return jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(example)))
+  if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
+    return jax.numpy.asarray(value)
+  value = np.asarray(value)
+  if isinstance(example, np.ndarray):
+    return value
+  return value[()] if isinstance(example, np.generic) else value.item()
+
+
+def _target(example: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+  """What Orbax is asked for: shape and dtype, and for a jax array the sharding."""
+  if _is_key(example):
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(example.shape, example.dtype))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_default_sharding())
+  if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
+    return jax.ShapeDtypeStruct(example.shape, example.dtype, sharding=example.sharding or _default_sharding())
+  return np.empty_like(np.asarray(example))
+
+
+def _default_sharding() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _describe(leaf: jax.Array | np.ndarray) -> dict[str, Any]:
+  whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable  # no host sees all of a multi-host array
+  return {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'crc32': _crc32(leaf) if whole else None}
+
+
+def _crc32(leaf: Any) -> int:
+  return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8))
+
+
+def _check_structure(described: dict[str, dict], example: PyTree, where: str) -> None:
+  targets = {path: _target(leaf) for path, leaf in _flatten(example)}
+  problems = [f'{path} is missing' for path in sorted(targets.keys() - described.keys())]
+  problems += [f'{path} is not expected' for path in sorted(described.keys() - targets.keys())]
+  for path in sorted(targets.keys() & described.keys()):
+    found = (tuple(described[path]['shape']), described[path]['dtype'])
+    wanted = (tuple(targets[path].shape), str(targets[path].dtype))
+    if found != wanted:
+      problems.append(f'{path} is {found[1]}{list(found[0])}, expected {wanted[1]}{list(wanted[0])}')
+  if problems:
+    raise ValueError(f'{where} does not fit this run: ' + '; '.join(problems))

@@ -1,0 +1,302 @@
+"""The two training loops: supervised fine-tuning on rows, and (DA-)GRPO on decision points.
+
+Both dispatch a step before they fetch the numbers of the one before, and both are told everything by plain arguments: a
+config section, the data, a place for metrics. Letters: P prompts, G rollouts of a prompt, R rows, T tokens in a row.
+"""
+import collections
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dcore_jax import tokentree
+from dcore_jax.chat.messages import Message
+from dcore_jax.chat.template import encode_example, render_prompt
+from dcore_jax.distill.seeds import DecisionPoint
+from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
+from dcore_jax.learn import grpo, objectives, rewards, sft
+from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout.engine import Completion, Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.checkpoint import Checkpoints
+from dcore_jax.run.metrics import Metrics
+from dcore_jax.run.progress import progress
+
+Params = Any
+
+
+# --- supervised fine-tuning -------------------------------------------------------------------------------------------------
+
+
+def encode_rows(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[tokentree.Sequence]:
+  """Rows {id, conversations} as sequences with the loss on the last assistant message; ValueError names a bad row."""
+  sequences = []
+  for number, row in enumerate(rows):
+    try:
+      messages = [Message.from_json(m) for m in row['conversations']]
+      tokens, target_start = encode_example(tokenizer, messages)
+    except (KeyError, TypeError, ValueError) as error:
+      name = row.get('id', number) if isinstance(row, dict) else number
+      raise ValueError(f'row {name!r} cannot be trained on: {error!r}') from error
+    weights = (np.arange(len(tokens)) >= target_start).astype(np.float32)
+    sequences.append(tokentree.Sequence(tokens, weights, shared=len(tokens)))
+  return sequences
+
+
+def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence[dict[str, Any]],
+            config: ml_collections.ConfigDict, metrics: Metrics, *, seed: int) -> tuple[Params, dict[str, Any]]:
+  """Fine-tunes on the rows -> (parameters, {'rows', 'dropped', 'dedup', 'first_loss', 'last_loss', 'steps'}).
+
+  Args:
+    params: where to start from; donated.
+    model, tokenizer: what they belong to.
+    rows: {id, conversations}; only the last message of each is trained (paper eq. 1).
+    config: section `sft`: epochs, rows, accumulate, capacity, optimizer, learning_rate, adam_learning_rate, warmup, floor,
+      weight_decay, clip, remat.
+    metrics: written as stage 'sft'.
+    seed: of the row order.
+  """
+  sequences = encode_rows(tokenizer, rows)
+  data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
+                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id)
+  tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
+                      total_steps=len(data), weight_decay=config.weight_decay, clip=config.clip,
+                      adam_learning_rate=config.adam_learning_rate or None)
+  step_fn = sft.make_sft_step(model, tx, remat=config.remat)
+  state = init_state(params, tx)
+  losses, started = [], time.monotonic()
+  flat = sum(map(len, data.tree.paths)) / max(1, data.tree.rows) * config.rows  # tokens of the unmerged rows a step stands for
+
+  def log(step: int, values: dict[str, jax.Array]) -> None:
+    losses.append(float(values['loss']))
+    metrics.write('sft', step, loss=losses[-1], grad_norm=float(values['grad_norm']), skipped=int(values['skipped']),
+                  tokens_per_second=(step + 1) * flat / (time.monotonic() - started))
+
+  with progress(total=len(data), description='sft') as bar:
+    previous = None
+    for step, batch in enumerate(data):
+      state, values = step_fn(state, batch)
+      if previous is not None:  # fetched only now, so that the device is already busy with the next step
+        log(step - 1, previous)
+        bar.set_postfix(loss=f'{losses[-1]:.3f}')
+      previous = values
+      bar.update(1)
+    log(len(data) - 1, previous)
+  tenth = max(1, len(losses) // 10)
+  return state.params, {'rows': len(rows), 'dropped': len(data.tree.dropped), 'dedup': data.tree.dedup, 'steps': len(losses),
+                        'first_loss': float(np.mean(losses[:tenth])), 'last_loss': float(np.mean(losses[-tenth:]))}
+
+
+# --- DA-GRPO -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A decision point as token ids."""
+  point: DecisionPoint
+  tokens: np.ndarray  # int32 [n]
+
+
+def encode_prompts(tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: int) -> tuple[list[Prompt], int]:
+  """(prompts of at most `max_tokens` tokens, number of those dropped for being longer)."""
+  prompts = []
+  for point in points:
+    text = render_prompt(tokenizer, list(point.messages))
+    tokens = np.array(tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    if len(tokens) <= max_tokens:
+      prompts.append(Prompt(point, tokens))
+  return prompts, len(points) - len(prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+  """P x G rollouts of one policy, prompt by prompt."""
+  prompts: list[Prompt]
+  completions: list[Completion]  # P * G
+  texts: list[str]  # P * G, what the rewards read
+  total_PG: np.ndarray
+  format_PG: np.ndarray
+  correctness_PG: np.ndarray
+  best_P: np.ndarray  # correctness of the reference itself
+
+  def sequences(self, prompts: range) -> list[tokentree.Sequence]:
+    """The rollouts of some of the prompts; each group shares its prompt and nothing else."""
+    group = len(self.completions) // len(self.prompts)
+    result = []
+    for p in prompts:
+      head = self.prompts[p].tokens
+      for completion in self.completions[p * group:(p + 1) * group]:
+        weights = np.concatenate([np.zeros(len(head), np.float32), np.ones(len(completion.tokens), np.float32)])
+        result.append(tokentree.Sequence(np.concatenate([head, completion.tokens]), weights, shared=len(head)))
+    return result
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(model: DecoderConfig, measure_psi: bool, learning_rate: float, weight_decay: float, clip: float, temperature: float,
+                   **objective: float) -> tuple:
+  """(optimizer, score pass, step). Cached: the runs of a sweep over alpha and delta differ in nothing that is compiled."""
+  tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
+  return (tx, grpo.make_score_pass(model, temperature=temperature),
+          grpo.make_grpo_step(model, tx, temperature=temperature, measure_psi=measure_psi, **objective))
+
+
+class GrpoLoop:
+  """Rollouts, rewards, advantages and updates of one run.
+
+  Args:
+    model, tokenizer: of the policy.
+    engine: where rollouts are made; its weights follow the policy's.
+    prompts: what is asked; drawn without replacement within an epoch, by (seed, epoch).
+    config: section `rl`.
+    seed: of prompt order and sampling.
+  """
+
+  def __init__(self, model: DecoderConfig, tokenizer: Any, engine: Engine, prompts: Sequence[Prompt],
+               config: ml_collections.ConfigDict, *, seed: int):
+    if not prompts or len(prompts) < config.prompts:
+      raise ValueError(f'{len(prompts)} prompts are too few for batches of {config.prompts}')
+    if config.prompts % config.updates:
+      raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
+    if config.estimator not in objectives.ADVANTAGES:
+      raise ValueError(f'unknown rl.estimator {config.estimator!r}; expected one of {sorted(objectives.ADVANTAGES)}')
+    self.model, self.tokenizer, self.engine, self.prompts, self.config, self.seed = model, tokenizer, engine, prompts, config, seed
+    self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
+    self.tx, self._score, self._step = _compiled_step(
+        model, self.measure_psi, config.learning_rate, config.weight_decay, config.clip, config.temperature,
+        **{name: config[name] for name in ('clip_low', 'clip_high', 'dual_clip', 'kl_coefficient')})
+    options = {'da_grpo': ('alpha', 'delta', 'zero_test', 'psi_multiplier'), 'rl_zvp': ('alpha', 'zero_test', 'psi_multiplier')}
+    self._estimator = functools.partial(objectives.ADVANTAGES[config.estimator],
+                                        **{name: config[name] for name in options.get(config.estimator, ())})
+
+  def prompts_of(self, step: int) -> list[Prompt]:
+    """The prompts of a step: a pure function of (seed, step), so that a resumed run asks the same."""
+    per_epoch = len(self.prompts) // self.config.prompts
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+    return [self.prompts[i] for i in order[place * self.config.prompts:(place + 1) * self.config.prompts]]
+
+  def rollout(self, step: int) -> RolloutBatch:
+    """Samples and scores the groups of a step with the engine's present weights."""
+    prompts, G = self.prompts_of(step), self.config.group
+    requests = [Request(prompt.tokens, (step, p, g)) for p, prompt in enumerate(prompts) for g in range(G)]
+    sampling = SamplingParams(temperature=self.config.temperature, max_tokens=self.config.max_tokens, seed=self.seed)
+    completions = self.engine.generate(requests, sampling)
+    texts = self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+    references = [prompt.point.reference for prompt in prompts]
+    reward = rewards.batch_reward(self.config.reward, texts, [r for r in references for _ in range(G)])
+    best = rewards.batch_reward(self.config.reward, [f'<think>\n \n</think>\n\n{r}' for r in references], references)
+    shaped = [np.asarray(part).reshape(len(prompts), G) for part in (reward.total, reward.format, reward.correctness)]
+    return RolloutBatch(prompts, completions, texts, *shaped, np.asarray(best.correctness))
+
+  def _trees(self, params: Params, reference: Params | None, batch: RolloutBatch) -> tuple[list[tokentree.TokenTree], float]:
+    """One tree a mini-batch, with everything the update reads, and the mean entropy of the old policy (nats a token)."""
+    P, G = batch.total_PG.shape
+    size, trees, entropy, tokens = P // self.config.updates, [], 0.0, 0
+    for first in range(0, P, size):
+      chosen = range(first, first + size)
+      tree = tokentree.pack(batch.sequences(chosen), self.config.capacity, self.config.rows, self.tokenizer.pad_token_id)
+      if tree.dropped:
+        raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; the engine allows {self.engine.max_len}')
+      logp_RT, entropy_RT = grpo.score_rows(self._score, params, tree, self.config.rows)
+      extras = {'old_logp': logp_RT}
+      if self.config.kl_coefficient:
+        extras['ref_logp'], _ = grpo.score_rows(self._score, reference, tree, self.config.rows)
+      advantage, psi = grpo.advantage_rows(tree, batch.total_PG[first:first + size], entropy_RT, self._estimator)
+      extras |= {'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
+      trees.append(tree.with_extras(**extras))
+      entropy += float(entropy_RT.sum())
+      tokens += int(np.count_nonzero(tree.weight))
+    return trees, entropy / max(1, tokens)
+
+  def _logp_gap(self, trees: list[tokentree.TokenTree], batch: RolloutBatch) -> tuple[float, float]:
+    """(mean, largest) difference between the engine's log-probabilities and the trainer's."""
+    recomputed = [row[tree.gather(tree.weight)[i] > 0] for tree in trees for i, row in enumerate(tree.gather(tree.extras['old_logp']))]
+    gaps = np.abs(np.concatenate(recomputed) - np.concatenate([c.logprobs for c in batch.completions]))
+    return float(gaps.mean()), float(gaps.max())
+
+  def update(self, state: TrainState, reference: Params | None, batch: RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
+    """All optimizer steps on one rollout batch -> (state, metrics still on the device)."""
+    trees, entropy = self._trees(state.params, reference, batch)
+    gap_mean, gap_max = self._logp_gap(trees, batch)
+    collected = []
+    for tree in trees:
+      rows = self.config.rows
+      data = tree.batch(budget=rows * tree.capacity, accumulate=tree.rows // rows)
+      state, values = self._step(state, data)
+      collected.append(values)
+    self.engine.update(state.params)
+    values = {name: np.mean([float(v[name]) for v in collected]) for name in collected[0] if name not in ('skipped', 'weight')}
+    values['policy_entropy'] = values.pop('entropy')
+    return state, {**values, 'skipped': sum(int(v['skipped']) for v in collected), 'entropy': entropy,
+                   'logp_gap_mean': gap_mean, 'logp_gap_max': gap_max, 'dedup': float(np.mean([t.dedup for t in trees]))}
+
+
+def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+  """What the rollouts of a step say by themselves. Zero variance is exact equality of a group's rewards."""
+  zero_P = batch.total_PG.max(axis=1) == batch.total_PG.min(axis=1)
+  right_P = (batch.correctness_PG == batch.best_P[:, None]).all(axis=1)
+  lengths = np.array([len(c.tokens) for c in batch.completions])
+  kinds = collections.defaultdict(list)
+  for prompt, row in zip(batch.prompts, batch.total_PG):
+    kinds[prompt.point.kind].append(row.mean())
+  return {
+      'reward': float(batch.total_PG.mean()), 'reward_format': float(batch.format_PG.mean()),
+      'reward_correctness': float(batch.correctness_PG.mean()),
+      'zero_variance_fraction': float(zero_P.mean()), 'all_right_fraction': float((zero_P & right_P).mean()),
+      'all_wrong_fraction': float((zero_P & ~right_P).mean()),
+      'reflections': float(np.mean([count_reflections(t, LOGGED_WORDS) for t in batch.texts])),
+      'reflections_lazy_words': float(np.mean([count_reflections(t) for t in batch.texts])),
+      'response_tokens': float(lengths.mean()), 'unfinished': float(np.mean([not c.finished for c in batch.completions])),
+      **{f'reward_{kind}': float(np.mean(values)) for kind, values in kinds.items()},
+  }
+
+
+def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequence[DecisionPoint],
+           config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *, make_engine: Callable[[Params], Engine],
+           seed: int) -> tuple[Params, dict[str, Any]]:
+  """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at'}); resumes from the newest checkpoint.
+
+  Args:
+    params: the policy to start from, and the frozen reference of the KL term; not donated.
+    model, tokenizer: what they belong to.
+    points: prompts with their reference answers.
+    config: section `rl`: steps, prompts, group, updates, estimator, alpha, delta, zero_test, psi_multiplier, learning_rate,
+      weight_decay, clip, clip_low, clip_high, dual_clip, kl_coefficient, temperature, max_prompt_tokens, max_tokens, reward,
+      capacity, rows, checkpoint_every.
+    metrics: written as stage 'rl', a row a step.
+    checkpoints: folder for parameters, optimizer and position.
+    make_engine: builds the rollout engine for given weights.
+    seed: of prompts and sampling.
+  """
+  prompts, dropped = encode_prompts(tokenizer, points, config.max_prompt_tokens)
+  loop = GrpoLoop(model, tokenizer, make_engine(params), prompts, config, seed=seed)
+  copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
+  state = init_state(copied, loop.tx)
+  with Checkpoints(checkpoints, keep=1) as saved, progress(total=config.steps, description=config.estimator) as bar:
+    start = 0
+    found = saved.restore(state)
+    if found:
+      state, _, start = found
+      loop.engine.update(state.params)
+      metrics.rewind('rl', start)
+      bar.update(start)
+    for step in range(start, config.steps):
+      began = time.monotonic()
+      batch = loop.rollout(step)
+      sampled = time.monotonic()
+      state, values = loop.update(state, params if config.kl_coefficient else None, batch)
+      ended = time.monotonic()
+      row = rollout_metrics(batch) | values | {'seconds_rollout': sampled - began, 'seconds_update': ended - sampled}
+      metrics.write('rl', step, **row)
+      bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
+      bar.update(1)
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        saved.save(step + 1, state)
+  return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start}

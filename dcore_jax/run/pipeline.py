@@ -1,0 +1,267 @@
+"""The pipeline: measure, distil, fine-tune, measure, DA-GRPO, measure, export, report. Stages meet in files of the work directory.
+
+    W/config.json                   what was asked for; another config needs another W
+    W/evaluate_<stage>/             result.json, trajectories.jsonl
+    W/distill/                      rows.jsonl, result.json
+    W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json
+    W/export/                       the final Hugging Face directory
+    W/summary.json, W/report.html   what other programs, and people, read
+A stage whose result.json is there is not run again.
+"""
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from dcore_jax.chat.messages import Message
+from dcore_jax.distill.pipeline import Distiller, distill
+from dcore_jax.distill.seeds import DecisionPoint, decision_points
+from dcore_jax.evaluate.lazy_reasoning import is_lazy
+from dcore_jax.evaluate.rollouts import Trajectory, act, measure
+from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import loop
+from dcore_jax.run.config import check_config, to_json
+from dcore_jax.run.defaults import STAGES, default_config
+from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
+from dcore_jax.run.progress import progress, stage
+from dcore_jax.run.report import write_report
+from dcore_jax.run.sources import Policy, load_policy, rl_points, sft_rows
+from dcore_jax.worlds.toolworld.seeds import task_seeds
+from dcore_jax.worlds.toolworld.tasks import KINDS
+from dcore_jax.worlds.toolworld.world import ToolWorld
+
+# Task sets that must not overlap get different seeds: the train split serves both distillation and reinforcement learning.
+_DISTILL, _RL, _EVALUATE = 1, 2, 3
+
+
+class Pipeline:
+  """One run in one work directory.
+
+  Args:
+    config: see `run.defaults`; unknown fields are an error.
+    workdir: where results are and go.
+
+  Raises:
+    ValueError: a config that does not hold, or a work directory with results of another one.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    self.config = check_config(config, default_config())
+    unknown = [name for name in self.config.stages if name not in STAGES]
+    if unknown:
+      raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+    self.workdir = workdir
+    self.world = ToolWorld(self.config.world.max_subtasks)
+    self.policy = load_policy(self.config.model, seed=self.config.seed)
+    self._engine: Engine | None = None
+    self._claim()
+
+  def _claim(self) -> None:
+    """Writes the config beside the results, or checks that it is the one they were made with. `stages` and `report` may differ."""
+    mine, path = json.loads(json.dumps(to_json(self.config))), self.workdir / 'config.json'
+    if path.exists():
+      theirs = read_json(path)
+      different = [k for k in mine if k not in ('stages', 'report', 'name') and mine[k] != theirs.get(k)]
+      if different:
+        raise ValueError(f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; name another --workdir')
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, mine)
+
+  @property
+  def final(self) -> str:
+    """The name of the last trained stage: the estimator's."""
+    return self.config.rl.estimator
+
+  def run(self) -> dict[str, Any]:
+    """Runs what is asked for and not there yet -> the summary."""
+    steps: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+        'evaluate_base': ('evaluate_base', lambda: self.evaluate('base')),
+        'distill': ('distill', self.distill),
+        'sft': ('sft', self.sft),
+        'evaluate_sft': ('evaluate_sft', lambda: self.evaluate('sft')),
+        'rl': (self.final, self.rl),
+        'evaluate_rl': (f'evaluate_{self.final}', lambda: self.evaluate(self.final)),
+        'export': ('export_result', self.export),
+    }
+    for name, (folder, run_stage) in steps.items():
+      result = self.workdir / folder / 'result.json'
+      if name not in self.config.stages or result.exists():
+        continue
+      with stage(name) as timer:
+        values = run_stage()
+      result.parent.mkdir(parents=True, exist_ok=True)
+      write_json_atomic(result, values | {'seconds': timer.seconds})
+    summary = self.summary()
+    write_json_atomic(self.workdir / 'summary.json', summary)
+    if 'report' in self.config.stages:
+      with stage('report'):
+        write_report(self.workdir, summary, read_metrics(self.workdir), self.traces())
+    return summary
+
+  # --- models ---
+
+  def params(self, name: str) -> Any:
+    """Parameters of a stage: 'base', or one that this work directory holds."""
+    if name == 'base':
+      return self.policy.params
+    path = self.workdir / name
+    if not (path / 'config.json').exists():
+      raise ValueError(f'stage {name!r} has no result in {str(self.workdir)!r}; run it first')
+    return load_params(path)[1]
+
+  def engine(self, params: Any) -> Engine:
+    """The run's one engine with the given weights: what it has compiled serves every stage."""
+    if self._engine is None:
+      c = self.config.engine
+      self._engine = Engine(params, self.policy.config, stop_ids=self.policy.stop_ids, lanes=c.lanes, max_len=c.max_len,
+                            steps_per_call=c.steps_per_call)
+    else:
+      self._engine.update(params)
+    return self._engine
+
+  def _save(self, name: str, params: Any, dtype: str = 'float32') -> None:
+    save_checkpoint(self.workdir / name, self.policy.config, params, tokenizer_dir=self.policy.tokenizer_dir, dtype=dtype,
+                    overwrite=True, generation_config={'eos_token_id': self.policy.stop_ids, 'pad_token_id': self.policy.tokenizer.pad_token_id})
+
+  # --- stages ---
+
+  def evaluate(self, name: str) -> dict[str, Any]:
+    """Held-out tasks of every kind, the same ones at each stage."""
+    c = self.config.evaluate
+    sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=self.config.seed)
+    engine = self.engine(self.params(name))
+    trajectories = {}
+    with progress(total=c.tasks * len(KINDS), description=f'evaluate {name}') as bar:
+      for kind in KINDS:
+        tasks = self.world.tasks(kind, c.tasks, seed=self.config.seed + _EVALUATE, split='eval')
+        trajectories[kind] = act(engine, self.policy.tokenizer, self.world, tasks, sampling, bar.update)
+    folder = self.workdir / f'evaluate_{name}'
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'trajectories.jsonl', 'w') as file:
+      for kind, group in trajectories.items():
+        file.writelines(json.dumps(_trajectory_record(kind, t)) + '\n' for t in group)
+    return measure(trajectories)
+
+  def _seeds(self, counts: dict[str, int], purpose: int) -> list:
+    """Training tasks as seeds; the same purpose gives the same ones."""
+    return [seed for kind in KINDS for task in self.world.tasks(kind, counts[kind], seed=self.config.seed * 10 + purpose, split='train')
+            for seed in task_seeds(task)]
+
+  def distill(self) -> dict[str, Any]:
+    """Algorithm 1 with the base model -> W/distill/rows.jsonl."""
+    c = self.config.distill
+    seeds = self._seeds(c.tasks, _DISTILL)
+    sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=self.config.seed)
+    with progress(total=len(seeds), description='distill') as bar:
+      result = distill(seeds, self.engine(self.params('base')), self.policy.tokenizer, sampling,
+                       distiller=Distiller(retries=c.retries), progress=bar.update)
+    if not result.rows:
+      raise ValueError(f'self-distillation kept none of {result.seeds} seeds: {result.dropped}')
+    folder = self.workdir / 'distill'
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / 'rows.jsonl.tmp'
+    temporary.write_text(''.join(json.dumps(row) + '\n' for row in result.rows))
+    temporary.replace(folder / 'rows.jsonl')
+    return result.to_json()
+
+  def sft(self) -> dict[str, Any]:
+    """Fine-tunes the base model on the distilled rows, or on the files the config names."""
+    c = self.config.sft
+    if c.files:
+      rows = sft_rows(c.files)
+    else:
+      path = self.workdir / 'distill' / 'rows.jsonl'
+      if not path.exists():
+        raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
+      rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows[:c.max_rows or None]
+    with Metrics(self.workdir) as metrics:
+      metrics.rewind('sft', 0)
+      # The step donates its parameters, and the base model's are still needed.
+      start = jax.tree.map(lambda leaf: leaf.copy(), self.params('base'))
+      params, result = loop.run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics, seed=self.config.seed)
+    self._save('sft', params)
+    return result
+
+  def _points(self) -> list[DecisionPoint]:
+    if self.config.rl.files:
+      return rl_points(self.config.rl.files)
+    return [point for seed in self._seeds(self.config.rl.tasks, _RL) for point in decision_points(seed)]
+
+  def rl(self) -> dict[str, Any]:
+    """(DA-)GRPO from the fine-tuned model."""
+    with Metrics(self.workdir) as metrics:
+      params, result = loop.run_rl(
+          self.params('sft'), self.policy.config, self.policy.tokenizer, self._points(), self.config.rl, metrics,
+          self.workdir / 'checkpoints', make_engine=self.engine, seed=self.config.seed + 1000 * self.config.rl.seed)
+    self._save(self.final, params)
+    return result
+
+  def export(self) -> dict[str, Any]:
+    """The last trained model as a Hugging Face directory."""
+    trained = [name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()]
+    name = trained[0] if trained else 'base'
+    self._save('export', self.params(name), self.config.export.dtype)
+    return {'path': str(self.workdir / 'export'), 'stage': name}
+
+  # --- results ---
+
+  def _result(self, folder: str) -> dict[str, Any] | None:
+    path = self.workdir / folder / 'result.json'
+    return read_json(path) if path.exists() else None
+
+  def summary(self) -> dict[str, Any]:
+    """Everything the stages have left, in the shape of `run.summary`."""
+    names = ('base', 'sft', self.final)
+    found = {name: self._result(f'evaluate_{name}') for name in names}
+    summary: dict[str, Any] = {
+        'run': {'config': self.config.name, 'seed': self.config.seed, 'model': f'{self.policy.config.model_type}, {self.policy.config.param_count / 1e6:.2f} M parameters',
+                'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__},
+        'stages': {name: result for name, result in found.items() if result}}
+    stages = {'distill': 'distill', 'sft': 'sft', 'rl': self.final, 'export': 'export_result',
+              'evaluate_base': 'evaluate_base', 'evaluate_sft': 'evaluate_sft', 'evaluate_rl': f'evaluate_{self.final}'}
+    results = {name: self._result(folder) for name, folder in stages.items()}
+    summary['seconds'] = {name: results[name]['seconds'] for name in STAGES if results.get(name)}
+    for name in ('distill', 'sft'):
+      if results[name]:
+        summary[name] = {k: v for k, v in results[name].items() if k != 'seconds'}
+    if results['rl']:
+      rows = read_metrics(self.workdir, 'rl')
+      curves = ('zero_variance_fraction', 'all_right_fraction', 'all_wrong_fraction', 'reward', 'entropy', 'reflections',
+                'grad_norm', 'psi_grad_norm', 'kl', 'response_tokens', 'logp_gap_mean')
+      summary['rl'] = {name: [row.get(name) for row in rows] for name in curves if any(name in row for row in rows)}
+      summary['rl'] |= {k: v for k, v in results['rl'].items() if k != 'seconds'}
+    summary['export'] = results['export']['path'] if results['export'] else None
+    return summary
+
+  def traces(self) -> list[dict[str, Any]]:
+    """Tasks side by side over the stages: those that the base model got lazily wrong and the last one right come first."""
+    names = [name for name in ('base', 'sft', self.final) if (self.workdir / f'evaluate_{name}' / 'trajectories.jsonl').exists()]
+    if not names:
+      return []
+    read = lambda name: [json.loads(line) for line in open(self.workdir / f'evaluate_{name}' / 'trajectories.jsonl')]
+    by_task = list(zip(*map(read, names)))
+    several = [group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')]
+    several.sort(key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5, reverse=True)
+    chosen, kinds = [], set()
+    for group in several:  # one of each kind before a second one
+      if group[0]['kind'] not in kinds and len(chosen) < self.config.report.traces:
+        kinds.add(group[0]['kind'])
+        chosen.append(group)
+    return [{'query': group[0]['query'], 'kind': group[0]['kind'],
+             'columns': [{'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
+                         for name, t in zip(names, group)]} for group in chosen]
+
+
+def _trajectory_record(kind: str, t: Trajectory) -> dict[str, Any]:
+  """A trajectory as JSON; its assistant messages carry the reasoning, which later prompts did not show."""
+  texts = iter(t.texts)
+  messages = [Message(m.role, next(texts)) if m.role == 'assistant' else m for m in t.messages]
+  lazy = any(is_lazy(r, n, not t.outcome.correct) for r, n in zip(t.reasonings, t.reasoning_tokens))
+  return {'id': t.task.id, 'kind': kind, 'query': t.task.turns[0].query, 'correct': t.outcome.correct, 'reason': t.outcome.reason,
+          'lazy': lazy, 'reasoning_tokens': t.reasoning_tokens, 'messages': [m.to_json() for m in messages]}

@@ -1,0 +1,84 @@
+"""What a person sees while waiting: bars with rate and time left on a terminal, a line now and then in a log file."""
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+import tqdm
+
+LOG_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
+
+
+class _LineBar(tqdm.tqdm):
+  """A tqdm bar for logs: whole lines, at most one every `LOG_INTERVAL`, and a last one when it is done."""
+
+  def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    del pos
+    if self.n:  # the empty bar that tqdm shows at once says nothing in a log
+      print(msg or str(self), file=self.fp, flush=True)
+    return True
+
+  def close(self) -> None:
+    if self.disable:
+      return
+    self.disable = True
+    self._decr_instances(self)
+    self.display()
+
+
+def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str = '',
+             unit: str = 'it', stream: TextIO | None = None) -> tqdm.tqdm:
+  """A progress bar on stderr: iterate over it, or `update(n)` it inside a `with`; `set_postfix(loss=..)` adds figures.
+
+  Args:
+    total: number of `unit`s expected; taken from the iterable where it has a length. Without one there is no time left.
+    stream: where to write; stderr by default, as stdout belongs to the JSON that programs print.
+  """
+  stream = stream or sys.stderr
+  if stream.isatty():
+    return tqdm.tqdm(iterable, total=total, desc=description, unit=unit, unit_scale=unit == 'tok', file=stream,
+                     dynamic_ncols=True, smoothing=0.1)
+  # `miniters=1` looks at the clock on each update: tqdm would otherwise guess how many updates fill an interval.
+  # tqdm's monitor thread (maxinterval) then has nothing to correct.
+  return _LineBar(iterable, total=total, desc=description, unit=unit, unit_scale=unit == 'tok', file=stream, ascii=True,
+                  mininterval=LOG_INTERVAL, maxinterval=float('inf'), miniters=1, ncols=100)
+
+
+@dataclasses.dataclass
+class StageTimer:
+  """`seconds` is the wall-clock time of the stage once it has ended, the time so far before that."""
+  name: str
+  started: float
+  ended: float | None = None
+
+  @property
+  def seconds(self) -> float:
+    return (time.perf_counter() if self.ended is None else self.ended) - self.started
+
+
+@contextlib.contextmanager
+def stage(name: str, stream: TextIO | None = None) -> Iterator[StageTimer]:
+  """Times a stage and prints one line before and one after it, the latter also when it fails."""
+  stream = stream or sys.stderr
+  timer = StageTimer(name, time.perf_counter())
+  print(f'==> {name}', file=stream, flush=True)
+  outcome = 'failed after'
+  try:
+    yield timer
+    outcome = 'done in'
+  finally:
+    timer.ended = time.perf_counter()
+    print(f'<== {name}: {outcome} {format_seconds(timer.seconds)}', file=stream, flush=True)
+
+
+def format_seconds(seconds: Any) -> str:
+  """A duration for people: '8.4 s', '3 min 20 s', '2 h 5 min'."""
+  if seconds < 60:
+    return f'{seconds:.1f} s'
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes < 60:
+    return f'{minutes} min {rest} s' if rest else f'{minutes} min'
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours} h {minutes} min' if minutes else f'{hours} h'

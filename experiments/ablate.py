@@ -1,0 +1,42 @@
+"""Sweeps: python -m experiments.ablate --suite=alpha_delta [--seeds=3] [--quick] [--sft_run=runs/nano] [--workdir=runs/ablation]"""
+import json
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from configs import nano
+from dcore_jax.run.ablation import SUITES, format_table, run_suite
+
+_SUITE = flags.DEFINE_enum('suite', 'alpha_delta', sorted(SUITES), 'What is swept.')
+_SEEDS = flags.DEFINE_integer('seeds', 1, 'Repetitions of every setting.')
+_QUICK = flags.DEFINE_bool('quick', False, 'A few steps and tasks: shows the program working, measures nothing.')
+_SFT_RUN = flags.DEFINE_string('sft_run', '', 'Work directory of a finished run whose SFT checkpoint is the start; default: make one.')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where results are and go; finished settings are not run again.')
+
+
+def quick_config():
+  """The smallest sweep that goes through every line."""
+  c = nano.get_config('quick')
+  c.evaluate.tasks = 4
+  c.distill.tasks.update(dict(single=10, sequential=16, parallel=16, irrelevant=8, multi_turn=4))
+  c.rl.update(dict(steps=1, prompts=4, group=4, updates=1))
+  return c
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)
+  config = quick_config() if _QUICK.value else nano.get_config()
+  try:
+    content = run_suite(_SUITE.value, config, pathlib.Path(_WORKDIR.value), seeds=_SEEDS.value,
+                        sft_run=pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  print(format_table(content), file=sys.stderr)
+  print(json.dumps(content))
+
+
+if __name__ == '__main__':
+  app.run(main)

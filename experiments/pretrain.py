@@ -1,0 +1,22 @@
+"""Builds the model organism: python -m experiments.pretrain --config=configs/nano_base.py [--workdir=DIR] [--out=DIR]"""
+import pathlib
+
+from absl import app, flags, logging
+
+from dcore_jax.run.config import define_config
+from dcore_jax.run.pretrain import pretrain
+
+_CONFIG = define_config('configs/nano_base.py')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Checkpoints and metrics; a second run resumes from here.')
+_OUT = flags.DEFINE_string('out', 'runs/pretrain/organism', 'Hugging Face directory to write.')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+  pretrain(_CONFIG.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,31 @@
+"""Runs the pipeline: python -m experiments.train --config=configs/nano.py --workdir=W [--stages=distill,sft]"""
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from dcore_jax.run.config import define_config
+from dcore_jax.run.pipeline import Pipeline
+
+_CONFIG = define_config('configs/nano.py')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.')
+_STAGES = flags.DEFINE_list('stages', [], 'Only these stages; default: all of the config.')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+  config = _CONFIG.value
+  if _STAGES.value:
+    config.stages = tuple(_STAGES.value)
+  try:
+    pipeline = Pipeline(config, pathlib.Path(_WORKDIR.value))
+    pipeline.run()
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  print(f'summary: {pipeline.workdir / "summary.json"}\nreport:  {pipeline.workdir / "report.html"}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,116 @@
+"""The training loops on a tiny model: rows and prompts are encoded as sampled, and a killed RL run goes on as if it had not been."""
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dcore_jax.chat.messages import Message
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.distill.seeds import DecisionPoint
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.run import loop
+from dcore_jax.run.defaults import default_config
+from dcore_jax.run.metrics import Metrics, read_metrics
+from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
+from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return build_tokenizer(sample_texts(), 640)
+
+
+@pytest.fixture(scope='module')
+def model(tokenizer):
+  return DecoderConfig.from_hf(dict(
+      model_type='qwen3', vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+      num_key_value_heads=1, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=256,
+      eos_token_id=tokenizer.eos_token_id))
+
+
+def points(count=6):
+  return [DecisionPoint(str(i), 'single', (Message('user', f'find the order of Karo {i}'),), f"[find_order(customer='K{i}')]")
+          for i in range(count)]
+
+
+def rl_config(**changes):
+  c = default_config().rl
+  c.update(dict(steps=3, prompts=2, group=4, updates=2, learning_rate=1e-3, max_prompt_tokens=64, max_tokens=12, capacity=128, rows=2,
+                checkpoint_every=1) | changes)
+  return c
+
+
+def test_rows_are_trained_on_their_last_message_only(tokenizer):
+  conversation = [{'role': 'user', 'content': 'find'}, {'role': 'assistant', 'content': 'done'}, {'role': 'user', 'content': 'go'},
+                  {'role': 'assistant', 'content': '<think>\nx\n</think>\n\nend'}]
+  sequence, = loop.encode_rows(tokenizer, [{'id': 1, 'conversations': conversation}])
+  assert tokenizer.decode(sequence.tokens[sequence.weights > 0]) == '<think>\nx\n</think>\n\nend<|im_end|>'
+  with pytest.raises(ValueError, match="row 'bad'"):
+    loop.encode_rows(tokenizer, [{'id': 'bad', 'conversations': [{'role': 'user', 'content': 'x'}]}])
+  with pytest.raises(ValueError, match='row 0'):
+    loop.encode_rows(tokenizer, [{}])
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer):
+  lengths = [len(tokenizer(render_prompt(tokenizer, list(p.messages)))['input_ids']) for p in points()]
+  kept, dropped = loop.encode_prompts(tokenizer, points(), min(lengths) - 1)
+  assert (len(kept), dropped) == (0, 6)
+  assert loop.encode_prompts(tokenizer, points(), max(lengths))[1] == 0
+
+
+def test_sft_lowers_the_loss(tokenizer, model, tmp_path):
+  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i}'}, {'role': 'assistant', 'content': 'done: status paid.'}]}
+          for i in range(8)]
+  config = default_config().sft
+  config.update(dict(epochs=15, capacity=128, rows=1, learning_rate=1e-2))
+  with Metrics(tmp_path) as metrics:
+    _, result = loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, seed=0)
+  assert result['last_loss'] < 0.5 * result['first_loss'] and result['dropped'] == 0
+  assert len(read_metrics(tmp_path, 'sft')) == result['steps']
+
+
+def run(tokenizer, model, folder, config, points_=None):
+  params = decoder.init_params(model, jax.random.key(0))
+  make_engine = lambda p: Engine(p, model, stop_ids=[tokenizer.eos_token_id], lanes=8, max_len=96)
+  with Metrics(folder) as metrics:
+    return loop.run_rl(params, model, tokenizer, points_ or points(), config, metrics, folder / 'checkpoints', make_engine=make_engine, seed=1)
+
+
+def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
+  whole, _ = run(tokenizer, model, tmp_path / 'whole', rl_config())
+  run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1))
+  parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config())
+  assert result['resumed_at'] == 1
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  timeless = lambda rows: [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]
+  assert timeless(read_metrics(tmp_path / 'whole', 'rl')) == timeless(read_metrics(tmp_path / 'parts', 'rl'))
+
+
+def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_path):
+  """An untrained model gets every reward wrong alike: GRPO's gradient vanishes, DA-GRPO's does not (paper, theorem 3.1)."""
+  rows = {}
+  for name, options in (('grpo', dict(estimator='grpo')), ('da_grpo', dict(estimator='da_grpo', alpha=0.4))):
+    run(tokenizer, model, tmp_path / name, rl_config(steps=1, kl_coefficient=0.0, **options))
+    rows[name], = read_metrics(tmp_path / name, 'rl')
+  assert rows['grpo']['zero_variance_fraction'] == rows['grpo']['all_wrong_fraction'] == 1
+  assert rows['grpo']['grad_norm'] == 0 < rows['da_grpo']['grad_norm']
+  np.testing.assert_allclose(rows['da_grpo']['psi_grad_norm'], rows['da_grpo']['grad_norm'], rtol=1e-4)
+  # Float32 and the same weights: engine and trainer must agree on what was sampled.
+  assert rows['da_grpo']['logp_gap_max'] < 1e-4
+
+
+@pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(updates=3), 'does not divide'),
+                                                  (dict(estimator='nope'), 'nope'), (dict(reward='nope'), 'nope')])
+def test_configs_that_cannot_work(tokenizer, model, tmp_path, changes, message):
+  with pytest.raises((ValueError, KeyError), match=message):
+    run(tokenizer, model, tmp_path, rl_config(**changes))
+  assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+def test_metrics_rows_are_plain_json(tokenizer, model, tmp_path):
+  run(tokenizer, model, tmp_path, rl_config(steps=1))
+  row = json.loads((tmp_path / 'metrics.jsonl').read_text())
+  assert {'reward', 'entropy', 'zero_variance_fraction', 'psi_grad_norm', 'kl', 'reflections', 'logp_gap_mean'} <= row.keys()

@@ -1,0 +1,67 @@
+"""The pipeline's bookkeeping: bad input is named before anything is written, and results are tied to their config."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import nano, qwen3_smoke
+from dcore_jax.run.pipeline import Pipeline
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_unknown_fields_and_stages_are_named_and_nothing_is_written(tmp_path):
+  config = nano.get_config('quick')
+  config.unlock()
+  config.rl.alhpa = 0.2
+  with pytest.raises(ValueError, match='rl.alhpa.*rl.alpha'):
+    Pipeline(config, tmp_path / 'w')
+  config = nano.get_config('quick')
+  config.stages = ('distil',)
+  with pytest.raises(ValueError, match='distil'):
+    Pipeline(config, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_work_directory_belongs_to_one_config(tmp_path):
+  Pipeline(nano.get_config('quick'), tmp_path)
+  config = nano.get_config('quick')
+  config.stages = ('export',)  # which stages are run may change
+  Pipeline(config, tmp_path)
+  config.rl.alpha = 0.4
+  with pytest.raises(ValueError, match='differs in rl'):
+    Pipeline(config, tmp_path)
+
+
+def test_stages_say_what_they_need(tmp_path):
+  for stage, message in (('sft', 'run the stage distill first'), ('rl', "stage 'sft' has no result")):
+    config = nano.get_config('quick')
+    config.stages = (stage,)
+    with pytest.raises(ValueError, match=message):
+      Pipeline(config, tmp_path / stage).run()
+    assert not list((tmp_path / stage).glob('*/result.json'))
+
+
+def test_export_alone_copies_the_organism(tmp_path):
+  config = nano.get_config('quick')
+  config.stages = ('export', 'report')
+  summary = Pipeline(config, tmp_path).run()
+  assert (tmp_path / 'export' / 'model.safetensors').exists() and (tmp_path / 'report.html').exists()
+  assert summary['export'] == str(tmp_path / 'export') and json.loads((tmp_path / 'summary.json').read_text()) == summary
+
+
+def test_variants():
+  assert nano.get_config('grpo').rl.estimator == 'grpo'
+  assert qwen3_smoke.get_config('quick').model.init.vocab_size == 151936
+  for module in (nano, qwen3_smoke):
+    with pytest.raises(ValueError, match='nope'):
+      module.get_config('nope')
+
+
+@pytest.mark.parametrize('flags', [['--config=configs/nano.py:nope'], ['--config=configs/nano.py', '--config.rl.nope=1']])
+def test_the_program_fails_with_one_message(tmp_path, flags):
+  done = subprocess.run([sys.executable, '-m', 'experiments.train', *flags, f'--workdir={tmp_path / "w"}'], cwd=ROOT,
+                        capture_output=True, text=True, check=False)
+  assert done.returncode != 0 and 'nope' in done.stderr and not (tmp_path / 'w').exists()
