@@ -219,8 +219,10 @@ class Pipeline:
     """Everything the stages have left, in the shape of `run.summary`."""
     names = ('base', 'sft', self.final)
     found = {name: self._result(f'evaluate_{name}') for name in names}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
     summary: dict[str, Any] = {
-        'run': {'config': self.config.name, 'seed': self.config.seed, 'model': f'{self.policy.config.model_type}, {self.policy.config.param_count / 1e6:.2f} M parameters',
+        'run': {'config': self.config.name, 'seed': self.config.seed,
+                'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
                 'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__},
         'stages': {name: result for name, result in found.items() if result}}
     stages = {'distill': 'distill', 'sft': 'sft', 'rl': self.final, 'export': 'export_result',

@@ -31,7 +31,7 @@ def test_all_that_is_wrong_is_named_at_once():
   summary['export'] = 3
   with pytest.raises(ValueError) as error:
     validate_summary(summary)
-  for part in ('stages.final is not one of base, sft, grpo, da_grpo',
+  for part in ('stages.final is not one of base, sft, grpo, dr_grpo, rl_zvp, da_grpo',
                'stages.base.accuracy.single = 94.5 is not a share',
                'stages.base.lazy_ratio lacks parallel', 'stages.sft.reasoning_tokens_mean is missing',
                'stages.sft.n.single = 12.5 is not a count', "distill.success_rate = 'high' is not a share",

@@ -86,7 +86,7 @@ def test_irrelevant_requests_fit_no_listed_tool():
 
 
 @pytest.mark.parametrize(('answer', 'reason'), [
-    ('[]', 'no calls'), ('done.', 'no calls'), ('[nothing(a=1)]', "tool 'nothing' is not listed"), ('[f(a=]', 'no calls'),
+    ('[]', 'no calls'), ('done.', 'no calls'), ('[nothing(a=1)]', "tool 'nothing' is not listed"), ('[f(a=]', 'unreadable calls'),
     ('[f(a b)]', 'unreadable calls')])
 def test_wrong_answers_to_a_single_request(answer, reason):
   task = tasks('single', 1)[0]
