@@ -19,7 +19,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.model.tokenizer = 'qwen3-tokenizer'
   c.model.init.update(dict(
       model_type='qwen3', vocab_size=151936, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
-      num_key_value_heads=2, head_dim=64, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=8192,
+      num_key_value_heads=2, head_dim=64, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+      max_position_embeddings=8192,
       initializer_range=0.02, eos_token_id=151645, pad_token_id=151643))
   c.engine.update(dict(lanes=8, max_len=1088, steps_per_call=16))
   c.sft.update(dict(files=('dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'), epochs=1, capacity=4608, rows=1, learning_rate=1e-3,

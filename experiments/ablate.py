@@ -11,7 +11,7 @@ from dcore_jax.run.ablation import SUITES, format_table, run_suite
 _SUITE = flags.DEFINE_enum('suite', 'alpha_delta', sorted(SUITES), 'What is swept.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Repetitions of every setting.')
 _QUICK = flags.DEFINE_bool('quick', False, 'A few steps and tasks: shows the program working, measures nothing.')
-_SFT_RUN = flags.DEFINE_string('sft_run', '', 'Work directory of a finished run whose SFT checkpoint is the start; default: make one.')
+_SFT_RUN = flags.DEFINE_string('sft_run', '', 'Work directory whose SFT checkpoint is the start; default: make one.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where results are and go; finished settings are not run again.')
 
 

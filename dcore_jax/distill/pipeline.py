@@ -160,8 +160,8 @@ class _InFlight:
   asked: int = 0
 
 
-def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: SamplingParams, *, distiller: Distiller | None = None,
-            progress: Callable[[int], None] | None = None) -> DistillResult:
+def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: SamplingParams, *,
+            distiller: Distiller | None = None, progress: Callable[[int], None] | None = None) -> DistillResult:
   """Distils all seeds with the engine's model.
 
   Args:
@@ -212,7 +212,8 @@ def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: Sam
   return _summarise(seeds, rows_of, reasons)
 
 
-_DECOMPOSITION_REASONS = ('decomposition unparsable', 'decomposition does not partition the calls', 'empty subtask', 'leaks a fact')
+_DECOMPOSITION_REASONS = ('decomposition unparsable', 'decomposition does not partition the calls', 'empty subtask',
+                          'leaks a fact')
 
 
 def _summarise(seeds: Sequence[Seed], rows_of: dict[int, list[Row]], reasons: dict[int, str]) -> DistillResult:

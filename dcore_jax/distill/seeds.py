@@ -1,4 +1,4 @@
-"""Seeds: the input records of self-distillation (method: section 1.1), and the decision points reinforcement learning asks about."""
+"""Seeds: the input records of self-distillation (method: section 1.1), and the decision points that RL asks about."""
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -97,7 +97,8 @@ def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
     yield DecisionPoint(seed.id, seed.kind, seed.conversations, reference)
     return
   for done, call in enumerate(seed.calls):
-    yield DecisionPoint(f'{seed.id}/{done}', seed.kind, (*seed.conversations, *reference_steps(seed, done)), print_calls([call]))
+    messages = (*seed.conversations, *reference_steps(seed, done))
+    yield DecisionPoint(f'{seed.id}/{done}', seed.kind, messages, print_calls([call]))
   if seed.answer:
     done = len(seed.calls)
     yield DecisionPoint(f'{seed.id}/{done}', seed.kind, (*seed.conversations, *reference_steps(seed, done)), seed.answer)

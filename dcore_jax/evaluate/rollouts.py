@@ -17,7 +17,7 @@ from dcore_jax.worlds.environment import Episode, Outcome, World
 
 @dataclasses.dataclass
 class Trajectory:
-  """One finished episode. `texts` are the assistant's whole responses, `reasoning_tokens` the length of each one's reasoning."""
+  """One finished episode. `texts` are whole assistant responses, `reasoning_tokens` the lengths of their reasonings."""
   task: Any
   outcome: Outcome
   texts: list[str]
@@ -85,7 +85,8 @@ def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
     accuracy[kind] = float(np.mean([t.outcome.correct for t in group]))
     count[kind] = len(group)
     wrong = [not t.outcome.correct for t in group for _ in t.texts]
-    lazy[kind] = lazy_ratio([r for t in group for r in t.reasonings], [n for t in group for n in t.reasoning_tokens], wrong)['ratio']
+    tokens = [n for t in group for n in t.reasoning_tokens]
+    lazy[kind] = lazy_ratio([r for t in group for r in t.reasonings], tokens, wrong)['ratio']
     reasons[kind] = dict(collections.Counter(t.outcome.reason for t in group if t.outcome.reason).most_common())
     unfinished[kind] = sum(t.unfinished for t in group)
   everything = [t for group in trajectories.values() for t in group]

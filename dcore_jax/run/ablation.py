@@ -15,7 +15,7 @@ from dcore_jax.run.progress import stage
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One point of the sweep. `published` is the paper's Table 3 row for Qwen3-8B: live, multi-turn, retail, airline (per cent)."""
+  """One point of the sweep. `published` is its row of the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%)."""
   estimator: str
   alpha: float | None
   delta: float | None
@@ -72,7 +72,8 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
   return content
 
 
-def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, folder: pathlib.Path, start: pathlib.Path) -> dict[str, Any]:
+def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, folder: pathlib.Path,
+             start: pathlib.Path) -> dict[str, Any]:
   mine = config.copy_and_resolve_references()
   mine.stages = ('rl', 'evaluate_rl')
   mine.rl.estimator, mine.rl.seed = setting.estimator, seed
@@ -113,8 +114,9 @@ def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict
     figures = {name: [run['end'][name] for run in mine] for name in mine[0]['end']}
     figures |= {f'accuracy_{kind}': [run['accuracy'][kind] for run in mine] for kind in mine[0]['accuracy']}
     figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
-    table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta, 'seeds': len(mine),
-                  'figures': {name: {'mean': float(np.mean(v)), 'standard_error': _standard_error(v)} for name, v in figures.items()},
+    described = {name: {'mean': float(np.mean(v)), 'standard_error': _standard_error(v)} for name, v in figures.items()}
+    table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta,
+                  'seeds': len(mine), 'figures': described,
                   'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published))})
   return table
 
@@ -125,7 +127,8 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 def format_table(content: dict[str, Any]) -> str:
   """The table for a terminal."""
-  columns = ('reward', 'reflections', 'entropy', 'psi_grad_norm', 'grad_norm', 'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
+  columns = ('reward', 'reflections', 'entropy', 'psi_grad_norm', 'grad_norm', 'accuracy_sequential', 'accuracy_parallel',
+             'accuracy_single')
   lines = ['setting'.ljust(28) + ''.join(c.removeprefix('accuracy_').rjust(16) for c in columns)]
   for row in content['table']:
     cells = [row['figures'].get(c) for c in columns]

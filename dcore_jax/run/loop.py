@@ -139,8 +139,8 @@ class RolloutBatch:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_step(model: DecoderConfig, measure_psi: bool, learning_rate: float, weight_decay: float, clip: float, temperature: float,
-                   **objective: float) -> tuple:
+def _compiled_step(model: DecoderConfig, measure_psi: bool, learning_rate: float, weight_decay: float, clip: float,
+                   temperature: float, **objective: float) -> tuple:
   """(optimizer, score pass, step). Cached: the runs of a sweep over alpha and delta differ in nothing that is compiled."""
   tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
   return (tx, grpo.make_score_pass(model, temperature=temperature),
@@ -166,7 +166,8 @@ class GrpoLoop:
       raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
     if config.estimator not in objectives.ADVANTAGES:
       raise ValueError(f'unknown rl.estimator {config.estimator!r}; expected one of {sorted(objectives.ADVANTAGES)}')
-    self.model, self.tokenizer, self.engine, self.prompts, self.config, self.seed = model, tokenizer, engine, prompts, config, seed
+    self.model, self.tokenizer, self.engine = model, tokenizer, engine
+    self.prompts, self.config, self.seed = prompts, config, seed
     self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
     self.tx, self._score, self._step = _compiled_step(
         model, self.measure_psi, config.learning_rate, config.weight_decay, config.clip, config.temperature,
@@ -203,7 +204,8 @@ class GrpoLoop:
       chosen = range(first, first + size)
       tree = tokentree.pack(batch.sequences(chosen), self.config.capacity, self.config.rows, self.tokenizer.pad_token_id)
       if tree.dropped:
-        raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; the engine allows {self.engine.max_len}')
+        raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; '
+                         f'the engine allows {self.engine.max_len}')
       logp_RT, entropy_RT = grpo.score_rows(self._score, params, tree, self.config.rows)
       extras = {'old_logp': logp_RT}
       if self.config.kl_coefficient:
@@ -217,7 +219,8 @@ class GrpoLoop:
 
   def _logp_gap(self, trees: list[tokentree.TokenTree], batch: RolloutBatch) -> tuple[float, float]:
     """(mean, largest) difference between the engine's log-probabilities and the trainer's."""
-    recomputed = [row[tree.gather(tree.weight)[i] > 0] for tree in trees for i, row in enumerate(tree.gather(tree.extras['old_logp']))]
+    recomputed = [logp[weight > 0] for tree in trees
+                  for logp, weight in zip(tree.gather(tree.extras['old_logp']), tree.gather(tree.weight), strict=True)]
     gaps = np.abs(np.concatenate(recomputed) - np.concatenate([c.logprobs for c in batch.completions]))
     return float(gaps.mean()), float(gaps.max())
 
@@ -259,8 +262,8 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequence[DecisionPoint],
-           config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *, make_engine: Callable[[Params], Engine],
-           seed: int) -> tuple[Params, dict[str, Any]]:
+           config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *,
+           make_engine: Callable[[Params], Engine], seed: int) -> tuple[Params, dict[str, Any]]:
   """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at'}); resumes from the newest checkpoint.
 
   Args:

@@ -1,4 +1,4 @@
-"""The pipeline: measure, distil, fine-tune, measure, DA-GRPO, measure, export, report. Stages meet in files of the work directory.
+"""The pipeline: measure, distil, fine-tune, measure, DA-GRPO, measure, export, report. Stages meet in files.
 
     W/config.json                   what was asked for; another config needs another W
     W/evaluate_<stage>/             result.json, trajectories.jsonl
@@ -62,13 +62,14 @@ class Pipeline:
     self._claim()
 
   def _claim(self) -> None:
-    """Writes the config beside the results, or checks that it is the one they were made with. `stages` and `report` may differ."""
+    """Writes the config beside the results, or checks that it made them; `stages` and `report` may differ."""
     mine, path = json.loads(json.dumps(to_json(self.config))), self.workdir / 'config.json'
     if path.exists():
       theirs = read_json(path)
       different = [k for k in mine if k not in ('stages', 'report', 'name') and mine[k] != theirs.get(k)]
       if different:
-        raise ValueError(f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; name another --workdir')
+        raise ValueError(f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; '
+                         'name another --workdir')
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, mine)
 
@@ -125,8 +126,9 @@ class Pipeline:
     return self._engine
 
   def _save(self, name: str, params: Any, dtype: str = 'float32') -> None:
-    save_checkpoint(self.workdir / name, self.policy.config, params, tokenizer_dir=self.policy.tokenizer_dir, dtype=dtype,
-                    overwrite=True, generation_config={'eos_token_id': self.policy.stop_ids, 'pad_token_id': self.policy.tokenizer.pad_token_id})
+    policy = self.policy
+    save_checkpoint(self.workdir / name, policy.config, params, tokenizer_dir=policy.tokenizer_dir, dtype=dtype, overwrite=True,
+                    generation_config={'eos_token_id': policy.stop_ids, 'pad_token_id': policy.tokenizer.pad_token_id})
 
   # --- stages ---
 
@@ -149,7 +151,8 @@ class Pipeline:
 
   def _seeds(self, counts: dict[str, int], purpose: int) -> list:
     """Training tasks as seeds; the same purpose gives the same ones."""
-    return [seed for kind in KINDS for task in self.world.tasks(kind, counts[kind], seed=self.config.seed * 10 + purpose, split='train')
+    number = self.config.seed * 10 + purpose
+    return [seed for kind in KINDS for task in self.world.tasks(kind, counts[kind], seed=number, split='train')
             for seed in task_seeds(task)]
 
   def distill(self) -> dict[str, Any]:
@@ -243,11 +246,11 @@ class Pipeline:
 
   def traces(self) -> list[dict[str, Any]]:
     """Tasks side by side over the stages: those that the base model got lazily wrong and the last one right come first."""
-    names = [name for name in ('base', 'sft', self.final) if (self.workdir / f'evaluate_{name}' / 'trajectories.jsonl').exists()]
+    paths = {name: self.workdir / f'evaluate_{name}' / 'trajectories.jsonl' for name in ('base', 'sft', self.final)}
+    names = [name for name, path in paths.items() if path.exists()]
     if not names:
       return []
-    read = lambda name: [json.loads(line) for line in open(self.workdir / f'evaluate_{name}' / 'trajectories.jsonl')]
-    by_task = list(zip(*map(read, names)))
+    by_task = list(zip(*([json.loads(line) for line in paths[name].read_text().splitlines()] for name in names)))
     several = [group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')]
     several.sort(key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5, reverse=True)
     chosen, kinds = [], set()
@@ -265,5 +268,5 @@ def _trajectory_record(kind: str, t: Trajectory) -> dict[str, Any]:
   texts = iter(t.texts)
   messages = [Message(m.role, next(texts)) if m.role == 'assistant' else m for m in t.messages]
   lazy = any(is_lazy(r, n, not t.outcome.correct) for r, n in zip(t.reasonings, t.reasoning_tokens))
-  return {'id': t.task.id, 'kind': kind, 'query': t.task.turns[0].query, 'correct': t.outcome.correct, 'reason': t.outcome.reason,
-          'lazy': lazy, 'reasoning_tokens': t.reasoning_tokens, 'messages': [m.to_json() for m in messages]}
+  return {'id': t.task.id, 'kind': kind, 'query': t.task.turns[0].query, 'correct': t.outcome.correct,
+          'reason': t.outcome.reason, 'lazy': lazy, 'reasoning_tokens': t.reasoning_tokens, 'messages': [m.to_json() for m in messages]}

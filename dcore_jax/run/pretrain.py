@@ -93,10 +93,11 @@ class HeldOut:
     self._exact = make_exact_match(model)
     self._batches = {}
     for kind in ('copy', 'repeat', 'split', 'walk', 'irrelevant', 'decompose', 'single'):
-      encoded = [encode_document(tokenizer, corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval'))) for i in range(documents)]
-      rows = [tokentree.pack([sequence], capacity).batch(budget=capacity) for sequence in encoded]
+      written = [corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval')) for i in range(documents)]
+      rows = [tokentree.pack([encode_document(tokenizer, d)], capacity).batch(budget=capacity) for d in written]
       joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *rows)
-      offset = (np.arange(documents, dtype=np.int32) * capacity).repeat(capacity)[None]  # parent and slot count through all rows
+      # parent and slot count through all rows
+      offset = (np.arange(documents, dtype=np.int32) * capacity).repeat(capacity)[None]
       self._batches[kind] = joined._replace(parent=joined.parent + offset, slot=joined.slot + offset)
 
   def __call__(self, params: Any) -> dict[str, float]:

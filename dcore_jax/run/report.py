@@ -23,7 +23,8 @@ from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
 from dcore_jax.run.progress import format_seconds
 from dcore_jax.run.summary import KINDS, STAGES, validate_summary, wilson_interval
 
-STAGE_LABELS = {'base': 'base', 'sft': 'after SFT', 'grpo': 'after GRPO', 'dr_grpo': 'after Dr. GRPO', 'rl_zvp': 'after RL-ZVP', 'da_grpo': 'after DA-GRPO'}
+STAGE_LABELS = {'base': 'base', 'sft': 'after SFT', 'grpo': 'after GRPO', 'dr_grpo': 'after Dr. GRPO', 'rl_zvp': 'after RL-ZVP',
+                'da_grpo': 'after DA-GRPO'}
 KIND_LABELS = {'single': 'single', 'sequential': 'sequential', 'parallel': 'parallel', 'irrelevant': 'irrelevant',
                'multi_turn': 'multi-turn'}
 TRACES_FILE = 'traces.json'

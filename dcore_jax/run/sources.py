@@ -40,12 +40,13 @@ class Policy:
 
 
 def data_path(name: str) -> pathlib.Path:
-  """A file or folder by its path, or below the data folder (`DCORE_DATA`, default ../shared/data); ValueError when in neither."""
+  """A file or folder by its path or below the data folder (`DCORE_DATA`, default ../shared/data); ValueError if in neither."""
   folder = pathlib.Path(os.environ.get('DCORE_DATA', '../shared/data'))
   for path in (pathlib.Path(name), folder / name):
     if path.exists():
       return path
-  raise ValueError(f'{name!r} is not there, and neither is it in the data folder {str(folder)!r}; set DCORE_DATA to the folder that holds it')
+  raise ValueError(f'{name!r} is not there, and neither is it in the data folder {str(folder)!r}; '
+                   'set DCORE_DATA to the folder that holds it')
 
 
 def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
@@ -66,7 +67,8 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   else:
     model, params = load_params(path)
   if len(tokenizer) > model.vocab_size:
-    raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, the embedding {model.vocab_size} rows')
+    raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
+                     f'the embedding {model.vocab_size} rows')
   return Policy(model, params, tokenizer, tokenizer_dir)
 
 
@@ -103,7 +105,8 @@ def sft_rows(names: Sequence[str]) -> list[dict[str, Any]]:
       else:
         point, thought = toolrl_point(record, f'{path.stem}-{number}')
         target = f'<think>\n{thought}\n</think>\n\n{point.reference}'
-        rows.append({'id': point.id, 'conversations': [*(m.to_json() for m in point.messages), {'role': 'assistant', 'content': target}]})
+        conversations = [*(m.to_json() for m in point.messages), {'role': 'assistant', 'content': target}]
+        rows.append({'id': point.id, 'conversations': conversations})
   return rows
 
 
@@ -134,7 +137,8 @@ def toolrl_point(record: dict[str, Any], name: str) -> tuple[DecisionPoint, str]
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')
   # The tool list, without ToolRL's own output format behind it, and with names that a Python-style call can have.
-  tools = _LISTED_NAME.sub(lambda match: match[1] + _python_name(match[2]), record['instruction'].split('**Steps for Each Turn**')[0])
+  tools = record['instruction'].split('**Steps for Each Turn**')[0]
+  tools = _LISTED_NAME.sub(lambda match: match[1] + _python_name(match[2]), tools)
   messages = (Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT), Message('user', record['input']))
   return DecisionPoint(name, 'toolrl', messages, reference), thought.split('<think>', 1)[-1].strip()
 
