@@ -21,7 +21,7 @@ DEFAULT = Templates()
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-  """One solved subtask: its text, the model's own reasoning for it, and its answer (a call list as text)."""
+  """One solved subtask: its text, the model's own reasoning for it, and its answer (a call list as `print_calls` writes it)."""
   subtask: str
   reasoning: str
   answer: str
@@ -57,7 +57,7 @@ def parallel(query: str, solved: list[Solved], t: Templates = DEFAULT, *, newlin
 
   `newline_before_close=False` gives the released form, which the format reward scores 0 (method: section 7, 9).
   """
-  calls = '[' + ', '.join(s.answer.strip()[1:-1] for s in solved) + ']'
+  calls = '[' + ', '.join(s.answer[1:-1] for s in solved) + ']'
   body = ''.join(_now(i + 1, s.subtask, s.reasoning, t) for i, s in enumerate(solved))
   return ('<think>\n\n' + t.open.format(query=query) + '\n' + _plan([s.subtask for s in solved], t) + t.reflect + '\n'
           + body + t.close + calls + ('\n' if newline_before_close else '') + '</think>\n\n' + calls)

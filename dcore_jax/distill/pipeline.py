@@ -12,7 +12,7 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.chat.tool_calls import ToolCallError, parse_calls, tool_response
+from dcore_jax.chat.tool_calls import ToolCallError, parse_calls, print_calls, tool_response
 from dcore_jax.distill import compose, prompts, verify
 from dcore_jax.distill.compose import Solved
 from dcore_jax.distill.seeds import Seed, reference_steps
@@ -32,7 +32,8 @@ class DistillResult:
   """Rows for SFT, and what became of the seeds.
 
   `success_rate` is the paper's (section 1.8 of the method): of the decomposed seeds with several subtasks whose reasoning was
-  generated to the end, the share that verifies. `decomposition_rate` counts over all seeds with several subtasks.
+  generated to the end, the share that verifies. `decomposition_rate` is the share of decomposed ones among all seeds with
+  several subtasks.
   """
   rows: list[Row]
   seeds: int
@@ -51,22 +52,28 @@ class DistillResult:
 
 
 def _row(seed: Seed, suffix: str, messages: Sequence[Message], max_chars: int) -> Row:
-  problem = verify.row_problem(list(messages), max_chars)
+  _refuse(verify.row_problem(list(messages), max_chars))
+  return {'id': f'{seed.id}{suffix}', 'kind': seed.kind, 'conversations': [m.to_json() for m in messages]}
+
+
+def _refuse(problem: str) -> None:
   if problem:
     raise Dropped(problem)
-  return {'id': f'{seed.id}{suffix}', 'kind': seed.kind, 'conversations': [m.to_json() for m in messages]}
 
 
 class Distiller:
   """Turns seeds into rows with completions of one model.
 
   Args:
-    retries: further samples of a completion that cannot be read or, for a subtask, does not give the expected calls.
+    retries: further samples of a completion that cannot be read. One that is read and wrong is not asked again: the
+      success rate is that of first answers (method: section 1.5).
     max_chars: longest row kept, in characters of all its messages.
+    exact_refusals: whether the model's answer to an irrelevant seed must be the reference text, as it can be where the
+      world's refusals are canonical sentences. Else any text that calls nothing will do.
   """
 
-  def __init__(self, *, retries: int = 1, max_chars: int = 200_000):
-    self.retries, self.max_chars = retries, max_chars
+  def __init__(self, *, retries: int = 1, max_chars: int = 200_000, exact_refusals: bool = False):
+    self.retries, self.max_chars, self.exact_refusals = retries, max_chars, exact_refusals
 
   def rows(self, seed: Seed) -> Ask:
     """A generator that yields prompts, is sent completions, and returns the seed's rows; raises Dropped."""
@@ -74,7 +81,8 @@ class Distiller:
             'parallel': self._parallel}[seed.kind](seed)
 
   def _ask(self, messages: list[Message], accept: Callable[[str], tuple[Any, str]]) -> Generator[list[Message], str, Any]:
-    """Asks until `accept(text) -> (value, problem)` has no problem, or the retries are used up."""
+    """Asks until `accept(text) -> (value, problem)` has no problem, or the retries are used up. `accept` raises Dropped
+    for what is readable and wrong."""
     problem = ''
     for _ in range(1 + self.retries):
       value, problem = accept((yield messages))
@@ -85,17 +93,22 @@ class Distiller:
   def _decompose(self, seed: Seed) -> Generator[list[Message], str, list[tuple[str, list[int]]]]:
     def accept(text):
       subtasks = prompts.parse_subtasks(text.rsplit('</think>', 1)[-1])
-      return subtasks, verify.decomposition_problem(seed, subtasks)
+      if not subtasks:
+        return None, 'decomposition unparsable'
+      _refuse(verify.decomposition_problem(seed, subtasks))
+      return subtasks, ''
     return (yield from self._ask(prompts.decompose_messages(seed.context, seed.query, list(seed.calls)), accept))
 
   def _solve(self, messages: list[Message], expected: list) -> Generator[list[Message], str, tuple[str, str]]:
-    """Reasoning and answer of one subtask. A wrong call is noticed here rather than after the last step: the seed could no
-    longer verify, and its remaining completions would be wasted."""
+    """Reasoning of one subtask, and its calls in the form that is trained, whatever the form they were written in. A wrong
+    call is noticed here rather than after the last step: the seed could no longer verify, and its remaining completions
+    would be wasted."""
     def accept(text):
       solution = verify.read_solution(text)
       if solution is None:
         return None, 'unclosed reasoning'
-      return solution, verify.calls_problem(solution[1], expected)
+      _refuse(verify.calls_problem(solution[1], expected))
+      return (solution[0], print_calls(parse_calls(solution[1]))), ''
     return (yield from self._ask(messages, accept))
 
   def _single(self, seed: Seed) -> Ask:
@@ -117,13 +130,14 @@ class Distiller:
       solution = verify.read_solution(text)
       if solution is None:
         return None, 'unclosed reasoning'
+      reasoning, answer = solution
       try:
-        return solution, 'called a tool' if parse_calls(solution[1]) else ''
+        _refuse('called a tool' if parse_calls(answer) else '')
       except ToolCallError:
         return None, 'unreadable call'
-    reasoning, answer = yield from self._ask(prompts.explain_messages(seed.context, seed.query), accept)
-    if answer != seed.answer:
-      raise Dropped('wrong explanation')
+      _refuse('wrong explanation' if self.exact_refusals and answer != seed.answer else '')
+      return reasoning, ''
+    reasoning = yield from self._ask(prompts.explain_messages(seed.context, seed.query), accept)
     target = Message('assistant', compose.irrelevant(seed.query, reasoning, seed.answer))
     return [_row(seed, '', [*seed.conversations, target], self.max_chars)]
 
@@ -181,27 +195,32 @@ def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: Sam
   rows_of: dict[int, list[Row]] = {}
   reasons: dict[int, str] = {}
 
-  def advance(item: _InFlight, text: str | None) -> None:
-    try:
-      messages = item.ask.send(text)
-    except StopIteration as stop:
-      rows_of[item.number] = stop.value
-    except Dropped as drop:
-      reasons[item.number] = str(drop)
-    else:
-      waiting.append((item, messages))
-      return
+  def drop(item: _InFlight, reason: str) -> None:
+    reasons[item.number] = reason
     if progress:
       progress(1)
+
+  def advance(item: _InFlight, text: str | None) -> None:
+    try:
+      waiting.append((item, item.ask.send(text)))
+    except Dropped as dropped:
+      drop(item, str(dropped))
+    except StopIteration as stop:
+      rows_of[item.number] = stop.value
+      if progress:
+        progress(1)
 
   for number, seed in enumerate(seeds):
     advance(_InFlight(seed, number, distiller.rows(seed)), None)
 
   def source(free: int) -> list[tuple[_InFlight, Request]]:
     requests = []
-    for _ in range(min(free, len(waiting))):
+    while waiting and len(requests) < free:
       item, messages = waiting.popleft()
       ids = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)['input_ids']
+      if len(ids) >= engine.max_len:
+        drop(item, 'prompt too long')
+        continue
       requests.append((item, Request(np.array(ids, np.int32), (item.number, item.asked))))
       item.asked += 1
     return requests
@@ -214,16 +233,18 @@ def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: Sam
 
 _DECOMPOSITION_REASONS = ('decomposition unparsable', 'decomposition does not partition the calls', 'empty subtask',
                           'leaks a fact')
+_CUT_REASONS = ('unclosed reasoning', 'prompt too long')  # of decomposed seeds without a reasoning for every subtask
 
 
 def _summarise(seeds: Sequence[Seed], rows_of: dict[int, list[Row]], reasons: dict[int, str]) -> DistillResult:
   several = [i for i, seed in enumerate(seeds) if seed.kind in ('sequential', 'parallel')]
   decomposed = [i for i in several if reasons.get(i) not in _DECOMPOSITION_REASONS]
-  verified = sum(i in rows_of for i in several)
+  reasoned = [i for i in decomposed if reasons.get(i) not in _CUT_REASONS]
+  verified = sum(i in rows_of for i in reasoned)
   return DistillResult(
       rows=[row for i in sorted(rows_of) for row in rows_of[i]], seeds=len(seeds), kept=len(rows_of),
       dropped=dict(collections.Counter(reasons.values()).most_common()),
       kept_by_kind=dict(collections.Counter(seeds[i].kind for i in sorted(rows_of))),
       seeds_by_kind=dict(collections.Counter(seed.kind for seed in seeds)), decomposed=len(decomposed),
-      success_rate=verified / len(decomposed) if decomposed else 0.0,
+      success_rate=verified / len(reasoned) if reasoned else 0.0,
       decomposition_rate=len(decomposed) / len(several) if several else 0.0)

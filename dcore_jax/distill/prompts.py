@@ -11,7 +11,7 @@ from dcore_jax.chat.tool_calls import print_calls
 
 DECOMPOSE = 'list the subtasks of this request as json.\nrequest: {query}\ncalls: {calls}\nsubtasks:'
 EXPLAIN_MISSING = 'say which tool or value is missing for this request.\nrequest: {query}'
-_ARRAY = re.compile(r'\[\s*\{.*\}\s*\]', re.DOTALL)
+_ARRAY = re.compile(r'\[\s*\{')
 
 
 def decompose_messages(context: list[Message], query: str, calls: list[ToolCall]) -> list[Message]:
@@ -37,8 +37,8 @@ def parse_subtasks(text: str) -> list[tuple[str, list[int]]] | None:
   if match is None:
     return None
   try:
-    items = json.loads(match.group())
-  except (json.JSONDecodeError, RecursionError):
+    items, _ = json.JSONDecoder().raw_decode(text, match.start())
+  except (ValueError, RecursionError):  # ValueError: no JSON, or an integer of more digits than Python reads
     return None
   subtasks = []
   for item in items:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dcore_jax.chat.messages import Message, ToolCall
-from dcore_jax.chat.tool_calls import parse_reference, print_calls, tool_response
+from dcore_jax.chat.tool_calls import parse_calls, parse_reference, print_calls, tool_response
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant')
 
@@ -59,15 +59,21 @@ class Seed:
 
   @classmethod
   def from_json(cls, record: Any) -> 'Seed':
-    """Reads a record; ValueError names it by its id when it is not one."""
+    """Reads a record; ValueError names it by its id when it is not one.
+
+    `ground_truth` is a list of call strings, one string that holds a bracketed call list (as in BFCL), or a text.
+    """
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
       raise ValueError(f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}')
     try:
       truth = record['ground_truth']
-      calls = () if isinstance(truth, str) else tuple(parse_reference(truth))
+      calls = tuple(parse_calls(truth) or () if isinstance(truth, str) else parse_reference(truth))
+      responses = record.get('tool_response', [])
+      if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise ValueError('tool_response is no list of texts')
       kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else 'sequential')
       return cls(str(record['id']), kind, tuple(Message.from_json(m) for m in record['conversations']), calls,
-                 tuple(record.get('tool_response', ())), truth if isinstance(truth, str) else record.get('answer', ''))
+                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''))
     except (TypeError, ValueError) as error:
       raise ValueError(f'seed record {record["id"]!r} cannot be read: {error}') from error
 

@@ -2,11 +2,10 @@
 import re
 
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
-from dcore_jax.chat.tool_calls import ToolCallError, calls_equal, parse_calls
+from dcore_jax.chat.tool_calls import ToolCallError, calls_equal, parse_calls, print_calls
 from dcore_jax.distill.seeds import Seed
 
-# Facts: ids, numbers and capitalised names. Only those could give away what the reference calls alone contain.
-_FACT = re.compile(r'[A-Z][A-Za-z0-9]+|\d+')
+_FACT = re.compile(r'[A-Z][A-Za-z0-9]+|\d+')  # ids, numbers and capitalised names
 
 
 def decomposition_problem(seed: Seed, subtasks: list[tuple[str, list[int]]] | None) -> str:
@@ -21,9 +20,11 @@ def decomposition_problem(seed: Seed, subtasks: list[tuple[str, list[int]]] | No
 
 
 def leaked_facts(seed: Seed, subtasks: list[str]) -> set[str]:
-  """Facts of the subtasks that stand in neither history nor query (method: section 1.2, requirement 3)."""
+  """Facts of the subtasks that only the reference calls can have given away: they stand in neither history nor query
+  (method: section 1.2, requirement 3)."""
   known = set(_FACT.findall(' '.join(m.content for m in seed.conversations)))
-  return set(_FACT.findall(' '.join(subtasks))) - known
+  given = set(_FACT.findall(print_calls(list(seed.calls)))) if seed.calls else set()
+  return set(_FACT.findall(' '.join(subtasks))) & given - known
 
 
 def read_solution(text: str) -> tuple[str, str] | None:

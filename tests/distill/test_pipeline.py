@@ -1,5 +1,6 @@
 """Self-distillation with a scripted model: what is kept, what is dropped, and why."""
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 THINK = '<think>\nreasoning.\n</think>\n\n'
+LEAKY = Seed('s', 'sequential', (Message('user', 'find the order of Karo, then cancel that order'),),
+             (ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541'})), ('{}', '{}'))
 
 
 def seeds(kind, count=20):
@@ -78,9 +81,9 @@ def test_a_perfect_model_keeps_everything(kind):
     (THINK + print_subtasks(['only one']), 'decomposition does not partition the calls'),
     (THINK + print_subtasks(['x', 'y'], [[1], [0]]), 'decomposition does not partition the calls'),
     (THINK + print_subtasks(['x', ' ']), 'empty subtask'),
-    (THINK + print_subtasks(['x', 'use R999']), 'leaks a fact')])
+    (THINK + print_subtasks(['x', 'use R541']), 'leaks a fact')])
 def test_bad_decompositions_are_counted(text, reason):
-  seed = next(s for s in seeds('sequential') if len(s.calls) == 2)
+  seed = LEAKY
   assert run(seed, lambda _: text) == reason
 
 
@@ -112,14 +115,49 @@ def test_one_subtask_may_own_several_calls():
 
 
 def test_leaks_are_facts_of_the_calls_alone():
-  seed = Seed('s', 'sequential', (Message('user', 'find the order of Karo, then cancel that order'),),
-              (ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541'})), ('{}', '{}'))
-  assert verify.leaked_facts(seed, ['find the order of Karo', 'cancel R541']) == {'R541'}
-  assert not verify.leaked_facts(seed, ['find the order of Karo', 'cancel that order'])
+  assert verify.leaked_facts(LEAKY, ['find the order of Karo', 'cancel R541']) == {'R541'}
+  assert not verify.leaked_facts(LEAKY, ['Find the order of Karo', 'Cancel that order'])
+
+
+def test_only_what_cannot_be_read_is_asked_again():
+  seed = seeds('single')[0]
+  good = THINK + print_calls(list(seed.calls))
+  texts = iter([THINK + "[nope(a='b')]", good])
+  assert run(seed, lambda _: next(texts)) == 'wrong call'
+  assert next(texts) == good
+
+
+def test_calls_are_trained_in_one_form_whatever_form_they_were_written_in():
+  seed, subtasks = next((s, t) for s, t in with_subtasks('parallel') if len(set(t)) == len(t))
+  written = {text: '\n'.join(f'<tool_call>\n{{"name": "{c.name}", "arguments": {json.dumps(c.arguments)}}}\n</tool_call>'
+                             for c in [call]) for text, call in zip(subtasks, seed.calls)}
+
+  def answer(messages):
+    last = messages[-1].content
+    return THINK + (written[last] if last in written else print_subtasks(list(subtasks)))
+  [row] = run(seed, answer)
+  assert row['conversations'][-1]['content'].endswith('</think>\n\n' + print_calls(list(seed.calls)))
+
+
+def test_refusals_may_be_asked_to_be_exact():
+  seed = seeds('irrelevant')[0]
+  assert run(seed, lambda _: THINK + 'I cannot.', exact_refusals=True) == 'wrong explanation'
+  [row] = run(seed, lambda _: THINK + 'I cannot.')
+  assert row['conversations'][-1]['content'].endswith('</think>\n\n' + seed.answer)
+
+
+def test_prompts_too_long_for_the_engine_are_counted(tokenizer):
+  chosen = seeds('single', 6)
+  engine = ScriptedEngine(tokenizer, lambda prompt: THINK + print_calls(list(chosen[0].calls)))
+  engine.max_len = 8
+  result = distill(chosen, engine, tokenizer, None)
+  assert not result.rows and result.dropped == {'prompt too long': 6}
 
 
 class ScriptedEngine:
   """Stands in for the engine: answers every request from a table of prompt -> text, in reverse order."""
+
+  max_len = 1024
 
   def __init__(self, tokenizer, answer):
     self.tokenizer, self.answer = tokenizer, answer
@@ -152,13 +190,23 @@ def test_counts_add_up(tokenizer):
   assert [row['id'] for row in result.rows] == [s.id for s in chosen if s.kind != 'sequential']
 
 
+@pytest.mark.parametrize('kind', ['single', 'sequential', 'parallel', 'irrelevant'])
+def test_seeds_round_trip_as_json(kind):
+  for seed in seeds(kind, 5):
+    assert Seed.from_json(json.loads(json.dumps(seed.to_json()))) == seed
+  if kind == 'single':  # BFCL writes the reference as one string
+    record = seed.to_json()
+    assert Seed.from_json(record | {'ground_truth': print_calls(list(seed.calls))}) == seed
+
+
 def test_bad_seeds_are_named(tokenizer):
   seed = seeds('single', 1)[0]
   with pytest.raises(ValueError, match='twice'):
     distill([seed, seed], None, tokenizer, None)
   with pytest.raises(ValueError, match='no seeds'):
     distill([], None, tokenizer, None)
-  for change in ({'ground_truth': ['f(a=']}, {'conversations': [{'role': 'user'}]}, {'tool_response': []}, {'kind': 'odd'}):
+  for change in ({'ground_truth': ['f(a=']}, {'ground_truth': '[f(a=]'}, {'conversations': [{'role': 'user'}]}, {'tool_response': []},
+                 {'tool_response': '{}'}, {'kind': 'odd'}):
     with pytest.raises(ValueError, match=seed.id):
       Seed.from_json(seed.to_json() | change)
   with pytest.raises(ValueError, match='not a seed record'):

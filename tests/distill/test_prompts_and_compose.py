@@ -14,11 +14,13 @@ def test_decomposition_round_trip():
   subtasks = ['find the order of Karo', 'say "hi" \\ there']
   assert prompts.parse_subtasks('text before ' + prompts.print_subtasks(subtasks) + ' and after') == [(s, [i]) for i, s in enumerate(subtasks)]
   assert prompts.parse_subtasks(prompts.print_subtasks(['all'], [[0, 1, 2]])) == [('all', [0, 1, 2])]
+  assert prompts.parse_subtasks(prompts.print_subtasks(['a']) + ' or [{"x": 1}]') == [('a', [0])]  # the first array counts
 
 
 @pytest.mark.parametrize('text', [
     '', 'no list', '[1, 2]', '[{"step": 1}]', '[{"step": 1, "description": 3, "index": [0]}]', '[{"description": "a", "index": [true]}]',
-    '[{"description": "a", "index": 0}]', '[{"description": "a", "index": [0]', '[{' * 5000])
+    '[{"description": "a", "index": 0}]', '[{"description": "a", "index": [0]', '[{' * 5000,
+    '[{"description": "a", "index": [' + '9' * 5000 + ']}]'])
 def test_what_is_no_decomposition(text):
   assert prompts.parse_subtasks(text) is None
 
