@@ -69,7 +69,7 @@ def read_results(path: pathlib.Path) -> list[Result]:
 
 def read_failures(path: pathlib.Path) -> set[str]:
   """Ids of the failing items of a BFCL score file: every line but the first, which is the summary."""
-  failures = set()
+  failures, i = set(), -1
   for i, (where, row) in enumerate(_rows(path)):
     if i == 0 and 'accuracy' not in row:
       raise ValueError(f'{where}: a score file begins with its accuracy, this one with {sorted(row)}')
@@ -77,6 +77,8 @@ def read_failures(path: pathlib.Path) -> set[str]:
       raise ValueError(f'{where}: a failing item needs an id, has {sorted(row)}')
     if i > 0:
       failures.add(row['id'])
+  if i < 0:
+    raise ValueError(f'{path}: empty; a score file begins with its accuracy')
   return failures
 
 

@@ -50,11 +50,19 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
   think_end = tokenizer.convert_tokens_to_ids('</think>')
   waiting = collections.deque(range(len(tasks)))
 
+  def finished() -> None:
+    if progress:
+      progress(1)
+
   def source(free: int) -> list[tuple[int, Request]]:
     requests = []
-    for _ in range(min(free, len(waiting))):
+    while waiting and len(requests) < free:
       number = waiting.popleft()
       prompt = tokenizer(render_prompt(tokenizer, episodes[number].messages), add_special_tokens=False)['input_ids']
+      if len(prompt) >= engine.max_len:  # a response of a hundred calls is answered by a hundred outputs
+        episodes[number].stop('prompt too long')
+        finished()
+        continue
       requests.append((number, Request(np.array(prompt, np.int32), (number, len(texts[number])))))
     return requests
 
@@ -68,8 +76,8 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
     episodes[number].step(texts[number][-1])
     if not episodes[number].done:
       waiting.append(number)
-    elif progress:
-      progress(1)
+    else:
+      finished()
   return [Trajectory(task, episode.outcome(), *rest, episode.messages)
           for task, episode, *rest in zip(tasks, episodes, texts, lengths, unfinished)]
 
@@ -77,8 +85,8 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
 def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
   """Figures of one stage by kind, in the shape of `summary.json`.
 
-  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and wrong ones. `decomposition_rate`
-  is the share of responses to requests of several subtasks that announce a decomposition.
+  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and wrong ones.
+  `decomposition_rate` is the share of requests of several subtasks whose first response announces a decomposition.
   """
   accuracy, lazy, count, reasons, unfinished = {}, {}, {}, {}, {}
   for kind, group in trajectories.items():
@@ -90,13 +98,13 @@ def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
     reasons[kind] = dict(collections.Counter(t.outcome.reason for t in group if t.outcome.reason).most_common())
     unfinished[kind] = sum(t.unfinished for t in group)
   everything = [t for group in trajectories.values() for t in group]
-  several = [r for kind in ('sequential', 'parallel') for t in trajectories.get(kind, []) for r in t.reasonings]
+  first = [r for kind in ('sequential', 'parallel') for t in trajectories.get(kind, []) for r in t.reasonings[:1]]
   reasonings = [r for t in everything for r in t.reasonings]
   behaviours = behaviour_counts(reasonings)
   return {
       'accuracy': accuracy, 'lazy_ratio': lazy, 'n': count, 'failures': reasons, 'unfinished': unfinished,
       'accuracy_by_subtasks': {kind: _by_subtasks(trajectories.get(kind, [])) for kind in ('sequential', 'parallel')},
-      'decomposition_rate': float(np.mean(behaviour_counts(several)['decomposition'] > 0)) if several else None,
+      'decomposition_rate': float(np.mean(behaviour_counts(first)['decomposition'] > 0)) if first else None,
       'reflections_per_response': float(np.mean([count_reflections(r) for r in reasonings])),
       'reasoning_tokens_mean': float(np.mean([n for t in everything for n in t.reasoning_tokens])),
       'behaviours': {name: float(np.mean(counts)) for name, counts in behaviours.items()},

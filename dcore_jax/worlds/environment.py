@@ -36,6 +36,9 @@ class Episode(Protocol):
   def step(self, text: str) -> None:
     """Takes the assistant's whole text, runs its calls, appends the answer and the tool responses."""
 
+  def stop(self, reason: str) -> None:
+    """Ends the episode as a failure from outside, e.g. because its prompt has grown too long."""
+
   def outcome(self) -> Outcome:
     """Judges the finished episode."""
 

@@ -50,6 +50,12 @@ def group(folder: pathlib.Path, notes: list, **thresholds):
       lambda texts: [len(text.split()) for text in texts], note=notes.append, **thresholds)
 
 
+def test_an_empty_score_file_is_refused(tmp_path):
+  (tmp_path / 'score.json').write_text('')
+  with pytest.raises(ValueError, match='empty'):
+    lazy_reasoning.read_failures(tmp_path / 'score.json')
+
+
 def test_multi_turn_counts_steps(tmp_path):
   multi_turn_files(tmp_path)
   notes = []

@@ -27,6 +27,8 @@ class Done:
 class Scripted:
   """Answers each prompt with the next reference text of its task; requests of a round are answered in reverse."""
 
+  max_len = 1024
+
   def __init__(self, tokenizer, tasks, reasoning, cut=False):
     self.tokenizer, self.reasoning, self.cut = tokenizer, reasoning, cut
     self.script = {}
@@ -82,6 +84,16 @@ def test_right_answers_are_never_lazy_and_wrong_long_ones_are(tokenizer):
   script.script = {t.turns[0].query: iter([print_calls(list(o.turns[0].calls))]) for t, o in zip(tasks, others)}
   wrong = measure({'single': act(script, tokenizer, world, tasks, None)})
   assert wrong['accuracy']['single'] == 0 and wrong['lazy_ratio']['single'] == 1
+
+
+def test_a_prompt_too_long_for_the_engine_ends_its_episode_alone(tokenizer):
+  world = ToolWorld()
+  tasks = world.tasks('sequential', 8, seed=2, split='eval')
+  engine = Scripted(tokenizer, tasks, 'find it.')
+  first, *_ = [t.turns[0] for t in tasks]
+  engine.script[first.query] = iter(['[' + ', '.join([print_calls([first.calls[0]])[1:-1]] * 60) + ']'])
+  trajectories = act(engine, tokenizer, world, tasks, None)
+  assert [t.outcome.reason for t in trajectories] == ['prompt too long'] + [''] * 7
 
 
 def test_responses_cut_off_are_counted_and_wrong(tokenizer):

@@ -53,6 +53,9 @@ class ToolWorldEpisode:
     else:
       self._end_turn(text, answer)
 
+  def stop(self, reason: str) -> None:
+    self._fail(reason)
+
   def outcome(self) -> Outcome:
     if not self.done:
       return Outcome(False, 'unfinished', self._steps)
