@@ -1,5 +1,6 @@
 """Builds the model organism: python -m experiments.pretrain --config=configs/nano_base.py [--workdir=DIR] [--out=DIR]"""
 import pathlib
+import sys
 
 from absl import app, flags, logging
 
@@ -15,7 +16,10 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
-  pretrain(_CONFIG.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
+  try:
+    pretrain(_CONFIG.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
+  except ValueError as error:
+    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def make_sft_loss(config: DecoderConfig, *,
 class Batches:
   """Batches of constant shape over packed rows; each epoch visits every row once, in an order of (seed, epoch).
 
-  The last batch of an epoch is filled up with empty rows. `len()` counts the batches of all epochs.
+  Where the rows do not fill the batches, empty ones are shuffled in. `len()` counts the batches of all epochs.
   """
   tree: tokentree.TokenTree
   rows: int

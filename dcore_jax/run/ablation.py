@@ -1,5 +1,6 @@
 """The alpha-delta question (paper, Table 3 and figure 6): DA-GRPO at four settings and plain GRPO, from one SFT checkpoint."""
 import dataclasses
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
     sft_run: work directory of a finished run to start from; without it the stages up to SFT are run in `workdir`/start.
 
   Raises:
-    ValueError: an unknown suite, no seeds, or a start without an SFT checkpoint.
+    ValueError: an unknown suite, no seeds, a start without an SFT checkpoint, or with another one than `workdir` began with.
   """
   if suite not in SUITES:
     raise ValueError(f'unknown suite {suite!r}; expected one of {sorted(SUITES)}')
@@ -61,6 +62,7 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
     Pipeline(first, start).run()
   if not (start / 'sft' / 'config.json').exists():
     raise ValueError(f'{str(start)!r} holds no SFT checkpoint')
+  _claim(workdir, start / 'sft' / 'model.safetensors')
   runs = []
   for seed in range(seeds):
     for setting in SUITES[suite]:
@@ -70,6 +72,14 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
       content = {'suite': suite, 'sft': _sft_point(start), 'runs': runs, 'table': _table(SUITES[suite], runs)}
       write_json_atomic(workdir / f'{suite}.json', content)
   return content
+
+
+def _claim(workdir: pathlib.Path, weights: pathlib.Path) -> None:
+  """Notes which weights a sweep starts from, or checks that they are the ones it began with."""
+  mine, path = hashlib.sha256(weights.read_bytes()).hexdigest(), workdir / 'start.json'
+  if path.exists() and read_json(path)['sha256'] != mine:
+    raise ValueError(f'{str(workdir)!r} holds runs that started from other weights than {str(weights)!r}; name another --workdir')
+  write_json_atomic(path, {'sha256': mine})
 
 
 def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, folder: pathlib.Path,

@@ -36,7 +36,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.distill.tasks = ml_collections.ConfigDict(dict(single=150, sequential=250, parallel=300, irrelevant=150, multi_turn=120))
   c.distill.temperature = 0.6
   c.distill.max_tokens = 256
-  c.distill.retries = 1  # the released code repeats a failed request once
+  c.distill.retries = 1  # of completions that cannot be read; the released code repeats a failed request once
 
   c.sft = ml_collections.ConfigDict()
   c.sft.files = ()  # files of rows {id, conversations} or ToolRL rows instead of the distilled ones

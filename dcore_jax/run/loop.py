@@ -264,7 +264,8 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
 def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequence[DecisionPoint],
            config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *,
            make_engine: Callable[[Params], Engine], seed: int) -> tuple[Params, dict[str, Any]]:
-  """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at'}); resumes from the newest checkpoint.
+  """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at',
+  'seconds_before'}), the last two of what an earlier process did; resumes from the newest checkpoint.
 
   Args:
     params: the policy to start from, and the frozen reference of the KL term; not donated.
@@ -283,13 +284,14 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
   copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
   state = init_state(copied, loop.tx)
   with Checkpoints(checkpoints, keep=1) as saved, progress(total=config.steps, description=config.estimator) as bar:
-    start = 0
+    start, spent, opened = 0, 0.0, time.monotonic()
     found = saved.restore(state)
     if found:
-      state, _, start = found
+      state, extra, start = found
+      spent = extra['seconds']
       loop.engine.update(state.params)
-      metrics.rewind('rl', start)
-      bar.update(start)
+      bar.initial = bar.n = start
+    metrics.rewind('rl', start)
     for step in range(start, config.steps):
       began = time.monotonic()
       batch = loop.rollout(step)
@@ -301,5 +303,5 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
       bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
       bar.update(1)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-        saved.save(step + 1, state)
-  return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start}
+        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened})
+  return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start, 'seconds_before': spent}

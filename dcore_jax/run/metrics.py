@@ -29,7 +29,7 @@ class Metrics:
   def write(self, stage: str, step: int, **scalars: Any) -> None:
     """One row {'stage', 'step', **scalars}. Python, numpy and jax scalars; what is not finite is written as null.
 
-    No wall-clock time is in the row (TensorBoard has it): two runs of one seed write the same file.
+    The row itself adds no wall-clock time (TensorBoard has it): two runs of one seed differ in their rates alone.
 
     Raises:
       ValueError: a value is no single number.

@@ -35,8 +35,9 @@ from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
-# Task sets that must not overlap get different seeds: the train split serves both distillation and reinforcement learning.
-_DISTILL, _RL, _EVALUATE = 1, 2, 3
+# Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
+# organism's pretraining, whose stages take the seeds from its own on.
+_DISTILL, _RL, _EVALUATE = 1001, 1002, 3
 
 
 class Pipeline:
@@ -91,12 +92,14 @@ class Pipeline:
     }
     for name, (folder, run_stage) in steps.items():
       result = self.workdir / folder / 'result.json'
+      if name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained():
+        result.unlink()  # made before the last stage was
       if name not in self.config.stages or result.exists():
         continue
       with stage(name) as timer:
         values = run_stage()
       result.parent.mkdir(parents=True, exist_ok=True)
-      write_json_atomic(result, values | {'seconds': timer.seconds})
+      write_json_atomic(result, values | {'seconds': timer.seconds + values.get('seconds_before', 0.0)})
     summary = self.summary()
     write_json_atomic(self.workdir / 'summary.json', summary)
     if 'report' in self.config.stages:
@@ -144,9 +147,7 @@ class Pipeline:
         trajectories[kind] = act(engine, self.policy.tokenizer, self.world, tasks, sampling, bar.update)
     folder = self.workdir / f'evaluate_{name}'
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'trajectories.jsonl', 'w') as file:
-      for kind, group in trajectories.items():
-        file.writelines(json.dumps(_trajectory_record(kind, t)) + '\n' for t in group)
+    _write_lines(folder / 'trajectories.jsonl', [_trajectory_record(kind, t) for kind, group in trajectories.items() for t in group])
     return measure(trajectories)
 
   def _seeds(self, counts: dict[str, int], purpose: int) -> list:
@@ -162,14 +163,12 @@ class Pipeline:
     sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=self.config.seed)
     with progress(total=len(seeds), description='distill') as bar:
       result = distill(seeds, self.engine(self.params('base')), self.policy.tokenizer, sampling,
-                       distiller=Distiller(retries=c.retries), progress=bar.update)
+                       distiller=Distiller(retries=c.retries, exact_refusals=True), progress=bar.update)
     if not result.rows:
       raise ValueError(f'self-distillation kept none of {result.seeds} seeds: {result.dropped}')
     folder = self.workdir / 'distill'
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / 'rows.jsonl.tmp'
-    temporary.write_text(''.join(json.dumps(row) + '\n' for row in result.rows))
-    temporary.replace(folder / 'rows.jsonl')
+    _write_lines(folder / 'rows.jsonl', result.rows)
     return result.to_json()
 
   def sft(self) -> dict[str, Any]:
@@ -205,10 +204,12 @@ class Pipeline:
     self._save(self.final, params)
     return result
 
+  def _last_trained(self) -> str:
+    return next((name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()), 'base')
+
   def export(self) -> dict[str, Any]:
     """The last trained model as a Hugging Face directory."""
-    trained = [name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()]
-    name = trained[0] if trained else 'base'
+    name = self._last_trained()
     self._save('export', self.params(name), self.config.export.dtype)
     return {'path': str(self.workdir / 'export'), 'stage': name}
 
@@ -258,9 +259,16 @@ class Pipeline:
       if group[0]['kind'] not in kinds and len(chosen) < self.config.report.traces:
         kinds.add(group[0]['kind'])
         chosen.append(group)
+    chosen += [group for group in several if group not in chosen][:self.config.report.traces - len(chosen)]
     return [{'query': group[0]['query'], 'kind': group[0]['kind'],
              'columns': [{'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
                          for name, t in zip(names, group)]} for group in chosen]
+
+
+def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  temporary.replace(path)
 
 
 def _trajectory_record(kind: str, t: Trajectory) -> dict[str, Any]:

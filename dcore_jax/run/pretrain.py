@@ -1,6 +1,7 @@
 """Pretraining of the model organism from a seed: stages of document mixes, each with its own cosine, on packed rows."""
 import concurrent.futures
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import save_checkpoint
 from dcore_jax.run.checkpoint import Checkpoints
-from dcore_jax.run.metrics import Metrics
+from dcore_jax.run.config import to_json
+from dcore_jax.run.metrics import Metrics, read_json, write_json_atomic
 from dcore_jax.run.progress import progress
 from dcore_jax.worlds.toolworld import corpus, tokenizer as toolworld_tokenizer
 from dcore_jax.worlds.toolworld.vocabulary import sample_texts
@@ -54,8 +56,9 @@ class Stage:
   right_parallel: float
 
 
-def stage_batches(tokenizer: Any, stage: Stage, *, seed: int, start: int = 0) -> Iterator[tuple[int, tokentree.RowBatch]]:
-  """Endless (chunk index, batch) pairs from chunk `start` on; the next chunk is written on a thread meanwhile."""
+def stage_batches(tokenizer: Any, stage: Stage, *, seed: int) -> Iterator[tuple[int, tokentree.RowBatch]]:
+  """Endless (documents dropped so far, batch) pairs; the next chunk is written on a thread meanwhile. Documents longer than a
+  row are dropped: `short` does without the longest dialogues."""
   habits = corpus.Habits('train', stage.right_step, stage.right_parallel)
 
   def chunk(index: int) -> tokentree.TokenTree:
@@ -64,12 +67,13 @@ def stage_batches(tokenizer: Any, stage: Stage, *, seed: int, start: int = 0) ->
     return tokentree.pack([encode_document(tokenizer, d) for d in documents], stage.capacity, stage.rows)
 
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    index, pending = start, pool.submit(chunk, start)
+    index, dropped, pending = 0, 0, pool.submit(chunk, 0)
     while True:
       tree, pending = pending.result(), pool.submit(chunk, index + 1)
+      dropped += len(tree.dropped)
       order = np.random.default_rng([seed, index]).permutation(tree.rows)
       for place in range(0, tree.rows, stage.rows):
-        yield index, tree.batch(order[place:place + stage.rows], budget=stage.rows * stage.capacity)
+        yield dropped, tree.batch(order[place:place + stage.rows], budget=stage.rows * stage.capacity)
       index += 1
 
 
@@ -94,7 +98,10 @@ class HeldOut:
     self._batches = {}
     for kind in ('copy', 'repeat', 'split', 'walk', 'irrelevant', 'decompose', 'single'):
       written = [corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval')) for i in range(documents)]
-      rows = [tokentree.pack([encode_document(tokenizer, d)], capacity).batch(budget=capacity) for d in written]
+      trees = [tokentree.pack([encode_document(tokenizer, d)], capacity) for d in written]
+      if any(tree.dropped for tree in trees):
+        raise ValueError(f'held-out documents of kind {kind!r} are longer than {capacity} tokens')
+      rows = [tree.batch(budget=capacity) for tree in trees]
       joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *rows)
       # parent and slot count through all rows
       offset = (np.arange(documents, dtype=np.int32) * capacity).repeat(capacity)[None]
@@ -111,8 +118,15 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
     config: see configs/nano_base.py.
     workdir: checkpoints and metrics.
     out: Hugging Face directory to write; replaced when it exists.
+
+  Raises:
+    ValueError: `workdir` holds checkpoints of another config.
   """
   workdir.mkdir(parents=True, exist_ok=True)
+  mine, claimed = json.loads(json.dumps(to_json(config))), workdir / 'config.json'
+  if claimed.exists() and read_json(claimed) != mine:
+    raise ValueError(f'{str(workdir)!r} holds checkpoints of another config; name another --workdir')
+  write_json_atomic(claimed, mine)
   tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), config.model.vocab_size)
   model = DecoderConfig.from_hf({**config.model.to_dict(), 'eos_token_id': tokenizer.eos_token_id,
                                  'pad_token_id': tokenizer.pad_token_id})
@@ -139,18 +153,19 @@ def _run_stage(config, model: DecoderConfig, params, stage: Stage, number: int, 
                       weight_decay=config.weight_decay, clip=1.0, b2=0.95, adam_learning_rate=stage.learning_rate / 5)
   step_fn = sft.make_sft_step(model, tx)
   state = init_state(params, tx)
+  metrics.rewind(f'pretrain_{stage.name}', 0)
   data = stage_batches(tokenizer, stage, seed=config.seed + number)
   with progress(total=stage.steps, description=f'pretrain {stage.name}') as bar:
     previous, started = None, time.monotonic()
     for step in range(stage.steps):
-      _, batch = next(data)
+      dropped, batch = next(data)
       state, values = step_fn(state, batch)
       if previous is not None and step % 20 == 0:  # of the step before, so that fetching does not wait for this one
         loss = float(previous['loss'])
         rate = step * stage.rows * stage.capacity / (time.monotonic() - started)
         bar.set_postfix(loss=f'{loss:.3f}', tok_s=f'{rate:.0f}')
         metrics.write(f'pretrain_{stage.name}', step, loss=loss, tokens_per_second=rate,
-                      grad_norm=float(previous['grad_norm']))
+                      grad_norm=float(previous['grad_norm']), dropped=dropped)
       previous = values
       bar.update(1)
       if (step + 1) % config.held_out_every == 0 or step + 1 == stage.steps:

@@ -20,6 +20,9 @@ class _LineBar(tqdm.tqdm):
       print(msg or str(self), file=self.fp, flush=True)
     return True
 
+  def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **figures: Any) -> None:
+    super().set_postfix(ordered_dict, False, **figures)  # tqdm's own default prints a line at once
+
   def close(self) -> None:
     if self.disable:
       return

@@ -189,7 +189,7 @@ def _habit_table(stages: Stages) -> list[dict[str, Any]]:
   wanted = [(f'lazy, {KIND_LABELS[kind]}', 'lazy_ratio', kind, _percent) for kind in KINDS]
   wanted += [('reflections per response', 'reflections_per_response', None, lambda v: _plain(v, 2)),
              ('reasoning tokens, mean', 'reasoning_tokens_mean', None, lambda v: _plain(v, 0)),
-             ('decomposes when asked', 'decomposition_rate', None, _percent)]
+             ('plans unasked, several subtasks', 'decomposition_rate', None, _percent)]
   rows = []
   for label, field, kind, show in wanted:
     values = [_entry(stage, field, kind) for stage in stages.values()]

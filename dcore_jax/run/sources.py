@@ -61,6 +61,8 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
   except OSError as error:
     raise ValueError(f'no tokenizer can be loaded from {str(tokenizer_dir)!r}: {error}') from error
+  if config.init and config.path:
+    raise ValueError(f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them')
   if config.init:
     model = DecoderConfig.from_hf(dict(config.init))
     params = decoder.init_params(model, jax.random.key(seed))
@@ -74,10 +76,10 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """The records of a JSON list or a JSON-lines file; ValueError names file and line of what cannot be parsed."""
-  text = path.read_text()
+  text = path.read_text(encoding='utf-8')
   if path.suffix == '.jsonl':
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split('\n'), 1):
       if line.strip():
         rows.append(_parse(line, f'{path.name}, line {number}'))
   else:
@@ -132,7 +134,7 @@ def toolrl_point(record: dict[str, Any], name: str) -> tuple[DecisionPoint, str]
   if missing:
     raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
   thought, _, rest = record['output'].rpartition('</think>')  # a thought may speak of `<tool_call>` itself
-  calls = [_toolrl_call(line, name) for line in _part(rest, 'tool_call').splitlines() if line.strip()]
+  calls = [_toolrl_call(line, name) for line in _part(rest, 'tool_call').split('\n') if line.strip()]
   reference = print_calls(calls) if calls else _part(rest, 'response')
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')

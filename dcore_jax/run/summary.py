@@ -31,7 +31,7 @@ def validate_summary(summary: Any) -> None:
      'rl': {'zero_variance_fraction': [..], 'reward': [..], 'entropy': [..]},   one value per step
      'export': path, 'seconds': {stage: seconds}}
 
-  `stages` needs at least one stage; `distill`, `rl` and `export` may be absent (a stage that was not run) and None
+  A stage of `stages`, and `distill`, `rl` and `export`, may be absent (a stage that was not run) and None
   stands for a number that could not be measured. Further fields are welcome anywhere.
 
   Raises:
@@ -40,7 +40,7 @@ def validate_summary(summary: Any) -> None:
   check = _Problems()
   if check.mapping('summary', summary):
     stages = summary.get('stages')
-    if check.mapping('stages', stages) and check.that(len(stages), 'stages is empty'):
+    if check.mapping('stages', stages):
       for name, stage in stages.items():
         check.that(name in STAGES, f'stages.{name} is not one of {", ".join(STAGES)}')
         _check_stage(check, f'stages.{name}', stage)

@@ -75,7 +75,7 @@ def test_log_probabilities_equal_a_full_forward_pass(sampling):
 def test_greedy_tokens_equal_transformers(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  hf_checkpoint = pytest.importorskip('dcore_jax.models.hf_checkpoint')
+  from dcore_jax.models import hf_checkpoint
   hf_checkpoint.save_checkpoint(tmp_path / 'model', CONFIG, params(), dtype='float32')
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'model', dtype=torch.float32).eval()
   made = [Request(prompt(length), (0,), 20) for length in (2, 17, 80)]

@@ -80,10 +80,12 @@ def run(tokenizer, model, folder, config, points_=None):
 
 
 def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
+  with Metrics(tmp_path / 'whole') as metrics:  # of a process that was killed before its first checkpoint
+    metrics.write('rl', 0, reward=9.0)
   whole, _ = run(tokenizer, model, tmp_path / 'whole', rl_config())
   run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1))
   parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config())
-  assert result['resumed_at'] == 1
+  assert result['resumed_at'] == 1 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   timeless = lambda rows: [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]
   assert timeless(read_metrics(tmp_path / 'whole', 'rl')) == timeless(read_metrics(tmp_path / 'parts', 'rl'))

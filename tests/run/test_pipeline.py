@@ -1,13 +1,15 @@
 """The pipeline's bookkeeping: bad input is named before anything is written, and results are tied to their config."""
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from configs import nano, qwen3_smoke
-from dcore_jax.run.pipeline import Pipeline
+from configs import nano, nano_base, qwen3_smoke
+from dcore_jax.run.pipeline import _DISTILL, _RL, Pipeline
+from dcore_jax.worlds.toolworld.world import ToolWorld
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,6 +52,23 @@ def test_export_alone_copies_the_organism(tmp_path):
   summary = Pipeline(config, tmp_path).run()
   assert (tmp_path / 'export' / 'model.safetensors').exists() and (tmp_path / 'report.html').exists()
   assert summary['export'] == str(tmp_path / 'export') and json.loads((tmp_path / 'summary.json').read_text()) == summary
+
+
+def test_an_export_follows_the_last_trained_stage(tmp_path):
+  config = nano.get_config('quick')
+  config.stages = ('export',)
+  pipeline = Pipeline(config, tmp_path)
+  pipeline.run()
+  assert json.loads((tmp_path / 'export_result' / 'result.json').read_text())['stage'] == 'base'
+  shutil.copytree(tmp_path / 'export', tmp_path / 'sft')
+  pipeline.run()
+  assert json.loads((tmp_path / 'export_result' / 'result.json').read_text())['stage'] == 'sft'
+
+
+def test_tasks_of_training_are_not_those_of_pretraining():
+  pretraining = {t.id for number in range(len(nano_base.get_config().stages))
+                 for t in ToolWorld().tasks('single', 5, seed=nano_base.get_config().seed + number, split='train')}
+  assert not pretraining & {t.id for purpose in (_DISTILL, _RL) for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')}
 
 
 def test_variants():
