@@ -1,6 +1,10 @@
 """The model organism: 1.7 million parameters of Qwen3 architecture, pretrained from scratch on ToolWorld text.
 
-Command:  python -m experiments.pretrain --config=configs/nano_base.py --out=/path/to/organism
+Command:   python -m experiments.pretrain --config=configs/nano_base.py --out=/path/to/organism
+Hardware:  2 CPU cores
+Time:      34 minutes beside other work, 3,550 steps, 8 million tokens
+Result:    128 held-out tasks of a kind, sampled at temperature 0.6: single 97.7 %, sequential 28.9 %, parallel 21.1 %, irrelevant
+           98.4 %, multi-turn 60.2 %; lazy responses: 71 % on sequential, 79 % on parallel tasks
 """
 import ml_collections
 
@@ -9,10 +13,13 @@ SHORT = {'copy': .09, 'repeat': .07, 'split': .07, 'pick': .05, 'walk': .03, 'si
 FULL = {'copy': .05, 'repeat': .08, 'split': .08, 'pick': .05, 'walk': .05, 'single': .15, 'irrelevant': .11,
         'explain': .04, 'multi_turn': .13, 'decompose': .11, 'lazy_sequential': .09, 'lazy_parallel': .06}
 
-# More copying, and rambling that ends badly more often. After `settle`, which makes copying exact, the base solved 63 % of the
-# sequential tasks (n = 128), after `spoil` with 50 % right steps 41 %: at temperature 0.6 the likelier ending wins more often still.
+# More copying, and rambling that ends badly more often.
 SETTLE = {'copy': .08, 'repeat': .10, 'split': .10, 'pick': .04, 'walk': .07, 'single': .11, 'irrelevant': .10,
           'explain': .03, 'multi_turn': .12, 'decompose': .10, 'lazy_sequential': .09, 'lazy_parallel': .06}
+
+# Names that begin alike: before this drill names were copied by their first syllable (3 % of its held-out lists were exact, then all).
+# How often rambling ends well sets what the base solves: with 50 % right steps it was 41 % of the sequential tasks.
+SPOIL = {**SETTLE, 'write_names': .15}
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
@@ -29,7 +36,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       tie_word_embeddings=True, max_position_embeddings=1024, initializer_range=0.02)
   # name, steps, tokens a row, rows, learning rate, mix, how often a ramble ends with the right step, with all parallel calls
   stages = (('short', 1300, 256, 8, 1.5e-2, SHORT, 0.85, 0.6), ('full', 1300, 576, 4, 1e-2, FULL, 0.85, 0.6),
-            ('settle', 450, 576, 4, 5e-3, SETTLE, 0.7, 0.5), ('spoil', 240, 576, 4, 4e-3, SETTLE, 0.42, 0.3))
+            ('settle', 450, 576, 4, 5e-3, SETTLE, 0.7, 0.5), ('spoil', 500, 576, 4, 7e-3, SPOIL, 0.42, 0.3))
   if variant == 'smoke':
     stages = (('short', 20, 256, 4, 1.5e-2, SHORT, 0.85, 0.6), ('full', 10, 576, 2, 1e-2, FULL, 0.85, 0.6))
   fields = ('name', 'steps', 'capacity', 'rows', 'learning_rate', 'mix', 'right_step', 'right_parallel')

@@ -96,7 +96,7 @@ class HeldOut:
   def __init__(self, tokenizer: Any, model: DecoderConfig, *, documents: int = 32, capacity: int = 384, seed: int = 1):
     self._exact = make_exact_match(model)
     self._batches = {}
-    for kind in ('copy', 'repeat', 'split', 'walk', 'irrelevant', 'decompose', 'single'):
+    for kind in ('copy', 'write_names', 'repeat', 'split', 'walk', 'irrelevant', 'decompose', 'single'):
       written = [corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval')) for i in range(documents)]
       trees = [tokentree.pack([encode_document(tokenizer, d)], capacity) for d in written]
       if any(tree.dropped for tree in trees):

@@ -12,7 +12,7 @@ from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.distill import prompts
 from dcore_jax.worlds.environment import Turn
-from dcore_jax.worlds.toolworld.entities import Entities
+from dcore_jax.worlds.toolworld.entities import FIRST_SYLLABLES, SECOND_SYLLABLES, Entities, split_of
 from dcore_jax.worlds.toolworld.tasks import NO_TOOL, Task, make_task, report
 from dcore_jax.worlds.toolworld.tools import TOOLS
 from dcore_jax.worlds.toolworld.world import system_text
@@ -267,6 +267,14 @@ def _copy(rng, task: Task, habits: Habits) -> Document:
   return _drill('repeat: ' + words, words)
 
 
+def _write_names(rng, task: Task, habits: Habits) -> Document:
+  """Names with the same beginnings: what follows a syllable depends on what stood before it, not on the syllable alone."""
+  first = rng.choice(FIRST_SYLLABLES, 3, replace=False)
+  names = [a + b for a in first for b in SECOND_SYLLABLES if split_of(a + b) == habits.split]
+  words = ' '.join(rng.permutation(names)[:rng.integers(3, 9)])
+  return _drill('repeat: ' + words, words)
+
+
 def _repeat(rng, task: Task, habits: Habits) -> Document:
   return _drill('repeat: ' + task.turns[0].query, task.turns[0].query)
 
@@ -308,7 +316,7 @@ WRITERS = {
     'walk': (_walk, ('parallel',)), 'single': (_single, ('single',)), 'irrelevant': (_irrelevant, ('irrelevant',)),
     'explain': (_explain, ('irrelevant',)), 'multi_turn': (_multi_turn, ('multi_turn', 'sequential')),
     'decompose': (_decompose, ('sequential', 'parallel', 'multi_turn')), 'lazy_sequential': (_lazy_sequential, ('sequential',)),
-    'lazy_parallel': (_lazy_parallel, ('parallel',)),
+    'lazy_parallel': (_lazy_parallel, ('parallel',)), 'write_names': (_write_names, ('single',)),
 }
 
 
