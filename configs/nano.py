@@ -16,10 +16,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = default_config()
   c.name = 'configs/nano.py' + (f':{variant}' if variant else '')
   c.evaluate.tasks = 128
-  c.sft.update(dict(epochs=3, capacity=768, rows=4, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
+  c.distill.tasks.update(dict(single=300, irrelevant=60))
+  c.sft.update(dict(epochs=2, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
   # alpha and delta as published. With entropies near 0.1 nats psi is small here: see the ablation over alpha.
-  c.rl.update(dict(steps=16, prompts=16, group=8, updates=4, learning_rate=3e-5, max_prompt_tokens=512, max_tokens=512,
-                   capacity=1024, rows=2, checkpoint_every=4))
+  c.rl.update(dict(steps=16, prompts=16, group=8, updates=4, learning_rate=3e-5, max_prompt_tokens=320, max_tokens=448,
+                   capacity=768, rows=1, checkpoint_every=4))
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
   if variant == 'quick':

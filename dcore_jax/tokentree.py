@@ -122,10 +122,10 @@ class TokenTree:
   def loss_budget(self, rows: int) -> int:
     """Loss tokens that no choice of `rows` rows exceeds: one shape for every batch of them.
 
-    Rounded up to sixteenths of the rows' size, so that trees of one run share a few shapes.
+    Rounded up to quarters of the rows' size, so that the trees of one run share a few shapes.
     """
     most = int(np.sort(np.count_nonzero(self.weight, axis=1))[-rows:].sum())
-    step = -(-rows * self.capacity // 16)
+    step = -(-rows * self.capacity // 4)
     return step * max(1, -(-most // step))
 
   def batch(self, rows: Sized[int] | None = None, *, budget: int | None = None, accumulate: int = 1) -> RowBatch:

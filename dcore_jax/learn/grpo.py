@@ -1,7 +1,7 @@
 """The (DA-)GRPO step and the pass that scores the old policy, both on token trees (method 3.2-3.5).
 
 One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one pass) -> `ADVANTAGES[...]` ->
-`tree.with_extras(advantage, old_logp, ref_logp, psi)` -> steps over `tree.batch(...)`.
+`tree.with_extras(advantage, old_logp, ref_logp)` -> steps over `tree.batch(...)`.
 Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch.
 """
 from collections.abc import Callable
@@ -75,17 +75,16 @@ def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT
 
 def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, clip_low: float = 0.2,
                    clip_high: float = 0.2, dual_clip: float = 3.0, kl_coefficient: float = 0.0,
-                   temperature: float = 1.0, measure_psi: bool = False, remat: str = 'none', unroll: bool | int = True
+                   temperature: float = 1.0, remat: str = 'none', unroll: bool | int = True
                    ) -> Callable[[sft.TrainState, tokentree.RowBatch], tuple[sft.TrainState, sft.Metrics]]:
   """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
-  The batch's extras: advantage, old_logp; ref_logp where kl_coefficient > 0; psi where `measure_psi`. Loss: the mean
-  over loss tokens, by their weights, of the clipped objective + kl_coefficient x k3 (weights 1: token mean as released;
-  weights 1 / |y_i|: the sequence mean of the paper).
-  Metrics: loss, pg_loss, kl, clip_share, entropy (of the current policy), weight, grad_norm, skipped, and psi_grad_norm
-  where `measure_psi`, which costs one more backward pass: the gradient that psi alone contributes.
+  The batch's extras: advantage, old_logp; ref_logp where kl_coefficient > 0. Loss: the mean over loss tokens, by their
+  weights, of the clipped objective + kl_coefficient x k3 (weights 1: token mean as released; weights 1 / |y_i|: the
+  sequence mean of the paper).
+  Metrics: loss, pg_loss, kl, clip_share, entropy (of the current policy), weight, grad_norm, skipped.
   """
-  needed = {'advantage', 'old_logp'} | ({'ref_logp'} if kl_coefficient else set()) | ({'psi'} if measure_psi else set())
+  needed = {'advantage', 'old_logp'} | ({'ref_logp'} if kl_coefficient else set())
 
   def objective_sum(params, micro):
     weight_M = micro.weight
@@ -101,14 +100,6 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, c
       loss += kl_coefficient * sums['kl']
     return loss, sums | {'loss': loss, 'weight': weight}
 
-  def psi_sum(params, micro):
-    # A token is moved either by psi or by its group, so psi's share of the gradient is that of psi as the advantage.
-    logp_M, _ = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
-    (pg, _), _ = objectives.clipped_objective(
-        logp_M, micro.extras['old_logp'], micro.extras['psi'], micro.weight,
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return pg, ()
-
   def grpo_step(state, batch):
     if needed - batch.extras.keys():
       raise ValueError(f'the batch lacks the extras {sorted(needed - batch.extras.keys())}')
@@ -116,10 +107,25 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, c
     weight = sums.pop('weight')
     scale = 1 / jnp.maximum(weight, 1e-8)
     metrics = jax.tree.map(lambda value: value * scale, sums) | {'weight': weight}
-    if measure_psi:
-      psi_grads, _ = sft.accumulate(psi_sum, state.params, batch)
-      metrics['psi_grad_norm'] = optax.global_norm(psi_grads) * scale
     state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads))
     return state, metrics | applied
 
   return jax.jit(grpo_step, donate_argnums=0)
+
+
+def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0, remat: str = 'none',
+                  unroll: bool | int = True) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
+  """The jitted (params, batch) -> norm of the gradient that psi alone contributes to the first step on a batch.
+
+  There the ratios are 1, so that it is the gradient of the mean of -psi log pi (extras: psi). It costs a backward pass: for
+  measuring how much of an update is due to psi, as one mini-batch of a rollout shows.
+  """
+  def psi_sum(params, micro):
+    logp_M, _ = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
+    return -jnp.sum(micro.weight * micro.extras['psi'] * logp_M), jnp.sum(micro.weight)
+
+  def psi_norm(params, batch):
+    grads, weight = sft.accumulate(psi_sum, params, batch)
+    return optax.global_norm(grads) / jnp.maximum(weight, 1e-8)
+
+  return jax.jit(psi_norm)

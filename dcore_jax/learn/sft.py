@@ -36,7 +36,8 @@ def accumulate(loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]],
   """Sums the gradient and the auxiliary sums of `loss` over the micro-batches -> (gradient, sums), undivided.
 
   `loss(params, micro)` gives (sum over tokens, auxiliary sums). Whoever calls divides once by the total weight, so that
-  the result does not depend on how the rows were split.
+  the result does not depend on how the rows were split. Micro-batches without weight are skipped: batches of unequal
+  size may be filled up to one shape, which is compiled once.
   """
   gradient = jax.grad(loss, has_aux=True)
   parts = batch.weight.shape[0]
@@ -44,7 +45,11 @@ def accumulate(loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]],
     return gradient(params, jax.tree.map(lambda leaf: leaf[0], batch))
   shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda leaf: leaf[0], batch))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  step = lambda total, micro: (jax.tree.map(jnp.add, total, gradient(params, micro)), None)
+
+  def step(total, micro):
+    add = lambda: jax.tree.map(jnp.add, total, gradient(params, micro))
+    return jax.lax.cond(jnp.any(micro.weight != 0), add, lambda: total), None
+
   return jax.lax.scan(step, zeros, batch)[0]
 
 

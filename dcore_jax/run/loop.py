@@ -139,12 +139,16 @@ class RolloutBatch:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_step(model: DecoderConfig, measure_psi: bool, learning_rate: float, weight_decay: float, clip: float,
-                   temperature: float, **objective: float) -> tuple:
-  """(optimizer, score pass, step). Cached: the runs of a sweep over alpha and delta differ in nothing that is compiled."""
+def _compiled_step(model: DecoderConfig, learning_rate: float, weight_decay: float, clip: float, temperature: float,
+                   **objective: float) -> tuple:
+  """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep over alpha and delta differ in nothing that is compiled."""
   tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
   return (tx, grpo.make_score_pass(model, temperature=temperature),
-          grpo.make_grpo_step(model, tx, temperature=temperature, measure_psi=measure_psi, **objective))
+          grpo.make_grpo_step(model, tx, temperature=temperature, **objective),
+          grpo.make_psi_norm(model, temperature=temperature))
+
+
+_PARTS = 4  # micro-batches come in multiples: few shapes are compiled, and those left empty cost nothing
 
 
 class GrpoLoop:
@@ -169,8 +173,8 @@ class GrpoLoop:
     self.model, self.tokenizer, self.engine = model, tokenizer, engine
     self.prompts, self.config, self.seed = prompts, config, seed
     self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
-    self.tx, self._score, self._step = _compiled_step(
-        model, self.measure_psi, config.learning_rate, config.weight_decay, config.clip, config.temperature,
+    self.tx, self._score, self._step, self._psi_norm = _compiled_step(
+        model, config.learning_rate, config.weight_decay, config.clip, config.temperature,
         **{name: config[name] for name in ('clip_low', 'clip_high', 'dual_clip', 'kl_coefficient')})
     options = {'da_grpo': ('alpha', 'delta', 'zero_test', 'psi_multiplier'), 'rl_zvp': ('alpha', 'zero_test', 'psi_multiplier')}
     self._estimator = functools.partial(objectives.ADVANTAGES[config.estimator],
@@ -202,7 +206,8 @@ class GrpoLoop:
     size, trees, entropy, tokens = P // self.config.updates, [], 0.0, 0
     for first in range(0, P, size):
       chosen = range(first, first + size)
-      tree = tokentree.pack(batch.sequences(chosen), self.config.capacity, self.config.rows, self.tokenizer.pad_token_id)
+      multiple = self.config.rows * _PARTS
+      tree = tokentree.pack(batch.sequences(chosen), self.config.capacity, multiple, self.tokenizer.pad_token_id)
       if tree.dropped:
         raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; '
                          f'the engine allows {self.engine.max_len}')
@@ -228,16 +233,17 @@ class GrpoLoop:
     """All optimizer steps on one rollout batch -> (state, metrics still on the device)."""
     trees, entropy = self._trees(state.params, reference, batch)
     gap_mean, gap_max = self._logp_gap(trees, batch)
+    batches = [tree.batch(accumulate=tree.rows // self.config.rows) for tree in trees]
+    psi = {'psi_grad_norm': self._psi_norm(state.params, batches[0])} if self.measure_psi else {}
     collected = []
-    for tree in trees:
-      rows = self.config.rows
-      data = tree.batch(budget=rows * tree.capacity, accumulate=tree.rows // rows)
+    for data in batches:
+      data.extras.pop('psi', None)
       state, values = self._step(state, data)
       collected.append(values)
     self.engine.update(state.params)
     values = {name: np.mean([float(v[name]) for v in collected]) for name in collected[0] if name not in ('skipped', 'weight')}
     values['policy_entropy'] = values.pop('entropy')
-    return state, {**values, 'skipped': sum(int(v['skipped']) for v in collected), 'entropy': entropy,
+    return state, {**values, **psi, 'skipped': sum(int(v['skipped']) for v in collected), 'entropy': entropy,
                    'logp_gap_mean': gap_mean, 'logp_gap_max': gap_max, 'dedup': float(np.mean([t.dedup for t in trees]))}
 
 

@@ -102,15 +102,30 @@ def test_step_on_trees_equals_flat_rows(params, sgd_step, scored, flat_scores, p
   np.testing.assert_allclose(metrics['clip_share'], negative, rtol=1e-5)
 
 
-def test_psi_gradient_is_measured_apart(sgd_step, scored):
-  """Only psi moves a batch of uniform groups, so there its norm is the gradient's; in the mixed batch it is a part."""
-  _, tree, _, _ = scored
-  _, mixed = sgd_step(tree.batch(), measure_psi=True)
-  only_psi = tree.with_extras(advantage=tree.extras['psi'])
-  grads, alone = sgd_step(only_psi.batch(), measure_psi=True)
-  np.testing.assert_allclose(alone['psi_grad_norm'], optax.global_norm(grads), rtol=1e-4)
-  np.testing.assert_allclose(mixed['psi_grad_norm'], alone['psi_grad_norm'], rtol=1e-5)
-  assert 0 < mixed['psi_grad_norm'] < mixed['grad_norm']
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumulate):
+  """It is the gradient of a step, on the policy that sampled, whose only advantage is psi; and a part of the whole one."""
+  _, tree, logp, _ = scored
+  on_policy = tree.with_extras(old_logp=tree.scatter(logp))
+  norm = grpo.make_psi_norm(config)(params, on_policy.batch(accumulate=accumulate))
+  grads, _ = sgd_step(on_policy.with_extras(advantage=tree.extras['psi']).batch())
+  np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-4)
+  _, mixed = sgd_step(on_policy.batch())
+  assert 0 < norm < mixed['grad_norm']
+
+
+def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
+  sequences, tree, _, _ = scored
+  wider = tokentree.pack(sequences, tree.capacity, rows_multiple=4 * tree.rows)
+  filled = dataclasses.replace(tree, **{name: np.concatenate([getattr(tree, name), getattr(wider, name)[tree.rows:]])
+                                        for name in ('tokens', 'position', 'parent', 'end', 'weight')}, extras={})
+  pad = lambda values: np.concatenate([values, np.zeros_like(wider.weight[tree.rows:])])
+  filled = filled.with_extras(**{name: pad(values) for name, values in tree.extras.items()})
+  assert not filled.weight[tree.rows:].any()
+  wanted, _ = sgd_step(tree.batch(accumulate=2))
+  grads, metrics = sgd_step(filled.batch(accumulate=filled.rows))
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), grads, wanted)
+  np.testing.assert_allclose(metrics['weight'], tree.weight.sum())
 
 
 def test_step_raises_good_responses_and_compiles_once(config, params, score_pass):

@@ -95,7 +95,7 @@ def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_pa
   """An untrained model gets every reward wrong alike: GRPO's gradient vanishes, DA-GRPO's does not (paper, theorem 3.1)."""
   rows = {}
   for name, options in (('grpo', dict(estimator='grpo')), ('da_grpo', dict(estimator='da_grpo', alpha=0.4))):
-    run(tokenizer, model, tmp_path / name, rl_config(steps=1, kl_coefficient=0.0, **options))
+    run(tokenizer, model, tmp_path / name, rl_config(steps=1, updates=1, kl_coefficient=0.0, **options))
     rows[name], = read_metrics(tmp_path / name, 'rl')
   assert rows['grpo']['zero_variance_fraction'] == rows['grpo']['all_wrong_fraction'] == 1
   assert rows['grpo']['grad_norm'] == 0 < rows['da_grpo']['grad_norm']
