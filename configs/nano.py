@@ -17,9 +17,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.name = 'configs/nano.py' + (f':{variant}' if variant else '')
   c.evaluate.tasks = 128
   c.distill.tasks.update(dict(single=300, irrelevant=60))
-  c.sft.update(dict(epochs=2, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
+  c.sft.update(dict(epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
   # alpha and delta as published. With entropies near 0.1 nats psi is small here: see the ablation over alpha.
-  c.rl.update(dict(steps=16, prompts=16, group=8, updates=4, learning_rate=3e-5, max_prompt_tokens=320, max_tokens=448,
+  c.rl.update(dict(steps=12, prompts=16, group=8, updates=4, learning_rate=3e-5, max_prompt_tokens=320, max_tokens=448,
                    capacity=768, rows=1, checkpoint_every=4))
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
@@ -27,5 +27,5 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     c.evaluate.tasks = 16
     c.distill.tasks.update(dict(single=40, sequential=60, parallel=60, irrelevant=40, multi_turn=20))
     c.sft.epochs = 1
-    c.rl.update(dict(steps=2, prompts=8, updates=2))
+    c.rl.update(dict(steps=2, prompts=8, updates=2, validation=4))
   return c

@@ -25,6 +25,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.engine.update(dict(lanes=8, max_len=1088, steps_per_call=16))
   c.sft.update(dict(files=('dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'), epochs=1, capacity=4608, rows=1, learning_rate=1e-3,
                     max_rows=48 if variant == 'quick' else 200))
-  c.rl.update(dict(files=('toolrl/rlla_sft.json',), steps=1 if variant == 'quick' else 3, prompts=2, group=4, updates=1,
+  c.rl.update(dict(files=('toolrl/rlla_sft.json',), steps=1 if variant == 'quick' else 3, prompts=2, group=4, updates=1, validation=0,
                    max_prompt_tokens=1024, max_tokens=64, capacity=2048, rows=1, learning_rate=1e-5, checkpoint_every=1))
   return c

@@ -20,7 +20,7 @@ def quick_config():
   c = nano.get_config('quick')
   c.evaluate.tasks = 4
   c.distill.tasks.update(dict(single=10, sequential=16, parallel=16, irrelevant=8, multi_turn=4))
-  c.rl.update(dict(steps=1, prompts=4, group=4, updates=1))
+  c.rl.update(dict(steps=1, prompts=4, group=4, updates=1, validation=2))
   return c
 
 

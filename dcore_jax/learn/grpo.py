@@ -35,15 +35,16 @@ def make_score_pass(config: DecoderConfig, *, temperature: float = 1.0, unroll: 
   return jax.jit(score_pass)
 
 
-def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree,
-               rows: int) -> tuple[np.ndarray, np.ndarray]:
+def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree, rows: int,
+               budget: int | None = None) -> tuple[np.ndarray, np.ndarray]:
   """Scores a whole tree, `rows` rows at a time in one constant shape -> (logp, entropy), float32 [R, T], 0 elsewhere.
 
-  `tree.gather` turns either into one array per sequence.
+  `budget` is the number of loss tokens a pass has room for, by default what the tree needs; trees that share one share
+  one compiled program. `tree.gather` turns either result into one array per sequence.
   """
   if rows < 1 or tree.rows % rows:
     raise ValueError(f'{tree.rows} rows of the tree do not divide into {rows}; pack with rows_multiple={rows}')
-  budget = tree.loss_budget(rows)
+  budget = budget or tree.loss_budget(rows)
   out = np.zeros((2, tree.rows, tree.capacity), np.float32)
   pending = []
   for start in range(0, tree.rows, rows):

@@ -99,7 +99,7 @@ def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, fol
   evaluated = summary['stages'][setting.estimator]
   return {'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta, 'seed': seed,
           'curves': curves, 'end': {name: _end(values) for name, values in curves.items()}, 'accuracy': evaluated['accuracy'],
-          'evaluated_reflections': evaluated['reflections_per_response']}
+          'evaluated_reflections': evaluated['reflections_per_response'], 'validation': summary['rl']['validation']}
 
 
 def _end(values: Sequence[float]) -> float:
@@ -123,6 +123,8 @@ def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict
       continue
     figures = {name: [run['end'][name] for run in mine] for name in mine[0]['end']}
     figures |= {f'accuracy_{kind}': [run['accuracy'][kind] for run in mine] for kind in mine[0]['accuracy']}
+    for name in ('reward', 'reflections'):
+      figures[f'validation_{name}'] = [run['validation']['after'][name] for run in mine]
     figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
     described = {name: {'mean': float(np.mean(v)), 'standard_error': _standard_error(v)} for name, v in figures.items()}
     table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta,
@@ -137,9 +139,9 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 def format_table(content: dict[str, Any]) -> str:
   """The table for a terminal."""
-  columns = ('reward', 'reflections', 'entropy', 'psi_grad_norm', 'grad_norm', 'accuracy_sequential', 'accuracy_parallel',
-             'accuracy_single')
-  lines = ['setting'.ljust(28) + ''.join(c.removeprefix('accuracy_').rjust(16) for c in columns)]
+  columns = ('validation_reward', 'validation_reflections', 'entropy', 'psi_grad_norm', 'grad_norm',
+             'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
+  lines = ['setting'.ljust(28) + ''.join(c.removeprefix('accuracy_').removeprefix('validation_').rjust(16) for c in columns)]
   for row in content['table']:
     cells = [row['figures'].get(c) for c in columns]
     lines.append(row['setting'].ljust(28) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))

@@ -61,6 +61,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.steps = 468  # 5,000 prompts / 32 x 3 epochs
   c.rl.prompts = 32  # a step
   c.rl.group = 8  # rollouts of a prompt
+  c.rl.validation = 32  # prompts set aside, on which the policy is measured before and after
   c.rl.updates = 4  # optimizer steps a rollout batch
   c.rl.estimator = 'da_grpo'
   c.rl.alpha = 0.1

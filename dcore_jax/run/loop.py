@@ -148,7 +148,8 @@ def _compiled_step(model: DecoderConfig, learning_rate: float, weight_decay: flo
           grpo.make_psi_norm(model, temperature=temperature))
 
 
-_PARTS = 4  # micro-batches come in multiples: few shapes are compiled, and those left empty cost nothing
+# Micro-batches come in multiples of this: one shape is compiled (5 s for the organism), and those left empty cost nothing.
+_PARTS = 16
 
 
 class GrpoLoop:
@@ -172,6 +173,7 @@ class GrpoLoop:
       raise ValueError(f'unknown rl.estimator {config.estimator!r}; expected one of {sorted(objectives.ADVANTAGES)}')
     self.model, self.tokenizer, self.engine = model, tokenizer, engine
     self.prompts, self.config, self.seed = prompts, config, seed
+    self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
     self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
     self.tx, self._score, self._step, self._psi_norm = _compiled_step(
         model, config.learning_rate, config.weight_decay, config.clip, config.temperature,
@@ -189,7 +191,11 @@ class GrpoLoop:
 
   def rollout(self, step: int) -> RolloutBatch:
     """Samples and scores the groups of a step with the engine's present weights."""
-    prompts, G = self.prompts_of(step), self.config.group
+    return self.sample(self.prompts_of(step), step)
+
+  def sample(self, prompts: list[Prompt], step: int) -> RolloutBatch:
+    """A group of scored rollouts for each prompt; `step` names the random stream."""
+    G = self.config.group
     requests = [Request(prompt.tokens, (step, p, g)) for p, prompt in enumerate(prompts) for g in range(G)]
     sampling = SamplingParams(temperature=self.config.temperature, max_tokens=self.config.max_tokens, seed=self.seed)
     completions = self.engine.generate(requests, sampling)
@@ -211,10 +217,10 @@ class GrpoLoop:
       if tree.dropped:
         raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; '
                          f'the engine allows {self.engine.max_len}')
-      logp_RT, entropy_RT = grpo.score_rows(self._score, params, tree, self.config.rows)
+      logp_RT, entropy_RT = grpo.score_rows(self._score, params, tree, self.config.rows, self._budget)
       extras = {'old_logp': logp_RT}
       if self.config.kl_coefficient:
-        extras['ref_logp'], _ = grpo.score_rows(self._score, reference, tree, self.config.rows)
+        extras['ref_logp'], _ = grpo.score_rows(self._score, reference, tree, self.config.rows, self._budget)
       advantage, psi = grpo.advantage_rows(tree, batch.total_PG[first:first + size], entropy_RT, self._estimator)
       extras |= {'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
       trees.append(tree.with_extras(**extras))
@@ -233,8 +239,11 @@ class GrpoLoop:
     """All optimizer steps on one rollout batch -> (state, metrics still on the device)."""
     trees, entropy = self._trees(state.params, reference, batch)
     gap_mean, gap_max = self._logp_gap(trees, batch)
-    batches = [tree.batch(accumulate=tree.rows // self.config.rows) for tree in trees]
-    psi = {'psi_grad_norm': self._psi_norm(state.params, batches[0])} if self.measure_psi else {}
+    batches = [tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows) for tree in trees]
+    psi = {}
+    if self.measure_psi:  # on the first mini-batch that has any
+      shown = next((data for data in batches if data.extras['psi'].any()), batches[0])
+      psi['psi_grad_norm'] = self._psi_norm(state.params, shown)
     collected = []
     for data in batches:
       data.extras.pop('psi', None)
@@ -271,13 +280,16 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
            config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *,
            make_engine: Callable[[Params], Engine], seed: int) -> tuple[Params, dict[str, Any]]:
   """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at',
-  'seconds_before'}), the last two of what an earlier process did; resumes from the newest checkpoint.
+  'seconds_before', 'validation'}); resumes from the newest checkpoint.
+
+  `validation` has the figures of `rollout_metrics` before and after, on prompts that are not trained on, with the same
+  random streams; `resumed_at` and `seconds_before` tell what an earlier process did.
 
   Args:
     params: the policy to start from, and the frozen reference of the KL term; not donated.
     model, tokenizer: what they belong to.
     points: prompts with their reference answers.
-    config: section `rl`: steps, prompts, group, updates, estimator, alpha, delta, zero_test, psi_multiplier, learning_rate,
+    config: section `rl`: steps, prompts, validation, group, updates, estimator, alpha, delta, zero_test, psi_multiplier, learning_rate,
       weight_decay, clip, clip_low, clip_high, dual_clip, kl_coefficient, temperature, max_prompt_tokens, max_tokens, reward,
       capacity, rows, checkpoint_every.
     metrics: written as stage 'rl', a row a step.
@@ -286,7 +298,10 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
     seed: of prompts and sampling.
   """
   prompts, dropped = encode_prompts(tokenizer, points, config.max_prompt_tokens)
+  held_out, prompts = _set_aside(prompts, config.validation)
   loop = GrpoLoop(model, tokenizer, make_engine(params), prompts, config, seed=seed)
+  measure = lambda: rollout_metrics(loop.sample(held_out, config.steps)) if held_out else None
+  before = measure()
   copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
   state = init_state(copied, loop.tx)
   with Checkpoints(checkpoints, keep=1) as saved, progress(total=config.steps, description=config.estimator) as bar:
@@ -310,4 +325,19 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
       bar.update(1)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
         saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened})
-  return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start, 'seconds_before': spent}
+  return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start, 'seconds_before': spent,
+                        'validation': {'before': before, 'after': measure()}}
+
+
+def _set_aside(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+  """(`count` prompts, always the same ones, the others). Neighbours stay together: they may be steps of one task."""
+  kinds = collections.defaultdict(list)
+  for prompt in prompts:
+    kinds[prompt.point.kind].append(prompt)
+  if count > sum(map(len, kinds.values())):
+    raise ValueError(f'rl.validation = {count} exceeds the {len(prompts)} prompts')
+  shares = np.floor(np.array([len(group) for group in kinds.values()]) * count / max(1, len(prompts))).astype(int)
+  shares[:count - shares.sum()] += 1
+  aside = [p for group, share in zip(kinds.values(), shares) for p in group[:share]]
+  rest = [p for group, share in zip(kinds.values(), shares) for p in group[share:]]
+  return aside, rest

@@ -31,7 +31,7 @@ def model(tokenizer):
       eos_token_id=tokenizer.eos_token_id))
 
 
-def points(count=6):
+def points(count=8):
   return [DecisionPoint(str(i), 'single', (Message('user', f'find the order of Karo {i}'),), f"[find_order(customer='K{i}')]")
           for i in range(count)]
 
@@ -39,7 +39,7 @@ def points(count=6):
 def rl_config(**changes):
   c = default_config().rl
   c.update(dict(steps=3, prompts=2, group=4, updates=2, learning_rate=1e-3, max_prompt_tokens=64, max_tokens=12, capacity=128, rows=2,
-                checkpoint_every=1) | changes)
+                checkpoint_every=1, validation=2) | changes)
   return c
 
 
@@ -57,7 +57,7 @@ def test_rows_are_trained_on_their_last_message_only(tokenizer):
 def test_long_prompts_are_dropped_and_counted(tokenizer):
   lengths = [len(tokenizer(render_prompt(tokenizer, list(p.messages)))['input_ids']) for p in points()]
   kept, dropped = loop.encode_prompts(tokenizer, points(), min(lengths) - 1)
-  assert (len(kept), dropped) == (0, 6)
+  assert (len(kept), dropped) == (0, 8)
   assert loop.encode_prompts(tokenizer, points(), max(lengths))[1] == 0
 
 
@@ -82,11 +82,13 @@ def run(tokenizer, model, folder, config, points_=None):
 def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
   with Metrics(tmp_path / 'whole') as metrics:  # of a process that was killed before its first checkpoint
     metrics.write('rl', 0, reward=9.0)
-  whole, _ = run(tokenizer, model, tmp_path / 'whole', rl_config())
+  whole, ran = run(tokenizer, model, tmp_path / 'whole', rl_config())
+  validated = ran['validation']
   run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1))
   parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config())
   assert result['resumed_at'] == 1 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  assert validated == result['validation'] and validated['before']['reward'] != 0
   timeless = lambda rows: [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]
   assert timeless(read_metrics(tmp_path / 'whole', 'rl')) == timeless(read_metrics(tmp_path / 'parts', 'rl'))
 
@@ -104,7 +106,7 @@ def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_pa
   assert rows['da_grpo']['logp_gap_max'] < 1e-4
 
 
-@pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(updates=3), 'does not divide'),
+@pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(validation=9), 'rl.validation = 9'), (dict(updates=3), 'does not divide'),
                                                   (dict(estimator='nope'), 'nope'), (dict(reward='nope'), 'nope')])
 def test_configs_that_cannot_work(tokenizer, model, tmp_path, changes, message):
   with pytest.raises((ValueError, KeyError), match=message):
