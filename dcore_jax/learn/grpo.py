@@ -48,6 +48,8 @@ def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree, ro
   out = np.zeros((2, tree.rows, tree.capacity), np.float32)
   pending = []
   for start in range(0, tree.rows, rows):
+    if not tree.weight[start:start + rows].any():
+      continue  # rows that only fill the tree up
     batch = tree.batch(range(start, start + rows), budget=budget)
     pending.append((start, batch, score_pass(params, batch)))  # dispatched: nothing waits until all are under way
   for start, batch, scores in pending:

@@ -141,7 +141,7 @@ class RolloutBatch:
 @functools.lru_cache(maxsize=4)
 def _compiled_step(model: DecoderConfig, learning_rate: float, weight_decay: float, clip: float, temperature: float,
                    **objective: float) -> tuple:
-  """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep over alpha and delta differ in nothing that is compiled."""
+  """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep differ in nothing that is compiled."""
   tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
   return (tx, grpo.make_score_pass(model, temperature=temperature),
           grpo.make_grpo_step(model, tx, temperature=temperature, **objective),
@@ -236,7 +236,7 @@ class GrpoLoop:
     return float(gaps.mean()), float(gaps.max())
 
   def update(self, state: TrainState, reference: Params | None, batch: RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
-    """All optimizer steps on one rollout batch -> (state, metrics still on the device)."""
+    """All optimizer steps on one rollout batch -> (state, metrics)."""
     trees, entropy = self._trees(state.params, reference, batch)
     gap_mean, gap_max = self._logp_gap(trees, batch)
     batches = [tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows) for tree in trees]
