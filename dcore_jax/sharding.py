@@ -15,7 +15,7 @@ MESH_AXES = ('data', 'fsdp', 'tensor')
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     'batch': ('data', 'fsdp'), 'embed': 'fsdp',
     'vocab': 'tensor', 'heads': 'tensor', 'kv_heads': 'tensor', 'mlp': 'tensor',
-    'head_dim': None, 'layers': None, 'norm': None,
+    'head_dim': None, 'layers': None, 'norm': None, 'length': None,
 }
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dcore_jax.models import attention
 from dcore_jax.models import rotary
+from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -29,6 +30,26 @@ class ParamSpec:
   dtype: Any
   axes: tuple[str, ...]
   init: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a training pass runs, whatever it computes.
+
+  Attributes:
+    attention: a name of `tree_attention`.
+    remat: 'none' keeps all activations for the backward pass, 'full' recomputes every layer from its input.
+    unroll: whether the layers are compiled one by one instead of as one scanned body. On a CPU the unrolled step takes
+      0.6 of the time; compiled code grows with depth.
+  """
+  attention: str = 'auto'
+  remat: str = 'none'
+  unroll: bool = True
+
+  def __post_init__(self):
+    tree_attention.resolve(self.attention)
+    if self.remat not in ('none', 'full'):
+      raise ValueError(f"remat={self.remat!r} is not one of 'none', 'full'")
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +116,7 @@ def head_matrix(params: Params) -> jax.Array:
 
 
 def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, position_BT: jax.Array,
-                  end_BT: jax.Array, *, remat: str = 'none', unroll: bool | int = False) -> jax.Array:
+                  end_BT: jax.Array, execution: Execution = Execution()) -> jax.Array:
   """Final-normed hidden states [B, T, D] of packed rows.
 
   Query i sees key j iff j <= i < end[j]; plain causal rows have end = T.
@@ -106,25 +127,18 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
     tokens_BT: token ids.
     position_BT: rotary positions, the depth of each token below its own root.
     end_BT: row index one past the last descendant of each token.
-    remat: 'none' keeps all activations for the backward pass, 'full' recomputes every layer from its input.
-    unroll: layers per step of the scan, True for all: faster on a CPU (1.7x), compiled code grows with it.
-
-  Raises:
-    ValueError: an unknown `remat`.
+    execution: which attention, what is recomputed, whether the layers are unrolled.
   """
-  if remat not in ('none', 'full'):
-    raise ValueError(f"remat={remat!r} is not one of 'none', 'full'")
-  mask_BTT = attention.tree_mask(end_BT)
   cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta)
 
   def layer_step(hidden_BTD, layer):
     def attend(q_BTNH, k_BTKH, v_BTKH):
-      return attention.attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), mask_BTT)
+      return tree_attention.attend(q_BTNH, k_BTKH, v_BTKH, end_BT, execution.attention)
     return _block(layer, config, hidden_BTD, cos, sin, attend), None
 
-  if remat == 'full':
+  if execution.remat == 'full':
     layer_step = jax.checkpoint(layer_step)
-  hidden_BTD, _ = jax.lax.scan(layer_step, params['embed'][tokens_BT], params['layers'], unroll=unroll)
+  hidden_BTD, _ = jax.lax.scan(layer_step, params['embed'][tokens_BT], params['layers'], unroll=execution.unroll)
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps)
 
 

@@ -26,7 +26,7 @@ class BlockMap(NamedTuple):
 def visible_blocks(end_BT: jax.Array | np.ndarray, block_q: int, block_k: int) -> jax.Array:
   """[B, X, Y] bool: some query of block x may see some key of block y. T must be a multiple of both sizes.
 
-  Exact where the blocks do not overlap; a block on the diagonal always counts, since each token sees itself.
+  Exact where the blocks do not overlap; one on the diagonal always counts, since each token sees itself.
   """
   B, T = end_BT.shape
   if T % block_q or T % block_k:
@@ -34,7 +34,8 @@ def visible_blocks(end_BT: jax.Array | np.ndarray, block_q: int, block_k: int) -
   last_end_BY = end_BT.reshape(B, T // block_k, block_k).max(axis=2)
   first_q_X, first_k_Y = np.arange(0, T, block_q), np.arange(0, T, block_k)
   causal_XY = first_k_Y[None, :] < first_q_X[:, None] + block_q
-  return causal_XY[None] & (last_end_BY[:, None, :] > first_q_X[None, :, None])
+  diagonal_XY = causal_XY & (first_q_X[:, None] < first_k_Y[None, :] + block_k)
+  return diagonal_XY[None] | causal_XY[None] & (last_end_BY[:, None, :] > first_q_X[None, :, None])
 
 
 def block_map(end_BT: jax.Array, block_q: int, block_k: int) -> BlockMap:

@@ -81,7 +81,7 @@ def make_exact_match(model: DecoderConfig) -> Any:
   """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones given what stands before: what
   greedy decoding would reproduce word for word."""
   def exact(params, micro):
-    hidden_RTD = decoder.hidden_states(params, model, micro.tokens, micro.position, micro.end, unroll=True)
+    hidden_RTD = decoder.hidden_states(params, model, micro.tokens, micro.position, micro.end)
     hidden_MD = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[micro.parent]
     guess_M = jnp.argmax(hidden_MD @ decoder.head_matrix(params).T, axis=1)
     wrong_M = ((guess_M != micro.target) & (micro.weight > 0)).astype(jnp.float32)

@@ -13,7 +13,7 @@ from dcore_jax.models.config import DecoderConfig
 CONFIG = DecoderConfig(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=10, rope_theta=1000.0, initializer_range=0.2)
 EXTEND = jax.jit(decoder.extend, static_argnames=('config', 'span'), donate_argnames='cache')
-HIDDEN = jax.jit(decoder.hidden_states, static_argnames=('config', 'remat', 'unroll'))
+HIDDEN = jax.jit(decoder.hidden_states, static_argnames=('config', 'execution'))
 
 
 @functools.cache
@@ -94,13 +94,17 @@ def test_the_cache_is_updated_in_place():
   assert memory.temp_size_in_bytes < bytes_of_cache / 10
 
 
-@pytest.mark.parametrize('options', [{}, {'remat': 'full'}, {'unroll': True}])
-def test_packed_forest_equals_separate_rows(options):
+EXECUTIONS = [decoder.Execution(), decoder.Execution(remat='full'), decoder.Execution(unroll=False),
+              decoder.Execution(attention='reference', unroll=False)]
+
+
+@pytest.mark.parametrize('execution', EXECUTIONS)
+def test_packed_forest_equals_separate_rows(execution):
   """A trunk of 4 with two branches (3 and 2 tokens), a second root of 3 tokens, and padding, in one row."""
   tokens = some_tokens(15, seed=3)
   end = np.array([9, 9, 9, 9, 7, 7, 7, 9, 9, 12, 12, 12, 13, 14, 15])
   position = np.array([0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 0, 0, 0])
-  packed = np.asarray(HIDDEN(params(), CONFIG, tokens[None], position[None], end[None], **options))[0]
+  packed = np.asarray(HIDDEN(params(), CONFIG, tokens[None], position[None], end[None], execution))[0]
   for path in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8], [9, 10, 11]):
     np.testing.assert_allclose(packed[path], rows(tokens[path][None])[0], atol=1e-5)
 
@@ -109,19 +113,20 @@ def test_gradients_agree_with_and_without_remat_and_unrolling():
   tokens = jnp.asarray(some_tokens(2, 6))
   position = jnp.broadcast_to(jnp.arange(6)[None], (2, 6))
 
-  def loss(values, **options):
-    return jnp.sum(jnp.sin(decoder.hidden_states(values, CONFIG, tokens, position, jnp.full((2, 6), 6), **options)))
+  def loss(values, execution):
+    return jnp.sum(jnp.sin(decoder.hidden_states(values, CONFIG, tokens, position, jnp.full((2, 6), 6), execution)))
 
-  want = jax.jit(jax.grad(loss))(params())
-  for options in ({'remat': 'full'}, {'unroll': True}):
-    got = jax.jit(jax.grad(functools.partial(loss, **options)))(params())
+  want = jax.jit(jax.grad(functools.partial(loss, execution=EXECUTIONS[-1])))(params())
+  for execution in EXECUTIONS[:-1]:
+    got = jax.jit(jax.grad(functools.partial(loss, execution=execution)))(params())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
-def test_unknown_remat_is_refused():
-  with pytest.raises(ValueError, match='remat'):
-    decoder.hidden_states(params(), CONFIG, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32),
-                          jnp.full((1, 2), 2), remat='sometimes')
+def test_unknown_executions_are_refused():
+  with pytest.raises(ValueError, match="remat='sometimes'"):
+    decoder.Execution(remat='sometimes')
+  with pytest.raises(ValueError, match="attention = 'flush' is not one of 'auto', 'blockwise'"):
+    decoder.Execution(attention='flush')
 
 
 def test_padding_that_nothing_may_see_gives_finite_gradients():

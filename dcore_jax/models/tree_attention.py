@@ -1,0 +1,55 @@
+"""Attention of packed rows: one function, several implementations, chosen by name.
+
+| name | what it is | memory |
+|---|---|---|
+| reference | the whole score matrix | T^2 |
+| blockwise | plain JAX with a hand-written gradient, skips blocks that hold nothing | T |
+| triton | our Pallas kernel for NVIDIA GPUs | T |
+| tpu | our Pallas kernel for TPUs | T |
+
+'auto' is the kernel of the backend, blockwise on a CPU.
+"""
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dcore_jax import sharding
+from dcore_jax.models import attention
+from dcore_jax.models import blockwise
+
+TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array) -> jax.Array:
+  return attention.attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), attention.tree_mask(end_BT))
+
+
+IMPLEMENTATIONS: dict[str, TreeAttention] = {'reference': _reference, 'blockwise': blockwise.tree_attention}
+_AUTO = {'cpu': 'blockwise', 'gpu': 'triton', 'tpu': 'tpu'}
+
+
+def resolve(name: str) -> str:
+  """The implementation that `name` stands for on this process's backend; ValueError for one that does not exist."""
+  if name == 'auto':
+    return _AUTO.get(jax.default_backend(), 'blockwise')
+  if name not in IMPLEMENTATIONS:
+    raise ValueError(f"attention = {name!r} is not one of 'auto', {', '.join(map(repr, sorted(IMPLEMENTATIONS)))}")
+  return name
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array,
+           implementation: str = 'auto') -> jax.Array:
+  """softmax(q k / sqrt(H)) v, query i over the keys j <= i < end[j] -> [B, T, N, H].
+
+  Each token must see itself, end[i] > i. Under a mesh (`jax.set_mesh`) rows are split over its batch axes and heads over
+  its tensor axis, and each device runs the implementation on its own part: no compiler can split a kernel.
+  """
+  run = IMPLEMENTATIONS[resolve(implementation)]
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return run(q_BTNH, k_BTKH, v_BTKH, end_BT)
+  heads = sharding.partition_spec(('batch', 'length', 'kv_heads', 'head_dim'), k_BTKH.shape, mesh)
+  rows = PartitionSpec(*heads[:2])
+  split = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+  return split(q_BTNH, k_BTKH, v_BTKH, end_BT)
