@@ -19,6 +19,14 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The mesh axes that a logical axis is split over; ValueError for an unknown one."""
+  if axis not in RULES:
+    raise ValueError(f'unknown logical axis {axis!r}; known are {sorted(RULES)}')
+  target = RULES[axis]
+  return (target,) if isinstance(target, str) else target or ()
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of data * fsdp * tensor devices, GSPMD style; ValueError where the number of devices differs."""
   devices = jax.devices() if devices is None else devices
@@ -31,10 +39,7 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Par
   """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does not divide."""
   owner, entries = {}, []
   for axis, size in zip(axes, shape, strict=True):
-    if axis not in RULES:
-      raise ValueError(f'unknown logical axis {axis!r}; known are {sorted(RULES)}')
-    target = RULES[axis]
-    names = (target,) if isinstance(target, str) else target or ()
+    names = mesh_axes(axis)
     ways = 1
     for name in names:
       if name in owner:
@@ -43,7 +48,7 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Par
       ways *= mesh.shape[name]
     if size % ways:
       raise ValueError(f'logical axis {axis!r} of size {size} does not divide over mesh axes {names} of size {ways}')
-    entries.append(target)
+    entries.append(RULES[axis])
   return PartitionSpec(*entries)
 
 

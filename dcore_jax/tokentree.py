@@ -14,6 +14,9 @@ import numpy as np
 # Sharing less than some part of a row is not worth tying sequences together, apart they fill rows better: `pack` tries
 # each of these parts and keeps the plan with the fewest rows. The least keeps mere chat headers from making one tree.
 _LEAST_SHARES = (1 / 32, 1 / 8, 1 / 4)
+# What a cut costs beside the tokens that it repeats, in rows: 0 repeats the fewest tokens, 1 makes the fewest pieces, which is
+# what counts for trees of many rows (200 dialogues over one system prompt: 47 rows of 16,384 tokens instead of 50).
+_CUT_COSTS = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,10 @@ class RowBatch(NamedTuple):
   """What a training step reads, a pytree of arrays. The leading axis A counts micro-batches that are accumulated.
 
   Per token of a row: tokens, position, end [A, R, T]. Per loss token, so that the vocabulary projection is never
-  computed for the others: parent (index into the flattened R x T whose hidden state predicts it), slot (its own index
-  there), target (its id), weight and extras [A, M]; unused places have weight 0.
+  computed for the others: parent (index into the flattened rows whose hidden state predicts it), slot (its own index
+  there), target (its id), weight and extras [A, M]; unused places have weight 0. With several shards, the s-th part of
+  each array belongs to the s-th device along the batch: its loss tokens are those of its rows, and `parent` counts from
+  its first row, so that no hidden state travels.
   """
   tokens: np.ndarray
   position: np.ndarray
@@ -119,51 +124,58 @@ class TokenTree:
         raise ValueError(f'{name} has shape {array.shape}, expected {self.tokens.shape}')
     return dataclasses.replace(self, extras=self.extras | extras)
 
-  def loss_budget(self, rows: int) -> int:
-    """Loss tokens that no choice of `rows` rows exceeds: one shape for every batch of them.
+  def loss_budget(self, rows: int, shards: int = 1) -> int:
+    """Loss tokens that no choice of `rows` rows exceeds, divided evenly over the shards: one shape for every batch of them.
 
     Rounded up to quarters of the rows' size, so that the trees of one run share a few shapes.
     """
+    rows //= shards
     most = int(np.sort(np.count_nonzero(self.weight, axis=1))[-rows:].sum())
     step = -(-rows * self.capacity // 4)
-    return step * max(1, -(-most // step))
+    return shards * step * max(1, -(-most // step))
 
-  def batch(self, rows: Sized[int] | None = None, *, budget: int | None = None, accumulate: int = 1) -> RowBatch:
+  def batch(self, rows: Sized[int] | None = None, *, budget: int | None = None, accumulate: int = 1,
+            shards: int = 1) -> RowBatch:
     """The given rows (default: all) as `accumulate` micro-batches of equally many rows and `budget` loss tokens each.
 
-    Raises ValueError when the rows do not divide or the loss tokens of a micro-batch exceed the budget.
+    Raises ValueError when the rows do not divide or the loss tokens of a shard exceed its part of the budget.
     """
     rows = np.arange(self.rows) if rows is None else np.asarray(rows)
-    if len(rows) % accumulate:
-      raise ValueError(f'{len(rows)} rows do not divide into {accumulate} micro-batches')
-    parts = np.split(rows, accumulate)
-    budget = self.loss_budget(len(parts[0])) if budget is None else budget
-    stacked = [self._micro_batch(part, budget) for part in parts]
-    columns = [np.stack(leaves) for leaves in zip(*(leaf[:-1] for leaf in stacked))]
-    return RowBatch(*columns, {name: np.stack([leaf.extras[name] for leaf in stacked]) for name in self.extras})
+    if len(rows) % (accumulate * shards):
+      raise ValueError(f'{len(rows)} rows do not divide into {accumulate} micro-batches of {shards} shards')
+    size = len(rows) // accumulate
+    budget = self.loss_budget(size, shards) if budget is None else budget
+    if budget % shards:
+      raise ValueError(f'a budget of {budget} loss tokens does not divide into {shards} shards')
+    parts = [self._loss_tokens(part, budget // shards) for part in np.split(rows, accumulate * shards)]
+    joined = {name: np.concatenate([part[name] for part in parts]).reshape(accumulate, budget) for name in parts[0]}
+    offset = np.arange(shards, dtype=np.int32).repeat(budget // shards) * (size // shards * self.capacity)
+    joined['slot'] = np.where(joined['weight'] != 0, joined['slot'] + offset[None], 0)
+    by_token = {name: getattr(self, name)[rows].reshape(accumulate, size, self.capacity)
+                for name in ('tokens', 'position', 'end')}
+    extras = {name: joined.pop(f'extras/{name}') for name in self.extras}
+    return RowBatch(**by_token, **joined, extras=extras)
 
-  def _micro_batch(self, rows: np.ndarray, budget: int) -> RowBatch:
+  def _loss_tokens(self, rows: np.ndarray, budget: int) -> dict[str, np.ndarray]:
+    """Per loss token of the rows, [budget] each; parent and slot count from the first of the rows."""
     row, column = np.nonzero(self.weight[rows])
     if len(row) > budget:
       raise ValueError(f'{len(row)} loss tokens exceed the budget of {budget}')
-    source = rows[row]
-    unused = (0, budget - len(row))
-    base = row * self.capacity
-    return RowBatch(
-        tokens=self.tokens[rows], position=self.position[rows], end=self.end[rows],
-        parent=np.pad(base + self.parent[source, column], unused).astype(np.int32),
-        slot=np.pad(base + column, unused).astype(np.int32),
-        target=np.pad(self.tokens[source, column], unused),
-        weight=np.pad(self.weight[source, column], unused),
-        extras={name: np.pad(array[source, column], unused) for name, array in self.extras.items()})
+    source, base = rows[row], row * self.capacity
+    values = {'parent': (base + self.parent[source, column]).astype(np.int32), 'slot': (base + column).astype(np.int32),
+              'target': self.tokens[source, column], 'weight': self.weight[source, column],
+              **{f'extras/{name}': array[source, column] for name, array in self.extras.items()}}
+    return {name: np.pad(array, (0, budget - len(row))) for name, array in values.items()}
 
 
-def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_id: int = 0) -> TokenTree:
+def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_id: int = 0, *,
+         merge: bool = True) -> TokenTree:
   """Merges common prefixes and packs the resulting trees in rows of `capacity` tokens; deterministic.
 
   Weights of merged tokens add, which is exactly the sum of the flat losses. A tree larger than a row is split where
-  that repeats the fewest trunk tokens. Rows are filled best-fit-decreasing and their number rounded up to
-  `rows_multiple`. Prefixes too short to be worth it stay apart.
+  that repeats the fewest trunk tokens or makes the fewest rows. Rows are filled best-fit-decreasing and their number
+  rounded up to `rows_multiple`. Prefixes too short to be worth it stay apart; with `merge` off all do, which is plain
+  packing.
   """
   if capacity < 1 or rows_multiple < 1:
     raise ValueError(f'capacity = {capacity} and rows_multiple = {rows_multiple} must be positive')
@@ -176,16 +188,22 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   order = sorted(set(range(len(sequences))) - set(dropped), key=keys.__getitem__)
   lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
   common = _common_prefixes([keys[index] for index in order])
-  plans = [_plan(lengths, np.where(common < share * capacity, 0, common), order, capacity) for share in _LEAST_SHARES]
-  common, pieces, sizes, starts, rows = min(plans, key=lambda plan: plan[-1])
+  trials = [(share, cut) for share in _LEAST_SHARES for cut in _CUT_COSTS] if merge else [(np.inf, 0)]
+  plans = [_plan(lengths, np.where(common < share * capacity, 0, common), order, capacity, cut) for share, cut in trials]
+  common, pieces, sizes, starts, rows = min(plans, key=lambda plan: (plan[-1], sum(plan[2])))
   rows = -(-rows // rows_multiple) * rows_multiple
 
+  built = _Rows(rows, capacity, pad_id, next(iter(names), ()))
   paths = [np.zeros(0, np.int64) for _ in sequences]
-  ends = np.tile(np.arange(1, capacity + 1), rows)
-  parent = np.full(rows * capacity, -1)
   for (first, last), start in zip(pieces, starts):
-    _lay_out(start, lengths[first:last], common[first:last], order[first:last], paths, parent, ends, capacity)
-  return _fill(sequences, paths, parent, ends, dropped, names, rows, capacity, pad_id, sum(sizes))
+    tree = [sequences[index] for index in order[first:last]]
+    for index, path in zip(order[first:last], built.lay_out(start, tree, lengths[first:last], common[first:last])):
+      paths[index] = path
+  by_row = lambda array: array.reshape(rows, capacity)
+  return TokenTree(
+      tokens=by_row(built.tokens), position=by_row(built.position), parent=by_row(built.parent), end=by_row(built.end),
+      weight=by_row(built.weight.astype(np.float32)), extras={name: by_row(array) for name, array in built.extras.items()},
+      paths=paths, dropped=dropped, live=sum(sizes))
 
 
 def _common_prefixes(keys: list[bytes]) -> np.ndarray:
@@ -200,21 +218,22 @@ def _common_prefixes(keys: list[bytes]) -> np.ndarray:
   return common
 
 
-def _plan(lengths: np.ndarray, common: np.ndarray, order: list[int],
-          capacity: int) -> tuple[np.ndarray, list[tuple[int, int]], list[int], list[int], int]:
+def _plan(lengths: np.ndarray, common: np.ndarray, order: list[int], capacity: int,
+          cut_cost: int) -> tuple[np.ndarray, list[tuple[int, int]], list[int], list[int], int]:
   """Trees and their places -> (tokens shared with the sequence before, runs, their sizes, their flat starts, rows)."""
-  pieces = _pieces(lengths, common, capacity)
+  pieces = _pieces(lengths, common, capacity, cut_cost * capacity)
   common[[first for first, _ in pieces]] = 0
   sizes = [int((lengths[first:last] - common[first:last]).sum()) for first, last in pieces]
   starts, rows = _best_fit_decreasing(sizes, [order[first] for first, _ in pieces], capacity)
   return common, pieces, sizes, starts, rows
 
 
-def _pieces(lengths: np.ndarray, common: np.ndarray, capacity: int) -> list[tuple[int, int]]:
-  """Cuts the sorted sequences into runs [first, last) whose merged size fits a row, repeating the fewest tokens.
+def _pieces(lengths: np.ndarray, common: np.ndarray, capacity: int, cut_cost: int) -> list[tuple[int, int]]:
+  """Cuts the sorted sequences into runs [first, last) whose merged size fits a row, at the least cost.
 
-  A cut before sequence i repeats common[i] tokens. Dynamic programme over the cuts of one tree: best[b] is the least
-  repetition of the sequences before b; a run [a, b) has common[a] + sum(lengths - common)[a:b] tokens.
+  A cut before sequence i repeats common[i] tokens and costs `cut_cost` on top. Dynamic programme over the cuts of one
+  tree: best[b] is the least cost of the sequences before b; a run [a, b) has common[a] + sum(lengths - common)[a:b]
+  tokens.
   """
   pieces = []
   roots = np.flatnonzero(common == 0)
@@ -229,7 +248,7 @@ def _pieces(lengths: np.ndarray, common: np.ndarray, capacity: int) -> list[tupl
         first += 1
       cost = np.asarray(best[first - start:]) + common[first:last]
       choice = int(cost.argmin())
-      best.append(int(cost[choice]))
+      best.append(int(cost[choice]) + cut_cost)
       cut.append(first + choice)
     run, last = [], int(stop)
     while last > start:
@@ -253,45 +272,45 @@ def _best_fit_decreasing(sizes: list[int], ties: list[int], capacity: int) -> tu
   return starts, rows
 
 
-def _lay_out(start: int, lengths: np.ndarray, common: np.ndarray, order: list[int], paths: list[np.ndarray],
-             parent: np.ndarray, ends: np.ndarray, capacity: int) -> None:
-  """Writes one tree's paths, parents and ends, depth first: sequence i adds its tokens from depth common[i] on."""
-  fresh = lengths - common
-  begins = start + np.concatenate([[0], np.cumsum(fresh)])
-  path = np.zeros(0, np.int64)
-  for index, begin, shared, new in zip(order, begins.tolist(), common.tolist(), fresh.tolist()):
-    path = np.concatenate([path[:shared], np.arange(begin, begin + new)])
-    paths[index] = path
-    parent[path[shared:]] = np.concatenate([[-1], path % capacity])[shared:-1]
-  # Backwards: a node ends where the next branch leaves its path above it, at the latest with the tree.
-  until = np.full(int(lengths.max()), begins[-1])
-  row = start - start % capacity
-  for place in range(len(order) - 1, -1, -1):
-    shared, begin = common[place], begins[place]
-    ends[begin:begins[place + 1]] = until[shared:lengths[place]] - row
-    until[shared:] = begin
+class _Rows:
+  """The flat arrays of a tree under construction, [rows x capacity], at first all padding."""
 
+  def __init__(self, rows: int, capacity: int, pad_id: int, names: Sized[str]):
+    size = rows * capacity
+    self.capacity = capacity
+    self.tokens = np.full(size, pad_id, np.int32)
+    self.position = np.zeros(size, np.int32)
+    self.parent = np.full(size, -1, np.int32)
+    self.end = np.tile(np.arange(1, capacity + 1, dtype=np.int32), rows)
+    self.weight = np.zeros(size, np.float64)  # summed in double precision, so that the order of merging does not show
+    self.extras = {name: np.zeros(size, np.float32) for name in names}
 
-def _fill(sequences: Sized[Sequence], paths: list[np.ndarray], parent: np.ndarray, ends: np.ndarray,
-          dropped: list[int], names: set[tuple[str, ...]], rows: int, capacity: int, pad_id: int,
-          live: int) -> TokenTree:
-  """Writes the sequences' values along their paths."""
-  kept = [index for index, path in enumerate(paths) if len(path)]
-  flat = np.concatenate([paths[index] for index in kept] or [np.zeros(0, np.int64)])
+  def lay_out(self, start: int, tree: list[Sequence], lengths: np.ndarray, common: np.ndarray) -> list[np.ndarray]:
+    """Writes one tree from `start` on, depth first -> the path of each sequence.
 
-  def along(values: list[np.ndarray], fill: float, dtype: type) -> np.ndarray:
-    out = np.full(rows * capacity, fill, dtype)
-    if values:
-      out[flat] = np.concatenate(values)
-    return out.reshape(rows, capacity)
-
-  weights = np.concatenate([sequences[index].weights for index in kept] or [np.zeros(0)])
-  weight = np.bincount(flat, weights, minlength=rows * capacity).astype(np.float32)
-  extras = {name: along([sequences[index].extras[name] for index in kept], 0, np.float32)
-            for name in (next(iter(names)) if names else ())}
-  shape = (rows, capacity)
-  return TokenTree(
-      tokens=along([sequences[index].tokens for index in kept], pad_id, np.int32),
-      position=along([np.arange(len(paths[index])) for index in kept], 0, np.int32),
-      parent=parent.astype(np.int32).reshape(shape), end=ends.astype(np.int32).reshape(shape),
-      weight=weight.reshape(shape), extras=extras, paths=paths, dropped=dropped, live=live)
+    Sequence i adds its tokens from depth common[i] on, which lie side by side.
+    """
+    fresh = lengths - common
+    begins = start + np.concatenate([[0], np.cumsum(fresh)])
+    paths, path = [], np.zeros(0, np.int64)
+    for sequence, begin, shared, new in zip(tree, begins.tolist(), common.tolist(), fresh.tolist()):
+      stop, column = begin + new, begin % self.capacity
+      path = np.concatenate([path[:shared], np.arange(begin, stop)])
+      paths.append(path)
+      self.tokens[begin:stop] = sequence.tokens[shared:]
+      self.position[begin:stop] = np.arange(shared, shared + new)
+      for name, values in (sequence.extras or {}).items():
+        self.extras[name][begin:stop] = values[shared:]
+      if new:
+        self.parent[begin] = path[shared - 1] % self.capacity if shared else -1
+        self.parent[begin + 1:stop] = np.arange(column, column + new - 1)
+      trained = np.flatnonzero(sequence.weights)
+      self.weight[path[trained]] += sequence.weights[trained]
+    # Backwards: a node ends where the next branch leaves its path above it, at the latest with the tree.
+    until = np.full(int(lengths.max()), begins[-1])
+    row = start - start % self.capacity
+    for place in range(len(tree) - 1, -1, -1):
+      shared, begin = common[place], begins[place]
+      self.end[begin:begins[place + 1]] = until[shared:lengths[place]] - row
+      until[shared:] = begin
+    return paths

@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 PROGRAM = textwrap.dedent('''
+    import contextlib
     import jax, jax.numpy as jnp, numpy as np
     from dcore_jax import sharding
     from dcore_jax.models import decoder
@@ -26,6 +27,38 @@ PROGRAM = textwrap.dedent('''
     batch = jax.sharding.NamedSharding(mesh, sharding.partition_spec(('batch',), (4,), mesh))
     got = run(split, config, *jax.device_put((tokens, position, end), batch))
     np.testing.assert_allclose(got, run(params, config, tokens, position, end), atol=1e-5)
+
+    # The SFT step on a mesh: rows and loss tokens split over the batch axes, heads and vocabulary over the tensor axis.
+    import optax
+    from dcore_jax import tokentree
+    from dcore_jax.learn import optimizer, sft
+    rng, sequences = np.random.default_rng(0), []
+    for _ in range(12):
+      trunk = rng.integers(0, 64, 9)
+      for _ in range(3):
+        row = np.r_[trunk, rng.integers(0, 64, 7)].astype(np.int32)
+        sequences.append(tokentree.Sequence(row, (np.arange(16) >= 9).astype(np.float32), 16))
+    tree, tx = tokentree.pack(sequences, 64, rows_multiple=8), optax.sgd(1.0)
+    step = sft.make_sft_step(config, tx)
+
+    def one_step(batch, params, mesh):
+      with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        if mesh:
+          placed = sharding.shardings(decoder.abstract_params(config), mesh)
+          params = jax.tree.map(jax.device_put, params, placed)
+          spread = lambda leaf: jax.sharding.NamedSharding(
+              mesh, jax.P(None, *sharding.partition_spec(('batch',), leaf.shape[1:2], mesh)))
+          batch = jax.tree.map(lambda leaf: jax.device_put(leaf, spread(leaf)), batch)
+        state, metrics = step(optimizer.init_state(params, tx), batch)
+      return float(metrics['loss']), jax.device_get(state.params)
+
+    copy = lambda: jax.tree.map(jnp.array, jax.device_get(params))
+    want = one_step(tree.batch(), copy(), None)
+    for ways in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
+      mesh = sharding.make_mesh(*ways)
+      got = one_step(tree.batch(shards=ways[0] * ways[1]), copy(), mesh)
+      np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
 
     def error(*args):
       try:

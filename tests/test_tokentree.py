@@ -113,6 +113,44 @@ def test_large_tree_is_split_where_the_trunk_is_shortest():
   assert tree.paths[0][0] == tree.paths[1][0] != tree.paths[2][0] == tree.paths[3][0]
 
 
+def test_without_merging_rows_are_plain_packing():
+  rows = [sequence([1, 2, 3, 4, 5])] * 3
+  tree = tokentree.pack(rows, 10, merge=False)
+  assert tree.live == 15 and tree.dedup == 1 and tree.rows == 2
+  np.testing.assert_array_equal(tree.end[0], [5] * 5 + [10] * 5)
+
+
+def test_rows_of_realistic_lengths_are_filled():
+  """Single turns of log-normal length (median 1,100 tokens), and 60 dialogues of 8 turns over one system prompt."""
+  rng = np.random.default_rng(0)
+  draw = lambda size: rng.integers(0, 150_000, size)
+  single = [sequence(draw(size)) for size in np.clip(rng.lognormal(7, 0.7, 400), 50, 8000).astype(int)]
+  tree = tokentree.pack(single, 16384)
+  assert tree.live >= 0.95 * tree.tokens.size
+  dialogues, system = [], draw(1500)
+  for _ in range(60):
+    history = np.r_[system, draw(rng.integers(30, 90))]
+    for _ in range(8):
+      answer = draw(rng.integers(100, 400))
+      dialogues.append(sequence(np.r_[history, answer], np.r_[np.zeros(len(history)), np.ones(len(answer))]))
+      history = np.r_[history, draw(rng.integers(50, 400))]
+  tree = tokentree.pack(dialogues, 16384)
+  assert tree.live >= 0.95 * tree.tokens.size and tree.dedup > 5
+
+
+def test_shards_hold_the_loss_tokens_of_their_own_rows():
+  tree = tokentree.pack([sequence(np.arange(9) + 10 * index) for index in range(8)], 9)
+  whole, split = tree.batch(budget=72), tree.batch(budget=72, shards=4)
+  assert split.parent.max() < 18 <= whole.parent.max()  # two rows a shard
+  for batch, base in ((whole, 0), (split, np.arange(72) // 18 * 18)):
+    used = batch.weight[0] > 0
+    flat = batch.tokens.reshape(-1)
+    np.testing.assert_array_equal(flat[(batch.parent[0] + base)[used]] + 1, batch.target[0][used])
+    np.testing.assert_array_equal(flat[batch.slot[0][used]], batch.target[0][used])
+  with pytest.raises(ValueError, match='8 rows do not divide into 1 micro-batches of 3 shards'):
+    tree.batch(shards=3)
+
+
 def test_overlong_sequences_are_counted_not_cut():
   tree = tokentree.pack([sequence(range(9)), sequence(range(5))], 8)
   assert tree.dropped == [0] and len(tree.paths[0]) == 0 and tree.live == 5

@@ -13,17 +13,20 @@ import numpy as np
 import optax
 
 from dcore_jax import tokentree
+from dcore_jax.learn import head
 from dcore_jax.learn import objectives
 from dcore_jax.learn import optimizer
 from dcore_jax.learn import sft
+from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
 
 ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
 
 
-def make_score_pass(config: DecoderConfig, *, temperature: float = 1.0, unroll: bool | int = True) -> ScorePass:
+def make_score_pass(config: DecoderConfig, *, temperature: float = 1.0, execution: Execution = Execution()) -> ScorePass:
   """The jitted pass (params, batch) -> (log-probabilities, entropies) [A, M] of the batch's loss tokens."""
-  score = lambda params, micro: sft.token_scores(params, config, micro, temperature=temperature, unroll=unroll)
+  score = lambda params, micro: sft.token_scores(params, config, micro, temperature=temperature, execution=execution)
 
   def score_pass(params, batch):
     # One micro-batch, the usual case, needs no loop.
@@ -78,7 +81,7 @@ def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT
 
 def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, clip_low: float = 0.2,
                    clip_high: float = 0.2, dual_clip: float = 3.0, kl_coefficient: float = 0.0,
-                   temperature: float = 1.0, remat: str = 'none', unroll: bool | int = True
+                   temperature: float = 1.0, execution: Execution = Execution()
                    ) -> Callable[[sft.TrainState, tokentree.RowBatch], tuple[sft.TrainState, sft.Metrics]]:
   """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
@@ -89,19 +92,22 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, c
   """
   needed = {'advantage', 'old_logp'} | ({'ref_logp'} if kl_coefficient else set())
 
-  def objective_sum(params, micro):
-    weight_M = micro.weight
-    logp_M, entropy_M = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
-    extras = micro.extras
+  def objective(logp_C, entropy_C, values):
+    weight_C, extras = values
     (pg, weight), (clipped, _) = objectives.clipped_objective(
-        logp_M, extras['old_logp'], extras['advantage'], weight_M,
+        logp_C, extras['old_logp'], extras['advantage'], weight_C,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    sums = {'pg_loss': pg, 'clip_share': clipped, 'entropy': jnp.sum(weight_M * jax.lax.stop_gradient(entropy_M))}
+    sums = {'pg_loss': pg, 'clip_share': clipped, 'entropy': jnp.sum(weight_C * entropy_C)}
     loss = pg
     if kl_coefficient:
-      sums['kl'], _ = objectives.kl_penalty(logp_M, extras['ref_logp'], weight_M)
+      sums['kl'], _ = objectives.kl_penalty(logp_C, extras['ref_logp'], weight_C)
       loss += kl_coefficient * sums['kl']
     return loss, sums | {'loss': loss, 'weight': weight}
+
+  def objective_sum(params, micro):
+    hidden_MD = sft.loss_token_states(params, config, micro, execution)
+    return head.token_loss(objective, hidden_MD, decoder.head_matrix(params), micro.target, (micro.weight, micro.extras),
+                           temperature, entropy='value')
 
   def grpo_step(state, batch):
     if needed - batch.extras.keys():
@@ -116,16 +122,21 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, c
   return jax.jit(grpo_step, donate_argnums=0)
 
 
-def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0, remat: str = 'none',
-                  unroll: bool | int = True) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
+def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0,
+                  execution: Execution = Execution()) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
   """The jitted (params, batch) -> norm of the gradient that psi alone contributes to the first step on a batch.
 
   There the ratios are 1, so that it is the gradient of the mean of -psi log pi (extras: psi). It costs a backward pass: for
   measuring how much of an update is due to psi, as one mini-batch of a rollout shows.
   """
+  def objective(logp_C, _, values):
+    weight_C, psi_C = values
+    return -jnp.sum(weight_C * psi_C * logp_C), jnp.sum(weight_C)
+
   def psi_sum(params, micro):
-    logp_M, _ = sft.token_scores(params, config, micro, temperature=temperature, remat=remat, unroll=unroll)
-    return -jnp.sum(micro.weight * micro.extras['psi'] * logp_M), jnp.sum(micro.weight)
+    hidden_MD = sft.loss_token_states(params, config, micro, execution)
+    return head.token_loss(objective, hidden_MD, decoder.head_matrix(params), micro.target,
+                           (micro.weight, micro.extras['psi']), temperature)
 
   def psi_norm(params, batch):
     grads, weight = sft.accumulate(psi_sum, params, batch)

@@ -1,126 +1,297 @@
-"""Log-probabilities and entropies from hidden states without the whole logits.
+"""Losses, log-probabilities and entropies from hidden states without the whole logits.
 
-Letters: M loss tokens, C tokens of a chunk, D hidden, V vocabulary.
+The vocabulary projection of Qwen3 has 151,936 outputs: the logits of 16,384 tokens are 10 GB, and a plain loss holds several
+arrays of that size. Here tokens are worked off in chunks, forward and backward, with sums in float32. Under a mesh
+(`jax.set_mesh`) the vocabulary is split over its tensor axis and the tokens over its batch axes; devices exchange a few
+numbers a token.
+
+`token_loss` is for training: its gradient is computed in the forward pass while a chunk's logits are there, three
+matrix products in all, where recomputing logits takes four. `log_probs_and_entropy` is for scoring, and for objectives
+that are not a sum over tokens.
+
+Letters: M loss tokens, N chunks of C tokens, D hidden, V vocabulary (of one device).
 """
+from collections.abc import Callable
 import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-# Logits of one chunk: 2^24 float32 entries are 64 MiB, 110 tokens of Qwen3's vocabulary or all tokens of a small one.
-_CHUNK_ENTRIES = 2**24
+from dcore_jax import sharding
+
+# Float32 logits of one chunk: 128 MiB on a CPU, 220 tokens of Qwen3's vocabulary. Accelerators need more tokens to hide the
+# traffic of adding a chunk's [V, D] gradient to the sum: 8 bytes against 6 C operations for each of its entries.
+_CHUNK_ENTRIES = {'cpu': 2**25, 'gpu': 2**29, 'tpu': 2**29}
+
+Objective = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
+
+
+class _Split(NamedTuple):
+  """The mesh axes inside of shard_map: those that split the vocabulary and those that split the tokens."""
+  vocab: tuple[str, ...] = ()
+  tokens: tuple[str, ...] = ()
+
+
+def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, values: Any,
+               temperature: float = 1.0, *, entropy: Literal['none', 'value', 'gradient'] = 'none',
+               chunk: int | None = None) -> tuple[jax.Array, Any]:
+  """Sum over tokens of a loss on their log-probabilities -> (loss, sums), differentiable in `hidden` and `head` only.
+
+  Args:
+    objective: (logp_C, entropy_C or None, values of these tokens) -> (loss, sums), each a scalar that adds up over
+      tokens; called once a chunk. Values of 0 must contribute nothing: chunks are filled up with them. The sums are for
+      logging and carry no gradient.
+    hidden_MD: hidden states.
+    head_VD: vocabulary projection.
+    targets_M: int token ids.
+    values: pytree of [M, ...] arrays for the objective: weights, advantages, old log-probabilities.
+    temperature: static, > 0; log-probabilities are of softmax(hidden @ head.T / temperature).
+    entropy: 'none' passes None to the objective, 'value' the entropies (nats) without their gradient, 'gradient' with it.
+    chunk: tokens per chunk; by default what keeps a chunk's logits below 128 MiB (accelerators: 2 GiB).
+
+  Raises:
+    ValueError: a temperature that is not positive or a chunk below 1.
+  """
+  _check(temperature, chunk)
+  if entropy not in ('none', 'value', 'gradient'):
+    raise ValueError(f"entropy = {entropy!r} is not one of 'none', 'value', 'gradient'")
+  return _token_loss(objective, float(temperature), entropy, chunk, hidden_MD, head_VD, targets_M, values)
 
 
 def log_probs_and_entropy(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0,
                           chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each target and Shannon entropy (nats, >= 0) of softmax(hidden @ head.T / temperature).
 
-  The tokens are worked off in chunks whose logits are recomputed in the backward pass, so that [M, V] never exists; a
-  single chunk keeps its logits instead, which is the faster trade. Sums run in float32. Both results are
-  differentiable in `hidden` and `head`.
-
-  Args:
-    hidden_MD: hidden states.
-    head_VD: vocabulary projection.
-    targets_M: int token ids.
-    temperature: static, > 0.
-    chunk: tokens per chunk; by default what keeps the logits of a chunk below 64 MiB.
-
-  Returns:
-    (logp_M, entropy_M), float32.
-
-  Raises:
-    ValueError: a temperature that is not positive or a chunk below 1.
+  Both results, float32 [M], are differentiable in `hidden` and `head`; the backward pass computes the logits again, but for
+  a single chunk on one device, which keeps them. Arguments and errors as for `token_loss`.
   """
+  _check(temperature, chunk)
+  return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M)
+
+
+def _check(temperature: float, chunk: int | None) -> None:
   if not temperature > 0:
     raise ValueError(f'temperature = {temperature} must be positive; a greedy policy has no log-probabilities')
-  M, V = hidden_MD.shape[0], head_VD.shape[0]
-  chunk = max(1, _CHUNK_ENTRIES // V) if chunk is None else chunk
-  if chunk < 1:
+  if chunk is not None and chunk < 1:
     raise ValueError(f'chunk = {chunk} must be at least 1')
-  chunks = max(1, -(-M // chunk))
-  size = -(-M // chunks)
-  pad = chunks * size - M
-  hidden_NCD = jnp.pad(hidden_MD, ((0, pad), (0, 0))).reshape(chunks, size, hidden_MD.shape[1])
-  targets_NC = jnp.pad(targets_M, (0, pad)).reshape(chunks, size)
-  logp_NC, entropy_NC = _chunked(float(temperature), hidden_NCD, head_VD, targets_NC)
-  return logp_NC.reshape(-1)[:M], entropy_NC.reshape(-1)[:M]
+
+
+# --- chunks and devices --------------------------------------------------------------------------------------------------
+
+
+def _chunked(array: jax.Array, V: int, chunk: int | None) -> jax.Array:
+  """[M, ...] -> [N, C, ...], filled up with zeros."""
+  chunk = chunk or max(1, _CHUNK_ENTRIES.get(jax.default_backend(), 2**25) // V)
+  chunks = max(1, -(-array.shape[0] // chunk))
+  size = -(-array.shape[0] // chunks)
+  fill = [(0, chunks * size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
+  return jnp.pad(array, fill).reshape(chunks, size, *array.shape[1:])
+
+
+def _over_chunks(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
+  """`lax.scan`, without a loop where there is one chunk."""
+  if jax.tree.leaves(chunks)[0].shape[0] > 1:
+    return jax.lax.scan(step, carry, chunks)
+  carry, out = step(carry, jax.tree.map(lambda leaf: leaf[0], chunks))
+  return carry, jax.tree.map(lambda leaf: leaf[None], out)
+
+
+def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_kinds: tuple[str, ...]) -> Any:
+  """function(split, *arrays), under a mesh on each device's part.
+
+  Kinds: 'tokens' split along the first axis like the batch, 'head' like the vocabulary, 'all' the same everywhere.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(_Split(), *arrays)
+  M, (V, D) = arrays[kinds.index('tokens')].shape[0], arrays[kinds.index('head')].shape
+  specs = {'tokens': sharding.partition_spec(('batch',), (M,), mesh),
+           'head': sharding.partition_spec(('vocab', 'length'), (V, D), mesh), 'all': jax.sharding.PartitionSpec()}
+  split = _Split(sharding.mesh_axes('vocab'), sharding.mesh_axes('batch'))
+  run = jax.shard_map(functools.partial(function, split), in_specs=tuple(specs[kind] for kind in kinds),
+                      out_specs=tuple(specs[kind] for kind in out_kinds), check_vma=False)
+  return run(*arrays)
+
+
+def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
+  return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _first_id(V: int, split: _Split) -> jax.Array | int:
+  """The token id of this device's first row of the head."""
+  return jax.lax.axis_index(split.vocab) * V if split.vocab else 0
+
+
+# --- one chunk -----------------------------------------------------------------------------------------------------------
 
 
 def _logits(hidden_CD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
   return jnp.einsum('cd,vd->cv', hidden_CD, head_VD, preferred_element_type=jnp.float32) / temperature
 
 
-def _summary(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split,
+             entropy: bool) -> tuple[jax.Array, jax.Array | None, jax.Array]:
   """(logp, entropy, log of the partition sum), each [C]."""
+  V = logits_CV.shape[1]
   top_C = logits_CV.max(axis=1)
+  if split.vocab:
+    top_C = jax.lax.pmax(top_C, split.vocab)
   shifted_CV = logits_CV - top_C[:, None]
   exp_CV = jnp.exp(shifted_CV)
-  sum_C = exp_CV.sum(axis=1)
-  log_sum_C = jnp.log(sum_C)
-  logp_C = jnp.take_along_axis(shifted_CV, targets_C[:, None], axis=1)[:, 0] - log_sum_C
+  here_C = targets_C - _first_id(V, split)
+  hit_C = jnp.take_along_axis(shifted_CV, jnp.clip(here_C, 0, V - 1)[:, None], axis=1)[:, 0]
+  sums = {'exp': exp_CV.sum(axis=1), 'hit': jnp.where((0 <= here_C) & (here_C < V), hit_C, 0)}
+  if entropy:
+    sums['moment'] = (exp_CV * shifted_CV).sum(axis=1)
+  sums = _psum(sums, split.vocab)
+  log_sum_C = jnp.log(sums['exp'])
   # Rounding alone could make a certain distribution's entropy negative (-1e-7).
-  entropy_C = jnp.maximum(log_sum_C - (exp_CV * shifted_CV).sum(axis=1) / sum_C, 0)
-  return logp_C, entropy_C, top_C + log_sum_C
+  entropy_C = jnp.maximum(log_sum_C - sums['moment'] / sums['exp'], 0) if entropy else None
+  return sums['hit'] - log_sum_C, entropy_C, top_C + log_sum_C
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(temperature: float, hidden_NCD: jax.Array, head_VD: jax.Array,
-             targets_NC: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _run(temperature, hidden_NCD, head_VD, targets_NC)[0]
+def _pull_back(logits_CV: jax.Array, targets_C: jax.Array, entropy_C: jax.Array, partition_C: jax.Array,
+               logp_bar_C: jax.Array, entropy_bar_C: jax.Array | None, temperature: float, split: _Split,
+               hidden_CD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Gradients of one chunk -> (hidden [C, D] of this device's ids alone, head [V, D]), float32."""
+  V = head_VD.shape[0]
+  log_p_CV = logits_CV - partition_C[:, None]
+  # d logp / d z_v = [v = target] - p_v;   d H / d z_v = -p_v (log p_v + H)
+  pull_CV = logp_bar_C[:, None]
+  if entropy_bar_C is not None:
+    pull_CV += entropy_bar_C[:, None] * (log_p_CV + entropy_C[:, None])
+  hit_CV = (targets_C - _first_id(V, split))[:, None] == jnp.arange(V)[None, :]
+  grad_CV = (jnp.where(hit_CV, logp_bar_C[:, None], 0) - jnp.exp(log_p_CV) * pull_CV) / temperature
+  grad_CV = grad_CV.astype(hidden_CD.dtype)
+  return (jnp.einsum('cv,vd->cd', grad_CV, head_VD, preferred_element_type=jnp.float32),
+          jnp.einsum('cv,cd->vd', grad_CV, hidden_CD, preferred_element_type=jnp.float32))
 
 
-def _run(temperature, hidden_NCD, head_VD, targets_NC):
-  """(results, what the backward pass keeps of them), chunk by chunk."""
-  one = hidden_NCD.shape[0] == 1
+# --- the loss and its gradient in one pass ---------------------------------------------------------------------------------
 
-  def step(chunk):
-    hidden_CD, targets_C = chunk
+
+def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: int | None, gradient: bool, split: _Split,
+                hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, values: Any) -> Any:
+  """(loss, sums), with `gradient` also (hidden_grad_MD, head_grad_VD)."""
+  V = head_VD.shape[0]
+
+  def step(carry, part):
+    total, head_grad_VD = carry
+    hidden_CD, targets_C, values_C = part
     logits_CV = _logits(hidden_CD, head_VD, temperature)
-    logp_C, entropy_C, partition_C = _summary(logits_CV, targets_C)
-    return (logp_C, entropy_C), (entropy_C, partition_C, logits_CV if one else None)
+    logp_C, entropy_C, partition_C = _summary(logits_CV, targets_C, split, entropy != 'none')
+    if not gradient:
+      return (jax.tree.map(jnp.add, total, objective(logp_C, entropy_C, values_C)), None), None
+    if entropy == 'gradient':
+      loss, pull, sums = jax.vjp(lambda *scores: objective(*scores, values_C), logp_C, entropy_C, has_aux=True)
+      bars = pull(jnp.ones_like(loss))
+    else:
+      loss, pull, sums = jax.vjp(lambda logp_C: objective(logp_C, entropy_C, values_C), logp_C, has_aux=True)
+      bars = *pull(jnp.ones_like(loss)), None
+    hidden_grad_CD, chunk_grad_VD = _pull_back(logits_CV, targets_C, entropy_C, partition_C, *bars, temperature, split,
+                                               hidden_CD, head_VD)
+    head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
+    return (jax.tree.map(jnp.add, total, (loss, sums)), head_grad_VD), hidden_grad_CD
 
-  chunks = hidden_NCD, targets_NC
-  if one:
-    results = jax.tree.map(lambda x: x[None], step(jax.tree.map(lambda x: x[0], chunks)))
-  else:
-    results = jax.lax.map(step, chunks)
-  return results
+  chunks = jax.tree.map(lambda leaf: _chunked(leaf, V, chunk), (hidden_MD, targets_M, values))
+  N, C = chunks[1].shape
+  shapes = jax.eval_shape(objective, jax.ShapeDtypeStruct((C,), jnp.float32),
+                          None if entropy == 'none' else jax.ShapeDtypeStruct((C,), jnp.float32),
+                          jax.tree.map(lambda leaf: leaf[0], chunks[2]))
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  head_zero = jnp.zeros(head_VD.shape, jnp.float32) if gradient and N > 1 else None
+  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(step, (zeros, head_zero), chunks)
+  total = _psum(total, split.tokens)
+  if not gradient:
+    return total
+  hidden_grad_MD = hidden_grad_NCD.reshape(N * C, -1)[:hidden_MD.shape[0]]
+  return (*total, _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype),
+          _psum(head_grad_VD, split.tokens).astype(head_VD.dtype))
 
 
-def _forward(temperature, hidden_NCD, head_VD, targets_NC):
-  arrays = hidden_NCD.value, head_VD.value, targets_NC.value
-  results, kept = _run(temperature, *arrays)
-  return results, (*arrays, kept)
+_INPUTS = ('tokens', 'head', 'tokens', 'tokens')
 
 
-def _backward(temperature, residuals, cotangents):
-  hidden_NCD, head_VD, targets_NC, kept = residuals
-  logp_bar_NC, entropy_bar_NC = (None if isinstance(bar, SymbolicZero) else bar for bar in cotangents)
-  if logp_bar_NC is None:
-    logp_bar_NC = jnp.zeros(targets_NC.shape, jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _token_loss(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
+  function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, False)
+  return _on_devices(function, (hidden_MD, head_VD, targets_M, values), _INPUTS, ('all', 'all'))
 
-  def step(head_grad_VD, chunk):
-    hidden_CD, targets_C, (entropy_C, partition_C, logits_CV), logp_bar_C, entropy_bar_C = chunk
+
+def _token_loss_forward(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
+  function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, True)
+  loss, sums, *grads = _on_devices(function, (hidden_MD, head_VD, targets_M, values), _INPUTS,
+                                   ('all', 'all', 'tokens', 'head'))
+  return (loss, sums), grads
+
+
+def _token_loss_backward(objective, temperature, entropy, chunk, grads, bars):
+  return *(grad * bars[0].astype(grad.dtype) for grad in grads), None, None
+
+
+_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+
+
+# --- log-probabilities and entropies ---------------------------------------------------------------------------------------
+
+
+def _score_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
+                 targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+  """(logp, entropy, log partition sums [M], the logits [M, V] where they are kept)."""
+  hidden_NCD, targets_NC = (_chunked(array, head_VD.shape[0], chunk) for array in (hidden_MD, targets_M))
+
+  def step(_, part):
+    hidden_CD, targets_C = part
+    logits_CV = _logits(hidden_CD, head_VD, temperature)
+    kept = logits_CV if hidden_NCD.shape[0] == 1 and not split.vocab else None
+    return None, (*_summary(logits_CV, targets_C, split, True), kept)
+
+  scores = _over_chunks(step, None, (hidden_NCD, targets_NC))[1]
+  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:hidden_MD.shape[0]]
+  return jax.tree.map(flat, scores)
+
+
+def _score_gradient_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
+                          targets_M: jax.Array, scores: Any, bars: Any) -> tuple[jax.Array, jax.Array]:
+  def step(head_grad_VD, part):
+    hidden_CD, targets_C, (entropy_C, partition_C, logits_CV), bars_C = part
     if logits_CV is None:
       logits_CV = _logits(hidden_CD, head_VD, temperature)
-    log_p_CV = logits_CV - partition_C[:, None]
-    # d logp / d z_v = [v = target] - p_v;   d H / d z_v = -p_v (log p_v + H)
-    pull_CV = logp_bar_C[:, None]
-    if entropy_bar_C is not None:
-      pull_CV += entropy_bar_C[:, None] * (log_p_CV + entropy_C[:, None])
-    hit_CV = targets_C[:, None] == jnp.arange(head_VD.shape[0])[None, :]
-    grad_CV = (jnp.where(hit_CV, logp_bar_C[:, None], 0) - jnp.exp(log_p_CV) * pull_CV) / temperature
-    grad_CV = grad_CV.astype(hidden_CD.dtype)
-    hidden_grad_CD = jnp.einsum('cv,vd->cd', grad_CV, head_VD)
-    head_grad_VD += jnp.einsum('cv,cd->vd', grad_CV, hidden_CD, preferred_element_type=jnp.float32)
-    return head_grad_VD, hidden_grad_CD.astype(hidden_CD.dtype)
+    hidden_grad_CD, chunk_grad_VD = _pull_back(logits_CV, targets_C, entropy_C, partition_C, *bars_C, temperature, split,
+                                               hidden_CD, head_VD)
+    return head_grad_VD + chunk_grad_VD, hidden_grad_CD
 
-  zero_VD = jnp.zeros(head_VD.shape, jnp.float32)
-  head_grad_VD, hidden_grad_NCD = jax.lax.scan(
-      step, zero_VD, (hidden_NCD, targets_NC, kept, logp_bar_NC, entropy_bar_NC), unroll=hidden_NCD.shape[0] == 1)
-  return hidden_grad_NCD, head_grad_VD.astype(head_VD.dtype), None
+  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, scores, bars))
+  head_grad_VD, hidden_grad_NCD = _over_chunks(step, jnp.zeros(head_VD.shape, jnp.float32), chunks)
+  hidden_grad_MD = hidden_grad_NCD.reshape(-1, hidden_MD.shape[1])[:hidden_MD.shape[0]]
+  return (_psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype),
+          _psum(head_grad_VD, split.tokens).astype(head_VD.dtype))
 
 
-_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scores(temperature, chunk, hidden_MD, head_VD, targets_M):
+  return _scores_forward(temperature, chunk, hidden_MD, head_VD, targets_M)[0]
+
+
+def _scores_forward(temperature, chunk, *arrays):
+  # With symbolic zeros each array comes wrapped; outside of differentiation it does not.
+  arrays = tuple(getattr(array, 'value', array) for array in arrays)
+  logp_M, *kept = _on_devices(functools.partial(_score_shard, temperature, chunk), arrays, ('tokens', 'head', 'tokens'),
+                              ('tokens',) * 4)
+  return (logp_M, kept[0]), (arrays, kept)
+
+
+def _scores_backward(temperature, chunk, residuals, bars):
+  arrays, kept = residuals
+  logp_bar_M, entropy_bar_M = (None if isinstance(bar, SymbolicZero) else bar for bar in bars)
+  if logp_bar_M is None:
+    logp_bar_M = jnp.zeros(kept[0].shape, jnp.float32)
+  function = functools.partial(_score_gradient_shard, temperature, chunk)
+  grads = _on_devices(function, (*arrays, tuple(kept), (logp_bar_M, entropy_bar_M)),
+                      ('tokens', 'head', 'tokens', 'tokens', 'tokens'), ('tokens', 'head'))
+  return *grads, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)

@@ -45,7 +45,7 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.
   Each token must see itself, end[i] > i. Under a mesh (`jax.set_mesh`) rows are split over its batch axes and heads over
   its tensor axis, and each device runs the implementation on its own part: no compiler can split a kernel.
   """
-  run = IMPLEMENTATIONS[resolve(implementation)]
+  run, end_BT = IMPLEMENTATIONS[resolve(implementation)], end_BT.astype('int32')
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(q_BTNH, k_BTKH, v_BTKH, end_BT)

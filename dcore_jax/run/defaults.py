@@ -19,6 +19,11 @@ def default_config() -> ml_collections.ConfigDict:
   c.model.tokenizer = ''  # directory; '' = the model's own. Relative paths are looked up under the data folder too
   c.model.init = ml_collections.ConfigDict()  # a config.json to initialise at random instead of loading `path`
 
+  c.execution = ml_collections.ConfigDict()  # how training passes run; what they compute does not depend on it
+  c.execution.attention = 'auto'  # or a name of models/tree_attention.py
+  c.execution.remat = 'none'  # 'full' recomputes each layer in the backward pass
+  c.execution.unroll = True  # compile layer by layer: faster on a CPU, too much code for deep models
+
   c.world = ml_collections.ConfigDict()
   c.world.max_subtasks = 4  # 2 to 5
 
@@ -52,7 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.sft.floor = 0.01
   c.sft.weight_decay = 0.0
   c.sft.clip = 1.0
-  c.sft.remat = 'none'
+  c.sft.checkpoint_every = 100  # steps
 
   c.rl = ml_collections.ConfigDict()
   c.rl.files = ()  # files of ToolRL rows to ask about instead of ToolWorld's decision points

@@ -22,7 +22,9 @@ from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
 from dcore_jax.learn import grpo, objectives, rewards, sft
 from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
+from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Completion, Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.checkpoint import Checkpoints
@@ -51,16 +53,20 @@ def encode_rows(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[tokentre
 
 
 def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence[dict[str, Any]],
-            config: ml_collections.ConfigDict, metrics: Metrics, *, seed: int) -> tuple[Params, dict[str, Any]]:
-  """Fine-tunes on the rows -> (parameters, {'rows', 'dropped', 'dedup', 'first_loss', 'last_loss', 'steps'}).
+            config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *,
+            execution: Execution = Execution(), seed: int) -> tuple[Params, dict[str, Any]]:
+  """Fine-tunes on the rows -> (parameters, {'rows', 'dropped', 'dedup', 'occupancy', 'attention', 'first_loss', 'last_loss',
+  'steps', 'resumed_at', 'seconds_before'}); resumes from the newest checkpoint.
 
   Args:
     params: where to start from; donated.
     model, tokenizer: what they belong to.
     rows: {id, conversations}; only the last message of each is trained (paper eq. 1).
     config: section `sft`: epochs, rows, accumulate, capacity, optimizer, learning_rate, adam_learning_rate, warmup, floor,
-      weight_decay, clip, remat.
-    metrics: written as stage 'sft'.
+      weight_decay, clip, checkpoint_every.
+    metrics: written as stage 'sft', a row a step.
+    checkpoints: folder for parameters, optimizer and position.
+    execution: how the passes run.
     seed: of the row order.
   """
   sequences = encode_rows(tokenizer, rows)
@@ -69,29 +75,41 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
                       total_steps=len(data), weight_decay=config.weight_decay, clip=config.clip,
                       adam_learning_rate=config.adam_learning_rate or None)
-  step_fn = sft.make_sft_step(model, tx, remat=config.remat)
+  step_fn = sft.make_sft_step(model, tx, execution)
   state = init_state(params, tx)
-  losses, started = [], time.monotonic()
-  flat = sum(map(len, data.tree.paths)) / max(1, data.tree.rows) * config.rows  # tokens of the unmerged rows a step stands for
+  tree = data.tree
+  flat = sum(map(len, tree.paths)) / tree.rows * config.rows  # tokens of the unmerged rows that a step stands for
+  with Checkpoints(checkpoints, keep=1) as saved, progress(total=len(data), description='sft') as bar:
+    start, spent, opened = 0, 0.0, time.monotonic()
+    found = saved.restore(state)
+    if found:
+      state, extra, start = found
+      spent = extra['seconds']
+      bar.initial = bar.n = start
+    losses = [row['loss'] for row in metrics.rewind('sft', start)]
 
-  def log(step: int, values: dict[str, jax.Array]) -> None:
-    losses.append(float(values['loss']))
-    metrics.write('sft', step, loss=losses[-1], grad_norm=float(values['grad_norm']), skipped=int(values['skipped']),
-                  tokens_per_second=(step + 1) * flat / (time.monotonic() - started))
+    def log(step: int, values: dict[str, jax.Array]) -> None:
+      losses.append(float(values['loss']))
+      metrics.write('sft', step, loss=losses[-1], grad_norm=float(values['grad_norm']), skipped=int(values['skipped']),
+                    tokens_per_second=(step + 1 - start) * flat / (time.monotonic() - opened))
+      bar.set_postfix(loss=f'{losses[-1]:.3f}')
 
-  with progress(total=len(data), description='sft') as bar:
-    previous = None
-    for step, batch in enumerate(data):
+    waiting = None
+    for step, batch in enumerate(data.prefetched(start), start):
       state, values = step_fn(state, batch)
-      if previous is not None:  # fetched only now, so that the device is already busy with the next step
-        log(step - 1, previous)
-        bar.set_postfix(loss=f'{losses[-1]:.3f}')
-      previous = values
+      if waiting:  # fetched only now, so that the device is already busy with the next step
+        log(*waiting)
+      waiting = step, values
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(data):
+        log(*waiting)
+        waiting = None
+        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened})
       bar.update(1)
-    log(len(data) - 1, previous)
   tenth = max(1, len(losses) // 10)
-  return state.params, {'rows': len(rows), 'dropped': len(data.tree.dropped), 'dedup': data.tree.dedup, 'steps': len(losses),
-                        'first_loss': float(np.mean(losses[:tenth])), 'last_loss': float(np.mean(losses[-tenth:]))}
+  return state.params, {'rows': len(rows), 'dropped': len(tree.dropped), 'dedup': tree.dedup,
+                        'occupancy': tree.live / tree.tokens.size, 'attention': tree_attention.resolve(execution.attention),
+                        'steps': len(losses), 'first_loss': float(np.mean(losses[:tenth])),
+                        'last_loss': float(np.mean(losses[-tenth:])), 'resumed_at': start, 'seconds_before': spent}
 
 
 # --- DA-GRPO -----------------------------------------------------------------------------------------------------------------
@@ -139,13 +157,13 @@ class RolloutBatch:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_step(model: DecoderConfig, learning_rate: float, weight_decay: float, clip: float, temperature: float,
-                   **objective: float) -> tuple:
+def _compiled_step(model: DecoderConfig, execution: Execution, learning_rate: float, weight_decay: float, clip: float,
+                   temperature: float, **objective: float) -> tuple:
   """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep differ in nothing that is compiled."""
   tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
-  return (tx, grpo.make_score_pass(model, temperature=temperature),
-          grpo.make_grpo_step(model, tx, temperature=temperature, **objective),
-          grpo.make_psi_norm(model, temperature=temperature))
+  options = dict(temperature=temperature, execution=execution)
+  return (tx, grpo.make_score_pass(model, **options), grpo.make_grpo_step(model, tx, **options, **objective),
+          grpo.make_psi_norm(model, **options))
 
 
 # Micro-batches come in multiples of this: one shape is compiled (5 s for the organism), and those left empty cost nothing.
@@ -160,11 +178,12 @@ class GrpoLoop:
     engine: where rollouts are made; its weights follow the policy's.
     prompts: what is asked; drawn without replacement within an epoch, by (seed, epoch).
     config: section `rl`.
+    execution: how the training passes run.
     seed: of prompt order and sampling.
   """
 
   def __init__(self, model: DecoderConfig, tokenizer: Any, engine: Engine, prompts: Sequence[Prompt],
-               config: ml_collections.ConfigDict, *, seed: int):
+               config: ml_collections.ConfigDict, *, execution: Execution = Execution(), seed: int):
     if not prompts or len(prompts) < config.prompts:
       raise ValueError(f'{len(prompts)} prompts are too few for batches of {config.prompts}')
     if config.prompts % config.updates:
@@ -176,7 +195,7 @@ class GrpoLoop:
     self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
     self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
     self.tx, self._score, self._step, self._psi_norm = _compiled_step(
-        model, config.learning_rate, config.weight_decay, config.clip, config.temperature,
+        model, execution, config.learning_rate, config.weight_decay, config.clip, config.temperature,
         **{name: config[name] for name in ('clip_low', 'clip_high', 'dual_clip', 'kl_coefficient')})
     options = {'da_grpo': ('alpha', 'delta', 'zero_test', 'psi_multiplier'), 'rl_zvp': ('alpha', 'zero_test', 'psi_multiplier')}
     self._estimator = functools.partial(objectives.ADVANTAGES[config.estimator],
@@ -278,7 +297,8 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequence[DecisionPoint],
            config: ml_collections.ConfigDict, metrics: Metrics, checkpoints: pathlib.Path, *,
-           make_engine: Callable[[Params], Engine], seed: int) -> tuple[Params, dict[str, Any]]:
+           make_engine: Callable[[Params], Engine], execution: Execution = Execution(),
+           seed: int) -> tuple[Params, dict[str, Any]]:
   """(DA-)GRPO -> (parameters, {'prompts', 'prompts_dropped', 'resumed_at',
   'seconds_before', 'validation'}); resumes from the newest checkpoint.
 
@@ -295,11 +315,12 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
     metrics: written as stage 'rl', a row a step.
     checkpoints: folder for parameters, optimizer and position.
     make_engine: builds the rollout engine for given weights.
+    execution: how the training passes run.
     seed: of prompts and sampling.
   """
   prompts, dropped = encode_prompts(tokenizer, points, config.max_prompt_tokens)
   held_out, prompts = _set_aside(prompts, config.validation)
-  loop = GrpoLoop(model, tokenizer, make_engine(params), prompts, config, seed=seed)
+  loop = GrpoLoop(model, tokenizer, make_engine(params), prompts, config, execution=execution, seed=seed)
   measure = lambda: rollout_metrics(loop.sample(held_out, config.steps)) if held_out else None
   before = measure()
   copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference

@@ -42,15 +42,15 @@ class Metrics:
       if value is not None:
         self._board.add_scalar(f'{stage}/{name}', value, int(step))
 
-  def rewind(self, stage: str, step: int) -> None:
-    """Drops the rows of `stage` from `step` on: a stage resumed at `step` is about to write them again."""
+  def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
+    """Drops the rows of `stage` from `step` on, which a stage resumed at `step` is about to write again -> those before."""
     rows = read_metrics(self._workdir)
     kept = [row for row in rows if row['stage'] != stage or row['step'] < step]
-    if len(kept) == len(rows):
-      return
-    self._file.close()
-    _replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
-    self._file = self._path.open('a', encoding='utf-8')
+    if len(kept) < len(rows):
+      self._file.close()
+      _replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
+      self._file = self._path.open('a', encoding='utf-8')
+    return [row for row in kept if row['stage'] == stage]
 
   def close(self) -> None:
     self._file.close()

@@ -21,6 +21,7 @@ from dcore_jax.distill.pipeline import Distiller, distill
 from dcore_jax.distill.seeds import DecisionPoint, decision_points
 from dcore_jax.evaluate.lazy_reasoning import is_lazy
 from dcore_jax.evaluate.rollouts import Trajectory, act, measure
+from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
@@ -59,6 +60,7 @@ class Pipeline:
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
     self.policy = load_policy(self.config.model, seed=self.config.seed)
+    self.execution = Execution(**self.config.execution)
     self._engine: Engine | None = None
     self._claim()
 
@@ -183,10 +185,10 @@ class Pipeline:
       rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = rows[:c.max_rows or None]
     with Metrics(self.workdir) as metrics:
-      metrics.rewind('sft', 0)
       # The step donates its parameters, and the base model's are still needed.
       start = jax.tree.map(lambda leaf: leaf.copy(), self.params('base'))
-      params, result = loop.run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics, seed=self.config.seed)
+      params, result = loop.run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics,
+                                    self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
     self._save('sft', params)
     return result
 
@@ -200,7 +202,8 @@ class Pipeline:
     with Metrics(self.workdir) as metrics:
       params, result = loop.run_rl(
           self.params('sft'), self.policy.config, self.policy.tokenizer, self._points(), self.config.rl, metrics,
-          self.workdir / 'checkpoints', make_engine=self.engine, seed=self.config.seed + 1000 * self.config.rl.seed)
+          self.workdir / 'checkpoints' / self.final, make_engine=self.engine, execution=self.execution,
+          seed=self.config.seed + 1000 * self.config.rl.seed)
     self._save(self.final, params)
     return result
 

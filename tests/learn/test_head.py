@@ -71,6 +71,73 @@ def test_whole_logits_never_exist():
   assert f'[{M},{V}]' not in text and f'[8,8,{V}]' not in text and f'[8,{V}]' in text
 
 
+def weighted(logp, entropy, values):
+  """A loss that is not linear in its scores, so that its gradient has to be taken where the scores are."""
+  weight, shift = values
+  loss = -jnp.sum(weight * (jnp.exp(logp - shift) + logp))
+  bonus = 0 if entropy is None else 0.3 * jnp.sum(weight * entropy**2)
+  return loss - bonus, {'weight': jnp.sum(weight), 'logp': jnp.sum(weight * logp)}
+
+
+@pytest.mark.parametrize('chunk', [None, 10, 1])
+@pytest.mark.parametrize('entropy', ['none', 'value', 'gradient'])
+def test_token_loss_equals_the_plain_form(chunk, entropy):
+  hidden, matrix, targets = problem()
+  values = jnp.linspace(0, 2, len(targets)), jnp.linspace(-4, -3, len(targets))
+
+  def wanted(hidden, matrix):
+    logp, spread = plain(hidden, matrix, targets, 0.7)
+    spread = {'none': None, 'value': jax.lax.stop_gradient(spread), 'gradient': spread}[entropy]
+    return weighted(logp, spread, values)
+
+  ours = lambda hidden, matrix: head.token_loss(weighted, hidden, matrix, targets, values, 0.7, entropy=entropy, chunk=chunk)
+  np.testing.assert_allclose(ours(hidden, matrix)[0], wanted(hidden, matrix)[0], rtol=1e-5)  # without differentiation
+  (loss, sums), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, matrix)
+  (loss_, sums_), grads_ = jax.value_and_grad(wanted, (0, 1), has_aux=True)(hidden, matrix)
+  np.testing.assert_allclose(loss, loss_, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, sums_)
+  for value, expected in zip(grads, grads_):
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_token_loss_scales_its_gradient_and_takes_bfloat16():
+  hidden, matrix, targets = (x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem())
+  values = jnp.ones(len(targets)), jnp.full(len(targets), -3.0)
+  loss = lambda factor: lambda h, m: factor * head.token_loss(weighted, h, m, targets, values, chunk=10)[0]
+  once, thrice = (jax.grad(loss(factor), (0, 1))(hidden, matrix) for factor in (1.0, 3.0))
+  for a, b in zip(once, thrice):
+    assert a.dtype == b.dtype == jnp.bfloat16
+    np.testing.assert_allclose(3 * a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=1e-3)
+
+
+def test_a_tenth_of_the_memory_at_the_full_vocabulary():
+  """Of the temporaries of the plain loss, at 2,048 tokens of Qwen3's vocabulary; compiled only."""
+  M, D, V = 2048, 64, 151_936
+  shapes = [jax.ShapeDtypeStruct((M, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32),
+            jax.ShapeDtypeStruct((M,), jnp.int32)]
+  nll = lambda logp, _, weight: (-jnp.sum(weight * logp), ())
+  fused = lambda h, m, t: head.token_loss(nll, h, m, t, jnp.ones(M))[0]
+  scored = lambda h, m, t: -head.log_probs_and_entropy(h, m, t)[0].sum()
+  whole = lambda h, m, t: -plain(h, m, t, 1.0)[0].sum()
+  bytes_ = [jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+            for f in (fused, scored, whole)]
+  assert 10 * bytes_[0] < bytes_[2] and 10 * bytes_[1] < bytes_[2]
+
+
+def test_unused_rows_of_the_embedding_are_trained_as_torch_trains_them():
+  """Qwen3's embedding has 267 rows beyond its tokenizer; they are part of every softmax, here the last 5 of 53."""
+  torch = pytest.importorskip('torch')
+  hidden, matrix, targets = problem()
+  targets = targets % 48
+  nll = lambda logp, _, weight: (-jnp.sum(weight * logp), ())
+  grad = jax.grad(lambda m: head.token_loss(nll, hidden, m, targets, jnp.full(37, 1 / 37), chunk=10)[0])(matrix)
+  theirs = torch.tensor(np.asarray(matrix), requires_grad=True)
+  logits = torch.tensor(np.asarray(hidden)) @ theirs.T
+  torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets), dtype=torch.long)).backward()
+  assert np.abs(grad[48:]).max() > 1e-3
+  np.testing.assert_allclose(grad, theirs.grad, atol=1e-6)
+
+
 def test_empty_input():
   _, matrix, _ = problem()
   logp, entropy = head.log_probs_and_entropy(jnp.zeros((0, 16)), matrix, jnp.zeros((0,), jnp.int32))
@@ -82,3 +149,5 @@ def test_refuses_greedy_temperature_and_empty_chunks():
     head.log_probs_and_entropy(*problem(), temperature=0.0)
   with pytest.raises(ValueError, match='chunk'):
     head.log_probs_and_entropy(*problem(), chunk=0)
+  with pytest.raises(ValueError, match="entropy = 'maybe'"):
+    head.token_loss(weighted, *problem(), (jnp.ones(37), jnp.ones(37)), entropy='maybe')

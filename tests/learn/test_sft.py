@@ -1,4 +1,6 @@
 """Supervised steps: trees equal flat rows, micro-batches change nothing, one compilation, the loss falls."""
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -65,6 +67,30 @@ def test_every_row_once_an_epoch_in_a_seeded_order():
   assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row.tobytes() for row in made.tree.tokens)
   assert [key(batch) for batch in first[:made.per_epoch]] != [key(batch) for batch in first[made.per_epoch:]]
   jax.tree.map(np.testing.assert_array_equal, list(made.start(3)), first[3:])
+
+
+def test_hosts_share_each_batch():
+  """Two hosts of two shards each: laid side by side their parts are the batch of one host with four shards."""
+  sequences, options = dialogues(10), dict(capacity=48, rows=8, epochs=2, seed=3, accumulate=2, shards=4)
+  whole = list(sft.batches(sequences, **options))
+  hosts = [list(sft.batches(sequences, **options, host=host, hosts=2)) for host in range(2)]
+  joined = [jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts) for parts in zip(*hosts, strict=True)]
+  for one, other in zip(joined, whole, strict=True):
+    one, other = one._replace(slot=other.slot), other  # which counts from the first row of the host
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_prefetched_batches_are_the_same_from_any_step():
+  made = sft.batches(dialogues(10), capacity=48, rows=4, epochs=2, seed=3)
+  for step in (0, 3, len(made)):
+    for one, other in zip(made.prefetched(step), list(made)[step:], strict=True):
+      jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_an_error_while_prefetching_is_raised():
+  made = sft.batches(dialogues(10), capacity=48, rows=4, epochs=1, seed=3)
+  with pytest.raises(ValueError, match='exceed the budget of 1'):
+    list(dataclasses.replace(made, budget=1).prefetched(0))
 
 
 def test_loss_falls_and_the_step_compiles_once(config, params):

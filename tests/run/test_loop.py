@@ -67,9 +67,42 @@ def test_sft_lowers_the_loss(tokenizer, model, tmp_path):
   config = default_config().sft
   config.update(dict(epochs=15, capacity=128, rows=1, learning_rate=1e-2))
   with Metrics(tmp_path) as metrics:
-    _, result = loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, seed=0)
+    _, result = loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, tmp_path / 'sft',
+                             seed=0)
   assert result['last_loss'] < 0.5 * result['first_loss'] and result['dropped'] == 0
-  assert len(read_metrics(tmp_path, 'sft')) == result['steps']
+  assert len(read_metrics(tmp_path, 'sft')) == result['steps'] == 15
+  assert result['attention'] == 'blockwise'
+
+
+def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkeypatch):
+  """Killed after 5 of 8 steps, the newest checkpoint being that of step 4."""
+  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i} ' * 20}, {'role': 'assistant', 'content': 'done.'}]}
+          for i in range(16)]
+  config = default_config().sft
+  config.update(dict(epochs=2, capacity=256, rows=1, learning_rate=1e-2, checkpoint_every=2))
+
+  def run_in(folder):
+    with Metrics(folder) as metrics:
+      return loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, folder / 'sft', seed=0)
+
+  whole, ran = run_in(tmp_path / 'whole')
+  assert ran['steps'] >= 8 and ran['resumed_at'] == 0
+  written = Metrics.write
+
+  def killed_at_five(self, stage, step, **values):
+    if step == 5:
+      raise KeyboardInterrupt
+    written(self, stage, step, **values)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Metrics, 'write', killed_at_five)
+    run_in(tmp_path / 'parts')
+  parts, result = run_in(tmp_path / 'parts')
+  assert result['resumed_at'] == 4 and result['seconds_before'] > 0
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  timeless = lambda folder: [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in read_metrics(folder, 'sft')]
+  assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
+  assert {k: ran[k] for k in ('first_loss', 'last_loss', 'steps')} == {k: result[k] for k in ('first_loss', 'last_loss', 'steps')}
 
 
 def run(tokenizer, model, folder, config, points_=None):
