@@ -1,18 +1,14 @@
-"""From conversations to the text and tokens that a model sees.
+"""From conversations to the text that a model sees, and what its chat template puts around a message.
 
 A tokenizer brings its own chat template; `qwen3_template` is ours for tokenizers that have none, equal to Qwen3's own.
-An assistant's text (thoughts and answer) is never passed through a template where it is to be learned: templates drop
-and rearrange thoughts, and training must see the tokens that sampling produced.
 """
+import dataclasses
 import functools
 import importlib.resources
-from typing import Any, Sequence
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
 from dcore_jax.chat.messages import Message
-
-END_OF_TURN = '<|im_end|>'
 
 
 @functools.cache
@@ -21,41 +17,59 @@ def qwen3_template() -> str:
   return importlib.resources.files('dcore_jax.chat').joinpath('qwen3.jinja').read_text(encoding='utf-8')
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-  """Text of a conversation up to where the assistant speaks next, by the template of a transformers tokenizer."""
-  if not messages:
-    raise ValueError('a prompt needs at least one message')
-  if not tokenizer.chat_template:
-    raise ValueError('the tokenizer has no chat template; set tokenizer.chat_template = qwen3_template()')
-  records = [message.to_json() for message in messages]
-  return tokenizer.apply_chat_template(records, tokenize=False, add_generation_prompt=True)
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> str:
+  """Text of a conversation up to where the assistant speaks next, by the template of a transformers tokenizer.
 
-
-def encode_example(tokenizer: Any, messages: Sequence[Message]) -> tuple[np.ndarray, int]:
-  """Tokens of a conversation whose last message is to be learned, and where that message begins.
-
-  The prompt is what `render_prompt` makes of all messages but the last; then come the last one's content, verbatim, and
-  the end-of-turn token. Prompt and target are tokenized apart, as they are when the model is sampled.
-
-  Returns:
-    (tokens int32[T], target_start): the loss is on tokens[target_start:], the end-of-turn token included.
-
-  Raises:
-    ValueError: no messages, nothing to answer, a last message that is not the assistant's, or one that holds the
-      end-of-turn token.
+  `tools` are specs as the template wants them, usually {'type': 'function', 'function': {...}}; None: the template shows none.
   """
   if not messages:
-    raise ValueError('an example needs messages, got none')
-  *context, last = messages
-  if last.role != 'assistant':
-    raise ValueError(f'the last message of an example must be the assistant\'s, got one of role {last.role!r}')
-  if not context:
-    raise ValueError('an example needs a message before the assistant\'s')
-  if END_OF_TURN in last.content:
-    raise ValueError(f'the text to learn holds {END_OF_TURN} at character {last.content.index(END_OF_TURN)}')
-  if END_OF_TURN not in tokenizer.get_vocab():
-    raise ValueError(f'the tokenizer has no token {END_OF_TURN}')
-  prompt = tokenizer.encode(render_prompt(tokenizer, context), add_special_tokens=False)
-  target = tokenizer.encode(last.content, add_special_tokens=False)
-  tokens = [*prompt, *target, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-  return np.array(tokens, np.int32), len(prompt)
+    raise ValueError('a prompt needs at least one message')
+  _need_template(tokenizer)
+  records = [message.to_json() for message in messages]
+  return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, add_generation_prompt=True)
+
+
+def _need_template(tokenizer: Any) -> None:
+  if not tokenizer.chat_template:
+    raise ValueError('the tokenizer has no chat template; set tokenizer.chat_template = qwen3_template()')
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnFormat:
+  """What a chat template writes around the messages, read off its own rendering.
+
+  Attributes:
+    end_of_turn, end_of_turn_id: the special token that ends what an assistant says ('<|im_end|>', '<|eot_id|>').
+    before: white space between the content and that token ('' for Qwen3 and Llama, '\\n' for DeepSeek-Coder).
+    after: white space behind it that still belongs to the message ('\\n' for Qwen3, '' for Llama).
+    delimiters: id -> text of every special token between one message's content and the next one's.
+  """
+  end_of_turn: str
+  end_of_turn_id: int
+  before: str
+  after: str
+  delimiters: dict[int, str]
+
+
+def turn_format(tokenizer: Any) -> TurnFormat:
+  """Reads the format of a transformers tokenizer off a conversation rendered by its template.
+
+  Raises:
+    ValueError: no template, or one that does not end an assistant's message by a special token of the tokenizer.
+  """
+  _need_template(tokenizer)
+  # Words that no template writes itself. The assistant's is not the last message: templates add thoughts to that one.
+  asked, said, more = 'probe-asked', 'probe-said', 'probe-more'
+  turns = [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}, {'role': 'user', 'content': more}]
+  text = tokenizer.apply_chat_template(turns, tokenize=False)
+  gap = text.partition(said)[2].partition(more)[0]
+  special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special and str(token) in gap}
+  if not special:
+    raise ValueError(f'the chat template ends a turn by {gap!r}, which holds no special token of the tokenizer')
+  end_id = min(special, key=lambda i: gap.index(special[i]))
+  before, end, _ = gap.partition(special[end_id])
+  if before.strip():
+    raise ValueError(f'the chat template writes {before!r} between what an assistant says and {end}')
+  last = tokenizer.apply_chat_template(turns[:2], tokenize=False).rpartition(said)[2]
+  after = last.removeprefix(before + end)
+  return TurnFormat(end, end_id, before, after if after.isspace() else '', special)

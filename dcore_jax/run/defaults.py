@@ -44,8 +44,16 @@ def default_config() -> ml_collections.ConfigDict:
   c.distill.retries = 1  # of completions that cannot be read; the released code repeats a failed request once
 
   c.sft = ml_collections.ConfigDict()
-  c.sft.files = ()  # files of rows {id, conversations} or ToolRL rows instead of the distilled ones
+  c.sft.files = ()  # data sets instead of the distilled rows: paths, or hub names owner/name[#configuration]; `schema:` before
+  #   either where the schema (run.row_schemas) is not to be guessed from a row's fields
+  c.sft.call_style = 'python'  # of rows that hold calls as data: 'python' = [f(a=1)], 'hermes' = <tool_call> JSON
+  c.sft.unreadable = 'error'  # rows whose calls or tools cannot be read: 'error', or 'drop' (counted and logged)
   c.sft.max_rows = 0  # use only the first so many; 0 = all
+  c.sft.split_turns = False  # a row for every assistant message, earlier ones without thoughts; D-CORE's are split already
+  c.sft.system_prompt = ''  # of rows without a system message; '' leaves them without
+  c.sft.stock_system_prompts = ()  # system messages that system_prompt replaces
+  c.sft.loss_mask = 'final'  # what is trained: 'final' (paper), 'final+structure' (released code), 'all_assistant'
+  c.sft.overlong = 'drop'  # rows longer than capacity: 'drop' (counted and logged) or 'error'; they are never truncated
   c.sft.epochs = 3
   c.sft.capacity = 16384  # tokens of a packed row
   c.sft.rows = 16  # packed rows a step

@@ -16,8 +16,7 @@ import ml_collections
 import numpy as np
 
 from dcore_jax import tokentree
-from dcore_jax.chat.messages import Message
-from dcore_jax.chat.template import encode_example, render_prompt
+from dcore_jax.chat.template import render_prompt
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
 from dcore_jax.learn import grpo, objectives, rewards, sft
@@ -30,26 +29,12 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.checkpoint import Checkpoints
 from dcore_jax.run.metrics import Metrics
 from dcore_jax.run.progress import progress
+from dcore_jax.run.rows import encode_rows
 
 Params = Any
 
 
 # --- supervised fine-tuning -------------------------------------------------------------------------------------------------
-
-
-def encode_rows(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[tokentree.Sequence]:
-  """Rows {id, conversations} as sequences with the loss on the last assistant message; ValueError names a bad row."""
-  sequences = []
-  for number, row in enumerate(rows):
-    try:
-      messages = [Message.from_json(m) for m in row['conversations']]
-      tokens, target_start = encode_example(tokenizer, messages)
-    except (KeyError, TypeError, ValueError) as error:
-      name = row.get('id', number) if isinstance(row, dict) else number
-      raise ValueError(f'row {name!r} cannot be trained on: {error!r}') from error
-    weights = (np.arange(len(tokens)) >= target_start).astype(np.float32)
-    sequences.append(tokentree.Sequence(tokens, weights, shared=len(tokens)))
-  return sequences
 
 
 def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence[dict[str, Any]],
@@ -61,15 +46,15 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   Args:
     params: where to start from; donated.
     model, tokenizer: what they belong to.
-    rows: {id, conversations}; only the last message of each is trained (paper eq. 1).
-    config: section `sft`: epochs, rows, accumulate, capacity, optimizer, learning_rate, adam_learning_rate, warmup, floor,
-      weight_decay, clip, checkpoint_every.
+    rows: {id, conversations}; `loss_mask` says what of each is trained.
+    config: section `sft`: loss_mask, overlong, epochs, rows, accumulate, capacity, optimizer, learning_rate,
+      adam_learning_rate, warmup, floor, weight_decay, clip, checkpoint_every.
     metrics: written as stage 'sft', a row a step.
     checkpoints: folder for parameters, optimizer and position.
     execution: how the passes run.
     seed: of the row order.
   """
-  sequences = encode_rows(tokenizer, rows)
+  sequences = encode_rows(tokenizer, rows, loss_mask=config.loss_mask, capacity=config.capacity, overlong=config.overlong)
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
                      accumulate=config.accumulate, pad_id=tokenizer.pad_token_id)
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,

@@ -31,7 +31,8 @@ from dcore_jax.run.defaults import STAGES, default_config
 from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
-from dcore_jax.run.sources import Policy, load_policy, rl_points, sft_rows
+from dcore_jax.run.rows import training_rows
+from dcore_jax.run.sources import Policy, load_policy, rl_points
 from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
@@ -176,21 +177,14 @@ class Pipeline:
   def sft(self) -> dict[str, Any]:
     """Fine-tunes the base model on the distilled rows, or on the files the config names."""
     c = self.config.sft
-    if c.files:
-      rows = sft_rows(c.files)
-    else:
-      path = self.workdir / 'distill' / 'rows.jsonl'
-      if not path.exists():
-        raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
-      rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = rows[:c.max_rows or None]
+    rows, unreadable = training_rows(c, self.workdir)
     with Metrics(self.workdir) as metrics:
       # The step donates its parameters, and the base model's are still needed.
       start = jax.tree.map(lambda leaf: leaf.copy(), self.params('base'))
       params, result = loop.run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics,
                                     self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
     self._save('sft', params)
-    return result
+    return result | {'unreadable': unreadable}
 
   def _points(self) -> list[DecisionPoint]:
     if self.config.rl.files:

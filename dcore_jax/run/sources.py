@@ -1,4 +1,4 @@
-"""Where models and real rows come from: the packaged organism, local directories, files of published rows."""
+"""Where models and real rows come from: the packaged organism, local directories, files and hub names of published rows."""
 import dataclasses
 import json
 import os
@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import ml_collections
 import transformers
+from absl import logging
 
 import dcore_jax
-from dcore_jax.chat.messages import Message, ToolCall
-from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.chat.template import turn_format
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import load_params
+from dcore_jax.run import row_schemas
 
-CALL_FORMAT = 'Answer with the calls alone, as [name(parameter=value), ...]. Where no tool fits, answer in words.'
-_LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
+_FILES = ('.json', '.jsonl', '.parquet')
+_HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
 
 
@@ -35,7 +36,7 @@ class Policy:
   @property
   def stop_ids(self) -> list[int]:
     """End of turn, and end of text where the tokenizer has it."""
-    ids = [self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids('<|im_end|>')]
+    ids = [self.tokenizer.eos_token_id, turn_format(self.tokenizer).end_of_turn_id]
     return sorted({i for i in ids if i is not None})
 
 
@@ -49,6 +50,15 @@ def data_path(name: str) -> pathlib.Path:
                    'set DCORE_DATA to the folder that holds it')
 
 
+def load_tokenizer(config: ml_collections.ConfigDict) -> tuple[transformers.PreTrainedTokenizerBase, pathlib.Path]:
+  """(tokenizer, its directory) of a config section `model`: its own, or that of its model. ValueError where there is none."""
+  folder = data_path(config.tokenizer or config.path) if config.tokenizer or config.path else ORGANISM
+  try:
+    return transformers.AutoTokenizer.from_pretrained(str(folder)), folder
+  except OSError as error:
+    raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
+
+
 def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   """The model a config section `model` names: a directory, the organism, or a random initialisation.
 
@@ -56,11 +66,7 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
     ValueError: a path that is not there, a checkpoint that does not fit its config, a tokenizer larger than the embedding.
   """
   path = data_path(config.path) if config.path else ORGANISM
-  tokenizer_dir = data_path(config.tokenizer) if config.tokenizer else path
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_dir))
-  except OSError as error:
-    raise ValueError(f'no tokenizer can be loaded from {str(tokenizer_dir)!r}: {error}') from error
+  tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
     raise ValueError(f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them')
   if config.init:
@@ -96,20 +102,93 @@ def _parse(text: str, where: str) -> Any:
     raise ValueError(f'{where} is not JSON: {error}') from error
 
 
-def sft_rows(names: Sequence[str]) -> list[dict[str, Any]]:
-  """Rows {id, conversations} of the named files: the published schema as it is, ToolRL's rows rendered into it."""
-  rows = []
+def load_records(name: str) -> list[dict[str, Any]]:
+  """The records of a data set: a JSON or JSON-lines file, what `datasets` reads (Parquet, a folder), or a name on the hub.
+
+  Args:
+    name: a path, also below the data folder, or `owner/name[#configuration]` on the hub (its split `train`).
+
+  A file of JSON is read here and not by `datasets`: Arrow knows one type a column, and fills the nested specs and arguments of
+  every record with the keys of all others. From what comes through it, fields without a value are taken out again.
+  """
+  place, _, configuration = name.partition('#')
+  hub = pathlib.Path(place).suffix not in _FILES and _HUB_NAME.fullmatch(place)
+  try:
+    path = data_path(place)
+  except ValueError:
+    if not hub:
+      raise
+    path = None
+  if path is not None and path.suffix in ('.json', '.jsonl'):
+    return read_rows(path)
+  import datasets  # a second and a half that JSON files should not cost
+  try:
+    if path is None:
+      found = datasets.load_dataset(place, *([configuration] if configuration else []), split='train')
+    elif path.is_dir():
+      found = datasets.load_dataset(str(path), split='train')
+    else:
+      found = datasets.load_dataset('parquet', data_files=str(path), split='train')
+  except Exception as error:  # whatever the network, the hub or a reader of files raises
+    raise ValueError(f'{name!r} can be loaded neither from disk nor from the hub: {error}') from error
+  return [_without_nulls(record) for record in found.to_list()]
+
+
+def _without_nulls(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+  return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rows {id, conversations[, tools]} and the number of records that were left out because they cannot be read."""
+  rows: list[dict[str, Any]]
+  unreadable: int
+
+
+def sft_rows(names: Sequence[str], *, call_style: str = 'python', unreadable: str = 'error') -> Rows:
+  """Rows of the named data sets, in order, whatever schema they are published in.
+
+  Args:
+    names: of `load_records`, with the schema before a colon where it is not to be guessed: `toolace:PATH`.
+    call_style: how tools and calls are written where a schema holds them as data, see `row_schemas`.
+    unreadable: 'error', or 'drop': records that break their schema's promises are left out, counted and logged.
+
+  Raises:
+    ValueError: a record of no known schema, by file, number and fields; one that cannot be read; a data set without a
+      readable record.
+  """
+  if unreadable not in ('error', 'drop'):
+    raise ValueError(f'sft.unreadable = {unreadable!r}; expected \'error\' or \'drop\'')
+  if call_style not in row_schemas.CALL_STYLES:
+    raise ValueError(f'sft.call_style = {call_style!r}; expected one of {row_schemas.CALL_STYLES}')
+  rows, left_out = [], 0
   for name in names:
-    path = data_path(name)
-    for number, record in enumerate(read_rows(path)):
-      if 'conversations' in record:
-        rows.append({'id': record.get('id', f'{path.stem}-{number}'), 'conversations': record['conversations']})
-      else:
-        point, thought = toolrl_point(record, f'{path.stem}-{number}')
-        target = f'<think>\n{thought}\n</think>\n\n{point.reference}'
-        conversations = [*(m.to_json() for m in point.messages), {'role': 'assistant', 'content': target}]
-        rows.append({'id': point.id, 'conversations': conversations})
-  return rows
+    schema, _, place = name.partition(':') if name.partition(':')[0] in row_schemas.SCHEMAS else (None, '', name)
+    stem = pathlib.Path(place).stem
+    problems = []
+    records = load_records(place)
+    if not records:
+      raise ValueError(f'{place} holds no records')
+    for number, record in enumerate(records):
+      found = schema or row_schemas.recognise(record)
+      if found is None:
+        raise ValueError(f'{place}, row {number}: no known schema has the fields {sorted(record)}; '
+                         f'known are {row_schemas.SCHEMAS}')
+      try:
+        rows += row_schemas.to_rows(record, found, f'{stem}-{number}', call_style)
+      except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f'it lacks {error}' if isinstance(error, KeyError) else error
+        problems.append(f'{place}, row {number}, cannot be read as {found}: {reason}')
+        if unreadable == 'error':
+          raise ValueError(problems[0] + '; sft.unreadable = \'drop\' would leave it out') from error
+    if problems:
+      logging.warning('%d of %d records of %s are left out; the first: %s', len(problems), len(records), place, problems[0])
+      if len(problems) == len(records):
+        raise ValueError(f'none of {len(records)} records can be read; the first: {problems[0]}')
+    left_out += len(problems)
+  return Rows(rows, left_out)
 
 
 def rl_points(names: Sequence[str]) -> list[DecisionPoint]:
@@ -117,47 +196,5 @@ def rl_points(names: Sequence[str]) -> list[DecisionPoint]:
   points = []
   for name in names:
     path = data_path(name)
-    points += [toolrl_point(record, f'{path.stem}-{number}')[0] for number, record in enumerate(read_rows(path))]
+    points += [row_schemas.toolrl_point(record, f'{path.stem}-{number}')[0] for number, record in enumerate(read_rows(path))]
   return points
-
-
-def toolrl_point(record: dict[str, Any], name: str) -> tuple[DecisionPoint, str]:
-  """(decision point, thought) of a ToolRL row {instruction, input, output}.
-
-  Its output holds `<think>`, `<tool_call>` (JSON lines) and `<response>` parts; the reference is the calls in Python style,
-  or the response text where there are none.
-
-  Raises:
-    ValueError: naming the row and what it lacks.
-  """
-  missing = {'instruction', 'input', 'output'} - record.keys()
-  if missing:
-    raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
-  thought, _, rest = record['output'].rpartition('</think>')  # a thought may speak of `<tool_call>` itself
-  calls = [_toolrl_call(line, name) for line in _part(rest, 'tool_call').split('\n') if line.strip()]
-  reference = print_calls(calls) if calls else _part(rest, 'response')
-  if not reference:
-    raise ValueError(f'row {name!r} has neither calls nor a response')
-  # The tool list, without ToolRL's own output format behind it, and with names that a Python-style call can have.
-  tools = record['instruction'].split('**Steps for Each Turn**')[0]
-  tools = _LISTED_NAME.sub(lambda match: match[1] + _python_name(match[2]), tools)
-  messages = (Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT), Message('user', record['input']))
-  return DecisionPoint(name, 'toolrl', messages, reference), thought.split('<think>', 1)[-1].strip()
-
-
-def _part(output: str, tag: str) -> str:
-  start, end = output.find(f'<{tag}>'), output.find(f'</{tag}>')
-  return output[start + len(tag) + 2:end].strip() if 0 <= start < end else ''
-
-
-def _toolrl_call(line: str, name: str) -> ToolCall:
-  call = _parse(line, f'a tool call of row {name!r}')
-  if not isinstance(call, dict) or not isinstance(call.get('name'), str) or not isinstance(call.get('parameters'), dict):
-    raise ValueError(f'row {name!r}: a tool call needs a name and parameters, got {line[:80]!r}')
-  return ToolCall(_python_name(call['name']), call['parameters'])
-
-
-def _python_name(name: str) -> str:
-  """A dotted identifier for a tool name that may hold spaces, slashes or quotes."""
-  parts = [re.sub(r'\W+', '_', part).strip('_') for part in name.split('.')]
-  return '.'.join(f'_{part}' if part[:1].isdigit() else part for part in parts if part) or 'unnamed'

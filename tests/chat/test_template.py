@@ -1,13 +1,13 @@
-"""Our Qwen3 template against the official one, and examples for training."""
+"""Our Qwen3 template against the official one, and what templates of other families write around a message."""
 import json
 import random
 
-import numpy as np
 import pytest
 import transformers
 
 from dcore_jax.chat import template
 from dcore_jax.chat.messages import Message
+from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
 
 TEXTS = ['Hello.', '', '\n\nlead', 'trail\n\n', '<think>\nwhy\n</think>\n\nBecause.', '<think>\n\n</think>\n\n',
          'a</think>b</think>\nc', '<think>x<think>\n\ny\n\n</think>\n\n\nz', 'open <think> only',
@@ -69,34 +69,45 @@ def test_prompt_ends_where_the_assistant_speaks(tokenizer):
   assert 'old thoughts' not in prompt and "[weather(city='Rome')]" in prompt
 
 
-def test_example_is_prompt_then_content_verbatim(tokenizer):
-  tokens, target_start = template.encode_example(tokenizer, CHAT)
-  assert tokens.dtype == np.int32 and tokens.ndim == 1
-  assert tokenizer.decode(tokens[:target_start]) == template.render_prompt(tokenizer, CHAT[:-1])
-  assert tokenizer.decode(tokens[target_start:]) == CHAT[-1].content + '<|im_end|>'
-  assert tokens[-1] == tokenizer.eos_token_id
-  # The prompt's tokens are those that generation starts from.
-  assert tokens[:target_start].tolist() == tokenizer.encode(template.render_prompt(tokenizer, CHAT[:-1]))
+def test_prompt_shows_tools(tokenizer):
+  prompt = template.render_prompt(tokenizer, CHAT[:2], TOOLS)
+  assert '<tools>' in prompt and '"name": "größe"' in prompt and '<tools>' not in template.render_prompt(tokenizer, CHAT[:2])
 
 
-@pytest.mark.parametrize('messages, reason', [
-    ([], 'got none'), (CHAT[:-1], "role 'user'"), (CHAT[-1:], 'a message before'),
-    ([CHAT[1], Message('assistant', 'ab<|im_end|>c')], 'at character 2')])
-def test_bad_examples(tokenizer, messages, reason):
-  with pytest.raises(ValueError, match=reason):
-    template.encode_example(tokenizer, messages)
+# What DeepSeek-Coder writes: no token begins a turn, and a newline stands before the one that ends it.
+CODER = ("{%- for m in messages -%}{{- ('### Response:\n' + m.content + '\n<|EOT|>\n') if m.role == 'assistant' else "
+         "'### Instruction:\n' + m.content + '\n' -}}{%- endfor -%}{{- '### Response:\n' if add_generation_prompt -}}")
+
+
+def other_family(text: str, special: list[str]):
+  tokenizer = build_tokenizer(['words'], 400)
+  tokenizer.add_special_tokens({'additional_special_tokens': special})
+  tokenizer.chat_template = text
+  return tokenizer
+
+
+def test_turn_format_is_read_off_the_template(tokenizer, llama):
+  qwen = template.turn_format(tokenizer)
+  assert qwen == template.TurnFormat('<|im_end|>', 151645, '', '\n', {151644: '<|im_start|>', 151645: '<|im_end|>'})
+  organism = template.turn_format(build_tokenizer(['words'], 400))
+  assert (organism.end_of_turn, organism.before, organism.after) == ('<|im_end|>', '', '\n')
+  other = template.turn_format(llama)
+  assert (other.end_of_turn, other.before, other.after) == ('<|eot_id|>', '', '')
+  assert set(other.delimiters.values()) == {'<|eot_id|>', '<|start_header_id|>', '<|end_header_id|>'}
+  coder = template.turn_format(other_family(CODER, ['<|EOT|>']))
+  assert (coder.end_of_turn, coder.before, coder.after) == ('<|EOT|>', '\n', '\n')
 
 
 def test_bad_tokenizers():
   class Bare:
     chat_template = None
 
-    def get_vocab(self):
-      return {}
-
   with pytest.raises(ValueError, match='at least one message'):
     template.render_prompt(Bare(), [])
-  with pytest.raises(ValueError, match='no chat template'):
-    template.render_prompt(Bare(), CHAT)
-  with pytest.raises(ValueError, match=r'no token <\|im_end\|>'):
-    template.encode_example(Bare(), CHAT)
+  for call in (lambda: template.render_prompt(Bare(), CHAT), lambda: template.turn_format(Bare())):
+    with pytest.raises(ValueError, match='no chat template'):
+      call()
+  with pytest.raises(ValueError, match='holds no special token'):
+    template.turn_format(other_family("{% for m in messages %}{{ m.content + ' / ' }}{% endfor %}", []))
+  with pytest.raises(ValueError, match="writes ' stop' between"):
+    template.turn_format(other_family("{% for m in messages %}{{ m.content + ' stop<|im_end|>' }}{% endfor %}", []))

@@ -2,6 +2,7 @@
 import json
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -41,17 +42,6 @@ def rl_config(**changes):
   c.update(dict(steps=3, prompts=2, group=4, updates=2, learning_rate=1e-3, max_prompt_tokens=64, max_tokens=12, capacity=128, rows=2,
                 checkpoint_every=1, validation=2) | changes)
   return c
-
-
-def test_rows_are_trained_on_their_last_message_only(tokenizer):
-  conversation = [{'role': 'user', 'content': 'find'}, {'role': 'assistant', 'content': 'done'}, {'role': 'user', 'content': 'go'},
-                  {'role': 'assistant', 'content': '<think>\nx\n</think>\n\nend'}]
-  sequence, = loop.encode_rows(tokenizer, [{'id': 1, 'conversations': conversation}])
-  assert tokenizer.decode(sequence.tokens[sequence.weights > 0]) == '<think>\nx\n</think>\n\nend<|im_end|>'
-  with pytest.raises(ValueError, match="row 'bad'"):
-    loop.encode_rows(tokenizer, [{'id': 'bad', 'conversations': [{'role': 'user', 'content': 'x'}]}])
-  with pytest.raises(ValueError, match='row 0'):
-    loop.encode_rows(tokenizer, [{}])
 
 
 def test_long_prompts_are_dropped_and_counted(tokenizer):
@@ -103,6 +93,25 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
   timeless = lambda folder: [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in read_metrics(folder, 'sft')]
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
   assert {k: ran[k] for k in ('first_loss', 'last_loss', 'steps')} == {k: result[k] for k in ('first_loss', 'last_loss', 'steps')}
+
+
+def test_sft_obeys_its_loss_mask_and_its_rule_for_long_rows(tokenizer, model, tmp_path):
+  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': 'find ' * (9 * i + 1)}, {'role': 'assistant', 'content': 'done'}]}
+          for i in range(2)]
+  config = default_config().sft
+  # What just fits without the last newline, which is structure.
+  fits = max(len(sequence.tokens) for sequence in loop.encode_rows(tokenizer, rows))
+  config.update(dict(epochs=1, capacity=fits, rows=1, loss_mask='final+structure'))
+  start = lambda: decoder.init_params(model, jax.random.key(0))
+  with Metrics(tmp_path) as metrics:
+    _, result = loop.run_sft(start(), model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
+    assert result['dropped'] == 1
+    for field, value, message in (('overlong', 'error', '1 of 2 rows are longer'), ('overlong', 'cut', 'sft.overlong'),
+                                  ('loss_mask', 'last', 'sft.loss_mask')):
+      broken = ml_collections.ConfigDict(config)
+      broken[field] = value
+      with pytest.raises(ValueError, match=message):
+        loop.run_sft(start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken', seed=0)
 
 
 def run(tokenizer, model, folder, config, points_=None):

@@ -8,32 +8,6 @@ from dcore_jax.run import sources
 from dcore_jax.run.defaults import default_config
 
 
-def toolrl_row(output):
-  return {'instruction': 'Tools:\n1. Name: Get Top/Apps\nDescription: x\n\n**Steps for Each Turn**\nformat', 'input': '<user> hi </user>',
-          'output': output}
-
-
-def test_toolrl_row_becomes_a_decision_point():
-  output = ('<think> use the <tool_call> tags </think>\n<tool_call>\n{"name": "Get Top/Apps", "parameters": {"n": 3}}\n'
-            '{"name": "a.2b", "parameters": {}}\n</tool_call>')
-  point, thought = sources.toolrl_point(toolrl_row(output), 'r')
-  assert point.reference == '[Get_Top_Apps(n=3), a._2b()]'
-  assert '1. Name: Get_Top_Apps\n' in point.messages[0].content and 'Steps for Each Turn' not in point.messages[0].content
-  assert thought == 'use the <tool_call> tags'
-  point, _ = sources.toolrl_point(toolrl_row('<think> x </think>\n<response> which one? </response>'), 'r')
-  assert point.reference == 'which one?'
-
-
-@pytest.mark.parametrize(('row', 'message'), [
-    ({'input': 'x'}, 'lacks instruction, output'), (toolrl_row('<think> x </think>'), 'neither calls nor a response'),
-    (toolrl_row('<think>x</think><tool_call>\n{"name": 3}\n</tool_call>'), 'needs a name and parameters'),
-    (toolrl_row('<think>x</think><tool_call>\n{"name"\n</tool_call>'), 'not JSON')])
-def test_bad_rows_are_named(row, message):
-  with pytest.raises(ValueError, match=message) as error:
-    sources.toolrl_point(row, 'row-17')
-  assert 'row-17' in str(error.value)
-
-
 def test_files_that_cannot_be_parsed_name_the_line(tmp_path):
   (tmp_path / 'rows.jsonl').write_text('{"a": 1}\n\n{"a": \n')
   with pytest.raises(ValueError, match='rows.jsonl, line 3'):
@@ -55,9 +29,83 @@ def test_published_rows(data_dir, monkeypatch):
   assert len(points) == 400
   calls = [parse_calls(p.reference) for p in points]
   assert sum(c is None for c in calls) == 54  # answered in words
-  rows = sources.sft_rows(['dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'])
-  assert len(rows) == 402 and [len(r['conversations']) for r in rows[:2]] == [5, 7]
+  found = sources.sft_rows(['dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'])
+  rows = found.rows
+  assert len(rows) == 402 and [len(r['conversations']) for r in rows[:2]] == [5, 7] and not found.unreadable
   assert json.dumps(rows)
+  packed = sources.sft_rows(['dcore_sft_sample/packed_16k.jsonl']).rows  # the same two rows, put together
+  assert [row['conversations'] for row in packed] == [row['conversations'] for row in rows[:2]]
+
+
+CHAT = {'conversations': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]}
+XLAM = {'id': 1, 'query': 'q', 'tools': '[{"name": "f", "parameters": {}}]', 'answers': '[{"name": "f", "arguments": {}}]'}
+
+
+def write(path, records):
+  path.write_text('\n'.join(map(json.dumps, records)))
+  return str(path)
+
+
+def test_a_schema_is_recognised_or_named_and_an_unknown_one_is_an_error(tmp_path):
+  path = write(tmp_path / 'mixed.jsonl', [CHAT, XLAM])
+  assert [row['id'] for row in sources.sft_rows([path]).rows] == ['mixed-0', '1']
+  assert [row['id'] for row in sources.sft_rows(['xlam:' + write(tmp_path / 'x.jsonl', [XLAM])]).rows] == ['1']
+  with pytest.raises(ValueError, match="mixed.jsonl, row 0, cannot be read as xlam: it lacks 'answers'"):
+    sources.sft_rows([f'xlam:{path}'])
+  path = write(tmp_path / 'odd.jsonl', [CHAT, {'text': 'x', 'label': 3}])
+  for unreadable in ('error', 'drop'):
+    with pytest.raises(ValueError, match=r"odd.jsonl, row 1: no known schema has the fields \['label', 'text'\]"):
+      sources.sft_rows([path], unreadable=unreadable)
+
+
+def test_unreadable_records_are_an_error_or_counted(tmp_path, caplog):
+  broken = XLAM | {'answers': '[]'}
+  path = write(tmp_path / 'x.jsonl', [XLAM, broken, XLAM])
+  with pytest.raises(ValueError, match='x.jsonl, row 1, cannot be read as xlam: the list of calls is empty'):
+    sources.sft_rows([path])
+  found = sources.sft_rows([path], unreadable='drop')
+  assert len(found.rows) == 2 and found.unreadable == 1
+  assert '1 of 3 records' in caplog.text and 'row 1' in caplog.text
+  with pytest.raises(ValueError, match='none of 1 records can be read'):
+    sources.sft_rows([write(tmp_path / 'y.jsonl', [broken])], unreadable='drop')
+  for option in (dict(unreadable='ignore'), dict(call_style='xml')):
+    with pytest.raises(ValueError, match=f'sft.{next(iter(option))}'):
+      sources.sft_rows([path], **option)
+  (tmp_path / 'empty.jsonl').write_text('')
+  with pytest.raises(ValueError, match='empty.jsonl holds no records'):
+    sources.sft_rows([str(tmp_path / 'empty.jsonl')])
+
+
+def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monkeypatch):
+  import datasets
+  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  (tmp_path / 'folder').mkdir()
+  # Two records of different fields: Arrow fills both with nulls, which must not make fields of them.
+  data = datasets.Dataset.from_list([{**CHAT, 'query': None, 'tools': None, 'answers': None},
+                                     {**{k: str(v) for k, v in XLAM.items() if k != 'id'}, 'conversations': None}])
+  data.to_parquet(str(tmp_path / 'folder' / 'train.parquet'))
+  expected = [CHAT['conversations'], sources.sft_rows([write(tmp_path / 'x.jsonl', [XLAM])]).rows[0]['conversations']]
+  asked = []
+
+  def load(*arguments, **options):
+    asked.append((arguments, options))
+    return data
+
+  assert [row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder' / 'train.parquet')]).rows] == expected
+  assert [row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder')]).rows] == expected
+  monkeypatch.setattr(datasets, 'load_dataset', load)
+  for name in ('Team-ACE/ToolACE', 'owner/name-v1.5#part'):
+    assert [row['conversations'] for row in sources.sft_rows([name]).rows] == expected
+  assert asked == [(('Team-ACE/ToolACE',), {'split': 'train'}), (('owner/name-v1.5', 'part'), {'split': 'train'})]
+
+  def offline(*arguments, **options):
+    raise ConnectionError('no route')
+
+  monkeypatch.setattr(datasets, 'load_dataset', offline)
+  with pytest.raises(ValueError, match="'Team-ACE/ToolACE' can be loaded neither from disk nor from the hub: no route"):
+    sources.sft_rows(['Team-ACE/ToolACE'])
+  with pytest.raises(ValueError, match='is not there'):
+    sources.sft_rows(['nowhere/rows.jsonl'])
 
 
 def test_the_organism_loads_and_fits():
