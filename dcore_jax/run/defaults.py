@@ -22,7 +22,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.execution = ml_collections.ConfigDict()  # how training passes run; what they compute does not depend on it
   c.execution.attention = 'auto'  # or a name of models/tree_attention.py
   c.execution.remat = 'none'  # 'full' recomputes each layer in the backward pass
-  c.execution.unroll = True  # compile layer by layer: faster on a CPU, too much code for deep models
+  c.execution.unroll = True  # without remat, compile layer by layer: faster on a CPU, too much code for deep models
 
   c.world = ml_collections.ConfigDict()
   c.world.max_subtasks = 4  # 2 to 5
