@@ -1,7 +1,15 @@
 """What every tree attention kernel must do, on a CPU in interpret mode; the tests of each kernel call these."""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_tree_blocks import random_ends
 
 from dcore_jax.models import attention
@@ -76,3 +84,15 @@ def check_skips_invisible_blocks(tree_attention, block: int, **options):
   for name, value, wanted in results:
     assert np.isfinite(wanted).all() and np.isnan(value[:, second]).all(), name
     np.testing.assert_array_equal(value[:, others], wanted[:, others], err_msg=name)
+
+
+def compiled_footprints(kernel: str, target: str, package: str, lengths: list[int]) -> list[dict[str, int]]:
+  """What compile_kernel.py prints for each row length; skips where the compiler, a Python package, is not installed."""
+  if importlib.util.find_spec(package) is None:
+    pytest.skip(f'no compiler for {target}: pip install -e .[aot]')
+  program = pathlib.Path(__file__).parent / 'compile_kernel.py'
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(program.parents[2])}
+  done = subprocess.run([sys.executable, str(program), kernel, target, *map(str, lengths)], env=environment, timeout=300,
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return [json.loads(line) for line in done.stdout.splitlines()]

@@ -32,3 +32,9 @@ def test_what_does_not_fit_is_named():
     tree_attention(q, q.astype(jnp.bfloat16), q, end)
   with pytest.raises(ValueError, match='blocks of 48 and 32 tokens'):
     tree_attention(q, q, q, end, block_q=48)
+
+
+def test_compiles_for_an_a100_and_keeps_two_numbers_a_token_and_head():
+  [footprint] = kernel_contract.compiled_footprints('attention_triton', 'a100:8', 'jax_cuda12_plugin', [16384])
+  # Log-sum-exp and delta of 32 heads: 4 MiB. The rest are lists of blocks; scores of one head alone would be 1 GiB.
+  assert 2 * 4 * 32 * 16384 <= footprint['temporary'] < 5 << 20
