@@ -1,12 +1,14 @@
-"""Tree attention on TPUs: Pallas-Mosaic programs whose grid walks over the lists of visible blocks, forward and backward.
+"""Tree attention on TPUs: Pallas-Mosaic programs whose grid is the list of visible blocks, forward and backward.
 
-The lists are prefetched into scalar memory, where the index maps read them: the copy of step j is that of the j-th
-visible block, and behind the end of a list, where its last block is repeated, nothing is copied and nothing computed.
-A program step takes the G query heads of a key head together, so that a block of keys is copied once for all of them.
-    forward  grid (B, K, X, Y): out, log-sum-exp
+The list is prefetched into scalar memory, where the index maps read which blocks a step is about. A step of the grid costs
+about a third of a microsecond even where it has nothing to do (what 512 x 512 scores of 4 heads cost at least is 1.2 on a
+v5p) and a row of 16,384 tokens would have 1,024: so the grid is only as long as the list of the fullest row.
+A step takes the G query heads of a key head together, so that a block of keys is copied once for all of them.
+    forward  grid (B, K, steps), by query block: out, log-sum-exp
     dQ       the same walk
-    dK, dV   grid (B, K, Y, X), the G heads summed on the way
+    dK, dV   grid (B, K, steps), by key block, the G heads summed on the way
 Letters as in `tree_kernels`; arrays are [B, K, G, T, H] and [B, K, T, H] inside, tokens and head last as the tiles want.
+Two cores of a chip (v5p) share the rows and key heads: with one of each on a device, one core works.
 """
 import functools
 
@@ -20,7 +22,7 @@ from dcore_jax.models import tree_kernels
 from dcore_jax.models.tree_kernels import dot
 
 _LANES = 128  # of a register; what a query has one number of is kept in a whole row of them
-_SCALAR_BYTES = 512 * 1024  # of the lists; scalar memory has 1 MiB (v4, v5, v6)
+_SCALAR_BYTES = 512 * 1024  # of the list; scalar memory has 1 MiB (v5, v6)
 
 
 def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *, block_q: int = 512,
@@ -36,7 +38,7 @@ def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_
     interpret: run as plain JAX on whatever device there is, for tests; any block size will do then.
 
   Raises:
-    ValueError: shapes, dtypes or blocks that do not fit, or lists of blocks that scalar memory does not hold.
+    ValueError: shapes, dtypes or blocks that do not fit, or a list of blocks that scalar memory does not hold.
   """
   if not interpret and (block_q % _LANES or block_k % _LANES):
     raise ValueError(f'blocks of {block_q} and {block_k} tokens: a TPU wants multiples of {_LANES}')
@@ -48,10 +50,10 @@ def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Arr
   B, T, N, H = q.shape
   K = k.shape[2]
   G, block_q = N // K, launch.block_q
-  lists = tree_blocks.block_map(end, block_q, launch.block_k)
-  specs = _specs(launch, q, k, lists.keys_BXY.shape, queries_own=True)
+  visible_BXY = tree_blocks.visible_blocks(end, block_q, launch.block_k)
+  specs = _specs(launch, q, k, visible_BXY.shape, queries_own=True)
   out, lse = _program(
-      _forward_program, launch, lists.keys_BXY, lists.key_count_BX, K,
+      _forward_program, launch, visible_BXY, K,
       in_specs=[specs['end'], specs['q'], specs['k'], specs['k']], out_specs=[specs['q'], specs['row']],
       out_shape=[jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype), jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)],
       scratch_shapes=[pltpu.VMEM((G, block_q, _LANES), jnp.float32), pltpu.VMEM((G, block_q, _LANES), jnp.float32),
@@ -65,20 +67,20 @@ def _backward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Ar
   B, T, N, H = q.shape
   K = k.shape[2]
   G = N // K
-  lists = tree_blocks.block_map(end, launch.block_q, launch.block_k)
+  visible_BXY = tree_blocks.visible_blocks(end, launch.block_q, launch.block_k)
+  visible_BYX = visible_BXY.swapaxes(1, 2)
   operands = (end[:, None, :], _queries_inside(q, K), _keys_inside(k), _keys_inside(v), _queries_inside(dout, K),
               lse.reshape(B, K, G, T), delta.reshape(B, K, G, T))
-  specs = _specs(launch, q, k, lists.keys_BXY.shape, queries_own=True)
+  read = ('end', 'q', 'k', 'k', 'q', 'row', 'row')
+  specs = _specs(launch, q, k, visible_BXY.shape, queries_own=True)
   dq = _program(
-      _dq_program, launch, lists.keys_BXY, lists.key_count_BX, K,
-      in_specs=[specs[name] for name in ('end', 'q', 'k', 'k', 'q', 'row', 'row')], out_specs=specs['q'],
+      _dq_program, launch, visible_BXY, K, in_specs=[specs[name] for name in read], out_specs=specs['q'],
       out_shape=jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype),
       scratch_shapes=[pltpu.VMEM((G, launch.block_q, H), jnp.float32)],
   )(*operands)
-  specs = _specs(launch, q, k, lists.queries_BYX.shape, queries_own=False)
+  specs = _specs(launch, q, k, visible_BYX.shape, queries_own=False)
   dk, dv = _program(
-      _dkv_program, launch, lists.queries_BYX, lists.query_count_BY, K,
-      in_specs=[specs[name] for name in ('end', 'q', 'k', 'k', 'q', 'row', 'row')], out_specs=[specs['k'], specs['k']],
+      _dkv_program, launch, visible_BYX, K, in_specs=[specs[name] for name in read], out_specs=[specs['k'], specs['k']],
       out_shape=[jax.ShapeDtypeStruct((B, K, T, H), k.dtype), jax.ShapeDtypeStruct((B, K, T, H), v.dtype)],
       scratch_shapes=[pltpu.VMEM((launch.block_k, H), jnp.float32), pltpu.VMEM((launch.block_k, H), jnp.float32)],
   )(*operands)
@@ -103,54 +105,64 @@ def _keys_inside(x_BTKH):
   return x_BTKH.swapaxes(1, 2)
 
 
-def _program(body, launch, list_BOS, count_BO, K, *, in_specs, out_specs, out_shape, scratch_shapes):
-  """The call of one program: O blocks that own an accumulator, S steps for each at most."""
-  B, O, S = list_BOS.shape
-  if list_BOS.size * 4 > _SCALAR_BYTES:
-    raise ValueError(f'the lists of {B} rows of {O} x {S} blocks take {list_BOS.size * 4} bytes of scalar memory, '
+def _program(body, launch, visible_BOS, K, *, in_specs, out_specs, out_shape, scratch_shapes):
+  """The call of one program: blocks O own an accumulator each and meet the blocks S that they see."""
+  B, O, S = visible_BOS.shape
+  if visible_BOS.size * 4 > _SCALAR_BYTES:
+    raise ValueError(f'the list of {B} rows of {O} x {S} blocks takes {visible_BOS.size * 4} bytes of scalar memory, '
                      f'{_SCALAR_BYTES} are there: take larger blocks or fewer rows at a time')
+  list_BP, count_B = tree_blocks.flat_list(visible_BOS)
   call = pl.pallas_call(
-      functools.partial(body, launch), interpret=launch.interpret, name=body.__name__.strip('_'), out_shape=out_shape,
-      grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=(B, K, O, S), in_specs=in_specs,
+      functools.partial(body, launch, S), interpret=launch.interpret, name=body.__name__.strip('_'), out_shape=out_shape,
+      grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=(B, K, count_B.max()), in_specs=in_specs,
                                              out_specs=out_specs, scratch_shapes=scratch_shapes),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')))
-  # Flat: scalar memory pads the last axis of an array to 128 words.
-  return functools.partial(call, list_BOS.reshape(-1), count_BO.reshape(-1))
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')))
+  return functools.partial(call, list_BP.reshape(-1), count_B)  # flat: scalar memory pads a last axis to 128 words
 
 
-def _specs(launch, q, k, list_shape, queries_own):
-  """Which block of each array a step reads. The side that owns takes the grid's third index, the other one the list's."""
-  _, O, S = list_shape
+def _specs(launch, q, k, shape_BOS, queries_own):
+  """Which block of each array a step reads or writes: entry o * S + s of the list is the block that owns and the one seen."""
+  _, O, S = shape_BOS
   G, H = q.shape[2] // k.shape[2], q.shape[3]
 
-  def place(own):
-    return (lambda b, o, s, lists: o) if own else (lambda b, o, s, lists: lists[(b * O + o) * S + s])
+  def owner(b, step, list_ref):
+    return jax.lax.div(list_ref[b * (O * S) + step], S)
 
-  x, y = place(queries_own), place(not queries_own)
+  def seen(b, step, list_ref):
+    return jax.lax.rem(list_ref[b * (O * S) + step], S)
+
+  x, y = (owner, seen) if queries_own else (seen, owner)
   return {
-      'end': pl.BlockSpec((None, 1, launch.block_k), lambda b, k, o, s, lists, _: (b, 0, y(b, o, s, lists))),
-      'q': pl.BlockSpec((None, None, G, launch.block_q, H), lambda b, k, o, s, lists, _: (b, k, 0, x(b, o, s, lists), 0)),
-      'k': pl.BlockSpec((None, None, launch.block_k, H), lambda b, k, o, s, lists, _: (b, k, y(b, o, s, lists), 0)),
-      'row': pl.BlockSpec((None, None, G, launch.block_q), lambda b, k, o, s, lists, _: (b, k, 0, x(b, o, s, lists))),
+      'end': pl.BlockSpec((None, 1, launch.block_k), lambda b, k, step, blocks, _: (b, 0, y(b, step, blocks))),
+      'q': pl.BlockSpec((None, None, G, launch.block_q, H), lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks), 0)),
+      'k': pl.BlockSpec((None, None, launch.block_k, H), lambda b, k, step, blocks, _: (b, k, y(b, step, blocks), 0)),
+      'row': pl.BlockSpec((None, None, G, launch.block_q), lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks))),
   }
 
 
-def _walk(list_ref, count_ref, start, step, finish):
-  """`start`, `step(own block, listed block)` for each listed block, `finish`, at their places in the grid (B, K, O, S)."""
-  own, place, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  row = pl.program_id(0) * pl.num_programs(2) + own
-  pl.when(place == 0)(start)
-  pl.when(place < count_ref[row])(lambda: step(own, list_ref[row * steps + place]))
-  pl.when(place == steps - 1)(finish)
+def _walk(S, list_ref, count_ref, start, meet, finish):
+  """One step: `start` where a block begins to own, `meet(owner, seen)`, `finish` where it sees no more.
+
+  Behind the end of a row's list, which a fuller row makes, nothing is done, and nothing copied as its last entry repeats.
+  """
+  row, step = pl.program_id(0), pl.program_id(2)
+  first, count = row * (list_ref.shape[0] // pl.num_programs(0)), count_ref[row]
+  owner = jax.lax.div(list_ref[first + step], S)
+  before = jax.lax.div(list_ref[first + jnp.maximum(step - 1, 0)], S)
+  after = jax.lax.div(list_ref[first + jnp.minimum(step + 1, count - 1)], S)
+  pl.when((step == 0) | (owner != before))(start)
+  pl.when(step < count)(lambda: meet(owner, jax.lax.rem(list_ref[first + step], S)))
+  pl.when((step == count - 1) | (owner != after))(finish)
 
 
-def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, top_ref, total_ref, acc_ref):
+def _forward_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, top_ref, total_ref,
+                     acc_ref):
   def start():
     top_ref[...] = jnp.full(top_ref.shape, tree_kernels.LEAST_TOP, jnp.float32)
     total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-  def step(x, y):
+  def meet(x, y):
     k, v = k_ref[...], v_ref[...]
     seen = _seen(launch, x, y, end_ref[...], key_axis=1)
     for g in range(q_ref.shape[0]):
@@ -168,14 +180,14 @@ def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, 
       out_ref[g] = (acc_ref[g] / total_ref[g][:, :1]).astype(out_ref.dtype)
       lse_ref[g, :] = (top_ref[g] + jnp.log(total_ref[g]))[:, 0]
 
-  _walk(list_ref, count_ref, start, step, finish)
+  _walk(S, list_ref, count_ref, start, meet, finish)
 
 
-def _dq_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref):
+def _dq_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref):
   def start():
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-  def step(x, y):
+  def meet(x, y):
     k, v = k_ref[...], v_ref[...]
     seen = _seen(launch, x, y, end_ref[...], key_axis=1)
     for g in range(q_ref.shape[0]):
@@ -187,17 +199,17 @@ def _dq_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_
   def finish():
     dq_ref[...] = (acc_ref[...] * launch.scale).astype(dq_ref.dtype)
 
-  _walk(list_ref, count_ref, start, step, finish)
+  _walk(S, list_ref, count_ref, start, meet, finish)
 
 
-def _dkv_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref,
+def _dkv_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref,
                  dk_acc_ref, dv_acc_ref):
   """Scores with the keys as rows: what is summed over queries are then plain products, with nothing transposed."""
   def start():
     dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, jnp.float32)
     dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, jnp.float32)
 
-  def step(y, x):
+  def meet(y, x):
     k, v = k_ref[...], v_ref[...]
     seen = _seen(launch, x, y, end_ref[...], key_axis=0)
     for g in range(q_ref.shape[0]):
@@ -212,7 +224,7 @@ def _dkv_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout
     dk_ref[...] = (dk_acc_ref[...] * launch.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
 
-  _walk(list_ref, count_ref, start, step, finish)
+  _walk(S, list_ref, count_ref, start, meet, finish)
 
 
 def _seen(launch, x, y, end, key_axis):

@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match='blocks of 512 and 64 tokens: a TPU wants multiples of 128'):
     tree_attention(q, q, q, end, block_k=64)
   long, long_end = jax.ShapeDtypeStruct((16, 16384, 1, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16384), jnp.int32)
-  with pytest.raises(ValueError, match='16 rows of 128 x 128 blocks take 1048576 bytes of scalar memory'):
+  with pytest.raises(ValueError, match='16 rows of 128 x 128 blocks takes 1048576 bytes of scalar memory'):
     jax.eval_shape(functools.partial(tree_attention, block_q=128, block_k=128), long, long, long, long_end)
 
 
