@@ -19,38 +19,21 @@ from jax.experimental import topologies
 
 _GPUS_PER_HOST = 8
 
-# One fact a line, in the words of XLA's GpuTargetConfigProto.
-_GPUS = {
-    'a100': """
-      platform_name: "CUDA"
-      device_description_str: "NVIDIA A100-SXM4-80GB"
-      dnn_version_info { major: 9 minor: 10 }
-      gpu_device_info {
-        cuda_compute_capability { major: 8 minor: 0 }
-        core_count: 108
-        fpus_per_core: 64
-        clock_rate_ghz: 1.41
-        device_memory_size: 85100068864  # 79.3 GiB, what the driver leaves of 80
-        memory_bandwidth: 2039000000000
-        l2_cache_size: 41943040
-        threads_per_warp: 32
-        threads_per_core_limit: 2048
-        threads_per_block_limit: 1024
-        registers_per_core_limit: 65536
-        registers_per_block_limit: 65536
-        shared_memory_per_core: 167936
-        shared_memory_per_block: 49152
-        shared_memory_per_block_optin: 166912
-        block_dim_limit_x: 2147483647
-        block_dim_limit_y: 65535
-        block_dim_limit_z: 65535
-        driver_version: "12.9.0"
-        runtime_version: "12.9.0"
-        compile_time_toolkit_version: "12.9.0"
-        dnn_version: "9.10.0"
-      }""",
+# Hardware numbers by the field names of XLA's GpuDeviceInfoProto. A core is a streaming multiprocessor; bytes and GHz.
+_ANY_GPU = {
+    'threads_per_warp': 32, 'threads_per_block_limit': 1024, 'threads_per_core_limit': 2048,
+    'registers_per_block_limit': 65536, 'registers_per_core_limit': 65536, 'shared_memory_per_block': 48 << 10,
+    'block_dim_limit_x': 2 ** 31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535,
+    'driver_version': '"12.9.0"', 'runtime_version': '"12.9.0"', 'compile_time_toolkit_version': '"12.9.0"',
+    'dnn_version': '"9.10.0"',
 }
-_GPU_BYTES = {'a100': 85_100_068_864}
+_GPUS = {
+    'a100': ('NVIDIA A100-SXM4-80GB', _ANY_GPU | {
+        'cuda_compute_capability': '{ major: 8 minor: 0 }', 'core_count': 108, 'fpus_per_core': 64, 'clock_rate_ghz': 1.41,
+        'device_memory_size': 85_100_068_864, 'memory_bandwidth': 2_039_000_000_000, 'l2_cache_size': 40 << 20,
+        'shared_memory_per_core': 164 << 10, 'shared_memory_per_block_optin': 163 << 10,
+    }),
+}
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
 # libtpu is told what it would otherwise ask Google's metadata server for: there is no slice to find on this host.
 _NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
@@ -86,8 +69,8 @@ def target(name: str) -> Target:
     _require('jax_cuda12_plugin', 'jax-cuda12-plugin', name)
     # The plugin looks for a driver when it is first loaded, and for one on this host there is no need.
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    description = topologies.get_topology_desc('', 'cuda', target_config=_GPUS[kind], topology=f'1x{hosts}x{gpus}')
-    return Target(description.devices, _GPU_BYTES[kind])
+    description = topologies.get_topology_desc('', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}')
+    return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
   if kind in _TPU_BYTES and shape:
     _require('libtpu', 'libtpu', name)
     for variable, value in _NO_TPU_HERE.items():
@@ -112,6 +95,13 @@ def footprint(compiled: jax.stages.Compiled) -> Footprint:
   analysis = compiled.memory_analysis()
   return Footprint(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes,
                    analysis.peak_memory_in_bytes)
+
+
+def _gpu_config(kind: str) -> str:
+  """A GpuTargetConfigProto as text."""
+  name, numbers = _GPUS[kind]
+  fields = '\n'.join(f'  {field}: {value}' for field, value in numbers.items())
+  return f'platform_name: "CUDA"\ndevice_description_str: "{name}"\ngpu_device_info {{\n{fields}\n}}\n'
 
 
 def _require(module: str, package: str, name: str) -> None:

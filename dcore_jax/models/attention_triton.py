@@ -2,11 +2,11 @@
 
 Three programs, none of which holds more of the T x T scores than one block, in the layout [B, T, heads, H] as it comes:
 a token's head is 2 H contiguous bytes (256 at H = 128, two cache lines), so that there is nothing to transpose.
-    forward  owns block_q queries of a head and streams the key blocks that they see: out, log-sum-exp
+    forward  owns block_q queries of a head and takes block_k of the keys that they see at a step: out, log-sum-exp
     dQ       the same walk
-    dK, dV   owns block_q keys of a key head and streams blocks of block_k queries, of all its G heads in turn
-Who owns is always the larger block, since what it owns and its accumulators stay in registers while the other streams
-through shared memory. Letters as in `tree_kernels`.
+    dK, dV   owns block_q keys of a key head and takes block_k of the queries that see them, of all its G heads in turn
+The larger block owns, since it and its accumulators stay in registers while the other passes through shared memory.
+Letters as in `tree_kernels`.
 """
 import functools
 import math
@@ -55,8 +55,9 @@ def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Arr
   B, T, N, H = q.shape
   lists = tree_blocks.block_map(end, launch.block_q, launch.block_k)
   specs = _query_owner_specs(launch, q, k)
+  # Four warps read a block of keys from shared memory half as often as eight, where their registers hold it all.
   return _program(
-      _forward_program, launch, grid=(N, T // launch.block_q, B), warps=4 if H <= 64 else 8,
+      _forward_program, launch, grid=(N, T // launch.block_q, B), warps=4 if H * q.dtype.itemsize <= 128 else 8,
       in_specs=[specs['list'], specs['count'], specs['end'], specs['q'], specs['k'], specs['k']],
       out_specs=[specs['q'], specs['row']],
       out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
@@ -76,16 +77,17 @@ def _backward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Ar
                 specs['row']],
       out_specs=specs['q'], out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
   )(lists.keys_BXY, lists.key_count_BX, end, q, k, v, dout, lse, delta)
-  lists = tree_blocks.block_map(end, launch.block_k, launch.block_q)
-  own = pl.BlockSpec((None, launch.block_q, None, H), lambda k, y, b: (b, y, k, 0))
-  heads = pl.BlockSpec((None, T, G, H), lambda k, y, b: (b, 0, k, 0))
-  rows = pl.BlockSpec((None, G, T), lambda k, y, b: (b, k, 0))
-  # The first blocks, which most queries see, are the longest and start first.
+  # The keys own now, so that the two sizes change sides. The first keys, which most queries see, go first.
+  owned, taken = launch.block_q, launch.block_k
+  lists = tree_blocks.block_map(end, taken, owned)
+  own = pl.BlockSpec((None, owned, None, H), lambda head, y, b: (b, y, head, 0))
+  heads = pl.BlockSpec((None, T, G, H), lambda head, y, b: (b, 0, head, 0))
+  rows = pl.BlockSpec((None, G, T), lambda head, y, b: (b, head, 0))
   dk, dv = _program(
-      _dkv_program, launch, grid=(K, T // launch.block_q, B), warps=8,
-      in_specs=[pl.BlockSpec((None, None, T // launch.block_k), lambda k, y, b: (b, y, 0)),
-                pl.BlockSpec((None, None), lambda k, y, b: (b, y)),
-                pl.BlockSpec((None, launch.block_q), lambda k, y, b: (b, y)), heads, own, own, heads, rows, rows],
+      _dkv_program, launch, grid=(K, T // owned, B), warps=8,
+      in_specs=[pl.BlockSpec((None, None, T // taken), lambda head, y, b: (b, y, 0)),
+                pl.BlockSpec((None, None), lambda head, y, b: (b, y)),
+                pl.BlockSpec((None, owned), lambda head, y, b: (b, y)), heads, own, own, heads, rows, rows],
       out_specs=[own, own], out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
   )(lists.queries_BYX, lists.query_count_BY, end, q, k, v, dout, lse, delta)
   return dq, dk, dv
@@ -161,13 +163,13 @@ def _dq_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_
 def _dkv_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref):
   """Scores with the keys as rows: what is summed over queries are then plain products, with nothing transposed."""
   k, v, end = k_ref[:, :], v_ref[:, :], end_ref[:]
-  G = q_ref.shape[1]
+  G, taken = q_ref.shape[1], launch.block_k
   first_k = pl.program_id(1) * launch.block_q
 
   def step(place, carry):
     dk, dv = carry
-    head, first_q = jax.lax.rem(place, G), list_ref[jax.lax.div(place, G)] * launch.block_k
-    tokens = pl.ds(first_q, launch.block_k)
+    head, first_q = jax.lax.rem(place, G), list_ref[jax.lax.div(place, G)] * taken
+    tokens = pl.ds(first_q, taken)
     q, dout = q_ref[tokens, head, :], dout_ref[tokens, head, :]
     scores = _hide(dot(k, q, transpose_b=True), first_q, first_k, end, key_axis=0)
     weights = jax.lax.exp2(scores * (launch.scale * _LOG2_E) - lse_ref[head, tokens][None, :])

@@ -21,7 +21,7 @@ HIDDEN_SCORE, LEAST_TOP = -1e30, -1e29
 
 
 class Launch(NamedTuple):
-  """What a kernel is compiled for: tokens of a step's query and key block, the factor on q k, run on the host or not."""
+  """What a kernel is compiled for: the tokens of its two blocks, the factor on q k, whether it runs as plain JAX."""
   block_q: int
   block_k: int
   scale: float
