@@ -24,6 +24,10 @@ from dcore_jax.models.tree_kernels import dot
 _LANES = 128  # of a register; what a query has one number of is kept in a whole row of them
 _SCALAR_BYTES = 512 * 1024  # of the list; scalar memory has 1 MiB (v5, v6)
 
+# The compiler gives a kernel 16 MiB of vector memory (v5) unless it asks for more: enough for bfloat16 and G = 8, too
+# little for float32 and G = 4. v5p has the least, 64 MiB.
+_VECTOR_BYTES = 48 * 1024 * 1024
+
 
 def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *, block_q: int = 512,
                    block_k: int = 512, interpret: bool = False) -> jax.Array:
@@ -116,7 +120,8 @@ def _program(body, launch, visible_BOS, K, *, in_specs, out_specs, out_shape, sc
       functools.partial(body, launch, S), interpret=launch.interpret, name=body.__name__.strip('_'), out_shape=out_shape,
       grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=(B, K, count_B.max()), in_specs=in_specs,
                                              out_specs=out_specs, scratch_shapes=scratch_shapes),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')))
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+                                           vmem_limit_bytes=_VECTOR_BYTES))
   return functools.partial(call, list_BP.reshape(-1), count_B)  # flat: scalar memory pads a last axis to 128 words
 
 

@@ -15,6 +15,10 @@ def test_values_and_gradients_equal_the_reference(N, K, H, block_q, block_k):
   kernel_contract.check_equals_the_reference(tree_attention, N, K, H, T=75, block_q=block_q, block_k=block_k)
 
 
+def test_default_blocks_equal_the_reference():
+  kernel_contract.check_equals_the_reference(tree_attention, N=2, K=1, H=64, T=600)
+
+
 def test_bfloat16_is_near_the_float32_reference():
   kernel_contract.check_bfloat16_is_near_the_float32_reference(tree_attention, block_q=32, block_k=16)
 
