@@ -43,6 +43,6 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.slow
 def test_compiles_for_a_tpu_in_memory_linear_in_the_tokens():
   short, long = kernel_contract.compiled_footprints('attention_tpu', 'v5p:2x2x2', 'libtpu', [16384, 32768])
-  # Transposed queries and gradients: 295 and 641 MiB with jax 0.10.2. A boolean mask would add 256 and 1024.
+  # Transposed queries and gradients: 326 and 641 MiB with jax 0.10.2. A boolean mask would add 256 and 1024.
   assert short['temporary'] < short['arguments'] + short['outputs']
   assert long['temporary'] < 2.5 * short['temporary']
