@@ -4,13 +4,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= test
 WORKDIR ?= runs/nano
 QUICK_WORKDIR ?= runs/quick
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train quick test test-all pretrain clean
+.PHONY: setup train quick test test-all test-aot bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -19,6 +20,8 @@ help:
 	@echo 'make quick      the same, cut down to a few minutes, results in $(QUICK_WORKDIR)'
 	@echo 'make test       the tests but the slow ones'
 	@echo 'make test-all   all tests'
+	@echo 'make test-aot   compile the kernels for A100 and TPU, in an environment $(VENV)-aot with their compilers'
+	@echo 'make bench      the benchmarks, JSON lines on stdout'
 	@echo 'make pretrain   rebuild the model organism from its seed'
 	@echo 'make setup      only the virtual environment $(VENV)'
 	@echo 'make clean      remove caches and build products (results and environments stay)'
@@ -30,7 +33,7 @@ $(STAMP): setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo '$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 train: setup
@@ -44,6 +47,15 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest -q
+
+# The compilers for GPUs and TPUs live in an environment of their own: where they are installed, jax prints on every start that it
+# finds no such device.
+test-aot:
+	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,aot
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles tests/models
+
+bench: setup
+	$(RUN) -m benchmarks.sft_step
 
 pretrain: setup
 	$(RUN) -m experiments.pretrain --config=configs/nano_base.py

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 
 from dcore_jax import sharding
 from dcore_jax.models import attention
+from dcore_jax.models import attention_tpu
+from dcore_jax.models import attention_triton
 from dcore_jax.models import blockwise
 
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -25,7 +27,9 @@ def _reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: 
   return attention.attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), attention.tree_mask(end_BT))
 
 
-IMPLEMENTATIONS: dict[str, TreeAttention] = {'reference': _reference, 'blockwise': blockwise.tree_attention}
+IMPLEMENTATIONS: dict[str, TreeAttention] = {
+    'reference': _reference, 'blockwise': blockwise.tree_attention, 'triton': attention_triton.tree_attention,
+    'tpu': attention_tpu.tree_attention}
 _AUTO = {'cpu': 'blockwise', 'gpu': 'triton', 'tpu': 'tpu'}
 
 

@@ -44,6 +44,12 @@ def block_map(end_BT: jax.Array, block_q: int, block_k: int) -> BlockMap:
   return BlockMap(*_lists(visible_BXY), *_lists(visible_BXY.swapaxes(1, 2)))
 
 
+def flat_list(visible_BXY: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """All visible blocks of a row as one list, int32 [B, X * Y] and its count [B]: x * Y + y, ascending, the last repeated."""
+  list_B1P, count_B1 = _lists(visible_BXY.reshape(len(visible_BXY), 1, -1))
+  return list_B1P[:, 0], count_B1[:, 0]
+
+
 def _lists(visible: jax.Array) -> tuple[jax.Array, jax.Array]:
   count = visible.sum(axis=-1, dtype=jnp.int32)
   order = jnp.argsort(~visible, axis=-1, stable=True).astype(jnp.int32)

@@ -30,7 +30,10 @@ def test_block_map_lists_exactly_the_blocks_with_something_to_see(block_q, block
   overlap = (np.arange(X)[:, None] * block_q < (np.arange(Y) + 1) * block_k) & (np.arange(Y) * block_k < (np.arange(X)[:, None] + 1) * block_q)
   np.testing.assert_array_equal(visible & ~overlap, holds & ~overlap)
   lists = tree_blocks.block_map(jnp.asarray(end), block_q, block_k)
+  flat, flat_count = (np.asarray(x) for x in tree_blocks.flat_list(jnp.asarray(visible)))
   for b in range(B):
+    np.testing.assert_array_equal(flat[b, :flat_count[b]], np.flatnonzero(visible[b]))
+    assert (flat[b, flat_count[b]:] == flat[b, flat_count[b] - 1]).all()
     for x in range(X):
       count = int(lists.key_count_BX[b, x])
       row = np.asarray(lists.keys_BXY[b, x])

@@ -1,0 +1,109 @@
+"""Accelerators that are not there: what a step needs on an A100 or a TPU slice, known by compiling it for one.
+
+    accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ...
+    mesh = sharding.make_mesh(fsdp=8, devices=accelerators.devices)
+    compiled = topology.compile_for(mesh, jax.jit(step), *shapes)    # shapes carry NamedShardings on that mesh
+    topology.footprint(compiled).peak <= accelerators.device_bytes
+
+The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosaic) and comes with `pip install -e .[aot]`,
+without drivers or CUDA libraries; only running is not possible. Works on any host, JAX_PLATFORMS=cpu keeps it quiet.
+Too large a step is an error of the TPU compiler (RESOURCE_EXHAUSTED) and none of the GPU's: compare the footprint.
+"""
+from collections.abc import Callable
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+_GPUS_PER_HOST = 8
+
+# Hardware numbers by the field names of XLA's GpuDeviceInfoProto. A core is a streaming multiprocessor; bytes and GHz.
+_ANY_GPU = {
+    'threads_per_warp': 32, 'threads_per_block_limit': 1024, 'threads_per_core_limit': 2048,
+    'registers_per_block_limit': 65536, 'registers_per_core_limit': 65536, 'shared_memory_per_block': 48 << 10,
+    'block_dim_limit_x': 2 ** 31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535,
+    'driver_version': '"12.9.0"', 'runtime_version': '"12.9.0"', 'compile_time_toolkit_version': '"12.9.0"',
+    'dnn_version': '"9.10.0"',
+}
+_GPUS = {
+    'a100': ('NVIDIA A100-SXM4-80GB', _ANY_GPU | {
+        'cuda_compute_capability': '{ major: 8 minor: 0 }', 'core_count': 108, 'fpus_per_core': 64, 'clock_rate_ghz': 1.41,
+        'device_memory_size': 85_100_068_864, 'memory_bandwidth': 2_039_000_000_000, 'l2_cache_size': 40 << 20,
+        'shared_memory_per_core': 164 << 10, 'shared_memory_per_block_optin': 163 << 10,
+    }),
+}
+_TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
+# libtpu is told what it would otherwise ask Google's metadata server for: there is no slice to find on this host.
+_NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+
+
+class Target(NamedTuple):
+  """Devices that programs compile for and nothing runs on, and the memory of each in bytes."""
+  devices: list[jax.Device]
+  device_bytes: int
+
+
+class Footprint(NamedTuple):
+  """Bytes on each device. `peak` is the most that is in use at once, arguments included; communication buffers are not."""
+  arguments: int
+  outputs: int
+  temporary: int
+  peak: int
+
+
+def target(name: str) -> Target:
+  """Accelerators by name: 'a100:COUNT' (up to 8, or whole hosts of 8) or a TPU slice 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'.
+
+  Sets environment variables that tell the compilers to look for no hardware: for a process that plans, not one that trains.
+
+  Raises:
+    ValueError: no accelerator of that name.
+    ModuleNotFoundError: its compiler is not installed.
+  """
+  kind, _, shape = name.partition(':')
+  count = int(shape) if shape.isdecimal() else 0
+  if kind in _GPUS and count and (count <= _GPUS_PER_HOST or count % _GPUS_PER_HOST == 0):
+    hosts, gpus = max(1, count // _GPUS_PER_HOST), min(count, _GPUS_PER_HOST)
+    _require('jax_cuda12_plugin', 'jax-cuda12-plugin', name)
+    # The plugin looks for a driver when it is first loaded, and for one on this host there is no need.
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+    description = topologies.get_topology_desc('', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}')
+    return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
+  if kind in _TPU_BYTES and shape:
+    _require('libtpu', 'libtpu', name)
+    for variable, value in _NO_TPU_HERE.items():
+      os.environ.setdefault(variable, value)
+    try:
+      return Target(topologies.get_topology_desc(name, 'tpu').devices, _TPU_BYTES[kind])
+    except jax.errors.JaxRuntimeError as error:
+      raise ValueError(f'no TPU slice {name!r}: {error}') from error
+  raise ValueError(f'unknown accelerators {name!r}; {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole hosts '
+                   f'(a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)')
+
+
+def compile_for(mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+  """The jitted step compiled for the devices of the mesh; `shapes` are trees of ShapeDtypeStructs with shardings on it."""
+  # Kernels ask the mesh in context what they are compiled for, since they find no device (Triton: an error from jax 0.12).
+  with jax.set_mesh(mesh):
+    return step.lower(*shapes).compile()
+
+
+def footprint(compiled: jax.stages.Compiled) -> Footprint:
+  """What the compiler says that one call needs on each device, in bytes."""
+  analysis = compiled.memory_analysis()
+  return Footprint(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes,
+                   analysis.peak_memory_in_bytes)
+
+
+def _gpu_config(kind: str) -> str:
+  """A GpuTargetConfigProto as text."""
+  name, numbers = _GPUS[kind]
+  fields = '\n'.join(f'  {field}: {value}' for field, value in numbers.items())
+  return f'platform_name: "CUDA"\ndevice_description_str: "{name}"\ngpu_device_info {{\n{fields}\n}}\n'
+
+
+def _require(module: str, package: str, name: str) -> None:
+  if importlib.util.find_spec(module) is None:
+    raise ModuleNotFoundError(f'compiling for {name} needs the package {package}: pip install -e .[aot]', name=module)

@@ -1,0 +1,19 @@
+"""Names of accelerators that are not there; what compiles for them is tested beside the kernels (models/)."""
+import importlib.util
+
+import pytest
+
+from dcore_jax import topology
+
+
+@pytest.mark.parametrize('name', ['h800:8', 'a100', 'a100:2x4', 'a100:12', 'a100:0', 'v5p', ''])
+def test_unknown_accelerators_are_named(name):
+  with pytest.raises(ValueError, match=f"unknown accelerators '{name}'"):
+    topology.target(name)
+
+
+@pytest.mark.parametrize('name,package', [('a100:8', 'jax-cuda12-plugin'), ('v5p:2x2x2', 'libtpu')])
+def test_a_missing_compiler_is_named(name, package, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ModuleNotFoundError, match=f'needs the package {package}: pip install'):
+    topology.target(name)
