@@ -41,8 +41,8 @@ def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, t
 
   Args:
     objective: (logp_C, entropy_C or None, values of these tokens) -> (loss, sums), each a scalar that adds up over
-      tokens; called once a chunk. Values of 0 must contribute nothing: chunks are filled up with them. The sums are for
-      logging and carry no gradient.
+      tokens; called once a chunk. Values of 0 must contribute nothing: chunks are filled up with them, and those that hold
+      nothing else are skipped. The sums are for logging and carry no gradient.
     hidden_MD: hidden states.
     head_VD: vocabulary projection.
     targets_M: int token ids.
@@ -195,6 +195,13 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
     head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
     return (jax.tree.map(jnp.add, total, (loss, sums)), head_grad_VD), hidden_grad_CD
 
+  def step_or_skip(carry, part):
+    # Batches have room for more loss tokens than most hold, and the room lies at their end. Devices that share a
+    # vocabulary hold the same values, so that all of them take the same turn.
+    used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(part[2])]))
+    idle = jnp.zeros(part[0].shape, jnp.float32) if gradient else None
+    return jax.lax.cond(used, step, lambda carry, part: (carry, idle), carry, part)
+
   chunks = jax.tree.map(lambda leaf: _chunked(leaf, V, chunk), (hidden_MD, targets_M, values))
   N, C = chunks[1].shape
   shapes = jax.eval_shape(objective, jax.ShapeDtypeStruct((C,), jnp.float32),
@@ -202,7 +209,7 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
                           jax.tree.map(lambda leaf: leaf[0], chunks[2]))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   head_zero = jnp.zeros(head_VD.shape, jnp.float32) if gradient and N > 1 else None
-  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(step, (zeros, head_zero), chunks)
+  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(step_or_skip if N > 1 else step, (zeros, head_zero), chunks)
   total = _psum(total, split.tokens)
   if not gradient:
     return total

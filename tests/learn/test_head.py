@@ -100,6 +100,17 @@ def test_token_loss_equals_the_plain_form(chunk, entropy):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_chunks_without_values_are_skipped():
+  """Hidden states of NaN would reach the sums and every gradient if their chunk were computed."""
+  hidden, matrix, targets = problem()
+  weight = jnp.ones(37).at[20:].set(0)
+  poisoned = hidden.at[20:].set(jnp.nan)
+  loss = lambda h, m: head.token_loss(weighted, h, m, targets, (weight, -3 * weight), chunk=10, entropy='value')[0]
+  for value, wanted in zip(jax.grad(loss, (0, 1))(poisoned, matrix), jax.grad(loss, (0, 1))(hidden, matrix)):
+    np.testing.assert_array_equal(value, wanted)
+  assert loss(poisoned, matrix) == loss(hidden, matrix)
+
+
 def test_token_loss_scales_its_gradient_and_takes_bfloat16():
   hidden, matrix, targets = (x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem())
   values = jnp.ones(len(targets)), jnp.full(len(targets), -3.0)
