@@ -22,7 +22,7 @@ from benchmarks import measure, rows
 from benchmarks.measure import line, say
 from dcore_jax import tokentree
 from dcore_jax.learn import head, optimizer, sft
-from dcore_jax.models import decoder, hf_checkpoint, tree_blocks
+from dcore_jax.models import decoder, hf_checkpoint, tree_attention, tree_blocks
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.run.sources import ORGANISM, data_path
@@ -31,7 +31,7 @@ MODEL = DecoderConfig(
     vocab_size=151_936, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
     num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
 LEARNING_RATE = 1e-5
-CASES = ('work', 'packing', 'time', 'plain', 'head', 'memory', 'scaling')
+CASES = ('work', 'packing', 'time', 'plain', 'attention', 'head', 'memory', 'scaling')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds of the timed cases; medians are printed.')
 
@@ -142,14 +142,16 @@ def packing() -> None:
 
 
 def _timed(case: str, params: decoder.Params, sequences: list[tokentree.Sequence], capacity: int, micro: int,
-           wanted: tuple[float | None, float | None], rate: float) -> None:
+           wanted: tuple[float | None, float | None], *, with_torch: bool = True) -> None:
   """One batch of rows as a tree, flat, and in torch twice; all must give the same loss."""
+  rate = measure.matmul_rate()
   tree, flat = tokentree.pack(sequences, capacity), tokentree.pack(sequences, capacity, merge=False)
   runs: dict[str, Callable] = {'tree': Ours(params, tree, tree.rows), 'flat': Ours(params, flat, flat.rows)}
-  try:
-    runs |= {'torch': Torch(params, sequences, micro), 'spare': Torch(params, sequences, micro, spare_head=True)}
-  except ImportError:
-    measure.skipped(case, 'transformers + torch', 'torch is not installed')
+  if with_torch:
+    try:
+      runs |= {'torch': Torch(params, sequences, micro), 'spare': Torch(params, sequences, micro, spare_head=True)}
+    except ImportError:
+      measure.skipped(case, 'transformers + torch', 'torch is not installed')
   losses = {name: float(run()) for name, run in runs.items()}
   say(f'{case}: losses {losses}')
   for name, loss in losses.items():
@@ -170,14 +172,43 @@ def _params() -> decoder.Params:
 
 
 def time() -> None:
-  """Turns of one dialogue, as they share their history."""
-  dialogue = rows.airline(qwen_tokenizer(), 9)[8]
-  _timed('time, airline turns', _params(), dialogue, 4096, 2, (2, 3), measure.matmul_rate())
+  """Turns of one dialogue, as they share their history: 8 of them, and 12, which is nearer the mean of 13."""
+  dialogues = rows.airline(qwen_tokenizer(), 9)
+  _timed('time, 8 airline turns', _params(), dialogues[8], 4096, 2, (2, 3))
+  _timed('time, 12 airline turns', _params(), dialogues[4], 8192, 2, (2, None), with_torch=False)
 
 
 def plain() -> None:
   """Single turns that share nothing: matrix products alone."""
-  _timed('time, single turns', _params(), rows.single_turn(qwen_tokenizer(), 8), 4096, 4, (None, 1), measure.matmul_rate())
+  _timed('time, single turns', _params(), rows.single_turn(qwen_tokenizer(), 8), 4096, 4, (None, 1))
+
+
+def attention_case() -> None:
+  """Forward and backward of one layer's attention: against the whole score matrix, and what skipped blocks save."""
+  heads, H, rate = (MODEL.num_attention_heads, MODEL.num_key_value_heads), MODEL.head_dim, measure.matmul_rate()
+
+  def runs(T, ends, implementations):
+    draw = lambda index, count: jax.random.normal(jax.random.key(index), (1, T, count, H))
+    q, k, v, bar = draw(0, heads[0]), draw(1, heads[1]), draw(2, heads[1]), draw(3, heads[0])
+    gradient = lambda name: jax.jit(lambda q, k, v, end, bar: jax.vjp(
+        lambda *qkv: tree_attention.attend(*qkv, end, name), q, k, v)[1](bar))
+    return {(name, tree): functools.partial(gradient(name), q, k, v, jnp.asarray(end), bar)
+            for name in implementations for tree, end in ends.items()}
+
+  for T in (1024, 4096, 16384):
+    causal = np.full((1, T), T, np.int32)
+    branches = causal.copy()  # a trunk of a quarter of the row and 8 branches
+    for begin in range(T // 4, T, 3 * T // 32):
+      branches[:, begin:begin + 3 * T // 32] = begin + 3 * T // 32
+    ends = {'causal': causal, 'tree': branches}
+    seconds = measure.interleaved(runs(T, ends, ['blockwise'] if T > 4096 else ['blockwise', 'reference']), _ROUNDS.value)
+    flops = {name: 4 * 3.5 * heads[0] * H * float(tree_blocks.visible_blocks(end, 256, 256).sum()) * 256**2
+             for name, end in ends.items()}
+    for tree in ends:
+      line(f'attention, {T} tokens, {tree}', 'the whole score matrix', seconds['blockwise', tree],
+           seconds.get(('reference', tree)), 's', bound=flops[tree] / rate)
+    line(f'attention, {T} tokens, skipped blocks', 'a causal row', seconds['blockwise', 'tree'], seconds['blockwise', 'causal'],
+         's', flops_ratio=flops['causal'] / flops['tree'])
 
 
 def head_case() -> None:
@@ -221,7 +252,7 @@ def memory() -> None:
   def temporaries(function):
     return jax.jit(function).lower(abstract, batch).compile().memory_analysis().temp_size_in_bytes / 2**20
 
-  for remat in ('none', 'full'):
+  for remat in ('none', 'full'):  # 'full' scans the layers in either
     step = sft.make_sft_step(MODEL, optax.sgd(1.0), Execution(remat=remat))
     state = jax.eval_shape(lambda p: optimizer.init_state(p, optax.sgd(1.0)), abstract)
     ours = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes / 2**20
@@ -256,7 +287,7 @@ def main(_) -> None:
   unknown = sorted(set(_CASES.value) - set(CASES))
   if unknown:
     raise app.UsageError(f'unknown cases {unknown}; known are {CASES}')
-  cases = dict(zip(CASES, (work, packing, time, plain, head_case, memory, scaling), strict=True))
+  cases = dict(zip(CASES, (work, packing, time, plain, attention_case, head_case, memory, scaling), strict=True))
   for name in CASES:
     if name in _CASES.value:
       say(f'--- {name}')

@@ -1,0 +1,286 @@
+"""Where completions come from: our own engine, or any OpenAI-compatible endpoint, behind one interface.
+
+    backend.stream(source, sampling) -> (tag, Reply) as they finish
+
+`source(free)` is asked for up to `free` more requests whenever there is room, and gives what can be asked now: a request may
+depend on earlier replies. The stream ends when it gives nothing and nothing is under way. Distillation and evaluation run
+so on one machine's lanes or against a fleet.
+"""
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import openai
+
+from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+
+Tag = Any
+TOO_LONG = 'prompt too long'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatRequest:
+  """What to ask. `key_id` names the random stream, e.g. (seed number, attempt); max_tokens None: the sampling rule's."""
+  messages: tuple[Message, ...]
+  key_id: tuple[int, ...]
+  tools: tuple[ToolSpec, ...] = ()
+  max_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """What was answered, thoughts in a `<think>` block and calls as text, as a model writes them.
+
+  Attributes:
+    text: '' where there is an error.
+    finished: the model ended its turn; else its budget was used up.
+    prompt_tokens, completion_tokens: as the backend counts them.
+    error: why there is no answer and will be none: the request itself is refused. '' otherwise.
+  """
+  text: str
+  finished: bool
+  prompt_tokens: int
+  completion_tokens: int
+  error: str = ''
+
+
+Source = Callable[[int], Sequence[tuple[Tag, ChatRequest]]]
+
+
+class Backend(Protocol):
+  """Anything that answers chat requests."""
+
+  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
+    """Answers what `source` gives, in the order of finishing."""
+
+
+class LocalBackend:
+  """Our engine: prompts by the model's own chat template, token in, token out."""
+
+  def __init__(self, engine: Engine, tokenizer: Any):
+    self.engine, self.tokenizer = engine, tokenizer
+
+  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
+    refused: list[tuple[Tag, Reply]] = []
+
+    def requests(free: int) -> list[tuple[Tag, Request]]:
+      result = []
+      while len(result) < free and (asked := source(free - len(result))):
+        for tag, request in asked:
+          prompt = self._encode(request)
+          if len(prompt) >= self.engine.max_len:
+            refused.append((tag, Reply('', False, len(prompt), 0, TOO_LONG)))
+          else:
+            result.append((tag, Request(prompt, request.key_id, request.max_tokens)))
+      return result
+
+    while True:
+      for tag, done in self.engine.stream(requests, sampling):
+        yield from _drained(refused)
+        text = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
+        yield tag, Reply(text, done.finished, done.prompt_len, len(done.tokens))
+      if not refused:
+        return
+      yield from _drained(refused)  # whoever waited for these may have more to ask
+
+  def _encode(self, request: ChatRequest) -> list[int]:
+    tools = [tool.to_json() for tool in request.tools] or None
+    text = render_prompt(self.tokenizer, list(request.messages), tools)
+    return self.tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def _drained(waiting: list) -> Iterator:
+  while waiting:
+    yield waiting.pop(0)
+
+
+@dataclasses.dataclass
+class Usage:
+  """Counts since the backend was made; replies from the journal cost nothing and are counted apart."""
+  requests: int = 0
+  from_journal: int = 0
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+
+  def cost(self, prompt_price: float, completion_price: float) -> float:
+    """In the prices' unit, which are per million tokens."""
+    return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
+
+
+class OpenAIBackend:
+  """An OpenAI-compatible endpoint (vLLM, SGLang, ours, a provider's).
+
+  Args:
+    base_url: ends in /v1 for most servers.
+    model: its name there.
+    api_key: '' reads the environment variable OPENAI_API_KEY, and where that is unset sends a placeholder.
+    concurrency: requests under way at most.
+    timeout: seconds that one attempt may take.
+    retries: further attempts after a failed connection, a timeout, 408, 409, 429, 5xx or an answer without content; waits
+      grow exponentially, or are what the server asks for (Retry-After).
+    journal: JSONL file of replies. A reply is appended when it arrives; asked the same again, also by a later process, the
+      backend answers from there.
+  """
+
+  def __init__(self, base_url: str, model: str, *, api_key: str = '', concurrency: int = 64, timeout: float = 600,
+               retries: int = 5, journal: pathlib.Path | None = None):
+    if concurrency < 1 or retries < 0 or not timeout > 0:
+      raise ValueError(f'concurrency = {concurrency}, retries = {retries} and timeout = {timeout} cannot be')
+    self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
+    self.usage = Usage()
+    self._options = dict(base_url=base_url, api_key=api_key or os.environ.get('OPENAI_API_KEY') or 'none', timeout=timeout,
+                         max_retries=retries)
+    self._journal = Journal(journal) if journal else None
+
+  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
+    """As `Backend.stream`.
+
+    Raises:
+      ConnectionError: the endpoint stayed unreachable or refused us (key, model name). What was answered until then is in
+        the journal.
+    """
+    finished: queue.Queue = queue.Queue()
+    with _EventLoop() as loop:
+      client = openai.AsyncOpenAI(**self._options)
+      under_way: set = set()
+      try:
+        while True:
+          for tag, request in source(self.concurrency - len(under_way)) if len(under_way) < self.concurrency else ():
+            future = loop.submit(self._answer(client, request, sampling))
+            under_way.add(future)
+            future.add_done_callback(lambda future, tag=tag: finished.put((tag, future)))
+          if not under_way:
+            return
+          tag, future = finished.get()
+          under_way.discard(future)
+          yield tag, future.result()
+      finally:
+        for future in under_way:
+          future.cancel()
+        loop.submit(client.close()).result()
+
+  async def _answer(self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams) -> Reply:
+    body = self._body(request, sampling)
+    if self._journal and (known := self._journal.find(body)):
+      self.usage.from_journal += 1
+      return known
+    try:
+      reply = await self._ask(client, body)
+    except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, openai.AuthenticationError,
+            openai.PermissionDeniedError, openai.NotFoundError) as error:
+      raise ConnectionError(f'{self.base_url}, model {self.model!r}: {error}') from error
+    except openai.APIStatusError as error:  # of this request alone: too long, for example
+      reply = Reply('', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500])
+    self.usage.requests += 1
+    self.usage.prompt_tokens += reply.prompt_tokens
+    self.usage.completion_tokens += reply.completion_tokens
+    if self._journal:
+      self._journal.append(body, reply)
+    return reply
+
+  def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
+    """Everything that the answer depends on, which is what the journal knows it by."""
+    # A 31-bit seed from (seed, key_id): servers take no lists, and some no large numbers.
+    digest = hashlib.sha256(repr((sampling.seed, request.key_id)).encode()).digest()
+    body: dict[str, Any] = {
+        'model': self.model, 'messages': [message.to_json() for message in request.messages],
+        'temperature': sampling.temperature, 'top_p': sampling.top_p, 'max_tokens': request.max_tokens or sampling.max_tokens,
+        'seed': int.from_bytes(digest[:4], 'big') >> 1}
+    if request.tools:
+      body['tools'] = [{'type': 'function', 'function': tool.to_json()} for tool in request.tools]
+    if sampling.top_k:
+      body['extra_body'] = {'top_k': sampling.top_k}  # not OpenAI's own; vLLM, SGLang and our server take it
+    return body
+
+  async def _ask(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
+    for attempt in range(self.retries + 1):
+      completion = await client.chat.completions.create(**body)
+      # The client does not check what a server sends: any part may be missing.
+      choice = next(iter(getattr(completion, 'choices', None) or ()), None)
+      if choice is not None and choice.message is not None:
+        usage = completion.usage
+        return Reply(_text(choice.message), choice.finish_reason != 'length', usage.prompt_tokens if usage else 0,
+                     usage.completion_tokens if usage else 0)
+      await asyncio.sleep(min(8, 0.5 * 2**attempt))
+    raise ConnectionError(f'{self.base_url} answers without a message: {str(completion)[:200]}')
+
+
+def _text(message: Any) -> str:
+  """Thoughts, content and calls of an endpoint's message as one text."""
+  thoughts = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None)
+  text = (f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else '') + (message.content or '')
+  calls = []
+  for call in message.tool_calls or ():
+    try:
+      arguments = json.loads(call.function.arguments or '{}')
+    except ValueError:
+      arguments = None
+    if not isinstance(arguments, dict):  # nothing that can be called; the text shows what it was
+      return text + call.function.name + call.function.arguments
+    calls.append(ToolCall(call.function.name, arguments))
+  return text + (print_calls(calls, 'hermes') if calls else '')
+
+
+class Journal:
+  """Replies by what was asked, one JSON object a line; a line that was cut short by a kill is taken off on opening."""
+
+  def __init__(self, path: pathlib.Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._replies: dict[str, Reply] = {}
+    if path.exists():
+      content = path.read_bytes()
+      whole = content.rfind(b'\n') + 1
+      for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+          record = json.loads(line)
+          key = record.pop('key')
+          self._replies[key] = Reply(**record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+          raise ValueError(f'{path}, line {number} is no reply: {line[:80]!r}') from error
+      os.truncate(path, whole)
+    self._file = path.open('a', encoding='utf-8')
+
+  @staticmethod
+  def _key(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+  def find(self, body: dict[str, Any]) -> Reply | None:
+    """The reply to the same request, if there was one."""
+    return self._replies.get(self._key(body))
+
+  def append(self, body: dict[str, Any], reply: Reply) -> None:
+    """Remembers a reply, on disk before anything is made of it."""
+    key = self._key(body)
+    self._replies[key] = reply
+    self._file.write(json.dumps({'key': key, **dataclasses.asdict(reply)}, ensure_ascii=False) + '\n')
+    self._file.flush()
+
+
+class _EventLoop:
+  """An asyncio loop on a thread of its own, so that a plain generator can wait for it; a context manager."""
+
+  def __enter__(self) -> '_EventLoop':
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+    self._thread.start()
+    return self
+
+  def submit(self, coroutine: Any) -> Any:
+    """Starts the coroutine -> a `concurrent.futures.Future`."""
+    return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+  def __exit__(self, *_) -> None:
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+    self._loop.close()

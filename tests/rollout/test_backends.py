@@ -1,0 +1,219 @@
+"""One interface over the engine and an endpoint: a scripted server on loopback that fails in every way a server can."""
+import http.server
+import json
+import threading
+import time
+
+import jax
+import pytest
+
+from dcore_jax.chat.messages import Message, ToolSpec
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import backends
+from dcore_jax.rollout.backends import ChatRequest, LocalBackend, OpenAIBackend
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
+from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+
+
+def ask(number, text='find'):
+  return ChatRequest((Message('user', f'{text} {number}'),), key_id=(number,))
+
+
+def source_of(requests):
+  waiting = list(enumerate(requests))
+  def source(free):
+    given, waiting[:] = waiting[:free], waiting[free:]
+    return given
+  return source
+
+
+def answer(content, **fields):
+  message = {'role': 'assistant', 'content': content, **fields}
+  return {'id': 'x', 'object': 'chat.completion', 'created': 0, 'model': 'm',
+          'choices': [{'index': 0, 'finish_reason': fields.pop('finish', 'stop'), 'message': message}],
+          'usage': {'prompt_tokens': 5, 'completion_tokens': 2, 'total_tokens': 7}}
+
+
+class Endpoint:
+  """Answers each request with what `script(body, nth time)` gives: (status, JSON object or raw text)."""
+
+  def __init__(self, script):
+    self.bodies, self.most, self._now, self._seen, self._lock = [], 0, 0, {}, threading.Lock()
+    endpoint = self
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      def do_POST(self):  # pylint: disable=invalid-name
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        with endpoint._lock:
+          endpoint.bodies.append(body)
+          endpoint._now += 1
+          endpoint.most = max(endpoint.most, endpoint._now)
+          text = body['messages'][-1]['content']
+          endpoint._seen[text] = endpoint._seen.get(text, 0) + 1
+          times = endpoint._seen[text]
+        status, content = script(body, times)
+        content = content if isinstance(content, str) else json.dumps(content)
+        with endpoint._lock:
+          endpoint._now -= 1
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('retry-after-ms', '5')
+        self.send_header('Content-Length', str(len(content.encode())))
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+      def log_message(self, *_):
+        pass
+
+    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    self.url = f'http://127.0.0.1:{self._server.server_port}/v1'
+    threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+  def close(self):
+    self._server.shutdown()
+    self._server.server_close()
+
+
+@pytest.fixture
+def serve():
+  opened = []
+  def start(script):
+    opened.append(Endpoint(script))
+    return opened[-1]
+  yield start
+  for endpoint in opened:
+    endpoint.close()
+
+
+SAMPLING = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=32, seed=7)
+
+
+def test_requests_carry_the_rule_and_replies_come_back_as_text(serve):
+  replies = {
+      'find 0': answer('done'),
+      'find 1': answer('fine', reasoning_content='hm'),
+      'find 2': answer(None, tool_calls=[{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": 1}'}}]),
+      'find 3': answer('cut', finish='length'),
+      'find 4': answer(None, tool_calls=[{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": '}}])}
+  endpoint = serve(lambda body, _: (200, replies[body['messages'][-1]['content']]))
+  backend = OpenAIBackend(endpoint.url, 'm', concurrency=2)
+  spec = ToolSpec('f', 'does', {'type': 'object', 'properties': {'a': {'type': 'integer'}}})
+  requests = [ChatRequest(ask(n).messages, (n,), (spec,)) for n in range(5)]
+  got = dict(backend.stream(source_of(requests), SAMPLING))
+  assert got[0].text == 'done' and got[0].finished and (got[0].prompt_tokens, got[0].completion_tokens) == (5, 2)
+  assert got[1].text == '<think>\nhm\n</think>\n\nfine'
+  assert got[2].text == '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+  assert got[3].text == 'cut' and not got[3].finished
+  assert got[4].text == 'f{"a": '
+  body = endpoint.bodies[0]
+  assert (body['model'], body['temperature'], body['top_p'], body['top_k'], body['max_tokens']) == ('m', 0.6, 0.9, 20, 32)
+  assert body['tools'][0]['function']['name'] == 'f'
+  assert len({body['seed'] for body in endpoint.bodies}) == 5 and all(0 <= body['seed'] < 2**31 for body in endpoint.bodies)
+  assert backend.usage == backends.Usage(5, 0, 25, 10) and backend.usage.cost(1.0, 2.0) == pytest.approx(45e-6)
+
+
+def test_never_more_under_way_than_allowed(serve):
+  def slow(body, _):
+    time.sleep(0.02)
+    return 200, answer('ok')
+  endpoint = serve(slow)
+  got = list(OpenAIBackend(endpoint.url, 'm', concurrency=3).stream(source_of([ask(n) for n in range(12)]), SAMPLING))
+  assert len(got) == 12 and 1 < endpoint.most <= 3
+
+
+def test_failures_that_pass_are_asked_again(serve):
+  first = {'find 0': (429, {'error': {'message': 'slow down'}}), 'find 1': (500, 'oops'), 'find 2': (200, {'choices': []}),
+           'find 3': (503, {'error': {}})}
+  endpoint = serve(lambda body, times: first[body['messages'][-1]['content']] if times == 1 else (200, answer('ok')))
+  got = dict(OpenAIBackend(endpoint.url, 'm', retries=2).stream(source_of([ask(n) for n in range(4)]), SAMPLING))
+  assert [got[n].text for n in range(4)] == ['ok'] * 4 and len(endpoint.bodies) == 8
+
+
+def test_a_request_that_is_refused_is_a_reply_with_its_reason(serve):
+  script = lambda body, _: (400, {'error': {'message': 'context too long'}}) if 'find 1' in str(body) else (200, answer('ok'))
+  got = dict(OpenAIBackend(serve(script).url, 'm').stream(source_of([ask(0), ask(1)]), SAMPLING))
+  assert got[0].text == 'ok' and got[1].text == '' and 'status 400' in got[1].error and 'context too long' in got[1].error
+
+
+@pytest.mark.parametrize('status', [401, 404, 500])
+def test_an_endpoint_that_refuses_us_is_one_error(serve, status):
+  endpoint = serve(lambda *_: (status, {'error': {'message': 'no'}}))
+  with pytest.raises(ConnectionError, match=f"{endpoint.url}, model 'm'"):
+    list(OpenAIBackend(endpoint.url, 'm', retries=1).stream(source_of([ask(0)]), SAMPLING))
+
+
+def test_a_dead_endpoint_is_one_error():
+  with pytest.raises(ConnectionError, match='127.0.0.1:9/v1'):
+    list(OpenAIBackend('http://127.0.0.1:9/v1', 'm', retries=0).stream(source_of([ask(0)]), SAMPLING))
+
+
+def test_what_was_answered_is_not_asked_again(serve, tmp_path):
+  """The endpoint dies after three answers; the journal's last line is cut short by a kill; a new process goes on."""
+  alive = threading.Event()
+  alive.set()
+  script = lambda body, _: ((200, answer('to ' + body['messages'][-1]['content'])) if alive.is_set() or 'find 0' in str(body)
+                            else (500, 'dead'))
+  endpoint, path = serve(script), tmp_path / 'journal.jsonl'
+  make = lambda: OpenAIBackend(endpoint.url, 'm', concurrency=1, retries=0, journal=path)
+  stream = make().stream(source_of([ask(n) for n in range(6)]), SAMPLING)
+  for _ in range(3):
+    next(stream)
+  alive.clear()
+  with pytest.raises(ConnectionError):
+    list(stream)
+  kept = path.read_text().count('\n')
+  assert 3 <= kept <= 4
+  path.write_text(path.read_text() + '{"key": "torn')
+  alive.set()
+  asked, backend = len(endpoint.bodies), make()
+  got = dict(backend.stream(source_of([ask(n) for n in range(6)]), SAMPLING))
+  assert {n: reply.text for n, reply in got.items()} == {n: f'to find {n}' for n in range(6)}
+  assert backend.usage.from_journal == kept and len(endpoint.bodies) - asked == 6 - kept
+  other = OpenAIBackend(endpoint.url, 'm', journal=path)
+  list(other.stream(source_of([ask(0)]), SamplingParams(seed=8)))
+  assert other.usage.from_journal == 0  # another rule is another question
+
+
+def test_requests_that_depend_on_replies(serve):
+  """Two conversations of three steps each: a source may give nothing now and something later."""
+  endpoint = serve(lambda body, _: (200, answer('next')))
+  steps = {0: 0, 1: 0}
+  ready = [0, 1]
+
+  def source(free):
+    given = [(number, ask(10 * number + steps[number])) for number in ready[:free]]
+    del ready[:free]
+    return given
+
+  for number, _ in OpenAIBackend(endpoint.url, 'm').stream(source, SAMPLING):
+    steps[number] += 1
+    if steps[number] < 3:
+      ready.append(number)
+  assert steps == {0: 3, 1: 3} and len(endpoint.bodies) == 6
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+  (tmp_path / 'j').write_text('{"key": "a"}\n')
+  with pytest.raises(ValueError, match='line 1 is no reply'):
+    OpenAIBackend('http://127.0.0.1:9/v1', 'm', journal=tmp_path / 'j')
+
+
+def test_the_engine_answers_through_the_same_interface():
+  tokenizer = build_tokenizer(sample_texts(), 640)
+  model = DecoderConfig.from_hf(dict(
+      model_type='qwen3', vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+      num_key_value_heads=1, head_dim=16, rope_theta=1e4, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
+  engine = Engine(decoder.init_params(model, jax.random.key(0)), model, stop_ids=[tokenizer.eos_token_id], lanes=2, max_len=64)
+  backend, rule = LocalBackend(engine, tokenizer), SamplingParams(max_tokens=8, seed=1)
+  requests = [ask(0), ask(1, 'find ' * 80), ask(2), ask(3)]
+  got = dict(backend.stream(source_of(requests), rule))
+  assert sorted(got) == [0, 1, 2, 3]
+  assert got[1].error == backends.TOO_LONG and got[1].prompt_tokens > 64
+  assert all(0 < got[n].completion_tokens <= 8 and not got[n].error for n in (0, 2, 3))
+  again = dict(backend.stream(source_of([ask(3), ask(0)]), rule))
+  assert (again[0], again[1]) == (got[3], got[0])
+  alone = dict(backend.stream(source_of([ask(1, 'find ' * 80)]), rule))
+  assert alone[0].error == backends.TOO_LONG
