@@ -160,19 +160,20 @@ def test_rows_of_a_pack_never_see_each_other(tokenizer):
   """Released: system messages tell rows apart, and a pack of one row runs into the next. No row has a system message here."""
   rows = [one_turn(i, question) for i, question in enumerate(('find', 'cancel the order', 'ship it', 'go'))]
   sequences = sft_rows.encode_rows(tokenizer, rows)
-  tree = tokentree.pack(sequences, 128)
-  assert tree.rows == 1 and not tree.dropped
-  roots = set()
-  for path, sequence in zip(tree.paths, sequences):
-    columns = path % tree.capacity
-    roots.add(int(columns[0]))
-    assert tree.parent[0, columns[0]] == -1
-    np.testing.assert_array_equal(tree.position[0, columns], np.arange(len(columns)))
-    for depth, query in enumerate(columns):
-      keys = np.flatnonzero((np.arange(tree.capacity) <= query) & (query < tree.end[0]))
-      np.testing.assert_array_equal(keys, columns[:depth + 1])
-      np.testing.assert_array_equal(tree.tokens[0, keys], sequence.tokens[:depth + 1])
-  assert len(roots) == len(rows)  # each row has a root of its own
+  for merge in (True, False):
+    tree = tokentree.pack(sequences, 128, merge=merge)
+    assert tree.rows == 1 and not tree.dropped
+    roots = set()
+    for path, sequence in zip(tree.paths, sequences):
+      columns = path % tree.capacity
+      roots.add(int(columns[0]))
+      assert tree.parent[0, columns[0]] == -1
+      np.testing.assert_array_equal(tree.position[0, columns], np.arange(len(columns)))
+      for depth, query in enumerate(columns):  # it sees what stands before it in its own row, and nothing else
+        keys = np.flatnonzero((np.arange(tree.capacity) <= query) & (query < tree.end[0]))
+        np.testing.assert_array_equal(keys, columns[:depth + 1])
+        np.testing.assert_array_equal(tree.tokens[0, keys], sequence.tokens[:depth + 1])
+    assert len(roots) == len(rows)  # a header of three tokens is not worth sharing
 
 
 def test_packs_and_their_order_come_from_the_seed_alone(tokenizer):
