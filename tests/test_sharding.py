@@ -4,6 +4,13 @@ import subprocess
 import sys
 import textwrap
 
+def test_importing_asks_for_no_device():
+  """`jax.distributed` and flags must be set before the first device is asked for, and after the imports."""
+  environment = os.environ | {'JAX_PLATFORMS': 'no_such_platform'}
+  subprocess.run([sys.executable, '-c', 'import dcore_jax.run.pipeline, dcore_jax.run.pretrain, experiments.train'], check=True,
+                 env=environment)
+
+
 PROGRAM = textwrap.dedent('''
     import contextlib
     import jax, jax.numpy as jnp, numpy as np

@@ -48,7 +48,8 @@ class Execution:
   unroll: bool = True
 
   def __post_init__(self):
-    tree_attention.resolve(self.attention)
+    if self.attention != 'auto':  # which asks jax for its devices: too early where a module makes a default
+      tree_attention.resolve(self.attention)
     if self.remat not in ('none', 'full'):
       raise ValueError(f"remat={self.remat!r} is not one of 'none', 'full'")
 
