@@ -144,6 +144,12 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps)
 
 
+def unstack(params: Params) -> Params:
+  """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
+  layers = [jax.tree.map(lambda stack: stack[index], params['layers']) for index in range(len(params['layers']['q']))]
+  return {**params, 'layers': tuple(layers)}
+
+
 def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> KVCache:
   """An empty cache of B lanes with S slots each; its content is never read before it is written."""
   L, shape = config.num_hidden_layers, (B, config.num_key_value_heads, S, config.head_dim)
@@ -210,7 +216,7 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
   trunk and its branch up to itself. Writes at slots beyond the branch are dropped.
 
   Args:
-    params: the parameter tree.
+    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a copy, its `unstack`.
     config: its configuration.
     trunks: unstacked cache of R trunks.
     branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding takes some 30 % less
@@ -225,14 +231,13 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
   lane_B = jnp.arange(token_B.shape[0])
   hidden_B1D, keys, values = params['embed'][token_B][:, None], list(branches.k), list(branches.v)
 
-  for index in range(config.num_hidden_layers):
+  for index, layer in enumerate(params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']):
     def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
       for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
         held[index] = held[index].at[lane_B, :, slot_B].set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
       return attention.attend_branches(q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing,
                                        slot_B + 1)
 
-    layer = jax.tree.map(lambda stack: stack[index], params['layers'])
     hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend)
   hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)
   return hidden_B1D[:, 0], KVCache(tuple(keys), tuple(values))
