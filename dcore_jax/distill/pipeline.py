@@ -202,7 +202,9 @@ def distill(seeds: Sequence[Seed], engine: Engine, tokenizer: Any, sampling: Sam
 
   def advance(item: _InFlight, text: str | None) -> None:
     try:
-      waiting.append((item, item.ask.send(text)))
+      asked = item, item.ask.send(text)
+      # A seed that goes on comes before new ones: the engine still holds what its next prompt begins with.
+      (waiting.append if text is None else waiting.appendleft)(asked)
     except Dropped as dropped:
       drop(item, str(dropped))
     except StopIteration as stop:

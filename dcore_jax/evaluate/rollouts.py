@@ -75,7 +75,7 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
     unfinished[number] += not completion.finished
     episodes[number].step(texts[number][-1])
     if not episodes[number].done:
-      waiting.append(number)
+      waiting.appendleft(number)  # before new tasks: the engine still holds the conversation, and computes what is new only
     else:
       finished()
   return [Trajectory(task, episode.outcome(), *rest, episode.messages)

@@ -1,9 +1,11 @@
-"""Grouped-query attention over a boolean mask, and the two masks the project needs.
+"""Grouped-query attention over a boolean mask, the two masks the project needs, and decoding behind shared trunks.
 
 Everything runs in the layout [B, K, G, T, H] (keys [B, K, S, H]): batch axes first, so that both dots are plain
 batched matrix products; on a CPU this is 2 to 5 times faster than the [B, T, N, H] layout. The G query heads of a
 group meet their shared key head inside one product: keys and values are never repeated.
 """
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -52,3 +54,51 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 def _row_scores(q: jax.Array, k: jax.Array) -> jax.Array:
   rows = [jnp.einsum('bh,bsh->bs', q[:, row], k, preferred_element_type=jnp.float32) for row in range(q.shape[1])]
   return jnp.stack(rows, axis=1)
+
+
+class Sharing(NamedTuple):
+  """Which of B lanes reads which of R trunks. Each trunk has W places for lanes; with W = 1 lane b reads trunk b."""
+  length_R: jax.Array  # tokens of each trunk
+  lane_RW: jax.Array  # the lane at each place; whatever stands at a place that nobody has is not used
+  place_B: jax.Array  # r * W + w of each lane
+
+
+def attend_branches(q_B1NH: jax.Array, trunk_k_RKSH: jax.Array, trunk_v_RKSH: jax.Array, k_BKZH: jax.Array,
+                    v_BKZH: jax.Array, sharing: Sharing, seen_B: jax.Array) -> jax.Array:
+  """One query a lane over the lane's trunk and the first `seen_B` slots of its own branch -> [B, 1, N, H].
+
+  The queries of all lanes of a trunk meet it in one product, and the two parts are merged by their log-sum-exp (Juravsky
+  et al. 2024, arXiv:2402.05099). On 2 cores, 4 trunks of 1,024 tokens with 8 lanes each: 0.45 ms a layer, where a copy of
+  the trunk for every lane takes 2.7 ms.
+  """
+  B, _, N, H = q_B1NH.shape
+  (R, W), K = sharing.lane_RW.shape, k_BKZH.shape[1]
+  G = N // K
+  q_BKGH = (q_B1NH * H ** -0.5).reshape(B, K, G, H)
+  held_RS = jnp.arange(trunk_k_RKSH.shape[2])[None, :] < sharing.length_R[:, None]
+  held_BZ = jnp.arange(k_BKZH.shape[2])[None, :] < seen_B[:, None]
+  if W == 1:
+    trunk = _partial(q_BKGH, trunk_k_RKSH, trunk_v_RKSH, held_RS)
+  else:
+    q_RKWGH = q_BKGH[sharing.lane_RW].swapaxes(1, 2)
+    parts = _partial(q_RKWGH.reshape(R, K, W * G, H), trunk_k_RKSH, trunk_v_RKSH, held_RS)
+    by_place = lambda x: x.reshape(R, K, W, G, -1).swapaxes(1, 2).reshape(R * W, K, G, -1)
+    trunk = tuple(by_place(part)[sharing.place_B] for part in parts)
+  branch = _partial(q_BKGH, k_BKZH, v_BKZH, held_BZ)
+  top = jnp.maximum(trunk[0], branch[0])
+  total, out = (sum(part[i] * jnp.exp(part[0] - top) for part in (trunk, branch)) for i in (1, 2))
+  return (out / total).astype(q_B1NH.dtype).reshape(B, 1, N, H)
+
+
+def _partial(q_MKTH: jax.Array, k_MKSH: jax.Array, v_MKSH: jax.Array,
+             mask_MS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Attention before its division, float32: (largest score, sum of exp(score - largest), that sum over values)."""
+  M, K, T, H = q_MKTH.shape
+  S = k_MKSH.shape[2]
+  q, k, v = q_MKTH.reshape(M * K, T, H), k_MKSH.reshape(M * K, S, H), v_MKSH.reshape(M * K, S, H)
+  scores = jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T <= 4 else _scores(q, k)
+  scores = jnp.where(mask_MS[:, None, None, :], scores.reshape(M, K, T, S), MASKED_SCORE)
+  top = scores.max(axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  out = jnp.einsum('bts,bsh->bth', weights.reshape(M * K, T, S).astype(v.dtype), v, preferred_element_type=jnp.float32)
+  return top, weights.sum(axis=-1, keepdims=True), out.reshape(M, K, T, H)

@@ -145,6 +145,12 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps)
 
 
+def unstack(params: Params) -> Params:
+  """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
+  layers = [jax.tree.map(lambda stack: stack[index], params['layers']) for index in range(len(params['layers']['q']))]
+  return {**params, 'layers': tuple(layers)}
+
+
 def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> KVCache:
   """An empty cache of B lanes with S slots each; its content is never read before it is written."""
   L, shape = config.num_hidden_layers, (B, config.num_key_value_heads, S, config.head_dim)
@@ -164,8 +170,7 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
   Args:
     params: the parameter tree.
     config: its configuration.
-    cache: lanes as `init_cache` or an earlier call left them. With an unstacked one the layers are unrolled: decoding
-      takes some 30 % less time on a CPU, and compiling grows with depth.
+    cache: lanes as `init_cache` or an earlier call left them, stacked.
     tokens_BT: token ids.
     start_B: the slot of each lane's first token, >= 0.
     span: static; only the first `span` slots are read. start + T <= span must hold for the lanes that matter.
@@ -173,8 +178,7 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
   Raises:
     ValueError: `span` outside 1..S.
   """
-  stacked = not isinstance(cache.k, tuple)
-  S = jax.tree.leaves(cache)[0].shape[-2]
+  S = cache.k.shape[-2]
   span = S if span is None else span
   if not 1 <= span <= S:
     raise ValueError(f'span={span} is outside 1..{S}, the slots of the cache')
@@ -186,32 +190,58 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
   def layer_step(carry, layer_and_index):
     hidden_BTD, keys, values = carry
     layer, index = layer_and_index
-    at = (index,) if stacked else ()
     written = []
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
-      slots = (*at, lane_B1, slice(None), position_BT)
+      slots = (index, lane_B1, slice(None), position_BT)
       new_k = keys.at[slots].set(k_BTKH.astype(keys.dtype), mode='drop')
       new_v = values.at[slots].set(v_BTKH.astype(values.dtype), mode='drop')
       written.extend([new_k, new_v])
-      seen = (*at, slice(None), slice(None), slice(span))
+      seen = (index, slice(None), slice(None), slice(span))
       return attention.attend(q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS)
 
     hidden_BTD = _block(layer, config, hidden_BTD, cos, sin, attend)
     return (hidden_BTD, *written), None
 
-  hidden_BTD, L = params['embed'][tokens_BT], config.num_hidden_layers
-  if stacked:
-    # The cache travels in the carry: as a scan output it would be copied whole at every step.
-    (hidden_BTD, keys, values), _ = jax.lax.scan(layer_step, (hidden_BTD, cache.k, cache.v),
-                                                 (params['layers'], jnp.arange(L)))
-  else:
-    keys, values = list(cache.k), list(cache.v)
-    for index in range(L):
-      layer = jax.tree.map(lambda stack: stack[index], params['layers'])
-      (hidden_BTD, keys[index], values[index]), _ = layer_step((hidden_BTD, keys[index], values[index]), (layer, None))
-    keys, values = tuple(keys), tuple(values)
+  # The cache travels in the carry: as a scan output it would be copied whole at every step.
+  (hidden_BTD, keys, values), _ = jax.lax.scan(layer_step, (params['embed'][tokens_BT], cache.k, cache.v),
+                                               (params['layers'], jnp.arange(config.num_hidden_layers)))
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps), KVCache(keys, values)
+
+
+def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, branches: KVCache,
+                    sharing: attention.Sharing, token_B: jax.Array, slot_B: jax.Array) -> tuple[jax.Array, KVCache]:
+  """Appends one token to every branch: (final-normed hidden [B, D], branches). The step of a decode loop.
+
+  Lane b's token takes slot `slot_B` of its branch and the rotary position that many tokens behind its trunk; it sees the
+  trunk and its branch up to itself. Writes at slots beyond the branch are dropped.
+
+  Args:
+    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a copy, its `unstack`.
+    config: its configuration.
+    trunks: unstacked cache of R trunks.
+    branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding takes some 30 % less
+      time on a CPU, and compiling grows with depth.
+    sharing: which lane reads which trunk.
+    token_B: token ids.
+    slot_B: where they go, >= 0.
+  """
+  W = sharing.lane_RW.shape[1]
+  position_B1 = (sharing.length_R[sharing.place_B // W] + slot_B)[:, None]
+  cos, sin = rotary.rope_tables(position_B1, config.head_dim, config.rope_theta)
+  lane_B = jnp.arange(token_B.shape[0])
+  hidden_B1D, keys, values = params['embed'][token_B][:, None], list(branches.k), list(branches.v)
+
+  for index, layer in enumerate(params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']):
+    def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
+      for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
+        held[index] = held[index].at[lane_B, :, slot_B].set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
+      return attention.attend_branches(q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing,
+                                       slot_B + 1)
+
+    hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend)
+  hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)
+  return hidden_B1D[:, 0], KVCache(tuple(keys), tuple(values))
 
 
 class Decoder(nnx.Module):

@@ -2,12 +2,12 @@
 
 A token is found by inverting the cumulative distribution on two levels (a block of the vocabulary, then a token inside
 it), which needs two uniform numbers a lane instead of one Gumbel number a vocabulary entry. Truncation (top-k, then
-top-p) finds its threshold by bisection over the bit patterns of the probabilities: exact, and without sorting the
-vocabulary.
+top-p, then min-p) finds its threshold by bisection over the bit patterns of the probabilities: exact, and without sorting
+the vocabulary. Every lane has a rule of its own.
 """
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,8 +21,16 @@ _ONE_BITS = 0x3F800000  # the bit pattern of 1.0: probabilities relative to the 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """The rule tokens are drawn by. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 truncate nothing; top-k acts
-  before top-p.
+  """The rule tokens are drawn by, and where a rollout ends. `temperature` 0 is greedy, which no truncation changes.
+
+  Attributes:
+    temperature: logits are divided by it.
+    top_p: keeps the fewest most likely tokens that hold this share of what top-k left; 1 keeps all.
+    top_k: keeps this many most likely tokens; 0 keeps all.
+    min_p: keeps tokens at least this likely relative to the most likely one; 0 keeps all.
+    max_tokens: tokens to sample at most.
+    seed: of the random streams.
+    stop: texts that end a rollout with the token that completes one of them.
 
   Raises:
     ValueError: a value out of its range.
@@ -32,30 +40,43 @@ class SamplingParams:
   top_k: int = 0
   max_tokens: int = 512
   seed: int = 0
+  min_p: float = 0.0
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self):
     ranges = {'temperature': 0 <= self.temperature < math.inf, 'top_p': 0 < self.top_p <= 1, 'top_k': self.top_k >= 0,
-              'max_tokens': self.max_tokens >= 1, 'seed': self.seed >= 0}
+              'max_tokens': self.max_tokens >= 1, 'seed': self.seed >= 0, 'min_p': 0 <= self.min_p <= 1,
+              'stop': isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)}
     for name, valid in ranges.items():
       if not valid:
-        raise ValueError(f'sampling: {name} = {getattr(self, name)} is out of range')
+        raise ValueError(f'sampling: {name} = {getattr(self, name)!r} is out of range')
 
   @property
   def mode(self) -> Mode:
-    """Which program draws: the only part of the rule that is compiled in."""
+    """Which program draws: the only part of the rule that is compiled in. See `widest`."""
     if self.temperature == 0:
       return 'greedy'
-    return 'truncated' if self.top_p < 1 or self.top_k > 0 else 'full'
+    return 'truncated' if self.top_p < 1 or self.top_k > 0 or self.min_p > 0 else 'full'
 
   def rule(self) -> 'Rule':
-    return Rule(np.float32(self.temperature), np.float32(self.top_p), np.int32(self.top_k))
+    """Of one lane: numpy scalars."""
+    return Rule(np.float32(self.temperature), np.float32(self.top_p), np.int32(self.top_k), np.float32(self.min_p))
 
 
 class Rule(NamedTuple):
-  """The numbers of a rule as scalars that a compiled program takes: changing them compiles nothing."""
-  temperature: jax.Array | np.float32
-  top_p: jax.Array | np.float32
-  top_k: jax.Array | np.int32
+  """The numbers of the lanes' rules, as a compiled program takes them: changing them compiles nothing."""
+  temperature_B: jax.Array | np.ndarray
+  top_p_B: jax.Array | np.ndarray
+  top_k_B: jax.Array | np.ndarray  # int32
+  min_p_B: jax.Array | np.ndarray
+
+
+_MODES = ('greedy', 'full', 'truncated')  # each draws what those before it do, too
+
+
+def widest(modes: Iterable[Mode]) -> Mode:
+  """The mode that draws for lanes of all these modes together."""
+  return max(modes, key=_MODES.index)
 
 
 def request_key(seed: int, key_id: Sequence[int]) -> np.ndarray:
@@ -79,74 +100,87 @@ def uniforms(keys_B: jax.Array) -> jax.Array:
   return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams) -> tuple[jax.Array, jax.Array]:
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams) -> 'Draw':
   """Draws a token a lane.
 
   Args:
     logits_BV: logits, any float type.
     keys_B: typed random keys, one for each draw (`token_keys`).
     sampling: the rule.
-
-  Returns:
-    (token_B int32, logprob_B float32): log-probabilities of the behaviour policy, that is after temperature and
-    truncation, renormalised; for greedy decoding those of the untempered distribution.
   """
-  return draw(logits_BV, uniforms(keys_B), sampling.rule(), sampling.mode)
+  rule = jax.tree.map(lambda number: jnp.full(logits_BV.shape[:1], number), sampling.rule())
+  return draw(logits_BV, uniforms(keys_B), rule, sampling.mode)
 
 
-def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode) -> tuple[jax.Array, jax.Array]:
-  """`sample` with random numbers given (`uniforms`) and the rule's traced; a NaN logit gives a NaN log-probability."""
+class Draw(NamedTuple):
+  """Tokens with their log-probabilities under the policy that drew them (after temperature and truncation, renormalised) and
+  before truncation, as a trainer computes them at the same temperature. Greedy lanes: of the untempered distribution."""
+  token_B: jax.Array  # int32
+  logprob_B: jax.Array  # float32
+  full_logprob_B: jax.Array  # float32
+
+
+def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode) -> Draw:
+  """`sample` with random numbers given (`uniforms`) and the rules traced; a NaN logit gives a NaN log-probability."""
   logits_BV = logits_BV.astype(jnp.float32)
   score_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
   if mode == 'greedy':
     token_B = _first(score_BV >= 0)
-    mass_BV = jnp.exp(score_BV)
+    full_BV = mass_BV = jnp.exp(score_BV)
   else:
-    score_BV = score_BV / rule.temperature
-    mass_BV = jnp.exp(score_BV)
+    greedy_B = rule.temperature_B == 0
+    score_BV = score_BV / jnp.where(greedy_B, 1, rule.temperature_B)[:, None]
+    full_BV = mass_BV = jnp.exp(score_BV)
     if mode == 'truncated':
-      mass_BV = truncate(mass_BV, rule.top_p, rule.top_k)
+      keep = [jnp.where(greedy_B, nothing, number) for nothing, number in zip((1.0, 0, 0.0), rule[1:])]
+      mass_BV = truncate(full_BV, *keep)
     token_B = _invert(mass_BV, uniform_B2)
+    # Scores of at least 0 are those of the most likely tokens. The scan for them is spared where no lane is greedy.
+    token_B = jax.lax.cond(jnp.any(greedy_B), lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B), lambda: token_B)
   score_B = jnp.take_along_axis(score_BV, token_B[:, None], axis=-1)[:, 0]
-  return token_B, score_B - jnp.log(jnp.sum(mass_BV, axis=-1))
+  full_logprob_B = score_B - jnp.log(jnp.sum(full_BV, axis=-1))
+  if mode != 'truncated':
+    return Draw(token_B, full_logprob_B, full_logprob_B)
+  return Draw(token_B, score_B - jnp.log(jnp.sum(mass_BV, axis=-1)), full_logprob_B)
 
 
-def truncate(mass_BV: jax.Array, top_p: jax.Array | float, top_k: jax.Array | int) -> jax.Array:
-  """Zeroes what top-k, then top-p over the rest, leave out. Tokens as likely as the last one kept are kept too.
+def truncate(mass_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
+  """Zeroes what top-k, then top-p and min-p leave out. Tokens as likely as the last one kept are kept too.
 
   Args:
     mass_BV: float32 probabilities relative to the most likely token, in [0, 1].
-    top_p: keep the fewest most likely tokens that hold this share of the mass.
-    top_k: keep this many tokens; 0 keeps all.
+    top_p_B: keep the fewest most likely tokens that hold this share of the mass that top-k left.
+    top_k_B: keep this many tokens; 0 keeps all.
+    min_p_B: keep tokens with at least this mass.
   """
-  rows, vocab = mass_BV.shape
+  vocab = mass_BV.shape[1]
   # Non-negative floats are ordered as their bit patterns are, so bisecting the patterns finds the exact threshold.
   bits_BV = jax.lax.bitcast_convert_type(mass_BV, jnp.int32)
 
   def enough_tokens(threshold_B):
-    return jnp.sum(bits_BV >= threshold_B[:, None], axis=-1) >= top_k
+    return jnp.sum(bits_BV >= threshold_B[:, None], axis=-1) >= top_k_B
 
-  threshold_B = _largest(enough_tokens, (top_k > 0) & (top_k < vocab), rows)
+  threshold_B = _largest(enough_tokens, (top_k_B > 0) & (top_k_B < vocab))
   kept_BV = jnp.where(bits_BV >= threshold_B[:, None], mass_BV, 0)
-  wanted_B = top_p * jnp.sum(kept_BV, axis=-1)
+  wanted_B = top_p_B * jnp.sum(kept_BV, axis=-1)
 
   def enough_mass(threshold_B):
     return jnp.sum(jnp.where(bits_BV >= threshold_B[:, None], kept_BV, 0), axis=-1) >= wanted_B
 
-  threshold_B = _largest(enough_mass, top_p < 1, rows)
-  return jnp.where(bits_BV >= threshold_B[:, None], kept_BV, 0)
+  threshold_B = _largest(enough_mass, top_p_B < 1)
+  return jnp.where((bits_BV >= threshold_B[:, None]) & (mass_BV >= min_p_B[:, None]), kept_BV, 0)
 
 
-def _largest(holds: Callable[[jax.Array], jax.Array], wanted: jax.Array | bool, rows: int) -> jax.Array:
-  """int32 [rows]: the largest bit pattern in 0..1.0 that `holds` (true up to some pattern); 0 if not `wanted`."""
+def _largest(holds: Callable[[jax.Array], jax.Array], wanted_B: jax.Array) -> jax.Array:
+  """int32 [B]: the largest bit pattern in 0..1.0 that `holds` (true up to some pattern); 0 for lanes that are not `wanted`."""
   def halve(_, bounds):
     low_B, high_B = bounds
     middle_B = (low_B + high_B + 1) // 2
     true_B = holds(middle_B)
     return jnp.where(true_B, middle_B, low_B), jnp.where(true_B, high_B, middle_B - 1)
-  low_B = jnp.zeros(rows, jnp.int32)
-  halvings = jnp.where(wanted, _ONE_BITS.bit_length(), 0)
-  return jax.lax.fori_loop(0, halvings, halve, (low_B, low_B + _ONE_BITS))[0]
+  low_B = jnp.zeros(wanted_B.shape, jnp.int32)
+  halvings = jnp.where(jnp.any(wanted_B), _ONE_BITS.bit_length(), 0)
+  return jnp.where(wanted_B, jax.lax.fori_loop(0, halvings, halve, (low_B, low_B + _ONE_BITS))[0], 0)
 
 
 def _invert(mass_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcore_jax.models import attention
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 
@@ -36,11 +37,10 @@ def some_tokens(*shape, seed=0):
   return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape)
 
 
-@pytest.mark.parametrize('stacked', [True, False])
-def test_prefill_extends_and_decode_steps_equal_one_row(stacked):
+def test_prefill_extends_and_decode_steps_equal_one_row():
   tokens = some_tokens(3, 14)
   want = rows(tokens)
-  cache = decoder.init_cache(CONFIG, 3, 24, stacked=stacked)
+  cache = decoder.init_cache(CONFIG, 3, 24)
   got = []
   for start, stop in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 14)):
     starts = jnp.full((3,), start)
@@ -63,6 +63,28 @@ def test_right_padded_lanes_with_different_starts():
     token = tokens[np.arange(3), at]
     hidden, cache = EXTEND(params(), CONFIG, cache, jnp.asarray(token)[:, None], jnp.asarray(at), span=12)
     np.testing.assert_allclose(hidden[:, 0], want[np.arange(3), at], atol=1e-5)
+
+
+@pytest.mark.parametrize('width', [1, 3])
+def test_branches_behind_trunks_equal_whole_rows(width):
+  """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not matter."""
+  trunk_of, lengths, branch = np.array([0, 1, 0, 1, 0]), np.array([7, 4]), some_tokens(5, 3, seed=2)
+  tokens = some_tokens(2, 7, seed=1)
+  _, filled = EXTEND(params(), CONFIG, decoder.init_cache(CONFIG, 2, 9), jnp.asarray(tokens), jnp.zeros(2, jnp.int32))
+  if width == 1:
+    rows_of, lane, place = trunk_of, np.arange(5)[:, None], np.arange(5)
+  else:
+    rows_of, lane, place = np.arange(2), np.array([[0, 2, 4], [1, 3, 0]]), np.array([0, 3, 1, 4, 2])
+  unstacked = lambda stack: tuple(stack[:, rows_of])
+  trunks = decoder.KVCache(unstacked(filled.k), unstacked(filled.v))
+  sharing = attention.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
+  branches, step = decoder.init_cache(CONFIG, 5, 4, stacked=False), jax.jit(decoder.extend_branches, static_argnums=1)
+  for slot in range(3):
+    at = jnp.full(5, slot)
+    hidden, branches = step(params(), CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at)
+    for number in range(5):
+      whole = np.concatenate([tokens[trunk_of[number], :lengths[trunk_of[number]]], branch[number, :slot + 1]])
+      np.testing.assert_allclose(hidden[number], rows(whole[None])[0, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize('start, T', [(8, 1), (100, 1), (6, 4), (8, 3)])

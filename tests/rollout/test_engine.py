@@ -190,7 +190,7 @@ def test_stats_and_progress():
   assert len(told) == 10
   assert runner.stats.prefill_tokens == sum(len(request.prompt) for request in made)
   assert 0.3 < runner.stats.occupancy <= 1
-  assert runner.stats.lane_steps % 4 == 0 and runner.stats.decode_calls and runner.stats.prefill_calls
+  assert runner.stats.lane_steps and runner.stats.decode_calls and runner.stats.prefill_calls
   assert engine().generate([], SamplingParams()) == []
 
 

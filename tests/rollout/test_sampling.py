@@ -15,8 +15,12 @@ def keys(count, seed=0):
   return sampling.token_keys(np.tile(sampling.request_key(seed, (1,)), (count, 1)), np.arange(count))
 
 
-def reference(logits, temperature, top_p=1.0, top_k=0):
-  """float64 probabilities after temperature, top-k, then top-p over what top-k left; by sorting."""
+def truncate(mass, top_p=1.0, top_k=0, min_p=0.0):
+  return sampling.truncate(mass, *(jnp.full(mass.shape[:1], number) for number in (top_p, top_k, min_p)))
+
+
+def reference(logits, temperature, top_p=1.0, top_k=0, min_p=0.0):
+  """float64 probabilities after temperature, top-k, then top-p over what top-k left, then min-p; by sorting."""
   scaled = np.asarray(logits, np.float64) / temperature
   prob = np.exp(scaled - scaled.max())
   order = np.argsort(-prob)
@@ -25,11 +29,13 @@ def reference(logits, temperature, top_p=1.0, top_k=0):
   prob /= prob.sum()
   before = np.cumsum(prob[order]) - prob[order]
   prob[order[before >= top_p]] = 0
+  prob[prob < min_p * prob.max()] = 0
   return prob / prob.sum()
 
 
 RULES = [dict(temperature=1.0), dict(temperature=0.6), dict(temperature=1.7, top_k=5), dict(temperature=1.0, top_p=0.7),
-         dict(temperature=0.8, top_p=0.9, top_k=7), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=1e-6)]
+         dict(temperature=0.8, top_p=0.9, top_k=7), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=1e-6),
+         dict(temperature=1.0, min_p=0.05), dict(temperature=1.2, top_p=0.95, top_k=20, min_p=0.1)]
 
 
 @pytest.mark.parametrize('rule', RULES, ids=str)
@@ -39,10 +45,12 @@ def test_draws_follow_the_distribution(rule, vocab):
   want = reference(logits, **rule)
   chosen = SamplingParams(**rule)
   many = jnp.tile(logits[None], (DRAWS, 1))
-  tokens, logprobs = DRAW(many, sampling.uniforms(keys(DRAWS)), chosen.rule(), chosen.mode)
+  lanes = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.rule())
+  tokens, logprobs, full_logprobs = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[want == 0].any()
   np.testing.assert_allclose(logprobs, np.log(want[tokens]), atol=1e-5)
+  np.testing.assert_allclose(full_logprobs, np.log(reference(logits, rule['temperature'])[tokens]), atol=1e-5)
   expected = want * DRAWS
   often = expected > 5
   freedom = max(often.sum() - 1, 1)
@@ -52,7 +60,7 @@ def test_draws_follow_the_distribution(rule, vocab):
 
 def test_greedy_takes_the_first_maximum_and_reports_the_untempered_log_probability():
   logits = jnp.array([[0.0, 3.0, 1.0, 3.0], [-1.0, -5.0, -0.5, -9.0]])
-  tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0))
+  tokens, logprobs, _ = sample(logits, keys(2), SamplingParams(temperature=0))
   assert tokens.tolist() == [1, 2]
   np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[jnp.arange(2), tokens], atol=1e-6)
 
@@ -61,16 +69,16 @@ def test_a_large_vocabulary_reaches_its_last_block_and_never_a_token_without_mas
   logits = np.full((2, 151936), -np.inf, np.float32)
   logits[0, [0, 151935]] = 0, 1
   logits[1, 70000] = -3
-  tokens, logprobs = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
+  tokens, logprobs, _ = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
   assert set(tokens[:16].tolist()) == {0, 151935} and set(tokens[16:].tolist()) == {70000}
   np.testing.assert_allclose(logprobs[16:], 0, atol=1e-6)
 
 
 def test_equally_likely_tokens_at_the_threshold_are_all_kept():
   mass = jnp.array([[1.0, 0.5, 0.5, 0.25]])
-  np.testing.assert_array_equal(sampling.truncate(mass, 1.0, 2) > 0, [[True, True, True, False]])
-  np.testing.assert_array_equal(sampling.truncate(mass, 0.5, 0) > 0, [[True, True, True, False]])
-  np.testing.assert_array_equal(sampling.truncate(mass, 0.44, 0) > 0, [[True, False, False, False]])
+  np.testing.assert_array_equal(truncate(mass, top_k=2) > 0, [[True, True, True, False]])
+  np.testing.assert_array_equal(truncate(mass, top_p=0.5) > 0, [[True, True, True, False]])
+  np.testing.assert_array_equal(truncate(mass, top_p=0.44) > 0, [[True, False, False, False]])
 
 
 def test_a_lane_draws_the_same_beside_others():
@@ -83,9 +91,24 @@ def test_a_lane_draws_the_same_beside_others():
     np.testing.assert_allclose(alone[1][0], together[1][lane], atol=1e-6)
 
 
+def test_lanes_with_different_rules_draw_as_each_does_alone():
+  logits = jax.random.normal(jax.random.key(3), (5, 50))
+  rules = [SamplingParams(0), SamplingParams(0.7), SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.6),
+           SamplingParams(1.3, min_p=0.2)]
+  assert sampling.widest(rule.mode for rule in rules) == 'truncated' and sampling.widest(['full', 'greedy']) == 'full'
+  together = jax.tree.map(lambda *numbers: np.stack(numbers), *(rule.rule() for rule in rules))
+  for mode, lanes in (('truncated', slice(5)), ('full', slice(2))):
+    drawn = sampling.draw(logits[lanes], sampling.uniforms(keys(5)[lanes]), jax.tree.map(lambda x: x[lanes], together), mode)
+    for lane, rule in enumerate(rules[lanes]):
+      alone = sample(logits[lane:lane + 1], keys(5)[lane:lane + 1], rule)
+      assert alone.token_B[0] == drawn.token_B[lane]
+      np.testing.assert_allclose(alone.logprob_B[0], drawn.logprob_B[lane], atol=1e-6)
+      np.testing.assert_allclose(alone.full_logprob_B[0], drawn.full_logprob_B[lane], atol=1e-6)
+
+
 def test_extreme_logits_stay_finite_and_nan_is_not_hidden():
   logits = jnp.array([[1e30, -1e30, 0.0], [jnp.nan, 0.0, 1.0]])
-  tokens, logprobs = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
+  tokens, logprobs, _ = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
   assert tokens[0] == 0 and logprobs[0] == 0 and np.isnan(logprobs[1])
   assert 0 <= tokens[1] < 3
 
@@ -101,7 +124,7 @@ def test_request_keys_differ_by_every_part():
 
 @pytest.mark.parametrize('bad', [
     dict(temperature=-0.1), dict(temperature=float('nan')), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1),
-    dict(max_tokens=0), dict(seed=-1)], ids=str)
+    dict(max_tokens=0), dict(seed=-1), dict(min_p=1.1), dict(stop=('',)), dict(stop='text')], ids=str)
 def test_values_out_of_range_are_named(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     SamplingParams(**bad)

@@ -1,0 +1,231 @@
+"""Requests that come and go: submit, step, extend and cancel, trunks that conversations keep, stop strings."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+
+CONFIG = DecoderConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=8, rope_theta=1000.0, initializer_range=0.3,
+                       max_position_embeddings=512)
+LETTERS = 'abcdefghijklmnopqrstuvwxyz0123456789_'
+
+
+@functools.cache
+def params():
+  return decoder.init_params(CONFIG, jax.random.key(1))
+
+
+def text(tokens):
+  return ''.join(LETTERS[token] for token in tokens)
+
+
+def engine(**changes):
+  sizes = {'stop_ids': [5], 'lanes': 8, 'max_len': 128, 'max_new': 64, 'steps_per_call': 4, 'decode': text}
+  return Engine(params(), CONFIG, **sizes | changes)
+
+
+def prompt(length, seed=0):
+  return np.random.default_rng((length, seed)).integers(6, CONFIG.vocab_size, length)
+
+
+@jax.jit
+def all_logprobs(tokens_T):
+  T = len(tokens_T)
+  hidden = decoder.hidden_states(params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T))[0]
+  return jax.nn.log_softmax(hidden @ decoder.head_matrix(params()).T)
+
+
+def exact(context, completion):
+  """The reported log-probabilities are those of one full forward pass over what stood before."""
+  tokens = np.concatenate([context, completion.tokens])
+  table = np.asarray(all_logprobs(np.pad(tokens, (0, 128 - len(tokens)))))
+  want = table[np.arange(len(context), len(tokens)) - 1, completion.tokens]
+  np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
+  assert completion.prompt_len == len(context)
+
+
+def finish(runner, *handles):
+  """Steps until these have ended -> their completions and all tokens that the steps reported."""
+  done, seen = {}, {handle: [] for handle in handles}
+  for _ in range(100):
+    if len(done) == len(handles):
+      break
+    for part in runner.step():
+      seen.setdefault(part.handle, []).extend(part.tokens.tolist())
+      if part.completion is not None:
+        done[part.handle] = part.completion
+  return [done[handle] for handle in handles], [seen[handle] for handle in handles]
+
+
+def test_steps_report_what_they_draw():
+  runner, sampling = engine(), SamplingParams(max_tokens=18, seed=3)
+  made = [Request(prompt(9, i), (i,)) for i in range(20)]
+  assert runner.free == 8 and not runner.busy
+  handles = [runner.submit(request, sampling) for request in made]
+  assert runner.free == 0 and runner.busy
+  done, seen = finish(runner, *handles)
+  assert not runner.busy and runner.free == 8
+  for completion, tokens, want in zip(done, seen, runner.generate(made, sampling), strict=True):
+    assert completion.tokens.tolist() == tokens == want.tokens.tolist()
+    np.testing.assert_array_equal(completion.full_logprobs, completion.logprobs)
+  assert runner.step() == []
+
+
+def test_extend_goes_on_without_computing_the_past_again():
+  """A lane alone on its trunk, and one of a group whose trunk the others go on reading."""
+  runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=7, seed=1)
+  lonely = runner.submit(Request(prompt(70), (0,)), sampling, hold=True)
+  group = [runner.submit(Request(prompt(40), (1, i), 30 if i else 5), sampling, hold=i == 0) for i in range(3)]
+  contexts = {lonely: prompt(70), group[0]: prompt(40)}
+  before = runner.stats.prefill_tokens
+  [first, second], _ = finish(runner, lonely, group[0])
+  for handle, completion in ((lonely, first), (group[0], second)):
+    exact(contexts[handle], completion)
+    for turn in range(2):
+      output = prompt(6 + turn, handle)
+      contexts[handle] = np.concatenate([contexts[handle], completion.tokens, output])
+      runner.extend(handle, output, max_tokens=9)
+      [completion], _ = finish(runner, handle)
+      assert len(completion.tokens) == 9
+      exact(contexts[handle], completion)
+    runner.cancel(handle)
+  assert runner.stats.prefill_tokens - before == 70 + 40 + 2 * (6 + 7)
+  rest = []
+  while runner.busy:
+    rest += [part.completion for part in runner.step() if part.completion]
+  for completion in rest:
+    exact(prompt(40), completion)
+  assert runner.free == 8
+
+
+def test_a_running_rollout_can_be_given_tokens():
+  """As a budget does that closes a reasoning: between two steps, in the middle of what it writes."""
+  runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=20)
+  handle = runner.submit(Request(prompt(11), (0,)), sampling)
+  [part] = runner.step()
+  runner.extend(handle, prompt(3), max_tokens=6)
+  [completion], _ = finish(runner, handle)
+  assert len(part.tokens) == 4 and len(completion.tokens) == 6
+  exact(np.concatenate([prompt(11), part.tokens, prompt(3)]), completion)
+
+
+def test_cancel_frees_lanes_whatever_they_do():
+  runner, sampling = engine(lanes=2, tile=2, stop_ids=[]), SamplingParams(max_tokens=20)
+  handles = [runner.submit(Request(prompt(9, i), (i,)), sampling, hold=True) for i in range(3)]
+  runner.step()
+  runner.cancel(handles[2])  # waits
+  runner.cancel(handles[0])  # runs
+  assert runner.free == 1
+  finish(runner, handles[1])
+  runner.cancel(handles[1])  # is held
+  assert runner.free == 2 and not runner.busy
+  with pytest.raises(ValueError, match='no rollout'):
+    runner.cancel(handles[1])
+  with pytest.raises(ValueError, match='no lane'):
+    runner.extend(handles[1], prompt(3))
+
+
+def test_extensions_are_checked():
+  runner = engine()
+  handle = runner.submit(Request(prompt(60), (0,), 4), SamplingParams(), hold=True)
+  with pytest.raises(ValueError, match='no lane'):
+    runner.extend(handle, prompt(3))
+  finish(runner, handle)
+  for tokens, message in ((prompt(80), 'no room'), (np.zeros(0, int), 'at least one'), (np.array([37]), 'vocabulary')):
+    with pytest.raises(ValueError, match=message):
+      runner.extend(handle, tokens)
+  with pytest.raises(RuntimeError, match='one stream'):
+    runner.generate([], SamplingParams())
+
+
+def test_a_conversation_keeps_its_trunk():
+  """The next prompt replays the answer without its reasoning: only the replay and the tool's output are prefilled."""
+  runner, sampling, separate = engine(), SamplingParams(max_tokens=12, seed=2), engine()
+  context, turns = prompt(50), []
+  for turn in range(3):
+    request = Request(context, (turn,))
+    [completion], _ = finish(runner, runner.submit(request, sampling))
+    [want] = separate.generate([request], sampling)
+    assert completion.tokens.tolist() == want.tokens.tolist()
+    exact(context, completion)
+    turns.append(len(completion.tokens[-3:]) + 5)
+    context = np.concatenate([context, completion.tokens[-3:], prompt(5, turn)])
+  assert runner.stats.prefill_tokens == 50 + sum(turns[:2])
+  assert separate.stats.reused_tokens == 0
+
+
+def test_prompts_with_a_long_prefix_in_common_share_its_computation():
+  runner, head = engine(), prompt(48)
+  made = [Request(np.concatenate([head, [6 + i], prompt(3 + i, i)]), (i,), 8) for i in range(6)] + [Request(head, (9,), 8)]
+  for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
+    exact(request.prompt, completion)
+  # The last one needs the hidden state of its last token, which was not kept.
+  assert runner.stats.prefill_tokens == 48 + sum(4 + i for i in range(6)) + 1
+
+
+def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch):
+  from dcore_jax.rollout import engine as engine_lib
+  monkeypatch.setattr(engine_lib, '_PIECE', 32)
+  runner = engine(trunks=2, max_new=24)
+  made = [Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)]
+  for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
+    exact(request.prompt, completion)
+    assert len(completion.tokens) <= 24
+  assert runner.stats.prefill_tokens == sum(70 + group for group in range(4))
+
+
+def test_weights_change_only_when_nothing_is_in_flight_and_trunks_go_with_them():
+  runner = engine()
+  handle = runner.submit(Request(prompt(9), (0,), 2), SamplingParams(), hold=True)
+  finish(runner, handle)
+  with pytest.raises(RuntimeError, match='two policies'):
+    runner.update(params())
+  runner.cancel(handle)
+  runner.update(params())
+  finish(runner, runner.submit(Request(prompt(9), (0,), 2), SamplingParams()))
+  assert runner.stats.prefill_tokens == 18
+
+
+def test_stop_strings_end_with_the_token_that_completes_them():
+  made = [Request(prompt(9, i), (i,)) for i in range(8)]
+  free = engine(stop_ids=[]).generate(made, SamplingParams(2.0, max_tokens=40))
+  written = [text(completion.tokens) for completion in free]
+  stops = (written[0][5:8], written[1][9:11], written[2][0])
+  done = engine(stop_ids=[]).generate(made, SamplingParams(2.0, max_tokens=40, stop=stops))
+  for whole, full, completion in zip(written, free, done, strict=True):
+    ends = {stop: whole.index(stop) + len(stop) for stop in stops if stop in whole}
+    end = min(ends.values(), default=40)
+    assert text(completion.tokens) == whole[:end] and not completion.finished
+    assert (completion.stop in ends and ends[completion.stop] == end) if ends else completion.stop is None
+    np.testing.assert_array_equal(completion.logprobs, full.logprobs[:end])
+  with pytest.raises(ValueError, match='decode'):
+    engine(decode=None).submit(made[0], SamplingParams(stop=('a',)))
+
+
+def test_a_lane_held_after_a_stop_string_goes_on_behind_it():
+  runner = engine(stop_ids=[])
+  written = text(engine(stop_ids=[]).generate([Request(prompt(9), (0,))], SamplingParams(2.0, max_tokens=20))[0].tokens)
+  handle = runner.submit(Request(prompt(9), (0,)), SamplingParams(2.0, max_tokens=20, stop=(written[1:3],)), hold=True)
+  [completion], _ = finish(runner, handle)
+  assert len(completion.tokens) <= 3
+  runner.extend(handle, prompt(4))
+  [more], _ = finish(runner, handle)
+  assert more.prompt_len == 9 + len(completion.tokens) + 4
+
+
+def test_lanes_with_different_rules_sample_side_by_side():
+  rules = [SamplingParams(0), SamplingParams(0.7, seed=1), SamplingParams(top_p=0.8), SamplingParams(top_k=3, min_p=0.1)]
+  runner, made = engine(), [Request(prompt(9, i), (i,), 12) for i in range(4)]
+  done, _ = finish(runner, *(runner.submit(request, rule) for request, rule in zip(made, rules, strict=True)))
+  for request, rule, completion in zip(made, rules, done, strict=True):
+    [want] = runner.generate([request], rule)
+    assert completion.tokens.tolist() == want.tokens.tolist()
+    np.testing.assert_allclose(completion.logprobs, want.logprobs, atol=1e-5)
+    np.testing.assert_allclose(completion.full_logprobs, want.full_logprobs, atol=1e-5)
