@@ -27,6 +27,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 Tag = Any
 TOO_LONG = 'prompt too long'
+_REFUSALS = (400, 413, 422)  # status codes that speak of one request: too long, for example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,9 +96,14 @@ class LocalBackend:
       yield from _drained(refused)  # whoever waited for these may have more to ask
 
   def _encode(self, request: ChatRequest) -> list[int]:
-    tools = [tool.to_json() for tool in request.tools] or None
+    tools = _functions(request.tools) or None
     text = render_prompt(self.tokenizer, list(request.messages), tools)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def _functions(tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
+  """Tool specs as endpoints and chat templates take them."""
+  return [{'type': 'function', 'function': tool.to_json()} for tool in tools]
 
 
 def _drained(waiting: list) -> Iterator:
@@ -177,10 +183,9 @@ class OpenAIBackend:
       return known
     try:
       reply = await self._ask(client, body)
-    except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, openai.AuthenticationError,
-            openai.PermissionDeniedError, openai.NotFoundError) as error:
-      raise ConnectionError(f'{self.base_url}, model {self.model!r}: {error}') from error
-    except openai.APIStatusError as error:  # of this request alone: too long, for example
+    except openai.APIError as error:
+      if getattr(error, 'status_code', None) not in _REFUSALS:
+        raise ConnectionError(f'{self.base_url}, model {self.model!r}: {error}') from error
       reply = Reply('', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500])
     self.usage.requests += 1
     self.usage.prompt_tokens += reply.prompt_tokens
@@ -198,38 +203,36 @@ class OpenAIBackend:
         'temperature': sampling.temperature, 'top_p': sampling.top_p, 'max_tokens': request.max_tokens or sampling.max_tokens,
         'seed': int.from_bytes(digest[:4], 'big') >> 1}
     if request.tools:
-      body['tools'] = [{'type': 'function', 'function': tool.to_json()} for tool in request.tools]
+      body['tools'] = _functions(request.tools)
     if sampling.top_k:
       body['extra_body'] = {'top_k': sampling.top_k}  # not OpenAI's own; vLLM, SGLang and our server take it
     return body
 
   async def _ask(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
     for attempt in range(self.retries + 1):
-      completion = await client.chat.completions.create(**body)
-      # The client does not check what a server sends: any part may be missing.
-      choice = next(iter(getattr(completion, 'choices', None) or ()), None)
-      if choice is not None and choice.message is not None:
-        usage = completion.usage
-        return Reply(_text(choice.message), choice.finish_reason != 'length', usage.prompt_tokens if usage else 0,
-                     usage.completion_tokens if usage else 0)
+      try:
+        completion = await client.chat.completions.create(**body)
+        choice, usage = completion.choices[0], completion.usage
+        count = lambda name: int(getattr(usage, name, None) or 0)
+        return Reply(_text(choice.message), choice.finish_reason != 'length', count('prompt_tokens'),
+                     count('completion_tokens'))
+      # The client does not check what a server sends: any part may be missing, or be something else.
+      except (AttributeError, IndexError, TypeError, ValueError) as error:
+        malformed = error
       await asyncio.sleep(min(8, 0.5 * 2**attempt))
-    raise ConnectionError(f'{self.base_url} answers without a message: {str(completion)[:200]}')
+    raise ConnectionError(f'{self.base_url} answers without a message: {malformed!r}') from malformed
 
 
 def _text(message: Any) -> str:
   """Thoughts, content and calls of an endpoint's message as one text."""
   thoughts = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None)
   text = (f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else '') + (message.content or '')
-  calls = []
-  for call in message.tool_calls or ():
-    try:
-      arguments = json.loads(call.function.arguments or '{}')
-    except ValueError:
-      arguments = None
-    if not isinstance(arguments, dict):  # nothing that can be called; the text shows what it was
-      return text + call.function.name + call.function.arguments
-    calls.append(ToolCall(call.function.name, arguments))
-  return text + (print_calls(calls, 'hermes') if calls else '')
+  asked = [call.function for call in message.tool_calls or ()]
+  try:
+    calls = [ToolCall(call.name, dict(json.loads(call.arguments or '{}'))) for call in asked]
+    return text + (print_calls(calls, 'hermes') if calls else '')
+  except (ValueError, TypeError, RecursionError):  # nothing that can be called; the text shows what it was
+    return text + '\n'.join(f'{call.name}{call.arguments}' for call in asked)
 
 
 class Journal:

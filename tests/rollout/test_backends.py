@@ -132,13 +132,32 @@ def test_failures_that_pass_are_asked_again(serve):
   assert [got[n].text for n in range(4)] == ['ok'] * 4 and len(endpoint.bodies) == 8
 
 
+@pytest.mark.parametrize('bad', ['{"choices": [', {'choices': [{'index': 0, 'message': 'hey'}]}, [1], {'choices': None}])
+def test_malformed_answers_are_asked_again_and_never_kept(serve, tmp_path, bad):
+  endpoint, path = serve(lambda body, times: (200, bad if times < 3 else answer('ok'))), tmp_path / 'j'
+  with pytest.raises(ConnectionError, match='without a message'):
+    list(OpenAIBackend(endpoint.url, 'm', retries=0, journal=path).stream(source_of([ask(0)]), SAMPLING))
+  assert not path.read_text()
+  got = dict(OpenAIBackend(endpoint.url, 'm', retries=1, journal=path).stream(source_of([ask(0)]), SAMPLING))
+  assert got[0].text == 'ok'
+
+
+@pytest.mark.parametrize('arguments', ['{"a": NaN}', '[1]', '{"a":' + '[' * 100_000 + ']' * 100_000 + '}'])
+def test_arguments_that_are_no_call_stay_text(serve, arguments):
+  calls = [{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': text}} for text in ('{"b": 1}', arguments)]
+  usage = {'usage': {'prompt_tokens': None, 'completion_tokens': None}}
+  endpoint = serve(lambda *_: (200, answer(None, tool_calls=calls) | usage))
+  got = dict(OpenAIBackend(endpoint.url, 'm').stream(source_of([ask(0)]), SAMPLING))
+  assert got[0].text == 'f{"b": 1}\nf' + arguments and got[0].prompt_tokens == 0
+
+
 def test_a_request_that_is_refused_is_a_reply_with_its_reason(serve):
   script = lambda body, _: (400, {'error': {'message': 'context too long'}}) if 'find 1' in str(body) else (200, answer('ok'))
   got = dict(OpenAIBackend(serve(script).url, 'm').stream(source_of([ask(0), ask(1)]), SAMPLING))
   assert got[0].text == 'ok' and got[1].text == '' and 'status 400' in got[1].error and 'context too long' in got[1].error
 
 
-@pytest.mark.parametrize('status', [401, 404, 500])
+@pytest.mark.parametrize('status', [401, 402, 404, 408, 409, 500])
 def test_an_endpoint_that_refuses_us_is_one_error(serve, status):
   endpoint = serve(lambda *_: (status, {'error': {'message': 'no'}}))
   with pytest.raises(ConnectionError, match=f"{endpoint.url}, model 'm'"):
