@@ -21,6 +21,12 @@ def bucket_ladder(max_len: int) -> tuple[int, ...]:
   return (*sorted(step for step in steps if step < max_len), max_len)
 
 
+def span_ladder(max_len: int) -> tuple[int, ...]:
+  """The spans of slots that decode programs are compiled for: 64, 128, 256, 512, 768, 1024, 1536, ... up to `max_len`. Short
+  ones are coarser than for prompts: reading them is a small part of a step, and each pair of spans is a program."""
+  return tuple(step for step in bucket_ladder(max_len) if step > 512 or step == max_len or step.bit_count() == 1)
+
+
 def bucket(ladder: Sequence[int], length: int) -> int:
   """The smallest step of the ladder that holds `length`."""
   return ladder[int(np.searchsorted(ladder, length))]
@@ -126,24 +132,25 @@ class Tile:
 
 
 def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_A: np.ndarray, slot_A: np.ndarray,
-               sizes: tuple[int, int]) -> list[Tile]:
-  """The live lanes in tiles of one of two sizes, lanes of a trunk side by side, short ones before long ones, so that a tile
-  reads little more than its lanes hold. Spare lanes fill the last one up.
+               sizes: Sequence[int]) -> list[Tile]:
+  """The live lanes in tiles of the largest size and, for the last ones, the smallest that holds them.
+
+  Lanes of a trunk are side by side and short ones before long ones, so that a tile reads little more than its lanes hold.
+  Spare lanes fill the last one up.
 
   Args:
     live: the lanes that run; `spare`: others.
     trunk_A: the trunk of each lane.
     length_A: tokens of that trunk.
     slot_A: slots in use of each lane's branch.
-    sizes: a narrow and a wide tile.
+    sizes: of tiles, ascending.
   """
-  narrow, wide = sizes
   reach = {trunk: int((length_A[mine] + slot_A[mine]).max()) for trunk in np.unique(trunk_A[live])
            for mine in [live[trunk_A[live] == trunk]]}
   order = sorted(live.tolist(), key=lambda lane: (reach[trunk_A[lane]], trunk_A[lane], slot_A[lane], lane))
   tiles, spare = [], spare.tolist()
   while order:
-    size = narrow if len(order) <= narrow else wide
+    size = next((size for size in sizes if len(order) <= size), sizes[-1])
     mine, order = order[:size], order[size:]
     fill = spare[:size - len(mine)]
     spare = spare[len(fill):]

@@ -10,7 +10,8 @@ import pytest
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout.engine import Engine, Request, bucket_ladder
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.lanes import bucket_ladder, span_ladder
 from dcore_jax.rollout.sampling import SamplingParams
 
 CONFIG = DecoderConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -151,11 +152,13 @@ def test_episodes_of_several_steps():
 
 
 def test_compilations_are_bounded_and_new_weights_need_none():
-  runner = engine(max_len=72)  # a shape no other test uses: what is counted is compiled here
+  # A shape no other test uses: what is counted is compiled here. Without stop tokens the lengths are those asked for.
+  runner = engine(max_len=72, stop_ids=[])
   made = requests(20, lengths=(1, 9, 30, 63))
   first = runner.generate(made, SamplingParams())
   compiled = runner.stats.compilations
-  assert 0 < compiled <= 2 * len(bucket_ladder(72))
+  spans = len(span_ladder(72))
+  assert 0 < compiled <= len(bucket_ladder(72)) + 3 * spans**2  # tiles of 1, 2 and 4 lanes
   runner.update(params(2))
   second = runner.generate(made, SamplingParams())
   assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
@@ -230,3 +233,4 @@ def test_bucket_ladder():
   assert bucket_ladder(1024) == (64, 128, 192, 256, 384, 512, 768, 1024)
   assert bucket_ladder(100) == (64, 100)
   assert bucket_ladder(10) == (10,)
+  assert span_ladder(1500) == (64, 128, 256, 512, 768, 1024, 1500)
