@@ -40,6 +40,10 @@ class Sequence:
         raise ValueError(f'{name} has shape {np.shape(array)}, expected ({size},)')
     if not size:
       raise ValueError('a sequence needs at least one token')
+    if np.asarray(self.tokens).dtype.kind not in 'iu':
+      raise ValueError(f'tokens are of type {np.asarray(self.tokens).dtype}, expected integers')
+    if not np.all(np.isfinite(self.weights) & (self.weights >= 0)):
+      raise ValueError('loss weights must be finite and not negative')
     if not 0 <= self.shared <= size:
       raise ValueError(f'shared = {self.shared} is outside 0..{size}')
     if self.weights[0]:

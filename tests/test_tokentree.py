@@ -151,6 +151,14 @@ def test_shards_hold_the_loss_tokens_of_their_own_rows():
     tree.batch(shards=3)
 
 
+def test_tokens_and_weights_that_cannot_be_are_refused():
+  with pytest.raises(ValueError, match='float64'):
+    tokentree.Sequence(np.array([1.5, 2.0]), np.zeros(2, np.float32), 2)
+  for bad in (np.nan, np.inf, -1):
+    with pytest.raises(ValueError, match='finite and not negative'):
+      sequence([1, 2], [0, bad])
+
+
 def test_overlong_sequences_are_counted_not_cut():
   tree = tokentree.pack([sequence(range(9)), sequence(range(5))], 8)
   assert tree.dropped == [0] and len(tree.paths[0]) == 0 and tree.live == 5

@@ -6,8 +6,10 @@ config section, the data, a place for metrics. Letters: P prompts, G rollouts of
 import collections
 import dataclasses
 import functools
+import math
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +57,8 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
     seed: of the row order.
   """
   sequences = encode_rows(tokenizer, rows, loss_mask=config.loss_mask, capacity=config.capacity, overlong=config.overlong)
+  if config.checkpoint_every < 1:
+    raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
                      accumulate=config.accumulate, pad_id=tokenizer.pad_token_id)
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
@@ -63,15 +67,18 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   step_fn = sft.make_sft_step(model, tx, execution)
   state = init_state(params, tx)
   tree = data.tree
+  fingerprint = zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
   flat = sum(map(len, tree.paths)) / tree.rows * config.rows  # tokens of the unmerged rows that a step stands for
   with Checkpoints(checkpoints, keep=1) as saved, progress(total=len(data), description='sft') as bar:
     start, spent, opened = 0, 0.0, time.monotonic()
     found = saved.restore(state)
     if found:
       state, extra, start = found
+      if extra['rows'] != fingerprint:
+        raise ValueError(f'the checkpoints in {str(checkpoints)!r} were made from other rows')
       spent = extra['seconds']
       bar.initial = bar.n = start
-    losses = [row['loss'] for row in metrics.rewind('sft', start)]
+    losses = [math.nan if row['loss'] is None else row['loss'] for row in metrics.rewind('sft', start)]
 
     def log(step: int, values: dict[str, jax.Array]) -> None:
       losses.append(float(values['loss']))
@@ -88,7 +95,7 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(data):
         log(*waiting)
         waiting = None
-        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened})
+        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened, 'rows': fingerprint})
       bar.update(1)
   tenth = max(1, len(losses) // 10)
   return state.params, {'rows': len(rows), 'dropped': len(tree.dropped), 'dedup': tree.dedup,

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import ml_collections
 from absl import logging
 
@@ -108,7 +109,7 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], *, loss_mask: str = 'final'
     try:
       messages = [Message.from_json(record) for record in row['conversations']]
       examples.append(cut_example(tokenizer, turns, messages, loss_mask, row.get('tools')))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
       raise ValueError(f'row {_name(row, number)!r} cannot be trained on: {error!r}') from error
   encoded = encode_pieces(tokenizer, turns, examples, loss_mask)
   sizes = [len(tokens) for tokens, _ in encoded]

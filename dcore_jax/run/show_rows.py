@@ -157,7 +157,7 @@ class RowView:
     return lines
 
   def _who(self, sequences: Sequence[int]) -> str:
-    shown = ', '.join(f'{number} ({self.names[number]})' for number in sequences[:4])
+    shown = ', '.join(f'{number} ({_printable(self.names[number])})' for number in sequences[:4])
     more = f' and {len(sequences) - 4} more' if len(sequences) > 4 else ''
     return f'sequence{"s" if len(sequences) > 1 else ""} {shown}{more}'
 

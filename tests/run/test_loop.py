@@ -92,6 +92,9 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   timeless = lambda folder: [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in read_metrics(folder, 'sft')]
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
+  with pytest.raises(ValueError, match='made from other rows'):
+    rows[0]['conversations'][1]['content'] = 'other'
+    run_in(tmp_path / 'parts')
   assert {k: ran[k] for k in ('first_loss', 'last_loss', 'steps')} == {k: result[k] for k in ('first_loss', 'last_loss', 'steps')}
 
 
