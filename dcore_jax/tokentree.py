@@ -4,6 +4,7 @@ A row is a forest of token nodes in depth-first order. Query i sees key j iff `j
 sees are exactly its ancestors and itself, which is causal masking, packing isolation and prefix sharing in one.
 Letters: R rows, T tokens in a row (capacity), A micro-batches, M loss tokens of one micro-batch.
 """
+import bisect
 import dataclasses
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 # share would save 4 tokens of each, and add its block to what every block of queries reads: single turns of 800 tokens
 # took 12 % longer so.
 _LEAST_SHARED = 64
+_CANDIDATES = 200  # pieces that are tried beside the largest one of a row; 16,384-bit sums of them take 0.2 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +176,9 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   """Merges common prefixes and packs the resulting trees in rows of `capacity` tokens; deterministic.
 
   Weights of merged tokens add, which is exactly the sum of the flat losses. A tree larger than a row is cut where its
-  trunk, which is then repeated, is shortest, and the pieces fill rows best-fit-decreasing; or rows are filled one after
-  the other and trees cut where a row ends. The plan with fewer rows is taken, of equal ones that with fewer tokens, and the
-  number of rows rounded up to `rows_multiple`. Prefixes too short to be worth it stay apart; with `merge` off all do, which
+  trunk, which is then repeated, is shortest, and the pieces fill rows best-fit-decreasing, or each row by the pieces whose
+  sizes add up to most; or rows are filled one after the other and trees cut where a row ends. The plan with the fewest rows is
+  taken, of equal ones that with fewest tokens, and the number of rows rounded up to `rows_multiple`. Prefixes too short to be worth it stay apart; with `merge` off all do, which
   is plain packing.
   """
   if capacity < 1 or rows_multiple < 1:
@@ -191,7 +193,8 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
   common = _common_prefixes([keys[index] for index in order])
   common[common < (min(_LEAST_SHARED, capacity // 32) if merge else capacity + 1)] = 0
-  plans = [_best_fit(lengths, common, capacity), _in_order(lengths, common, capacity)]
+  pieces = _pieces(lengths, common, capacity)
+  plans = [plan(lengths, common, capacity, pieces) for plan in (_best_fit, _fullest, _in_order)]
   row_of, fresh = min(plans, key=lambda plan: (plan[0].max(initial=-1), plan[1].sum()))
   rows = -(-(row_of.max(initial=-1) + 1) // rows_multiple) * rows_multiple
 
@@ -224,7 +227,7 @@ def _common_prefixes(keys: list[bytes]) -> np.ndarray:
   return common
 
 
-def _in_order(lengths: np.ndarray, common: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(lengths: np.ndarray, common: np.ndarray, capacity: int, _: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
   """Fills row after row with the sorted sequences -> as `_best_fit`.
 
   It cuts wherever a row is full: 200 dialogues of 3,400 tokens over one system prompt, four to a row of 16,384, take 47 rows
@@ -238,13 +241,12 @@ def _in_order(lengths: np.ndarray, common: np.ndarray, capacity: int) -> tuple[n
   return row_of, lengths - _common_in_rows(common, row_of)
 
 
-def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts trees into pieces and gives each a row -> (row of each sorted sequence, tokens that it adds to the row).
+def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
+  """Gives each piece a row -> (row of each sorted sequence, tokens that it adds to the row).
 
   Best fit decreasing, where a piece costs a row its own tokens and those of its trunk that the row does not hold yet: it goes
   where it costs least, among those into the fullest row.
   """
-  pieces = _pieces(lengths, common, capacity)
   sizes = np.array([piece.size for piece in pieces], np.int64)
   trunks = np.array([piece.trunk for piece in pieces], np.int64)
   free, used, holders = np.full(len(pieces), capacity), 0, {}  # holders: rows that hold the trunk of a cut
@@ -266,6 +268,42 @@ def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int) -> tuple[n
       if row not in rows[-1:]:
         rows.append(row)
   return row_of, lengths - _common_in_rows(common, row_of)
+
+
+def _fullest(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
+  """Fills each row with the largest piece that is left and those whose sizes then add up to most -> as `_best_fit`.
+
+  Every piece counts with its trunk. 256 groups of about 4,090 tokens, four to a row of 16,384, take 67 rows so and 69 by best
+  fit; 2,000 single turns are packed to 99.97 % and 99.4 %.
+  """
+  left = sorted(range(len(pieces)), key=lambda index: -(pieces[index].trunk + pieces[index].size))
+  negative = [-(pieces[index].trunk + pieces[index].size) for index in left]  # ascending, for the bisection
+  row_of, row = np.zeros(len(lengths), np.int64), 0
+  while left:
+    room = capacity + negative[0]
+    start = max(1, bisect.bisect_left(negative, -room))  # the first that fits beside it
+    chosen = [0, *(start + place for place in _largest_sum([-size for size in negative[start:start + _CANDIDATES]], room))]
+    for place in reversed(chosen):
+      piece = pieces[left.pop(place)]
+      del negative[place]
+      row_of[piece.first:piece.last] = row
+    row += 1
+  return row_of, lengths - _common_in_rows(common, row_of)
+
+
+def _largest_sum(sizes: list[int], room: int) -> list[int]:
+  """Ascending places of the sizes with the largest sum up to `room`. Bit n of a number: n is a sum of the sizes so far."""
+  mask, reached = (1 << room + 1) - 1, [1]
+  for size in sizes:
+    reached.append((reached[-1] | reached[-1] << size) & mask)
+    if reached[-1] >> room:
+      break
+  total, places = reached[-1].bit_length() - 1, []
+  for place in range(len(reached) - 2, -1, -1):
+    if not reached[place] >> total & 1:
+      places.append(place)
+      total -= sizes[place]
+  return places[::-1]
 
 
 class _Piece(NamedTuple):
