@@ -1,14 +1,18 @@
-"""Rollouts: a long tail, groups that share a prompt, equal lengths, against transformers' generate.
+"""Rollouts: a long tail, groups that share a prompt, equal lengths, against transformers' generate and google-tunix's sampler.
 
     python -m benchmarks.rollout                                  # every case, about 40 minutes on 2 cores
-    python -m benchmarks.rollout --cases=tail --vocabularies=4096
+    python -m benchmarks.rollout --cases=tail --vocabularies=4096 --tunix_python=/path/to/its/environment/bin/python
 
-One JSON line a case: useful tokens a second (tokens up to the first stop token), ratio (> 1: ours is better). Both sample at
-temperature 1 from the same random weights in float32; rounds are interleaved, each with a seed of its own, and what comes
-before them is apart: the first call of each (`first_seconds`, compilation included), and of ours every round once, since
-other lengths may need other programs. google-tunix's sampler is not driven yet and gives a line that says so. Bounds are the
-bytes that our decode steps read (weights, keys and values) at this machine's bandwidth.
+One JSON line a case and peer: useful tokens a second (tokens up to the first stop token), ratio (> 1: ours is better). All
+sample at temperature 1 from random weights of the same sizes in float32; rounds are interleaved, each with a seed of its own,
+and what comes before them is apart: the first call of each (`first_seconds`, compilation included), and of ours every round
+once, since other lengths may need other programs. google-tunix 0.1.7 needs an environment of its own (jax 0.8) and runs in a
+process of that interpreter. Bounds are the bytes that our decode steps read (weights, keys and values) at this machine's
+bandwidth.
 """
+import json
+import pathlib
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +33,7 @@ CASES = ('tail', 'groups', 'equal')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _VOCABULARIES = flags.DEFINE_list('vocabularies', ['4096', '151936'], 'Vocabulary sizes to run them at.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed.')
+_TUNIX_PYTHON = flags.DEFINE_string('tunix_python', '', "Python of google-tunix 0.1.7's environment; '' skips it.")
 
 
 class Case(NamedTuple):
@@ -37,7 +42,7 @@ class Case(NamedTuple):
   prompts: list[np.ndarray]  # one for each rollout
   budget: int
   stop_ids: list[int]
-  wanted: float  # ratio against transformers
+  wanted: tuple[float, float | None]  # ratios against transformers and google-tunix
 
   @property
   def longest(self) -> int:
@@ -55,10 +60,10 @@ def make_case(name: str, vocabulary: int) -> Case:
   prompt = lambda length: rng.integers(1, vocabulary, length).astype(np.int32)
   if name == 'tail':
     stops = rng.choice(vocabulary, round(vocabulary / 90), replace=False)
-    return Case(name, [prompt(64) for _ in range(32)], 512, sorted(stops.tolist()), 3.0)
+    return Case(name, [prompt(64) for _ in range(32)], 512, sorted(stops.tolist()), (3.0, 2.0))
   if name == 'groups':
-    return Case(name, [one for one in (prompt(1024) for _ in range(4)) for _ in range(8)], 128, [], 3.0)
-  return Case(name, [prompt(128) for _ in range(32)], 128, [], 1.0)
+    return Case(name, [one for one in (prompt(1024) for _ in range(4)) for _ in range(8)], 128, [], (3.0, None))
+  return Case(name, [prompt(128) for _ in range(32)], 128, [], (1.0, 1.0))
 
 
 class Ours:
@@ -96,6 +101,31 @@ class Transformers:
     return useful_tokens(out[:, prompts.shape[1]:].numpy(), case.stop_ids)
 
 
+class Tunix:
+  """google-tunix's sampler in a process of its own, which samples once for each seed that it is sent."""
+
+  def __init__(self, config: DecoderConfig, case: Case, python: str):
+    worker = pathlib.Path(__file__).with_name('tunix_worker.py')
+    self._process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    prompts = [prompt.tolist() for prompt in case.prompts]
+    self._send(json.dumps({'config': config.to_hf(), 'prompts': prompts, 'budget': case.budget, 'stop_ids': case.stop_ids}))
+
+  def _send(self, line: str) -> None:
+    self._process.stdin.write(line + '\n')
+    self._process.stdin.flush()
+
+  def __call__(self, seed: int) -> int:
+    self._send(str(seed))
+    answer = self._process.stdout.readline()
+    if not answer:
+      raise RuntimeError(f'the worker of google-tunix ended with status {self._process.wait()}')
+    return int(answer)
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait(timeout=60)
+
+
 def useful_tokens(tokens_BT: np.ndarray, stop_ids: list[int]) -> int:
   """Tokens up to and with the first stop token of each row."""
   stopped_BT = np.isin(tokens_BT, stop_ids)
@@ -119,7 +149,10 @@ def run_case(name: str, vocabulary: int) -> None:
     samplers['transformers'] = Transformers(config, params, case)
   except ImportError:
     measure.skipped(title, 'transformers generate', 'torch is not installed')
-  measure.skipped(title, 'google-tunix sampler', 'not driven yet: needs jax 0.8 in an environment of its own')
+  if _TUNIX_PYTHON.value:
+    samplers['tunix'] = Tunix(config, case, _TUNIX_PYTHON.value)
+  else:
+    measure.skipped(title, 'google-tunix sampler', 'no --tunix_python')
 
   def timed(sampler: str, seed: int) -> tuple[int, float]:
     began = time.perf_counter()
@@ -136,6 +169,8 @@ def run_case(name: str, vocabulary: int) -> None:
     for sampler in samplers:
       tokens, seconds = timed(sampler, seed)
       rates[sampler].append(tokens / seconds)
+  if 'tunix' in samplers:
+    samplers['tunix'].close()
   spent = {field: value - before[field] for field, value in vars(ours.engine.stats).items()}
   rate = {sampler: float(np.median(values)) for sampler, values in rates.items()}
   given = sum(map(len, case.prompts)) * _ROUNDS.value
@@ -144,9 +179,10 @@ def run_case(name: str, vocabulary: int) -> None:
   facts = dict(prefill_share=spent['prefill_tokens'] / given, occupancy=spent['decoded_tokens'] / spent['lane_steps'],
                steps=spent['decode_steps'], bytes_per_step=read / spent['decode_steps'], compilations=compiled,
                bound=spent['decoded_tokens'] / (read / bandwidth()), first_seconds=first['ours'])
-  if 'transformers' in rate:
-    line(title, 'transformers generate', rate['ours'], rate['transformers'], 'useful tokens/s', wanted=case.wanted,
-         better='more', **facts, peer_first_seconds=first['transformers'])
+  for peer, label, wanted in zip(('transformers', 'tunix'), ('transformers generate', 'google-tunix sampler'), case.wanted):
+    if peer in rate:
+      line(title, label, rate['ours'], rate[peer], 'useful tokens/s', wanted=wanted, better='more', **facts,
+           peer_first_seconds=first[peer])
   if name == 'groups' and spent['prefill_tokens'] * 8 != given:
     raise AssertionError(f'{spent["prefill_tokens"]} tokens prefilled of {given} given: not an eighth')
 
