@@ -32,11 +32,16 @@ class Policy:
   params: Any
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
+  generation_stop_ids: tuple[int, ...] = ()  # of the model's generation_config.json
 
   @property
   def stop_ids(self) -> list[int]:
-    """End of turn, and end of text where the tokenizer has it."""
-    ids = [self.tokenizer.eos_token_id, turn_format(self.tokenizer).end_of_turn_id]
+    """All that end an answer: by generation_config.json and config.json, the tokenizer's end of text, the template's end of turn.
+
+    Llama-3.1 stops at three tokens (end of text, of message, of turn), of which its tokenizer names one.
+    """
+    ids = [*self.generation_stop_ids, *self.config.stop_token_ids, self.tokenizer.eos_token_id,
+           turn_format(self.tokenizer).end_of_turn_id]
     return sorted({i for i in ids if i is not None})
 
 
@@ -77,7 +82,19 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   if len(tokenizer) > model.vocab_size:
     raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
                      f'the embedding {model.vocab_size} rows')
-  return Policy(model, params, tokenizer, tokenizer_dir)
+  return Policy(model, params, tokenizer, tokenizer_dir, () if config.init else _generation_stop_ids(path))
+
+
+def _generation_stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
+  """`eos_token_id` of a generation_config.json, one or a list; () where there is no such file or field."""
+  path = folder / 'generation_config.json'
+  if not path.exists():
+    return ()
+  ids = _parse(path.read_text(encoding='utf-8'), str(path)).get('eos_token_id')
+  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  if not all(isinstance(i, int) for i in ids):
+    raise ValueError(f'{path}: eos_token_id is {ids!r}, expected token ids')
+  return tuple(ids)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

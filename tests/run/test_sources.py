@@ -1,5 +1,6 @@
 """Models and real rows: what is read, and what is refused by name."""
 import json
+import shutil
 
 import pytest
 
@@ -113,3 +114,16 @@ def test_the_organism_loads_and_fits():
   assert policy.stop_ids == [policy.tokenizer.convert_tokens_to_ids('<|im_end|>')]
   assert policy.config.param_count * 2 <= 12e6  # bytes in bf16
   assert sum(f.stat().st_size for f in sources.ORGANISM.glob('*.safetensors')) <= 12e6
+
+
+def test_every_stop_token_of_a_generation_config_counts(tmp_path):
+  folder = shutil.copytree(sources.ORGANISM, tmp_path / 'model')
+  config = default_config().model
+  config.path = str(folder)
+  for ids, more in (([3, 573], {3}), (4, {4}), (None, set())):
+    (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
+    policy = sources.load_policy(config, seed=0)
+    assert set(policy.stop_ids) == more | {policy.tokenizer.eos_token_id}
+  (folder / 'generation_config.json').write_text('{"eos_token_id": ["x"]}')
+  with pytest.raises(ValueError, match='generation_config.json: eos_token_id'):
+    sources.load_policy(config, seed=0)
