@@ -15,7 +15,7 @@ from dcore_jax.serve.server import DTYPES, Server, load_model
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')
 _NAME = flags.DEFINE_string('name', '', 'What clients call the model; default: the name of its directory.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
-_PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on.')
+_PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is free.')
 _API_KEY_ENV = flags.DEFINE_string('api_key_env', '', 'Environment variable with the key that clients must send; default: none.')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
@@ -43,11 +43,13 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     sys.exit(f'error: {error}')
   service = Service(scheduler, model.tokenizer, _NAME.value or model.name, limits, key)
-  server = Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value)
   if not key and _HOST.value not in ('127.0.0.1', '::1', 'localhost'):
     print(f'{_HOST.value} may be reached by others, and no API key is asked for', file=sys.stderr)
-  print(f'{service.model}: {model.summary()}; http://{_HOST.value}:{_PORT.value}/v1', file=sys.stderr, flush=True)
-  server.run()
+
+  def announce(url: str) -> None:
+    print(f'{url} serves {service.model}: {model.summary()}', file=sys.stderr, flush=True)
+
+  Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce).run()
   if scheduler.failure is not None:
     sys.exit(f'error: the engine failed: {scheduler.failure}')
 

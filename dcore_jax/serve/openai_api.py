@@ -116,16 +116,20 @@ class Service:
 
   async def _chat(self, request: Request) -> Response:
     asked, prompt, thinking = await self._off_loop(self._read_chat, await self._body(request))
-    most_calls = None if asked.parallel_tool_calls else 1
-    choices = [ChatChoice(index, self.tokenizer, asked.stop, asked.logprobs, specs=asked.specs, thinking=thinking,
-                          most_calls=most_calls) for index in range(asked.n)]
-    return await self._answer(request, asked, [prompt], choices, 'chatcmpl', ('chat.completion', 'chat.completion.chunk'))
+
+    def choice(index: int) -> ChatChoice:
+      return ChatChoice(index, self.tokenizer, asked.stop, asked.logprobs, specs=asked.specs, thinking=thinking,
+                        most_calls=None if asked.parallel_tool_calls else 1)
+
+    return await self._answer(request, asked, [prompt], choice, 'chatcmpl', ('chat.completion', 'chat.completion.chunk'))
 
   async def _complete(self, request: Request) -> Response:
     asked, prompts = await self._off_loop(self._read_completion, await self._body(request))
-    choices = [TextChoice(index, self.tokenizer, asked.stop, asked.logprobs is not None)
-               for index in range(asked.n * len(prompts))]
-    return await self._answer(request, asked, prompts, choices, 'cmpl', ('text_completion', 'text_completion'))
+
+    def choice(index: int) -> TextChoice:
+      return TextChoice(index, self.tokenizer, asked.stop, asked.logprobs is not None)
+
+    return await self._answer(request, asked, prompts, choice, 'cmpl', ('text_completion', 'text_completion'))
 
   async def _body(self, request: Request) -> bytes:
     limits = self.limits
@@ -181,20 +185,20 @@ class Service:
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   async def _answer(self, request: Request, asked: ChatRequest | CompletionRequest, prompts: list[list[int]],
-                    choices: list[Choice], prefix: str, objects: tuple[str, str]) -> Response:
+                    make_choice: Callable[[int], Choice], prefix: str, objects: tuple[str, str]) -> Response:
     """Runs the choices, `n` of each prompt in turn, and answers whole or in pieces."""
-    longest, capacity = max(map(len, prompts), default=0), self.scheduler.capacity
+    longest, count, capacity = max(map(len, prompts), default=0), asked.n * len(prompts), self.scheduler.capacity
     if longest >= self.scheduler.engine.max_len:
       raise RequestError(f'the prompt has {longest} tokens; prompt and answer together may have '
                          f'{self.scheduler.engine.max_len}', 'messages' if prefix == 'chatcmpl' else 'prompt',
                          'context_length_exceeded')
-    if not 1 <= len(choices) <= capacity:
-      raise RequestError(f'{len(choices)} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
+    if not 1 <= count <= capacity:
+      raise RequestError(f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
     rows = [engine_lib.Request(prompt, (number, sample)) for number, prompt in enumerate(prompts) for sample in range(asked.n)]
     head = {'id': f'{prefix}-{secrets.token_hex(12)}', 'object': objects[asked.stream], 'created': int(time.time()),
             'model': self.model}
     rollouts = Rollouts(self.scheduler, rows, asked.sampling(self.limits.max_tokens))
-    run = _Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
+    run = _Run(self.telemetry, rollouts, list(map(make_choice, range(count))), head, sum(map(len, prompts)))
     if asked.stream:
       return _EventStream(run, asked.usage_wanted)
     try:

@@ -108,10 +108,10 @@ class ReplyParser:
       certain = content if self._ended else _before(content, _OPEN_CALL).rstrip()
       delta.content += self._give(certain)
       return False
-    delta.content += self._give(content.rstrip())
+    said = self._give(content.rstrip())
+    delta.content += said
     body, closed, rest = rest.partition(_CLOSE_CALL)
-    block = _OPEN_CALL + body + closed
-    self._text = block + rest
+    block = content.removeprefix(said) + _OPEN_CALL + body + closed
     if not closed and not self._ended:
       return False
     if closed and self._call(delta, block, parse_hermes):

@@ -15,6 +15,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256  # OpenAI's number; bytes, since each step looks through as many tokens
 _MOST_TOOLS = 512
+_GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
 
 class RequestError(ValueError):
@@ -166,7 +167,9 @@ class _Request(_Strict):
   def sampling(self, max_tokens: int) -> SamplingParams:
     """The rule, with `max_tokens` as the server's bound beside the client's."""
     wanted = max_tokens if self.budget is None else min(self.budget, max_tokens)
-    return SamplingParams(self.temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop)
+    # Logits divided by less overflow, and 0/0 in one lane would end the engine.
+    temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
+    return SamplingParams(temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop)
 
 
 class ChatRequest(_Request):

@@ -2,7 +2,9 @@
 import asyncio
 import dataclasses
 import pathlib
+import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -91,13 +93,20 @@ def _generation_stops(folder: pathlib.Path) -> list[int]:
 class Server(uvicorn.Server):
   """Serves until SIGTERM or SIGINT, then finishes what is under way, for `drain_seconds` at most, and takes nothing new.
 
-  A second signal ends it at once. It ends by itself where the engine fails.
+  A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the URL once it listens.
   """
 
-  def __init__(self, service: Service, host: str, port: int, drain_seconds: float):
+  def __init__(self, service: Service, host: str, port: int, drain_seconds: float,
+               announce: Callable[[str], None] = lambda url: None):
     # After draining nothing is under way; clients that do not close their connections get a second.
     super().__init__(uvicorn.Config(service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'))
     self._service, self._drain_seconds, self._deadline = service, drain_seconds, float('inf')
+    self._announce = announce
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    host, port, *_ = self.servers[0].sockets[0].getsockname()
+    self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     if self._service.draining:
