@@ -3,7 +3,7 @@ import json
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dcore_jax.serve.requests import RequestError
@@ -30,6 +30,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | No
     return 429, _body(error, _TYPES[429], 'rate_limit_exceeded'), RETRY_AFTER
   if isinstance(error, Stopped):
     return 503, _body(error, _TYPES[503], 'stopped'), RETRY_AFTER
+  if isinstance(error, ClientDisconnect):  # nobody reads it, but the count of requests by status
+    return 499, _body('the client went away', 'invalid_request_error'), None
   if isinstance(error, HTTPException):  # of the router: no such path, no such method
     return error.status_code, _body(error.detail, 'invalid_request_error'), error.headers
   return 500, _body('the server failed to answer; its log says why', 'server_error'), None
@@ -46,7 +48,8 @@ def encode(record: dict[str, Any]) -> str:
   return json.dumps(record, separators=(',', ':'))
 
 
-HANDLED = (RequestError, Refusal, Overloaded, Stopped, HTTPException, Exception)  # the last is logged with its traceback too
+HANDLED = (RequestError, Refusal, Overloaded, Stopped, ClientDisconnect, HTTPException,
+           Exception)  # which is logged with its traceback too
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error', 500: 'server_error', 503: 'server_error'}
 
 

@@ -205,7 +205,7 @@ class Service:
       return Response(encode(await _while_connected(request.receive, run.whole())), media_type='application/json')
     except ClientDisconnect:
       self.telemetry.cancelled.inc()
-      return Response(status_code=499)  # nobody reads it; the count of requests by status does
+      raise
     finally:
       run.close()
 

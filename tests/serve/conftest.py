@@ -4,11 +4,18 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
+from dcore_jax.run.sources import ORGANISM
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import load_model
 from tests.serve.servers import ScriptedEngine, engine_like, running
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+  return transformers.AutoTokenizer.from_pretrained(str(ORGANISM))
 
 
 @pytest.fixture(scope='session')
@@ -27,11 +34,10 @@ def served(organism):
 
 
 @pytest.fixture
-def scripted(organism):
+def scripted(tokenizer):
   """A function that starts a server on a scripted engine -> (URL, engine, service, uvicorn server)."""
   with contextlib.ExitStack() as stack:
     def start(text='find the order', *, max_waiting=2, drain_seconds=30.0, api_key='', lanes=2, **limits):
-      tokenizer = organism.tokenizer
       engine = ScriptedEngine([*tokenizer(text)['input_ids'], tokenizer.eos_token_id], lanes)
       service = Service(Scheduler(engine, max_waiting), tokenizer, 'm', Limits(64, **limits), api_key)
       url, server = stack.enter_context(running(service, drain_seconds))

@@ -2,6 +2,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -20,17 +21,22 @@ def launch(*arguments, **environment):
 
 
 def test_sigterm_in_the_middle_of_an_answer():
-  process = launch('--port=0', '--lanes=1', '--max_len=256', '--steps_per_call=1', '--api_key_env=KEY', KEY='k')
+  process = launch('--port=0', '--lanes=1', '--max_len=64', '--steps_per_call=1', '--api_key_env=KEY', KEY='k')
   try:
     url = process.stderr.readline().split()[0]
     assert url.startswith('http://127.0.0.1:')
     client = openai.OpenAI(base_url=url, api_key='k', max_retries=0)
-    stream = client.completions.create(model='organism', prompt='find', max_tokens=200, stream=True, temperature=5.0, seed=0)
-    pieces = [next(stream)]
-    process.send_signal(signal.SIGTERM)
-    until(lambda: refused(url))
-    pieces += stream
-    assert pieces[-1].choices[0].finish_reason in ('stop', 'length') and len(pieces) > 5
+    host, port = url.split('/')[2].split(':')
+    with socket.create_connection((host, int(port))) as slow:  # a request that is not whole yet, which the server waits for
+      slow.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n'
+                   b'Content-Type: application/json\r\nContent-Length: 99\r\n\r\n')
+      stream = client.completions.create(model='organism', prompt='find', max_tokens=50, stream=True, temperature=5.0, seed=0)
+      pieces = [next(stream)]
+      process.send_signal(signal.SIGTERM)
+      until(lambda: refused(url))
+      pieces += stream
+      assert pieces[-1].choices[0].finish_reason in ('stop', 'length') and len(pieces) > 5
+      assert process.poll() is None
     assert process.wait(60) == 0
   finally:
     process.kill()

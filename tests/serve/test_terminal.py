@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.scheduler import Scheduler
@@ -30,31 +30,27 @@ class Scripted:
     self.shown += text
 
 
-def speaker(organism, text, colour=True):
-  tokenizer = organism.tokenizer
+def speaker(tokenizer, text, colour=True):
   engine = ScriptedEngine([*tokenizer(text)['input_ids'], tokenizer.eos_token_id])
   scheduler, out = Scheduler(engine, 0), io.StringIO()
   return types.SimpleNamespace(engine=engine, scheduler=scheduler, out=out,
                                speaker=Speaker(scheduler, tokenizer, SamplingParams(), out, colour))
 
 
-def test_thoughts_are_dimmed_and_nothing_steers_the_terminal(organism):
-  from dcore_jax.chat.messages import Message
-  made = speaker(organism, '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9')
+def test_thoughts_are_dimmed_and_nothing_steers_the_terminal(tokenizer):
+  made = speaker(tokenizer, '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9')
   assert made.speaker.answer([Message('user', 'x')]) == '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9'
-  assert made.out.getvalue().startswith('\x1b[2mhm') or '\x1b[2mh' in made.out.getvalue()
+  assert made.out.getvalue().startswith('\x1b[2mh')
   assert made.out.getvalue().endswith('\ufffd[31m\ufffd \u00e9\n') and made.out.getvalue().count('\x1b[31') == 0
-  plain = speaker(organism, '<think>\nhm\n</think>\n\nfine', colour=False)
+  plain = speaker(tokenizer, '<think>\nhm\n</think>\n\nfine', colour=False)
   plain.speaker.answer([Message('user', 'x')])
   assert plain.out.getvalue() == 'hm\nfine\n'
   made.scheduler.close()
   plain.scheduler.close()
 
 
-def test_ctrl_c_cancels_the_answer_and_frees_the_lane(organism):
-  from dcore_jax.chat.messages import Message
-  made = speaker(organism, 'find the order')
-  made.engine.go.clear()
+def test_ctrl_c_cancels_the_answer_and_frees_the_lane(tokenizer):
+  made = speaker(tokenizer, 'find the order')
 
   class Interrupted(io.StringIO):
     def flush(self):
@@ -62,9 +58,8 @@ def test_ctrl_c_cancels_the_answer_and_frees_the_lane(organism):
         raise KeyboardInterrupt
 
   out = Interrupted()
-  made.engine.go.set()
   with pytest.raises(Cancelled):
-    Speaker(made.scheduler, organism.tokenizer, SamplingParams(), out, False).answer([Message('user', 'x')])
+    Speaker(made.scheduler, tokenizer, SamplingParams(), out, False).answer([Message('user', 'x')])
   until(lambda: made.scheduler.in_flight == 0)
   assert out.getvalue() == 'find\n(cancelled)\n'
   made.scheduler.close()
@@ -102,7 +97,7 @@ def test_a_task_of_a_world_is_acted_out_and_judged():
 def test_requests_of_ones_own_act_on_the_tools_and_the_state():
   [*_, task] = ToolWorld().tasks('single', 3, seed=0, split='eval')
   [call] = task.turns[0].calls
-  voice = Scripted(print_calls([call]), 'done', '[f(', 'sorry', print_calls([ToolCall('eval', {})]), 'no')
+  voice = Scripted(print_calls([call]), 'done', '[f(]', 'sorry', print_calls([ToolCall('eval', {})]), 'no')
   chat = Chat(voice, world=ToolWorld(), kind='single')
   chat.start()
   chat.take('/new single 2')

@@ -18,31 +18,31 @@ def cut(row, sizes):
 
 @settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 639), max_size=40), sizes=CUTS)
-def test_pieces_of_any_tokens_add_up_to_their_text(organism, tokens, sizes):
+def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer, tokens, sizes):
   """Random tokens are mostly bytes that are no characters."""
-  detokenizer = Detokenizer(organism.tokenizer)
+  detokenizer = Detokenizer(tokenizer)
   text = ''.join(map(detokenizer.push, cut(tokens, sizes))) + detokenizer.finish()
-  assert text == organism.tokenizer.decode(tokens, skip_special_tokens=True)
+  assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 @settings(deadline=None)
 @given(text=st.text(max_size=30), sizes=CUTS)
-def test_characters_are_never_cut(organism, text, sizes):
+def test_characters_are_never_cut(tokenizer, text, sizes):
   """The organism's tokens for most of them are single bytes."""
-  tokens = organism.tokenizer(text)['input_ids']
-  detokenizer, sent = Detokenizer(organism.tokenizer), ''
-  want = organism.tokenizer.decode(tokens, skip_special_tokens=True)
+  tokens = tokenizer(text)['input_ids']
+  detokenizer, sent = Detokenizer(tokenizer), ''
+  want = tokenizer.decode(tokens, skip_special_tokens=True)
   for part in cut(tokens, sizes):
     sent += detokenizer.push(part)
     assert want.startswith(sent)
   assert sent + detokenizer.finish() == want
 
 
-def test_a_character_of_four_tokens_comes_with_the_last(organism):
-  tokens = organism.tokenizer('\U0001F600')['input_ids']
-  detokenizer = Detokenizer(organism.tokenizer)
+def test_a_character_of_four_tokens_comes_with_the_last(tokenizer):
+  tokens = tokenizer('\U0001F600')['input_ids']
+  detokenizer = Detokenizer(tokenizer)
   assert len(tokens) == 4 and [detokenizer.push([token]) for token in tokens] == ['', '', '', '\U0001F600']
-  cut_off = Detokenizer(organism.tokenizer)
+  cut_off = Detokenizer(tokenizer)
   assert cut_off.push(tokens[:3]) == '' and cut_off.finish() == '\ufffd'
 
 
@@ -70,8 +70,8 @@ def test_what_cannot_become_a_stop_string_is_sent_at_once():
   assert [scanner.push(text) for text in ('xa', 'b', 'ab', 'd')] == ['x', '', 'ab', 'abd']
 
 
-def test_a_stop_string_across_tokens_and_characters(organism):
-  reader = TextReader(organism.tokenizer, ['\u00e9 o'])
-  tokens = organism.tokenizer('find th\u00e9 order')['input_ids']
+def test_a_stop_string_across_tokens_and_characters(tokenizer):
+  reader = TextReader(tokenizer, ['\u00e9 o'])
+  tokens = tokenizer('find th\u00e9 order')['input_ids']
   assert ''.join(reader.push([token]) for token in tokens) == 'find th' and reader.stopped
   assert reader.push((), last=True) == ''
