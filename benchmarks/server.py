@@ -41,8 +41,8 @@ _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds; medians are pri
 _STEPS = flags.DEFINE_integer('steps_per_call', 8, 'Of both engines: tokens of a lane between two looks of the host.')
 
 VOCABULARY, LANES, PROMPT, ANSWER = 4096, 32, 128, 128
-MODEL = DecoderConfig(vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-                      num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
+MODEL = DecoderConfig(vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+                      num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
 WANTED = {8: 1 / 1.1}
 
 
@@ -74,8 +74,8 @@ def questions(tokenizer: transformers.PreTrainedTokenizerFast, count: int, seed:
 
 def bare(engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], clients: int) -> Measured:
   """The engine alone, asked as by so many clients; the prompts are rendered and encoded before the clock starts."""
-  prompts = [tokenizer(render_prompt(tokenizer, [Message('user', text)]), add_special_tokens=False)['input_ids'] for text in texts]
-  waiting = collections.deque(enumerate(prompts))
+  rendered = [render_prompt(tokenizer, [Message('user', text)]) for text in texts]
+  waiting = collections.deque(enumerate(tokenizer(rendered, add_special_tokens=False)['input_ids']))
   began: dict[int, float] = {}
   first: dict[int, float] = {}
   tokens, started = 0, time.perf_counter()
@@ -119,8 +119,8 @@ async def ask(port: int, text: str, seed: int) -> tuple[float, int]:
                      'stream': True, 'stream_options': {'include_usage': True}}).encode()
   began, seconds = time.perf_counter(), 0.0
   reader, writer = await asyncio.open_connection('127.0.0.1', port)
-  writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n'
-               b'Content-Length: %d\r\n\r\n' % len(body) + body)
+  writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+               b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
   last = b''
   async for row in reader:
     if not seconds and b'"delta":{"content":"' in row and b'"role"' not in row:

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   try:
     sampling = SamplingParams(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value)
-    model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=1, max_len=_MAX_LEN.value, steps_per_call=4)
+    model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=1, max_len=_MAX_LEN.value,
+                       steps_per_call=4)
   except ValueError as error:
     sys.exit(f'error: {error}')
   scheduler = Scheduler(model.engine, max_waiting=1)  # the lane of a cancelled answer comes free a step later

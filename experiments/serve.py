@@ -1,7 +1,7 @@
 """Serves a model to OpenAI clients: python -m experiments.serve --model=DIR [--port=8000]
 
 It listens on this machine only unless --host says otherwise. The API key, if any, is read from the environment variable that
---api_key_env names, so that no process list shows it. SIGTERM finishes what is under way (--drain_seconds) and refuses the rest.
+--api_key_env names, so that no process list shows it. After SIGTERM it finishes what is under way and refuses the rest.
 """
 import os
 import sys
@@ -16,7 +16,7 @@ _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the 
 _NAME = flags.DEFINE_string('name', '', 'What clients call the model; default: the name of its directory.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is free.')
-_API_KEY_ENV = flags.DEFINE_string('api_key_env', '', 'Environment variable with the key that clients must send; default: none.')
+_API_KEY_ENV = flags.DEFINE_string('api_key_env', '', 'Environment variable with the key that clients must send; \'\': none.')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
 _LANES = flags.DEFINE_integer('lanes', 32, 'Rollouts at once.')

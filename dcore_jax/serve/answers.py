@@ -144,8 +144,8 @@ class ChatChoice(Choice):
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
-    content = [{'token': text, 'logprob': logprob, 'bytes': None if '\ufffd' in text else list(text.encode()), 'top_logprobs': []}
-               for text, logprob in self._logprobs[start:]]
+    content = [{'token': text, 'logprob': logprob, 'top_logprobs': [],
+                'bytes': None if '\ufffd' in text else list(text.encode())} for text, logprob in self._logprobs[start:]]
     return {'content': content, 'refusal': None}
 
 

@@ -154,6 +154,13 @@ class _Request(_Strict):
       raise ValueError(f'at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} bytes')
     return stops
 
+  @pydantic.field_validator('stream_options')
+  @classmethod
+  def _of_a_stream(cls, options: StreamOptions | None, info: pydantic.ValidationInfo) -> StreamOptions | None:
+    if options is not None and not info.data.get('stream'):
+      raise ValueError('there is no stream')
+    return options
+
   @property
   def usage_wanted(self) -> bool:
     """Whether a stream ends with the token counts."""
@@ -233,7 +240,8 @@ def read_request(kind: type[_Request], body: bytes) -> Any:
     problem = max(error.errors(include_url=False), key=lambda one: len(one['loc']))  # of a union, the member that came furthest
     if problem['type'] == 'json_invalid':
       raise RequestError(f'the body is not JSON: {problem["msg"]}') from error
-    place = '.'.join(str(part) for part in problem['loc'] if isinstance(part, int) or part.isidentifier() and part not in _TYPES)
+    place = '.'.join(str(part) for part in problem['loc']
+                     if isinstance(part, int) or part.isidentifier() and part not in _TYPES)
     what = 'is not supported' if problem['type'] == 'extra_forbidden' else problem['msg'].removeprefix('Value error, ')
     reason = _REASONS.get(place.partition('.')[0], '')
     raise RequestError(f'{place or "the body"}: {what[:1].lower() + what[1:]}{reason}', place or None) from error

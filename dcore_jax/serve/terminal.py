@@ -92,8 +92,8 @@ class Chat:
     self._messages: list[Message] = []
     self._task, self._session = None, None
     self.help = ('Ctrl-C cancels an answer, Ctrl-D ends the program; /new forgets the conversation.' if world is None else
-                 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] [N] '
-                 'takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.')
+                 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] '
+                 '[N] takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.')
 
   def start(self) -> None:
     """What is shown before the first line."""

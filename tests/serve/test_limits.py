@@ -53,20 +53,26 @@ def test_malformed_http_and_json(scripted):
 
 
 @pytest.mark.parametrize('change,param', [
-    ({'tool_choice': 'required'}, 'tool_choice'), ({'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
-    ({'top_logprobs': 3, 'logprobs': True}, 'top_logprobs'), ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
+    ({'tool_choice': 'required'}, 'tool_choice'),
+    ({'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
+    ({'top_logprobs': 3, 'logprobs': True}, 'top_logprobs'),
+    ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty'), ({'presence_penalty': -0.5}, 'presence_penalty'),
-    ({'logit_bias': {'5': 1.0}}, 'logit_bias'), ({'reasoning_effort': 'low'}, 'reasoning_effort'), ({'functions': []}, 'functions'),
+    ({'logit_bias': {'5': 1.0}}, 'logit_bias'), ({'reasoning_effort': 'low'}, 'reasoning_effort'),
+    ({'functions': []}, 'functions'),
     ({'temperature': -1}, 'temperature'), ({'temperature': '1'}, 'temperature'), ({'top_p': 0}, 'top_p'), ({'n': 0}, 'n'),
     ({'n': 5}, 'n'), ({'n': 10**12}, 'n'), ({'max_tokens': 0}, 'max_tokens'), ({'seed': 'x'}, 'seed'), ({'stop': ['']}, 'stop'),
-    ({'stop': list('abcde')}, 'stop'), ({'messages': []}, 'messages'), ({'messages': [{'role': 'robot', 'content': ''}]}, 'messages.0.role'),
-    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]}, 'messages.0.content.0.type'),
+    ({'stop': list('abcde')}, 'stop'), ({'messages': []}, 'messages'),
+    ({'messages': [{'role': 'robot', 'content': ''}]}, 'messages.0.role'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]},
+     'messages.0.content.0.type'),
     ({'messages': [{'role': 'user'}]}, 'messages'), ({'messages': [{'role': 'user', 'content': 'x', 'tool_calls': [
         {'id': '', 'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}, 'messages'),
     ({'messages': [{'role': 'assistant', 'tool_calls': [{'id': '', 'type': 'function', 'function': {
         'name': 'f', 'arguments': '[1'}}]}]}, 'messages'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]}, 'tools.0.function.name'),
-    ({'stream_options': {'what': True}}, 'stream_options.what')])
+    ({'stream_options': {'what': True}}, 'stream_options.what'),
+    ({'stream_options': {'include_usage': True}}, 'stream_options')])
 def test_what_cannot_be_honoured_is_refused_by_name(scripted, change, param):
   status, _, answer = post(scripted().url, {**CHAT, **change})
   assert (status, answer['error']['param']) == (400, param) and param in answer['error']['message'] + param
@@ -74,15 +80,16 @@ def test_what_cannot_be_honoured_is_refused_by_name(scripted, change, param):
 
 def test_nulls_ignored_fields_and_parts_of_text_are_fine(scripted):
   extra = {'tool_choice': None, 'reasoning_effort': None, 'user': 'u', 'metadata': {'a': 'b'}, 'tools': None, 'stop': None,
-           'messages': [{'role': 'developer', 'content': [{'type': 'text', 'text': 'a'}]}, {'role': 'user', 'content': 'x', 'name': 'n'}]}
+           'messages': [{'role': 'developer', 'content': [{'type': 'text', 'text': 'a'}]},
+                        {'role': 'user', 'content': 'x', 'name': 'n'}]}
   assert post(scripted().url, {**CHAT, **extra})[0] == 200
 
 
 def test_completion_requests_are_checked_too(scripted):
   url = scripted().url
-  for change, param in (({'prompt': []}, 'n'), ({'prompt': ''}, 'prompt'), ({'prompt': [640]}, 'prompt'), ({'echo': True}, 'echo'),
-                        ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 2}, 'logprobs'), ({'suffix': 'x'}, 'suffix'),
-                        ({'prompt': [5] * 256}, 'prompt')):
+  for change, param in (({'prompt': []}, 'n'), ({'prompt': ''}, 'prompt'), ({'prompt': [640]}, 'prompt'),
+                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 2}, 'logprobs'),
+                        ({'suffix': 'x'}, 'suffix'), ({'prompt': [5] * 256}, 'prompt')):
     status, _, answer = post(url, {'model': 'm', 'prompt': 'find', **change}, path='/v1/completions')
     assert (status, answer['error']['param']) == (400, param), change
 
@@ -111,7 +118,8 @@ def test_bodies_are_bounded_in_size_and_time(scripted):
 
 def test_keys_are_asked_for_and_compared(scripted):
   url = scripted(api_key='s\u00e9cret').url
-  for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 'Basic s\u00e9cret'.encode()}, {'Authorization': 'Bearer'}):
+  for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 'Basic s\u00e9cret'.encode()},
+                  {'Authorization': 'Bearer'}):
     status, answered, answer = post(url, CHAT, headers)
     assert (status, answer['error']['code']) == (401, 'invalid_api_key') and answered['WWW-Authenticate'] == 'Bearer'
   assert post(url, CHAT, {'Authorization': 'Bearer s\u00e9cret'.encode()})[0] == 200

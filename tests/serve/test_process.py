@@ -60,7 +60,8 @@ def test_what_cannot_be_served_is_one_line():
 
 
 @pytest.mark.parametrize('options,message', [
-    ({'tensor': 64}, 'tensor = 64, but there'), ({'dtype': 'int8'}, "dtype = 'int8'"), ({'max_len': 100_000}, 'positions of the model')])
+    ({'tensor': 64}, 'tensor = 64, but there'), ({'dtype': 'int8'}, "dtype = 'int8'"),
+    ({'max_len': 100_000}, 'positions of the model')])
 def test_sizes_that_do_not_fit_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     load_model('', **options)

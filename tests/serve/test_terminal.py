@@ -5,7 +5,7 @@ import types
 import pytest
 
 from dcore_jax.chat.messages import Message, ToolCall
-from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.terminal import Cancelled, Chat, Speaker
@@ -102,7 +102,7 @@ def test_requests_of_ones_own_act_on_the_tools_and_the_state():
   chat.start()
   chat.take('/new single 2')
   chat.take('please do it')
-  assert voice.asked[-1][-2:] == [('assistant', print_calls([call])), ('user', f'<tool_response>\n{task.turns[0].responses[0]}\n</tool_response>')]
+  assert voice.asked[-1][-2:] == [('assistant', print_calls([call])), ('user', tool_response(task.turns[0].responses[0]))]
   chat.take('and again')
   assert 'unreadable calls' in voice.asked[-1][-1][1]
   chat.take('and run this')
@@ -115,7 +115,8 @@ def test_requests_of_ones_own_act_on_the_tools_and_the_state():
 
 def test_the_organism_acts_a_task_out(organism):
   scheduler, out = Scheduler(engine_like(organism.engine), 1), io.StringIO()
-  chat = Chat(Speaker(scheduler, organism.tokenizer, SamplingParams(0, max_tokens=64), out, False), world=ToolWorld(), kind='single')
+  voice = Speaker(scheduler, organism.tokenizer, SamplingParams(0, max_tokens=64), out, False)
+  chat = Chat(voice, world=ToolWorld(), kind='single')
   chat.start()
   chat.take('')
   scheduler.close()
