@@ -136,10 +136,12 @@ def start(folder: pathlib.Path) -> tuple[subprocess.Popen, int]:
       sys.executable, '-m', 'experiments.serve', f'--model={folder}', '--name=model', '--port=0', f'--lanes={LANES}',
       f'--max_len={2 * (PROMPT + ANSWER)}', f'--max_tokens={ANSWER}', f'--steps_per_call={_STEPS.value}'],
                              stderr=subprocess.PIPE, text=True)
-  said = process.stderr.readline()
-  if not said.startswith('http'):
-    raise RuntimeError(f'the server does not start: {said}')
-  return process, urllib.parse.urlsplit(said.split()[0]).port
+  lines = []
+  for said in process.stderr:
+    if said.startswith('http'):
+      return process, urllib.parse.urlsplit(said.split()[0]).port
+    lines.append(said)
+  raise RuntimeError(f'the server does not start: {"".join(lines)}')
 
 
 def run(folder: pathlib.Path) -> None:

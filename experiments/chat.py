@@ -1,7 +1,7 @@
 """Talk to a model: python -m experiments.chat --model=DIR [--world=toolworld]"""
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.show_rows import use_colour
@@ -29,6 +29,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of sampling: the same seed and lines gi
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
   try:
     sampling = SamplingParams(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value)
     model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=1, max_len=_MAX_LEN.value,

@@ -6,7 +6,7 @@ It listens on this machine only unless --host says otherwise. The API key, if an
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
@@ -32,6 +32,7 @@ _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'After SIGTERM, for w
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
   key = os.environ.get(_API_KEY_ENV.value, '') if _API_KEY_ENV.value else ''
   if _API_KEY_ENV.value and not key:
     sys.exit(f'error: --api_key_env names {_API_KEY_ENV.value}, which is not set')

@@ -23,7 +23,7 @@ def launch(*arguments, **environment):
 def test_sigterm_in_the_middle_of_an_answer():
   process = launch('--port=0', '--lanes=1', '--max_len=64', '--steps_per_call=1', '--api_key_env=KEY', KEY='k')
   try:
-    url = process.stderr.readline().split()[0]
+    url = next(line.split()[0] for line in process.stderr if line.startswith('http'))
     assert url.startswith('http://127.0.0.1:')
     client = openai.OpenAI(base_url=url, api_key='k', max_retries=0)
     host, port = url.split('/')[2].split(':')
