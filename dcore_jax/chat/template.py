@@ -22,11 +22,17 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[d
 
   `tools` are specs as the template wants them, usually {'type': 'function', 'function': {...}}; None: the template shows none.
   """
-  if not messages:
+  return render_records(tokenizer, [message.to_json() for message in messages], tools)
+
+
+def render_records(tokenizer: Any, records: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
+                   **options: Any) -> str:
+  """`render_prompt` of messages as endpoints write them, tool calls and thoughts in fields of their own; `options` are the
+  template's (enable_thinking)."""
+  if not records:
     raise ValueError('a prompt needs at least one message')
   _need_template(tokenizer)
-  records = [message.to_json() for message in messages]
-  return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, add_generation_prompt=True)
+  return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, add_generation_prompt=True, **options)
 
 
 def _need_template(tokenizer: Any) -> None:

@@ -204,9 +204,11 @@ class OpenAIBackend:
         'seed': int.from_bytes(digest[:4], 'big') >> 1}
     if request.tools:
       body['tools'] = _functions(request.tools)
-    if sampling.top_k:
-      body['extra_body'] = {'top_k': sampling.top_k}  # not OpenAI's own; vLLM, SGLang and our server take it
-    return body
+    if sampling.stop:
+      body['stop'] = list(sampling.stop)
+    # Not OpenAI's own; vLLM, SGLang and our server take them.
+    extra = {name: getattr(sampling, name) for name in ('top_k', 'min_p') if getattr(sampling, name)}
+    return body | {'extra_body': extra} if extra else body
 
   async def _ask(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
     for attempt in range(self.retries + 1):
@@ -214,8 +216,8 @@ class OpenAIBackend:
         completion = await client.chat.completions.create(**body)
         choice, usage = completion.choices[0], completion.usage
         count = lambda name: int(getattr(usage, name, None) or 0)
-        return Reply(_text(choice.message), choice.finish_reason != 'length', count('prompt_tokens'),
-                     count('completion_tokens'))
+        finished = choice.finish_reason != 'length'
+        return Reply(_text(choice.message, finished), finished, count('prompt_tokens'), count('completion_tokens'))
       # The client does not check what a server sends: any part may be missing, or be something else.
       except (AttributeError, IndexError, TypeError, ValueError) as error:
         malformed = error
@@ -223,10 +225,13 @@ class OpenAIBackend:
     raise ConnectionError(f'{self.base_url} answers without a message: {malformed!r}') from malformed
 
 
-def _text(message: Any) -> str:
+def _text(message: Any, finished: bool) -> str:
   """Thoughts, content and calls of an endpoint's message as one text."""
-  thoughts = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None)
-  text = (f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else '') + (message.content or '')
+  thoughts = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None) or ''
+  if thoughts and not finished and message.content is None and not message.tool_calls:
+    return f'<think>\n{thoughts}'  # the budget ended inside them
+  text = f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else ''
+  text += message.content or ''
   asked = [call.function for call in message.tool_calls or ()]
   try:
     calls = [ToolCall(call.name, dict(json.loads(call.arguments or '{}'))) for call in asked]

@@ -88,7 +88,7 @@ def serve():
     endpoint.close()
 
 
-SAMPLING = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=32, seed=7)
+SAMPLING = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=32, seed=7, min_p=0.1, stop=('###',))
 
 
 def test_requests_carry_the_rule_and_replies_come_back_as_text(serve):
@@ -97,22 +97,25 @@ def test_requests_carry_the_rule_and_replies_come_back_as_text(serve):
       'find 1': answer('fine', reasoning_content='hm'),
       'find 2': answer(None, tool_calls=[{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": 1}'}}]),
       'find 3': answer('cut', finish='length'),
-      'find 4': answer(None, tool_calls=[{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": '}}])}
+      'find 4': answer(None, tool_calls=[{'id': 'c', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"a": '}}]),
+      'find 5': answer(None, reasoning_content='so ', finish='length')}
   endpoint = serve(lambda body, _: (200, replies[body['messages'][-1]['content']]))
   backend = OpenAIBackend(endpoint.url, 'm', concurrency=2)
   spec = ToolSpec('f', 'does', {'type': 'object', 'properties': {'a': {'type': 'integer'}}})
-  requests = [ChatRequest(ask(n).messages, (n,), (spec,)) for n in range(5)]
+  requests = [ChatRequest(ask(n).messages, (n,), (spec,)) for n in range(6)]
   got = dict(backend.stream(source_of(requests), SAMPLING))
   assert got[0].text == 'done' and got[0].finished and (got[0].prompt_tokens, got[0].completion_tokens) == (5, 2)
   assert got[1].text == '<think>\nhm\n</think>\n\nfine'
   assert got[2].text == '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
   assert got[3].text == 'cut' and not got[3].finished
   assert got[4].text == 'f{"a": '
+  assert got[5].text == '<think>\nso ' and not got[5].finished
   body = endpoint.bodies[0]
   assert (body['model'], body['temperature'], body['top_p'], body['top_k'], body['max_tokens']) == ('m', 0.6, 0.9, 20, 32)
+  assert (body['min_p'], body['stop']) == (0.1, ['###'])
   assert body['tools'][0]['function']['name'] == 'f'
-  assert len({body['seed'] for body in endpoint.bodies}) == 5 and all(0 <= body['seed'] < 2**31 for body in endpoint.bodies)
-  assert backend.usage == backends.Usage(5, 0, 25, 10) and backend.usage.cost(1.0, 2.0) == pytest.approx(45e-6)
+  assert len({body['seed'] for body in endpoint.bodies}) == 6 and all(0 <= body['seed'] < 2**31 for body in endpoint.bodies)
+  assert backend.usage == backends.Usage(6, 0, 30, 12) and backend.usage.cost(1.0, 2.0) == pytest.approx(54e-6)
 
 
 def test_never_more_under_way_than_allowed(serve):

@@ -8,6 +8,7 @@ from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.toolworld.tasks import ONE_RESPONSE, Task, make_task
 from dcore_jax.worlds.toolworld.tools import TOOLS, execute
 
+SESSION_STEPS = 8  # assistant messages to one request of a session: twice the longest plan
 SPARE_STEPS = 2  # assistant messages of a turn beyond its reference calls and report, before it is stopped
 
 
@@ -111,6 +112,37 @@ class ToolWorldEpisode:
     self._failure, self.done = reason, True
 
 
+class ToolWorldSession:
+  """The tools and the state of one task, for requests of one's own: nothing is judged, and what was done stays done.
+
+  `messages` is the conversation, `asked` whether the assistant is the next to speak, `state` what the calls act on.
+  """
+
+  def __init__(self, task: Task):
+    self.messages = [Message('system', system_text(task))]
+    self.asked = False
+    self.state = copy.deepcopy(task.initial_state)
+    self._task, self._steps = task, 0
+
+  def ask(self, text: str) -> None:
+    """The user's next request."""
+    self.messages.append(Message('user', text))
+    self.asked, self._steps = True, 0
+
+  def step(self, text: str) -> None:
+    """Takes the assistant's whole text and runs its calls; text without calls, or too many steps, end its turn."""
+    _, answer = split_reasoning(text)
+    self._steps += 1
+    self.messages.append(Message('assistant', answer))
+    try:
+      outputs = [_execute(self.state, self._task, call) for call in parse_calls(answer) or ()]
+    except ToolCallError:
+      outputs = [{'error': 'unreadable calls'}]
+    if outputs:
+      self.messages.append(Message('user', '\n'.join(tool_response(json.dumps(output)) for output in outputs)))
+    self.asked = bool(outputs) and self._steps < SESSION_STEPS
+
+
 def _execute(state, task: Task, call: ToolCall) -> dict:
   if call.name not in task.tools or call.positional:
     return {'error': 'unknown tool' if call.name not in task.tools else 'wrong arguments'}
@@ -128,3 +160,7 @@ class ToolWorld:
 
   def episode(self, task: Task) -> ToolWorldEpisode:
     return ToolWorldEpisode(task)
+
+  def session(self, task: Task) -> ToolWorldSession:
+    """The task's tools and state without its request."""
+    return ToolWorldSession(task)

@@ -1,0 +1,172 @@
+"""From the engine's progress to OpenAI's answers, whole or in pieces."""
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from dcore_jax.chat.messages import ToolSpec
+from dcore_jax.rollout.engine import Progress, Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.serve.replies import Delta, ReplyParser
+from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.text import TextReader
+
+
+class Rollouts:
+  """The rollouts of one request on the scheduler, as an asynchronous iterator of (which one, its progress).
+
+  `close` frees what has not ended; whoever makes one closes it.
+
+  Raises:
+    Overloaded, Stopped: from the scheduler; the latter also while iterating.
+  """
+
+  def __init__(self, scheduler: Scheduler, requests: Sequence[Request], sampling: SamplingParams):
+    loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
+    self._scheduler, self._open = scheduler, set(range(len(requests)))
+    self._job = scheduler.submit(
+        requests, sampling, lambda place, event: loop.call_soon_threadsafe(self._events.put_nowait, (place, event)))
+
+  async def __aiter__(self) -> AsyncIterator[tuple[int, Progress]]:
+    while self._open:
+      place, event = await self._events.get()
+      if place not in self._open:
+        continue
+      if isinstance(event, Exception):
+        raise event
+      if event.completion is not None:
+        self._open.discard(place)
+      yield place, event
+
+  def drop(self, place: int) -> None:
+    """Frees the lane of one of them, of which nothing more is wanted."""
+    self._open.discard(place)
+    self._scheduler.cancel(self._job, place)
+
+  def close(self) -> None:
+    """Frees the lanes of all that have not ended."""
+    if self._open:
+      self._open = set()
+      self._scheduler.cancel(self._job)
+
+
+class Choice:
+  """One of a request's answers as it grows. A subclass says what becomes of its text."""
+
+  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
+    self.index, self.tokens = index, 0
+    self.finish_reason: str | None = None
+    self._tokenizer, self._reader = tokenizer, TextReader(tokenizer, stop)
+    self._logprobs: list[tuple[str, float]] | None = [] if logprobs else None  # (token, log-probability)
+    self._told = 0  # of them in pieces so far
+
+  def take(self, part: Progress) -> list[dict[str, Any]]:
+    """What is new, as entries for `choices` of a stream's pieces; it is kept for `whole` too."""
+    done = part.completion
+    self.tokens += len(part.tokens)
+    if self._logprobs is not None:
+      texts = map(self._tokenizer.decode, part.tokens[:, None].tolist())
+      self._logprobs += zip(texts, part.logprobs.tolist(), strict=True)
+    turn_ended = done is not None and done.finished
+    text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
+    # The engine finds stop strings too, and ends the rollout there, but for some that special tokens interrupt.
+    stopped = self._reader.stopped or done is not None and done.stop is not None
+    pieces = self._more(text, last=stopped or done is not None)
+    if stopped or done is not None:
+      self.finish_reason = self._reason('stop' if turn_ended or stopped else 'length')
+      pieces.append(self._piece({}))
+    if pieces and self._logprobs is not None:
+      pieces[0]['logprobs'] = self._show_logprobs(self._told)
+      self._told = len(self._logprobs)
+    return pieces
+
+  def opening(self) -> list[dict[str, Any]]:
+    """Entries of a stream's first piece."""
+    return []
+
+  def whole(self) -> dict[str, Any]:
+    """The entry of an answer that is not streamed, once it has ended."""
+    raise NotImplementedError
+
+  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
+    raise NotImplementedError
+
+  def _reason(self, reason: str) -> str:
+    return reason
+
+  def _piece(self, content: dict[str, Any]) -> dict[str, Any]:
+    raise NotImplementedError
+
+  def _show_logprobs(self, start: int) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+class ChatChoice(Choice):
+  """An assistant's message: thoughts, content, calls."""
+
+  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, *, specs: Sequence[ToolSpec],
+               thinking: bool, most_calls: int | None):
+    super().__init__(index, tokenizer, stop, logprobs)
+    self._parser = ReplyParser(specs, thinking=thinking, most_calls=most_calls)
+    self._all, self._calls = Delta(), []
+
+  def opening(self) -> list[dict[str, Any]]:
+    return [self._piece({'role': 'assistant', 'content': ''})]
+
+  def whole(self) -> dict[str, Any]:
+    message: dict[str, Any] = {'role': 'assistant', 'content': self._all.content}
+    if not self._all.content and (self._calls or not self._parser.answering):
+      message['content'] = None  # where the budget ended inside the thoughts, there is no content, not even an empty one
+    if self._all.reasoning:
+      message['reasoning_content'] = self._all.reasoning
+    if self._calls:
+      message['tool_calls'] = self._calls
+    logprobs = None if self._logprobs is None else self._show_logprobs(0)
+    return {'index': self.index, 'message': message, 'finish_reason': self.finish_reason, 'logprobs': logprobs}
+
+  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
+    delta = self._parser.push(text, last)
+    self._all.reasoning += delta.reasoning
+    self._all.content += delta.content
+    calls = [{'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
+             for name, arguments in delta.calls]
+    numbered = [{'index': number, **call} for number, call in enumerate(calls, len(self._calls))]
+    self._calls += calls
+    parts = {'reasoning_content': delta.reasoning, 'content': delta.content, 'tool_calls': numbered}
+    return [self._piece({name: value}) for name, value in parts.items() if value]
+
+  def _reason(self, reason: str) -> str:
+    return 'tool_calls' if self._calls and reason == 'stop' else reason
+
+  def _piece(self, content: dict[str, Any]) -> dict[str, Any]:
+    return {'index': self.index, 'delta': content, 'finish_reason': self.finish_reason, 'logprobs': None}
+
+  def _show_logprobs(self, start: int) -> dict[str, Any]:
+    # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
+    content = [{'token': text, 'logprob': logprob, 'top_logprobs': [],
+                'bytes': None if '\ufffd' in text else list(text.encode())} for text, logprob in self._logprobs[start:]]
+    return {'content': content, 'refusal': None}
+
+
+class TextChoice(Choice):
+  """Plain text, whatever is in it."""
+
+  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
+    super().__init__(index, tokenizer, stop, logprobs)
+    self._text = ''
+
+  def whole(self) -> dict[str, Any]:
+    return self._piece(self._text) | {'logprobs': None if self._logprobs is None else self._show_logprobs(0)}
+
+  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
+    self._text += text
+    return [self._piece(text)] if text else []
+
+  def _piece(self, content: Any) -> dict[str, Any]:
+    return {'index': self.index, 'text': content or '', 'finish_reason': self.finish_reason, 'logprobs': None}
+
+  def _show_logprobs(self, start: int) -> dict[str, Any]:
+    texts, logprobs = zip(*self._logprobs[start:])
+    offsets = list(itertools.accumulate((len(text) for text, _ in self._logprobs), initial=0))[start:-1]
+    return {'tokens': list(texts), 'token_logprobs': list(logprobs), 'top_logprobs': None, 'text_offset': offsets}

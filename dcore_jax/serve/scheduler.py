@@ -1,0 +1,174 @@
+"""One thread that owns the engine: requests come and go from any other, and share its lanes.
+
+A job is a group of rollouts that are asked for together (the choices of a request). Whatever happens to one of them is told to
+the job's `deliver`, on the engine's thread, which therefore only hands it on.
+"""
+import functools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from dcore_jax.rollout.engine import Engine, Progress, Request
+from dcore_jax.rollout.sampling import SamplingParams
+
+Deliver = Callable[[int, Progress | Exception], None]  # (which of the job's rollouts, what it drew or why it ends)
+
+
+class Overloaded(Exception):
+  """As many rollouts wait as may."""
+
+
+class Stopped(Exception):
+  """The scheduler takes nothing any more: it was closed, or the engine failed, which is then the cause."""
+
+
+class Job:
+  """Rollouts asked for together; a ticket for `cancel`."""
+
+  def __init__(self, deliver: Deliver):
+    self.deliver = deliver
+    self.handles: dict[int, int] = {}  # place in the job -> engine's handle, of those that have not ended
+
+
+class Scheduler:
+  """Runs an engine for many callers.
+
+  Args:
+    engine: nobody else may touch it from now on, but for its sizes and its stats.
+    max_waiting: rollouts that may wait for a lane.
+  """
+
+  def __init__(self, engine: Engine, max_waiting: int):
+    if max_waiting < 0:
+      raise ValueError(f'max_waiting = {max_waiting} cannot be')
+    self.engine, self.max_waiting = engine, max_waiting
+    self.failure: Exception | None = None
+    self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    self._lock = threading.Lock()
+    self._in_flight = 0  # rollouts taken and not ended
+    self._closed, self._running = False, True
+    self._jobs: dict[int, tuple[Job, int]] = {}  # by the engine's handle
+    self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
+    self._thread.start()
+
+  @property
+  def capacity(self) -> int:
+    """Rollouts that can be in flight, those that wait included."""
+    return self.engine.lanes + self.max_waiting
+
+  @property
+  def in_flight(self) -> int:
+    """Rollouts that run or wait."""
+    return self._in_flight
+
+  def submit(self, requests: Sequence[Request], sampling: SamplingParams, deliver: Deliver) -> Job:
+    """Takes all of the requests or none.
+
+    `deliver` gets each rollout's progress until one with a completion, or an exception that ends it: ValueError where the
+    engine refuses the request, Stopped.
+
+    Raises:
+      Overloaded: there is no room for so many now.
+      Stopped: there will be none.
+    """
+    job = Job(deliver)
+    with self._lock:
+      if self._closed:
+        raise Stopped('the engine takes no requests any more') from self.failure
+      if self._in_flight + len(requests) > self.capacity:
+        raise Overloaded(f'{self._in_flight} rollouts are in flight and {len(requests)} more asked for; '
+                         f'there is room for {self.capacity}')
+      self._in_flight += len(requests)
+      self._commands.put(functools.partial(self._admit, job, requests, sampling))
+    return job
+
+  def cancel(self, job: Job, place: int | None = None) -> None:
+    """Frees the lanes of what has not ended yet of a job, or of one of its rollouts; nothing more is delivered of it."""
+    self._commands.put(functools.partial(self._drop, job, place))
+
+  def close(self) -> None:
+    """Ends every rollout (Stopped is delivered) and the thread."""
+    with self._lock:
+      self._closed = True
+    self._commands.put(self._stop)
+    self._thread.join()
+
+  # --- on the engine's thread -----------------------------------------------------------------------------------------------
+
+  def _run(self) -> None:
+    try:
+      while self._running:
+        self._obey()
+        if self._running and self.engine.busy:
+          for part in self.engine.step():
+            self._report(part)
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      self.failure = error  # a donated buffer may be gone: this engine cannot go on
+      with self._lock:
+        self._closed = True
+      self._stop()
+    self._obey_rest()
+
+  def _obey(self) -> None:
+    """Carries out what was asked for, and waits for it where the engine has nothing to do."""
+    if not self.engine.busy:
+      self._commands.get()()
+    while not self._commands.empty():
+      self._commands.get()()
+
+  def _obey_rest(self) -> None:
+    """What was asked for before `_closed` and not read before the end."""
+    while not self._commands.empty():
+      self._commands.get()()
+
+  def _admit(self, job: Job, requests: Sequence[Request], sampling: SamplingParams) -> None:
+    for place, request in enumerate(requests):
+      if self._closed:
+        self._end(job, place, self._stopped())
+        continue
+      try:
+        handle = self.engine.submit(request, sampling)
+      except ValueError as error:
+        self._end(job, place, error)
+      else:
+        job.handles[place] = handle
+        self._jobs[handle] = job, place
+
+  def _report(self, part: Progress) -> None:
+    job, place = self._jobs[part.handle]
+    if part.completion is None:
+      job.deliver(place, part)
+    else:
+      del self._jobs[part.handle], job.handles[place]
+      self._end(job, place, part)
+
+  def _drop(self, job: Job, place: int | None) -> None:
+    for one in list(job.handles) if place is None else [place]:
+      if one in job.handles:  # else it has ended meanwhile
+        handle = job.handles.pop(one)
+        del self._jobs[handle]
+        self._count_down()
+        if self.failure is None:
+          self.engine.cancel(handle)
+
+  def _end(self, job: Job, place: int, event: Progress | Exception) -> None:
+    self._count_down()
+    job.deliver(place, event)
+
+  def _count_down(self) -> None:
+    with self._lock:
+      self._in_flight -= 1
+
+  def _stop(self) -> None:
+    self._running = False
+    for handle, (job, place) in list(self._jobs.items()):
+      del self._jobs[handle], job.handles[place]
+      if self.failure is None:
+        self.engine.cancel(handle)
+      self._end(job, place, self._stopped())
+
+  def _stopped(self) -> Stopped:
+    reason = 'the engine has stopped' if self.failure is None else f'the engine failed: {self.failure}'
+    stopped = Stopped(reason)
+    stopped.__cause__ = self.failure
+    return stopped

@@ -1,0 +1,123 @@
+"""From a model directory to a running server: loads, binds, and drains on SIGTERM."""
+import asyncio
+import dataclasses
+import pathlib
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import transformers
+import uvicorn
+
+from dcore_jax import sharding
+from dcore_jax.chat.template import turn_format
+from dcore_jax.models import decoder
+from dcore_jax.models.hf_checkpoint import load_config, load_params
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.run.sources import ORGANISM, data_path
+from dcore_jax.serve.openai_api import Service
+
+_MAX_LEN = 4096
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+@dataclasses.dataclass
+class Model:
+  """What a server or a chat needs of a model."""
+  name: str
+  engine: Engine
+  tokenizer: Any
+
+  def summary(self) -> str:
+    """What it takes, for people."""
+    config, engine, dtype = self.engine.config, self.engine, self.engine.params['embed'].dtype
+    cache = config.kv_bytes_per_token(dtype) * engine.lanes * (engine.max_len + engine.max_new)  # trunks and branches
+    return (f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, {engine.lanes} lanes of {engine.max_len} tokens '
+            f'({cache / 2**30:.2f} GiB of keys and values)')
+
+
+def load_model(path: str, *, dtype: str = 'auto', tensor: int = 1, lanes: int = 32, max_len: int = 0, max_new: int = 0,
+               steps_per_call: int = 8) -> Model:
+  """A model on an engine.
+
+  Args:
+    path: a Hugging Face directory, also below the data folder; '' is the organism inside the package.
+    dtype: of weights, computation and cache: 'float32', 'bfloat16', or 'auto', which is float32 on a CPU alone.
+    tensor: devices that heads, feed-forward and vocabulary are split over.
+    lanes: rollouts at once.
+    max_len: tokens of prompt and answer; 0: as many as the model has positions, but no more than 4,096, since memory is
+      set aside for all lanes.
+    max_new: tokens of an answer; 0: as many as there is room for.
+    steps_per_call: tokens that a lane samples between two looks of the host: pieces of a stream are so long.
+
+  Raises:
+    ValueError: a path that is not there, a checkpoint or a size that does not fit.
+  """
+  folder = data_path(path) if path else ORGANISM
+  if dtype not in (*DTYPES, 'auto'):
+    raise ValueError(f'dtype = {dtype!r}; expected one of {(*DTYPES, "auto")}')
+  if dtype == 'auto':
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  if not 1 <= tensor <= jax.device_count():
+    raise ValueError(f'tensor = {tensor}, but there are {jax.device_count()} devices')
+  placement = None
+  if tensor > 1:
+    mesh = sharding.make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
+    placement = sharding.shardings(decoder.abstract_params(load_config(folder), DTYPES[dtype]), mesh)
+  config, params = load_params(folder, DTYPES[dtype], shardings=placement)
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+  except OSError as error:
+    raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
+  if len(tokenizer) > config.vocab_size:
+    raise ValueError(f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows')
+  stops = {tokenizer.eos_token_id, turn_format(tokenizer).end_of_turn_id, *_generation_stops(folder)} - {None}
+  engine = Engine(params, config, stop_ids=sorted(stops), lanes=lanes,
+                  max_len=max_len or min(_MAX_LEN, config.max_position_embeddings), max_new=max_new or None,
+                  steps_per_call=steps_per_call, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+  return Model(folder.resolve().name, engine, tokenizer)
+
+
+def _generation_stops(folder: pathlib.Path) -> list[int]:
+  """Stop ids of generation_config.json, where there is one."""
+  if not (folder / 'generation_config.json').exists():
+    return []
+  stops = transformers.GenerationConfig.from_pretrained(str(folder)).eos_token_id
+  return stops if isinstance(stops, list) else [stops]
+
+
+class Server(uvicorn.Server):
+  """Serves until SIGTERM or SIGINT, then finishes what is under way, for `drain_seconds` at most, and takes nothing new.
+
+  A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the URL once it listens.
+  """
+
+  def __init__(self, service: Service, host: str, port: int, drain_seconds: float,
+               announce: Callable[[str], None] = lambda url: None):
+    # After draining nothing is under way; clients that do not close their connections get a second.
+    super().__init__(uvicorn.Config(service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'))
+    self._service, self._drain_seconds, self._deadline = service, drain_seconds, float('inf')
+    self._announce = announce
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    host, port, *_ = self.servers[0].sockets[0].getsockname()
+    self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
+
+  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    if self._service.draining:
+      self.should_exit = self.force_exit = True
+    self._service.draining = True
+    self._deadline = min(self._deadline, time.monotonic() + self._drain_seconds)
+
+  async def on_tick(self, counter: int) -> bool:
+    service, overdue = self._service, time.monotonic() > self._deadline
+    if overdue:
+      await asyncio.to_thread(service.scheduler.close)  # tells the rollouts that are left, whose requests then answer
+    if overdue or service.draining and not service.under_way or service.scheduler.failure is not None:
+      self.should_exit = True
+    return await super().on_tick(counter)

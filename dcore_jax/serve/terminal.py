@@ -1,0 +1,170 @@
+"""A conversation in a terminal: thoughts dimmed, answers as they come, calls run by the world that is attached."""
+import itertools
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from dcore_jax.chat.messages import Message, split_reasoning
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.rollout.engine import Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.serve.replies import ReplyParser
+from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.text import TextReader
+from dcore_jax.worlds.environment import World
+
+_DIM, _BOLD, _PLAIN = '\x1b[2m', '\x1b[1m', '\x1b[0m'
+# What a model writes must not steer the terminal: control characters, and those that turn the direction of text around.
+_HARMLESS = {code: '\ufffd' for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+             if chr(code) not in '\n\t'}
+
+
+class Cancelled(Exception):
+  """The person at the terminal has heard enough."""
+
+
+class Speaker:
+  """Asks the model and shows what it says while it says it."""
+
+  def __init__(self, scheduler: Scheduler, tokenizer: Any, sampling: SamplingParams, out: TextIO, colour: bool):
+    self._scheduler, self._tokenizer, self._sampling = scheduler, tokenizer, sampling
+    self._out, self._colour = out, colour
+    self._turn = itertools.count()
+
+  def answer(self, messages: Sequence[Message]) -> str:
+    """The assistant's whole text.
+
+    Raises:
+      Cancelled: Ctrl-C; the lane is free again.
+      ValueError: the conversation has grown too long.
+    """
+    text = render_prompt(self._tokenizer, messages)
+    prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    reader, parser = TextReader(self._tokenizer, self._sampling.stop), ReplyParser(thinking=text.rstrip().endswith('<think>'))
+    job = self._scheduler.submit([Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event))
+    whole, thoughts = '', False
+    try:
+      while True:
+        part = events.get()
+        if isinstance(part, Exception):
+          raise part
+        done = part.completion
+        new = reader.push(part.tokens[:-1] if done and done.finished else part.tokens, last=done is not None)
+        whole += new
+        delta = parser.push(new, last=done is not None)
+        self.show(delta.reasoning, _DIM)
+        thoughts = thoughts or bool(delta.reasoning)
+        if delta.content and thoughts:
+          self.show('\n')
+          thoughts = False
+        self.show(delta.content)
+        if done is not None:
+          self.show('\n' if done.finished else '\n(the budget is used up)\n')
+          return whole
+    except KeyboardInterrupt:
+      self._scheduler.cancel(job)
+      self.show('\n(cancelled)\n')
+      raise Cancelled from None
+
+  def show(self, text: str, style: str = '') -> None:
+    """Text in a style, without anything in it that a terminal would obey."""
+    if text:
+      text = text.translate(_HARMLESS)
+      self._out.write(f'{style}{text}{_PLAIN}' if style and self._colour else text)
+      self._out.flush()
+
+
+class Chat:
+  """The conversation itself; a line from the terminal goes to `take`.
+
+  Args:
+    speaker: the model's voice.
+    system: the system message; '' for none. A world has its own.
+    world: whose tools the model may call, and who runs them; None: there are none.
+    kind: of the world's tasks to begin with.
+  """
+
+  def __init__(self, speaker: Speaker, *, system: str = '', world: World | None = None, kind: str = ''):
+    self._speaker, self._system, self._world, self._kind = speaker, system, world, kind
+    self._messages: list[Message] = []
+    self._task, self._session = None, None
+    self.help = ('Ctrl-C cancels an answer, Ctrl-D ends the program; /new forgets the conversation.' if world is None else
+                 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] '
+                 '[N] takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.')
+
+  def start(self) -> None:
+    """What is shown before the first line."""
+    self._speaker.show(self.help + '\n', _DIM)
+    self._take_new([])
+
+  def take(self, line: str) -> None:
+    """One line: a command, or something to be answered."""
+    words = line.split()
+    commands: dict[str, Callable[[list[str]], None]] = {'/new': self._take_new}
+    if self._world is not None:
+      commands['/state'] = self._take_state
+    try:
+      if words and words[0].startswith('/'):
+        if words[0] not in commands:
+          raise ValueError(f'there is no {words[0]}; there are {", ".join(commands)}')
+        commands[words[0]](words[1:])
+      elif self._world is None:
+        self._converse(line)
+      elif words:
+        self._request(line)
+      else:
+        self._act()
+    except ValueError as error:
+      self._speaker.show(f'{error}\n')
+    except Cancelled:
+      pass
+
+  def _converse(self, line: str) -> None:
+    if not line.strip():
+      return
+    asked = [*self._messages, Message('user', line)]
+    _, answer = split_reasoning(self._speaker.answer(asked))
+    self._messages = [*asked, Message('assistant', answer)]  # an answer that is cancelled leaves nothing behind
+
+  def _take_new(self, words: list[str]) -> None:
+    self._messages = [Message('system', self._system)] if self._system else []
+    if self._world is None:
+      return
+    kind, number = (words + [self._kind, '0'][len(words):])[:2]
+    if not number.isdigit():
+      raise ValueError(f'{number!r} is no number of a task')
+    self._task = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')[-1]
+    self._kind, self._session = kind, self._world.session(self._task)
+    for message in self._world.episode(self._task).messages:
+      self._speaker.show(f'{message.role}: ', _BOLD)
+      self._speaker.show(message.content + '\n')
+
+  def _take_state(self, _: list[str]) -> None:
+    for table, rows in self._session.state.items():
+      for key, row in rows.items():
+        self._speaker.show(f'{table} {key}: {row}\n')
+
+  def _act(self) -> None:
+    """The task's own requests, to the end and the verdict."""
+    episode = self._world.episode(self._task)
+    while not episode.done:
+      self._step(episode)
+    outcome = episode.outcome()
+    self._speaker.show(f'right after {outcome.steps} answers\n' if outcome.correct else f'wrong: {outcome.reason}\n', _BOLD)
+
+  def _request(self, line: str) -> None:
+    self._session.ask(line)
+    while self._session.asked:
+      self._step(self._session)
+
+  def _step(self, episode: Any) -> None:
+    """An answer, and what the world says to it."""
+    text = self._speaker.answer(episode.messages)
+    said = len(episode.messages)
+    episode.step(text)
+    for message in episode.messages[said + 1:]:
+      self._speaker.show(f'{message.role}: ', _BOLD)
+      self._speaker.show(message.content + '\n')

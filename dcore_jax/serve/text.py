@@ -1,0 +1,78 @@
+"""Tokens to text as they come: no character is sent in halves, and nothing of a stop string is sent at all."""
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = '\ufffd'  # what a decoder writes for bytes that are no character, or not yet
+
+
+class Detokenizer:
+  """Text of a growing row of tokens: the pieces, joined, are the tokenizer's text of the whole, special tokens left out."""
+
+  def __init__(self, tokenizer: Any):
+    self._tokenizer = tokenizer
+    self._ids: list[int] = []  # from a place on where a character begins
+    self._sent = 0  # how many of them are in text that was given out; the others may end inside a character
+
+  def push(self, tokens: Sequence[int]) -> str:
+    """The text that is certain now."""
+    self._ids += map(int, tokens)
+    # Tokens given out before stay in the window once: decoders of some families treat the first token of a text apart.
+    text = self._decode(self._ids)
+    if text.endswith(_REPLACEMENT):
+      return ''
+    new = text[len(self._decode(self._ids[:self._sent])):]
+    if new:
+      self._ids = self._ids[self._sent:]
+      self._sent = len(self._ids)
+    return new
+
+  def finish(self) -> str:
+    """The rest, with U+FFFD for bytes that never became a character."""
+    return self._decode(self._ids)[len(self._decode(self._ids[:self._sent])):]
+
+  def _decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ''
+
+
+class StopScanner:
+  """Lets text pass up to the first stop string, and holds back what may turn out to begin one."""
+
+  def __init__(self, stop: Sequence[str]):
+    self.stopped = False
+    self._stop = tuple(stop)
+    self._held = ''
+
+  def push(self, text: str) -> str:
+    """The text that is certain now; '' for ever once a stop string has come."""
+    if self.stopped:
+      return ''
+    text = self._held + text
+    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+    if found:
+      self.stopped, self._held = True, ''
+      return text[:min(found)[1]]  # of the one that was complete first, however the text was cut
+    held = max((length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
+    self._held = text[len(text) - held:]
+    return text[:len(text) - held]
+
+  def finish(self) -> str:
+    """What was held back, where it did not become a stop string."""
+    held, self._held = self._held, ''
+    return held
+
+
+class TextReader:
+  """Both of them: the visible text of one rollout, in pieces."""
+
+  def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+    self._detokenizer, self._scanner = Detokenizer(tokenizer), StopScanner(stop)
+
+  @property
+  def stopped(self) -> bool:
+    """Whether a stop string has come."""
+    return self._scanner.stopped
+
+  def push(self, tokens: Sequence[int], last: bool = False) -> str:
+    """The text that is certain with these tokens; all of it where they are the `last` ones."""
+    text = self._scanner.push(self._detokenizer.push(tokens))
+    return text + self._scanner.push(self._detokenizer.finish()) + self._scanner.finish() if last else text

@@ -1,0 +1,59 @@
+"""Serves a model to OpenAI clients: python -m experiments.serve --model=DIR [--port=8000]
+
+It listens on this machine only unless --host says otherwise. The API key, if any, is read from the environment variable that
+--api_key_env names, so that no process list shows it. After SIGTERM it finishes what is under way and refuses the rest.
+"""
+import os
+import sys
+
+from absl import app, flags, logging
+
+from dcore_jax.serve.openai_api import Limits, Service
+from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.server import DTYPES, Server, load_model
+
+_MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')
+_NAME = flags.DEFINE_string('name', '', 'What clients call the model; default: the name of its directory.')
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
+_PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is free.')
+_API_KEY_ENV = flags.DEFINE_string('api_key_env', '', 'Environment variable with the key that clients must send; \'\': none.')
+_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
+_TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
+_LANES = flags.DEFINE_integer('lanes', 32, 'Rollouts at once.')
+_MAX_LEN = flags.DEFINE_integer('max_len', 0, 'Tokens of prompt and answer; default: the positions of the model, at most 4096.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 0, 'Tokens of an answer at most; default: what there is room for.')
+_STEPS = flags.DEFINE_integer('steps_per_call', 8, 'Tokens of a lane between two looks of the host.')
+_MAX_WAITING = flags.DEFINE_integer('max_waiting', 256, 'Rollouts that may wait for a lane; more are answered with 429.')
+_MAX_REQUESTS = flags.DEFINE_integer('max_requests', 256, 'Requests under way at once; more are answered with 429.')
+_MAX_BODY = flags.DEFINE_integer('max_body', 4 * 2**20, 'Bytes of a request; more are answered with 413.')
+_DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'After SIGTERM, for what is under way.')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
+  key = os.environ.get(_API_KEY_ENV.value, '') if _API_KEY_ENV.value else ''
+  if _API_KEY_ENV.value and not key:
+    sys.exit(f'error: --api_key_env names {_API_KEY_ENV.value}, which is not set')
+  try:
+    model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=_LANES.value, max_len=_MAX_LEN.value,
+                       max_new=_MAX_TOKENS.value, steps_per_call=_STEPS.value)
+    scheduler = Scheduler(model.engine, _MAX_WAITING.value)
+    limits = Limits(model.engine.max_new, _MAX_BODY.value, requests=_MAX_REQUESTS.value)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  service = Service(scheduler, model.tokenizer, _NAME.value or model.name, limits, key)
+  if not key and _HOST.value not in ('127.0.0.1', '::1', 'localhost'):
+    print(f'{_HOST.value} may be reached by others, and no API key is asked for', file=sys.stderr)
+
+  def announce(url: str) -> None:
+    print(f'{url} serves {service.model}: {model.summary()}', file=sys.stderr, flush=True)
+
+  Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce).run()
+  if scheduler.failure is not None:
+    sys.exit(f'error: the engine failed: {scheduler.failure}')
+
+
+if __name__ == '__main__':
+  app.run(main)

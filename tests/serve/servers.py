@@ -1,0 +1,93 @@
+"""Servers for tests: real ones on loopback ports, on the organism or on an engine that does what a script says."""
+import contextlib
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from dcore_jax.rollout.engine import Completion, Engine, EngineStats, Progress
+from dcore_jax.serve.server import Server
+
+# The template of the organism's own prompts, tools as it knows them: a signature a line in the system turn.
+SIGNATURES = ("{%- if tools -%}{{- '<|im_start|>system\npolicy: call listed tools only.\ntools:' -}}{%- for tool in tools -%}"
+              "{{- '\n' + tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')' -}}"
+              "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
+              "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
+              "{%- endfor -%}{{- '<|im_start|>assistant\n' -}}")
+
+
+def engine_like(engine):
+  """An engine of the same model and sizes, for a server or a test of its own."""
+  return Engine(engine.params, engine.config, stop_ids=engine._stop_ids.tolist(), lanes=engine.lanes, max_len=engine.max_len,
+                max_new=engine.max_new, steps_per_call=engine.steps_per_call, tile=2, decode=engine.decode)
+
+
+class ScriptedEngine:
+  """Answers every prompt with the tokens of `reply`, one a step; steps wait for `go`, and fail where `broken` is set."""
+
+  def __init__(self, reply, lanes=2):
+    self.reply, self.lanes, self.max_len, self.max_new = np.asarray(reply, np.int32), lanes, 256, 64
+    self.config, self.stats = SimpleNamespace(vocab_size=640), EngineStats()
+    self.go, self.broken, self.cancelled = threading.Event(), None, []
+    self.go.set()
+    self._rollouts, self._count = {}, 0
+
+  @property
+  def rollouts(self):
+    return len(self._rollouts)
+
+  @property
+  def busy(self):
+    return bool(self._rollouts)
+
+  def submit(self, request, sampling):
+    if len(request.prompt) == 13:
+      raise ValueError('thirteen tokens')
+    self._count += 1
+    self._rollouts[self._count] = [0, sampling, len(request.prompt)]
+    return self._count
+
+  def cancel(self, handle):
+    del self._rollouts[handle]
+    self.cancelled.append(handle)
+
+  def step(self):
+    self.go.wait(0.05)  # then commands are looked at, as between two calls of the device
+    if self.broken:
+      raise self.broken
+    return [self._advance(handle) for handle in list(self._rollouts)[:self.lanes]] if self.go.is_set() else []
+
+  def _advance(self, handle):
+    rollout = self._rollouts[handle]
+    tokens, logprobs = self.reply[rollout[0]:rollout[0] + 1], np.full(1, -0.5, np.float32)
+    rollout[0] += 1
+    whole, count = rollout[0] == len(self.reply), rollout[0]
+    if not whole and count < rollout[1].max_tokens:
+      return Progress(handle, tokens, logprobs, logprobs, None)
+    del self._rollouts[handle]
+    logprobs_m = np.full(count, -0.5, np.float32)
+    done = Completion(self.reply[:count], logprobs_m, logprobs_m, whole, None, rollout[2])
+    return Progress(handle, tokens, logprobs, logprobs, done)
+
+
+@contextlib.contextmanager
+def running(service, drain_seconds=30.0):
+  """The service on a port of its own -> (URL, uvicorn server)."""
+  server = Server(service, '127.0.0.1', 0, drain_seconds)
+  thread = threading.Thread(target=server.run, daemon=True)
+  thread.start()
+  until(lambda: server.started or not thread.is_alive())
+  try:
+    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}', server
+  finally:
+    server.should_exit = server.force_exit = True
+    thread.join()
+
+
+def until(condition, seconds=60):
+  """Waits until it holds; a condition that never comes is a failure."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, 'waited in vain'
+    time.sleep(0.005)
