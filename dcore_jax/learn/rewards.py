@@ -1,19 +1,23 @@
-"""Rule rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
+"""Rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
 
-Three of them, each a function (prediction, reference) -> Reward. `toolrl` is what the published models were trained
-with, quirks included (method 4.1-4.4, golden values in section 8); `paper` is the formula printed in the paper (A.2);
-`corrected` keeps the scale of `toolrl` and mends what we take for its mistakes. A prediction is a whole response,
-`<think>` block included; a reference is a call list or plain text.
+Rule rewards are functions (prediction, reference) -> Reward. `toolrl` is what the published models were trained with,
+quirks included (method 4.1-4.4, golden values in section 8), its `_coarse`, `_refined` and `_intermediate` forms the
+published ablations; `paper` is the formula printed in the paper (A.2); `corrected` keeps the scale of `toolrl` and
+mends what we take for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
+list or plain text. Where there is a world to act in, `state_reward` judges what the calls have done instead.
 """
 import collections
+import functools
 import re
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
+import scipy.optimize
 
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
+from dcore_jax.worlds.environment import Outcome, World
 
 FORMAT = re.compile(r'<think>\n.*?\n</think>\n\n', re.DOTALL)
 # The reference's parallel traces close their thoughts in the last line (method 1.7): `toolrl` never pays their format.
@@ -34,7 +38,8 @@ class Reward(NamedTuple):
 # -- the reference's reward -------------------------------------------------------------------------------------------
 
 
-def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0) -> Reward:
+def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0,
+                  format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
   """The reward of the published runs (method 4).
 
   Args:
@@ -42,6 +47,8 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
       plus equal values; 'refined': overlaps count only when they are whole; 'intermediate': only identical calls;
       'coarse': only an equal list.
     correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag CORRECTMAX1).
+    format_range: reward of a wrong and of a right format. The scheduled flags, whose step never advances, are this and
+      `correct_max` at fixed values: SCHEDULEREWARD (-2, 2) and 2, MAX1STEP30MAX3 (0, 1) and 1.
 
   Raises:
     ValueError: a reference without an answer, or an unknown credit.
@@ -55,7 +62,7 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
   else:
     score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
-  return _reward(FORMAT.match(text), 2 * correct_max * score / attainable - correct_max)
+  return _reward(FORMAT.match(text), 2 * correct_max * score / attainable - correct_max, format_range)
 
 
 def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
@@ -178,11 +185,35 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
   return score / (1 + sum(1 + len(arguments) for arguments in wanted_fields))
 
 
+# -- by what the calls have done ---------------------------------------------------------------------------------------
+
+
+def outcome_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
+  """The reward of an episode from what its world says of it: format 1 where every response has it (the parallel template's
+  included), correctness 3 or -3."""
+  well_formed = bool(texts) and all(CORRECTED_FORMAT.match(_own_turn(text)) for text in texts)
+  return _reward(well_formed, 3.0 if outcome.correct else -3.0)
+
+
+def state_reward(world: World, task: Any, texts: Sequence[str]) -> Reward:
+  """Acts the responses out in a fresh episode of the task and judges the state they leave, not how they are worded.
+
+  Responses after the end of the episode earn nothing and cost nothing; an episode that they leave unfinished is wrong.
+  """
+  episode, said = world.episode(task), []
+  for text in texts:
+    if episode.done:
+      break
+    episode.step(text)
+    said.append(text)
+  return outcome_reward(said, episode.outcome())
+
+
 # -- shared pieces ----------------------------------------------------------------------------------------------------
 
 
-def _reward(format_match: re.Match | None, correctness: float) -> Reward:
-  form = float(format_match is not None)
+def _reward(format_match: Any, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
+  form = format_range[bool(format_match)]
   return Reward(form, correctness, form + correctness)
 
 
@@ -252,47 +283,15 @@ def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
     if not rows or not columns:
       continue
     worth_RC = np.array([[worth(i, j) for i in columns] for j in rows])
-    transposed = len(rows) > len(columns)
-    for a, b in enumerate(_best_assignment(worth_RC.T if transposed else worth_RC)):
-      yield (columns[a], rows[b]) if transposed else (columns[b], rows[a])
-
-
-def _best_assignment(worth_RC: np.ndarray) -> list[int]:
-  """Column of each of R <= C rows, for the largest sum: the Hungarian method by shortest augmenting paths, O(R^2 C)."""
-  R, C = worth_RC.shape
-  cost_RC = -worth_RC
-  price_row, price_column = np.zeros(R), np.zeros(C)
-  row_of = np.full(C, -1)
-  for row in range(R):
-    # Dijkstra over columns, from `row` to the nearest free one; prices keep every reduced cost >= 0.
-    distance, came_from = np.full(C, np.inf), np.full(C, -1)
-    done = np.zeros(C, bool)
-    current, at, reach = row, -1, 0.0
-    while current != -1:
-      through = reach + cost_RC[current] - price_row[current] - price_column
-      better = ~done & (through < distance)
-      distance[better], came_from[better] = through[better], at
-      at = int(np.argmin(np.where(done, np.inf, distance)))
-      reach, done[at] = distance[at], True
-      current = row_of[at]
-    seen = done & (row_of >= 0)
-    price_row[row_of[seen]] += reach - distance[seen]
-    price_row[row] += reach
-    price_column[done] -= reach - distance[done]
-    while at != -1:
-      before = came_from[at]
-      row_of[at] = row if before == -1 else row_of[before]
-      at = before
-  column_of = [-1] * R
-  for column in np.flatnonzero(row_of >= 0):
-    column_of[row_of[column]] = int(column)
-  return column_of
+    for row, column in zip(*scipy.optimize.linear_sum_assignment(worth_RC, maximize=True)):
+      yield columns[column], rows[row]
 
 
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 REWARDS: dict[str, Callable[[str, str], Reward]] = {
     'toolrl': toolrl_reward,
+    **{f'toolrl_{credit}': functools.partial(toolrl_reward, credit=credit) for credit in ('coarse', 'refined', 'intermediate')},
     'paper': paper_reward,
     'corrected': corrected_reward,
 }
