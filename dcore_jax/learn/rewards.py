@@ -8,7 +8,6 @@ list or plain text. Where there is a world to act in, `state_reward` judges what
 """
 import collections
 import functools
-import re
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
@@ -19,10 +18,10 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
 from dcore_jax.worlds.environment import Outcome, World
 
-FORMAT = re.compile(r'<think>\n.*?\n</think>\n\n', re.DOTALL)
+_THOUGHTS_OPEN = '<think>\n'
+_THOUGHTS_CLOSE = '\n</think>\n\n'
 # The reference's parallel traces close their thoughts in the last line (method 1.7): `toolrl` never pays their format.
-CORRECTED_FORMAT = re.compile(r'<think>\n.*?</think>\n\n', re.DOTALL)
-
+_THOUGHTS_CLOSE_ANYWHERE = '</think>\n\n'
 # What frames an assistant turn, for texts that were decoded with their special tokens (Qwen, Llama 3).
 _TURN_STARTS = ('<|im_start|>assistant', '<|start_header_id|>assistant<|end_header_id|>')
 _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
@@ -62,7 +61,7 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
   else:
     score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
-  return _reward(FORMAT.match(text), 2 * correct_max * score / attainable - correct_max, format_range)
+  return _reward(_has_format(text), 2 * correct_max * score / attainable - correct_max, format_range)
 
 
 def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
@@ -70,7 +69,7 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
   if answer[0] != '[':
     return 0.0, 1.0
   # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
-  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), parse_lenient(answer)
+  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), _lenient_reference(answer)
   if calls == wanted:
     return 1.0, 1.0
   if credit == 'coarse':
@@ -79,6 +78,10 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
     return _partial_score([_entry(call) for call in calls], [_entry(call) for call in wanted], credit)
   except (TypeError, AttributeError):  # lists of something else than calls: scored as wrong
     return 0.0, 1.0
+
+
+# A group's rollouts share their reference: reading it once saves half of the parsing. Nothing writes into what is read.
+_lenient_reference = functools.lru_cache(maxsize=1024)(parse_lenient)
 
 
 def _entry(call: Any) -> tuple[Any, Any]:
@@ -127,11 +130,11 @@ def paper_reward(prediction: str, reference: str) -> Reward:
   text = _own_turn(prediction)
   calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
   if calls is None or wanted is None:
-    return _reward(FORMAT.match(text), 3.0 if calls == wanted else 0.0)
+    return _reward(_has_format(text), 3.0 if calls == wanted else 0.0)
   fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
   struct = float({call.name for call in calls} == {call.name for call in wanted})
   if not wanted:
-    return _reward(FORMAT.match(text), 3.0 * struct)
+    return _reward(_has_format(text), 3.0 * struct)
 
   def worth(i: int, j: int) -> float:
     return _same_keys(fields[i], wanted_fields[j]) + _value_mean(fields[i], wanted_fields[j])
@@ -139,7 +142,7 @@ def paper_reward(prediction: str, reference: str) -> Reward:
   pairs = list(_assign(calls, wanted, worth))
   keys = sum(_same_keys(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
   values = sum(_value_mean(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
-  return _reward(FORMAT.match(text), struct + keys + values)
+  return _reward(_has_format(text), struct + keys + values)
 
 
 def _same_keys(fields: dict, wanted: dict) -> float:
@@ -169,7 +172,7 @@ def corrected_reward(prediction: str, reference: str) -> Reward:
     share = 0.0
   else:
     share = _assigned_share(calls, wanted)
-  return _reward(CORRECTED_FORMAT.match(text), 6.0 * share - 3.0)
+  return _reward(_has_format(text, _THOUGHTS_CLOSE_ANYWHERE), 6.0 * share - 3.0)
 
 
 def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
@@ -191,7 +194,7 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
 def outcome_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
   """The reward of an episode from what its world says of it: format 1 where every response has it (the parallel template's
   included), correctness 3 or -3."""
-  well_formed = bool(texts) and all(CORRECTED_FORMAT.match(_own_turn(text)) for text in texts)
+  well_formed = bool(texts) and all(_has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts)
   return _reward(well_formed, 3.0 if outcome.correct else -3.0)
 
 
@@ -212,8 +215,13 @@ def state_reward(world: World, task: Any, texts: Sequence[str]) -> Reward:
 # -- shared pieces ----------------------------------------------------------------------------------------------------
 
 
-def _reward(format_match: Any, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
-  form = format_range[bool(format_match)]
+def _has_format(text: str, close: str = _THOUGHTS_CLOSE) -> bool:
+  """Whether the thoughts open the text and close somewhere; what stands between and behind is free."""
+  return text.startswith(_THOUGHTS_OPEN) and text.find(close, len(_THOUGHTS_OPEN)) >= 0
+
+
+def _reward(has_format: bool, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
+  form = format_range[has_format]
   return Reward(form, correctness, form + correctness)
 
 
@@ -237,6 +245,7 @@ def _reference_answer(reference: str) -> str:
   return answer
 
 
+@functools.lru_cache(maxsize=1024)
 def _reference_calls(reference: str) -> list[ToolCall] | None:
   answer = _reference_answer(reference)
   try:
