@@ -4,7 +4,8 @@ One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one
 `tree.with_extras(advantage, old_logp, ref_logp)` -> steps over `tree.batch(...)`.
 Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 
 from dcore_jax import tokentree
+from dcore_jax.learn import advantages
 from dcore_jax.learn import head
 from dcore_jax.learn import objectives
 from dcore_jax.learn import optimizer
@@ -21,6 +23,7 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 
+da_grpo_advantages = advantages.da_grpo_advantages
 ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
 
 
@@ -62,12 +65,13 @@ def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree, ro
   return out[0], out[1]
 
 
-def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT: np.ndarray,
-                   estimator: Callable[..., objectives.Advantages]) -> tuple[np.ndarray, np.ndarray]:
-  """(advantage, psi) [R, T] of the tree's loss tokens, by one of `objectives.ADVANTAGES` with its options bound.
+def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT: np.ndarray, estimator: advantages.Estimator,
+                   psi_tokens_RT: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """(advantage, psi) [R, T] of the tree's loss tokens, by one of `ADVANTAGES` with its options bound.
 
   The tree holds the rollouts prompt by prompt: rollout g of prompt p was sequence p x G + g. A dropped one still counts
-  in its group's mean. Raises ValueError when the rewards do not number the sequences.
+  in its group's mean. Tokens that `psi_tokens_RT` leaves out get no psi (`reflective_rows`). Raises ValueError when the
+  rewards do not number the sequences.
   """
   rewards_PG = np.asarray(rewards_PG)
   if rewards_PG.size != len(tree.paths):
@@ -75,63 +79,99 @@ def advantage_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray, entropy_RT
   longest = max(map(len, tree.paths))
   padded = lambda rows: np.stack([np.pad(row, (0, longest - len(row))) for row in rows]).reshape(*rewards_PG.shape, -1)
   mask_PGT = padded(tree.gather(tree.weight != 0))
-  result = estimator(rewards_PG, padded(tree.gather(entropy_RT)) * mask_PGT, mask_PGT)
-  return tuple(tree.scatter(values.reshape(-1, longest)) for values in result)
+  advantages_PGT = estimator(rewards_PG, padded(tree.gather(entropy_RT)) * mask_PGT, mask_PGT)
+  psi_PGT = advantages.psi_part(estimator, advantages_PGT, rewards_PG, mask_PGT)
+  if psi_tokens_RT is not None:
+    left_out_PGT = psi_PGT * ~padded(tree.gather(psi_tokens_RT))
+    advantages_PGT, psi_PGT = advantages_PGT - left_out_PGT, psi_PGT - left_out_PGT
+  return tuple(tree.scatter(values.reshape(-1, longest)) for values in (advantages_PGT, psi_PGT))
 
 
-def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, clip_low: float = 0.2,
-                   clip_high: float = 0.2, dual_clip: float = 3.0, kl_coefficient: float = 0.0,
-                   temperature: float = 1.0, execution: Execution = Execution()
+def reflective_rows(tree: tokentree.TokenTree, tokenizer: Any, words: Sequence[str]) -> np.ndarray:
+  """bool [R, T]: loss tokens of which the words hold a part, each sequence's response read as one text."""
+  ids, place = np.unique(tree.tokens, return_inverse=True)
+  pieces = np.array(tokenizer.batch_decode(ids[:, None].tolist(), clean_up_tokenization_spaces=False), object)
+  texts, chosen = pieces[place.reshape(-1)], np.zeros(tree.tokens.size, bool)
+  for path, weight in zip(tree.paths, tree.gather(tree.weight)):
+    response = path[weight != 0]
+    chosen[response] = advantages.word_tokens(texts[response].tolist(), words)
+  return chosen.reshape(tree.tokens.shape)
+
+
+def sequence_rows(tree: tokentree.TokenTree) -> np.ndarray:
+  """int32 [R, T]: the number of the sequence that a loss token belongs to; rollouts share no loss token."""
+  numbers = [np.full(len(path), number, np.float32) for number, path in enumerate(tree.paths)]
+  return tree.scatter(numbers).astype(np.int32)
+
+
+def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, temperature: float = 1.0,
+                   execution: Execution = Execution(), **options: Any
                    ) -> Callable[[sft.TrainState, tokentree.RowBatch], tuple[sft.TrainState, sft.Metrics]]:
   """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
-  The batch's extras: advantage, old_logp; ref_logp where kl_coefficient > 0. Loss: the mean over loss tokens, by their
-  weights, of the clipped objective + kl_coefficient x k3 (weights 1: token mean as released; weights 1 / |y_i|: the
-  sequence mean of the paper).
-  Metrics: loss, pg_loss, kl, clip_share, entropy (of the current policy), weight, grad_norm, skipped.
+  `options` are the fields of `objectives.PolicyLoss`, whose `extras` names the values that a batch brings. Sums over loss
+  tokens are divided once, by the aggregation of the whole batch; a token's weight in the tree counts beside it.
+  A statistic of the objective costs GSPO one more vocabulary projection, and KL-Cov, which compares the tokens of all
+  micro-batches, one more forward pass.
+  Metrics: loss, pg_loss, kl, uniform_kl, divided as the loss is; clip_share, entropy (of the current policy), importance, means
+  over tokens; weight, grad_norm, skipped. Those of terms that are off are absent.
   """
-  needed = {'advantage', 'old_logp'} | ({'ref_logp'} if kl_coefficient else set())
+  loss = objectives.PolicyLoss(**options)
+
+  def batch_logp(params, batch):
+    def score(micro):  # those without weight are skipped here as in the update
+      scores = lambda: sft.token_scores(params, config, micro, temperature=temperature, execution=execution)[0]
+      return jax.lax.cond(jnp.any(micro.weight != 0), scores, lambda: jnp.zeros_like(micro.weight))
+    return jax.lax.map(score, batch)
 
   def objective(logp_C, entropy_C, values):
     weight_C, extras = values
-    (pg, weight), (clipped, _) = objectives.clipped_objective(
-        logp_C, extras['old_logp'], extras['advantage'], weight_C,
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    sums = {'pg_loss': pg, 'clip_share': clipped, 'entropy': jnp.sum(weight_C * entropy_C)}
-    loss = pg
-    if kl_coefficient:
-      sums['kl'], _ = objectives.kl_penalty(logp_C, extras['ref_logp'], weight_C)
-      loss += kl_coefficient * sums['kl']
-    return loss, sums | {'loss': loss, 'weight': weight}
+    total, sums = loss.sums(logp_C, entropy_C, weight_C, extras)
+    return total, sums | {'loss': total, 'weight': jnp.sum(weight_C)}
 
   def objective_sum(params, micro):
-    hidden_MD = sft.loss_token_states(params, config, micro, execution)
-    return head.token_loss(objective, hidden_MD, decoder.head_matrix(params), micro.target, (micro.weight, micro.extras),
-                           temperature, entropy='value')
+    hidden_MD, matrix_VD = sft.loss_token_states(params, config, micro, execution), decoder.head_matrix(params)
+    extras = micro.extras
+    if loss.scope == 'micro-batch':
+      logp_M, _ = head.log_probs_and_entropy(*jax.lax.stop_gradient((hidden_MD, matrix_VD)), micro.target, temperature)
+      extras = loss.with_statistic(logp_M, micro.weight, extras)
+    total, sums = head.token_loss(objective, hidden_MD, matrix_VD, micro.target, (micro.weight, extras), temperature,
+                                  entropy='value')
+    if loss.uniform_kl:
+      gap_M = head.uniform_gap(hidden_MD, matrix_VD, micro.target, temperature)
+      rest = -jnp.sum(objectives.vanished(micro.weight, extras) * gap_M)
+      total += loss.uniform_kl * rest
+      sums |= {'uniform_kl': sums['uniform_kl'] + rest, 'loss': sums['loss'] + loss.uniform_kl * rest}
+    return total, sums
 
   def grpo_step(state, batch):
-    if needed - batch.extras.keys():
-      raise ValueError(f'the batch lacks the extras {sorted(needed - batch.extras.keys())}')
+    _check_extras(batch, loss.extras)
+    weight, total = objectives.aggregate(batch.weight, batch.extras.get('sequence'), loss.aggregation, loss.max_tokens)
+    batch = batch._replace(weight=weight)
+    if loss.scope == 'mini-batch':
+      logp_AM = batch_logp(state.params, batch)
+      batch = batch._replace(extras=loss.with_statistic(logp_AM, batch.weight, batch.extras))
     grads, sums = sft.accumulate(objective_sum, state.params, batch)
     weight = sums.pop('weight')
-    scale = 1 / jnp.maximum(weight, 1e-8)
-    metrics = jax.tree.map(lambda value: value * scale, sums) | {'weight': weight}
-    state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads))
-    return state, metrics | applied
+    by_loss, by_token = (1 / jnp.maximum(divisor, 1e-8) for divisor in (total, weight))
+    metrics = {name: value * (by_token if name in ('clip_share', 'entropy', 'importance') else by_loss)
+               for name, value in sums.items()}
+    state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * by_loss, grads))
+    return state, metrics | applied | {'weight': weight}
 
   return jax.jit(grpo_step, donate_argnums=0)
 
 
-def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0,
-                  execution: Execution = Execution()) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
+def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0, execution: Execution = Execution(),
+                  aggregation: str = 'token', max_tokens: int = 4096) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
   """The jitted (params, batch) -> norm of the gradient that psi alone contributes to the first step on a batch.
 
-  There the ratios are 1, so that it is the gradient of the mean of -psi log pi (extras: psi). It costs a backward pass: for
-  measuring how much of an update is due to psi, as one mini-batch of a rollout shows.
+  There the ratios are 1, so that it is the gradient of the mean of -psi log pi (extras: psi), aggregated as in the step. It
+  costs a backward pass: for measuring how much of an update is due to psi, as one mini-batch of a rollout shows.
   """
   def objective(logp_C, _, values):
     weight_C, psi_C = values
-    return -jnp.sum(weight_C * psi_C * logp_C), jnp.sum(weight_C)
+    return -jnp.sum(weight_C * psi_C * logp_C), ()
 
   def psi_sum(params, micro):
     hidden_MD = sft.loss_token_states(params, config, micro, execution)
@@ -139,7 +179,14 @@ def make_psi_norm(config: DecoderConfig, *, temperature: float = 1.0,
                            (micro.weight, micro.extras['psi']), temperature)
 
   def psi_norm(params, batch):
-    grads, weight = sft.accumulate(psi_sum, params, batch)
-    return optax.global_norm(grads) / jnp.maximum(weight, 1e-8)
+    _check_extras(batch, {'psi'} | ({'sequence'} if aggregation != 'token' else set()))
+    weight, total = objectives.aggregate(batch.weight, batch.extras.get('sequence'), aggregation, max_tokens)
+    grads, _ = sft.accumulate(psi_sum, params, batch._replace(weight=weight))
+    return optax.global_norm(grads) / jnp.maximum(total, 1e-8)
 
   return jax.jit(psi_norm)
+
+
+def _check_extras(batch: tokentree.RowBatch, needed: AbstractSet[str]) -> None:
+  if needed - batch.extras.keys():
+    raise ValueError(f'the batch lacks the extras {sorted(needed - batch.extras.keys())}')

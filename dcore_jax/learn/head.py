@@ -13,6 +13,7 @@ Letters: M loss tokens, N chunks of C tokens, D hidden, V vocabulary (of one dev
 """
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -69,6 +70,18 @@ def log_probs_and_entropy(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: j
   """
   _check(temperature, chunk)
   return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M)
+
+
+def uniform_gap(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0) -> jax.Array:
+  """(mean logit - the target's logit + log V) [M], so that KL(uniform || policy) = -logp - gap; differentiable.
+
+  The mean log-probability of the vocabulary needs no logits: a mean of logits is the product with the mean row of the head,
+  and their partition sum is the same as in the target's log-probability.
+  """
+  _check(temperature, None)
+  mean_D = jnp.mean(head_VD, axis=0, dtype=jnp.float32)
+  rows_MD = mean_D[None, :] - head_VD[targets_M].astype(jnp.float32)
+  return jnp.einsum('md,md->m', hidden_MD.astype(jnp.float32), rows_MD) / temperature + math.log(head_VD.shape[0])
 
 
 def _check(temperature: float, chunk: int | None) -> None:

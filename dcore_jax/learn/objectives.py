@@ -1,170 +1,255 @@
-"""Advantages and policy objectives: pure functions of arrays.
+"""Policy objectives: what a step minimises, as pure jax functions of the log-probabilities of loss tokens.
 
-Advantages are numpy on the host, where rewards and old entropies live; nothing differentiates through them.
-Objectives are jax and return (sum over tokens, sum of weights) pairs that are divided once, by whoever adds them up.
-Letters: P prompts, G rollouts of a prompt's group, T response tokens, M loss tokens.
+An objective gives a loss a token, before weights; `PolicyLoss` adds importance weights, the KL terms and the aggregation,
+and hands out sums over tokens that whoever adds them up divides once, so that a result depends neither on micro-batches
+nor on the chunks of the head. Some objectives need statistics at the current parameters of more tokens than a chunk
+holds: those are computed beforehand, without gradient, and come as one more value a token.
+Letters: M loss tokens; A micro-batches of them.
 """
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_EPSILON = np.float32(1e-6)  # beside the standard deviation
+from dcore_jax.learn.advantages import options_of
+
 _LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: beyond, a ratio says nothing and may overflow
+_SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (method 3.6)
 _KL_BOUND = 10.0
 
-Pair = tuple[jax.Array, jax.Array]
+Values = Mapping[str, jax.Array]  # per loss token: advantage, old_logp and what else a loss asks for
 
 
-class Advantages(NamedTuple):
-  """Per-token advantages [P, G, T], float32, 0 outside the mask.
-
-  `psi` is the entropy-driven part of `total`: where it is not 0 the group-relative part is 0.
-  """
-  total: np.ndarray
-  psi: np.ndarray
+# --- objectives: (logp_M, values, **options) -> (loss_M, clipped_M), the latter 1 where the ratio was held back ---------------
 
 
-ADVANTAGES: dict[str, Callable[..., Advantages]] = {}
-
-
-def _register(name: str) -> Callable:
-  def add(function: Callable[..., Advantages]) -> Callable[..., Advantages]:
-    ADVANTAGES[name] = function
-    return function
-  return add
-
-
-@_register('grpo')
-def grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray) -> Advantages:
-  """A = (R - mean) / (std + 1e-6) over the group, std with ddof 1 (paper eq. 2; method 3.3). Entropies are not used."""
-  rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  relative_PG = np.where(_uniform(rewards_PG), 0, _standardised(rewards_PG)).astype(np.float32)
-  return Advantages(relative_PG[:, :, None] * mask_PGT, np.zeros_like(mask_PGT))
-
-
-@_register('dr_grpo')
-def dr_grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray) -> Advantages:
-  """A = R - mean, without the division that favours groups of little variance (Liu et al. 2025, Dr. GRPO)."""
-  rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  mean_P1 = _mean(rewards_PG) if rewards_PG.shape[1] > 1 else np.float32(0)
-  relative_PG = np.where(_uniform(rewards_PG), 0, rewards_PG - mean_P1).astype(np.float32)
-  return Advantages(relative_PG[:, :, None] * mask_PGT, np.zeros_like(mask_PGT))
-
-
-@_register('da_grpo')
-def da_grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray, *, alpha: float = 0.1,
-                       delta: float = 0.5, zero_test: str = 'group', psi_multiplier: float = 1.0) -> Advantages:
-  """Diversity-aware GRPO: where the group-relative advantage vanishes, psi = min(alpha H, delta) replaces it (eq. 6-8).
-
-  Args:
-    rewards_PG: one reward per rollout.
-    entropy_PGT: entropies (nats) of the old policy's distribution that produced each token.
-    mask_PGT: 1 on response tokens.
-    alpha: weight of the entropy.
-    delta: cap of psi.
-    zero_test: 'group': psi on groups whose rewards are all equal, the paper's intent. 'token': wherever the float32
-      advantage is exactly 0, as released; that adds rollouts at their group's mean, and misses groups whose mean rounds
-      (eight rewards of 3.590909 give 0.3158).
-    psi_multiplier: 1 as published; 2 as released, where an aliased tensor receives psi twice.
-
-  Raises:
-    ValueError: shapes that disagree, an empty group, or values that are not finite.
-  """
-  if not (alpha >= 0 and delta >= 0):
-    raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
-  rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
-  psi_PGT = psi_multiplier * np.minimum(alpha * entropy_PGT, delta) * zero_PG[:, :, None] * mask_PGT
-  return _combined(relative_PG, psi_PGT, mask_PGT)
-
-
-@_register('rl_zvp')
-def rl_zvp_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray, *, alpha: float = 0.1,
-                      zero_test: str = 'group', psi_multiplier: float = 1.0) -> Advantages:
-  """RL with zero-variance prompts (Le et al. 2025; method 3.6): a sign-aware psi.
-
-  Where the advantage vanishes: alpha H for a reward above 0, else alpha (H - max H of the rollout), which is never
-  positive. Arguments as for `da_grpo_advantages`.
-  """
-  rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
-  entropy_PGT = entropy_PGT * mask_PGT
-  highest_PG1 = entropy_PGT.max(axis=2, keepdims=True, initial=0)
-  shaped_PGT = np.where(rewards_PG[:, :, None] > 0, entropy_PGT, entropy_PGT - highest_PG1)
-  return _combined(relative_PG, psi_multiplier * alpha * shaped_PGT * zero_PG[:, :, None] * mask_PGT, mask_PGT)
-
-
-def _checked(rewards_PG, entropy_PGT, mask_PGT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  rewards_PG, entropy_PGT, mask_PGT = (np.asarray(array, np.float32) for array in (rewards_PG, entropy_PGT, mask_PGT))
-  if rewards_PG.ndim != 2 or not rewards_PG.size:
-    raise ValueError(f'rewards have shape {rewards_PG.shape}, expected [prompts, rollouts] with no empty group')
-  if mask_PGT.shape[:2] != rewards_PG.shape or mask_PGT.ndim != 3 or entropy_PGT.shape != mask_PGT.shape:
-    raise ValueError(f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and mask {mask_PGT.shape} disagree')
-  if not np.isfinite(rewards_PG).all():
-    raise ValueError('rewards are not finite')
-  if not np.isfinite(entropy_PGT).all():
-    raise ValueError('entropies are not finite')
-  return rewards_PG, entropy_PGT, mask_PGT
-
-
-def _mean(rewards_PG: np.ndarray) -> np.ndarray:
-  """[P, 1], summed in order in float32 as torch does for a group; numpy's pairwise sum rounds differently."""
-  return np.add.accumulate(rewards_PG, axis=1)[:, -1:] / np.float32(rewards_PG.shape[1])
-
-
-def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
-  """A rollout alone in its group has mean 0 and deviation 1 by convention."""
-  if rewards_PG.shape[1] == 1:
-    return rewards_PG / (1 + _EPSILON)
-  centred_PG = rewards_PG - _mean(rewards_PG)
-  variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (rewards_PG.shape[1] - 1)
-  return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
-
-
-def _uniform(rewards_PG: np.ndarray) -> np.ndarray:
-  """[P, 1] bool: all rewards of the group equal. A single rollout counts when its reward, hence its advantage, is 0."""
-  if rewards_PG.shape[1] == 1:
-    return rewards_PG == 0
-  return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)
-
-
-def _zero_advantages(rewards_PG: np.ndarray, zero_test: str) -> tuple[np.ndarray, np.ndarray]:
-  """(group-relative advantage, where it counts as vanished), both [P, G]."""
-  relative_PG = _standardised(rewards_PG)
-  if zero_test == 'token':
-    return relative_PG, relative_PG == 0
-  if zero_test == 'group':
-    zero_PG = np.broadcast_to(_uniform(rewards_PG), rewards_PG.shape)
-    return np.where(zero_PG, np.float32(0), relative_PG), zero_PG
-  raise ValueError(f"unknown zero_test {zero_test!r}; expected 'group' or 'token'")
-
-
-def _combined(relative_PG: np.ndarray, psi_PGT: np.ndarray, mask_PGT: np.ndarray) -> Advantages:
-  psi_PGT = psi_PGT.astype(np.float32)
-  return Advantages(relative_PG[:, :, None] * mask_PGT + psi_PGT, psi_PGT)
-
-
-def clipped_objective(logp_M: jax.Array, old_logp_M: jax.Array, advantage_M: jax.Array, weight_M: jax.Array, *,
-                      clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0) -> tuple[Pair, Pair]:
-  """PPO's pessimistic loss with dual clip -> ((sum, weight) of the loss, (sum, weight) of the clipped tokens' share).
+def ppo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2,
+             dual_clip: float = 3.0) -> tuple[jax.Array, jax.Array]:
+  """PPO's pessimistic loss with dual clip (Schulman et al. 2017; Ye et al. 2020; method 3.4).
 
   r = exp(logp - old_logp), the log ratio bounded by 20; loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and
-  for A < 0 at most -A dual_clip (Schulman et al. 2017; Ye et al. 2020; method 3.4).
+  for A < 0 at most -A dual_clip.
   """
-  ratio_M = jnp.exp(jnp.clip(logp_M - old_logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
+  advantage_M = values['advantage']
+  loss_M, clipped_M = _pessimistic(_ratio(logp_M, values), advantage_M, clip_low, clip_high)
+  return jnp.where(advantage_M < 0, jnp.minimum(loss_M, -advantage_M * dual_clip), loss_M), clipped_M
+
+
+def gspo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
+              clip_high: float = 0.2) -> tuple[jax.Array, jax.Array]:
+  """GSPO's token form (Zheng et al. 2025): PPO's loss with the ratio s pi / sg(pi), s of the whole sequence.
+
+  s = exp(mean over the sequence of logp - old_logp) comes as `sequence_log_ratio`. Usual clips are 3e-4 and 4e-4, and
+  aggregation is by sequence.
+  """
+  log_ratio_M = values['sequence_log_ratio'] + logp_M - jax.lax.stop_gradient(logp_M)
+  ratio_M = jnp.exp(jnp.minimum(log_ratio_M, _SEQUENCE_LOG_RATIO_BOUND))
+  return _pessimistic(ratio_M, values['advantage'], clip_low, clip_high)
+
+
+def kl_cov_loss(logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1) -> tuple[jax.Array, jax.Array]:
+  """KL-Cov (Cui et al. 2025): -A r without a clip, + cov_penalty |logp - old_logp| on the tokens of `high_covariance`.
+
+  These few tokens, whose probability and advantage rise together, account for most of the loss of entropy.
+  """
+  held_M, gap_M = values['high_covariance'], logp_M - values['old_logp']
+  distance_M = jnp.sign(gap_M) * gap_M  # jnp.abs has slope 1 at 0, where the first update on a rollout batch begins
+  return -values['advantage'] * _ratio(logp_M, values) + cov_penalty * held_M * distance_M, held_M
+
+
+def cispo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
+               clip_high: float = 0.2) -> tuple[jax.Array, jax.Array]:
+  """CISPO (MiniMax-M1, 2025): -sg(clip(r)) A logp. A clipped ratio scales a token's gradient and never silences it."""
+  ratio_M = jax.lax.stop_gradient(_ratio(logp_M, values))
+  bounded_M = jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
+  return -bounded_M * values['advantage'] * logp_M, (bounded_M != ratio_M).astype(jnp.float32)
+
+
+def _ratio(logp_M: jax.Array, values: Values) -> jax.Array:
+  return jnp.exp(jnp.clip(logp_M - values['old_logp'], -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
+
+
+def _pessimistic(ratio_M: jax.Array, advantage_M: jax.Array, clip_low: float,
+                 clip_high: float) -> tuple[jax.Array, jax.Array]:
   plain_M = -advantage_M * ratio_M
   clipped_M = -advantage_M * jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
-  loss_M = jnp.maximum(plain_M, clipped_M)
-  loss_M = jnp.where(advantage_M < 0, jnp.minimum(loss_M, -advantage_M * dual_clip), loss_M)
-  total = jnp.sum(weight_M)
-  return (jnp.sum(weight_M * loss_M), total), (jnp.sum(weight_M * (clipped_M > plain_M)), total)
+  return jnp.maximum(plain_M, clipped_M), (clipped_M > plain_M).astype(jnp.float32)
 
 
-def kl_penalty(logp_M: jax.Array, ref_logp_M: jax.Array, weight_M: jax.Array) -> Pair:
-  """(sum, weight) of the k3 estimate exp(d) - d - 1, d = ref - logp bounded by 20, k3 by 10 (Schulman 2020)."""
-  gap_M = jnp.clip(ref_logp_M - logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-  k3_M = jnp.clip(jnp.exp(gap_M) - gap_M - 1, -_KL_BOUND, _KL_BOUND)
-  return jnp.sum(weight_M * k3_M), jnp.sum(weight_M)
+# --- statistics: (logp, weight, values, **options) -> one constant more a token, same shape -----------------------------------
+
+
+def sequence_log_ratio(logp: jax.Array, weight: jax.Array, values: Values) -> jax.Array:
+  """The mean of logp - old_logp over the loss tokens of each token's sequence (`values['sequence']` numbers them)."""
+  return _sequence_mean(logp - values['old_logp'], weight != 0, values['sequence'])
+
+
+def high_covariance(logp: jax.Array, weight: jax.Array, values: Values, *, cov_share: float = 0.002) -> jax.Array:
+  """1 on the `cov_share` of the loss tokens, at least one, with the largest (A - mean A)(logp - mean logp), else 0.
+
+  Of equal ones the earlier count.
+  """
+  used = weight.reshape(-1) != 0
+  count = jnp.maximum(jnp.sum(used), 1)
+  centre = lambda x: jnp.where(used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0)
+  covariance = jnp.where(used, centre(values['advantage']) * centre(logp), -jnp.inf)
+  order = jnp.argsort(covariance, descending=True, stable=True)
+  chosen = jnp.arange(used.size) < jnp.maximum(jnp.floor(count * cov_share), 1)
+  return jnp.zeros(used.size, jnp.float32).at[order].set(chosen & used[order]).reshape(logp.shape)
+
+
+def _sequence_sum(x: jax.Array, sequence: jax.Array) -> jax.Array:
+  """Sums by sequence number, [as many as there are tokens]: there cannot be more sequences than that."""
+  return jax.ops.segment_sum(x.reshape(-1), sequence.reshape(-1), num_segments=sequence.size)
+
+
+def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Array:
+  total, count = _sequence_sum(jnp.where(used, x, 0), sequence), _sequence_sum(used.astype(jnp.float32), sequence)
+  return (total / jnp.maximum(count, 1))[sequence]
+
+
+class Objective(NamedTuple):
+  """A loss and the statistic it needs: of a micro-batch, which holds whole sequences, or of the whole mini-batch."""
+  loss: Callable[..., tuple[jax.Array, jax.Array]]
+  statistic: Callable[..., jax.Array] | None = None
+  scope: Literal['micro-batch', 'mini-batch'] | None = None
+  needs: frozenset[str] = frozenset()
+
+
+OBJECTIVES: dict[str, Objective] = {
+    'ppo': Objective(ppo_loss),
+    'gspo': Objective(gspo_loss, sequence_log_ratio, 'micro-batch', frozenset({'sequence'})),
+    'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch'),
+    'cispo': Objective(cispo_loss),
+}
+
+
+# --- terms beside the objective ----------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logp_M: jax.Array, ref_logp_M: jax.Array, kind: str = 'k3') -> jax.Array:
+  """An estimate a token of KL(policy || reference), d = ref - logp bounded by 20, the estimate by +-10 (Schulman 2020).
+
+  k1 = -d, unbiased, but as a loss its expected gradient is 0; k2 = d^2 / 2, whose gradient is the KL's; k3 = exp(d) - d - 1,
+  never negative and of small variance (the paper's).
+  """
+  d_M = jnp.clip(ref_logp_M - logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+  estimate_M = {'k1': lambda: -d_M, 'k2': lambda: 0.5 * jnp.square(d_M), 'k3': lambda: jnp.exp(d_M) - d_M - 1}[kind]()
+  return jnp.clip(estimate_M, -_KL_BOUND, _KL_BOUND)
+
+
+def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: float) -> jax.Array:
+  """min(pi_old / mu, cap): corrects for rollouts that another engine drew from mu (truncated importance sampling, Yao et al.
+  2025)."""
+  gap_M = jnp.clip(old_logp_M - behaviour_logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+  return jnp.minimum(jnp.exp(gap_M), cap)
+
+
+def vanished(weight_M: jax.Array, values: Values) -> jax.Array:
+  """The weights of the tokens whose advantage is exactly 0, which the objective does not train; 0 for the others."""
+  return jnp.where(values['advantage'] == 0, weight_M, 0)
+
+
+def aggregate(weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+  """(weights of the loss tokens, what their weighted sum is divided by) over a whole mini-batch.
+
+  'token': the mean over tokens, as released. 'sequence': the mean over sequences of their token means, as printed in the
+  paper. 'dr': the sum over tokens by the number of sequences x `max_tokens`, which no length biases (Dr. GRPO).
+  """
+  if how == 'token':
+    return weight, jnp.sum(weight)
+  total = _sequence_sum(weight, sequence)
+  sequences = jnp.sum(total > 0)
+  if how == 'sequence':
+    return jnp.where(weight != 0, weight / jnp.maximum(total, 1e-8)[sequence], 0), sequences
+  return weight, sequences * max_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+  """What a step minimises; hashable. Fields are config fields of section `rl` by the same names.
+
+  Attributes:
+    objective: a name of OBJECTIVES.
+    clip_low, clip_high, dual_clip, cov_share, cov_penalty: see the objectives.
+    aggregation: 'token', 'sequence' or 'dr', see `aggregate`.
+    max_tokens: of a response, for 'dr'.
+    kl_coefficient: of the KL to the reference policy; 0 needs none.
+    kl_estimator: 'k1', 'k2' or 'k3'.
+    uniform_kl: coefficient of KL(uniform || policy) on the tokens whose advantage is 0, where psi would act.
+    importance_cap: > 0 weighs tokens by `importance_weights`.
+
+  Raises:
+    ValueError: naming a field with a value that means nothing.
+  """
+  objective: str = 'ppo'
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  dual_clip: float = 3.0
+  cov_share: float = 0.002
+  cov_penalty: float = 0.1
+  aggregation: str = 'token'
+  max_tokens: int = 4096
+  kl_coefficient: float = 0.0
+  kl_estimator: str = 'k3'
+  uniform_kl: float = 0.0
+  importance_cap: float = 0.0
+
+  def __post_init__(self):
+    for field, known in (('objective', tuple(OBJECTIVES)), ('aggregation', ('token', 'sequence', 'dr')),
+                         ('kl_estimator', ('k1', 'k2', 'k3'))):
+      if getattr(self, field) not in known:
+        raise ValueError(f'unknown {field} {getattr(self, field)!r}; expected one of {known}')
+    numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, float)}
+    wrong = {name: value for name, value in numbers.items() if not (np.isfinite(value) and value >= 0)}
+    if wrong:
+      raise ValueError(f'fields of the loss must be finite and not negative: {wrong}')
+    if self.dual_clip <= 1:
+      raise ValueError(f'dual_clip = {self.dual_clip} must exceed 1, or it would hold back ratios that did not move')
+
+  @property
+  def extras(self) -> frozenset[str]:
+    """Values a batch must bring for each loss token."""
+    names = {'advantage', 'old_logp', *OBJECTIVES[self.objective].needs}
+    names |= {'ref_logp'} if self.kl_coefficient else set()
+    names |= {'behaviour_logp'} if self.importance_cap else set()
+    return frozenset(names | ({'sequence'} if self.aggregation != 'token' else set()))
+
+  @property
+  def scope(self) -> str | None:
+    """Of the objective's statistic."""
+    return OBJECTIVES[self.objective].scope
+
+  def with_statistic(self, logp: jax.Array, weight: jax.Array, values: Values) -> dict[str, jax.Array]:
+    """`values` with the objective's statistic, computed from log-probabilities [M] or [A, M] of the current parameters."""
+    function = OBJECTIVES[self.objective].statistic
+    return {**values, function.__name__: jax.lax.stop_gradient(function(logp, weight, values, **self._options(function)))}
+
+  def sums(self, logp_M: jax.Array, entropy_M: jax.Array, weight_M: jax.Array,
+           values: Values) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, parts), summed over tokens by their weights.
+
+    Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends on hidden states.
+    """
+    loss_function = OBJECTIVES[self.objective].loss
+    pg_M, clipped_M = loss_function(logp_M, values, **self._options(loss_function))
+    summed = lambda x_M: jnp.sum(weight_M * x_M)
+    sums = {'clip_share': summed(clipped_M), 'entropy': summed(entropy_M)}
+    if self.importance_cap:
+      importance_M = importance_weights(values['old_logp'], values['behaviour_logp'], self.importance_cap)
+      sums['importance'] = summed(importance_M)
+      pg_M *= importance_M
+    sums['pg_loss'] = loss = summed(pg_M)
+    if self.kl_coefficient:
+      sums['kl'] = summed(kl_estimate(logp_M, values['ref_logp'], self.kl_estimator))
+      loss += self.kl_coefficient * sums['kl']
+    if self.uniform_kl:
+      sums['uniform_kl'] = -jnp.sum(vanished(weight_M, values) * logp_M)
+      loss += self.uniform_kl * sums['uniform_kl']
+    return loss, sums
+
+  def _options(self, function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: getattr(self, name) for name in options_of(function)}

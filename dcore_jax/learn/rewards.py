@@ -1,24 +1,27 @@
-"""Rule rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
+"""Rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
 
-Three of them, each a function (prediction, reference) -> Reward. `toolrl` is what the published models were trained
-with, quirks included (method 4.1-4.4, golden values in section 8); `paper` is the formula printed in the paper (A.2);
-`corrected` keeps the scale of `toolrl` and mends what we take for its mistakes. A prediction is a whole response,
-`<think>` block included; a reference is a call list or plain text.
+Rule rewards are functions (prediction, reference) -> Reward. `toolrl` is what the published models were trained with,
+quirks included (method 4.1-4.4, golden values in section 8), its `_coarse`, `_refined` and `_intermediate` forms the
+published ablations; `paper` is the formula printed in the paper (A.2); `corrected` keeps the scale of `toolrl` and
+mends what we take for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
+list or plain text. Where there is a world to act in, `state_reward` judges what the calls have done instead.
 """
 import collections
-import re
+import functools
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
+import scipy.optimize
 
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
+from dcore_jax.worlds.environment import Outcome, World
 
-FORMAT = re.compile(r'<think>\n.*?\n</think>\n\n', re.DOTALL)
+_THOUGHTS_OPEN = '<think>\n'
+_THOUGHTS_CLOSE = '\n</think>\n\n'
 # The reference's parallel traces close their thoughts in the last line (method 1.7): `toolrl` never pays their format.
-CORRECTED_FORMAT = re.compile(r'<think>\n.*?</think>\n\n', re.DOTALL)
-
+_THOUGHTS_CLOSE_ANYWHERE = '</think>\n\n'
 # What frames an assistant turn, for texts that were decoded with their special tokens (Qwen, Llama 3).
 _TURN_STARTS = ('<|im_start|>assistant', '<|start_header_id|>assistant<|end_header_id|>')
 _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
@@ -34,7 +37,8 @@ class Reward(NamedTuple):
 # -- the reference's reward -------------------------------------------------------------------------------------------
 
 
-def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0) -> Reward:
+def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0,
+                  format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
   """The reward of the published runs (method 4).
 
   Args:
@@ -42,6 +46,8 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
       plus equal values; 'refined': overlaps count only when they are whole; 'intermediate': only identical calls;
       'coarse': only an equal list.
     correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag CORRECTMAX1).
+    format_range: reward of a wrong and of a right format. The scheduled flags, whose step never advances, are this and
+      `correct_max` at fixed values: SCHEDULEREWARD (-2, 2) and 2, MAX1STEP30MAX3 (0, 1) and 1.
 
   Raises:
     ValueError: a reference without an answer, or an unknown credit.
@@ -55,7 +61,7 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
   else:
     score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
-  return _reward(FORMAT.match(text), 2 * correct_max * score / attainable - correct_max)
+  return _reward(_has_format(text), 2 * correct_max * score / attainable - correct_max, format_range)
 
 
 def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
@@ -63,7 +69,7 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
   if answer[0] != '[':
     return 0.0, 1.0
   # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
-  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), parse_lenient(answer)
+  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), _lenient_reference(answer)
   if calls == wanted:
     return 1.0, 1.0
   if credit == 'coarse':
@@ -72,6 +78,10 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
     return _partial_score([_entry(call) for call in calls], [_entry(call) for call in wanted], credit)
   except (TypeError, AttributeError):  # lists of something else than calls: scored as wrong
     return 0.0, 1.0
+
+
+# A group's rollouts share their reference: reading it once saves half of the parsing. Nothing writes into what is read.
+_lenient_reference = functools.lru_cache(maxsize=1024)(parse_lenient)
 
 
 def _entry(call: Any) -> tuple[Any, Any]:
@@ -120,11 +130,11 @@ def paper_reward(prediction: str, reference: str) -> Reward:
   text = _own_turn(prediction)
   calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
   if calls is None or wanted is None:
-    return _reward(FORMAT.match(text), 3.0 if calls == wanted else 0.0)
+    return _reward(_has_format(text), 3.0 if calls == wanted else 0.0)
   fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
   struct = float({call.name for call in calls} == {call.name for call in wanted})
   if not wanted:
-    return _reward(FORMAT.match(text), 3.0 * struct)
+    return _reward(_has_format(text), 3.0 * struct)
 
   def worth(i: int, j: int) -> float:
     return _same_keys(fields[i], wanted_fields[j]) + _value_mean(fields[i], wanted_fields[j])
@@ -132,7 +142,7 @@ def paper_reward(prediction: str, reference: str) -> Reward:
   pairs = list(_assign(calls, wanted, worth))
   keys = sum(_same_keys(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
   values = sum(_value_mean(fields[i], wanted_fields[j]) for i, j in pairs) / len(wanted)
-  return _reward(FORMAT.match(text), struct + keys + values)
+  return _reward(_has_format(text), struct + keys + values)
 
 
 def _same_keys(fields: dict, wanted: dict) -> float:
@@ -162,7 +172,7 @@ def corrected_reward(prediction: str, reference: str) -> Reward:
     share = 0.0
   else:
     share = _assigned_share(calls, wanted)
-  return _reward(CORRECTED_FORMAT.match(text), 6.0 * share - 3.0)
+  return _reward(_has_format(text, _THOUGHTS_CLOSE_ANYWHERE), 6.0 * share - 3.0)
 
 
 def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
@@ -178,11 +188,40 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
   return score / (1 + sum(1 + len(arguments) for arguments in wanted_fields))
 
 
+# -- by what the calls have done ---------------------------------------------------------------------------------------
+
+
+def outcome_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
+  """The reward of an episode from what its world says of it: format 1 where every response has it (the parallel template's
+  included), correctness 3 or -3."""
+  well_formed = bool(texts) and all(_has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts)
+  return _reward(well_formed, 3.0 if outcome.correct else -3.0)
+
+
+def state_reward(world: World, task: Any, texts: Sequence[str]) -> Reward:
+  """Acts the responses out in a fresh episode of the task and judges the state they leave, not how they are worded.
+
+  Responses after the end of the episode earn nothing and cost nothing; an episode that they leave unfinished is wrong.
+  """
+  episode, said = world.episode(task), []
+  for text in texts:
+    if episode.done:
+      break
+    episode.step(text)
+    said.append(text)
+  return outcome_reward(said, episode.outcome())
+
+
 # -- shared pieces ----------------------------------------------------------------------------------------------------
 
 
-def _reward(format_match: re.Match | None, correctness: float) -> Reward:
-  form = float(format_match is not None)
+def _has_format(text: str, close: str = _THOUGHTS_CLOSE) -> bool:
+  """Whether the thoughts open the text and close somewhere; what stands between and behind is free."""
+  return text.startswith(_THOUGHTS_OPEN) and text.find(close, len(_THOUGHTS_OPEN)) >= 0
+
+
+def _reward(has_format: bool, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
+  form = format_range[has_format]
   return Reward(form, correctness, form + correctness)
 
 
@@ -206,6 +245,7 @@ def _reference_answer(reference: str) -> str:
   return answer
 
 
+@functools.lru_cache(maxsize=1024)
 def _reference_calls(reference: str) -> list[ToolCall] | None:
   answer = _reference_answer(reference)
   try:
@@ -252,47 +292,15 @@ def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
     if not rows or not columns:
       continue
     worth_RC = np.array([[worth(i, j) for i in columns] for j in rows])
-    transposed = len(rows) > len(columns)
-    for a, b in enumerate(_best_assignment(worth_RC.T if transposed else worth_RC)):
-      yield (columns[a], rows[b]) if transposed else (columns[b], rows[a])
-
-
-def _best_assignment(worth_RC: np.ndarray) -> list[int]:
-  """Column of each of R <= C rows, for the largest sum: the Hungarian method by shortest augmenting paths, O(R^2 C)."""
-  R, C = worth_RC.shape
-  cost_RC = -worth_RC
-  price_row, price_column = np.zeros(R), np.zeros(C)
-  row_of = np.full(C, -1)
-  for row in range(R):
-    # Dijkstra over columns, from `row` to the nearest free one; prices keep every reduced cost >= 0.
-    distance, came_from = np.full(C, np.inf), np.full(C, -1)
-    done = np.zeros(C, bool)
-    current, at, reach = row, -1, 0.0
-    while current != -1:
-      through = reach + cost_RC[current] - price_row[current] - price_column
-      better = ~done & (through < distance)
-      distance[better], came_from[better] = through[better], at
-      at = int(np.argmin(np.where(done, np.inf, distance)))
-      reach, done[at] = distance[at], True
-      current = row_of[at]
-    seen = done & (row_of >= 0)
-    price_row[row_of[seen]] += reach - distance[seen]
-    price_row[row] += reach
-    price_column[done] -= reach - distance[done]
-    while at != -1:
-      before = came_from[at]
-      row_of[at] = row if before == -1 else row_of[before]
-      at = before
-  column_of = [-1] * R
-  for column in np.flatnonzero(row_of >= 0):
-    column_of[row_of[column]] = int(column)
-  return column_of
+    for row, column in zip(*scipy.optimize.linear_sum_assignment(worth_RC, maximize=True)):
+      yield columns[column], rows[row]
 
 
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 REWARDS: dict[str, Callable[[str, str], Reward]] = {
     'toolrl': toolrl_reward,
+    **{f'toolrl_{credit}': functools.partial(toolrl_reward, credit=credit) for credit in ('coarse', 'refined', 'intermediate')},
     'paper': paper_reward,
     'corrected': corrected_reward,
 }

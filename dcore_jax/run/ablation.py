@@ -1,4 +1,8 @@
-"""The alpha-delta question (paper, Table 3 and figure 6): DA-GRPO at four settings and plain GRPO, from one SFT checkpoint."""
+"""Sweeps of the RL stage from one SFT checkpoint.
+
+`alpha_delta` is the paper's (Table 3 and figure 6): DA-GRPO at four settings and plain GRPO. `psi` is about what the paper
+leaves open: whether psi should see the reward, act on reflective words alone, adapt its weight, or give way to a KL term.
+"""
 import dataclasses
 import hashlib
 import pathlib
@@ -9,6 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
 from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.run.progress import stage
@@ -16,15 +21,19 @@ from dcore_jax.run.progress import stage
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One point of the sweep. `published` is its row of the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%)."""
+  """One point of the sweep. `published` is its row of the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%).
+  `changes` are further fields of the config's section `rl`, summed up in the `note`."""
   estimator: str
   alpha: float | None
   delta: float | None
-  published: tuple[float, float, float, float]
+  published: tuple[float, ...] = ()
+  note: str = ''
+  changes: tuple[tuple[str, Any], ...] = ()
 
   @property
   def name(self) -> str:
-    return self.estimator if self.alpha is None else f'{self.estimator}_alpha{self.alpha:g}_delta{self.delta:g}'
+    point = self.estimator if self.alpha is None else f'{self.estimator}_alpha{self.alpha:g}_delta{self.delta:g}'
+    return f'{point}_{self.note}' if self.note else point
 
 
 ALPHA_DELTA = (Setting('grpo', None, None, (75.6, 67.4, 49.2, 41.2)),
@@ -32,7 +41,13 @@ ALPHA_DELTA = (Setting('grpo', None, None, (75.6, 67.4, 49.2, 41.2)),
                Setting('da_grpo', 0.1, 0.5, (82.3, 63.8, 50.7, 44.4)),
                Setting('da_grpo', 0.4, 0.5, (78.8, 59.9, 54.6, 36.8)),
                Setting('da_grpo', 1.0, 1.0, (76.4, 62.1, 47.9, 39.6)))
-SUITES = {'alpha_delta': ALPHA_DELTA}
+PSI = (Setting('grpo', None, None), Setting('da_grpo', 0.1, 0.5),
+       Setting('da_grpo', 0.1, 0.5, note='ignore_wrong', changes=(('psi_when_wrong', 'ignore'),)),
+       Setting('da_grpo', 0.1, 0.5, note='punish_wrong', changes=(('psi_when_wrong', 'punish'),)),
+       Setting('da_grpo', 0.1, 0.5, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
+       Setting('da_grpo', 0.1, 0.5, note='adaptive', changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3))),
+       Setting('grpo', None, None, note='uniform_kl', changes=(('uniform_kl', 0.001),)))
+SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
 _LAST = 0.25  # share of the steps whose mean is "at the end"
 _CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
 
@@ -89,6 +104,7 @@ def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, fol
   mine.rl.estimator, mine.rl.seed = setting.estimator, seed
   if setting.alpha is not None:
     mine.rl.alpha, mine.rl.delta = setting.alpha, setting.delta
+  mine.rl.update(dict(setting.changes))
   if not (folder / 'sft').exists():
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(start / 'sft', folder / 'sft.tmp', dirs_exist_ok=True)
@@ -141,9 +157,9 @@ def format_table(content: dict[str, Any]) -> str:
   """The table for a terminal."""
   columns = ('validation_reward', 'validation_reflections', 'entropy', 'psi_grad_norm', 'grad_norm',
              'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
-  lines = ['setting'.ljust(28) + ''.join(c.removeprefix('accuracy_').removeprefix('validation_').rjust(16) for c in columns)]
+  lines = ['setting'.ljust(40) + ''.join(c.removeprefix('accuracy_').removeprefix('validation_').rjust(16) for c in columns)]
   for row in content['table']:
     cells = [row['figures'].get(c) for c in columns]
-    lines.append(row['setting'].ljust(28) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))
+    lines.append(row['setting'].ljust(40) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))
   return '\n'.join(lines)
 

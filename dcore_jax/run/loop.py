@@ -21,7 +21,7 @@ from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
-from dcore_jax.learn import grpo, objectives, rewards, sft
+from dcore_jax.learn import advantages, grpo, objectives, rewards, sft
 from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
 from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
@@ -150,12 +150,12 @@ class RolloutBatch:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_step(model: DecoderConfig, execution: Execution, learning_rate: float, weight_decay: float, clip: float,
-                   temperature: float, **objective: float) -> tuple:
+                   temperature: float, loss: objectives.PolicyLoss) -> tuple:
   """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep differ in nothing that is compiled."""
   tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
   options = dict(temperature=temperature, execution=execution)
-  return (tx, grpo.make_score_pass(model, **options), grpo.make_grpo_step(model, tx, **options, **objective),
-          grpo.make_psi_norm(model, **options))
+  return (tx, grpo.make_score_pass(model, **options), grpo.make_grpo_step(model, tx, **options, **dataclasses.asdict(loss)),
+          grpo.make_psi_norm(model, **options, aggregation=loss.aggregation, max_tokens=loss.max_tokens))
 
 
 # Micro-batches come in multiples of this: one shape is compiled (5 s for the organism), and those left empty cost nothing.
@@ -180,18 +180,28 @@ class GrpoLoop:
       raise ValueError(f'{len(prompts)} prompts are too few for batches of {config.prompts}')
     if config.prompts % config.updates:
       raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
-    if config.estimator not in objectives.ADVANTAGES:
-      raise ValueError(f'unknown rl.estimator {config.estimator!r}; expected one of {sorted(objectives.ADVANTAGES)}')
     self.model, self.tokenizer, self.engine = model, tokenizer, engine
     self.prompts, self.config, self.seed = prompts, config, seed
     self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
-    self.measure_psi = config.estimator not in ('grpo', 'dr_grpo')
+    self.loss = objectives.PolicyLoss(**{field.name: config[field.name] for field in dataclasses.fields(objectives.PolicyLoss)})
+    self.alpha = config.alpha  # changes where `alpha_measure` names what it has to hold
+    self._estimator()  # an unknown name is an error now, not after the first rollouts
+    self.measure_psi = advantages.uses_entropy(config.estimator)
+    if config.alpha_measure not in ('', 'entropy', 'psi_share'):
+      raise ValueError(f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'")
+    if (config.alpha_measure or config.psi_words) and not self.measure_psi:
+      raise ValueError(f'rl.alpha_measure and rl.psi_words are about psi, which {config.estimator!r} does not have')
     self.tx, self._score, self._step, self._psi_norm = _compiled_step(
-        model, execution, config.learning_rate, config.weight_decay, config.clip, config.temperature,
-        **{name: config[name] for name in ('clip_low', 'clip_high', 'dual_clip', 'kl_coefficient')})
-    options = {'da_grpo': ('alpha', 'delta', 'zero_test', 'psi_multiplier'), 'rl_zvp': ('alpha', 'zero_test', 'psi_multiplier')}
-    self._estimator = functools.partial(objectives.ADVANTAGES[config.estimator],
-                                        **{name: config[name] for name in options.get(config.estimator, ())})
+        model, execution, config.learning_rate, config.weight_decay, config.clip, config.temperature, self.loss)
+
+  def _estimator(self) -> advantages.Estimator:
+    return advantages.make_estimator(self.config.estimator, {**self.config, 'alpha': self.alpha})
+
+  def _adapt_alpha(self, measures: dict[str, float]) -> None:
+    c = self.config
+    if c.alpha_measure:
+      self.alpha = advantages.adapted_alpha(self.alpha, measures[c.alpha_measure], c.alpha_target, rate=c.alpha_rate,
+                                            low=c.alpha_low, high=c.alpha_high)
 
   def prompts_of(self, step: int) -> list[Prompt]:
     """The prompts of a step: a pure function of (seed, step), so that a resumed run asks the same."""
@@ -232,7 +242,13 @@ class GrpoLoop:
       extras = {'old_logp': logp_RT}
       if self.config.kl_coefficient:
         extras['ref_logp'], _ = grpo.score_rows(self._score, reference, tree, self.config.rows, self._budget)
-      advantage, psi = grpo.advantage_rows(tree, batch.total_PG[first:first + size], entropy_RT, self._estimator)
+      if 'sequence' in self.loss.extras:
+        extras['sequence'] = grpo.sequence_rows(tree)
+      if 'behaviour_logp' in self.loss.extras:
+        own = (c.logprobs for c in batch.completions[first * G:(first + size) * G])
+        extras['behaviour_logp'] = tree.scatter([np.pad(row, (len(path) - len(row), 0)) for path, row in zip(tree.paths, own)])
+      chosen_RT = grpo.reflective_rows(tree, self.tokenizer, self.config.psi_words) if self.config.psi_words else None
+      advantage, psi = grpo.advantage_rows(tree, batch.total_PG[first:first + size], entropy_RT, self._estimator(), chosen_RT)
       extras |= {'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
       trees.append(tree.with_extras(**extras))
       entropy += float(entropy_RT.sum())
@@ -263,6 +279,10 @@ class GrpoLoop:
     self.engine.update(state.params)
     values = {name: np.mean([float(v[name]) for v in collected]) for name in collected[0] if name not in ('skipped', 'weight')}
     values['policy_entropy'] = values.pop('entropy')
+    if self.measure_psi:
+      values['alpha'] = self.alpha
+      share = float(psi['psi_grad_norm']) / max(1e-8, float(values['grad_norm']))
+      self._adapt_alpha({'entropy': entropy, 'psi_share': share or math.nan})  # without psi, alpha has nothing to answer for
     return state, {**values, **psi, 'skipped': sum(int(v['skipped']) for v in collected), 'entropy': entropy,
                    'logp_gap_mean': gap_mean, 'logp_gap_max': gap_max, 'dedup': float(np.mean([t.dedup for t in trees]))}
 
@@ -301,9 +321,9 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
     params: the policy to start from, and the frozen reference of the KL term; not donated.
     model, tokenizer: what they belong to.
     points: prompts with their reference answers.
-    config: section `rl`: steps, prompts, validation, group, updates, estimator, alpha, delta, zero_test, psi_multiplier, learning_rate,
-      weight_decay, clip, clip_low, clip_high, dual_clip, kl_coefficient, temperature, max_prompt_tokens, max_tokens, reward,
-      capacity, rows, checkpoint_every.
+    config: section `rl`: steps, prompts, validation, group, updates, estimator and its options (learn.advantages), alpha_measure,
+      alpha_target, alpha_rate, alpha_low, alpha_high, psi_words, the fields of `objectives.PolicyLoss`, learning_rate,
+      weight_decay, clip, temperature, max_prompt_tokens, reward, capacity, rows, checkpoint_every.
     metrics: written as stage 'rl', a row a step.
     checkpoints: folder for parameters, optimizer and position.
     make_engine: builds the rollout engine for given weights.
@@ -322,7 +342,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
     found = saved.restore(state)
     if found:
       state, extra, start = found
-      spent = extra['seconds']
+      spent, loop.alpha = extra['seconds'], extra['alpha']
       loop.engine.update(state.params)
       bar.initial = bar.n = start
     metrics.rewind('rl', start)
@@ -337,7 +357,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
       bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
       bar.update(1)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened})
+        saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened, 'alpha': loop.alpha})
   return state.params, {'prompts': len(prompts), 'prompts_dropped': dropped, 'resumed_at': start, 'seconds_before': spent,
                         'validation': {'before': before, 'after': measure()}}
 

@@ -23,15 +23,23 @@ def params(config) -> decoder.Params:
 
 
 @pytest.fixture(scope='session')
-def flat_scores(config):
-  """(params, sequences) -> (log-probabilities, entropies) [N, T - 1] of tokens 1.. of each, alone in its row."""
-  def scores(params, sequences):
+def flat_log_p(config):
+  """(params, sequences) -> (token ids [N, T - 1], log-probabilities [N, T - 1, V]) at tokens 1.. of each, alone in its row."""
+  def log_p(params, sequences):
     T = max(len(sequence.tokens) for sequence in sequences)
     tokens = np.stack([np.pad(sequence.tokens, (0, T - len(sequence.tokens))) for sequence in sequences])
     position = np.broadcast_to(np.arange(T), tokens.shape)
     hidden = decoder.hidden_states(params, config, tokens, position, np.full(tokens.shape, T))
-    log_p = jax.nn.log_softmax(jnp.einsum('btd,vd->btv', hidden, decoder.head_matrix(params)))[:, :-1]
-    return jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0], -(jnp.exp(log_p) * log_p).sum(axis=2)
+    return tokens[:, 1:], jax.nn.log_softmax(jnp.einsum('btd,vd->btv', hidden, decoder.head_matrix(params)))[:, :-1]
+  return log_p
+
+
+@pytest.fixture(scope='session')
+def flat_scores(flat_log_p):
+  """(params, sequences) -> (log-probabilities, entropies) [N, T - 1] of tokens 1.. of each, alone in its row."""
+  def scores(params, sequences):
+    targets, log_p = flat_log_p(params, sequences)
+    return jnp.take_along_axis(log_p, targets[..., None], axis=2)[..., 0], -(jnp.exp(log_p) * log_p).sum(axis=2)
   return scores
 
 

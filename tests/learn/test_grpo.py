@@ -1,6 +1,7 @@
 """Reinforcement steps: trees equal flat rows, scores come back by sequence, psi moves uniform groups."""
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import optax
 import pytest
 
 from dcore_jax import tokentree
+from dcore_jax.learn import advantages
 from dcore_jax.learn import grpo
 from dcore_jax.learn import objectives
 from dcore_jax.learn import optimizer
 
 REWARDS = np.float32([[4, 4, -2, 1], [-3, -3, -3, -3]])  # the second group has no variance
-DA_GRPO = functools.partial(objectives.da_grpo_advantages, alpha=0.1, delta=0.5)
+DA_GRPO = functools.partial(advantages.da_grpo_advantages, alpha=0.1, delta=0.5)
 
 
 def rollouts(seed=0):
@@ -114,6 +116,115 @@ def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumu
   assert 0 < norm < mixed['grad_norm']
 
 
+@pytest.fixture(scope='module')
+def wide(scored):
+  """The same rollouts by sequence number and behaviour policy; the second group has advantage 0."""
+  sequences, tree, logp, _ = scored
+  relative = tree.extras['advantage'] * (tree.extras['psi'] == 0)
+  return sequences, tree.with_extras(sequence=grpo.sequence_rows(tree), advantage=relative,
+                                     behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0))
+
+
+def flat_loss(options, advantage, old, ref, behaviour, mask):
+  """The whole loss of rows [N, T] of unmerged sequences, and the statistics' part in it, in plain jax."""
+  loss = objectives.PolicyLoss(**options)
+
+  def mean(x):
+    if loss.aggregation == 'token':
+      return (mask * x).sum() / mask.sum()
+    if loss.aggregation == 'sequence':
+      return ((mask * x).sum(axis=1) / mask.sum(axis=1)).mean()
+    return (mask * x).sum() / (len(mask) * loss.max_tokens)
+
+  def total(logp, mean_log_p):
+    still = jax.lax.stop_gradient
+    ratio = jnp.exp(logp - old)
+    if loss.objective == 'gspo':
+      gap = (mask * (logp - old)).sum(axis=1, keepdims=True) / mask.sum(axis=1, keepdims=True)
+      ratio = jnp.exp(still(gap) + logp - still(logp))
+    bounded = jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high)
+    pg = jnp.maximum(-advantage * ratio, -advantage * bounded)
+    if loss.objective == 'ppo':
+      pg = jnp.where(advantage < 0, jnp.minimum(pg, -loss.dual_clip * advantage), pg)
+    if loss.objective == 'cispo':
+      pg = -still(bounded) * advantage * logp
+    if loss.objective == 'kl_cov':
+      centred = lambda x: mask * (x - (mask * x).sum() / mask.sum())
+      covariance = jnp.where(mask > 0, centred(advantage) * centred(still(logp)), -jnp.inf)
+      least = jnp.sort(covariance, axis=None)[-max(1, int(mask.sum() * loss.cov_share))]
+      pg = -advantage * ratio + (covariance >= least) * loss.cov_penalty * jnp.abs(logp - old)
+    if loss.importance_cap:
+      pg *= jnp.minimum(jnp.exp(old - behaviour), loss.importance_cap)
+    k3 = jnp.exp(ref - logp) - (ref - logp) - 1
+    uniform = jnp.where(advantage == 0, -math.log(23) - mean_log_p, 0)
+    return mean(pg + loss.kl_coefficient * k3 + loss.uniform_kl * uniform)
+  return total
+
+
+EVERYTHING = dict(aggregation='sequence', kl_coefficient=0.3, importance_cap=1.2, uniform_kl=0.7)
+
+
+@pytest.mark.parametrize('options', [
+    dict(objective='gspo', clip_low=0.2, clip_high=0.4, aggregation='sequence'), dict(objective='kl_cov', cov_share=0.1),
+    dict(objective='cispo', importance_cap=1.2, aggregation='dr', max_tokens=9),
+    EVERYTHING], ids=lambda options: options.get('objective', 'ppo'))
+def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, padded, options):
+  """Micro-batches, chunks and packing leave every loss what it is on unmerged rows; KL-Cov ranks all micro-batches together."""
+  sequences, tree = wide
+  by_row = {name: padded(sequences, tree.gather(values)) for name, values in tree.extras.items()}
+  total = flat_loss(options, by_row['advantage'], by_row['old_logp'], by_row['ref_logp'], by_row['behaviour_logp'],
+                    padded(sequences, tree.gather(tree.weight)))
+
+  def loss(params):
+    targets, log_p = flat_log_p(params, sequences)
+    return total(jnp.take_along_axis(log_p, targets[..., None], axis=2)[..., 0], log_p.mean(axis=2))
+
+  wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params)
+  grads, metrics = sgd_step(tree.batch(accumulate=2), **options)
+  np.testing.assert_allclose(metrics['loss'], wanted, rtol=1e-5)
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads)
+
+
+def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
+  _, tree = wide
+  step = lambda advantage: sgd_step(tree.with_extras(advantage=advantage).batch(accumulate=2), **EVERYTHING)
+  grads, metrics = step(0 * tree.weight)
+  assert metrics['uniform_kl'] > 0 and metrics['pg_loss'] == 0
+  bare = dataclasses.replace(tree, extras={})
+  entropy = lambda params: grpo.score_rows(score_pass, params, bare, 2)[1].sum()
+  assert entropy(jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) > entropy(params)
+  assert step(tree.weight)[1]['uniform_kl'] == 0
+
+
+def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, scored):
+  _, tree = wide
+  tree = tree.with_extras(old_logp=tree.scatter(scored[2]), advantage=tree.extras['psi'])
+  norm = grpo.make_psi_norm(config, aggregation='sequence')(params, tree.batch(accumulate=2))
+  grads, _ = sgd_step(tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4)
+  np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-4)
+
+
+def test_psi_on_chosen_tokens_only(scored):
+  """Tokens that hold a reflective word keep their psi; the others of a uniform group have none, and relative ones stay."""
+  _, tree, _, entropy = scored
+  words = {3: ' wait', 5: ' ho', 7: 'wever'}
+
+  class Tokenizer:
+    def batch_decode(self, ids, clean_up_tokenization_spaces):
+      return [words.get(number, ' x') for number, in ids]
+
+  chosen = grpo.reflective_rows(tree, Tokenizer(), ('wait', 'however'))
+  for path, weight in zip(tree.paths, tree.gather(tree.weight)):
+    tokens, hit = tree.tokens.reshape(-1)[path][weight > 0], chosen.reshape(-1)[path][weight > 0]
+    after, before = np.r_[tokens[1:], 0], np.r_[0, tokens[:-1]]
+    wanted = (tokens == 3) | ((tokens == 5) & (after == 7)) | ((tokens == 7) & (before == 5))
+    np.testing.assert_array_equal(hit, wanted)
+  assert chosen.any() and not chosen[tree.weight == 0].any()
+  advantage, psi = grpo.advantage_rows(tree, REWARDS, tree.scatter(entropy), DA_GRPO, chosen)
+  np.testing.assert_array_equal(psi, tree.extras['psi'] * chosen)
+  np.testing.assert_array_equal(advantage, np.where(tree.extras['psi'] != 0, psi, tree.extras['advantage']))
+
+
 def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
   sequences, tree, _, _ = scored
   wider = tokentree.pack(sequences, tree.capacity, rows_multiple=4 * tree.rows)
@@ -132,7 +243,7 @@ def test_step_raises_good_responses_and_compiles_once(config, params, score_pass
   sequences = rollouts()
   tree = tokentree.pack(sequences, 48, rows_multiple=2)
   logp, entropy = grpo.score_rows(score_pass, params, tree, 2)
-  advantage, _ = grpo.advantage_rows(tree, REWARDS, entropy, objectives.grpo_advantages)
+  advantage, _ = grpo.advantage_rows(tree, REWARDS, entropy, advantages.grpo_advantages)
   tree = tree.with_extras(advantage=advantage, old_logp=logp)
   tx = optimizer.make_optimizer('adamw', 1e-2)
   step, state = grpo.make_grpo_step(config, tx), optimizer.init_state(params, tx)

@@ -162,3 +162,24 @@ def test_refuses_greedy_temperature_and_empty_chunks():
     head.log_probs_and_entropy(*problem(), chunk=0)
   with pytest.raises(ValueError, match="entropy = 'maybe'"):
     head.token_loss(weighted, *problem(), (jnp.ones(37), jnp.ones(37)), entropy='maybe')
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_kl_from_uniform_needs_no_logits(dtype, tolerance):
+  """-logp - gap = KL(uniform || policy) = -log V - mean log p, with the gradient p - 1 / V of its logits."""
+  hidden, matrix, targets = problem()
+  hidden, matrix = hidden.astype(dtype), matrix.astype(dtype)
+
+  def ours(hidden, matrix):
+    logp, _ = head.log_probs_and_entropy(hidden, matrix, targets, 0.7)
+    return -logp - head.uniform_gap(hidden, matrix, targets, 0.7)
+
+  def wanted(hidden, matrix):
+    log_p = jax.nn.log_softmax(jnp.einsum('md,vd->mv', hidden, matrix, preferred_element_type=jnp.float32) / 0.7)
+    return -jnp.log(log_p.shape[1]) - log_p.mean(axis=1)
+
+  np.testing.assert_allclose(ours(hidden, matrix), wanted(hidden, matrix), rtol=tolerance, atol=tolerance)
+  assert (ours(hidden, matrix) >= 0).all()
+  grads, grads_ = (jax.grad(lambda *x: f(*x).sum(), (0, 1))(hidden, matrix) for f in (ours, wanted))
+  for value, expected in zip(grads, grads_):
+    np.testing.assert_allclose(np.float32(value), np.float32(expected), rtol=tolerance, atol=10 * tolerance)

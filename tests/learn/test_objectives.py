@@ -1,137 +1,226 @@
-"""Advantages and objectives against the golden values of the released code and plain numpy transcripts."""
+"""Objectives and the terms beside them against plain transcripts in float64, values and gradients."""
+import hypothesis
+from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcore_jax.learn import objectives
+from dcore_jax.learn.objectives import PolicyLoss
 
-MIXED = [4, 4, 4, 4, -2, -2, 1, 1]
-ENTROPY = (1, 10, 0, 2, 3, 4)
-
-
-def group(rewards, entropy=ENTROPY):
-  rewards = np.array([rewards], np.float32)
-  entropy = np.broadcast_to(np.float32(entropy), (*rewards.shape, len(entropy)))
-  return rewards, entropy, np.ones(entropy.shape, np.float32)
+M, UNUSED = 300, 40
 
 
-@pytest.mark.parametrize('name', ['grpo', 'da_grpo', 'rl_zvp'])
-def test_group_with_variance(name):
-  result = objectives.ADVANTAGES[name](*group(MIXED))
-  np.testing.assert_allclose(result.total[0, :, 0], [.8461] * 4 + [-1.4102] * 2 + [-.2820] * 2, atol=5e-5)
-  assert not result.psi.any()
-
-
-@pytest.mark.parametrize('multiplier, golden', [(2.0, (.2, 1, 0, .4, .6, .8)), (1.0, (.1, .5, 0, .2, .3, .4))])
-@pytest.mark.parametrize('zero_test', ['group', 'token'])
-@pytest.mark.parametrize('reward', [4, -3, 0])
-def test_psi_replaces_the_vanished_advantage(multiplier, golden, zero_test, reward):
-  """psi is blind to the sign of the reward; 2 is what the released code executes, 1 what the paper says."""
-  result = objectives.da_grpo_advantages(
-      *group([reward] * 8), alpha=0.1, delta=0.5, zero_test=zero_test, psi_multiplier=multiplier)
-  np.testing.assert_allclose(result.total[0], [golden] * 8, rtol=1e-6)
-  np.testing.assert_array_equal(result.psi, result.total)
-  assert not objectives.grpo_advantages(*group([reward] * 8)).total.any()
-
-
-def test_rounded_mean_hides_a_uniform_group_from_the_token_test_only():
-  arrays = group([3.590909090909091] * 8)
-  released = objectives.da_grpo_advantages(*arrays, zero_test='token')
-  np.testing.assert_allclose(released.total, 0.3158, atol=5e-5)
-  assert not released.psi.any()
-  assert objectives.da_grpo_advantages(*arrays, zero_test='group').total.max() == np.float32(0.5)
-
-
-def test_rollout_at_the_group_mean_gets_psi_by_the_token_test_only():
-  arrays = group([4, -2, 1, 1, 4, -2, 1, 1])
-  assert (objectives.da_grpo_advantages(*arrays, zero_test='token').psi[0, :, 0] > 0).tolist() == [0, 0, 1, 1] * 2
-  assert not objectives.da_grpo_advantages(*arrays, zero_test='group').psi.any()
-
-
-def test_standardisation_rounds_as_torch_does():
-  torch = pytest.importorskip('torch')
+@pytest.fixture(scope='module')
+def batch():
+  """Loss tokens of 12 sequences, in no order, with some unused places at the end; extremes among them."""
   rng = np.random.default_rng(0)
-  whole, parts = rng.integers(-3, 5, (500, 1)), rng.integers(0, 9, (500, 8)) / rng.integers(1, 12, (500, 1))
-  rewards = np.float32(whole + parts)
-  rewards[::2] = rewards[::2, :1]
-  result = objectives.da_grpo_advantages(rewards, np.zeros((500, 8, 1)), np.ones((500, 8, 1)), zero_test='token')
-  for row, reward in zip(result.total[..., 0], torch.tensor(rewards)):
-    np.testing.assert_allclose(row, (reward - reward.mean()) / (reward.std() + 1e-6), rtol=1e-5, atol=1e-6)
+  old = rng.normal(-2, 1, M)
+  logp = old + rng.normal(0, 0.3, M)
+  advantage = rng.normal(0.3, 1, M)
+  advantage[30:60] = 0
+  old[:5], advantage[:5] = logp[:5] - 40, -1  # far beyond the bound on the log ratio
+  old[5:8], advantage[5:8] = logp[5:8] + 30, 1
+  values = dict(advantage=advantage, old_logp=old, ref_logp=old + rng.normal(0, 1, M), behaviour_logp=old + rng.normal(0, 1, M))
+  values = {name: array.astype(np.float32) for name, array in values.items()} | {'sequence': rng.integers(0, 12, M, np.int32)}
+  weight = np.ones(M, np.float32)
+  weight[-UNUSED:] = 0
+  return logp.astype(np.float32), weight, values
 
 
-def test_mask_and_single_rollouts():
-  rewards, entropy, mask = group([2.0])
-  mask[..., 4:] = 0
-  result = objectives.da_grpo_advantages(rewards, entropy, mask)
-  np.testing.assert_allclose(result.total[0, 0], [2, 2, 2, 2, 0, 0], rtol=1e-5)
-  zero = objectives.da_grpo_advantages(rewards * 0, entropy, mask)
-  np.testing.assert_allclose(zero.total[0, 0], [.1, .5, 0, .2, 0, 0], rtol=1e-6)
+def clip(x, low, high):
+  return min(max(x, low), high)
 
 
-def test_rl_zvp_signs():
-  right = objectives.rl_zvp_advantages(*group([4] * 8)).total[0, 0]
-  wrong = objectives.rl_zvp_advantages(*group([-3] * 8)).total[0, 0]
-  np.testing.assert_allclose(right, 0.1 * np.float32(ENTROPY), rtol=1e-6)
-  np.testing.assert_allclose(wrong, 0.1 * (np.float32(ENTROPY) - 10), rtol=1e-6)
+def by_sequence(logp, weight, values):
+  """The mean log ratio of each token's sequence."""
+  gaps = {}
+  for lp, w, old, number in zip(logp, weight, values['old_logp'], values['sequence']):
+    if w:
+      gaps.setdefault(int(number), []).append(float(lp) - float(old))
+  return [np.mean(gaps[int(number)]) for number in values['sequence']]
 
 
-def test_dr_grpo_only_centres():
-  result = objectives.dr_grpo_advantages(*group(MIXED))
-  np.testing.assert_allclose(result.total[0, :, 0], np.float32(MIXED) - np.mean(MIXED), rtol=1e-6)
+def largest_covariances(logp, weight, values, share):
+  used = np.flatnonzero(weight)
+  a, lp = values['advantage'][used].astype(np.float64), logp[used].astype(np.float64)
+  covariance = (a - a.mean()) * (lp - lp.mean())
+  chosen = np.zeros(len(logp))
+  chosen[used[np.argsort(-covariance, kind='stable')[:max(1, int(len(used) * share))]]] = 1
+  return chosen
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(rewards_PG=np.array([[1, np.nan]])), 'rewards are not finite'),
-    (dict(entropy_PGT=np.full((1, 2, 3), np.inf)), 'entropies are not finite'),
-    (dict(rewards_PG=np.zeros((1, 0))), 'empty group'),
-    (dict(mask_PGT=np.ones((1, 3, 3))), 'disagree'),
-    (dict(zero_test='paper'), 'zero_test'),
-    (dict(delta=-1.0), 'must not be negative'),
-])
-def test_bad_input_is_refused(change, message):
-  arguments = dict(rewards_PG=np.zeros((1, 2)), entropy_PGT=np.zeros((1, 2, 3)), mask_PGT=np.ones((1, 2, 3))) | change
+def transcript(loss, logp, weight, values):
+  """(loss, metrics, d loss / d logp) one token at a time, as sums divided once."""
+  sequence_ratio = by_sequence(logp, weight, values)
+  held = largest_covariances(logp, weight, values, loss.cov_share)
+  per_token, slope, clipped, kl, kl_slope, importance = (np.zeros(len(logp)) for _ in range(6))
+  for i, (lp, old, a) in enumerate(zip(logp.astype(np.float64), values['old_logp'].astype(np.float64),
+                                       values['advantage'].astype(np.float64))):
+    gap = lp - old
+    r = np.exp(clip(gap, -20, 20))
+    moves = abs(gap) < 20
+    if loss.objective == 'gspo':
+      r = np.exp(min(sequence_ratio[i], 10))
+      moves = sequence_ratio[i] < 10
+    bounded = clip(r, 1 - loss.clip_low, 1 + loss.clip_high)
+    if loss.objective in ('ppo', 'gspo'):
+      per_token[i], slope[i], clipped[i] = max(-a * r, -a * bounded), -a * r * moves, -a * bounded > -a * r
+      if clipped[i]:
+        slope[i] = 0
+      if loss.objective == 'ppo' and a < 0 and per_token[i] > -loss.dual_clip * a:
+        per_token[i], slope[i] = -loss.dual_clip * a, 0
+    elif loss.objective == 'cispo':
+      per_token[i], slope[i], clipped[i] = -bounded * a * lp, -bounded * a, bounded != r
+    else:
+      per_token[i] = -a * r + held[i] * loss.cov_penalty * abs(gap)
+      slope[i], clipped[i] = -a * r * moves + held[i] * loss.cov_penalty * np.sign(gap), held[i]
+    importance[i] = 1
+    if loss.importance_cap:
+      mu = float(values['behaviour_logp'][i])
+      importance[i] = min(np.exp(clip(old - mu, -20, 20)), loss.importance_cap)
+    d = clip(float(values['ref_logp'][i]) - lp, -20, 20)
+    estimate, change = {'k1': (-d, 1), 'k2': (d * d / 2, -d), 'k3': (np.exp(d) - d - 1, 1 - np.exp(d))}[loss.kl_estimator]
+    kl[i], kl_slope[i] = clip(estimate, -10, 10), change * (abs(estimate) < 10) * (abs(d) < 20)
+  lengths = {n: weight[values['sequence'] == n].sum() for n in set(values['sequence'].tolist())}
+  count = sum(length > 0 for length in lengths.values())
+  share = {'token': lambda i: 1 / weight.sum(), 'sequence': lambda i: 1 / lengths[int(values['sequence'][i])] / count,
+           'dr': lambda i: 1 / (count * loss.max_tokens)}[loss.aggregation]
+  share = np.array([share(i) if weight[i] else 0 for i in range(len(weight))])
+  pg, penalty = (share * importance * per_token).sum(), (share * kl).sum()
+  gradient = share * (importance * slope + loss.kl_coefficient * kl_slope)
+  return pg + loss.kl_coefficient * penalty, (pg, penalty, clipped, importance), gradient
+
+
+def ours(loss, logp, weight, values):
+  """(loss, parts), d loss / d logp, by what a step calls."""
+  weight_M, total = objectives.aggregate(weight, values['sequence'], loss.aggregation, loss.max_tokens)
+  values = loss.with_statistic(logp, weight, values) if loss.scope else values
+
+  def mean(logp):
+    value, parts = loss.sums(logp, jnp.zeros(M), weight_M, values)
+    return value / total, jax.tree.map(lambda part: part / total, parts)
+  return jax.jit(jax.value_and_grad(mean, has_aux=True))(logp)
+
+
+CASES = [dict(), dict(clip_high=0.28, dual_clip=10.0), dict(aggregation='sequence', importance_cap=2.0),
+         dict(objective='gspo', clip_low=3e-4, clip_high=4e-4, aggregation='sequence', kl_coefficient=0.001),
+         dict(objective='gspo', clip_low=0.2, clip_high=0.2), dict(objective='kl_cov', cov_share=0.02),
+         dict(objective='kl_cov'), dict(objective='cispo', clip_high=0.28, importance_cap=5.0),
+         dict(aggregation='dr', max_tokens=50), dict(kl_coefficient=0.5), dict(kl_coefficient=0.5, kl_estimator='k2'),
+         dict(kl_coefficient=0.5, kl_estimator='k1', aggregation='dr')]
+
+
+@pytest.mark.parametrize('options', CASES, ids=lambda options: ','.join(f'{k}={v}' for k, v in options.items()) or 'ppo')
+def test_losses_equal_a_transcript(batch, options):
+  loss = PolicyLoss(**options)
+  wanted, (pg, kl, clipped, importance), gradient = transcript(loss, *batch)
+  (value, parts), grads = ours(loss, *batch)
+  np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(parts['pg_loss'], pg, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(grads, gradient, rtol=1e-5, atol=1e-6)
+  assert ('kl' in parts) == bool(loss.kl_coefficient) and ('importance' in parts) == bool(loss.importance_cap)
+  if loss.kl_coefficient:
+    np.testing.assert_allclose(parts['kl'], kl, rtol=1e-6)
+  if loss.aggregation == 'token':
+    weight = batch[1]
+    np.testing.assert_allclose(parts['clip_share'], (weight * clipped).sum() / weight.sum(), rtol=1e-6)
+    if loss.importance_cap:
+      np.testing.assert_allclose(parts['importance'], (weight * importance).sum() / weight.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('objective', sorted(objectives.OBJECTIVES))
+def test_gradient_is_the_slope_of_the_loss(batch, objective):
+  """Central differences in float64, where the loss is smooth; GSPO's and CISPO's stopped gradients are of a surrogate, which
+  the transcript checks: here a whole sequence moves together, which is what GSPO's form stands for."""
+  logp, weight, values = (jax.tree.map(lambda x: x[8:-UNUSED], part) for part in batch)
+  loss = PolicyLoss(objective=objective, clip_low=0.999, clip_high=100.0, dual_clip=1e6)
+  direction = np.float64(values['sequence'] == 3)
+
+  with jax.enable_x64(True):
+    double = {name: np.float64(array) if name != 'sequence' else array for name, array in values.items()}
+
+    def value(shift):
+      moved = np.float64(logp) + shift * direction
+      extras = loss.with_statistic(moved, weight, double) if objective == 'gspo' else {**double, 'high_covariance': held}
+      return loss.sums(moved, jnp.zeros(len(logp)), np.float64(weight), extras)[0]
+
+    held = objectives.high_covariance(np.float64(logp), weight, double)
+    fixed = loss.with_statistic(np.float64(logp), weight, double) if loss.scope else double
+    slopes = jax.grad(lambda x: loss.sums(x, jnp.zeros(len(logp)), np.float64(weight), fixed)[0])(jnp.float64(logp))
+    difference = (value(1e-6) - value(-1e-6)) / 2e-6
+    if objective == 'cispo':  # the ratio is a constant to it; the whole loss would also move it
+      difference = -(direction * double['advantage'] * np.exp(np.float64(logp) - double['old_logp'])).sum()
+    np.testing.assert_allclose((slopes * direction).sum(), difference, rtol=1e-6)
+
+
+def test_on_policy_all_objectives_give_the_policy_gradient():
+  """At ratio 1 nothing is clipped, and d loss / d logp = -A, whatever is done to ratios."""
+  old, advantage = np.float32([-1, -2, -3]), np.float32([1, -2, 0.5])
+  values = {'advantage': advantage, 'old_logp': old, 'sequence': np.zeros(3, np.int32)}
+  for objective in objectives.OBJECTIVES:
+    loss = PolicyLoss(objective=objective)
+    fixed = loss.with_statistic(old, np.ones(3), values) if loss.scope else values
+    grad = jax.grad(lambda logp: loss.sums(logp, np.zeros(3), np.ones(3), fixed)[0])(old)
+    np.testing.assert_allclose(grad, -advantage, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind, wanted', [('k1', [1.0, -10, 10]), ('k2', [0.5, 10, 10]), ('k3', [np.exp(-1), 10, 10])])
+def test_kl_estimates_are_bounded(kind, wanted):
+  logp, ref = np.float32([0, -100, 100]), np.float32([-1, 100, -100])
+  value, slope = jax.vjp(lambda logp: objectives.kl_estimate(logp, ref, kind), logp)
+  np.testing.assert_allclose(value, wanted, rtol=1e-6)
+  assert np.isfinite(slope(jnp.ones(3))[0]).all()
+
+
+def test_kl_estimators_agree_on_average():
+  """Over samples of the policy all three estimate the same KL; k2 and k3 vary less."""
+  rng = np.random.default_rng(0)
+  logits, ref_logits = rng.normal(0, 0.3, (2, 20))
+  log_p, log_q = (x - np.log(np.exp(x).sum()) for x in (logits, ref_logits))
+  drawn = rng.choice(20, 400_000, p=np.exp(log_p))
+  exact = (np.exp(log_p) * (log_p - log_q)).sum()
+  for kind, tolerance in (('k1', 0.03), ('k2', 0.1), ('k3', 0.03)):  # k2 is biased by the third moment
+    estimate = objectives.kl_estimate(jnp.float32(log_p[drawn]), jnp.float32(log_q[drawn]), kind)
+    assert abs(float(estimate.mean()) / exact - 1) < tolerance
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
+def test_aggregations_equal_their_definitions(data):
+  sequences = data.draw(st.lists(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
+  flat = sum(sequences, [])
+  wanted = {'token': np.mean(flat), 'sequence': np.mean([np.mean(row) for row in sequences]),
+            'dr': np.sum(flat) / (len(sequences) * 7)}
+  order = np.array(data.draw(st.permutations(range(25))))  # 25 places, unused ones among them
+  place = lambda x: np.pad(x, (0, 25 - len(flat)))[order]
+  number = place(np.repeat(np.arange(len(sequences), dtype=np.int32), list(map(len, sequences))))
+  for how, mean in wanted.items():
+    weight, total = objectives.aggregate(place(np.ones(len(flat), np.float32)), number, how, 7)
+    np.testing.assert_allclose((weight * place(np.float32(flat))).sum() / total, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_covariance_counts_used_tokens_only(batch):
+  logp, weight, values = batch
+  chosen = objectives.high_covariance(logp, weight, values, cov_share=0.1)
+  assert chosen.sum() == (M - UNUSED) // 10 and not chosen[-UNUSED:].any()
+  assert objectives.high_covariance(logp, weight, values).sum() == 1  # at least one
+  assert not objectives.high_covariance(logp, 0 * weight, values).any()
+  same = {name: np.zeros(M, np.float32) for name in ('advantage',)}
+  assert objectives.high_covariance(logp, weight, same, cov_share=0.1)[:26].all()  # ties: the earlier
+
+
+def test_extras_say_what_a_batch_must_bring():
+  assert PolicyLoss().extras == {'advantage', 'old_logp'}
+  assert PolicyLoss(kl_coefficient=0.1, importance_cap=2.0).extras == {'advantage', 'old_logp', 'ref_logp', 'behaviour_logp'}
+  assert PolicyLoss(objective='gspo').extras == PolicyLoss(aggregation='dr').extras == {'advantage', 'old_logp', 'sequence'}
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(objective='grpo'), "unknown objective 'grpo'"), (dict(aggregation='mean'), 'unknown aggregation'),
+    (dict(kl_estimator='k4'), 'unknown kl_estimator'), (dict(clip_low=-0.1), 'clip_low'), (dict(dual_clip=1.0), 'dual_clip'),
+    (dict(kl_coefficient=np.nan), 'kl_coefficient')])
+def test_senseless_losses_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    objectives.da_grpo_advantages(**arguments)
-
-
-def transcript(logp, old, advantage, weight, low, high, c):
-  loss = clipped = 0.0
-  for lp, lo, a, w in zip(logp, old, advantage, weight):
-    r = np.exp(np.clip(lp - lo, -20, 20))
-    one, two = -a * r, -a * np.clip(r, 1 - low, 1 + high)
-    value = max(one, two)
-    if a < 0:
-      value = min(value, -a * c)
-    loss += w * value
-    clipped += w * (two > one)
-  return loss / weight.sum(), clipped / weight.sum()
-
-
-def test_clipped_objective_equals_a_transcript():
-  rng = np.random.default_rng(0)
-  logp, old, advantage = rng.normal(-2, 1, (3, 400)).astype(np.float32)
-  advantage = advantage + 2
-  old[:5] = logp[:5] - 40  # far beyond the bound on the log ratio
-  advantage[:5] = -1
-  weight = rng.integers(0, 2, 400).astype(np.float32)
-  (loss, total), (clipped, _) = objectives.clipped_objective(logp, old, advantage, weight, clip_low=0.2, clip_high=0.28)
-  wanted = transcript(logp.astype(np.float64), old, advantage, weight, 0.2, 0.28, 3)
-  np.testing.assert_allclose((loss / total, clipped / total), wanted, rtol=1e-6, atol=1e-6)
-
-
-def test_kl_equals_a_transcript_and_is_bounded():
-  rng = np.random.default_rng(1)
-  logp, ref = rng.normal(-2, 1, (2, 200)).astype(np.float32)
-  ref[0], logp[1] = 100, 100
-  weight = np.ones(200, np.float32)
-  gap = np.clip(ref.astype(np.float64) - logp, -20, 20)
-  wanted = np.clip(np.exp(gap) - gap - 1, -10, 10).mean()
-  total, count = objectives.kl_penalty(logp, ref, weight)
-  np.testing.assert_allclose(total / count, wanted, rtol=1e-6)
-
-
-def test_on_policy_gradient_is_the_advantage():
-  """At ratio 1 nothing is clipped: d loss / d logp = -A."""
-  old, advantage, weight = np.float32([-1, -2, -3]), np.float32([1, -2, 0.5]), np.ones(3, np.float32)
-  grad = jax.grad(lambda logp: objectives.clipped_objective(logp, old, advantage, weight)[0][0])(old)
-  np.testing.assert_allclose(grad, -advantage)
+    PolicyLoss(**options)

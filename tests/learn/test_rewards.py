@@ -4,8 +4,11 @@ import itertools
 import numpy as np
 import pytest
 
+from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.learn import rewards
 from dcore_jax.learn.rewards import batch_reward, corrected_reward, paper_reward, toolrl_reward
+from dcore_jax.worlds.toolworld.world import ToolWorld
 
 T = '<think>\nx\n</think>\n\n'
 F = '[f(a=1)]'
@@ -59,7 +62,8 @@ def test_toolrl_golden(prediction, reference, form, correctness):
 
 @pytest.mark.parametrize('options, near, exact', [
     ({'credit': 'coarse'}, -2, 4), ({'credit': 'refined'}, 2.5, 4), ({'credit': 'intermediate'}, 1, 4),
-    ({'correct_max': 1.0}, 1.5, 2), ({}, 2.5, 4)])
+    ({'correct_max': 1.0}, 1.5, 2), ({'correct_max': 2.0, 'format_range': (-2.0, 2.0)}, 3, 4), ({}, 2.5, 4)],
+    ids=['COARSE', 'REFINED', 'INTERMEDIATE', 'CORRECTMAX1 and MAX1STEP30MAX3', 'SCHEDULE', 'STRICT, which nothing reads'])
 def test_toolrl_flags(options, near, exact):
   assert toolrl_reward(T + "[f(a=1, b='z')]", FB, **options).total == near
   assert toolrl_reward(T + FB, FB, **options).total == exact
@@ -85,6 +89,11 @@ def test_toolrl_flags(options, near, exact):
 ])
 def test_toolrl_reader(prediction, reference, correctness):
   assert toolrl_reward(T + prediction, reference).correctness == correctness
+
+
+def test_format_range_reaches_both_ends():
+  assert toolrl_reward(F, F, format_range=(-2.0, 2.0)).format == -2
+  assert toolrl_reward(T + F, F, format_range=(-2.0, 2.0)).format == 2
 
 
 def test_special_tokens_frame_the_turn():
@@ -140,15 +149,21 @@ def test_corrected(prediction, reference, form, correctness):
 
 
 def test_assignment_is_optimal():
+  """Against all pairings of up to four calls of one name: the greedy pairing of `toolrl` falls short in some."""
   rng = np.random.default_rng(0)
+  fell_short = 0
   for _ in range(200):
-    R = int(rng.integers(1, 6))
-    C = int(rng.integers(R, 7))
-    worth_RC = rng.integers(0, 5, (R, C)) / 2
-    columns = rewards._best_assignment(worth_RC)
-    assert len(set(columns)) == R
-    best = max(sum(worth_RC[r, c] for r, c in enumerate(order)) for order in itertools.permutations(range(C), R))
-    assert sum(worth_RC[r, c] for r, c in enumerate(columns)) == best
+    draw = lambda: [tuple(rng.integers(3, size=3).tolist()) for _ in range(rng.integers(1, 5))]
+    given, wanted = draw(), draw()
+    show = lambda rows: '[' + ', '.join('f(x={}, y={}, z={})'.format(*row) for row in rows) + ']'
+    longer, shorter = sorted((given, wanted), key=len, reverse=True)
+    equal = max(sum(a == b for first, second in zip(order, shorter) for a, b in zip(first, second))
+                for order in itertools.permutations(longer, len(shorter)))
+    names = min(len(given), len(wanted)) / max(len(given), len(wanted))
+    best = 6 * (names + min(len(given), len(wanted)) + equal) / (1 + 4 * len(wanted)) - 3
+    assert corrected_reward(T + show(given), show(wanted)).correctness == pytest.approx(best, abs=1e-12)
+    fell_short += toolrl_reward(T + show(given), show(wanted)).correctness < best - 1e-9
+  assert fell_short
 
 
 def test_corrected_never_below_greedy():
@@ -162,6 +177,36 @@ def test_corrected_never_below_greedy():
   for _ in range(100):
     prediction, reference = T + calls(), calls()
     assert corrected_reward(prediction, reference).total >= toolrl_reward(prediction, reference).total - 1e-12
+
+
+def say(calls):
+  return T + print_calls(list(calls))
+
+
+def test_state_reward_looks_at_what_was_done():
+  """The same end by another way is right; a wrong call, an early end and a missing report are not."""
+  world = ToolWorld()
+  task = world.tasks('sequential', 1, seed=0, split='train')[0]
+  turn, = task.turns
+  one_by_one = [say([call]) for call in turn.calls]
+  report = T + turn.answer
+  assert rewards.state_reward(world, task, [*one_by_one, report]) == (1, 3, 4)
+  assert rewards.state_reward(world, task, [*one_by_one, report, 'and more']) == (1, 3, 4)  # nobody listens any more
+  assert rewards.state_reward(world, task, [*one_by_one, turn.answer]).total == -3
+  assert rewards.state_reward(world, task, one_by_one).total == -2
+  assert rewards.state_reward(world, task, [one_by_one[0], report]).total == -2
+  assert rewards.state_reward(world, task, [say([ToolCall('no_such_tool', {})]), *one_by_one, report]).total == 4  # a detour
+  assert rewards.state_reward(world, task, []) == (0, -3, -3)
+
+
+def test_state_reward_of_parallel_calls_ignores_their_order():
+  world = ToolWorld()
+  task = world.tasks('parallel', 1, seed=0, split='train')[0]
+  calls = task.turns[0].calls
+  assert len(calls) > 1
+  for order in (calls, calls[::-1]):
+    assert rewards.state_reward(world, task, ['<think>\nx</think>\n\n' + print_calls(list(order))]).total == 4
+  assert rewards.state_reward(world, task, [say(calls[:1])]).total == -2
 
 
 @pytest.mark.parametrize('name', sorted(rewards.REWARDS))

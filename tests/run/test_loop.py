@@ -127,15 +127,18 @@ def run(tokenizer, model, folder, config, points_=None):
 def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
   with Metrics(tmp_path / 'whole') as metrics:  # of a process that was killed before its first checkpoint
     metrics.write('rl', 0, reward=9.0)
-  whole, ran = run(tokenizer, model, tmp_path / 'whole', rl_config())
+  adaptive = dict(alpha_measure='entropy', alpha_target=9.0)
+  whole, ran = run(tokenizer, model, tmp_path / 'whole', rl_config(**adaptive))
   validated = ran['validation']
-  run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1))
-  parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config())
+  run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1, **adaptive))
+  parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config(**adaptive))
   assert result['resumed_at'] == 1 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   assert validated == result['validation'] and validated['before']['reward'] != 0
   timeless = lambda rows: [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]
   assert timeless(read_metrics(tmp_path / 'whole', 'rl')) == timeless(read_metrics(tmp_path / 'parts', 'rl'))
+  alphas = [row['alpha'] for row in read_metrics(tmp_path / 'parts', 'rl')]
+  assert alphas[0] == 0.1 and alphas == sorted(set(alphas))  # its entropy is below the target
 
 
 def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_path):
@@ -152,11 +155,22 @@ def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_pa
 
 
 @pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(validation=9), 'rl.validation = 9'), (dict(updates=3), 'does not divide'),
-                                                  (dict(estimator='nope'), 'nope'), (dict(reward='nope'), 'nope')])
+                                                  (dict(estimator='nope'), 'nope'), (dict(reward='nope'), 'nope'),
+                                                  (dict(objective='nope'), 'nope'), (dict(alpha_measure='nope'), 'nope'),
+                                                  (dict(estimator='grpo', psi_words=('wait',)), 'psi_words')])
 def test_configs_that_cannot_work(tokenizer, model, tmp_path, changes, message):
   with pytest.raises((ValueError, KeyError), match=message):
     run(tokenizer, model, tmp_path, rl_config(**changes))
   assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+def test_options_of_the_loss_reach_the_step(tokenizer, model, tmp_path):
+  """The loop brings what each option reads; the engine is exact, so that importance weights are 1."""
+  options = dict(objective='gspo', aggregation='sequence', importance_cap=2.0, uniform_kl=0.1, psi_words=('o',), kl_coefficient=0.0)
+  run(tokenizer, model, tmp_path, rl_config(steps=1, **options))
+  row, = read_metrics(tmp_path, 'rl')
+  np.testing.assert_allclose(row['importance'], 1, atol=1e-4)
+  assert row['uniform_kl'] > 0 and row['psi_grad_norm'] > 0 and 'kl' not in row
 
 
 def test_metrics_rows_are_plain_json(tokenizer, model, tmp_path):
