@@ -16,13 +16,13 @@ THINK = '<think>\nreasoning.\n</think>\n\n'
 SAMPLING = SamplingParams(temperature=0.6, max_tokens=64, seed=3)
 
 
-def some_seeds(**counts):
+def some_seeds(seed=9, **counts):
   """(seeds, answer(messages) of a perfect model for all of them)."""
   chosen, known = [], {}
   for kind, count in counts.items():
-    for task in ToolWorld().tasks(kind, count, seed=9, split='train'):
-      for seed, turn in zip(task_seeds(task), task.turns):
-        chosen.append(seed)
+    for task in ToolWorld(4).tasks(kind, count, seed=seed, split='train'):
+      for one, turn in zip(task_seeds(task), task.turns):
+        chosen.append(one)
         for text, call in zip(turn.subtasks, turn.calls):
           known[text] = known[f'please {text}.'] = known[f'{text}.'] = THINK + print_calls([call])
         if len(turn.calls) > 1:
