@@ -4,11 +4,11 @@
     python -m benchmarks.distill --cases=loop --seeds=30
 
 The organism distils tasks of ToolWorld (one JSON line a case).
-    loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one subtask at a time, on an engine of
-                a single lane, which is the fastest for that; interleaved rounds on the same seeds
+    loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one subtask at a time on an
+                engine of a single lane, which is the fastest for that; interleaved rounds on the same seeds
     occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail included; the bound is 1
-    host        seconds of the host's own work (rendering, parsing, verifying, composing) in the run with all seeds, by answering
-                from a journal, against the whole run
+    host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run, by answering all of it
+                from a journal, against the run itself
 """
 import pathlib
 import tempfile
@@ -63,8 +63,8 @@ def loop(policy: Policy, seeds: list[Seed]) -> None:
       if number:
         rates[name].append(summary['completion_tokens'] / seconds)
   together, alone = (float(np.median(rates[name])) for name in rates)
-  line('all seeds together', 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0, better='more',
-       seeds=len(chosen))
+  line('all seeds together', 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0,
+       better='more', seeds=len(chosen))
 
 
 def occupancy(policy: Policy, seeds: list[Seed]) -> None:
@@ -73,10 +73,11 @@ def occupancy(policy: Policy, seeds: list[Seed]) -> None:
   before = vars(ours.engine.stats).copy()
   summary, seconds = run(seeds, ours, seed=1)
   spent = {name: value - before[name] for name, value in vars(ours.engine.stats).items()}
-  line('lane occupancy', 'all lanes always busy', spent['decoded_tokens'] / spent['lane_steps'], None, 'share of lane-steps', wanted=0.9,
-       bound=1.0, better='more', seeds=len(seeds), seconds=seconds, tokens_per_second=spent['decoded_tokens'] / seconds,
-       compilations=spent['compilations'], prefill_tokens=spent['prefill_tokens'], reused_tokens=spent['reused_tokens'],
-       **{name: summary[name] for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')})
+  facts = {name: spent[name] for name in ('compilations', 'prefill_tokens', 'reused_tokens')}
+  facts |= {name: summary[name] for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')}
+  line('lane occupancy', 'all lanes always busy', spent['decoded_tokens'] / spent['lane_steps'], None, 'share of lane-steps',
+       wanted=0.9, bound=1.0, better='more', seeds=len(seeds), seconds=seconds,
+       tokens_per_second=spent['decoded_tokens'] / seconds, **facts)
 
 
 def host(policy: Policy, seeds: list[Seed]) -> None:

@@ -34,7 +34,7 @@ def local_backend(config, journal: pathlib.Path) -> LocalBackend:
   policy = load_policy(config.model, seed=config.seed)
   engine = Engine(policy.params, policy.config, stop_ids=policy.stop_ids, lanes=config.engine.lanes, max_len=config.engine.max_len,
                   steps_per_call=config.engine.steps_per_call)
-  return LocalBackend(engine, policy.tokenizer, journal=journal, model=config.model.path or 'organism')
+  return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name)
 
 
 def main(argv: list[str]) -> None:

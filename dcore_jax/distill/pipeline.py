@@ -126,11 +126,10 @@ def distill(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
     ValueError: no seeds, or two of one id.
   """
   check_ids(seeds)
-  model = getattr(backend, 'model', '')
   drawn = {name: value for name, value in dataclasses.asdict(sampling).items() if name != 'stop'}
   order = by_length(seeds)
   for place, outcome in converse([seeds[number] for number in order], distiller.rows, backend, sampling):
-    provenance = {'seed': outcome.seed, 'model': model, 'sampling': drawn, 'wording': distiller.wording.version,
+    provenance = {'seed': outcome.seed, 'model': backend.model, 'sampling': drawn, 'wording': distiller.wording.version,
                   'calls': outcome.calls, 'completion_tokens': outcome.completion_tokens, 'seconds': round(outcome.seconds, 3)}
     outcome.value = [row | {'provenance': provenance} for row in outcome.value or ()]
     yield order[place], outcome

@@ -64,7 +64,8 @@ Source = Callable[[int], Sequence[tuple[Tag, ChatRequest]]]
 
 
 class Backend(Protocol):
-  """Anything that answers chat requests."""
+  """Anything that answers chat requests, as the model that is called `model`."""
+  model: str
 
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
     """Answers what `source` gives, in the order of finishing."""

@@ -10,7 +10,6 @@
 """
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -74,11 +73,14 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
     if c.labels.base_url:
       labeller = _endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl')
     seeds, labels = _labelled(folder, seeds, labeller, sampling, c.labels.samples)
+  progress = progress or (lambda count: None)
   run = Shards(folder, seeds, c.shard_seeds)
-  for number, outcome in run.missing(functools.partial(distill, backend=backend, sampling=sampling, distiller=distiller)):
-    run.file(number, outcome)
-    if progress:
-      progress(1)
+  # Seeds of all unfinished shards together: a shard's last ones leave no lane idle while others wait.
+  numbers = run.unfinished()
+  progress(len(seeds) - len(numbers))
+  for place, outcome in distill([seeds[n] for n in numbers], backend, sampling, distiller) if numbers else ():
+    run.file(numbers[place], outcome)
+    progress(1)
   summary = summarise(run.outcomes()) | labels | {
       'model': backend.model, 'wording': distiller.wording.version, 'usage': vars(backend.usage),
       'seconds_this_call': round(time.perf_counter() - began, 1)}
@@ -163,13 +165,9 @@ class Shards:
   def _shards(self) -> range:
     return range(-(-len(self._seeds) // self._size))
 
-  def missing(self, outcomes_of: Callable[[Sequence[Seed]], Iterator[tuple[int, Outcome]]]) -> Iterator[tuple[int, Outcome]]:
-    """(number, outcome) of all seeds of unfinished shards, which are distilled together: a shard's last seeds leave no lane
-    idle while others wait."""
-    numbers = [n for shard in self._shards if not self._paths(shard)[0].exists() for n in self._numbers(shard)]
-    if numbers:
-      for place, outcome in outcomes_of([self._seeds[n] for n in numbers]):
-        yield numbers[place], outcome
+  def unfinished(self) -> list[int]:
+    """The numbers of the seeds of shards that are not written."""
+    return [n for shard in self._shards if not self._paths(shard)[0].exists() for n in self._numbers(shard)]
 
   def file(self, number: int, outcome: Outcome) -> None:
     """Takes the outcome of seed `number`; writes its shard if it was the last one."""

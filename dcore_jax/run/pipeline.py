@@ -157,8 +157,9 @@ class Pipeline:
     seeds = config_seeds(self.config)
 
     def local(journal):
-      return LocalBackend(self.engine(self.params('base')), self.policy.tokenizer, journal=journal,
-                          model=self.config.model.path or 'organism')
+      engine = self.engine(self.params('base'))
+      return LocalBackend(engine, self.policy.tokenizer, journal=journal, model=self.policy.name)
+
     with progress(total=len(seeds), description='distill') as bar:
       return run_distillation(self.config, self.workdir / 'distill', seeds, local, progress=bar.update)
 

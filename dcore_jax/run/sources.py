@@ -1,5 +1,6 @@
 """Where models and real rows come from: the packaged organism, local directories, files and hub names of published rows."""
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import transformers
 from absl import logging
 
@@ -32,6 +34,15 @@ class Policy:
   params: Any
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
+  path: pathlib.Path | None  # of the weights; None where they are random
+
+  @property
+  def name(self) -> str:
+    """Where the weights come from, and a fingerprint of them: what was sampled from others must not be taken for theirs."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(self.params):
+      digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024], np.float32).tobytes())
+    return f'{self.path.name if self.path else "random"}-{digest.hexdigest()[:8]}'
 
   @property
   def stop_ids(self) -> list[int]:
@@ -77,7 +88,7 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   if len(tokenizer) > model.vocab_size:
     raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
                      f'the embedding {model.vocab_size} rows')
-  return Policy(model, params, tokenizer, tokenizer_dir)
+  return Policy(model, params, tokenizer, tokenizer_dir, None if config.init else path)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
