@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.measure import line, say
 from configs import nano
-from dcore_jax.distill.pipeline import distill, summarise
+from dcore_jax.distill.pipeline import by_length, distill, summarise
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.rollout.backends import LocalBackend
@@ -47,7 +47,7 @@ def run(seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: in
   sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
   distiller = Distiller(exact_refusals=True)
   began = time.perf_counter()
-  groups = [seeds] if at_once else [[one] for one in seeds]
+  groups = [[seeds[n] for n in by_length(seeds)]] if at_once else [[one] for one in seeds]
   outcomes = [outcome for group in groups for _, outcome in distill(group, ours, sampling, distiller)]
   return summarise(outcomes), time.perf_counter() - began
 

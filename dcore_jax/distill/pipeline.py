@@ -120,19 +120,19 @@ def by_length(seeds: Iterable[Seed]) -> list[int]:
 
 def distill(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
             distiller: Distiller = Distiller()) -> Iterator[tuple[int, Outcome]]:
-  """Distils seeds -> (number, outcome with rows as its value) as they finish; rows say what they were made with.
+  """Distils seeds, begun in their order -> (number, outcome with rows as its value) as they finish; rows say what they were made
+  with.
 
   Raises:
     ValueError: no seeds, or two of one id.
   """
   check_ids(seeds)
   drawn = {name: value for name, value in dataclasses.asdict(sampling).items() if name != 'stop'}
-  order = by_length(seeds)
-  for place, outcome in converse([seeds[number] for number in order], distiller.rows, backend, sampling):
+  for number, outcome in converse(seeds, distiller.rows, backend, sampling):
     provenance = {'seed': outcome.seed, 'model': backend.model, 'sampling': drawn, 'wording': distiller.wording.version,
                   'calls': outcome.calls, 'completion_tokens': outcome.completion_tokens, 'seconds': round(outcome.seconds, 3)}
     outcome.value = [row | {'provenance': provenance} for row in outcome.value or ()]
-    yield order[place], outcome
+    yield number, outcome
 
 
 def label(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams, samples: int) -> Iterator[tuple[int, Outcome]]:

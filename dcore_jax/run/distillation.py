@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 import ml_collections
 
-from dcore_jax.distill.pipeline import Outcome, check_ids, distill, label, summarise
+from dcore_jax.distill.pipeline import Outcome, by_length, check_ids, distill, label, summarise
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.distill.wording import load_wording
@@ -166,8 +166,14 @@ class Shards:
     return range(-(-len(self._seeds) // self._size))
 
   def unfinished(self) -> list[int]:
-    """The numbers of the seeds of shards that are not written."""
-    return [n for shard in self._shards if not self._paths(shard)[0].exists() for n in self._numbers(shard)]
+    """The numbers of the seeds of shards that are not written, in the order to begin with: shard after shard, so that they are
+    written on the way, and in each the longest chains first."""
+    result = []
+    for shard in self._shards:
+      if not self._paths(shard)[0].exists():
+        numbers = self._numbers(shard)
+        result += [numbers[place] for place in by_length(self._seeds[n] for n in numbers)]
+    return result
 
   def file(self, number: int, outcome: Outcome) -> None:
     """Takes the outcome of seed `number`; writes its shard if it was the last one."""

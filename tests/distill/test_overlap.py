@@ -10,7 +10,8 @@ from dcore_jax.distill.seeds import Seed
 QUERY = 'Please move the final report into the archive and tell my colleague Ines that it is done by noon'
 CALLS = (ToolCall('mv', {'source': 'report.txt', 'destination': 'archive'}), ToolCall('cd', {'folder': 'archive'}),
          ToolCall('send', {'to': 'Ines', 'text': 'It is done.', 'priority': 2}))
-OVERLAP = Overlap([TestTask('t', QUERY, CALLS, ('ines_okafor_2207',)), TestTask('short', 'Turn it off')])
+ONES = tuple(ToolCall('cat', {'file_name': name}) for name in 'xyz')
+OVERLAP = Overlap([TestTask('ones', 'x', ONES), TestTask('t', QUERY, CALLS, ('ines_okafor_2207',)), TestTask('short', 'Turn it off')])
 
 
 def seed(query, *calls, system='tools'):
@@ -31,10 +32,10 @@ def test_words(query, found):
     (CALLS, True), ((ToolCall('ls', {}), *CALLS), True), (CALLS[:2], False), (CALLS[1:], True),  # 3 values; 4 values
     ((dataclasses.replace(CALLS[0], arguments={'destination': 'Archive', 'source': 'report.TXT'}), *CALLS[1:]), True),
     ((*CALLS[:2], ToolCall('send', {'to': 'Ines', 'text': 'it is done', 'priority': 2.0})), True),
-    ((CALLS[2],), False), ((CALLS[1], CALLS[0], CALLS[2]), False),  # none of its runs is the test's
+    (ONES, True), (ONES[:2], False), ((*ONES[:2], ToolCall('ls', {}), ONES[2]), False), ((CALLS[2],), False), ((CALLS[1], CALLS[0], CALLS[2]), False),  # none of its runs is the test's
     ((ToolCall('mv', {'source': 'other.txt', 'destination': 'archive'}), CALLS[1], ToolCall('send', {'to': 'Ines'})), False)])
 def test_calls(calls, found):
-  assert OVERLAP.find(seed('something new', *calls)) == (('t', 'calls') if found else None)
+  assert OVERLAP.find(seed('something new', *calls)) == (('ones' if calls == ONES else 't', 'calls') if found else None)
 
 
 def test_people():

@@ -91,11 +91,12 @@ def test_a_seed_gives_the_same_whoever_else_is_there():
 
 def test_whatever_can_be_asked_is_under_way():
   seeds, answer = some_seeds(single=10, sequential=10, parallel=10)
+  seeds = [seeds[n] for n in by_length(seeds)]
   _, backend = run(seeds, answer, width=8)
   full = next(n for n, width in enumerate(backend.widths) if width < 8)
   # Only the last dependent subtasks find no company: all lanes are busy until less than one round of work is left.
   assert sum(backend.widths[full:]) <= 8 and sum(backend.widths) == len(backend.asked)
-  lengths = [len(seeds[n].calls) if seeds[n].kind == 'sequential' else 0 for n in by_length(seeds)]
+  lengths = [len(seed.calls) if seed.kind == 'sequential' else 0 for seed in seeds]
   assert lengths == sorted(lengths, reverse=True)
 
 

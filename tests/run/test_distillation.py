@@ -133,7 +133,8 @@ def test_an_endpoint_that_dies_is_one_error_and_nothing_is_asked_twice(serve, un
   assert not (folder / 'distill.json').exists()
   alive.set()
   summary = run(make_config(endpoint.url, request_retries=0, concurrency=2), folder)
-  assert summary['usage']['from_journal'] == 20
+  # The other 20 stand in the journal or in a shard that was finished before.
+  assert summary['usage']['requests'] == summary['calls'] - 20 and summary['usage']['from_journal'] > 0
   assert rows_of(folder) == uninterrupted[0]
 
 
@@ -162,7 +163,7 @@ def test_a_killed_process_goes_on_without_repeating_what_was_answered(serve, uni
   repeated = collections.Counter(json.dumps(body, sort_keys=True) for body in endpoint.bodies)
   twice = sum(count - 1 for count in repeated.values())
   assert twice <= 4 and len(endpoint.bodies) == summary['calls'] + twice  # only what was under way when it was killed
-  assert 30 <= asked <= 40 and summary['usage']['from_journal'] >= 20
+  assert 30 <= asked <= 40 and summary['usage']['requests'] <= summary['calls'] - 20
   assert json.loads((tmp_path / 'distill' / 'result.json').read_text())['seconds'] > 0
 
 
