@@ -20,6 +20,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = default_config()
   c.name = 'configs/nano.py' + (f':{variant}' if variant else '')
   c.evaluate.tasks = 128
+  c.distill.update(dict(wording='organism', examples=0, exact_refusals=True))
   c.distill.tasks.update(dict(single=300, irrelevant=60))
   c.sft.update(dict(epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
   # Prompts, rollouts and updates of a step, alpha and delta as published. With entropies near 0.03 nats psi is small here: see

@@ -1,22 +1,8 @@
-"""Composition: subtask reasonings become one trace (method: section 1.7). The templates are data; the slots are the paper's."""
+"""Composition: subtask reasonings become one trace (method: section 1.7). The sentences around them are data (wording.py)."""
 import dataclasses
+from collections.abc import Sequence
 
-
-@dataclasses.dataclass(frozen=True)
-class Templates:
-  """Every sentence a composed trace adds to the model's own reasoning. Placeholders in braces are filled by name."""
-  open: str = 'the request is: {query}'
-  plan: str = 'i split it into subtasks:'
-  done: str = 'these subtasks are solved:'
-  item: str = '{number}. {subtask}'
-  now: str = 'now subtask {number}: {subtask}'
-  reflect: str = 'wait, no subtask needs the result of another, so they can run together.'
-  close: str = 'all subtasks are checked, so the calls together are:'
-  irrelevant: str = 'however, a tool or a value may be missing, so let me look closely.'
-  finished: str = 'the request "{query}" was handled by tools, so i report the result.'
-
-
-DEFAULT = Templates()
+from dcore_jax.distill.wording import Templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +13,7 @@ class Solved:
   answer: str
 
 
-def _plan(subtasks: list[str], t: Templates) -> str:
+def _plan(subtasks: Sequence[str], t: Templates) -> str:
   return ' ' + t.plan + '\n' + ''.join(t.item.format(number=i + 1, subtask=s) + '\n' for i, s in enumerate(subtasks))
 
 
@@ -40,7 +26,7 @@ def clean_reasoning(text: str) -> str:
   return text.rsplit('<think>\n', 1)[-1].strip()
 
 
-def sequential(query: str, subtasks: list[str], current: int, solved: Solved, t: Templates = DEFAULT) -> str:
+def sequential(query: str, subtasks: Sequence[str], current: int, solved: Solved, t: Templates) -> str:
   """The target of step `current` (0-based): request, plan, what is solved, this subtask's reasoning and answer (form S).
 
   The plan stands on every step, as in the paper's cases; the released composer leaves it out (method: section 7, 14).
@@ -52,7 +38,7 @@ def sequential(query: str, subtasks: list[str], current: int, solved: Solved, t:
           + _now(current + 1, subtasks[current], solved.reasoning, t) + '</think>\n\n' + solved.answer)
 
 
-def parallel(query: str, solved: list[Solved], t: Templates = DEFAULT, *, newline_before_close: bool = True) -> str:
+def parallel(query: str, solved: Sequence[Solved], t: Templates, *, newline_before_close: bool = True) -> str:
   """One target for all subtasks (form P).
 
   `newline_before_close=False` gives the released form, which the format reward scores 0 (method: section 7, 9).
@@ -63,13 +49,13 @@ def parallel(query: str, solved: list[Solved], t: Templates = DEFAULT, *, newlin
           + body + t.close + calls + ('\n' if newline_before_close else '') + '</think>\n\n' + calls)
 
 
-def irrelevant(query: str, reasoning: str, answer: str, t: Templates = DEFAULT) -> str:
+def irrelevant(query: str, reasoning: str, answer: str, t: Templates) -> str:
   """The target where nothing fits: the doubt, then the model's own account of what is missing (form I')."""
   return ('<think>\n\n' + t.open.format(query=query) + '\n ' + t.irrelevant + '\n' + clean_reasoning(reasoning)
           + '\n</think>\n\n' + answer)
 
 
-def finished(query: str, answer: str, t: Templates = DEFAULT) -> str:
+def finished(query: str, answer: str, t: Templates) -> str:
   """The target that ends a turn after its last tool response (form F)."""
   return '<think>\n' + t.finished.format(query=query) + '\n</think>\n\n' + answer
 

@@ -1,6 +1,6 @@
 """Seeds: the input records of self-distillation (method: section 1.1), and the decision points that RL asks about."""
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dcore_jax.chat.messages import Message, ToolCall
@@ -18,8 +18,10 @@ class Seed:
     kind: one of KINDS: how its subtasks relate.
     conversations: system message, history, and the query to decompose, which is the last message.
     calls: reference calls; empty where nothing fits.
-    tool_response: the recorded output of each call.
+    tool_response: the recorded output of each call. Where the calls go out together and nothing follows (single-turn data) and
+      where a world executes them, there may be none.
     answer: the reference text after the last output, or the refusal where there are no calls; '' when not known.
+    world: what `worlds.sandbox.open_sandbox` needs to execute calls from this query on; None where nothing can be executed.
   """
   id: str
   kind: str
@@ -27,6 +29,7 @@ class Seed:
   calls: tuple[ToolCall, ...]
   tool_response: tuple[str, ...]
   answer: str = ''
+  world: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     problems = []
@@ -34,7 +37,8 @@ class Seed:
       problems.append(f'kind {self.kind!r} is not one of {KINDS}')
     if not self.conversations or self.conversations[-1].role != 'user':
       problems.append('the last message is not the user\'s query')
-    if len(self.calls) != len(self.tool_response):
+    outputs_needed = not self.world and (self.kind == 'sequential' or self.answer)
+    if len(self.calls) != len(self.tool_response) and (self.tool_response or outputs_needed):
       problems.append(f'{len(self.calls)} calls but {len(self.tool_response)} tool responses')
     if (self.kind == 'irrelevant') == bool(self.calls):
       problems.append(f'kind {self.kind!r} with {len(self.calls)} calls')
@@ -55,7 +59,8 @@ class Seed:
   def to_json(self) -> dict[str, Any]:
     ground_truth = [print_calls([c])[1:-1] for c in self.calls] if self.calls else self.answer
     return {'id': self.id, 'kind': self.kind, 'conversations': [m.to_json() for m in self.conversations],
-            'ground_truth': ground_truth, 'tool_response': list(self.tool_response), 'answer': self.answer}
+            'ground_truth': ground_truth, 'tool_response': list(self.tool_response), 'answer': self.answer,
+            **({'world': self.world} if self.world else {})}
 
   @classmethod
   def from_json(cls, record: Any) -> 'Seed':
@@ -71,9 +76,12 @@ class Seed:
       responses = record.get('tool_response', [])
       if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise ValueError('tool_response is no list of texts')
+      world = record.get('world')
+      if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
+        raise ValueError('world is no object with a name')
       kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else 'sequential')
       return cls(str(record['id']), kind, tuple(Message.from_json(m) for m in record['conversations']), calls,
-                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''))
+                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''), world)
     except (TypeError, ValueError) as error:
       raise ValueError(f'seed record {record["id"]!r} cannot be read: {error}') from error
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 Tag = Any
 TOO_LONG = 'prompt too long'
+_READY = 1024  # replies known without asking that wait to be taken
 _REFUSALS = (400, 413, 422)  # status codes that speak of one request: too long, for example
 
 
@@ -48,52 +50,77 @@ class Reply:
     finished: the model ended its turn; else its budget was used up.
     prompt_tokens, completion_tokens: as the backend counts them.
     error: why there is no answer and will be none: the request itself is refused. '' otherwise.
+    seconds: from when it was asked to when the answer was there.
   """
   text: str
   finished: bool
   prompt_tokens: int
   completion_tokens: int
   error: str = ''
+  seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 Source = Callable[[int], Sequence[tuple[Tag, ChatRequest]]]
 
 
 class Backend(Protocol):
-  """Anything that answers chat requests."""
+  """Anything that answers chat requests, as the model that is called `model`."""
+  model: str
 
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
     """Answers what `source` gives, in the order of finishing."""
 
 
 class LocalBackend:
-  """Our engine: prompts by the model's own chat template, token in, token out."""
+  """Our engine: prompts by the model's own chat template, token in, token out.
 
-  def __init__(self, engine: Engine, tokenizer: Any):
-    self.engine, self.tokenizer = engine, tokenizer
+  Args:
+    engine, tokenizer: the model.
+    journal: JSONL file of replies, as for `OpenAIBackend`.
+    model: the name that the journal knows the model by.
+  """
+
+  def __init__(self, engine: Engine, tokenizer: Any, *, journal: pathlib.Path | None = None, model: str = ''):
+    self.engine, self.tokenizer, self.model = engine, tokenizer, model
+    self.usage = Usage()
+    self._journal = Journal(journal) if journal else None
 
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
-    refused: list[tuple[Tag, Reply]] = []
+    ready: list[tuple[Tag, Reply]] = []  # without the engine: refused, or known from the journal
 
     def requests(free: int) -> list[tuple[Tag, Request]]:
       result = []
-      while len(result) < free and (asked := source(free - len(result))):
+      while len(result) < free and len(ready) < _READY and (asked := source(free - len(result))):
         for tag, request in asked:
-          prompt = self._encode(request)
-          if len(prompt) >= self.engine.max_len:
-            refused.append((tag, Reply('', False, len(prompt), 0, TOO_LONG)))
+          body = self._body(request, sampling)
+          prompt = [] if (known := self._journal and self._journal.find(body)) else self._encode(request)
+          if known:
+            self.usage.from_journal += 1
+            ready.append((tag, known))
+          elif len(prompt) >= self.engine.max_len:
+            ready.append((tag, Reply('', False, len(prompt), 0, TOO_LONG)))
           else:
-            result.append((tag, Request(prompt, request.key_id, request.max_tokens)))
+            began = time.perf_counter()
+            result.append(((tag, body, began), Request(prompt, request.key_id, request.max_tokens)))
       return result
 
     while True:
-      for tag, done in self.engine.stream(requests, sampling):
-        yield from _drained(refused)
+      for (tag, body, began), done in self.engine.stream(requests, sampling):
+        yield from _drained(ready)
         text = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
-        yield tag, Reply(text, done.finished, done.prompt_len, len(done.tokens))
-      if not refused:
+        seconds = time.perf_counter() - began
+        reply = Reply(text, done.finished, done.prompt_len, len(done.tokens), seconds=round(seconds, 4))
+        self.usage.add(reply)
+        if self._journal:
+          self._journal.append(body, reply)
+        yield tag, reply
+      if not ready:
         return
-      yield from _drained(refused)  # whoever waited for these may have more to ask
+      yield from _drained(ready)  # whoever waited for these may have more to ask
+
+  def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
+    """Everything that the answer depends on, which is what the journal knows it by."""
+    return dataclasses.asdict(request) | {'model': self.model, 'sampling': dataclasses.asdict(sampling)}
 
   def _encode(self, request: ChatRequest) -> list[int]:
     tools = _functions(request.tools) or None
@@ -118,6 +145,12 @@ class Usage:
   from_journal: int = 0
   prompt_tokens: int = 0
   completion_tokens: int = 0
+
+  def add(self, reply: Reply) -> None:
+    """Counts an answer that was made now."""
+    self.requests += 1
+    self.prompt_tokens += reply.prompt_tokens
+    self.completion_tokens += reply.completion_tokens
 
   def cost(self, prompt_price: float, completion_price: float) -> float:
     """In the prices' unit, which are per million tokens."""
@@ -181,15 +214,15 @@ class OpenAIBackend:
     if self._journal and (known := self._journal.find(body)):
       self.usage.from_journal += 1
       return known
+    began = time.perf_counter()
     try:
       reply = await self._ask(client, body)
     except openai.APIError as error:
       if getattr(error, 'status_code', None) not in _REFUSALS:
         raise ConnectionError(f'{self.base_url}, model {self.model!r}: {error}') from error
       reply = Reply('', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500])
-    self.usage.requests += 1
-    self.usage.prompt_tokens += reply.prompt_tokens
-    self.usage.completion_tokens += reply.completion_tokens
+    reply = dataclasses.replace(reply, seconds=round(time.perf_counter() - began, 4))
+    self.usage.add(reply)
     if self._journal:
       self._journal.append(body, reply)
     return reply
@@ -241,23 +274,29 @@ def _text(message: Any, finished: bool) -> str:
 
 
 class Journal:
-  """Replies by what was asked, one JSON object a line; a line that was cut short by a kill is taken off on opening."""
+  """Replies by what was asked, one JSON object a line; a line that was cut short by a kill is taken off on opening.
+
+  Only the place of each line is kept in memory: 100,000 replies of a reasoning model are half a gigabyte of text.
+  """
 
   def __init__(self, path: pathlib.Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._replies: dict[str, Reply] = {}
-    if path.exists():
-      content = path.read_bytes()
-      whole = content.rfind(b'\n') + 1
-      for number, line in enumerate(content[:whole].splitlines(), 1):
-        try:
-          record = json.loads(line)
-          key = record.pop('key')
-          self._replies[key] = Reply(**record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-          raise ValueError(f'{path}, line {number} is no reply: {line[:80]!r}') from error
-      os.truncate(path, whole)
-    self._file = path.open('a', encoding='utf-8')
+    self._places: dict[str, int] = {}  # bytes from the start of the file
+    self._file = path.open('a+b')
+    self._file.seek(0)
+    end = 0
+    for number, line in enumerate(self._file, 1):
+      if not line.endswith(b'\n'):
+        break
+      try:
+        record = json.loads(line)
+        key = record.pop('key')
+        Reply(**record)
+      except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{path}, line {number} is no reply: {line[:80]!r}') from error
+      self._places[key] = end
+      end += len(line)
+    self._file.truncate(end)
 
   @staticmethod
   def _key(body: dict[str, Any]) -> str:
@@ -265,13 +304,19 @@ class Journal:
 
   def find(self, body: dict[str, Any]) -> Reply | None:
     """The reply to the same request, if there was one."""
-    return self._replies.get(self._key(body))
+    place = self._places.get(self._key(body))
+    if place is None:
+      return None
+    self._file.seek(place)
+    record = json.loads(self._file.readline())
+    del record['key']
+    return Reply(**record)
 
   def append(self, body: dict[str, Any], reply: Reply) -> None:
-    """Remembers a reply, on disk before anything is made of it."""
+    """Remembers a reply, in the file before anything is made of it."""
     key = self._key(body)
-    self._replies[key] = reply
-    self._file.write(json.dumps({'key': key, **dataclasses.asdict(reply)}, ensure_ascii=False) + '\n')
+    self._places[key] = self._file.seek(0, os.SEEK_END)
+    self._file.write(json.dumps({'key': key, **dataclasses.asdict(reply)}, ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n')
     self._file.flush()
 
 

@@ -1,7 +1,8 @@
-"""Sweeps of the RL stage from one SFT checkpoint.
+"""Sweeps of the paper at the organism's scale, and of what it leaves open.
 
-`alpha_delta` is the paper's (Table 3 and figure 6): DA-GRPO at four settings and plain GRPO. `psi` is about what the paper
-leaves open: whether psi should see the reward, act on reflective words alone, adapt its weight, or give way to a KL term.
+    alpha_delta     Table 3 and figure 6: DA-GRPO at four settings and plain GRPO, from one SFT checkpoint
+    psi             should psi see the reward, act on reflective words alone, adapt its weight, or give way to a KL term
+    decomposition   Table 6: what the decomposer sees, from seeds to a fine-tuned model
 """
 import dataclasses
 import hashlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+import scipy.stats
 
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
 from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
@@ -47,7 +49,21 @@ PSI = (Setting('grpo', None, None), Setting('da_grpo', 0.1, 0.5),
        Setting('da_grpo', 0.1, 0.5, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
        Setting('da_grpo', 0.1, 0.5, note='adaptive', changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3))),
        Setting('grpo', None, None, note='uniform_kl', changes=(('uniform_kl', 0.001),)))
-SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
+RL_SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposer:
+  """One row of Table 6. `published` is the paper's: decomposition success and tau-bench overall of Qwen3-8B (%)."""
+  name: str
+  reference: str
+  examples: int
+  published: tuple[float, float]
+
+
+DECOMPOSITION = (Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)), Decomposer('reference', 'shown', 0, (89.1, 33.8)),
+                 Decomposer('reference_examples', 'shown', 2, (93.2, 37.1)), Decomposer('pseudo_labels', 'pseudo', 2, (92.8, 29.6)))
+SUITES = (*RL_SUITES, 'decomposition')
 _LAST = 0.25  # share of the steps whose mean is "at the end"
 _CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
 
@@ -57,19 +73,24 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
   """Runs what is not there yet and writes `workdir`/<suite>.json -> its content.
 
   Args:
-    suite: a name of SUITES.
-    config: pipeline config; its stages `rl` and `evaluate_rl` are run at every setting and seed.
+    suite: one of SUITES.
+    config: pipeline config; at every setting and seed its stages `rl` and `evaluate_rl` are run, or `distill` to `evaluate_sft`.
     workdir: results, one folder a setting and seed; a second call resumes.
-    seeds: repetitions of each setting, with other prompt orders and samples.
-    sft_run: work directory of a finished run to start from; without it the stages up to SFT are run in `workdir`/start.
+    seeds: repetitions of each setting, with other prompt orders and samples, or with other seeds of everything.
+    sft_run: of an RL suite: work directory of a finished run to start from; without it the stages up to SFT are run in
+      `workdir`/start.
 
   Raises:
     ValueError: an unknown suite, no seeds, a start without an SFT checkpoint, or with another one than `workdir` began with.
   """
   if suite not in SUITES:
-    raise ValueError(f'unknown suite {suite!r}; expected one of {sorted(SUITES)}')
+    raise ValueError(f'unknown suite {suite!r}; expected one of {SUITES}')
   if seeds < 1:
     raise ValueError(f'seeds = {seeds}: at least one is needed')
+  if suite == 'decomposition':
+    if sft_run:
+      raise ValueError('the suite decomposition starts from the base model, not from --sft_run')
+    return _run_decomposition(config, workdir, seeds)
   start = sft_run or workdir / 'start'
   if sft_run is None:
     first = config.copy_and_resolve_references()
@@ -80,11 +101,11 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
   _claim(workdir, start / 'sft' / 'model.safetensors')
   runs = []
   for seed in range(seeds):
-    for setting in SUITES[suite]:
+    for setting in RL_SUITES[suite]:
       with stage(f'{setting.name}, seed {seed}'):
         runs.append(_run_one(setting, seed, config, workdir / setting.name / f'seed{seed}', start))
       # Written after every run: a notebook can look while the sweep goes on.
-      content = {'suite': suite, 'sft': _sft_point(start), 'runs': runs, 'table': _table(SUITES[suite], runs)}
+      content = {'suite': suite, 'sft': _sft_point(start), 'runs': runs, 'table': _table(RL_SUITES[suite], runs)}
       write_json_atomic(workdir / f'{suite}.json', content)
   return content
 
@@ -153,8 +174,50 @@ def _standard_error(values: Sequence[float]) -> float | None:
   return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
+def _run_decomposition(config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: int) -> dict[str, Any]:
+  runs = []
+  for seed in range(seeds):
+    for setting in DECOMPOSITION:
+      mine = config.copy_and_resolve_references()
+      mine.stages, mine.seed = ('distill', 'sft', 'evaluate_sft'), seed
+      mine.distill.reference, mine.distill.examples = setting.reference, setting.examples
+      with stage(f'{setting.name}, seed {seed}'):
+        summary = Pipeline(mine, workdir / setting.name / f'seed{seed}').run()
+      made = summary['distill']
+      figures = {name: made[name] for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'rows')}
+      if 'labels' in made:
+        figures['label_agreement'] = made['labels']['agree'] / made['labels']['seeds']
+      accuracy = summary['stages']['sft']['accuracy']
+      figures |= {f'accuracy_{kind}': value for kind, value in accuracy.items()} | {'accuracy': float(np.mean(list(accuracy.values())))}
+      runs.append({'setting': setting.name, 'seed': seed, 'figures': figures, 'dropped': made['dropped']})
+      content = {'suite': 'decomposition', 'runs': runs, 'table': _decomposition_table(runs)}
+      write_json_atomic(workdir / 'decomposition.json', content)
+  return content
+
+
+def _decomposition_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Mean and half the width of its 95 % interval over the seeds of each setting, beside the paper's row."""
+  table = []
+  for setting in DECOMPOSITION:
+    mine = [run['figures'] for run in runs if run['setting'] == setting.name]
+    if mine:
+      columns = {name: [figures[name] for figures in mine] for name in mine[0]}
+      table.append({'setting': setting.name, 'reference': setting.reference, 'examples': setting.examples, 'seeds': len(mine),
+                    'figures': {name: {'mean': float(np.mean(v)), 'half_width': _half_width(v)} for name, v in columns.items()},
+                    'published': dict(zip(('success_percent', 'tau_percent'), setting.published))})
+  return table
+
+
+def _half_width(values: Sequence[float]) -> float | None:
+  """Of the 95 % interval of a mean, by Student's t; None for a single value."""
+  error = _standard_error(values)
+  return None if error is None else float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
+
+
 def format_table(content: dict[str, Any]) -> str:
   """The table for a terminal."""
+  if content['suite'] == 'decomposition':
+    return _format_decomposition(content['table'])
   columns = ('validation_reward', 'validation_reflections', 'entropy', 'psi_grad_norm', 'grad_norm',
              'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
   lines = ['setting'.ljust(40) + ''.join(c.removeprefix('accuracy_').removeprefix('validation_').rjust(16) for c in columns)]
@@ -163,3 +226,14 @@ def format_table(content: dict[str, Any]) -> str:
     lines.append(row['setting'].ljust(40) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))
   return '\n'.join(lines)
 
+
+def _format_decomposition(table: list[dict[str, Any]]) -> str:
+  columns = ('success_rate', 'success_rate_all', 'accuracy', 'accuracy_sequential', 'accuracy_parallel', 'accuracy_multi_turn')
+  lines = ['setting'.ljust(20) + ''.join(c.removeprefix('accuracy_').rjust(18) for c in columns) + '   paper: success, tau'.rjust(24)]
+  for row in table:
+    cells = [row['figures'][c] for c in columns]
+    shown = [f'{100 * c["mean"]:.1f}' + ('' if c['half_width'] is None else f' +- {100 * c["half_width"]:.1f}') for c in cells]
+    published = row['published']
+    lines.append(row['setting'].ljust(20) + ''.join(text.rjust(18) for text in shown)
+                 + f'{published["success_percent"]}, {published["tau_percent"]}'.rjust(24))
+  return '\n'.join(lines)

@@ -39,9 +39,32 @@ def default_config() -> ml_collections.ConfigDict:
 
   c.distill = ml_collections.ConfigDict()
   c.distill.tasks = ml_collections.ConfigDict(dict(single=150, sequential=250, parallel=300, irrelevant=150, multi_turn=120))
-  c.distill.temperature = 0.6
-  c.distill.max_tokens = 256
+  c.distill.files = ()  # seeds (`experiments.seeds` writes them) instead of ToolWorld's tasks
+  c.distill.exact_refusals = False  # drop irrelevant seeds whose refusal is not the reference text: where those are canonical
+  c.distill.wording = 'english'  # prompts and templates: 'english', 'organism', or a JSON file (distill/wording.py)
+  c.distill.reference = 'shown'  # calls that the decomposer sees: 'shown', 'hidden', or 'pseudo' = the model's own by majority
+  c.distill.examples = 3  # worked decompositions in its prompt; paper: reference and examples
+  c.distill.strict_count = False  # as many subtasks as calls, as released; else a subtask may own several calls
+  c.distill.candidates = 1  # decompositions sampled at once; the first that verifies is kept
+  c.distill.samples = 1  # of a subtask, until its calls are right
   c.distill.retries = 1  # of completions that cannot be read; the released code repeats a failed request once
+  c.distill.verify = 'calls'  # 'state': whatever leaves the same state, where a world executes calls
+  c.distill.max_chars = 200_000  # of a row
+  c.distill.temperature = 0.6
+  c.distill.top_p = 1.0
+  c.distill.top_k = 0
+  c.distill.max_tokens = 256
+  c.distill.shard_seeds = 1000  # seeds of a file of rows
+  c.distill.labels = ml_collections.ConfigDict()  # where reference = 'pseudo'
+  c.distill.labels.samples = 5  # whose majority is the label
+  c.distill.labels.base_url = ''  # an endpoint that labels; '' = the distilling model itself
+  c.distill.labels.model = ''  # its name there
+  c.distill.backend = 'local'  # our engine, or 'openai': an endpoint
+  c.distill.base_url = ''  # of the endpoint; the key is OPENAI_API_KEY's
+  c.distill.model = ''  # its name there
+  c.distill.concurrency = 64  # requests under way
+  c.distill.timeout = 600.0  # seconds
+  c.distill.request_retries = 5
 
   c.sft = ml_collections.ConfigDict()
   c.sft.files = ()  # data sets instead of the distilled rows: paths, or hub names owner/name[#configuration]; `schema:` before

@@ -48,7 +48,7 @@ class Metrics:
     kept = [row for row in rows if row['stage'] != stage or row['step'] < step]
     if len(kept) < len(rows):
       self._file.close()
-      _replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
+      replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
       self._file = self._path.open('a', encoding='utf-8')
     return [row for row in kept if row['stage'] == stage]
 
@@ -89,7 +89,7 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
   """Writes `obj` as indented JSON; readers see the old file or the whole new one, never a part. NaN: ValueError."""
-  _replace_text(pathlib.Path(path), json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n')
+  replace_text(pathlib.Path(path), json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n')
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -119,7 +119,8 @@ def _cut_torn_line(path: pathlib.Path) -> None:
       os.truncate(path, whole)
 
 
-def _replace_text(path: pathlib.Path, text: str) -> None:
+def replace_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file that readers see whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:

@@ -2,7 +2,7 @@
 
     W/config.json                   what was asked for; another config needs another W
     W/evaluate_<stage>/             result.json, trajectories.jsonl
-    W/distill/                      rows.jsonl, result.json
+    W/distill/                      rows-*.jsonl and more (run/distillation.py), result.json
     W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json
     W/export/                       the final Hugging Face directory
     W/summary.json, W/report.html   what other programs, and people, read
@@ -17,29 +17,28 @@ import jax
 import ml_collections
 
 from dcore_jax.chat.messages import Message
-from dcore_jax.distill.pipeline import Distiller, distill
 from dcore_jax.distill.seeds import DecisionPoint, decision_points
 from dcore_jax.evaluate.lazy_reasoning import is_lazy
 from dcore_jax.evaluate.rollouts import Trajectory, act, measure
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run import loop
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
+from dcore_jax.run.distillation import run_distillation
 from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
 from dcore_jax.run.rows import training_rows
+from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds
 from dcore_jax.run.sources import Policy, load_policy, rl_points
-from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
-# Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
-# organism's pretraining, whose stages take the seeds from its own on.
-_DISTILL, _RL, _EVALUATE = 1001, 1002, 3
+_EVALUATE = 3  # added to the run's seed; the eval split shares no entity with what is trained on
 
 
 class Pipeline:
@@ -153,26 +152,16 @@ class Pipeline:
     _write_lines(folder / 'trajectories.jsonl', [_trajectory_record(kind, t) for kind, group in trajectories.items() for t in group])
     return measure(trajectories)
 
-  def _seeds(self, counts: dict[str, int], purpose: int) -> list:
-    """Training tasks as seeds; the same purpose gives the same ones."""
-    number = self.config.seed * 10 + purpose
-    return [seed for kind in KINDS for task in self.world.tasks(kind, counts[kind], seed=number, split='train')
-            for seed in task_seeds(task)]
-
   def distill(self) -> dict[str, Any]:
-    """Algorithm 1 with the base model -> W/distill/rows.jsonl."""
-    c = self.config.distill
-    seeds = self._seeds(c.tasks, _DISTILL)
-    sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=self.config.seed)
+    """Algorithm 1 with the base model -> W/distill/."""
+    seeds = config_seeds(self.config)
+
+    def local(journal):
+      engine = self.engine(self.params('base'))
+      return LocalBackend(engine, self.policy.tokenizer, journal=journal, model=self.policy.name)
+
     with progress(total=len(seeds), description='distill') as bar:
-      result = distill(seeds, self.engine(self.params('base')), self.policy.tokenizer, sampling,
-                       distiller=Distiller(retries=c.retries, exact_refusals=True), progress=bar.update)
-    if not result.rows:
-      raise ValueError(f'self-distillation kept none of {result.seeds} seeds: {result.dropped}')
-    folder = self.workdir / 'distill'
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / 'rows.jsonl', result.rows)
-    return result.to_json()
+      return run_distillation(self.config, self.workdir / 'distill', seeds, local, progress=bar.update)
 
   def sft(self) -> dict[str, Any]:
     """Fine-tunes the base model on the distilled rows, or on the files the config names."""
@@ -189,7 +178,7 @@ class Pipeline:
   def _points(self) -> list[DecisionPoint]:
     if self.config.rl.files:
       return rl_points(self.config.rl.files)
-    return [point for seed in self._seeds(self.config.rl.tasks, _RL) for point in decision_points(seed)]
+    return [point for seed in toolworld_seeds(self.config, self.config.rl.tasks, RL) for point in decision_points(seed)]
 
   def rl(self) -> dict[str, Any]:
     """(DA-)GRPO from the fine-tuned model."""

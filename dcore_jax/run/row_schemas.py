@@ -75,6 +75,23 @@ def recognise(record: Record) -> str | None:
   return None
 
 
+def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
+  """The record as data, with names that a Python-style call can have; None for schemas whose calls are text.
+
+  Raises:
+    as `to_rows`.
+  """
+  if schema not in _DIALOGUES:
+    return None
+  dialogue = _DIALOGUES[schema](record, str(record['id']) if record.get('id') is not None else name)
+  named = lambda thing: dataclasses.replace(thing, name=_python_name(thing.name))
+  tools = tuple(map(named, dialogue.tools))
+  if len({tool.name for tool in tools}) < len(tools):
+    raise ValueError(f'two tools have one name: {sorted(tool.name for tool in tools)}')
+  turns = tuple(dataclasses.replace(turn, calls=tuple(map(named, turn.calls))) for turn in dialogue.turns)
+  return dataclasses.replace(dialogue, tools=tools, turns=turns)
+
+
 def to_rows(record: Record, schema: str, name: str, style: str = 'python') -> list[Record]:
   """Our rows of one record: one, but for a pack.
 
@@ -126,7 +143,7 @@ def _toolrl_row(record: Record, name: str, style: str) -> list[Record]:
 
 def _xlam(record: Record, name: str) -> Dialogue:
   calls = _read_calls(record['answers'])
-  return Dialogue(name, '', _read_tools(record['tools']), (Turn('user', record['query']), Turn('assistant', '', calls)))
+  return Dialogue(name, '', read_tools(record['tools']), (Turn('user', record['query']), Turn('assistant', '', calls)))
 
 
 def _toolace(record: Record, name: str) -> Dialogue:
@@ -139,14 +156,14 @@ def _toolace(record: Record, name: str) -> Dialogue:
       listed, size = json.JSONDecoder().raw_decode(system[start:])
     except json.JSONDecodeError as error:
       raise ValueError(f'the list of functions in the system text is not JSON: {error}') from error
-    tools = _read_tools(listed)
+    tools = read_tools(listed)
     parts = (re.sub(r'[^.\n]*:\s*$', '', system[:start]).strip(), system[start + size:].strip())
     policy = '\n\n'.join(part for part in parts if part and 'in the format of [' not in part)
   return Dialogue(name, policy, tools, _read_turns(record['conversations'], tools))
 
 
 def _apigen_mt(record: Record, name: str) -> Dialogue:
-  tools = _read_tools(record['tools'])
+  tools = read_tools(record['tools'])
   return Dialogue(name, record['system'].strip(), tools, _read_turns(record['conversations'], tools))
 
 
@@ -156,7 +173,7 @@ def _hermes(record: Record, name: str) -> Dialogue:
   if turns[0].get('from') == 'system':
     policy, turns = turns[0]['value'].strip(), turns[1:]
   listed = _TAGGED_TOOLS.search(policy)
-  tools = _read_tools(record.get('tools') or (listed[1] if listed else []))
+  tools = read_tools(record.get('tools') or (listed[1] if listed else []))
   return Dialogue(name, '' if tools and '<tools>' in policy else policy, tools, _read_turns(turns, tools))
 
 
@@ -216,7 +233,7 @@ def _read_calls(value: Any) -> tuple[ToolCall, ...]:
   return tuple(calls)
 
 
-def _read_tools(value: Any) -> tuple[ToolSpec, ...]:
+def read_tools(value: Any) -> tuple[ToolSpec, ...]:
   """Specs from JSON or its text: bare or as {'type': 'function', 'function': spec}, parameters as a schema or by name."""
   value = _read_literal(value)
   specs = []
@@ -274,9 +291,7 @@ def write_row(dialogue: Dialogue, style: str) -> Record:
     raise ValueError(f'two tools have one name: {sorted(tool.name for tool in tools)}')
   system = dialogue.policy
   if tools and python:
-    specs = '\n'.join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in tools)
-    shown = f'You may call these tools:\n<tools>\n{specs}\n</tools>\n\n{CALL_FORMAT}'
-    system = f'{system}\n\n{shown}' if system else shown
+    system = system_text(system, tools)
   messages = [Message('system', system)] if system else []
   turns = dialogue.turns
   for index, turn in enumerate(turns):
@@ -292,6 +307,13 @@ def write_row(dialogue: Dialogue, style: str) -> Record:
   if tools and not python:
     row['tools'] = [{'type': 'function', 'function': tool.to_json()} for tool in tools]
   return row
+
+
+def system_text(policy: str, tools: Sequence[ToolSpec]) -> str:
+  """System message of the Python style: policy, tools as JSON, and how to call them."""
+  specs = '\n'.join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in tools)
+  shown = f'You may call these tools:\n<tools>\n{specs}\n</tools>\n\n{CALL_FORMAT}'
+  return f'{policy}\n\n{shown}' if policy else shown
 
 
 def _spoken(turn: Turn, style: str) -> str:

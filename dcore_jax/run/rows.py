@@ -32,10 +32,10 @@ def training_rows(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> t
     found = sft_rows(config.files, call_style=config.call_style, unreadable=config.unreadable)
     rows, unreadable = found.rows, found.unreadable
   else:
-    path = workdir / 'distill' / 'rows.jsonl'
-    if not path.exists():
+    shards = sorted((workdir / 'distill').glob('rows*.jsonl'))
+    if not shards:
       raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in shards for line in path.read_text().splitlines()]
   rows = with_system_prompt(rows[:config.max_rows or None], config.system_prompt, config.stock_system_prompts)
   return (split_turns(rows) if config.split_turns else rows), unreadable
 

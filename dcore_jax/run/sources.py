@@ -1,5 +1,6 @@
 """Where models and real rows come from: the packaged organism, local directories, files and hub names of published rows."""
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import transformers
 from absl import logging
 
@@ -32,17 +34,30 @@ class Policy:
   params: Any
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
-  generation_stop_ids: tuple[int, ...] = ()  # of the model's generation_config.json
+  path: pathlib.Path | None  # of the weights; None where they are random
+
+  @property
+  def name(self) -> str:
+    """Where the weights come from, and a fingerprint of them: what was sampled from others must not be taken for theirs."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(self.params):
+      digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024], np.float32).tobytes())
+    return f'{self.path.name if self.path else "random"}-{digest.hexdigest()[:8]}'
 
   @property
   def stop_ids(self) -> list[int]:
-    """All that end an answer: by generation_config.json and config.json, the tokenizer's end of text, the template's end of turn.
+    """All that end an answer."""
+    return find_stop_ids(self.config, self.tokenizer, self.path)
 
-    Llama-3.1 stops at three tokens (end of text, of message, of turn), of which its tokenizer names one.
-    """
-    ids = [*self.generation_stop_ids, *self.config.stop_token_ids, self.tokenizer.eos_token_id,
-           turn_format(self.tokenizer).end_of_turn_id]
-    return sorted({i for i in ids if i is not None})
+
+def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | None) -> list[int]:
+  """What ends an answer: by the folder's generation_config.json and config.json, the tokenizer's end of text, and the template's
+  end of turn.
+
+  Llama-3.1 stops at three tokens (end of text, of message, of turn), of which its tokenizer names one.
+  """
+  ids = [*_generation_stop_ids(folder), *config.stop_token_ids, tokenizer.eos_token_id, turn_format(tokenizer).end_of_turn_id]
+  return sorted({i for i in ids if i is not None})
 
 
 def data_path(name: str) -> pathlib.Path:
@@ -82,13 +97,13 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   if len(tokenizer) > model.vocab_size:
     raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
                      f'the embedding {model.vocab_size} rows')
-  return Policy(model, params, tokenizer, tokenizer_dir, () if config.init else _generation_stop_ids(path))
+  return Policy(model, params, tokenizer, tokenizer_dir, None if config.init else path)
 
 
-def _generation_stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
+def _generation_stop_ids(folder: pathlib.Path | None) -> tuple[int, ...]:
   """`eos_token_id` of a generation_config.json, one or a list; () where there is no such file or field."""
-  path = folder / 'generation_config.json'
-  if not path.exists():
+  path = folder / 'generation_config.json' if folder else None
+  if path is None or not path.exists():
     return ()
   ids = _parse(path.read_text(encoding='utf-8'), str(path)).get('eos_token_id')
   ids = [] if ids is None else ids if isinstance(ids, list) else [ids]

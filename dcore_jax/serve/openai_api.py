@@ -8,10 +8,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hmac
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import jinja2

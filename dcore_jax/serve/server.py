@@ -1,7 +1,6 @@
 """From a model directory to a running server: loads, binds, and drains on SIGTERM."""
 import asyncio
 import dataclasses
-import pathlib
 import socket
 import time
 from collections.abc import Callable
@@ -14,11 +13,10 @@ import transformers
 import uvicorn
 
 from dcore_jax import sharding
-from dcore_jax.chat.template import turn_format
 from dcore_jax.models import decoder
 from dcore_jax.models.hf_checkpoint import load_config, load_params
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run.sources import ORGANISM, data_path
+from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids
 from dcore_jax.serve.openai_api import Service
 
 _MAX_LEN = 4096
@@ -75,19 +73,10 @@ def load_model(path: str, *, dtype: str = 'auto', tensor: int = 1, lanes: int = 
     raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
   if len(tokenizer) > config.vocab_size:
     raise ValueError(f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows')
-  stops = {tokenizer.eos_token_id, turn_format(tokenizer).end_of_turn_id, *_generation_stops(folder)} - {None}
-  engine = Engine(params, config, stop_ids=sorted(stops), lanes=lanes,
+  engine = Engine(params, config, stop_ids=find_stop_ids(config, tokenizer, folder), lanes=lanes,
                   max_len=max_len or min(_MAX_LEN, config.max_position_embeddings), max_new=max_new or None,
                   steps_per_call=steps_per_call, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
   return Model(folder.resolve().name, engine, tokenizer)
-
-
-def _generation_stops(folder: pathlib.Path) -> list[int]:
-  """Stop ids of generation_config.json, where there is one."""
-  if not (folder / 'generation_config.json').exists():
-    return []
-  stops = transformers.GenerationConfig.from_pretrained(str(folder)).eos_token_id
-  return stops if isinstance(stops, list) else [stops]
 
 
 class Server(uvicorn.Server):

@@ -51,3 +51,11 @@ class World(Protocol):
 
   def episode(self, task: Any) -> Episode:
     """A fresh episode of one task."""
+
+
+class Sandbox(Protocol):
+  """A world's tools over a state of their own, for calls that do not come from an episode."""
+  state: Any  # plain data, compared with ==
+
+  def run(self, call: ToolCall) -> str:
+    """Executes a call -> its output. What is wrong with a call is an output too; nothing that a model wrote raises."""

@@ -223,13 +223,17 @@ def test_a_damaged_journal_is_named(tmp_path):
     OpenAIBackend('http://127.0.0.1:9/v1', 'm', journal=tmp_path / 'j')
 
 
-def test_the_engine_answers_through_the_same_interface():
+def small_backend(journal=None):
   tokenizer = build_tokenizer(sample_texts(), 640)
   model = DecoderConfig.from_hf(dict(
       model_type='qwen3', vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
       num_key_value_heads=1, head_dim=16, rope_theta=1e4, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
   engine = Engine(decoder.init_params(model, jax.random.key(0)), model, stop_ids=[tokenizer.eos_token_id], lanes=2, max_len=64)
-  backend, rule = LocalBackend(engine, tokenizer), SamplingParams(max_tokens=8, seed=1)
+  return LocalBackend(engine, tokenizer, journal=journal, model='small')
+
+
+def test_the_engine_answers_through_the_same_interface():
+  backend, rule = small_backend(), SamplingParams(max_tokens=8, seed=1)
   requests = [ask(0), ask(1, 'find ' * 80), ask(2), ask(3)]
   got = dict(backend.stream(source_of(requests), rule))
   assert sorted(got) == [0, 1, 2, 3]
@@ -239,3 +243,31 @@ def test_the_engine_answers_through_the_same_interface():
   assert (again[0], again[1]) == (got[3], got[0])
   alone = dict(backend.stream(source_of([ask(1, 'find ' * 80)]), rule))
   assert alone[0].error == backends.TOO_LONG
+
+
+def test_the_engine_does_not_decode_what_its_journal_knows(tmp_path):
+  backend, rule = small_backend(tmp_path / 'j'), SamplingParams(max_tokens=8, seed=1)
+  stream = backend.stream(source_of([ask(n) for n in range(5)]), rule)
+  first = [next(stream) for _ in range(3)]  # and then killed
+  stream.close()
+  assert all(reply.seconds > 0 for _, reply in first) and (tmp_path / 'j').read_text().count('\n') == 3
+  again = small_backend(tmp_path / 'j')
+  got = dict(again.stream(source_of([ask(n) for n in range(5)]), rule))
+  assert again.usage.from_journal == 3 and again.usage.requests == 2
+  whole = dict(small_backend(None).stream(source_of([ask(n) for n in range(5)]), rule))
+  assert got == whole and all(got[n].seconds == reply.seconds for n, reply in first)
+  known = dict(again.stream(source_of([ask(n) for n in range(5)]), rule))
+  assert known == whole and again.usage.requests == 2
+  dict(again.stream(source_of([ask(0)]), SamplingParams(max_tokens=8, seed=2)))  # another rule is another question
+  assert again.usage.requests == 3
+
+
+@pytest.mark.parametrize('text', ['\ud83d alone', '漢字 \u2028 "\\n"', ''])
+def test_a_journal_gives_back_any_text(tmp_path, text):
+  reply = backends.Reply(text, True, 1, 2, seconds=0.5)
+  for number in range(3):
+    backends.Journal(tmp_path / 'j').append({'n': number}, reply)
+  journal = backends.Journal(tmp_path / 'j')
+  assert journal.find({'n': 1}) == reply and journal.find({'n': 3}) is None
+  journal.append({'n': 3}, reply)
+  assert journal.find({'n': 3}) == reply and journal.find({'n': 0}).seconds == 0.5

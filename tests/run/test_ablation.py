@@ -1,16 +1,79 @@
-"""The settings of the sweeps are ones that the RL stage takes."""
+"""Sweeps: settings that the stages take, and, with an invented pipeline, which configs are run and the figures beside the paper's."""
+import json
+
+import numpy as np
 import pytest
 
+from configs import nano
 from dcore_jax.learn import advantages
-from dcore_jax.run.ablation import SUITES
+from dcore_jax.run import ablation
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
+from experiments.ablate import decomposition_config
 
 
-@pytest.mark.parametrize('suite', sorted(SUITES))
+class InventedPipeline:
+  """Success and accuracy that depend on what the decomposer sees and, a little, on the seed."""
+  configs = []
+
+  def __init__(self, config, workdir):
+    self.config, self.workdir = config, workdir
+
+  def run(self):
+    InventedPipeline.configs.append((self.config, self.workdir))
+    d = self.config.distill
+    rate = {'hidden': 0.7, 'shown': 0.9, 'pseudo': 0.8}[d.reference] + 0.01 * d.examples + 0.02 * self.config.seed
+    made = {'success_rate': rate, 'success_rate_all': rate / 2, 'decomposition_rate': 1.0, 'rows': 10, 'dropped': {}}
+    if d.reference == 'pseudo':
+      made['labels'] = {'seeds': 8, 'agree': 6}
+    return {'distill': made, 'stages': {'sft': {'accuracy': {k: rate for k in ('sequential', 'parallel', 'multi_turn')}}}}
+
+
+@pytest.fixture(autouse=True)
+def pipeline(monkeypatch):
+  InventedPipeline.configs = []
+  monkeypatch.setattr(ablation, 'Pipeline', InventedPipeline)
+
+
+def test_table_6(tmp_path):
+  content = ablation.run_suite('decomposition', decomposition_config(), tmp_path, seeds=3)
+  assert json.loads((tmp_path / 'decomposition.json').read_text()) == content
+  asked = [(c.distill.reference, c.distill.examples, c.seed) for c, _ in InventedPipeline.configs]
+  assert len(set(asked)) == 12 and len({folder for _, folder in InventedPipeline.configs}) == 12
+  assert {(reference, examples) for reference, examples, _ in asked} == {('hidden', 0), ('shown', 0), ('shown', 2), ('pseudo', 2)}
+  assert all(tuple(c.stages) == ('distill', 'sft', 'evaluate_sft') for c, _ in InventedPipeline.configs)
+  rows = {row['setting']: row for row in content['table']}
+  values = [0.7, 0.72, 0.74]
+  figure = rows['no_reference']['figures']['success_rate']
+  assert figure['mean'] == pytest.approx(0.72)
+  # Student's t with 2 degrees of freedom: 4.3027.
+  assert figure['half_width'] == pytest.approx(4.302653 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-5)
+  assert rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75 and 'label_agreement' not in rows['reference']['figures']
+  assert [row['published']['success_percent'] for row in content['table']] == [73.8, 89.1, 93.2, 92.8]
+  table = ablation.format_table(content)
+  assert '72.0 +- 5.0' in table and '93.2, 37.1' in table and len(table.splitlines()) == 5
+
+
+def test_one_seed_has_no_interval(tmp_path):
+  content = ablation.run_suite('decomposition', nano.get_config('quick'), tmp_path, seeds=1)
+  assert all(row['figures']['accuracy']['half_width'] is None for row in content['table'])
+  assert '+-' not in ablation.format_table(content)
+
+
+@pytest.mark.parametrize(('arguments', 'named'), [
+    (dict(suite='x', seeds=1), 'unknown suite'), (dict(suite='decomposition', seeds=0), 'seeds = 0'),
+    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model')])
+def test_what_cannot_be_swept(tmp_path, arguments, named):
+  with pytest.raises(ValueError, match=named):
+    ablation.run_suite(config=nano.get_config(), workdir=tmp_path, **arguments)
+  assert not InventedPipeline.configs
+
+
+@pytest.mark.parametrize('suite', sorted(ablation.RL_SUITES))
 def test_settings_differ_and_are_known_to_the_config(suite):
-  assert len({setting.name for setting in SUITES[suite]}) == len(SUITES[suite])
-  for setting in SUITES[suite]:
+  settings = ablation.RL_SUITES[suite]
+  assert len({setting.name for setting in settings}) == len(settings)
+  for setting in settings:
     config = default_config()
     config.rl.estimator = setting.estimator
     config.rl.update(dict(setting.changes))

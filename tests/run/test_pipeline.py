@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from configs import nano, nano_base, qwen3_smoke
-from dcore_jax.run.pipeline import _DISTILL, _RL, Pipeline
+from dcore_jax.run.pipeline import Pipeline
+from dcore_jax.run.seed_sources import DISTILL, RL
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_an_export_follows_the_last_trained_stage(tmp_path):
 def test_tasks_of_training_are_not_those_of_pretraining():
   pretraining = {t.id for number in range(len(nano_base.get_config().stages))
                  for t in ToolWorld().tasks('single', 5, seed=nano_base.get_config().seed + number, split='train')}
-  assert not pretraining & {t.id for purpose in (_DISTILL, _RL) for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')}
+  assert not pretraining & {t.id for purpose in (DISTILL, RL) for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')}
 
 
 def test_variants():

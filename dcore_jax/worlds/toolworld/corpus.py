@@ -10,7 +10,8 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
-from dcore_jax.distill import prompts
+from dcore_jax.distill import decompose
+from dcore_jax.distill.wording import ORGANISM
 from dcore_jax.worlds.environment import Turn
 from dcore_jax.worlds.toolworld.entities import FIRST_SYLLABLES, SECOND_SYLLABLES, Entities, split_of
 from dcore_jax.worlds.toolworld.tasks import NO_TOOL, Task, make_task, report
@@ -209,7 +210,7 @@ def _single(rng, task: Task, habits: Habits) -> Document:
 def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Document:
   turn = task.turns[0]
   context = history_before(task, 0)
-  prompt = prompts.explain_messages(context, turn.query) if explain else context + turn_messages(turn, 0)
+  prompt = decompose.explain_messages(context, turn.query, ORGANISM.prompts) if explain else context + turn_messages(turn, 0)
   return Document(prompt, _native([(refusal_reasoning(turn.subtasks[0], turn, task, rng), 1.0)], turn.answer))
 
 
@@ -244,9 +245,10 @@ def _dictated(rng, task: Task, habits: Habits) -> Document:
 def _decompose(rng, task: Task, habits: Habits) -> Document:
   number = int(rng.integers(len(task.turns)))
   turn = task.turns[number]
-  prompt = prompts.decompose_messages(history_before(task, number), turn.query, list(turn.calls))
+  prompt = decompose.decompose_messages(history_before(task, number), turn.query, turn.calls, ORGANISM.prompts)
   n = len(turn.calls)
-  return Document(prompt, _native([(f'{n} calls mean {n} subtasks.', 1.0)], prompts.print_subtasks(list(turn.subtasks))))
+  listed = decompose.print_subtasks(turn.subtasks, [[i] for i in range(n)])
+  return Document(prompt, _native([(f'{n} calls mean {n} subtasks.', 1.0)], listed))
 
 
 # --- drills ---------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ import string
 from collections.abc import Iterator
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.distill.compose import DEFAULT
-from dcore_jax.distill.prompts import DECOMPOSE, EXPLAIN_MISSING
+from dcore_jax.distill.wording import ORGANISM
 from dcore_jax.worlds.toolworld import corpus
 from dcore_jax.worlds.toolworld.entities import FIRST_SYLLABLES, ID_LETTER, SECOND_SYLLABLES
 from dcore_jax.worlds.toolworld.tools import TOOLS
@@ -19,8 +18,8 @@ def sample_texts() -> Iterator[str]:
   yield 'system\nuser\nassistant\n\n ' + string.punctuation
   yield ' '.join(a + b for a, b in zip(FIRST_SYLLABLES, SECOND_SYLLABLES))
   yield ' '.join(ID_LETTER.values()) + string.digits
-  yield from dataclasses.asdict(DEFAULT).values()
-  yield from (DECOMPOSE, EXPLAIN_MISSING)
+  yield from dataclasses.asdict(ORGANISM.templates).values()
+  yield from (ORGANISM.prompts.decompose, ORGANISM.prompts.explain)
   for tool in TOOLS.values():
     spec: ToolSpec = tool.spec
     yield json.dumps(spec.to_json())

@@ -1,12 +1,14 @@
 """ToolWorld as an environment: shows a task, runs the model's calls, and judges by the state they leave behind."""
 import copy
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.tool_calls import ToolCallError, calls_equal, parse_calls, tool_response
 from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.toolworld.tasks import ONE_RESPONSE, Task, make_task
-from dcore_jax.worlds.toolworld.tools import TOOLS, execute
+from dcore_jax.worlds.toolworld.tools import TOOLS, State, execute
 
 SESSION_STEPS = 8  # assistant messages to one request of a session: twice the longest plan
 SPARE_STEPS = 2  # assistant messages of a turn beyond its reference calls and report, before it is stopped
@@ -63,7 +65,7 @@ class ToolWorldEpisode:
     return Outcome(not self._failure, self._failure, self._steps)
 
   def _run(self, calls: list[ToolCall]) -> None:
-    outputs = [json.dumps(_execute(self._state, self.task, call)) for call in calls]
+    outputs = [json.dumps(_execute(self._state, self.task.tools, call)) for call in calls]
     self._responses += outputs
     self.messages.append(Message('user', '\n'.join(tool_response(output) for output in outputs)))
 
@@ -135,7 +137,7 @@ class ToolWorldSession:
     self._steps += 1
     self.messages.append(Message('assistant', answer))
     try:
-      outputs = [_execute(self.state, self._task, call) for call in parse_calls(answer) or ()]
+      outputs = [_execute(self.state, self._task.tools, call) for call in parse_calls(answer) or ()]
     except ToolCallError:
       outputs = [{'error': 'unreadable calls'}]
     if outputs:
@@ -143,10 +145,20 @@ class ToolWorldSession:
     self.asked = bool(outputs) and self._steps < SESSION_STEPS
 
 
-def _execute(state, task: Task, call: ToolCall) -> dict:
-  if call.name not in task.tools or call.positional:
-    return {'error': 'unknown tool' if call.name not in task.tools else 'wrong arguments'}
+def _execute(state: State, tools: Sequence[str], call: ToolCall) -> dict[str, Any]:
+  if call.name not in tools or call.positional:
+    return {'error': 'unknown tool' if call.name not in tools else 'wrong arguments'}
   return execute(state, call.name, call.arguments)
+
+
+class ToolWorldSandbox:
+  """The listed tools over a copy of `state`; see `worlds.environment.Sandbox`."""
+
+  def __init__(self, tools: Sequence[str], state: State):
+    self._tools, self.state = tuple(tools), copy.deepcopy(state)
+
+  def run(self, call: ToolCall) -> str:
+    return json.dumps(_execute(self.state, self._tools, call))
 
 
 class ToolWorld:

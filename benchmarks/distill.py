@@ -1,0 +1,105 @@
+"""Self-distillation: all subtasks of all seeds together against one at a time, and how full the lanes are.
+
+    python -m benchmarks.distill                    # about 5 minutes on 2 cores
+    python -m benchmarks.distill --cases=loop --seeds=30
+
+The organism distils tasks of ToolWorld (one JSON line a case).
+    loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one subtask at a time on an
+                engine of a single lane, which is the fastest for that; interleaved rounds on the same seeds
+    occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail included; the bound is 1
+    host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run, by answering all of it
+                from a journal, against the run itself
+"""
+import pathlib
+import tempfile
+import time
+
+from absl import app, flags
+import numpy as np
+
+from benchmarks.measure import line, say
+from configs import nano
+from dcore_jax.distill.pipeline import by_length, distill, summarise
+from dcore_jax.distill.seeds import Seed
+from dcore_jax.distill.solve import Distiller
+from dcore_jax.rollout.backends import LocalBackend
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.seed_sources import DISTILL, toolworld_seeds
+from dcore_jax.run.sources import Policy, load_policy
+
+CASES = ('loop', 'occupancy', 'host')
+_CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
+_SEEDS = flags.DEFINE_integer('seeds', 60, 'Of the loop; the other cases distil those of configs/nano.py.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed.')
+
+
+def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> LocalBackend:
+  config = nano.get_config().engine
+  engine = Engine(policy.params, policy.config, stop_ids=policy.stop_ids, lanes=lanes, max_len=config.max_len,
+                  steps_per_call=config.steps_per_call)
+  return LocalBackend(engine, policy.tokenizer, journal=journal, model='organism')
+
+
+def run(seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: int = 0) -> tuple[dict, float]:
+  """(summary, seconds) of distilling the seeds together, or each when the one before it is done."""
+  config = nano.get_config().distill
+  sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
+  distiller = Distiller(exact_refusals=True)
+  began = time.perf_counter()
+  groups = [[seeds[n] for n in by_length(seeds)]] if at_once else [[one] for one in seeds]
+  outcomes = [outcome for group in groups for _, outcome in distill(group, ours, sampling, distiller)]
+  return summarise(outcomes), time.perf_counter() - began
+
+
+def loop(policy: Policy, seeds: list[Seed]) -> None:
+  chosen = [seeds[i] for i in np.random.default_rng(0).permutation(len(seeds))[:_SEEDS.value]]
+  many, one = backend(policy, nano.get_config().engine.lanes), backend(policy, 1)
+  rates: dict[str, list[float]] = {'together': [], 'one at a time': []}
+  for number in range(1 + _ROUNDS.value):  # the first round compiles
+    for name, ours, at_once in (('together', many, True), ('one at a time', one, False)):
+      summary, seconds = run(chosen, ours, at_once=at_once, seed=number)
+      say(f'{name}: {summary["completion_tokens"]} tokens of {len(chosen)} seeds in {seconds:.2f} s')
+      if number:
+        rates[name].append(summary['completion_tokens'] / seconds)
+  together, alone = (float(np.median(rates[name])) for name in rates)
+  line('all seeds together', 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0,
+       better='more', seeds=len(chosen))
+
+
+def occupancy(policy: Policy, seeds: list[Seed]) -> None:
+  ours = backend(policy, nano.get_config().engine.lanes)
+  run(seeds, ours)  # compiles
+  before = vars(ours.engine.stats).copy()
+  summary, seconds = run(seeds, ours, seed=1)
+  spent = {name: value - before[name] for name, value in vars(ours.engine.stats).items()}
+  facts = {name: spent[name] for name in ('compilations', 'prefill_tokens', 'reused_tokens')}
+  facts |= {name: summary[name] for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')}
+  line('lane occupancy', 'all lanes always busy', spent['decoded_tokens'] / spent['lane_steps'], None, 'share of lane-steps',
+       wanted=0.9, bound=1.0, better='more', seeds=len(seeds), seconds=seconds,
+       tokens_per_second=spent['decoded_tokens'] / seconds, **facts)
+
+
+def host(policy: Policy, seeds: list[Seed]) -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    ours = backend(policy, nano.get_config().engine.lanes, pathlib.Path(folder) / 'replies.jsonl')
+    _, whole = run(seeds, ours)
+    summary, again = run(seeds, ours)
+    if ours.usage.from_journal != summary['calls']:
+      raise AssertionError(f'{ours.usage.from_journal} of {summary["calls"]} replies came from the journal')
+  line('host work of a run', 'the run', again, whole, 'seconds', seeds=len(seeds), calls=summary['calls'])
+
+
+def main(_) -> None:
+  unknown = set(_CASES.value) - set(CASES)
+  if unknown:
+    raise app.UsageError(f'unknown cases {sorted(unknown)}')
+  config = nano.get_config()
+  policy, seeds = load_policy(config.model, seed=0), toolworld_seeds(config, config.distill.tasks, DISTILL)
+  for name, case in (('loop', loop), ('occupancy', occupancy), ('host', host)):
+    if name in _CASES.value:
+      case(policy, seeds)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,248 @@
+"""Where seeds come from: worlds that make them, recorded dialogues, published rows, and files of seeds.
+
+    toolworld    tasks of ToolWorld
+    bfcl         new tasks on the executable APIs of BFCL v3
+    taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's airline ones)
+    NAME         a data set as `sources.load_records` takes it, with its schema before a colon where it is not to be guessed
+"""
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
+from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
+from dcore_jax.distill.seeds import Seed, reference_steps
+from dcore_jax.run import row_schemas
+from dcore_jax.run.row_schemas import Dialogue, Turn
+from dcore_jax.run.sources import data_path, load_records, read_rows
+from dcore_jax.worlds import bfcl_tasks
+from dcore_jax.worlds.toolworld.seeds import task_seeds
+from dcore_jax.worlds.toolworld.tasks import KINDS
+from dcore_jax.worlds.toolworld.world import ToolWorld
+
+# Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
+# organism's pretraining, whose stages take the seeds from its own on.
+DISTILL, RL = 1001, 1002
+TAUBENCH = 'taubench/gpt-4o-airline_trajectories.json'
+
+
+@dataclasses.dataclass
+class Found:
+  """Seeds of a source, how many records they are from, and why others gave none."""
+  seeds: list[Seed]
+  records: int
+  dropped: collections.Counter[str]
+
+
+def toolworld_seeds(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Seed]:
+  """Training tasks of a pipeline config as seeds; the same purpose gives the same ones."""
+  world = ToolWorld(config.world.max_subtasks)
+  return [seed for kind in KINDS for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
+          for seed in task_seeds(task)]
+
+
+def config_seeds(config: ml_collections.ConfigDict) -> list[Seed]:
+  """The seeds that the config's section `distill` asks for: of its files, or ToolWorld's.
+
+  Raises:
+    ValueError: a file that is not there, or a record that is no seed, by its id.
+  """
+  if config.distill.files:
+    return [Seed.from_json(record) for name in config.distill.files for record in read_rows(data_path(name))]
+  return toolworld_seeds(config, config.distill.tasks, DISTILL)
+
+
+def load_seeds(source: str, *, count: int, seed: int) -> Found:
+  """Seeds of one source.
+
+  Args:
+    source: see the module's docstring.
+    count: tasks of each kind, where a world makes them.
+    seed: of what it draws.
+
+  Raises:
+    ValueError: a source that is not there, one without a usable record, or a file of rows that hold no reference calls.
+  """
+  name, _, place = source.partition(':')
+  if source == 'toolworld':
+    seeds = [s for kind in KINDS for task in ToolWorld().tasks(kind, count, seed=seed, split='train') for s in task_seeds(task)]
+    return Found(seeds, len(KINDS) * count, collections.Counter())
+  if source == 'bfcl':
+    tasks = [bfcl_tasks.make_task(kind, index, seed=seed) for kind in bfcl_tasks.KINDS for index in range(count)]
+    return Found([s for task in tasks for s in bfcl_seeds(task)], len(tasks), collections.Counter())
+  if name == 'taubench':
+    records = read_rows(data_path(place or TAUBENCH))
+    return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
+  schema, place = (name, place) if name in row_schemas.SCHEMAS else (None, source)
+  records = load_records(place)
+  return _collect(records, lambda record, number, found: _read_record(record, schema, number, found), pathlib.Path(place).stem)
+
+
+Reader = Callable[[dict[str, Any], str, Found], list[Seed]]  # raises ValueError and its like for a record it cannot read
+
+
+def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Found:
+  found = Found([], len(records), collections.Counter())
+  problem = ''
+  for number, record in enumerate(records):
+    try:
+      found.seeds += read(record, f'{stem}-{number}', found)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+      found.dropped['unreadable record'] += 1
+      problem = problem or f'row {number}: {error!r}'
+  if not found.seeds:
+    raise ValueError(f'{stem}: none of {len(records)} records gives a seed: {dict(found.dropped)} {problem}')
+  return found
+
+
+def _read_record(record: dict[str, Any], schema: str | None, name: str, found: Found) -> list[Seed]:
+  if schema is None and {'id', 'conversations', 'ground_truth'} <= record.keys():
+    return [Seed.from_json(record)]
+  schema = schema or row_schemas.recognise(record)
+  if schema == 'toolrl':
+    return [_toolrl_seed(record, name)]
+  dialogue = row_schemas.to_dialogue(record, schema, name) if schema else None
+  if dialogue is None:
+    raise ValueError(f'rows of schema {schema} hold no reference calls as data; its fields are {sorted(record)}')
+  return list(dialogue_seeds(dialogue, found))
+
+
+def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
+  """ToolRL's rows are one response each: its calls go out together."""
+  point, _ = row_schemas.toolrl_point(record, name)
+  calls = tuple(parse_calls(point.reference) or ())
+  kind = 'irrelevant' if not calls else 'single' if len(calls) == 1 else 'parallel'
+  return Seed(point.id, kind, point.messages, calls, (), '' if calls else point.reference)
+
+
+# --- dialogues --------------------------------------------------------------------------------------------------------------
+
+
+def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -> Iterator[Seed]:
+  """One seed for every user turn in which tools are called, with the dialogue before it as its history.
+
+  A turn in which none is called is an irrelevant seed where tools are listed and it is the dialogue's only one, as in data
+  sets of single requests; elsewhere it is conversation (counted).
+
+  Args:
+    dialogue: with names that a Python-style call can have.
+    found: where drops are counted.
+    refusals: whether there are irrelevant seeds.
+  """
+  history = [Message('system', row_schemas.system_text(dialogue.policy, dialogue.tools))]
+  requests = _user_turns(dialogue.turns)
+  for number, (query, steps) in enumerate(requests):
+    calls = tuple(call for step, _ in steps for call in step.calls)
+    outputs = tuple(output for _, outputs in steps for output in outputs)
+    last = steps[-1][0] if steps else None
+    answer = last.text.rsplit('</think>', 1)[-1].strip() if last and not last.calls else ''
+    conversation = (*history, Message('user', query))
+    if calls:
+      together = sum(bool(step.calls) for step, _ in steps) == 1
+      kind = 'single' if len(calls) == 1 else 'parallel' if together else 'sequential'
+      if len(outputs) != len(calls) and (outputs or kind == 'sequential' or answer):
+        found.dropped['an output is missing'] += 1
+        return  # the history of later turns would lack it, too
+      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer)
+    elif refusals and len(requests) == 1 and dialogue.tools and answer:
+      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer)
+    else:
+      found.dropped['a turn without calls'] += 1
+    history = [*conversation]
+    for step, outputs in steps:
+      history.append(Message('assistant', print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()))
+      if outputs:
+        history.append(Message('user', '\n'.join(map(tool_response, outputs))))
+
+
+def _user_turns(turns: Sequence[Turn]) -> list[tuple[str, list[tuple[Turn, list[str]]]]]:
+  """(what the user says, the assistant's messages and the outputs after each) of every user turn."""
+  result: list[tuple[str, list[tuple[Turn, list[str]]]]] = []
+  for turn in turns:
+    if turn.role == 'user':
+      result.append((turn.text, []))
+    elif not result:
+      continue  # a greeting before anything is asked
+    elif turn.role == 'assistant':
+      result[-1][1].append((turn, []))
+    elif result[-1][1]:
+      result[-1][1][-1][1].append(turn.text)
+  return result
+
+
+# --- tau-bench ----------------------------------------------------------------------------------------------------------------
+
+
+def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
+  """Reads recorded trajectories {task_id, reward, traj: OpenAI messages} of one domain.
+
+  They come without the tools' descriptions: specs are drawn up from the calls of all of them. Only rewarded ones are
+  references; a `think` call does nothing and is left out; a turn with a failed call is no reference either.
+  """
+  specs = _observed_tools(records)
+
+  def read(record, name, found):
+    if record['reward'] != 1:
+      found.dropped['not rewarded'] += 1
+      return []
+    messages = record['traj']
+    turns = []
+    for message in messages[1:]:
+      calls = tuple(ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
+                    for call in message.get('tool_calls') or ())
+      if message['role'] == 'tool':
+        if message['name'] != 'think':
+          turns.append(Turn('tool', message['content']))
+      elif not any(call.name == 'think' for call in calls):
+        text = (message['content'] or '').replace('###STOP###', '').strip()
+        if text or calls:
+          turns.append(Turn(message['role'], text, calls))
+    # All trials of a task are one group: see `experiments.seeds`.
+    dialogue = Dialogue(f'{name.rpartition("-")[0]}-task{record["task_id"]}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
+    seeds = list(dialogue_seeds(dialogue, found, refusals=False))
+    right = [seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)]
+    found.dropped['a call failed'] += len(seeds) - len(right)
+    return right
+  return read
+
+
+def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
+  """A spec of every tool that is called, its parameters those that occur; required are those that every call has."""
+  seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+  for record in records:
+    for message in record['traj']:
+      for call in message.get('tool_calls') or ():
+        seen[call['function']['name']].append(json.loads(call['function']['arguments']))
+  types = {bool: 'boolean', int: 'integer', float: 'number', list: 'array', dict: 'object'}
+  specs = []
+  for name in sorted(seen.keys() - {'think'}):
+    calls = seen[name]
+    parameters = sorted({parameter for call in calls for parameter in call})
+    properties = {p: {'type': types.get(type(next(call[p] for call in calls if p in call)), 'string')} for p in parameters}
+    required = [p for p in parameters if all(p in call for call in calls)]
+    specs.append(ToolSpec(name, name.replace('_', ' '), {'type': 'object', 'properties': properties, 'required': required}))
+  return tuple(specs)
+
+
+# --- BFCL -------------------------------------------------------------------------------------------------------------------
+
+
+def bfcl_seeds(task: bfcl_tasks.BfclTask) -> list[Seed]:
+  """The turns of a task, each with what is needed to execute calls from there on."""
+  system = row_schemas.system_text(task.policy, row_schemas.read_tools(task.functions))
+  seeds, history, done = [], [Message('system', system)], []
+  for number, turn in enumerate(task.turns):
+    kind = 'irrelevant' if not turn.calls else 'single' if len(turn.calls) == 1 else task.kind
+    kind = 'sequential' if kind in ('multi_turn', 'single') and len(turn.calls) > 1 else kind
+    answer = '' if task.kind in ('single', 'parallel') else turn.answer  # as in ToolWorld: BFCL's single turns end with calls
+    world = {'name': 'bfcl', 'classes': list(task.classes), 'config': task.config, 'done': list(done)}
+    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world)
+    seeds.append(seed)
+    history += [Message('user', turn.query), *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    done += [print_calls([call])[1:-1] for call in turn.calls]
+  return seeds

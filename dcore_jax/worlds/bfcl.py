@@ -1,0 +1,113 @@
+"""The executable APIs of BFCL v3's multi-turn tasks, run from an installed bfcl-eval 2025.6.16.
+
+That package pins dozens of others. Nothing of it is imported here but the plain Python classes of its APIs, which need none
+of them, so that it may be installed beside: `pip install --no-deps --target .bfcl bfcl-eval==2025.6.16`.
+A call is made by name among the public methods of the listed classes, with literal arguments: nothing is evaluated, unlike in
+the harness itself (harnesses.md A3).
+"""
+import copy
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.tool_calls import parse_reference
+
+INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16'
+# class -> its module and its file of function docs
+CLASSES = {'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'), 'TicketAPI': ('ticket_api', 'ticket_api'),
+           'TwitterAPI': ('posting_api', 'posting_api')}
+_SOURCES = 'bfcl_eval.eval_checker.multi_turn_eval.func_source_code'
+_NODES = 20_000  # of a state that is looked at; a file system copied into itself has no end
+
+
+def package_folder() -> pathlib.Path:
+  """The folder of the package `bfcl_eval`: importable, or in `.bfcl` below the current one. ValueError where it is in neither."""
+  spec = importlib.util.find_spec('bfcl_eval')
+  places = [pathlib.Path(place) for place in spec.submodule_search_locations] if spec else []
+  for folder in (*places, pathlib.Path('.bfcl/bfcl_eval').resolve()):
+    if (folder / 'data').is_dir():
+      return folder
+  raise ValueError(f'BFCL is not installed: {INSTALL}')
+
+
+@functools.cache
+def _class(name: str) -> type:
+  if name not in CLASSES:
+    raise ValueError(f'no API {name!r}; expected one of {sorted(CLASSES)}')
+  folder = str(package_folder().parent)
+  sys.path.append(folder)
+  try:
+    return getattr(importlib.import_module(f'{_SOURCES}.{CLASSES[name][0]}'), name)
+  finally:
+    sys.path.remove(folder)
+
+
+def function_docs(name: str) -> list[dict[str, Any]]:
+  """The functions of an API as BFCL describes them: {name, description, parameters, response}."""
+  path = package_folder() / 'data' / 'multi_turn_func_doc' / f'{CLASSES[name][1]}.json'
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+class BfclSandbox:
+  """APIs over a scenario of their own; see `worlds.environment.Sandbox`.
+
+  Args:
+    classes: names of CLASSES.
+    config: class -> scenario, as in BFCL's `initial_config`.
+    done: calls, as text, that have been made before.
+  """
+
+  def __init__(self, classes: Sequence[str], config: Mapping[str, Any], done: Sequence[str] = ()):
+    self.instances, self._methods = {}, {}
+    for name in classes:
+      instance = _class(name)()
+      instance._load_scenario(copy.deepcopy(config.get(name, {})))  # pylint: disable=protected-access
+      self.instances[name] = instance
+      self._methods |= {n: m for n, m in inspect.getmembers(instance, inspect.ismethod) if not n.startswith('_')}
+    for call in parse_reference(list(done)):
+      self.run(call)
+
+  @property
+  def state(self) -> Any:
+    """What BFCL compares: the public attributes of each API. One too large to look at equals no other."""
+    budget = [_NODES]
+    try:
+      return {name: _plain(instance, budget) for name, instance in self.instances.items()}
+    except (OverflowError, RecursionError):
+      return object()
+
+  def run(self, call: ToolCall) -> str:
+    method = self._methods.get(call.name)
+    if method is None:
+      return json.dumps({'error': f'there is no function {call.name[:80]}'})
+    try:
+      given = inspect.signature(method).bind(*copy.deepcopy(call.positional), **copy.deepcopy(call.arguments))
+      # A list that is a default and gets changed (`mention` does that to `post_tweet`'s) would reach into other sandboxes.
+      for name, parameter in given.signature.parameters.items():
+        if isinstance(parameter.default, (list, dict)):
+          given.arguments.setdefault(name, copy.deepcopy(parameter.default))
+      result = method(*given.args, **given.kwargs)
+      return result if isinstance(result, str) else json.dumps(result) if isinstance(result, dict) else str(result)
+    except Exception as error:  # whatever an API makes of a model's arguments  # pylint: disable=broad-except
+      return f'Error during execution: {error}'[:500]
+
+
+def _plain(value: Any, budget: list[int]) -> Any:
+  """Attributes of attributes as data; those beginning with _ and ways back up are left out, as in BFCL's own comparison."""
+  budget[0] -= 1
+  if budget[0] < 0:
+    raise OverflowError
+  if isinstance(value, dict):
+    return {key: _plain(item, budget) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(item, budget) for item in value]
+  if hasattr(value, '__dict__'):
+    return {name: _plain(item, budget) for name, item in vars(value).items() if not name.startswith('_') and name != 'parent'}
+  return value

@@ -1,0 +1,103 @@
+"""Makes seeds of self-distillation from any mix of sources, without duplicates and without test tasks:
+
+    python -m experiments.seeds --source=toolworld --source=toolrl/rlla_sft.json --out=seeds.jsonl
+    python -m experiments.seeds --source=bfcl --count=500 --source=taubench --source=Team-ACE/ToolACE --out=seeds.jsonl
+
+Sources: toolworld, bfcl, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL rows by path
+or hub name (run/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is refused.
+Prints counts by scenario as JSON; what was refused, and which tests could not be looked at, is on stderr too.
+`experiments.distill --config.distill.files="('seeds.jsonl',)"` takes the file.
+"""
+import collections
+import json
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from dcore_jax.distill.overlap import Overlap, fingerprint
+from dcore_jax.distill.seeds import KINDS, Seed
+from dcore_jax.run.benchmark_tasks import TESTS
+from dcore_jax.run.metrics import replace_text
+from dcore_jax.run.seed_sources import load_seeds
+
+_SOURCES = flags.DEFINE_multi_string('source', [], 'Where seeds come from; may be given several times.')
+_OUT = flags.DEFINE_string('out', None, 'JSON-lines file to write.')
+_COUNT = flags.DEFINE_integer('count', 100, 'Tasks of each kind, of sources that make them.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of what such sources draw.')
+_TESTS = flags.DEFINE_list('tests', None, f'Of {", ".join(TESTS)}: tests that must be looked at; default: those that are installed.')
+
+
+def load_overlap(wanted: list[str] | None) -> tuple[Overlap, dict[str, str]]:
+  """(index of the test tasks, reasons why tests are not in it); ValueError for one that was asked for and is not there."""
+  unknown = set(wanted or ()) - TESTS.keys()
+  if unknown:
+    raise ValueError(f'unknown tests {sorted(unknown)}; expected some of {sorted(TESTS)}')
+  tasks, absent = [], {}
+  for name in TESTS if wanted is None else wanted:
+    try:
+      tasks += TESTS[name]()
+    except ValueError as error:
+      if wanted is not None:
+        raise
+      absent[name] = str(error)
+  return Overlap(tasks), absent
+
+
+def collect(sources: list[str], overlap: Overlap, *, count: int, seed: int) -> tuple[list, dict]:
+  """(seeds, counts): of all sources in order; the first of duplicates stays, and what repeats a test task goes, with all other
+  turns of its dialogue and trials of its task: their histories say the same."""
+  kept, seen, repeats, report = [], set(), [], {}
+  counts = collections.Counter()
+  for source in sources:
+    found = load_seeds(source, count=count, seed=seed)
+    matches = {one.id: overlap.find(one) for one in found.seeds}
+    spoiled = {_group(one): matches[one.id] for one in found.seeds if matches[one.id]}
+    before = len(kept)
+    for one in found.seeds:
+      mark = fingerprint(one)
+      if mark in seen:
+        counts['duplicates'] += 1
+        continue
+      seen.add(mark)
+      if _group(one) in spoiled:
+        test, by = matches[one.id] or (spoiled[_group(one)][0], 'dialogue')
+        repeats.append({'seed': one.id, 'test': test, 'by': by})
+      else:
+        kept.append(one)
+    report[source] = {'records': found.records, 'seeds': len(found.seeds), 'kept': len(kept) - before,
+                      'dropped': {reason: n for reason, n in found.dropped.most_common() if n}}
+  ids = collections.Counter(one.id for one in kept)
+  if twice := [name for name, n in ids.items() if n > 1]:
+    raise ValueError(f'{len(twice)} seed ids occur twice, {twice[0]!r} first: two sources have one name')
+  kinds = collections.Counter(one.kind for one in kept)
+  executable = sum(one.world is not None for one in kept)
+  return kept, {'seeds': len(kept), 'kinds': {kind: kinds[kind] for kind in KINDS}, 'executable': executable,
+                'duplicates': counts['duplicates'], 'refused': len(repeats), 'refusals': repeats, 'sources': report}
+
+
+def _group(seed: Seed) -> str:
+  return seed.id.split('/')[0]
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1 or not _SOURCES.value or not _OUT.value:
+    raise app.UsageError('needs --source and --out, and nothing else')
+  logging.set_verbosity(logging.WARNING)
+  try:
+    overlap, absent = load_overlap(_TESTS.value)
+    for name, reason in absent.items():
+      print(f'not compared with the test tasks of {name}: {reason}', file=sys.stderr)
+    seeds, report = collect(_SOURCES.value, overlap, count=_COUNT.value, seed=_SEED.value)
+    if not seeds:
+      raise ValueError(f'no seed is left: {report["refused"]} repeat test tasks')
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  for refusal in report['refusals']:
+    print(f'refused: {refusal["seed"]} repeats the {refusal["by"]} of {refusal["test"]}', file=sys.stderr)
+  replace_text(pathlib.Path(_OUT.value), ''.join(json.dumps(seed.to_json()) + '\n' for seed in seeds))
+  print(json.dumps(report | {'test_tasks': overlap.tasks, 'not_compared': absent, 'out': _OUT.value}))
+
+
+if __name__ == '__main__':
+  app.run(main)
