@@ -73,8 +73,10 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.seed = 0  # of prompt order and sampling, beside the run's own: the repetitions of a sweep
   c.rl.steps = 468  # 5,000 prompts / 32 x 3 epochs
   c.rl.prompts = 32  # a step
+  c.rl.episodes = False  # act whole tasks of the world out and reward the state they leave, instead of asking decision points
   c.rl.group = 8  # rollouts of a prompt
-  c.rl.validation = 32  # prompts set aside, on which the policy is measured before and after
+  c.rl.wave = 32  # prompts that are sampled, and written down, together: a kill loses the rollouts of one wave at most
+  c.rl.validation = 32  # prompts set aside, on which the policy is measured before, after and at each checkpoint
   c.rl.updates = 4  # optimizer steps a rollout batch
   c.rl.estimator = 'da_grpo'
   c.rl.alpha = 0.1
