@@ -1,41 +1,44 @@
-"""The DA-GRPO step: what shared prompts save, against our own flat form and trl's GRPOTrainer; the whole step on the organism.
+"""The DA-GRPO step: what shared prompts save against our own flat form and trl's GRPOTrainer; whole steps; memory of the loss.
 
     python -m benchmarks.grpo_step --trl_python=ENV/bin/python                     # every case, about 40 minutes on 2 cores
     python -m benchmarks.grpo_step --cases=update --vocabularies=4096 --rounds=3
 
-    python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0           # the environment of the peer
+    python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0           # the environment of a peer
 
 One JSON line a case: ours, peer, ratio (> 1: ours is better), bound. A peer whose environment is not named gives a line that says
 so. `update` takes the same rollouts (4 prompts of 1,024 tokens, 8 responses of 128 each) and the same random weights everywhere:
 the pass over the old policy, which also gives the entropies, and one optimizer step; losses must agree to 1e-4. `whole` is a step
-from sampling to update with the packaged organism. Bounds are the multiply-adds at the rate of one large matrix product.
+from sampling to update with the packaged organism, `small` one of a model of two layers of width 128, where google-tunix (its
+environment: benchmarks.rollout) is at home, and `memory` what the compiled gradient of the loss needs beside its arguments. Bounds are the multiply-adds at the rate of one large matrix product.
 """
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 import jax
 import numpy as np
+import optax
 
 from benchmarks import measure
 from benchmarks.measure import line, say
 from configs import nano
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.distill.seeds import decision_points
+from dcore_jax.distill.seeds import DecisionPoint, decision_points
 from dcore_jax.learn import grpo, objectives, optimizer
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.run.grpo_loop import GrpoLoop
-from dcore_jax.run.rollout_batch import Questions, encode_prompts
+from dcore_jax.run.rollout_batch import Prompt, Questions, Rollout, RolloutBatch, encode_prompts
 from dcore_jax.run.sources import ORGANISM, load_policy
 from dcore_jax.run.throughput import forward_flops
 from dcore_jax.worlds.toolworld.seeds import task_seeds
@@ -44,11 +47,14 @@ from dcore_jax.worlds.toolworld.world import ToolWorld
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS, GROUP, PROMPT_TOKENS, RESPONSE_TOKENS, LEARNING_RATE = 4, 8, 1024, 128, 1e-6
-CASES = ('update', 'whole')
+CASES = ('update', 'whole', 'small', 'memory')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _VOCABULARIES = flags.DEFINE_list('vocabularies', ['4096', '151936'], 'Vocabulary sizes of the case update.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed.')
 _TRL = flags.DEFINE_string('trl_python', '', "Python of an environment with trl; '' skips it.")
+
+
+_TUNIX = flags.DEFINE_string('tunix_python', '', "Python of an environment with google-tunix 0.1.7; '' skips it.")
 
 
 def model(vocabulary: int) -> DecoderConfig:
@@ -94,47 +100,46 @@ class Ours:
     return float(metrics['loss'])
 
 
-class Trl:
-  """A worker process; a call asks it for a step and returns its answer."""
+class Peer:
+  """A worker process in an environment of its own; a call asks it for something and returns its answer."""
 
-  def __init__(self, folder: str, **job: Any):
+  def __init__(self, python: str, script: str, job: dict[str, Any]):
     self._process = subprocess.Popen(
-        [_TRL.value, str(ROOT / 'benchmarks' / 'trl_worker.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'})
-    self._send(json.dumps({'folder': f'{folder}/trl', **job}))
+        [python, str(ROOT / 'benchmarks' / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'JAX_PLATFORMS': 'cpu'})
+    self._send(json.dumps(job))
 
   def _send(self, text: str) -> None:
     self._process.stdin.write(text + '\n')
     self._process.stdin.flush()
 
-  def __call__(self) -> dict[str, float]:
-    self._send('step')
-    for text in self._process.stdout:  # the trainer prints, too
+  def __call__(self, request: str = '') -> Any:
+    """The answer to a request; '' only waits for one."""
+    if request:
+      self._send(request)
+    for text in self._process.stdout:  # trainers print, too
       if text.startswith('answer '):
         return json.loads(text.removeprefix('answer '))
-    raise RuntimeError(f'the trl worker ended with status {self._process.wait()}')
+    raise RuntimeError(f'a worker ended with status {self._process.wait()}: {" ".join(self._process.args)}')
 
-  def close(self) -> None:
+  def __enter__(self) -> 'Peer':
+    return self
+
+  def __exit__(self, *_) -> None:
     self._process.stdin.close()
     self._process.wait()
 
 
 @contextlib.contextmanager
-def trl_peer(config: DecoderConfig, params: decoder.Params, **job: Any) -> Iterator[Trl]:
+def trl_peer(config: DecoderConfig, params: decoder.Params, **job: Any) -> Iterator[Peer]:
+  """trl on a copy of the model. Its tokenizer is the organism's, which speaks for rollouts of no text as well as any."""
+  organism = load_policy(nano.get_config().model, seed=0)
+  ids = {'eos_token_id': organism.stop_ids, 'pad_token_id': organism.tokenizer.pad_token_id}
   with tempfile.TemporaryDirectory() as folder:
-    stops = load_stops()
-    hf_checkpoint.save_checkpoint(f'{folder}/model', config, params, dtype='float32', tokenizer_dir=ORGANISM,
-                                  generation_config={'eos_token_id': stops, 'pad_token_id': json.loads(
-                                      (ORGANISM / 'config.json').read_text())['pad_token_id']})
-    worker = Trl(folder, model=f'{folder}/model', tokenizer=str(ORGANISM), **job)
-    try:
-      yield worker
-    finally:
-      worker.close()
-
-
-def load_stops() -> list[int]:
-  return load_policy(nano.get_config().model, seed=0).stop_ids
+    hf_checkpoint.save_checkpoint(f'{folder}/model', config, params, dtype='float32', generation_config=ids)
+    job |= dict(model=f'{folder}/model', tokenizer=str(ORGANISM), folder=f'{folder}/trl')
+    with Peer(_TRL.value, 'trl_worker.py', job) as peer:
+      yield peer
 
 
 def rounds(runs: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -175,8 +180,8 @@ def update(vocabulary: int) -> None:
           config, params, rollouts=given, prompts=['-'] * PROMPTS, references=[''] * PROMPTS, group=GROUP, micro=4,
           rollouts_per_update=PROMPTS * GROUP, updates=1, max_tokens=RESPONSE_TOKENS, kl_coefficient=0.0,
           learning_rate=LEARNING_RATE))
-      losses['trl'] = peer()['loss']
-      runs['trl'] = lambda: peer()['seconds']
+      losses['trl'] = peer('step')['loss']
+      runs['trl'] = lambda: peer('step')['seconds']
     else:
       measure.skipped(case, 'trl GRPOTrainer', 'name its environment by --trl_python')
     say(f'{case}: losses {losses}')
@@ -222,7 +227,7 @@ def whole() -> None:
           max_tokens=c.rl.max_tokens, kl_coefficient=c.rl.kl_coefficient, learning_rate=c.rl.learning_rate))
 
       def peer_step() -> float:
-        answer = peer()
+        answer = peer('step')
         peer_lengths.append(answer['completions/mean_length'])
         return answer['seconds']
       runs['trl'] = peer_step
@@ -235,6 +240,80 @@ def whole() -> None:
        peer_response_tokens=float(np.mean(peer_lengths[1:])) if peer_lengths else None)
 
 
+def tiny(vocabulary: int) -> DecoderConfig:
+  return DecoderConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+
+
+class Words:
+  """What our loop asks of a tokenizer, for texts of numbers."""
+  pad_token_id = 0
+
+  def batch_decode(self, rows: list[np.ndarray], skip_special_tokens: bool) -> list[str]:
+    del skip_special_tokens
+    return [' '.join(map(str, row)) for row in rows]
+
+
+class Numbers(Questions):
+  """Prompts of random tokens; a response is worth as many as it has different tokens."""
+
+  def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
+    values_PG = np.float32([len(set(rollout.texts[0].split())) for rollout in rollouts]).reshape(len(chosen), -1)
+    return RolloutBatch([self.kinds[index] for index in chosen], rollouts, values_PG, values_PG * 0, values_PG, values_PG > 30)
+
+
+def small() -> None:
+  """A whole step where fixed costs count: 4 prompts of 32 tokens x 8 responses of up to 32, one update, no reference."""
+  case, config, c = 'whole step, two layers of width 128', tiny(256), nano.get_config().rl
+  c.update(dict(prompts=4, wave=4, group=8, updates=1, max_tokens=32, capacity=512, rows=1, estimator='grpo', kl_coefficient=0.0,
+                learning_rate=LEARNING_RATE))
+  rng, params = np.random.default_rng(0), jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
+  tokens = rng.integers(2, 256, (4, 32)).astype(np.int32)
+  point = DecisionPoint('', 'single', (), '')
+  engine = Engine(params, config, stop_ids=[1], lanes=32, max_len=64)
+  loop = GrpoLoop(config, Words(), engine, Numbers(Words(), [Prompt(point, row) for row in tokens], ''), range(4), c, seed=0)
+  state, count = optimizer.init_state(jax.tree.map(lambda leaf: leaf.copy(), params), loop.tx), 0
+
+  def steps(number: int) -> None:
+    nonlocal state, count
+    for count in range(count + 1, count + 1 + number):
+      state, under_way = loop.update(state, None, loop.source.judge(loop.chosen(count), loop.rollouts(count)))
+      under_way.numbers(engine)
+
+  steps(3)
+  runs = {'ours': timed(lambda: steps(10))}
+  with contextlib.ExitStack() as stack:
+    if _TUNIX.value:
+      job = dict(memory=False, config=dataclasses.asdict(config), group=8, prompt=32, completion=32, prompts=tokens.tolist())
+      peer = stack.enter_context(Peer(_TUNIX.value, 'tunix_grpo_worker.py', job))
+      peer('3')
+      runs['tunix'] = lambda: peer('10')
+    else:
+      measure.skipped(case, 'google-tunix GRPOLearner', 'name its environment by --tunix_python')
+    seconds = rounds(runs)
+  line(case, 'google-tunix GRPOLearner', seconds['ours'] / 10, seconds['tunix'] / 10 if 'tunix' in seconds else None, 's', wanted=1)
+
+
+def memory() -> None:
+  """Temporaries of the gradient of the loss: 8 rows of 512 + 512 tokens that share nothing, two layers of width 128."""
+  case, config, B, P, C = 'temporaries of the loss, vocabulary 151,936', tiny(151_936), 8, 512, 512
+  shape = lambda *dims, dtype=np.int32: jax.ShapeDtypeStruct(dims, dtype)
+  loss_tokens, numbers = shape(1, B * C), shape(1, B * C, dtype=np.float32)
+  rows = (shape(1, B, P + C),) * 3
+  batch = tokentree.RowBatch(*rows, loss_tokens, loss_tokens, loss_tokens, numbers, {'old_logp': numbers, 'advantage': numbers})
+  abstract = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), decoder.abstract_params(config))
+  tx = optax.sgd(1.0)
+  step = grpo.make_grpo_step(config, tx).lower(jax.eval_shape(lambda p: optimizer.init_state(p, tx), abstract), batch).compile()
+  ours, theirs = step.memory_analysis().temp_size_in_bytes / 2**20, None
+  if _TUNIX.value:
+    job = dict(memory=True, config=dataclasses.asdict(config), group=8, rows=B, prompt=P, completion=C)
+    with Peer(_TUNIX.value, 'tunix_grpo_worker.py', job) as peer:
+      theirs = peer() / 2**20
+  else:
+    measure.skipped(case, 'google-tunix grpo_loss_fn', 'name its environment by --tunix_python')
+  line(case, 'google-tunix grpo_loss_fn', ours, theirs, 'MiB', wanted=10)
+
+
 def main(_) -> None:
   unknown = sorted(set(_CASES.value) - set(CASES))
   if unknown:
@@ -242,8 +321,9 @@ def main(_) -> None:
   if 'update' in _CASES.value:
     for vocabulary in map(int, _VOCABULARIES.value):
       update(vocabulary)
-  if 'whole' in _CASES.value:
-    whole()
+  for name, case in dict(whole=whole, small=small, memory=memory).items():
+    if name in _CASES.value:
+      case()
 
 
 if __name__ == '__main__':

@@ -281,6 +281,16 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
   seconds[name] += time.monotonic() - began
 
 
+def _row(batch: RolloutBatch, update: Update, engine: Engine, peak: float, began: float, sampled: float,
+         judged: float) -> dict[str, float]:
+  """What is written down of a step; waits until the device is done with it. `peak`: operations a second that MFU refers to."""
+  row = rollout_metrics(batch) | update.numbers(engine)
+  took = update.ended - began
+  tokens = sum(len(completion.tokens) for rollout in batch.rollouts for _, completion in rollout.exchanges)
+  return row | {'seconds_rollout': sampled - began, 'seconds_rewards': judged - sampled, 'seconds': took,
+                'tokens_per_second': tokens / took, 'tflops': update.flops / took / 1e12, 'mfu': update.flops / took / peak}
+
+
 def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source, config: ml_collections.ConfigDict,
            metrics: Metrics, checkpoints: pathlib.Path, *, make_engine: Callable[[Params], Engine],
            execution: Execution = Execution(), seed: int) -> tuple[Params, dict[str, Any]]:
@@ -333,13 +343,9 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
     metrics.rewind('validation', start)
     waiting, ended = None, time.monotonic()
 
-    def write(step: int, batch: RolloutBatch, update: Update, began: float, sampled: float, judged: float) -> float:
-      """In the thread, when the device is done with the update -> when that was."""
-      row = rollout_metrics(batch) | update.numbers(loop.engine)
-      took, tokens = update.ended - began, sum(len(c.tokens) for r in batch.rollouts for _, c in r.exchanges)
-      rate = update.flops / took
-      metrics.write('rl', step, **row, seconds_rollout=sampled - began, seconds_rewards=judged - sampled, seconds=took,
-                    tokens_per_second=tokens / took, tflops=rate / 1e12, mfu=rate / peak)
+    def write(step: int, batch: RolloutBatch, update: Update, *times: float) -> float:
+      row = _row(batch, update, loop.engine, peak, *times)
+      metrics.write('rl', step, **row)
       bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
       bar.update(1)
       return update.ended
