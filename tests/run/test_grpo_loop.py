@@ -8,80 +8,42 @@ import jax
 import numpy as np
 import pytest
 
-from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.rollouts import Exchange
 from dcore_jax.learn.optimizer import init_state
-from dcore_jax.models import decoder
-from dcore_jax.rollout.engine import Completion, Engine
+from dcore_jax.rollout.engine import Completion
 from dcore_jax.run import grpo_loop
-from dcore_jax.run.defaults import default_config
 from dcore_jax.run.metrics import Metrics, read_metrics
-from dcore_jax.run.rollout_batch import Questions, encode_prompts
+from dcore_jax.run.rollout_batch import encode_prompts
 from dcore_jax.tokentree import RowBatch
-
-RATES = ('seconds', 'tokens_per_second', 'tflops', 'mfu')
-
-
-def points(count=8):
-  return [DecisionPoint(str(i), 'single', (Message('user', f'find the order of Karo {i}'),), f"[find_order(customer='K{i}')]")
-          for i in range(count)]
+from tests.run.tiny_rl import MODEL, TOKENIZER, make_engine, params, points, questions, rl_config, timeless, train
 
 
-def rl_config(**changes):
-  c = default_config().rl
-  c.update(dict(steps=3, prompts=2, group=4, updates=2, learning_rate=1e-3, max_prompt_tokens=64, max_tokens=12, capacity=128, rows=2,
-                checkpoint_every=1, validation=2) | changes)
-  return c
-
-
-def questions(tokenizer, config):
-  return Questions(tokenizer, encode_prompts(tokenizer, points(), config.max_prompt_tokens)[0], config.reward)
-
-
-def make_engine(tokenizer, model):
-  return lambda params: Engine(params, model, stop_ids=[tokenizer.eos_token_id], lanes=8, max_len=96)
-
-
-def run(tokenizer, model, folder, config):
-  params = decoder.init_params(model, jax.random.key(0))
-  with Metrics(folder) as metrics:
-    return grpo_loop.run_rl(params, model, tokenizer, questions(tokenizer, config), config, metrics, folder / 'checkpoints',
-                            make_engine=make_engine(tokenizer, model), seed=1)
-
-
-def timeless(folder):
-  return [{k: v for k, v in row.items() if not k.startswith(RATES)} for row in read_metrics(folder)]
-
-
-def one_step(tokenizer, model, rewards_PG, seed=0, **changes):
+def one_step(rewards_PG, **changes):
   """(state after, numbers) of one update on sampled rollouts whose rewards are replaced."""
-  # What is compiled depends on none of the changes: all tests share one program a pass.
-  config = rl_config(updates=1, **changes)
-  params = decoder.init_params(model, jax.random.key(seed))
-  engine = make_engine(tokenizer, model)(params)
-  loop = grpo_loop.GrpoLoop(model, tokenizer, engine, questions(tokenizer, config), range(8), config, seed=1)
-  state = init_state(jax.tree.map(lambda leaf: leaf.copy(), params), loop.tx)
+  config, start = rl_config(updates=1, **changes), params()
+  engine = make_engine(start)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, engine, questions(config), range(8), config, seed=1)
+  state = init_state(params(), loop.tx)
   batch = loop.source.judge(loop.chosen(0), loop.rollouts(0))
   batch.total_PG[:] = rewards_PG
-  state, update = loop.update(state, params if config.kl_coefficient else None, batch)
+  state, update = loop.update(state, start, batch)
   return state, update.numbers(engine)
 
 
-def test_long_prompts_are_dropped_and_counted(tokenizer):
-  lengths = [len(tokenizer(render_prompt(tokenizer, list(p.messages)))['input_ids']) for p in points()]
-  kept, dropped = encode_prompts(tokenizer, points(), min(lengths) - 1)
+def test_long_prompts_are_dropped_and_counted():
+  lengths = [len(TOKENIZER(render_prompt(TOKENIZER, list(p.messages)))['input_ids']) for p in points()]
+  kept, dropped = encode_prompts(TOKENIZER, points(), min(lengths) - 1)
   assert (len(kept), dropped) == (0, 8)
-  assert encode_prompts(tokenizer, points(), max(lengths))[1] == 0
+  assert encode_prompts(TOKENIZER, points(), max(lengths))[1] == 0
 
 
-def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
+def test_a_resumed_run_gives_the_same_numbers(tmp_path):
   with Metrics(tmp_path / 'whole') as metrics:  # of a process that was killed before its first checkpoint
     metrics.write('rl', 0, reward=9.0)
-  whole, ran = run(tokenizer, model, tmp_path / 'whole', rl_config())
-  run(tokenizer, model, tmp_path / 'parts', rl_config(steps=1))
-  parts, result = run(tokenizer, model, tmp_path / 'parts', rl_config())
+  whole, ran = train(tmp_path / 'whole', rl_config())
+  train(tmp_path / 'parts', rl_config(steps=1))
+  parts, result = train(tmp_path / 'parts', rl_config())
   assert result['resumed_at'] == 1 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   assert ran['validation'] == result['validation'] and ran['validation']['before']['reward'] != 0
@@ -91,27 +53,19 @@ def test_a_resumed_run_gives_the_same_numbers(tokenizer, model, tmp_path):
   assert ran['best_step'] == result['best_step'] == best['step'] + 1
 
 
-def test_checkpoints_of_other_prompts_or_another_reference_are_refused(tokenizer, model, tmp_path):
-  run(tokenizer, model, tmp_path, rl_config(steps=1))
+def test_checkpoints_of_other_prompts_or_another_reference_are_refused(tmp_path):
+  train(tmp_path, rl_config(steps=1))
   with pytest.raises(ValueError, match='were made from other prompts'):
-    _run_with(tokenizer, model, tmp_path, points(7), 0)
+    train(tmp_path, rl_config(), count=7)
   with pytest.raises(ValueError, match='were made from other reference'):
-    _run_with(tokenizer, model, tmp_path, points(), 5)
+    train(tmp_path, rl_config(), seed=5)
 
 
-def _run_with(tokenizer, model, folder, asked, seed):
-  config = rl_config()
-  source = Questions(tokenizer, encode_prompts(tokenizer, asked, 64)[0], config.reward)
-  with Metrics(folder) as metrics:
-    grpo_loop.run_rl(decoder.init_params(model, jax.random.key(seed)), model, tokenizer, source, config, metrics,
-                     folder / 'checkpoints', make_engine=make_engine(tokenizer, model), seed=1)
-
-
-def test_zero_variance_groups_move_da_grpo_and_not_grpo(tokenizer, model, tmp_path):
+def test_zero_variance_groups_move_da_grpo_and_not_grpo(tmp_path):
   """An untrained model gets every reward wrong alike: GRPO's gradient vanishes, DA-GRPO's does not (paper, theorem 3.1)."""
   rows = {}
-  for name, options in (('grpo', dict(estimator='grpo')), ('da_grpo', dict(estimator='da_grpo', alpha=0.4))):
-    run(tokenizer, model, tmp_path / name, rl_config(steps=1, updates=1, validation=0, **options))
+  for name, options in (('grpo', dict(estimator='grpo')), ('da_grpo', dict(estimator='da_grpo'))):
+    train(tmp_path / name, rl_config(steps=1, updates=1, validation=0, **options))
     rows[name], = read_metrics(tmp_path / name, 'rl')
   assert rows['grpo']['zero_variance_fraction'] == rows['grpo']['all_wrong_fraction'] == 1
   assert rows['grpo']['grad_norm'] < 1e-6 < 1e-3 < rows['da_grpo']['grad_norm']  # what is left is rounding in the KL term
@@ -125,32 +79,31 @@ MIXED = np.float32([[4, 1, 1, -2], [1, 1, 1, 1]])
 
 @pytest.mark.parametrize(('estimator', 'rewards', 'whole'), [('da_grpo', MIXED, True), ('da_grpo', MIXED[:, ::-1][[0, 0]], False),
                                                              ('grpo', MIXED, False)])
-def test_an_exact_engine_spares_the_score_pass_of_groups_with_variance(tokenizer, model, monkeypatch, estimator, rewards, whole):
+def test_an_exact_engine_spares_the_score_pass_of_groups_with_variance(monkeypatch, estimator, rewards, whole):
   """Only the first group, for the measure, and those whose entropies are read; the update is that of the whole pass."""
-  options = dict(estimator=estimator, alpha=0.4)
-  sparing, spared = one_step(tokenizer, model, rewards, **options)
+  options = dict(estimator=estimator)
+  sparing, spared = one_step(rewards, **options)
   assert spared['logp_gap_max'] < 1e-5
   monkeypatch.setattr(grpo_loop.GrpoLoop, '_to_score', lambda self, view, rewards: range(rewards.size))
-  full, numbers = one_step(tokenizer, model, rewards, **options)
+  full, numbers = one_step(rewards, **options)
   assert numbers['scored_fraction'] == 1 and (spared['scored_fraction'] == 1) == whole
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sparing.params, full.params)
   for name in ('loss', 'entropy', 'kl', 'grad_norm'):
     np.testing.assert_allclose(spared[name], numbers[name], rtol=1e-4, atol=1e-6)
 
 
-def test_an_engine_that_is_not_exact_is_found_out(tokenizer, model, monkeypatch):
+def test_an_engine_that_is_not_exact_is_found_out(monkeypatch):
   rewards = MIXED[[0, 0]]
-  _, numbers = one_step(tokenizer, model, rewards)
+  _, numbers = one_step(rewards)
   assert numbers['scored_fraction'] < 1
   monkeypatch.setattr(grpo_loop, '_EXACT', 0.0)
-  assert one_step(tokenizer, model, rewards)[1]['scored_fraction'] == 1
+  assert one_step(rewards)[1]['scored_fraction'] == 1
 
 
-def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any(tokenizer, model):
+def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
   """The others are left out, and the norm is divided by the loss tokens of the whole mini-batch all the same."""
   config = rl_config(updates=1)
-  loop = grpo_loop.GrpoLoop(model, tokenizer, make_engine(tokenizer, model)(decoder.init_params(model, jax.random.key(0))),
-                            questions(tokenizer, config), range(8), config, seed=1)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
   weight = np.ones((4, 8), np.float32)
   weight[1, 4:] = 0
   psi = np.zeros((4, 8), np.float32)
@@ -162,7 +115,7 @@ def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any(tokenize
   assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1)
 
 
-def test_every_program_is_compiled_once_though_lengths_vary(tokenizer, model, tmp_path, monkeypatch, caplog):
+def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatch, caplog):
   lengths, update = [], grpo_loop.GrpoLoop.update
 
   def cut_short(self, state, reference, batch):  # a random model hardly ever stops
@@ -176,14 +129,14 @@ def test_every_program_is_compiled_once_though_lengths_vary(tokenizer, model, tm
 
   monkeypatch.setattr(grpo_loop.GrpoLoop, 'update', cut_short)
   with jax.log_compiles():
-    run(tokenizer, model, tmp_path, rl_config(steps=4, validation=0, checkpoint_every=4))
+    train(tmp_path, rl_config(steps=4, validation=0, checkpoint_every=4))
   assert len(set(lengths)) > 2
   compiled = re.findall(r'Finished XLA compilation of jit\((\w+)\)', caplog.text)
   # Not even once where another test has already compiled them.
   assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'unstack', '_bits')) <= 1
 
 
-def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tokenizer, model, tmp_path, monkeypatch):
+def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monkeypatch):
   """The row of a step is held back until the next rollouts have begun: a loop that waited for it first would not go on."""
   begun = threading.Event()
   numbers, rollouts = grpo_loop.Update.numbers, grpo_loop.GrpoLoop.rollouts
@@ -199,21 +152,21 @@ def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tokenizer, mode
 
   monkeypatch.setattr(grpo_loop.Update, 'numbers', held_back)
   monkeypatch.setattr(grpo_loop.GrpoLoop, 'rollouts', noted)
-  run(tokenizer, model, tmp_path, rl_config(steps=2, validation=0, checkpoint_every=2))
+  train(tmp_path, rl_config(steps=2, validation=0, checkpoint_every=2))
   assert [row['step'] for row in read_metrics(tmp_path, 'rl')] == [0, 1]
 
 
 @pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(validation=9), 'rl.validation = 9'),
                                                   (dict(updates=3), 'does not divide'), (dict(estimator='nope'), 'nope'),
                                                   (dict(reward='nope'), 'nope'), (dict(wave=0), 'rl.wave')])
-def test_configs_that_cannot_work(tokenizer, model, tmp_path, changes, message):
+def test_configs_that_cannot_work(tmp_path, changes, message):
   with pytest.raises((ValueError, KeyError), match=message):
-    run(tokenizer, model, tmp_path, rl_config(**changes))
+    train(tmp_path, rl_config(**changes))
   assert not list((tmp_path / 'checkpoints').rglob('[0-9]*'))
 
 
-def test_metrics_rows_are_plain_json(tokenizer, model, tmp_path):
-  run(tokenizer, model, tmp_path, rl_config(steps=1, validation=0))
+def test_metrics_rows_are_plain_json(tmp_path):
+  train(tmp_path, rl_config(steps=1, validation=0))
   row = json.loads((tmp_path / 'metrics.jsonl').read_text())
   assert {'reward', 'reward_format', 'reward_correctness', 'zero_variance_fraction', 'all_right_fraction', 'all_wrong_fraction',
           'entropy', 'reflections', 'reflections_lazy_words', 'response_tokens', 'clip_share', 'kl', 'logp_gap_mean', 'logp_gap_max',

@@ -1,7 +1,4 @@
-"""Kill the process, start it again: the numbers of a reinforcement run do not tell that it happened.
-
-Runs as a program too (`python tests/run/test_resume.py FOLDER STEPS`): the process that is killed.
-"""
+"""Kill the process, start it again: the numbers of a reinforcement run do not tell that it happened."""
 import os
 import pathlib
 import shutil
@@ -9,65 +6,38 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from dcore_jax.chat.messages import Message
-from dcore_jax.distill.seeds import DecisionPoint
-from dcore_jax.models import decoder
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run import grpo_loop
-from dcore_jax.run.defaults import default_config
-from dcore_jax.run.metrics import Metrics, read_metrics
-from dcore_jax.run.rollout_batch import Questions, encode_prompts
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
-from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+from tests.run import tiny_rl
 
 ROOT = pathlib.Path(__file__).parents[2]
-RATES = ('seconds', 'tokens_per_second', 'tflops', 'mfu')
 
 
-def train(folder: pathlib.Path, steps: int, make_engine=None, **changes):
-  """Trains to `steps` steps -> (parameters, what run_rl tells)."""
-  tokenizer = build_tokenizer(sample_texts(), 640)
-  model = DecoderConfig(vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                        num_key_value_heads=1, head_dim=16, rope_theta=1e4, tie_word_embeddings=True, max_position_embeddings=256)
-  points = [DecisionPoint(str(i), 'single', (Message('user', f'find the order of Karo {i}'),), f"[find_order(customer='K{i}')]")
-            for i in range(8)]
-  config = default_config().rl
-  config.update(dict(steps=steps, prompts=2, group=4, wave=1, updates=2, learning_rate=1e-2, alpha=0.4, max_tokens=12, capacity=128,
-                     rows=2, checkpoint_every=2, validation=0) | changes)
-  engine = lambda params: Engine(params, model, stop_ids=[tokenizer.eos_token_id], lanes=8, max_len=96)
-  source = Questions(tokenizer, encode_prompts(tokenizer, points, 64)[0], config.reward)
-  with Metrics(folder) as metrics:
-    return grpo_loop.run_rl(decoder.init_params(model, jax.random.key(0)), model, tokenizer, source, config, metrics,
-                            folder / 'checkpoints', make_engine=make_engine or engine, seed=1)
+def train(folder, steps, **options):
+  """As the program does."""
+  return tiny_rl.train(folder, tiny_rl.rl_config(steps=steps, checkpoint_every=2, validation=0), **options)
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """(parameters, rows) of four steps at one go."""
   folder = tmp_path_factory.mktemp('whole')
-  return train(folder, 4)[0], timeless(folder)
-
-
-def timeless(folder):
-  return [{k: v for k, v in row.items() if not k.startswith(RATES)} for row in read_metrics(folder, 'rl')]
+  return train(folder, 4)[0], tiny_rl.timeless(folder)
 
 
 def same(params, folder, whole):
   jax.tree.map(np.testing.assert_array_equal, params, whole[0])
-  assert timeless(folder) == whole[1]
+  assert tiny_rl.timeless(folder) == whole[1]
 
 
 def kill_when(folder: pathlib.Path, reached, delay: float = 0.0) -> None:
   """Starts the program on `folder` and kills it `delay` seconds after `reached()` first holds."""
-  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-  process = subprocess.Popen([sys.executable, __file__, str(folder), '4'], env=environment, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen([sys.executable, '-m', 'tests.run.tiny_rl', str(folder), '4'], cwd=ROOT,
+                             env=os.environ | {'JAX_PLATFORMS': 'cpu'}, stderr=subprocess.PIPE, text=True)
   deadline = time.monotonic() + 300
   while not reached():
     if process.poll() is not None or time.monotonic() > deadline:
@@ -110,15 +80,8 @@ def test_steps_since_the_checkpoint_are_not_sampled_again(whole, tmp_path):
     def stream(self, source, sampling):
       raise AssertionError('sampled again')
 
-  made = []
-
-  def idle(params):
-    made.append(Idle(params, DecoderConfig(vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                           num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=1e4,
-                                           tie_word_embeddings=True, max_position_embeddings=256), stop_ids=[0], lanes=8, max_len=96))
-    return made[0]
-
-  params, result = train(tmp_path, 4, idle)
+  idle = lambda params: Idle(params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=96)
+  params, result = train(tmp_path, 4, engine=idle)
   assert result['resumed_at'] == 2
   same(params, tmp_path, whole)
 
@@ -145,8 +108,3 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(w
     params, result = train(tmp_path, 4)
   assert result['resumed_at'] == 2
   same(params, tmp_path, whole)
-
-
-if __name__ == '__main__':
-  warnings.simplefilter('ignore')
-  train(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
