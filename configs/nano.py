@@ -2,6 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/nano.py --workdir=runs/nano
 Variants:  :quick  three minutes, small samples      :grpo  the plain-GRPO control
+           :agentic  reinforcement acts whole tasks out and rewards the state they leave
 Hardware:  2 CPU cores
 Time:      13 minutes
 Result:    right, of 128 held-out tasks, base -> SFT -> DA-GRPO: sequential 29 -> 84 -> 89 %, parallel 21 -> 57 -> 63 %,
@@ -11,7 +12,7 @@ import ml_collections
 
 from dcore_jax.run.defaults import default_config
 
-VARIANTS = ('', 'quick', 'grpo')
+VARIANTS = ('', 'quick', 'grpo', 'agentic')
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
@@ -29,6 +30,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
                    capacity=768, rows=1, checkpoint_every=4))
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
+  if variant == 'agentic':
+    # Tasks of several turns only, with as many held-out ones; an episode is five responses of a hundred tokens.
+    c.rl.update(dict(episodes=True, steps=16, prompts=16, wave=16, updates=2, learning_rate=1e-4, max_tokens=256, capacity=1024))
+    c.rl.tasks.update(dict(single=0, sequential=200, parallel=0, irrelevant=0, multi_turn=200))
   if variant == 'quick':
     c.evaluate.tasks = 16
     c.distill.tasks.update(dict(single=40, sequential=60, parallel=60, irrelevant=40, multi_turn=20))

@@ -12,7 +12,7 @@ from typing import Any
 
 from dcore_jax.distill.labels import pseudo_labelled
 from dcore_jax.distill.seeds import Seed
-from dcore_jax.distill.solve import Ask, Distiller, Dropped, Row
+from dcore_jax.distill.solve import Ask, Distiller, Dropped
 from dcore_jax.rollout.backends import Backend, ChatRequest, Reply
 from dcore_jax.rollout.sampling import SamplingParams
 

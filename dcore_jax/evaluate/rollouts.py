@@ -2,7 +2,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,20 +10,28 @@ from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.evaluate.behaviours import behaviour_counts
 from dcore_jax.evaluate.lazy_reasoning import count_reflections, lazy_ratio
-from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.engine import Completion, Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.worlds.environment import Episode, Outcome, World
 
 
+class Exchange(NamedTuple):
+  """A prompt as token ids and what was sampled behind it."""
+  prompt: np.ndarray  # int32 [n]
+  completion: Completion
+
+
 @dataclasses.dataclass
 class Trajectory:
-  """One finished episode. `texts` are whole assistant responses, `reasoning_tokens` the lengths of their reasonings."""
+  """One finished episode. `texts` are whole assistant responses, `reasoning_tokens` the lengths of their reasonings,
+  `exchanges` the same responses as they were sampled."""
   task: Any
   outcome: Outcome
   texts: list[str]
   reasoning_tokens: list[int]
   unfinished: int  # responses cut off by the token budget
   messages: list[Message]
+  exchanges: list[Exchange]
 
   @property
   def reasonings(self) -> list[str]:
@@ -32,7 +40,7 @@ class Trajectory:
 
 
 def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
-        progress: Callable[[int], None] | None = None) -> list[Trajectory]:
+        progress: Callable[[int], None] | None = None, *, keys: Sequence[tuple[int, ...]] | None = None) -> list[Trajectory]:
   """Acts out all tasks together on the engine's lanes; trajectories come back in the order of the tasks.
 
   Args:
@@ -40,13 +48,17 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
     tokenizer: its tokenizer; its chat template renders the prompts.
     world: where the tasks come from.
     tasks: what to do.
-    sampling: how responses are drawn; the random stream of a response depends on its task's place and its step alone.
+    sampling: how responses are drawn.
     progress: told 1 for every finished task.
+    keys: names the random stream of each task, by default its place; the number of the response is added.
   """
+  keys = [(number,) for number in range(len(tasks))] if keys is None else keys
   episodes: list[Episode] = [world.episode(task) for task in tasks]
   texts: list[list[str]] = [[] for _ in tasks]
   lengths: list[list[int]] = [[] for _ in tasks]
   unfinished = [0] * len(tasks)
+  exchanges: list[list[Exchange]] = [[] for _ in tasks]
+  asked: dict[int, np.ndarray] = {}  # the prompts under way
   think_end = tokenizer.convert_tokens_to_ids('</think>')
   waiting = collections.deque(range(len(tasks)))
 
@@ -63,10 +75,12 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
         episodes[number].stop('prompt too long')
         finished()
         continue
-      requests.append((number, Request(np.array(prompt, np.int32), (number, len(texts[number])))))
+      asked[number] = np.array(prompt, np.int32)
+      requests.append((number, Request(asked[number], (*keys[number], len(texts[number])))))
     return requests
 
   for number, completion in engine.stream(source, sampling):
+    exchanges[number].append(Exchange(asked.pop(number), completion))
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
     ends = np.flatnonzero(tokens == think_end)
     # Without a closing tag everything was reasoning; the opening tag is one token.
@@ -78,8 +92,8 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
       waiting.appendleft(number)  # before new tasks: the engine still holds the conversation, and computes what is new only
     else:
       finished()
-  return [Trajectory(task, episode.outcome(), *rest, episode.messages)
-          for task, episode, *rest in zip(tasks, episodes, texts, lengths, unfinished)]
+  return [Trajectory(task, episode.outcome(), *rest, episode.messages, made)
+          for task, episode, *rest, made in zip(tasks, episodes, texts, lengths, unfinished, exchanges)]
 
 
 def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:

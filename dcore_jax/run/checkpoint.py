@@ -1,7 +1,7 @@
 """Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all, kept to the newest few.
 
-A run that is killed anywhere resumes from the newest step that can be read. Orbax writes the arrays into a temporary
-directory and renames it, so a step is there or it is not. What Orbax does not see is a bit that flips afterwards (its
+A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays to the host, and writes
+them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see is a bit that flips afterwards (its
 compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it casts), or numpy scalars
 and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype and CRC-32 of each
 leaf, compared on the way back.
@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,27 @@ import orbax.checkpoint as ocp
 PyTree = Any
 
 
+class _Keep:
+  """Which steps survive: the newest few and the best one (an Orbax preservation policy)."""
+
+  def __init__(self, newest: int):
+    self.newest = newest
+    self.scores: dict[int, float] = {}
+
+  @property
+  def best(self) -> int | None:
+    """The step with the highest score, of equal ones the newest."""
+    return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*sorted(steps)[-self.newest:], self.best}
+    return [step in kept for step in steps]
+
+
 class Checkpoints:
-  """The steps of one directory; the newest `keep` of them survive.
+  """The steps of one directory; the newest `keep` of them survive, and the one saved with the highest score.
 
   Leaves may be jax arrays (typed keys included), numpy arrays or scalars, Python ints, floats and bools. Each comes
   back as the kind of leaf that stands in the example tree, bit for bit, jax arrays with the example's sharding.
@@ -31,9 +51,16 @@ class Checkpoints:
       raise ValueError(f'keep={keep}: at least one checkpoint must stay')
     # Orbax takes absolute paths only.
     self._directory = pathlib.Path(directory).absolute()
-    # Synchronous: what `save` returned from is on disk, so the caller may write "done" files afterwards.
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+    self._keep = _Keep(keep)
+    options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True, create=True)
     self._manager = ocp.CheckpointManager(self._directory, options=options)
+    for step in self.all_steps():
+      try:
+        score = self._read_record(step)['score']
+      except Exception:  # damaged: `restore` says so when it comes to it
+        continue
+      if score is not None:
+        self._keep.scores[step] = score
 
   def latest_step(self) -> int | None:
     """The newest complete step, or None in an empty directory."""
@@ -43,8 +70,15 @@ class Checkpoints:
     """Complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, tree: PyTree, extra: dict[str, Any] | None = None) -> None:
-    """Writes `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
+  @property
+  def best_step(self) -> int | None:
+    """The step that was saved with the highest score; None where none had one."""
+    return self._keep.best
+
+  def save(self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, score: float | None = None) -> None:
+    """Starts to write `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
+
+    On return the values are copied, and their arrays may be donated. `wait`, `close` and the next save wait for the disk.
 
     Raises:
       ValueError: a newer step is there already (a run must not go back in its own directory), or a leaf is no number.
@@ -53,11 +87,14 @@ class Checkpoints:
     if latest is not None and step < latest:
       raise ValueError(f'{self._directory} already holds step {latest}; refusing to save the older step {step}')
     leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
-    record = {'extra': extra or {}, 'leaves': {path: _describe(leaf) for path, leaf in leaves.items()}}
+    record = {'extra': extra or {}, 'score': score, 'leaves': {path: _describe(leaf) for path, leaf in leaves.items()}}
     # Orbax stores no empty array; the manifest alone says how to make one again.
     stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
+    self.wait()
     if step == latest:
       self._manager.delete(step)
+    if score is not None:
+      self._keep.scores[step] = score
     arguments = {'record': ocp.args.JsonSave(record)}
     if stored:
       arguments['tree'] = ocp.args.StandardSave(stored)
@@ -77,6 +114,7 @@ class Checkpoints:
       ValueError: the checkpoint is sound but is not of the example's structure, shapes or dtypes; all differences are
         named. (An edited config must never silently restart a run.) Or `step` is not there, or is damaged.
     """
+    self.wait()
     if step is not None and step not in self.all_steps():
       raise ValueError(f'{self._directory} has no step {step}; it has {self.all_steps()}')
     for candidate in [step] if step is not None else self.all_steps()[::-1]:
@@ -94,6 +132,10 @@ class Checkpoints:
       return tree, record['extra'], candidate
     return None
 
+  def wait(self) -> None:
+    """Returns when all that was saved is on disk."""
+    self._manager.wait_until_finished()
+
   def close(self) -> None:
     self._manager.close()
 
@@ -106,7 +148,7 @@ class Checkpoints:
   def _read_record(self, step: int) -> dict[str, Any]:
     restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
     record = restored['record']
-    if not {'extra', 'leaves'} <= record.keys():
+    if not {'extra', 'score', 'leaves'} <= record.keys():
       raise ValueError(f'the record of step {step} has the fields {sorted(record)}')
     return record
 
@@ -137,6 +179,7 @@ class Checkpoints:
       aside = self._directory / f'{step}.unreadable'
       shutil.rmtree(aside, ignore_errors=True)
       (self._directory / str(step)).rename(aside)
+    self._keep.scores.pop(step, None)
     self._manager.reload()
 
 

@@ -96,8 +96,10 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.seed = 0  # of prompt order and sampling, beside the run's own: the repetitions of a sweep
   c.rl.steps = 468  # 5,000 prompts / 32 x 3 epochs
   c.rl.prompts = 32  # a step
+  c.rl.episodes = False  # act whole tasks of the world out and reward the state they leave, instead of asking decision points
   c.rl.group = 8  # rollouts of a prompt
-  c.rl.validation = 32  # prompts set aside, on which the policy is measured before and after
+  c.rl.wave = 32  # prompts that are sampled, and written down, together: a kill loses the rollouts of one wave at most
+  c.rl.validation = 32  # prompts set aside, on which the policy is measured before, after and at each checkpoint
   c.rl.updates = 4  # optimizer steps a rollout batch
   c.rl.estimator = 'da_grpo'  # or 'grpo', 'rl_zvp', 'dr_grpo', 'rloo' (learn/advantages.py says what its options do)
   c.rl.alpha = 0.1
@@ -114,6 +116,10 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.alpha_low = 0.01
   c.rl.alpha_high = 1.0
   c.rl.reward = 'toolrl'
+  c.rl.overlong_buffer = 0  # tokens before max_tokens over which the reward falls by overlong_penalty (DAPO); 0 = off
+  c.rl.overlong_penalty = 1.0
+  c.rl.dynamic_rounds = 0  # times that further prompts are asked for groups with reward variance (DAPO's dynamic sampling)
+  c.rl.uniform_share = 0.0  # of a batch that groups without variance may fill then; DA-GRPO has a use for some
   c.rl.learning_rate = 1e-6
   c.rl.weight_decay = 0.01
   c.rl.clip = 1.0

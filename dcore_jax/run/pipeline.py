@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from dcore_jax.chat.messages import Message
-from dcore_jax.distill.seeds import DecisionPoint, decision_points
+from dcore_jax.distill.seeds import decision_points
 from dcore_jax.evaluate.lazy_reasoning import is_lazy
 from dcore_jax.evaluate.rollouts import Trajectory, act, measure
 from dcore_jax.models.decoder import Execution
@@ -25,16 +25,18 @@ from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
 from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run import loop
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
 from dcore_jax.run.distillation import run_distillation
+from dcore_jax.run.grpo_loop import run_rl
 from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
+from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts
 from dcore_jax.run.rows import training_rows
-from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds
-from dcore_jax.run.sources import Policy, load_policy, rl_points
+from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
+from dcore_jax.run.sft_loop import run_sft
+from dcore_jax.run.sources import load_policy, rl_points
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
@@ -170,25 +172,33 @@ class Pipeline:
     with Metrics(self.workdir) as metrics:
       # The step donates its parameters, and the base model's are still needed.
       start = jax.tree.map(lambda leaf: leaf.copy(), self.params('base'))
-      params, result = loop.run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics,
-                                    self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
+      params, result = run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics,
+                               self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
     self._save('sft', params)
     return result | {'unreadable': unreadable}
 
-  def _points(self) -> list[DecisionPoint]:
-    if self.config.rl.files:
-      return rl_points(self.config.rl.files)
-    return [point for seed in toolworld_seeds(self.config, self.config.rl.tasks, RL) for point in decision_points(seed)]
+  def _source(self) -> tuple[Source, int]:
+    """(what reinforcement learning asks, prompts dropped for their length)."""
+    c, tokenizer = self.config.rl, self.policy.tokenizer
+    if c.episodes:
+      if c.files:
+        raise ValueError('rl.episodes acts out tasks of the world, and rl.files are single prompts; set one of them')
+      return Episodes(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL)), 0
+    points = rl_points(c.files) if c.files else [point for seed in toolworld_seeds(self.config, c.tasks, RL)
+                                                 for point in decision_points(seed)]
+    prompts, dropped = encode_prompts(tokenizer, points, c.max_prompt_tokens)
+    return Questions(tokenizer, prompts, c.reward), dropped
 
   def rl(self) -> dict[str, Any]:
     """(DA-)GRPO from the fine-tuned model."""
+    source, dropped = self._source()
     with Metrics(self.workdir) as metrics:
-      params, result = loop.run_rl(
-          self.params('sft'), self.policy.config, self.policy.tokenizer, self._points(), self.config.rl, metrics,
+      params, result = run_rl(
+          self.params('sft'), self.policy.config, self.policy.tokenizer, source, self.config.rl, metrics,
           self.workdir / 'checkpoints' / self.final, make_engine=self.engine, execution=self.execution,
           seed=self.config.seed + 1000 * self.config.rl.seed)
     self._save(self.final, params)
-    return result
+    return result | {'prompts_dropped': dropped}
 
   def _last_trained(self) -> str:
     return next((name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()), 'base')

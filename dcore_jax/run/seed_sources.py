@@ -22,7 +22,7 @@ from dcore_jax.run.row_schemas import Dialogue, Turn
 from dcore_jax.run.sources import data_path, load_records, read_rows
 from dcore_jax.worlds import bfcl_tasks
 from dcore_jax.worlds.toolworld.seeds import task_seeds
-from dcore_jax.worlds.toolworld.tasks import KINDS
+from dcore_jax.worlds.toolworld.tasks import KINDS, Task
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 # Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
@@ -39,11 +39,15 @@ class Found:
   dropped: collections.Counter[str]
 
 
-def toolworld_seeds(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Seed]:
-  """Training tasks of a pipeline config as seeds; the same purpose gives the same ones."""
+def toolworld_tasks(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Task]:
+  """Training tasks of a pipeline config; the same purpose gives the same ones."""
   world = ToolWorld(config.world.max_subtasks)
-  return [seed for kind in KINDS for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
-          for seed in task_seeds(task)]
+  return [task for kind in KINDS for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')]
+
+
+def toolworld_seeds(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Seed]:
+  """`toolworld_tasks` as seeds."""
+  return [seed for task in toolworld_tasks(config, counts, purpose) for seed in task_seeds(task)]
 
 
 def config_seeds(config: ml_collections.ConfigDict) -> list[Seed]:

@@ -134,3 +134,29 @@ def test_text_is_refused_as_a_leaf(tmp_path):
     with pytest.raises(ValueError, match='note is a str'):
       checkpoints.save(1, {'note': 'hello'})
     assert checkpoints.latest_step() is None
+
+
+def test_keeps_the_best_beside_the_newest(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step, score in enumerate((0.1, 0.9, 0.3, None, 0.9, 0.2, 0.4)):
+      checkpoints.save(step, {'x': step}, score=score)
+    assert checkpoints.best_step == 4
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.all_steps() == [4, 5, 6] and checkpoints.best_step == 4
+    checkpoints.save(7, {'x': 7}, score=1.0)
+    checkpoints.wait()
+    assert checkpoints.all_steps() == [6, 7] and checkpoints.best_step == 7
+
+
+def test_what_is_saved_may_be_donated_at_once(tmp_path):
+  """Writing goes on in the background, on copies."""
+  add = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+  tree = {str(i): jnp.full((256, 1024), float(i)) for i in range(8)}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, tree)
+    for _ in range(5):
+      tree = add(tree)
+    jax.block_until_ready(tree)
+    restored, _, _ = checkpoints.restore(tree)
+  for name, leaf in restored.items():
+    np.testing.assert_array_equal(leaf, np.full((256, 1024), float(name)))

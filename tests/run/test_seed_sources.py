@@ -13,7 +13,6 @@ from dcore_jax.chat.messages import Message
 from dcore_jax.distill.overlap import Overlap, TestTask
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
-from dcore_jax.run import seed_sources
 from dcore_jax.run.benchmark_tasks import TESTS
 from dcore_jax.run.seed_sources import load_seeds
 from experiments.seeds import collect, load_overlap

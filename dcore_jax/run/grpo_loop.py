@@ -1,0 +1,431 @@
+"""The (DA-)GRPO loop: rollouts, rewards, scores of the old policy, advantages, updates, engine update.
+
+What waits for what: rollouts need the weights of the update before, and advantages the rewards, so those phases follow each
+other on the device. What a person reads of a step (metrics, reflections, the loss and norms on the device) needs nothing to wait:
+updates are dispatched, the engine takes the new weights, the next rollouts are under way, and a thread writes the row of the
+step as soon as the device has its numbers. Rollouts are journaled wave by wave (`run.journal`), checkpoints written while the
+next step runs. Letters: P prompts, G rollouts of a prompt, R rows, T tokens in a row.
+"""
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dcore_jax import tokentree
+from dcore_jax.learn import advantages, grpo, objectives
+from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.checkpoint import Checkpoints
+from dcore_jax.run.journal import Journal
+from dcore_jax.run.metrics import Metrics
+from dcore_jax.run.progress import progress
+from dcore_jax.run.rollout_batch import Rollout, RolloutBatch, Source, by_rollout, rollout_metrics, sequences, set_aside, take_groups
+from dcore_jax.run.throughput import forward_flops, matmul_rate
+
+Params = Any
+# Nats. The engine's own log-probabilities stand in for the trainer's where they differ by less; in float32 they differ by 1e-6
+# to 1e-5, in bfloat16 by 1e-2.
+_EXACT = 1e-4
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(model: DecoderConfig, execution: Execution, learning_rate: float, weight_decay: float, clip: float,
+                   temperature: float, loss: objectives.PolicyLoss) -> tuple:
+  """(optimizer, score pass, step, psi norm). Cached: the runs of a sweep differ in nothing that is compiled."""
+  tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
+  options = dict(temperature=temperature, execution=execution)
+  return (tx, grpo.make_score_pass(model, **options), grpo.make_grpo_step(model, tx, **options, **dataclasses.asdict(loss)),
+          grpo.make_psi_norm(model, **options, aggregation=loss.aggregation, max_tokens=loss.max_tokens))
+
+
+@jax.jit
+def _bits(params: Params) -> jax.Array:
+  """uint32: a sum over the bit patterns of all weights, each with an odd factor of its place. Integers wrap exactly, so that
+  equal weights give equal sums however they are split over devices."""
+  def one(leaf):
+    bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
+    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+  return functools.reduce(jnp.add, map(one, jax.tree.leaves(params)))
+
+
+class Scores(NamedTuple):
+  """What is known of the old policy on a tree. `gap` and `entropy` are of the tokens that the trainer has scored."""
+  logp_RT: np.ndarray  # the engine's where the trainer has not
+  entropy_RT: np.ndarray  # 0 where the trainer has not
+  gap: np.ndarray  # between the engine's log-probabilities and the trainer's
+  entropy: np.ndarray
+  flops: float
+
+
+@dataclasses.dataclass
+class Update:
+  """Optimizer steps that are under way. `seconds` of the phases before them; `values` are on the device until it is done."""
+  began: float
+  seconds: dict[str, float]
+  values: list[dict[str, jax.Array]]
+  psi_norm: jax.Array | None
+  psi_share: float  # of the mini-batch's loss tokens, those that its psi norm was divided by
+  facts: dict[str, float]
+  flops: float
+  ended: float = math.nan
+
+  def numbers(self, engine: Engine) -> dict[str, float]:
+    """Waits for the device -> everything that is written down of the update and of the phases."""
+    jax.block_until_ready(self.values)
+    updated = time.monotonic()
+    jax.block_until_ready(engine.params)
+    self.ended = time.monotonic()
+    seconds = self.seconds | {'update': updated - self.began, 'engine_update': self.ended - updated}
+    values = jax.device_get(self.values)
+    means = {name: float(np.mean([v[name] for v in values])) for name in values[0] if name not in ('skipped', 'weight')}
+    means['policy_entropy'] = means.pop('entropy')
+    if self.psi_norm is not None:
+      means['psi_grad_norm'] = float(self.psi_norm) * self.psi_share
+    return {'entropy': means['policy_entropy'], **means, **self.facts, 'skipped': int(sum(v['skipped'] for v in values)),
+            **{f'seconds_{name}': value for name, value in seconds.items()}}
+
+
+class GrpoLoop:
+  """Rollouts, rewards, advantages and updates of one run.
+
+  Args:
+    model, tokenizer: of the policy.
+    engine: where rollouts are made; its weights follow the policy's.
+    source: what is asked, and how answers are judged.
+    items: those of the source that are trained on; drawn without replacement within an epoch, by (seed, epoch).
+    config: section `rl`.
+    execution: how the training passes run.
+    seed: of prompt order and sampling.
+    journal: where rollouts are kept until a checkpoint covers them; None keeps none.
+  """
+
+  def __init__(self, model: DecoderConfig, tokenizer: Any, engine: Engine, source: Source, items: Sequence[int],
+               config: ml_collections.ConfigDict, *, execution: Execution = Execution(), seed: int, journal: Journal | None = None):
+    if not items or len(items) < config.prompts:
+      raise ValueError(f'{len(items)} prompts are too few for batches of {config.prompts}')
+    if config.prompts % config.updates:
+      raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
+    if config.wave < 1:
+      raise ValueError(f'rl.wave = {config.wave} must be at least 1')
+    self.model, self.engine, self.source, self.items = model, engine, source, items
+    self.config, self.seed, self.journal = config, seed, journal
+    self._tokenizer = tokenizer
+    self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
+    self.loss = objectives.PolicyLoss(**{field.name: config[field.name] for field in dataclasses.fields(objectives.PolicyLoss)})
+    self.alpha = config.alpha  # changes where `alpha_measure` names what it has to hold
+    self._estimator()  # an unknown name is an error now, not after the first rollouts
+    self.measure_psi = advantages.uses_entropy(config.estimator)
+    if config.alpha_measure not in ('', 'entropy', 'psi_share'):
+      raise ValueError(f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'")
+    if (config.alpha_measure or config.psi_words) and not self.measure_psi:
+      raise ValueError(f'rl.alpha_measure and rl.psi_words are about psi, which {config.estimator!r} does not have')
+    self.tx, self._score, self._step, self._psi_norm = _compiled_step(
+        model, execution, config.learning_rate, config.weight_decay, config.clip, config.temperature, self.loss)
+    # One shape for all steps: as many rows as rollouts of full length fill, and that again where packing leaves gaps. Micro-batches
+    # that stay empty are skipped on the device.
+    group = source.longest_prompt + config.group * source.responses * min(config.max_tokens, engine.max_new)
+    self._rows = config.rows * math.ceil(config.prompts // config.updates * group / (config.rows * config.capacity))
+
+  def _estimator(self) -> advantages.Estimator:
+    return advantages.make_estimator(self.config.estimator, {**self.config, 'alpha': self.alpha})
+
+  def adapt_alpha(self, row: dict[str, float]) -> None:
+    """Takes the numbers of a step, before the next one is scored."""
+    c = self.config
+    if c.alpha_measure:
+      share = row['psi_grad_norm'] / max(1e-8, row['grad_norm'])
+      measured = {'entropy': row['entropy'], 'psi_share': share or math.nan}  # without psi, alpha has nothing to answer for
+      self.alpha = advantages.adapted_alpha(self.alpha, measured[c.alpha_measure], c.alpha_target, rate=c.alpha_rate,
+                                            low=c.alpha_low, high=c.alpha_high)
+
+  # --- rollouts -------------------------------------------------------------------------------------------------------------
+
+  def chosen(self, step: int, turn: int = 0) -> list[int]:
+    """The items of a step: a pure function of (seed, step, turn), so that a resumed run asks the same."""
+    per_epoch = len(self.items) // self.config.prompts
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([self.seed, epoch, turn] if turn else [self.seed, epoch]).permutation(len(self.items))
+    return [self.items[i] for i in order[place * self.config.prompts:(place + 1) * self.config.prompts]]
+
+  def batch(self, step: int) -> tuple[RolloutBatch, float]:
+    """(the scored groups that a step learns from, seconds that scoring took).
+
+    With `dynamic_rounds`, more items are asked as long as too few groups have reward variance (DAPO's dynamic sampling). Where
+    the rounds do not suffice, the first of the other groups fill the batch.
+    """
+    c, parts, scoring = self.config, [], 0.0
+    for turn in range(c.dynamic_rounds + 1):
+      rollouts = self.rollouts(step, turn)
+      began = time.monotonic()
+      parts.append(self._shaped(self.source.judge(self.chosen(step, turn), rollouts)))
+      scoring += time.monotonic() - began
+      if not c.dynamic_rounds:
+        return parts[0], scoring
+      rewards_PG = np.concatenate([part.total_PG for part in parts])
+      kept = advantages.select_groups(rewards_PG, c.prompts, uniform_share=c.uniform_share)
+      if len(kept) == c.prompts:
+        break
+    rest = np.setdiff1d(np.arange(len(rewards_PG)), kept)[:c.prompts - len(kept)]
+    return take_groups(parts, np.sort(np.concatenate([kept, rest]))), scoring
+
+  def _shaped(self, batch: RolloutBatch) -> RolloutBatch:
+    """With DAPO's penalty on rollouts whose longest response comes close to the limit, where the config asks for it."""
+    c = self.config
+    if not c.overlong_buffer:
+      return batch
+    lengths = np.array([max((len(made.tokens) for _, made in rollout.exchanges), default=0) for rollout in batch.rollouts])
+    penalty = advantages.overlong_penalty(lengths, max_tokens=c.max_tokens, buffer=c.overlong_buffer, penalty=c.overlong_penalty)
+    return dataclasses.replace(batch, total_PG=batch.total_PG + penalty.reshape(batch.total_PG.shape).astype(np.float32))
+
+  def rollouts(self, step: int, turn: int = 0) -> list[Rollout]:
+    """Samples the groups of a step with the engine's present weights, or reads what an earlier process sampled with them."""
+    chosen, wave, made = self.chosen(step, turn), self.config.wave, []
+    weights, earlier = int(_bits(self.engine.params)) if self.journal else 0, turn * len(chosen)
+    for first in range(0, len(chosen), wave):
+      part = chosen[first:first + wave]
+      engine = self.engine
+      if self.journal:
+        origin = (weights, self.source.fingerprint, part, self.config.group, self._sampling(), self.engine.max_len)
+        number = turn * -(-len(chosen) // wave) + first // wave
+        engine = self.journal.engine(engine, step, number, zlib.crc32(repr(origin).encode()))
+      made += self._sample(engine, part, step, earlier + first)
+    return made
+
+  def measured(self, chosen: Sequence[int], stream: int) -> dict[str, float]:
+    """`rollout_metrics` of items that are not trained on; `stream` names the random stream, as a step does."""
+    return rollout_metrics(self.source.judge(chosen, self._sample(self.engine, chosen, stream, 0)))
+
+  def _sampling(self) -> SamplingParams:
+    return SamplingParams(temperature=self.config.temperature, max_tokens=self.config.max_tokens, seed=self.seed)
+
+  def _sample(self, engine: Any, chosen: Sequence[int], step: int, first: int) -> list[Rollout]:
+    keys = [(step, first + place, g) for place in range(len(chosen)) for g in range(self.config.group)]
+    return self.source.sample(engine, [index for index in chosen for _ in range(self.config.group)], keys, self._sampling())
+
+  # --- learning -------------------------------------------------------------------------------------------------------------
+
+  def update(self, state: TrainState, reference: Params | None, batch: RolloutBatch) -> tuple[TrainState, Update]:
+    """Dispatches all optimizer steps on one rollout batch, and the engine's update -> (state, what is under way)."""
+    seconds, size = dict.fromkeys(('score', 'reference'), 0.0), len(batch.kinds) // self.config.updates
+    trees, scores = [], []
+    with _timed(seconds, 'score'):
+      for first in range(0, len(batch.kinds), size):
+        tree, scored = self._scored(state.params, batch.of(first, first + size), batch.total_PG[first:first + size])
+        trees.append(tree)
+        scores.append(scored)
+    if self.config.kl_coefficient:
+      with _timed(seconds, 'reference'):
+        trees = [tree.with_extras(ref_logp=grpo.score_rows(self._score, reference, tree, self.config.rows, self._budget)[0])
+                 for tree in trees]
+    psi_norm, psi_share = self._psi(state.params, trees) if self.measure_psi else (None, 0.0)
+    began, values = time.monotonic(), []
+    for tree in trees:  # while the device works on one, the host lays the next one out
+      data = self._batch(tree)
+      data.extras.pop('psi', None)
+      state, value = self._step(state, data)
+      values.append(value)
+    self.engine.update(state.params)
+    gap, entropy = (np.concatenate([getattr(s, name) for s in scores]) for name in ('gap', 'entropy'))
+    loss_tokens = sum(np.count_nonzero(tree.weight) for tree in trees)
+    facts = {'logp_gap_mean': float(gap.mean()), 'logp_gap_max': float(gap.max()), 'scored_fraction': len(gap) / loss_tokens,
+             'dedup': float(np.mean([tree.dedup for tree in trees]))} | ({'alpha': self.alpha} if self.measure_psi else {})
+    if len(entropy) == loss_tokens:
+      facts['entropy'] = float(entropy.mean())
+    # Sampling computes what a forward pass does; an update costs three.
+    forward = sum(forward_flops(self.model, tree) for tree in trees)
+    flops = forward * (4 + bool(self.config.kl_coefficient)) + sum(s.flops for s in scores)
+    return state, Update(began, seconds, values, psi_norm, psi_share, facts, flops)
+
+  def _pack(self, rollouts: Sequence[Rollout]) -> tokentree.TokenTree:
+    tree = tokentree.pack(sequences(rollouts), self.config.capacity, self._rows, self._tokenizer.pad_token_id)
+    if tree.dropped:
+      raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; the engine allows {self.engine.max_len}')
+    return tree
+
+  def _batch(self, tree: tokentree.TokenTree) -> tokentree.RowBatch:
+    return tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows)
+
+  def _scored(self, params: Params, rollouts: list[Rollout], rewards_PG: np.ndarray) -> tuple[tokentree.TokenTree, Scores]:
+    """A mini-batch's tree with advantage, psi and old_logp, and the scores that went into them."""
+    tree = self._pack(rollouts)
+    view = by_rollout(tree, rollouts)
+    chosen = self._to_score(view, rewards_PG)
+    scores = self._old_policy(params, tree, rollouts, chosen)
+    if len(chosen) < len(rollouts) and scores.gap.max() > _EXACT:  # the engine's are not what they were taken for
+      scores = self._old_policy(params, tree, rollouts, range(len(rollouts)))
+    chosen_RT = grpo.reflective_rows(tree, self._tokenizer, self.config.psi_words) if self.config.psi_words else None
+    advantage, psi = grpo.advantage_rows(view, rewards_PG, scores.entropy_RT, self._estimator(), chosen_RT)
+    extras = {'old_logp': scores.logp_RT, 'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
+    if 'sequence' in self.loss.extras:
+      extras['sequence'] = grpo.sequence_rows(tree)
+    if 'behaviour_logp' in self.loss.extras:
+      own = [completion.logprobs for rollout in rollouts for _, completion in rollout.exchanges]
+      extras['behaviour_logp'] = _scattered(tree, own)
+    return tree.with_extras(**extras), scores
+
+  def _to_score(self, view: tokentree.TokenTree, rewards_PG: np.ndarray) -> Sequence[int]:
+    """The rollouts whose tokens the score pass has to see.
+
+    With several updates all of them. With a single one the ratios start at 1, and stay there: the engine's own log-probabilities
+    serve as the old ones, as far as they are exact. Then the pass is for entropies alone, and sees the rollouts whose
+    group-relative advantage vanishes, plus the first group, on which the claim of exactness is measured.
+    """
+    everything = range(rewards_PG.size)
+    if self.config.updates > 1 or self.engine.params['embed'].dtype != np.float32:
+      return everything
+    needed = np.zeros(rewards_PG.size, bool)
+    needed[:rewards_PG.shape[1]] = True
+    if self.measure_psi:
+      relative_RT, _ = grpo.advantage_rows(view, rewards_PG, np.zeros(view.tokens.shape, np.float32), self._estimator())
+      needed |= [not values.any() for values in view.gather(relative_RT)]
+    return np.flatnonzero(needed).tolist()
+
+  def _old_policy(self, params: Params, tree: tokentree.TokenTree, rollouts: list[Rollout], chosen: Sequence[int]) -> Scores:
+    """Scores the rollouts `chosen` of a tree, and takes the engine's log-probabilities of the others."""
+    part = tree if len(chosen) == len(rollouts) else self._pack([rollouts[index] for index in chosen])
+    scored = grpo.score_rows(self._score, params, part, self.config.rows, self._budget)
+    mask = part.gather(part.weight > 0)
+    logp, entropy = ([row[kept] for row, kept in zip(part.gather(values), mask)] for values in scored)
+    first = np.cumsum([0, *(len(rollout.exchanges) for rollout in rollouts)])
+    held = [sequence for index in chosen for sequence in range(first[index], first[index + 1])]
+    own = [completion.full_logprobs for rollout in rollouts for _, completion in rollout.exchanges]
+    gap = np.abs(np.concatenate(logp) - np.concatenate([own[sequence] for sequence in held]))
+    if part is not tree:
+      entropies = [np.zeros_like(values) for values in own]
+      for sequence, *values in zip(held, logp, entropy, strict=True):
+        own[sequence], entropies[sequence] = values
+      scored = _scattered(tree, own), _scattered(tree, entropies)
+    return Scores(*scored, gap, np.concatenate(entropy), forward_flops(self.model, part))
+
+  def _psi(self, params: Params, trees: list[tokentree.TokenTree]) -> tuple[jax.Array | None, float]:
+    """(norm of the gradient that psi contributes to the first mini-batch that has any; share of its tokens that it was divided by).
+
+    A backward pass, over the micro-batches with psi alone.
+    """
+    shown = next((tree for tree in trees if tree.extras['psi'].any()), None)
+    if shown is None:
+      return jnp.zeros(()), 1.0
+    data = self._batch(shown)
+    if self.loss.aggregation != 'token':  # then a token's share depends on its whole sequence
+      return self._psi_norm(params, data), 1.0
+    weight = data.weight * data.extras['psi'].any(axis=1, keepdims=True)
+    return self._psi_norm(params, data._replace(weight=weight)), float(weight.sum() / data.weight.sum())
+
+
+def _scattered(tree: tokentree.TokenTree, rows: Sequence[np.ndarray]) -> np.ndarray:
+  """[R, T] from values of each sequence's last tokens, those of its response."""
+  return tree.scatter([np.pad(row, (len(path) - len(row), 0)) for row, path in zip(rows, tree.paths, strict=True)])
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+  began = time.monotonic()
+  yield
+  seconds[name] += time.monotonic() - began
+
+
+def _row(batch: RolloutBatch, update: Update, engine: Engine, peak: float, began: float, sampled: float,
+         judged: float) -> dict[str, float]:
+  """What is written down of a step; waits until the device is done with it. `peak`: operations a second that MFU refers to."""
+  row = rollout_metrics(batch) | update.numbers(engine)
+  took = update.ended - began
+  tokens = sum(len(completion.tokens) for rollout in batch.rollouts for _, completion in rollout.exchanges)
+  return row | {'seconds_rollout': sampled - began, 'seconds_rewards': judged - sampled, 'seconds': took,
+                'tokens_per_second': tokens / took, 'tflops': update.flops / took / 1e12, 'mfu': update.flops / took / peak}
+
+
+def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source, config: ml_collections.ConfigDict,
+           metrics: Metrics, checkpoints: pathlib.Path, *, make_engine: Callable[[Params], Engine],
+           execution: Execution = Execution(), seed: int) -> tuple[Params, dict[str, Any]]:
+  """(DA-)GRPO -> (parameters, {'prompts', 'resumed_at', 'seconds_before', 'best_step', 'validation'}); resumes from the newest
+  checkpoint.
+
+  `validation` has the figures of `rollout_metrics` before and after, on prompts that are not trained on, with the same
+  random streams; `best_step` is the checkpoint with the highest reward there, which is kept beside the newest two.
+  `resumed_at` and `seconds_before` tell what an earlier process did.
+
+  Args:
+    params: the policy to start from, and the frozen reference of the KL term; not donated.
+    model, tokenizer: what they belong to.
+    source: what is asked, and how answers are judged.
+    config: section `rl`: steps, prompts, validation, group, wave, dynamic_rounds, uniform_share, overlong_buffer,
+      overlong_penalty, updates, estimator and its options (learn.advantages), alpha_measure, alpha_target, alpha_rate, alpha_low,
+      alpha_high, psi_words, the fields of `objectives.PolicyLoss`, learning_rate, weight_decay, clip, temperature, capacity, rows,
+      checkpoint_every.
+    metrics: written as stage 'rl', a row a step, and 'validation', a row a checkpoint.
+    checkpoints: folder for parameters, optimizer and position, and for the journal of rollouts.
+    make_engine: builds the rollout engine for given weights.
+    execution: how the training passes run.
+    seed: of prompts and sampling.
+
+  Raises:
+    ValueError: sizes that do not fit each other, or checkpoints made from other prompts or from another model.
+  """
+  held_out, items = set_aside(source.kinds, config.validation)
+  # Tied to their devices from the start, as what an update or a checkpoint returns is: programs would be compiled twice otherwise.
+  params = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), params)
+  journal = Journal(checkpoints / 'rollouts')
+  loop = GrpoLoop(model, tokenizer, make_engine(params), source, items, config, execution=execution, seed=seed, journal=journal)
+  copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
+  state = init_state(copied, loop.tx)
+  # The reference is not in the checkpoint: it is what the stage starts from, which stays where it is. Its bits are.
+  origin = {'prompts': source.fingerprint, 'reference': int(_bits(params))}
+  position = {'seconds': 0.0, 'before': None, 'after': None} | origin
+  with (Checkpoints(checkpoints / 'state') as saved, progress(total=config.steps, description=config.estimator) as bar,
+        concurrent.futures.ThreadPoolExecutor(1) as writer):
+    start, opened = 0, time.monotonic()
+    if found := saved.restore(state):
+      state, position, start = found
+      if different := [name for name in origin if position[name] != origin[name]]:
+        raise ValueError(f'the checkpoints in {str(checkpoints)!r} were made from other {" and ".join(different)}')
+      loop.alpha = position['alpha']
+      loop.engine.update(state.params)
+      bar.initial = bar.n = start
+    elif held_out:
+      position['before'] = position['after'] = loop.measured(held_out, config.steps)
+    spent, peak = position['seconds'], matmul_rate(str(params['embed'].dtype))
+    metrics.rewind('rl', start)
+    metrics.rewind('validation', start)
+    waiting, ended = None, time.monotonic()
+
+    def write(step: int, batch: RolloutBatch, update: Update, *times: float) -> tuple[float, dict[str, float]]:
+      row = _row(batch, update, loop.engine, peak, *times)
+      metrics.write('rl', step, **row)
+      bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
+      bar.update(1)
+      return update.ended, row
+
+    for step in range(start, config.steps):
+      batch, judging = loop.batch(step)
+      judged = time.monotonic()
+      if waiting:
+        ended, row = waiting.result()  # long done: these rollouts needed its weights
+        loop.adapt_alpha(row)
+      state, update = loop.update(state, params if config.kl_coefficient else None, batch)
+      waiting = writer.submit(write, step, batch, update, ended, judged - judging, judged)
+      if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        (ended, row), waiting = waiting.result(), None  # the row is on disk before the checkpoint that stands for it
+        loop.adapt_alpha(row)
+        if held_out:
+          position['after'] = loop.measured(held_out, config.steps)
+          metrics.write('validation', step, **position['after'])
+        saved.save(step + 1, state, position | {'seconds': spent + time.monotonic() - opened, 'alpha': loop.alpha},
+                   score=position['after'] and position['after']['reward'])
+        journal.forget([0, *saved.all_steps()][-2])  # a fallback to the checkpoint before still has its rollouts
+        ended = time.monotonic()
+  return state.params, {'prompts': len(items), 'resumed_at': start, 'seconds_before': spent, 'best_step': saved.best_step,
+                        'validation': {'before': position['before'], 'after': position['after']}}

@@ -1,0 +1,111 @@
+"""Reinforcement on episodes: what is trained on when a task takes several responses, and who gets which advantage."""
+
+import numpy as np
+import pytest
+
+from dcore_jax import tokentree
+from dcore_jax.chat.messages import split_reasoning
+from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.rollout.engine import Completion
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import grpo_loop
+from dcore_jax.run.defaults import default_config
+from dcore_jax.run.rollout_batch import Episodes, by_rollout, rollout_metrics, sequences
+from dcore_jax.worlds.toolworld.world import ToolWorld
+
+GROUP = 3
+
+
+class Script:
+  """An engine that knows the solutions: thinks a different thought in each rollout, and then says what the reference does; the
+  last rollout of a group ends its first turn without having called anything."""
+  max_len = max_new = 1024
+
+  def __init__(self, tokenizer, tasks):
+    self.params = {'embed': np.zeros(1, np.float32)}
+    self._tokenizer = tokenizer
+    self._answers = [[a for turn in task.turns for a in [*(print_calls([call]) for call in turn.calls), turn.answer]] for task in tasks]
+
+  def stream(self, source, sampling):
+    while arrivals := source(4):
+      for tag, request in arrivals:
+        _, place, g, number = request.key_id
+        answer = 'done.' if g == GROUP - 1 else self._answers[place][number]
+        text = f'<think>\nthe subtask {g} {number} is' + ' wait' * g + f'\n</think>\n\n{answer}<|im_end|>'
+        tokens = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+        logprobs = np.full(len(tokens), -0.5, np.float32)
+        yield tag, Completion(tokens, logprobs, logprobs, True, None, len(request.prompt))
+
+
+@pytest.fixture(scope='module')
+def tasks():
+  return ToolWorld().tasks('multi_turn', 2, seed=3, split='train')
+
+
+@pytest.fixture(scope='module')
+def batch(tokenizer, tasks):
+  source = Episodes(tokenizer, ToolWorld(), tasks)
+  keys = [(0, p, g) for p in range(2) for g in range(GROUP)]
+  return source.judge([0, 1], source.sample(Script(tokenizer, tasks), [0, 0, 0, 1, 1, 1], keys, SamplingParams()))
+
+
+def test_the_final_state_is_the_reward(batch, tasks):
+  np.testing.assert_array_equal(batch.total_PG, [[1, 1, 0], [1, 1, 0]])
+  assert [rollout.outcome.reason for rollout in batch.rollouts[:GROUP]] == ['', '', 'wrong state']
+  metrics = rollout_metrics(batch)
+  assert metrics['reward'] == metrics['reward_multi_turn'] == pytest.approx(2 / 3) and metrics['all_right_fraction'] == 0
+  assert metrics['responses'] == np.mean([task.steps + len(task.turns) for task in tasks for _ in range(2)] + [1, 1])
+
+
+def test_responses_branch_off_a_dialogue_without_thoughts(tokenizer, batch, tasks):
+  """Each later prompt holds the answers before it and none of their thoughts; in the tree the dialogue is there once."""
+  for rollout in batch.rollouts:
+    for turn, (prompt, _) in enumerate(rollout.exchanges):
+      text = tokenizer.decode(prompt)
+      assert 'the subtask' not in text and all(split_reasoning(said)[1].removesuffix('<|im_end|>') in text for said in rollout.texts[:turn])
+  rows = sequences(batch.rollouts)
+  tree = tokentree.pack(rows, 1024)
+  assert len(rows) == sum(len(rollout.exchanges) for rollout in batch.rollouts)
+  sampled = sum(len(completion.tokens) for rollout in batch.rollouts for _, completion in rollout.exchanges)
+  assert np.count_nonzero(tree.weight) == tree.weight.sum() == sampled
+  # Two dialogues, each of all its rollouts, and what was sampled.
+  dialogues = sum(max(len(prompt) for rollout in batch.rollouts[p * GROUP:(p + 1) * GROUP] for prompt, _ in rollout.exchanges)
+                  for p in range(2))
+  assert tree.live < 1.1 * (dialogues + sampled) and tree.dedup > 2
+
+
+def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(tokenizer, model, batch, tasks):
+  config = default_config().rl
+  config.update(dict(estimator='grpo', prompts=2, updates=1, group=GROUP, capacity=1024, rows=1, max_tokens=64, kl_coefficient=0.0))
+  script = Script(tokenizer, tasks)
+  loop = grpo_loop.GrpoLoop(model, tokenizer, script, Episodes(tokenizer, ToolWorld(), tasks), range(2), config, seed=0)
+  loop._score = lambda params, data: (np.where(data.weight, -0.5, 0), np.where(data.weight, 0.2, 0))
+  tree, scores = loop._scored(None, batch.rollouts, batch.total_PG)
+  assert scores.gap.max() == 0 and len(scores.gap) < np.count_nonzero(tree.weight)
+  np.testing.assert_array_equal(tree.extras['old_logp'], np.where(tree.weight > 0, np.float32(-0.5), 0))
+  wanted = np.float32([1, 1, -2]) / np.sqrt(3)
+  for index, values in enumerate(by_rollout(tree, batch.rollouts).gather(tree.extras['advantage'])):
+    sampled = np.concatenate([np.r_[np.zeros(len(p)), np.ones(len(c.tokens))] for p, c in batch.rollouts[index].exchanges])
+    np.testing.assert_allclose(values, sampled * wanted[index % GROUP], rtol=1e-5)
+
+
+def test_later_wholes_share_no_random_stream(tokenizer, tasks):
+  """Keys are (step, task, rollout, response): no two responses of a step draw the same numbers."""
+  seen = []
+
+  class Noted(Script):
+    def stream(self, source, sampling):
+      def noted(free):
+        arrivals = source(free)
+        seen.extend(request.key_id for _, request in arrivals)
+        return arrivals
+      return super().stream(noted, sampling)
+
+  config = default_config().rl
+  config.update(dict(prompts=2, updates=1, group=GROUP, wave=1, max_tokens=64))
+  engine = Noted(tokenizer, [tasks[0]] * 2)
+  loop = grpo_loop.GrpoLoop.__new__(grpo_loop.GrpoLoop)
+  loop.config, loop.seed, loop.source, loop.engine, loop.items, loop.journal = (
+      config, 0, Episodes(tokenizer, ToolWorld(), [tasks[0]] * 2), engine, range(2), None)
+  loop.rollouts(7)
+  assert len(set(seen)) == len(seen) > 2 * GROUP and {key[0] for key in seen} == {7} and {key[1] for key in seen} == {0, 1}

@@ -1,0 +1,223 @@
+"""The reinforcement loop on a tiny model: what is computed, what is not, how often it is compiled, and that nothing waits."""
+import json
+import re
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.evaluate.rollouts import Exchange
+from dcore_jax.learn.optimizer import init_state
+from dcore_jax.rollout.engine import Completion
+from dcore_jax.run import grpo_loop
+from dcore_jax.run.metrics import Metrics, read_metrics
+from dcore_jax.run.rollout_batch import encode_prompts
+from dcore_jax.tokentree import RowBatch
+from tests.run.tiny_rl import MODEL, TOKENIZER, make_engine, params, points, questions, rl_config, timeless, train
+
+
+def one_step(rewards_PG, **changes):
+  """(state after, numbers) of one update on sampled rollouts whose rewards are replaced."""
+  config, start = rl_config(updates=1, **changes), params()
+  engine = make_engine(start)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, engine, questions(config), range(8), config, seed=1)
+  state = init_state(params(), loop.tx)
+  batch = loop.source.judge(loop.chosen(0), loop.rollouts(0))
+  batch.total_PG[:] = rewards_PG
+  state, update = loop.update(state, start, batch)
+  return state, update.numbers(engine)
+
+
+def test_long_prompts_are_dropped_and_counted():
+  lengths = [len(TOKENIZER(render_prompt(TOKENIZER, list(p.messages)))['input_ids']) for p in points()]
+  kept, dropped = encode_prompts(TOKENIZER, points(), min(lengths) - 1)
+  assert (len(kept), dropped) == (0, 8)
+  assert encode_prompts(TOKENIZER, points(), max(lengths))[1] == 0
+
+
+def test_a_resumed_run_gives_the_same_numbers(tmp_path):
+  with Metrics(tmp_path / 'whole') as metrics:  # of a process that was killed before its first checkpoint
+    metrics.write('rl', 0, reward=9.0)
+  adaptive = dict(alpha_measure='entropy', alpha_target=9.0)
+  whole, ran = train(tmp_path / 'whole', rl_config(**adaptive))
+  train(tmp_path / 'parts', rl_config(steps=1, **adaptive))
+  parts, result = train(tmp_path / 'parts', rl_config(**adaptive))
+  assert result['resumed_at'] == 1 and result['seconds_before'] > 0
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  assert ran['validation'] == result['validation'] and ran['validation']['before']['reward'] != 0
+  assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
+  assert [row['step'] for row in read_metrics(tmp_path / 'whole', 'validation')] == [0, 1, 2]
+  best = max(read_metrics(tmp_path / 'whole', 'validation'), key=lambda row: (row['reward'], row['step']))
+  assert ran['best_step'] == result['best_step'] == best['step'] + 1
+  alphas = [row['alpha'] for row in read_metrics(tmp_path / 'parts', 'rl')]
+  assert alphas[0] == 0.4 and alphas == sorted(set(alphas))  # its entropy is below the target
+
+
+def test_checkpoints_of_other_prompts_or_another_reference_are_refused(tmp_path):
+  train(tmp_path, rl_config(steps=1))
+  with pytest.raises(ValueError, match='were made from other prompts'):
+    train(tmp_path, rl_config(), count=7)
+  with pytest.raises(ValueError, match='were made from other reference'):
+    train(tmp_path, rl_config(), seed=5)
+
+
+def test_zero_variance_groups_move_da_grpo_and_not_grpo(tmp_path):
+  """An untrained model gets every reward wrong alike: GRPO's gradient vanishes, DA-GRPO's does not (paper, theorem 3.1)."""
+  rows = {}
+  for name, options in (('grpo', dict(estimator='grpo')), ('da_grpo', dict(estimator='da_grpo'))):
+    train(tmp_path / name, rl_config(steps=1, updates=1, validation=0, **options))
+    rows[name], = read_metrics(tmp_path / name, 'rl')
+  assert rows['grpo']['zero_variance_fraction'] == rows['grpo']['all_wrong_fraction'] == 1
+  assert rows['grpo']['grad_norm'] < 1e-6 < 1e-3 < rows['da_grpo']['grad_norm']  # what is left is rounding in the KL term
+  np.testing.assert_allclose(rows['da_grpo']['psi_grad_norm'], rows['da_grpo']['grad_norm'], rtol=1e-4)
+  # Float32 and the same weights: engine and trainer must agree on what was sampled.
+  assert rows['da_grpo']['logp_gap_max'] < 1e-4
+
+
+MIXED = np.float32([[4, 1, 1, -2], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(('estimator', 'rewards', 'whole'), [('da_grpo', MIXED, True), ('da_grpo', MIXED[:, ::-1][[0, 0]], False),
+                                                             ('grpo', MIXED, False)])
+def test_an_exact_engine_spares_the_score_pass_of_groups_with_variance(monkeypatch, estimator, rewards, whole):
+  """Only the first group, for the measure, and those whose entropies are read; the update is that of the whole pass."""
+  options = dict(estimator=estimator)
+  sparing, spared = one_step(rewards, **options)
+  assert spared['logp_gap_max'] < 1e-5
+  monkeypatch.setattr(grpo_loop.GrpoLoop, '_to_score', lambda self, view, rewards: range(rewards.size))
+  full, numbers = one_step(rewards, **options)
+  assert numbers['scored_fraction'] == 1 and (spared['scored_fraction'] == 1) == whole
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sparing.params, full.params)
+  for name in ('loss', 'entropy', 'kl', 'grad_norm'):
+    np.testing.assert_allclose(spared[name], numbers[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_engine_that_is_not_exact_is_found_out(monkeypatch):
+  rewards = MIXED[[0, 0]]
+  _, numbers = one_step(rewards)
+  assert numbers['scored_fraction'] < 1
+  monkeypatch.setattr(grpo_loop, '_EXACT', 0.0)
+  assert one_step(rewards)[1]['scored_fraction'] == 1
+
+
+def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
+  """The others are left out, and the norm is divided by the loss tokens of the whole mini-batch all the same."""
+  config = rl_config(updates=1)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  weight = np.ones((4, 8), np.float32)
+  weight[1, 4:] = 0
+  psi = np.zeros((4, 8), np.float32)
+  psi[1, 2] = psi[3, 0] = 0.1
+  loop._batch = lambda tree: RowBatch(*[None] * 6, weight, {'psi': psi})
+  loop._psi_norm = lambda params, batch: batch.weight.sum()
+  shown, share = loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0}), types.SimpleNamespace(extras={'psi': psi})])
+  assert shown == 4 + 8 and share == pytest.approx(12 / 28)
+  assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1)
+
+
+def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatch, caplog):
+  lengths, update = [], grpo_loop.GrpoLoop.update
+
+  def cut_short(self, state, reference, batch):  # a random model hardly ever stops
+    rng = np.random.default_rng(len(lengths))
+    for rollout in batch.rollouts:
+      (prompt, whole), size = rollout.exchanges[0], rng.integers(1, 13)
+      arrays = (whole.tokens[:size], whole.logprobs[:size], whole.full_logprobs[:size])
+      rollout.exchanges[0] = Exchange(prompt, Completion(*arrays, True, None, whole.prompt_len))
+    lengths.append(sum(len(rollout.exchanges[0].completion.tokens) for rollout in batch.rollouts))
+    return update(self, state, reference, batch)
+
+  monkeypatch.setattr(grpo_loop.GrpoLoop, 'update', cut_short)
+  with jax.log_compiles():
+    train(tmp_path, rl_config(steps=4, validation=0, checkpoint_every=4))
+  assert len(set(lengths)) > 2
+  compiled = re.findall(r'Finished XLA compilation of jit\((\w+)\)', caplog.text)
+  # Not even once where another test has already compiled them.
+  assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'unstack', '_bits')) <= 1
+
+
+def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monkeypatch):
+  """The row of a step is held back until the next rollouts have begun: a loop that waited for it first would not go on."""
+  begun = threading.Event()
+  numbers, rollouts = grpo_loop.Update.numbers, grpo_loop.GrpoLoop.rollouts
+
+  def held_back(self, engine):
+    assert begun.wait(timeout=60), 'the next rollouts wait for the numbers of the step before'
+    return numbers(self, engine)
+
+  def noted(self, step, turn):
+    if step == 1:
+      begun.set()
+    return rollouts(self, step, turn)
+
+  monkeypatch.setattr(grpo_loop.Update, 'numbers', held_back)
+  monkeypatch.setattr(grpo_loop.GrpoLoop, 'rollouts', noted)
+  train(tmp_path, rl_config(steps=2, validation=0, checkpoint_every=2))
+  assert [row['step'] for row in read_metrics(tmp_path, 'rl')] == [0, 1]
+
+
+@pytest.mark.parametrize(('changes', 'message'), [(dict(prompts=7), 'too few'), (dict(validation=9), 'rl.validation = 9'),
+                                                  (dict(updates=3), 'does not divide'), (dict(estimator='nope'), 'nope'),
+                                                  (dict(reward='nope'), 'nope'), (dict(wave=0), 'rl.wave'),
+                                                  (dict(objective='nope'), 'nope'), (dict(alpha_measure='nope'), 'nope'),
+                                                  (dict(estimator='grpo', psi_words=('wait',)), 'psi_words')])
+def test_configs_that_cannot_work(tmp_path, changes, message):
+  with pytest.raises((ValueError, KeyError), match=message):
+    train(tmp_path, rl_config(**changes))
+  assert not list((tmp_path / 'checkpoints').rglob('[0-9]*'))
+
+
+def test_options_of_the_loss_reach_the_step(tmp_path):
+  """The loop brings what each option reads; the engine is exact, so that importance weights are 1."""
+  options = dict(objective='gspo', aggregation='sequence', importance_cap=2.0, uniform_kl=0.1, psi_words=('o',), kl_coefficient=0.0)
+  train(tmp_path, rl_config(steps=1, validation=0, **options))
+  row, = read_metrics(tmp_path, 'rl')
+  np.testing.assert_allclose(row['importance'], 1, atol=1e-4)
+  assert row['uniform_kl'] > 0 and row['psi_grad_norm'] > 0 and 'kl' not in row
+
+
+def test_dynamic_sampling_asks_on_until_groups_differ():
+  """Rounds of two groups: none with variance, one, one; then the batch is full. With one round less the first group fills it."""
+  for rounds, expected in ((3, [3, 5]), (1, [0, 3])):
+    config = rl_config(dynamic_rounds=rounds)
+    loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+    judge, made = loop.source.judge, []
+
+    def judged(chosen, rollouts):
+      batch = judge(chosen, rollouts)
+      batch.total_PG[:] = 1
+      if made:
+        batch.total_PG[1, 0] = 0
+      made.extend(tuple(rollout.exchanges[0].completion.tokens.tolist() for rollout in batch.of(p, p + 1)) for p in range(2))
+      return batch
+
+    loop.source.judge = judged
+    batch, _ = loop.batch(0)
+    taken = [tuple(rollout.exchanges[0].completion.tokens.tolist() for rollout in batch.of(p, p + 1)) for p in range(2)]
+    assert taken == [made[number] for number in expected] and len(made) == max(expected) + 1
+    assert [row.min() for row in batch.total_PG] == [int(number == 0) for number in expected]
+    again = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+    assert again.chosen(0, 1) == loop.chosen(0, 1) != loop.chosen(0)
+
+
+def test_long_responses_lose_reward():
+  plain, shaped = rl_config(), rl_config(overlong_buffer=8, overlong_penalty=2.0)
+  batches = [grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(c), range(8), c, seed=1).batch(0)[0]
+             for c in (plain, shaped)]
+  lengths = np.array([len(rollout.exchanges[0].completion.tokens) for rollout in batches[0].rollouts])
+  penalty = -2 * np.clip((lengths - 4) / 8, 0, 1)
+  np.testing.assert_allclose(batches[1].total_PG - batches[0].total_PG, penalty.reshape(2, 4), atol=1e-6)
+  assert penalty.min() == -2
+
+
+def test_metrics_rows_are_plain_json(tmp_path):
+  train(tmp_path, rl_config(steps=1, validation=0))
+  row = json.loads((tmp_path / 'metrics.jsonl').read_text())
+  assert {'reward', 'reward_format', 'reward_correctness', 'zero_variance_fraction', 'all_right_fraction', 'all_wrong_fraction',
+          'entropy', 'reflections', 'reflections_lazy_words', 'response_tokens', 'clip_share', 'kl', 'logp_gap_mean', 'logp_gap_max',
+          'grad_norm', 'psi_grad_norm', 'tokens_per_second', 'tflops', 'mfu', 'dedup'} <= row.keys()
+  phases = ('rollout', 'rewards', 'score', 'reference', 'update', 'engine_update')
+  assert 0 < sum(row[f'seconds_{phase}'] for phase in phases) <= row['seconds'] * 1.01
