@@ -54,7 +54,7 @@ class BfclTask:
   classes: tuple[str, ...]
   config: dict[str, Any]
   turns: tuple[Turn, ...]
-  turn_calls: tuple[tuple[tuple[int, ...], ...], ...]  # of each turn, the calls that its subtasks own
+  turn_calls: tuple[tuple[tuple[int, ...], ...], ...]  # of each turn, the calls that its subtasks own: one may own two
   without: tuple[str, ...] = ()
 
   @property
@@ -352,6 +352,9 @@ _MOVES: dict[str, tuple[Callable[[_Writer, bool], Clause | None], ...]] = {
         _grep, _write_file, _copy_file, _file_away, _move_file, _remove_file)}
 _FRAMES = {'single': ('{0}.', 'Please {0}.', 'Could you {0}?'), 'sequential': ('First {0}, then {1}.', 'Please {0}, and after that {1}.'),
            'parallel': ('{0}, and also {1}.', 'I would like you to {0}, and also {1}.')}
+# Functions without which what they do cannot be done: a ticket can be closed by editing it, a file be moved by a copy.
+_SOLE = {'create_ticket', 'edit_ticket', 'post_tweet', 'comment', 'retweet', 'mention', 'follow_user', 'unfollow_user', 'search_tweets',
+         'rm'}
 _TRIES = 200  # draws of a clause, or of a set of independent ones
 
 
@@ -402,6 +405,8 @@ def _irrelevant(w: _Writer) -> tuple[Turn, tuple[str, ...]] | None:
   if w.rng.random() < 0.5:
     text, question = clause.partial
     return Turn(_sentence(w, 'single', [text]), (), (), (text,), question), ()
+  if not all(call.name in _SOLE for call in clause.calls):
+    return None
   answer = f'I have no function with which I could {clause.text}.'
   return Turn(_sentence(w, 'single', [clause.text]), (), (), (clause.text,), answer), tuple({c.name for c in clause.calls})
 
