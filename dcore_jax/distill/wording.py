@@ -109,9 +109,9 @@ Begin."""
 _SEEN = dict(
     given='You see a request and the calls that carried it out, and work out how the request was split up.',
     fourth='4. Calls: the list of calls that carried the request out, in order. The first is number 0.\n',
-    rules='- Give every subtask the numbers of the calls that belong to it ("index"). Each call belongs to one subtask, and\n'
-          '  the numbers rise from the first subtask to the last. One thing repeated for several items is one subtask with all\n'
-          '  its calls.\n',
+    rules='- Give every subtask the numbers of the calls that belong to it ("index"). Each call belongs to one subtask,\n'
+          '  and the numbers rise from the first subtask to the last. One thing repeated for several items is one subtask\n'
+          '  with all its calls.\n',
     source='its number 88213 stands in the calls only',
     form='[{{"step": 1, "description": "...", "index": [0]}}, {{"step": 2, "description": "...", "index": [1, 2]}}]')
 _BLIND = dict(
