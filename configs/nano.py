@@ -21,6 +21,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = default_config()
   c.name = 'configs/nano.py' + (f':{variant}' if variant else '')
   c.evaluate.tasks = 128
+  c.engine.steps_per_call = 8  # a lane that ends idles for half of them: of completions of 55 tokens, 6 % and not 12 % at 16
   c.distill.update(dict(wording='organism', examples=0, exact_refusals=True))
   c.distill.tasks.update(dict(single=300, irrelevant=60))
   c.sft.update(dict(epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))

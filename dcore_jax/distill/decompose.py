@@ -122,8 +122,8 @@ def own_calls(subtasks: Subtasks, calls: int, strict_count: bool) -> list[tuple[
   Args:
     subtasks: as read.
     calls: number of reference calls.
-    strict_count: as the released code has it (method: section 1.4): one call each, whatever the index says. Else the index lists
-      must hold 0..calls-1 in order, none empty; where no subtask has one, each owns the call in its place.
+    strict_count: as the released code has it (method: section 1.4): one call each, whatever the index says. Else the index
+      lists must hold 0..calls-1 in order, none empty; where no subtask has one, each owns the call in its place.
   """
   if strict_count or all(index is None for _, index in subtasks):
     return [(text, [i]) for i, (text, _) in enumerate(subtasks)] if len(subtasks) == calls else None

@@ -1,4 +1,4 @@
-"""Pseudo-labels: a model's own calls in place of reference calls, by majority over several samples (paper, Table 6, last row)."""
+"""Pseudo-labels: a model's own calls in place of reference calls, by majority over samples (paper, Table 6, last row)."""
 import collections
 import dataclasses
 

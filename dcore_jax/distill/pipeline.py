@@ -1,8 +1,8 @@
 """Serves all seeds together: whatever any of them has to ask is in flight at once, on one engine's lanes or a fleet.
 
 The order of a seed's questions is its own affair (solve.py); a seed never sees another's state, and the random stream of a
-question is folded from its seed's id and its number in the conversation. So what a seed gives depends neither on the other seeds
-nor on when a run was interrupted.
+question is folded from its seed's id and its number in the conversation. So what a seed gives depends neither on the other
+seeds nor on when a run was interrupted.
 """
 import collections
 import dataclasses
@@ -120,8 +120,8 @@ def by_length(seeds: Iterable[Seed]) -> list[int]:
 
 def distill(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
             distiller: Distiller = Distiller()) -> Iterator[tuple[int, Outcome]]:
-  """Distils seeds, begun in their order -> (number, outcome with rows as its value) as they finish; rows say what they were made
-  with.
+  """Distils seeds, begun in their order -> (number, outcome with rows as its value) as they finish; rows say what they were
+  made with.
 
   Raises:
     ValueError: no seeds, or two of one id.

@@ -27,8 +27,8 @@ VERIFY = ('calls', 'state')
 class Dropped(Exception):
   """A seed that gives no rows. Its text is the reason, which is counted.
 
-  `stage` says how far it came: 'decompose', 'generate' (a reasoning is missing) or 'verify' (all of it was generated, or as much
-  as it took to see that it is wrong).
+  `stage` says how far it came: 'decompose', 'generate' (a reasoning is missing) or 'verify' (all of it was generated, or as
+  much as it took to see that it is wrong).
   """
 
   def __init__(self, reason: str, stage: str):
@@ -84,7 +84,8 @@ class Distiller:
       raise ValueError(f'candidates = {self.candidates}, samples = {self.samples}, retries = {self.retries} and '
                        f'max_chars = {self.max_chars} cannot be')
     if not 0 <= self.examples <= len(self.wording.prompts.examples):
-      raise ValueError(f'examples = {self.examples}: the wording {self.wording.name!r} has {len(self.wording.prompts.examples)}')
+      known = len(self.wording.prompts.examples)
+      raise ValueError(f'examples = {self.examples}: the wording {self.wording.name!r} has {known}')
 
   def rows(self, seed: Seed) -> Ask[list[Row]]:
     """The seed's conversation with the model; raises Dropped."""

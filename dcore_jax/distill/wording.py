@@ -109,15 +109,16 @@ Begin."""
 _SEEN = dict(
     given='You see a request and the calls that carried it out, and work out how the request was split up.',
     fourth='4. Calls: the list of calls that carried the request out, in order. The first is number 0.\n',
-    rules='- Give every subtask the numbers of the calls that belong to it ("index"). Each call belongs to exactly one subtask, and\n'
-          '  the numbers rise from the first subtask to the last. Repeating one thing for several items is one subtask with all\n'
-          '  its calls.\n',
+    rules='- Give every subtask the numbers of the calls that belong to it ("index"). Each call belongs to one subtask,\n'
+          '  and the numbers rise from the first subtask to the last. One thing repeated for several items is one subtask\n'
+          '  with all its calls.\n',
     source='its number 88213 stands in the calls only',
     form='[{{"step": 1, "description": "...", "index": [0]}}, {{"step": 2, "description": "...", "index": [1, 2]}}]')
 _BLIND = dict(
     given='You see a request and split it up.', fourth='',
     rules='- A request that cannot be split is its own only subtask.\n',
-    source='you can guess that its number is 88213', form='[{{"step": 1, "description": "..."}}, {{"step": 2, "description": "..."}}]')
+    source='you can guess that its number is 88213',
+    form='[{{"step": 1, "description": "..."}}, {{"step": 2, "description": "..."}}]')
 _PARTS = '## Policy and tools\n{system}\n\n## Conversation\n{history}\n\n## Request\n{query}\n\n'
 _LIBRARY = ('Librarians look members up before they lend. A member has at most three loans.\n'
             '[{"name": "find_member"}, {"name": "list_loans"}, {"name": "extend_loan"}, {"name": "reserve_book"}]')
@@ -127,33 +128,39 @@ ENGLISH = Wording('english', Prompts(
     instructions=_TASK.format(**_SEEN), instructions_blind=_TASK.format(**_BLIND),
     example='<example_{number}>\n' + _PARTS + '## Calls\n{calls}\n\nSubtasks:\n{subtasks}\n</example_{number}>\n',
     example_blind='<example_{number}>\n' + _PARTS + 'Subtasks:\n{subtasks}\n</example_{number}>\n',
-    explain='Say which tool, or which value of a parameter, is missing so that the following request cannot be carried out with the '
-            'tools at hand. Tell the user so in a sentence or two, and call nothing.\n\nRequest: {query}',
+    explain='Say which tool, or which value of a parameter, is missing so that the following request cannot be carried out '
+            'with the tools at hand. Tell the user so in a sentence or two, and call nothing.\n\nRequest: {query}',
     examples=(
-        Example(_LIBRARY, '', "I'm Ines Okafor. Please find out which book of mine is due first and keep it for two weeks longer.",
+        Example(_LIBRARY, '',
+                "I'm Ines Okafor. Please find out which book of mine is due first and keep it for two weeks longer.",
                 "[find_member(name='Ines Okafor'), list_loans(member='M-2207'), extend_loan(loan='L-91', days=14)]",
                 (('Look up the membership of Ines Okafor', (0,)), ('Find out which of her loans is due first', (1,)),
                  ('Extend that loan by two weeks', (2,)))),
         Example(_LIBRARY, '[{"role": "user", "content": "Is my account in order?"}, {"role": "assistant", "content": '
-                '"Yes, and you have three loans: L-14, L-15 and L-16."}]', 'Then extend all three by a week, and reserve "Dune" for me.',
+                '"Yes, and you have three loans: L-14, L-15 and L-16."}]',
+                'Then extend all three by a week, and reserve "Dune" for me.',
                 "[extend_loan(loan='L-14', days=7), extend_loan(loan='L-15', days=7), extend_loan(loan='L-16', days=7), "
                 "reserve_book(title='Dune')]",
                 (('Extend the three loans by a week', (0, 1, 2)), ('Reserve "Dune"', (3,)))),
-        Example('[{"name": "get_weather", "parameters": {"city": "string"}}]', '', 'How is the weather in Lima, Accra and Oslo?',
+        Example('[{"name": "get_weather", "parameters": {"city": "string"}}]', '',
+                'How is the weather in Lima, Accra and Oslo?',
                 "[get_weather(city='Lima'), get_weather(city='Accra'), get_weather(city='Oslo')]",
                 (('Get the weather in Lima', (0,)), ('Get the weather in Accra', (1,)), ('Get the weather in Oslo', (2,)))))),
     Templates(
-        open='The task as a whole is: {query}', plan='It breaks down into these subtasks:', done='These subtasks are done already:',
+        open='The task as a whole is: {query}', plan='It breaks down into these subtasks:',
+        done='These subtasks are done already:',
         now='Now let me work out subtask {number}: {subtask}',
         reflect='Wait, none of these subtasks needs what another one returns, so all of them can be carried out in parallel.',
         close='Every subtask has been checked, and one parallel call covers them all:',
-        irrelevant='However, the request may lack a value, or need a function that is not on the list, so it deserves a closer look.',
+        irrelevant='However, the request may lack a value, or need a function that is not on the list, so it deserves a closer '
+                   'look.',
         finished='The request "{query}" has been carried out with the tools, and the results can be reported.'))
 
 WORDINGS = {wording.name: wording for wording in (ORGANISM, ENGLISH)}
 
 _SLOTS = {
-    'decompose': ('query', 'calls', 'system', 'history'), 'decompose_blind': ('query', 'system', 'history'), 'explain': ('query',),
+    'decompose': ('query', 'calls', 'system', 'history'), 'decompose_blind': ('query', 'system', 'history'),
+    'explain': ('query',),
     'instructions': ('examples',), 'instructions_blind': ('examples',),
     'example': ('number', 'system', 'history', 'query', 'calls', 'subtasks'),
     'example_blind': ('number', 'system', 'history', 'query', 'subtasks'),

@@ -62,7 +62,8 @@ class Decomposer:
 
 
 DECOMPOSITION = (Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)), Decomposer('reference', 'shown', 0, (89.1, 33.8)),
-                 Decomposer('reference_examples', 'shown', 2, (93.2, 37.1)), Decomposer('pseudo_labels', 'pseudo', 2, (92.8, 29.6)))
+                 Decomposer('reference_examples', 'shown', 2, (93.2, 37.1)),
+                 Decomposer('pseudo_labels', 'pseudo', 2, (92.8, 29.6)))
 SUITES = (*RL_SUITES, 'decomposition')
 _LAST = 0.25  # share of the steps whose mean is "at the end"
 _CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
@@ -74,7 +75,8 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
 
   Args:
     suite: one of SUITES.
-    config: pipeline config; at every setting and seed its stages `rl` and `evaluate_rl` are run, or `distill` to `evaluate_sft`.
+    config: pipeline config; at every setting and seed its stages `rl` and `evaluate_rl` are run, or `distill` to
+      `evaluate_sft`.
     workdir: results, one folder a setting and seed; a second call resumes.
     seeds: repetitions of each setting, with other prompt orders and samples, or with other seeds of everything.
     sft_run: of an RL suite: work directory of a finished run to start from; without it the stages up to SFT are run in
@@ -188,7 +190,8 @@ def _run_decomposition(config: ml_collections.ConfigDict, workdir: pathlib.Path,
       if 'labels' in made:
         figures['label_agreement'] = made['labels']['agree'] / made['labels']['seeds']
       accuracy = summary['stages']['sft']['accuracy']
-      figures |= {f'accuracy_{kind}': value for kind, value in accuracy.items()} | {'accuracy': float(np.mean(list(accuracy.values())))}
+      figures |= {f'accuracy_{kind}': value for kind, value in accuracy.items()}
+      figures['accuracy'] = float(np.mean(list(accuracy.values())))
       runs.append({'setting': setting.name, 'seed': seed, 'figures': figures, 'dropped': made['dropped']})
       content = {'suite': 'decomposition', 'runs': runs, 'table': _decomposition_table(runs)}
       write_json_atomic(workdir / 'decomposition.json', content)
@@ -229,7 +232,8 @@ def format_table(content: dict[str, Any]) -> str:
 
 def _format_decomposition(table: list[dict[str, Any]]) -> str:
   columns = ('success_rate', 'success_rate_all', 'accuracy', 'accuracy_sequential', 'accuracy_parallel', 'accuracy_multi_turn')
-  lines = ['setting'.ljust(20) + ''.join(c.removeprefix('accuracy_').rjust(18) for c in columns) + '   paper: success, tau'.rjust(24)]
+  names = [column.removeprefix('accuracy_').rjust(18) for column in columns]
+  lines = ['setting'.ljust(20) + ''.join(names) + 'paper: success, tau'.rjust(24)]
   for row in table:
     cells = [row['figures'][c] for c in columns]
     shown = [f'{100 * c["mean"]:.1f}' + ('' if c['half_width'] is None else f' +- {100 * c["half_width"]:.1f}') for c in cells]

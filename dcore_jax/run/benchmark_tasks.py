@@ -1,4 +1,4 @@
-"""The test tasks of BFCL v3 and tau2-bench, to be kept out of training: read from the installed packages' data, imported nowhere."""
+"""The test tasks of BFCL v3 and tau2-bench, to be kept out of training: data of their packages, which are not imported."""
 import importlib.util
 import json
 import pathlib
@@ -54,7 +54,8 @@ def tau2_tests() -> Iterator[TestTask]:
     for task in json.loads((domains / domain / 'tasks.json').read_text(encoding='utf-8')):
       if task['id'] in tests:
         told = task['user_scenario']['instructions']
-        told = ' '.join(filter(None, (told.get('reason_for_call'), told.get('task_instructions')))) if isinstance(told, dict) else told
+        if isinstance(told, dict):
+          told = ' '.join(filter(None, (told.get('reason_for_call'), told.get('task_instructions'))))
         actions = (task.get('evaluation_criteria') or {}).get('actions') or ()
         calls = tuple(ToolCall(action['name'], action['arguments']) for action in actions)
         users = {str(value) for call in calls for name, value in call.arguments.items() if name == 'user_id'}

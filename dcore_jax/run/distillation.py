@@ -48,7 +48,7 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
     progress: told 1 for every seed that is finished or dropped, at once for those of finished shards.
 
   Raises:
-    ValueError: a config that does not hold, seeds that share an id, a folder that was begun with something else, or not one row.
+    ValueError: a config that does not hold, seeds that share an id, a folder that was begun with something else, or no row.
     ConnectionError: an endpoint that stays away. Nothing that was answered is lost: call again.
   """
   c = config.distill

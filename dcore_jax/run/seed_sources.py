@@ -159,7 +159,8 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
       found.dropped['a turn without calls'] += 1
     history = [*conversation]
     for step, outputs in steps:
-      history.append(Message('assistant', print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()))
+      said = print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()
+      history.append(Message('assistant', said))
       if outputs:
         history.append(Message('user', '\n'.join(map(tool_response, outputs))))
 
@@ -207,7 +208,8 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
         if text or calls:
           turns.append(Turn(message['role'], text, calls))
     # All trials of a task are one group: see `experiments.seeds`.
-    dialogue = Dialogue(f'{name.rpartition("-")[0]}-task{record["task_id"]}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
+    trial = f'{name.rpartition("-")[0]}-task{record["task_id"]}/{record["trial"]}'
+    dialogue = Dialogue(trial, messages[0]['content'], specs, tuple(turns))
     seeds = list(dialogue_seeds(dialogue, found, refusals=False))
     right = [seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)]
     found.dropped['a call failed'] += len(seeds) - len(right)

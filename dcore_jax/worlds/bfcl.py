@@ -21,14 +21,14 @@ from dcore_jax.chat.tool_calls import parse_reference
 
 INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16'
 # class -> its module and its file of function docs
-CLASSES = {'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'), 'TicketAPI': ('ticket_api', 'ticket_api'),
-           'TwitterAPI': ('posting_api', 'posting_api')}
+CLASSES = {'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'),
+           'TicketAPI': ('ticket_api', 'ticket_api'), 'TwitterAPI': ('posting_api', 'posting_api')}
 _SOURCES = 'bfcl_eval.eval_checker.multi_turn_eval.func_source_code'
 _NODES = 20_000  # of a state that is looked at; a file system copied into itself has no end
 
 
 def package_folder() -> pathlib.Path:
-  """The folder of the package `bfcl_eval`: importable, or in `.bfcl` below the current one. ValueError where it is in neither."""
+  """The folder of the package `bfcl_eval`: importable, or in `.bfcl` below the current one; ValueError for neither."""
   spec = importlib.util.find_spec('bfcl_eval')
   places = [pathlib.Path(place) for place in spec.submodule_search_locations] if spec else []
   for folder in (*places, pathlib.Path('.bfcl/bfcl_eval').resolve()):

@@ -20,7 +20,7 @@ def seed(query, *calls, system='tools'):
 
 
 @pytest.mark.parametrize(('query', 'found'), [
-    (QUERY, ('t', 'query')), ('please, MOVE the final report -- into the archive and tell my colleague Ines: that it is done by noon!', ('t', 'query')),
+    (QUERY, ('t', 'query')), (QUERY.upper().replace(' ', ' -- ') + '!', ('t', 'query')),
     ('Well then. ' + QUERY + ' and thank you', ('t', 'query')),  # most of its 8-grams
     (' '.join(QUERY.split()[:9]) + ' nothing of the kind, but rather sort it by date and print the last ten lines of it', None),
     ('turn it off.', ('short', 'query')), ('turn it off and on', None), ('Something else altogether', None)])
@@ -32,7 +32,8 @@ def test_words(query, found):
     (CALLS, True), ((ToolCall('ls', {}), *CALLS), True), (CALLS[:2], False), (CALLS[1:], True),  # 3 values; 4 values
     ((dataclasses.replace(CALLS[0], arguments={'destination': 'Archive', 'source': 'report.TXT'}), *CALLS[1:]), True),
     ((*CALLS[:2], ToolCall('send', {'to': 'Ines', 'text': 'it is done', 'priority': 2.0})), True),
-    (ONES, True), (ONES[:2], False), ((*ONES[:2], ToolCall('ls', {}), ONES[2]), False), ((CALLS[2],), False), ((CALLS[1], CALLS[0], CALLS[2]), False),  # none of its runs is the test's
+    (ONES, True), (ONES[:2], False), ((*ONES[:2], ToolCall('ls', {}), ONES[2]), False), ((CALLS[2],), False),
+    ((CALLS[1], CALLS[0], CALLS[2]), False),  # none of its runs is the test's
     ((ToolCall('mv', {'source': 'other.txt', 'destination': 'archive'}), CALLS[1], ToolCall('send', {'to': 'Ines'})), False)])
 def test_calls(calls, found):
   assert OVERLAP.find(seed('something new', *calls)) == (('ones' if calls == ONES else 't', 'calls') if found else None)

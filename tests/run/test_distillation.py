@@ -1,4 +1,4 @@
-"""The stage that distils, against an endpoint on loopback: what is written, what a kill or a bad endpoint costs, what is refused."""
+"""The stage that distils, on loopback: what is written, what a kill or a bad endpoint costs, what is refused."""
 import collections
 import importlib.util
 import json
