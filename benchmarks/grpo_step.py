@@ -33,7 +33,7 @@ from configs import nano
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.distill.seeds import DecisionPoint, decision_points
-from dcore_jax.learn import grpo, objectives, optimizer
+from dcore_jax.learn import grpo, optimizer
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
@@ -64,14 +64,14 @@ def model(vocabulary: int) -> DecoderConfig:
 
 class Rollouts:
   """The same for all: random tokens, rewards that differ in each group, and old log-probabilities that are `shift` off, so that
-  the loss is not the zero of a step on the policy that sampled."""
+  the loss is not the zero of a step on the policy that sampled. (Ratios stay far below 3, where our dual clip would begin.)"""
 
   def __init__(self, vocabulary: int):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.integers(1, vocabulary, shape).astype(np.int32)
     self.prompts_PT, self.completions_NT = draw(PROMPTS, PROMPT_TOKENS), draw(PROMPTS * GROUP, RESPONSE_TOKENS)
     self.rewards_PG = rng.integers(-3, 5, (PROMPTS, GROUP)).astype(np.float32)
-    self.shift_NT = rng.normal(0, 0.3, self.completions_NT.shape).astype(np.float32)
+    self.shift_NT = rng.normal(0, 0.2, self.completions_NT.shape).astype(np.float32)
 
   def sequences(self) -> list[tokentree.Sequence]:
     weights = np.repeat(np.float32([0, 1]), [PROMPT_TOKENS, RESPONSE_TOKENS])
@@ -84,18 +84,20 @@ class Ours:
 
   def __init__(self, config: DecoderConfig, params: decoder.Params, rollouts: Rollouts, *, merge: bool, rows: int):
     self.tree = tokentree.pack(rollouts.sequences(), PROMPT_TOKENS + RESPONSE_TOKENS * (GROUP if merge else 1), rows, merge=merge)
-    self._rollouts, self._rows = rollouts, rows
+    self._rows = rows
     tx = optimizer.make_optimizer('adamw', LEARNING_RATE, weight_decay=0.01)
     self._score, self._step = grpo.make_score_pass(config), grpo.make_grpo_step(config, tx)
     self._state = optimizer.init_state(jax.tree.map(lambda leaf: leaf.copy(), params), tx)
-    shift = np.pad(rollouts.shift_NT, ((0, 0), (PROMPT_TOKENS, 0)))
-    self._shift_RT = self.tree.scatter(list(shift))
+    on_rows = lambda values_NT: self.tree.scatter(list(np.pad(values_NT, ((0, 0), (PROMPT_TOKENS, 0)))))
+    centred_PG = rollouts.rewards_PG - rollouts.rewards_PG.mean(axis=1, keepdims=True)
+    advantage_N = (centred_PG / (rollouts.rewards_PG.std(axis=1, ddof=1, keepdims=True) + 1e-6)).reshape(-1)
+    self._shift_RT = on_rows(rollouts.shift_NT)
+    self._advantage_RT = on_rows(np.repeat(advantage_N[:, None], RESPONSE_TOKENS, axis=1))
 
   def __call__(self) -> float:
     tree = self.tree
-    logp, entropy = grpo.score_rows(self._score, self._state.params, tree, self._rows)
-    advantage, _ = grpo.advantage_rows(tree, self._rollouts.rewards_PG, entropy, objectives.ADVANTAGES['grpo'])
-    tree = tree.with_extras(old_logp=logp + self._shift_RT, advantage=advantage)
+    logp_RT, _ = grpo.score_rows(self._score, self._state.params, tree, self._rows)
+    tree = tree.with_extras(old_logp=logp_RT + self._shift_RT, advantage=self._advantage_RT)
     self._state, metrics = self._step(self._state, tree.batch(accumulate=tree.rows // self._rows))
     return float(metrics['loss'])
 

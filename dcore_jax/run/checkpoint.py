@@ -1,10 +1,10 @@
 """Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all, kept to the newest few.
 
-A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays to the host, and writes
-them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see is a bit that flips afterwards (its
-compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it casts), or numpy scalars
-and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype and CRC-32 of each
-leaf, compared on the way back.
+A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays to the host and writes
+them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see
+is a bit that flips afterwards (its compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it
+casts), or numpy scalars and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype
+and CRC-32 of each leaf, compared on the way back.
 """
 import pathlib
 import shutil

@@ -24,7 +24,8 @@ class Script:
   def __init__(self, tokenizer, tasks):
     self.params = {'embed': np.zeros(1, np.float32)}
     self._tokenizer = tokenizer
-    self._answers = [[a for turn in task.turns for a in [*(print_calls([call]) for call in turn.calls), turn.answer]] for task in tasks]
+    said = lambda turn: [*(print_calls([call]) for call in turn.calls), turn.answer]
+    self._answers = [[answer for turn in task.turns for answer in said(turn)] for task in tasks]
 
   def stream(self, source, sampling):
     while arrivals := source(4):
@@ -62,7 +63,8 @@ def test_responses_branch_off_a_dialogue_without_thoughts(tokenizer, batch, task
   for rollout in batch.rollouts:
     for turn, (prompt, _) in enumerate(rollout.exchanges):
       text = tokenizer.decode(prompt)
-      assert 'the subtask' not in text and all(split_reasoning(said)[1].removesuffix('<|im_end|>') in text for said in rollout.texts[:turn])
+      assert 'the subtask' not in text
+      assert all(split_reasoning(said)[1].removesuffix('<|im_end|>') in text for said in rollout.texts[:turn])
   rows = sequences(batch.rollouts)
   tree = tokentree.pack(rows, 1024)
   assert len(rows) == sum(len(rollout.exchanges) for rollout in batch.rollouts)
@@ -89,8 +91,8 @@ def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(tokenizer
     np.testing.assert_allclose(values, sampled * wanted[index % GROUP], rtol=1e-5)
 
 
-def test_later_wholes_share_no_random_stream(tokenizer, tasks):
-  """Keys are (step, task, rollout, response): no two responses of a step draw the same numbers."""
+def test_no_two_responses_of_a_step_share_a_random_stream(tokenizer, tasks):
+  """Keys are (step, task, rollout, response)."""
   seen = []
 
   class Noted(Script):
