@@ -40,6 +40,7 @@ Params = Any
 # Nats. The engine's own log-probabilities stand in for the trainer's where they differ by less; in float32 they differ by 1e-6
 # to 1e-5, in bfloat16 by 1e-2.
 _EXACT = 1e-4
+_MEASURED = 2**32 - 1  # the random stream of measurements; no step has this number
 
 
 @functools.lru_cache(maxsize=4)
@@ -205,9 +206,9 @@ class GrpoLoop:
       made += self._sample(engine, part, step, earlier + first)
     return made
 
-  def measured(self, chosen: Sequence[int], stream: int) -> dict[str, float]:
-    """`rollout_metrics` of items that are not trained on; `stream` names the random stream, as a step does."""
-    return rollout_metrics(self.source.judge(chosen, self._sample(self.engine, chosen, stream, 0)))
+  def measured(self, chosen: Sequence[int]) -> dict[str, float]:
+    """`rollout_metrics` of items that are not trained on, always from the same random streams."""
+    return rollout_metrics(self.source.judge(chosen, self._sample(self.engine, chosen, _MEASURED, 0)))
 
   def _sampling(self) -> SamplingParams:
     return SamplingParams(temperature=self.config.temperature, max_tokens=self.config.max_tokens, seed=self.seed)
@@ -396,7 +397,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
       loop.engine.update(state.params)
       bar.initial = bar.n = start
     elif held_out:
-      position['before'] = position['after'] = loop.measured(held_out, config.steps)
+      position['before'] = position['after'] = loop.measured(held_out)
     spent, peak = position['seconds'], matmul_rate(str(params['embed'].dtype))
     metrics.rewind('rl', start)
     metrics.rewind('validation', start)
@@ -421,7 +422,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
         (ended, row), waiting = waiting.result(), None  # the row is on disk before the checkpoint that stands for it
         loop.adapt_alpha(row)
         if held_out:
-          position['after'] = loop.measured(held_out, config.steps)
+          position['after'] = loop.measured(held_out)
           metrics.write('validation', step, **position['after'])
         saved.save(step + 1, state, position | {'seconds': spent + time.monotonic() - opened, 'alpha': loop.alpha},
                    score=position['after'] and position['after']['reward'])

@@ -148,8 +148,8 @@ class Questions:
 
 
 class Episodes:
-  """Tasks of a world. The reward is 1 where the state and the outputs that an episode leaves behind are the reference's, else 0;
-  `format` is the share of responses with a closed thought, which is logged and not rewarded."""
+  """Tasks of a world. The reward is `rewards.outcome_reward`'s correctness: 3 where the state and the outputs that an episode
+  leaves behind are the reference's, else -3; its format is logged and not rewarded."""
 
   def __init__(self, tokenizer: Any, world: World, tasks: Sequence[Any]):
     self._tokenizer, self._world, self._tasks = tokenizer, world, tasks
@@ -167,9 +167,10 @@ class Episodes:
   def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
     shape = len(chosen), len(rollouts) // len(chosen)
     right_PG = np.array([rollout.outcome.correct for rollout in rollouts]).reshape(shape)
-    closed = [np.mean(['</think>' in text for text in rollout.texts] or [False]) for rollout in rollouts]
-    return RolloutBatch([self.kinds[index] for index in chosen], rollouts, right_PG.astype(np.float32),
-                        np.array(closed, np.float32).reshape(shape), right_PG.astype(np.float32), right_PG)
+    scored = [rewards.outcome_reward(rollout.texts, rollout.outcome) for rollout in rollouts]
+    format_PG, correctness_PG = (np.array([getattr(reward, part) for reward in scored], np.float32).reshape(shape)
+                                 for part in ('format', 'correctness'))
+    return RolloutBatch([self.kinds[index] for index in chosen], rollouts, correctness_PG, format_PG, correctness_PG, right_PG)
 
 
 # --- of either ---------------------------------------------------------------------------------------------------------------

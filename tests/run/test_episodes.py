@@ -51,10 +51,10 @@ def batch(tokenizer, tasks):
 
 
 def test_the_final_state_is_the_reward(batch, tasks):
-  np.testing.assert_array_equal(batch.total_PG, [[1, 1, 0], [1, 1, 0]])
+  np.testing.assert_array_equal(batch.total_PG, [[3, 3, -3], [3, 3, -3]])
   assert [rollout.outcome.reason for rollout in batch.rollouts[:GROUP]] == ['', '', 'wrong state']
   metrics = rollout_metrics(batch)
-  assert metrics['reward'] == metrics['reward_multi_turn'] == pytest.approx(2 / 3) and metrics['all_right_fraction'] == 0
+  assert metrics['reward'] == metrics['reward_multi_turn'] == 1 and metrics['all_right_fraction'] == 0
   assert metrics['responses'] == np.mean([task.steps + len(task.turns) for task in tasks for _ in range(2)] + [1, 1])
 
 
