@@ -63,12 +63,12 @@ def make_optimizer(name: str = 'adamw', learning_rate: float = 1e-5, schedule: s
                    floor: float = 0.0, total_steps: int | None = None, weight_decay: float = 0.0, clip: float = 1.0,
                    b1: float = 0.9, b2: float = 0.999, adam_learning_rate: float | None = None
                    ) -> optax.GradientTransformation:
-  """'adamw', or 'muon': Muon (Jordan 2024) on the hidden matrices, Adam on embedding, head and norms.
+  """'adamw', or 'muon': Muon (Jordan 2024) on the hidden matrices, Adam on embedding, head, norms and biases.
 
   Args:
     name: 'adamw' or 'muon'.
     learning_rate, schedule, warmup, floor, total_steps: see `make_schedule`.
-    weight_decay: decoupled; never on norms, and with Muon on the hidden matrices only.
+    weight_decay: decoupled; never on norms and biases, and with Muon on the hidden matrices only.
     clip: largest global gradient norm.
     b1, b2: Adam's decay rates.
     adam_learning_rate: peak of Muon's Adam part, same schedule; required there, since the two differ in scale.
@@ -106,7 +106,7 @@ def apply_gradients(tx: optax.GradientTransformation, state: TrainState, grads: 
 
 
 def _decayed(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith('norm'), params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(('norm', 'bias')), params)
 
 
 def _muon_axes(params: Any) -> Any:

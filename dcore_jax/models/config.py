@@ -3,12 +3,48 @@
 Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L num_hidden_layers,
 N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key positions.
 """
+from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-_MODEL_TYPE = 'qwen3'
+
+class _Family(NamedTuple):
+  """What a `model_type` says: the class that transformers loads, what its layers have, the defaults of its config class.
+
+  `required` and `written` are fields that say nothing new: what they must be where a file has them, and what goes into ours.
+  A default of None follows from other fields: head_dim is hidden_size / num_attention_heads, and there are as many key heads
+  as query heads.
+  """
+  architecture: str
+  qkv_bias: bool
+  qk_norm: bool
+  defaults: Mapping[str, Any]
+  required: Mapping[str, tuple[Any, ...]]
+  written: Mapping[str, Any]
+
+
+_DEFAULTS = {'rope_theta': 10000.0, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'initializer_range': 0.02,
+             'head_dim': None}
+_QWEN_DEFAULTS = _DEFAULTS | {'num_key_value_heads': 32, 'max_position_embeddings': 32768}
+_NO_BIAS = {'attention_bias': (False, None), 'mlp_bias': (False, None)}
+_NO_WINDOW = {'use_sliding_window': False, 'sliding_window': None}
+# DeepSeek-Coder, Llama and what descends from them are all 'llama'; Qwen2.5 is 'qwen2'.
+_FAMILIES = {
+    'qwen3': _Family('Qwen3ForCausalLM', qkv_bias=False, qk_norm=True, defaults=_QWEN_DEFAULTS | {'head_dim': 128},
+                     required=_NO_BIAS, written={'attention_bias': False, **_NO_WINDOW}),
+    # Its query, key and value projections have biases whatever a file says.
+    'qwen2': _Family('Qwen2ForCausalLM', qkv_bias=True, qk_norm=False, defaults=_QWEN_DEFAULTS,
+                     required={'attention_bias': (True, None), 'mlp_bias': (False, None)}, written=_NO_WINDOW),
+    'llama': _Family('LlamaForCausalLM', qkv_bias=False, qk_norm=False,
+                     defaults=_DEFAULTS | {'num_key_value_heads': None, 'max_position_embeddings': 2048, 'bos_token_id': 1,
+                                           'eos_token_id': 2},
+                     # Above 1 the projections are summed in slices, in another order than one product sums them.
+                     required=_NO_BIAS | {'pretraining_tp': (1, None)}, written={'attention_bias': False, 'mlp_bias': False}),
+}
+_REQUIRED = {'hidden_act': ('silu',), 'attention_dropout': (0, None), 'is_encoder_decoder': (False, None),
+             'partial_rotary_factor': (1, None)}
 # Statements about the file, not about the function the weights compute; reading past them changes nothing.
 _DESCRIPTIVE = frozenset({
     'architectures', 'model_type', 'torch_dtype', 'dtype', 'transformers_version', 'use_cache', '_name_or_path',
@@ -17,9 +53,50 @@ _DESCRIPTIVE = frozenset({
 })
 
 
+_ROPE_FIELDS = {'linear': ('factor',),
+                'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are slowed down for contexts longer than those of pretraining (rotary.py has the formulas).
+
+  'linear' divides all by `factor` (DeepSeek-Coder), 'llama3' the slow ones (Llama-3.1); the other fields are its.
+  """
+  rope_type: str
+  factor: float
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+  original_max_position_embeddings: int | None = None
+
+  def __post_init__(self):
+    if self.rope_type not in _ROPE_FIELDS:
+      raise ValueError(f'rope_type {self.rope_type!r} is not supported, only {sorted(_ROPE_FIELDS)}')
+    for field in dataclasses.fields(self)[1:]:
+      value = getattr(self, field.name)
+      if field.name not in _ROPE_FIELDS[self.rope_type]:
+        if value is not None:
+          raise ValueError(f'{self.rope_type} rope scaling does not read {field.name}={value!r}')
+      elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError(f'{field.name} of {self.rope_type} rope scaling must be a positive number, got {value!r}')
+    if self.rope_type == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(f'low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}')
+
+  @classmethod
+  def from_hf(cls, record: Mapping[str, Any]) -> 'RopeScaling':
+    """Reads the fields of a scaling; ValueError for those that are missing, and for any that it would ignore."""
+    unknown = sorted(record.keys() - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+      raise ValueError(f'unknown fields {unknown} of a rope scaling')
+    return cls(**{'factor': None, **record})
+
+  def to_hf(self) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A Qwen3 decoder. Hashable, so that it can be a static argument of a jitted function."""
+  """A decoder of the Qwen3, Qwen2 or Llama family. Hashable, so that it can be a static argument of a jitted function."""
   vocab_size: int
   hidden_size: int
   intermediate_size: int
@@ -35,8 +112,12 @@ class DecoderConfig:
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None
   pad_token_id: int | None = None
+  model_type: str = 'qwen3'
+  rope_scaling: RopeScaling | None = None
 
   def __post_init__(self):
+    if self.model_type not in _FAMILIES:
+      raise ValueError(f'model_type {self.model_type!r} is not supported, only {sorted(_FAMILIES)}')
     for name in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
                  'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'rope_theta', 'rms_norm_eps'):
       value = getattr(self, name)
@@ -50,37 +131,49 @@ class DecoderConfig:
 
   @classmethod
   def from_hf(cls, record: dict[str, Any]) -> 'DecoderConfig':
-    """Reads the contents of a `config.json`; ValueError naming every field whose meaning would be ignored."""
-    if record.get('model_type') != _MODEL_TYPE:
-      raise ValueError(f'model_type {record.get("model_type")!r} is not supported, only {_MODEL_TYPE!r}')
-    problems = _unsupported(record)
-    fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record}
-    rope_theta = _rope_theta(record)
-    if rope_theta is not None:
-      fields['rope_theta'] = rope_theta
-    # The defaults of transformers' Qwen3Config apply to what a file leaves out; those of this class are a user's.
-    fields.setdefault('head_dim', 128)
-    fields.setdefault('rope_theta', 10000.0)
-    fields.setdefault('tie_word_embeddings', False)
-    fields.setdefault('max_position_embeddings', 32768)
+    """Reads the contents of a `config.json`; ValueError naming every field whose meaning would be ignored.
+
+    The defaults of the family's config class in transformers apply to what a file leaves out (those of this class are a
+    user's), except for the sizes, which must be there.
+    """
+    family = _FAMILIES.get(record.get('model_type'))
+    if family is None:
+      raise ValueError(f'model_type {record.get("model_type")!r} is not supported, only {sorted(_FAMILIES)}')
+    rope, problems = _rope(record)
+    problems = _unsupported(record, family) + problems
+    fields = family.defaults | {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record} | rope
     if isinstance(fields.get('eos_token_id'), list):
       fields['eos_token_id'] = tuple(fields['eos_token_id'])
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     problems += [f'{name} is missing' for name in sorted(required - fields.keys())]
     if problems:
       raise ValueError('config.json: ' + '; '.join(problems))
+    if fields['num_key_value_heads'] is None:
+      fields['num_key_value_heads'] = fields['num_attention_heads']
+    if fields['head_dim'] is None:
+      fields['head_dim'] = _divided(fields['hidden_size'], fields['num_attention_heads'])
     return cls(**fields)
 
   def to_hf(self) -> dict[str, Any]:
     """The contents of a `config.json` that `from_hf` and transformers (4.51 and later, 5 included) read back."""
+    family = _FAMILIES[self.model_type]
     record = dataclasses.asdict(self)
     if isinstance(self.eos_token_id, tuple):
       record['eos_token_id'] = list(self.eos_token_id)
-    return record | {
-        'architectures': ['Qwen3ForCausalLM'], 'model_type': _MODEL_TYPE, 'hidden_act': 'silu', 'attention_bias': False,
-        'attention_dropout': 0.0, 'use_cache': True, 'use_sliding_window': False, 'sliding_window': None,
-        'rope_scaling': None,
+    return record | family.written | {
+        'architectures': [family.architecture], 'hidden_act': 'silu', 'attention_dropout': 0.0, 'use_cache': True,
+        'rope_scaling': self.rope_scaling and self.rope_scaling.to_hf(),
     }
+
+  @property
+  def qkv_bias(self) -> bool:
+    """Whether queries, keys and values have biases."""
+    return _FAMILIES[self.model_type].qkv_bias
+
+  @property
+  def qk_norm(self) -> bool:
+    """Whether queries and keys are normalised head by head."""
+    return _FAMILIES[self.model_type].qk_norm
 
   @property
   def stop_token_ids(self) -> tuple[int, ...]:
@@ -92,9 +185,11 @@ class DecoderConfig:
   @property
   def param_count(self) -> int:
     """Stored parameters; a tied head is counted once."""
-    norms = self.num_hidden_layers * (2 * self.hidden_size + 2 * self.head_dim) + self.hidden_size
+    vectors = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+    if self.qkv_bias:
+      vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
     embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-    return self._layer_matmul_params * self.num_hidden_layers + norms + embeddings
+    return (self._layer_matmul_params + vectors) * self.num_hidden_layers + self.hidden_size + embeddings
 
   def flops_per_token(self, seq_len: int) -> float:
     """Forward floating-point operations per token, averaged over a causal row of `seq_len` tokens, head included.
@@ -116,36 +211,60 @@ class DecoderConfig:
     return attention + 3 * self.hidden_size * self.intermediate_size
 
 
-def _rope_theta(record: dict[str, Any]) -> float | None:
-  """The base, from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
-  nested = record.get('rope_parameters') or {}
-  given = {float(theta) for theta in (record.get('rope_theta'), nested.get('rope_theta')) if theta is not None}
-  if len(given) > 1:
-    raise ValueError(f'config.json: rope_theta and rope_parameters disagree: {sorted(given)}')
-  return given.pop() if given else None
+def _divided(hidden_size: Any, heads: Any) -> int:
+  """The head_dim of a file that has none."""
+  if not isinstance(hidden_size, int) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+    raise ValueError(f'config.json: head_dim is missing, and hidden_size={hidden_size!r} is not a multiple of '
+                     f'num_attention_heads={heads!r}')
+  return hidden_size // heads
 
 
-def _unsupported(record: dict[str, Any]) -> list[str]:
-  """One line per field of the file that asks for something this decoder does not do."""
-  problems = []
-  expected = {'hidden_act': ('silu',), 'attention_bias': (False, None), 'use_sliding_window': (False, None),
-              'rope_scaling': (None,), 'attention_dropout': (0, None), 'mlp_bias': (False, None),
-              'is_encoder_decoder': (False, None)}
-  for name, allowed in expected.items():
-    if name in record and record[name] not in allowed:
-      problems.append(f'{name}={record[name]!r} is not supported')
+def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+  """(rope_theta where it is given and rope_scaling, problems).
+
+  transformers 4 writes `rope_theta` and `rope_scaling` side by side, transformers 5 both into `rope_parameters`.
+  """
+  theta, scaling, problems = {record.get('rope_theta')}, set(), []
+  for place in ('rope_scaling', 'rope_parameters'):
+    fields = dict(record.get(place) or {})
+    if not fields:
+      continue
+    theta.add(fields.pop('rope_theta', None))
+    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {None}  # renamed in transformers 4.43
+    if fields.pop('partial_rotary_factor', 1) != 1:
+      problems.append(f'{place}: partial_rotary_factor={record[place]["partial_rotary_factor"]!r} is not supported')
+    if kinds <= {'default'} and not fields:
+      scaling.add(None)
+      continue
+    try:
+      if len(kinds) != 1:
+        raise ValueError(f'rope_type and type disagree: {sorted(kinds)}' if kinds else 'rope_type is missing')
+      scaling.add(RopeScaling.from_hf({**fields, 'rope_type': kinds.pop()}))
+    except ValueError as error:
+      problems.append(f'{place}={record[place]!r}: {error}')
+  theta -= {None}
+  if len(theta) > 1 or len(scaling) > 1:
+    problems.append('rope_theta, rope_scaling and rope_parameters disagree: '
+                    f'{[record.get(name) for name in ("rope_theta", "rope_scaling", "rope_parameters")]}')
+  found = {'rope_theta': float(next(iter(theta)))} if theta else {}
+  return {**found, 'rope_scaling': next(iter(scaling), None)}, problems
+
+
+def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
+  """One line per field of the file that asks for something this decoder does not do; rotary fields are `_rope`'s."""
+  expected = _REQUIRED | family.required
+  problems = [f'{name}={record[name]!r} is not supported' for name, allowed in expected.items()
+              if name in record and record[name] not in allowed]
   # Qwen's own files carry a width there and switch it off beside it: only the pair means a window.
-  if record.get('sliding_window') is not None and record.get('use_sliding_window') is not False:
-    problems.append(f'sliding_window={record["sliding_window"]!r} is not supported')
-  rope = dict(record.get('rope_parameters') or {})
-  rope.pop('rope_theta', None)
-  if rope.pop('rope_type', 'default') != 'default' or rope:
-    problems.append(f'rope_parameters={record["rope_parameters"]!r} is not supported, only the default rotation')
+  window, used = record.get('sliding_window'), record.get('use_sliding_window')
+  if used or window is not None and used is not False:
+    problems.append(f'sliding_window={window!r} with use_sliding_window={used!r} and '
+                    f'max_window_layers={record.get("max_window_layers")!r} is not supported: no layer may have a window')
   other_layers = sorted(set(record.get('layer_types') or ()) - {'full_attention'})
   if other_layers:
     problems.append(f'layer_types {other_layers} are not supported')
   known = {f.name for f in dataclasses.fields(DecoderConfig)} | _DESCRIPTIVE | expected.keys()
-  known |= {'sliding_window', 'rope_parameters', 'layer_types'}
+  known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types'}
   unknown = sorted(name for name, value in record.items() if name not in known and value is not None)
   if unknown:
     problems.append(f'unknown fields {unknown}')

@@ -1,9 +1,9 @@
-"""The Qwen3 decoder as pure functions of a parameter tree, and a thin Flax NNX module around them.
+"""The decoder of Qwen3, Qwen2.5, Llama and DeepSeek-Coder: pure functions of a parameter tree, a thin Flax NNX module around.
 
-RMSNorm before each block, per-head RMSNorm on queries and keys, grouped-query attention, rotary embedding in float32,
-SwiGLU. The layers are stacked along a leading axis and scanned, so that compile time does not grow with depth.
-`abstract_params` is the one description of the parameters: initialisation, sharding, checkpoint import and export all
-follow it. Shape letters: config.py.
+RMSNorm before each block, grouped-query attention, rotary embedding in float32, SwiGLU; by family, biases on queries, keys
+and values (Qwen2.5) or per-head RMSNorm on queries and keys (Qwen3). The layers are stacked along a leading axis and
+scanned, so that compile time does not grow with depth. `abstract_params` is the one description of the parameters:
+initialisation, sharding, checkpoint import and export all follow it. Shape letters: config.py.
 """
 import dataclasses
 import math
@@ -25,7 +25,7 @@ Params = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
   """One parameter before it exists. `axes` names each dimension for sharding (sharding.py); `init` is the standard
-  deviation of a normal draw, or None for ones."""
+  deviation of a normal draw (0 gives zeros), or None for ones."""
   shape: tuple[int, ...]
   dtype: Any
   axes: tuple[str, ...]
@@ -83,13 +83,16 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
       'k': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
       'v': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
       'o': matrix((L, N, H, D), 'layers', 'heads', 'head_dim', 'embed'),
-      'q_norm': norm((L, H), 'layers', 'norm'),
-      'k_norm': norm((L, H), 'layers', 'norm'),
       'mlp_norm': norm((L, D), 'layers', 'norm'),
       'gate': matrix((L, D, F), 'layers', 'embed', 'mlp'),
       'up': matrix((L, D, F), 'layers', 'embed', 'mlp'),
       'down': matrix((L, F, D), 'layers', 'mlp', 'embed'),
   }
+  if config.qkv_bias:
+    bias = lambda heads, axis: ParamSpec((L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0)
+    layers |= {'q_bias': bias(N, 'heads'), 'k_bias': bias(K, 'kv_heads'), 'v_bias': bias(K, 'kv_heads')}
+  if config.qk_norm:
+    layers |= {'q_norm': norm((L, H), 'layers', 'norm'), 'k_norm': norm((L, H), 'layers', 'norm')}
   params = {
       'embed': matrix((config.vocab_size, D), 'vocab', 'embed'),
       'layers': layers,
@@ -131,7 +134,7 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
     end_BT: row index one past the last descendant of each token.
     execution: which attention, what is recomputed, whether the layers are unrolled.
   """
-  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta)
+  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta, config.rope_scaling)
 
   def layer_step(hidden_BTD, layer):
     def attend(q_BTNH, k_BTKH, v_BTKH):
@@ -184,7 +187,7 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
     raise ValueError(f'span={span} is outside 1..{S}, the slots of the cache')
   position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
   mask_BTS = attention.cache_mask(position_BT, span)
-  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta)
+  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta, config.rope_scaling)
   lane_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
 
   def layer_step(carry, layer_and_index):
@@ -228,7 +231,7 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
   """
   W = sharing.lane_RW.shape[1]
   position_B1 = (sharing.length_R[sharing.place_B // W] + slot_B)[:, None]
-  cos, sin = rotary.rope_tables(position_B1, config.head_dim, config.rope_theta)
+  cos, sin = rotary.rope_tables(position_B1, config.head_dim, config.rope_theta, config.rope_scaling)
   lane_B = jnp.arange(token_B.shape[0])
   hidden_B1D, keys, values = params['embed'][token_B][:, None], list(branches.k), list(branches.v)
 
@@ -305,9 +308,13 @@ def _block(layer: Params, config: DecoderConfig, hidden_BTD: jax.Array, cos: jax
   """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live."""
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (_project(normed, layer[name]) for name in ('q', 'k', 'v'))
-  q_BTNH = rotary.rotate(_rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps), cos, sin)
-  k_BTKH = rotary.rotate(_rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps), cos, sin)
-  out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+  if config.qkv_bias:
+    q_BTNH, k_BTKH, v_BTKH = (x + layer[name][None, None]
+                              for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias')))
+  if config.qk_norm:
+    q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
+    k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
+  out_BTNH = attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH)
   hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=2)
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])

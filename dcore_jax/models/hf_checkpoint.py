@@ -3,43 +3,73 @@
 A torch `Linear` stores [out, in] and one tensor per layer; the parameter tree stores input axes first, heads as axes of
 their own, and all layers stacked. Both directions are permutations of the numbers: importing and exporting in the
 stored dtype gives back the same bits. Everything is checked before anything is built or written, and reported in one
-error.
+error. No process holds more of a model than its own devices' part and one tensor.
 """
-from collections.abc import Iterator
-import contextlib
+from collections.abc import Callable
+import functools
 import json
+import math
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from dcore_jax.models import tensor_files
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params, abstract_params
 
-# name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a vector, kept as it is)
+# name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a vector)
 _LAYER_TENSORS = {
-    'attn_norm': ('input_layernorm', None),
-    'q': ('self_attn.q_proj', 1),
-    'k': ('self_attn.k_proj', 1),
-    'v': ('self_attn.v_proj', 1),
-    'o': ('self_attn.o_proj', 2),
-    'q_norm': ('self_attn.q_norm', None),
-    'k_norm': ('self_attn.k_norm', None),
-    'mlp_norm': ('post_attention_layernorm', None),
-    'gate': ('mlp.gate_proj', 1),
-    'up': ('mlp.up_proj', 1),
-    'down': ('mlp.down_proj', 1),
+    'attn_norm': ('input_layernorm.weight', None),
+    'q': ('self_attn.q_proj.weight', 1),
+    'k': ('self_attn.k_proj.weight', 1),
+    'v': ('self_attn.v_proj.weight', 1),
+    'o': ('self_attn.o_proj.weight', 2),
+    'q_bias': ('self_attn.q_proj.bias', None),
+    'k_bias': ('self_attn.k_proj.bias', None),
+    'v_bias': ('self_attn.v_proj.bias', None),
+    'q_norm': ('self_attn.q_norm.weight', None),
+    'k_norm': ('self_attn.k_norm.weight', None),
+    'mlp_norm': ('post_attention_layernorm.weight', None),
+    'gate': ('mlp.gate_proj.weight', 1),
+    'up': ('mlp.up_proj.weight', 1),
+    'down': ('mlp.down_proj.weight', 1),
 }
 _TOP_TENSORS = {'embed': 'model.embed_tokens.weight', 'final_norm': 'model.norm.weight', 'head': 'lm_head.weight'}
-_READABLE = ('F32', 'F16', 'BF16')
 _WRITABLE = ('float32', 'bfloat16')
 _TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
                     'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'chat_template.json')
+
+
+class Stored(NamedTuple):
+  """Where a tensor of a checkpoint belongs: params[path[0]]... and, where that is a stack, its place in it.
+
+  `shape` is that of the file. `inputs` leading axes of the parameter (of a layer) are what the file has last; None: the file
+  has the axes as they are (`embed`, `head`), or all in one (norms, biases).
+  """
+  path: tuple[str, ...]
+  layer: int | None
+  shape: tuple[int, ...]
+  inputs: int | None
+
+
+def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
+  """Every tensor of a checkpoint by its name, in the order of the model."""
+  specs = abstract_params(config)
+  top = {_TOP_TENSORS[name]: Stored((name,), None, spec.shape, None) for name, spec in specs.items() if name != 'layers'}
+  layers = {}
+  for index in range(config.num_hidden_layers):
+    for name, (suffix, inputs) in _LAYER_TENSORS.items():
+      if name in specs['layers']:
+        shape = specs['layers'][name].shape[1:]
+        stored = (math.prod(shape),) if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        layers[f'model.layers.{index}.{suffix}'] = Stored(('layers', name), index, stored, inputs)
+  embed = _TOP_TENSORS['embed']
+  return {embed: top.pop(embed), **layers, **top}
 
 
 def load_config(directory: str | pathlib.Path) -> DecoderConfig:
@@ -51,8 +81,12 @@ def load_params(directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shar
                 ) -> tuple[DecoderConfig, Params]:
   """(config, parameters in `dtype`) of a checkpoint directory.
 
-  `shardings`, a tree like the parameters, says where each one goes; without it all are on the default device. Host
-  memory holds one stacked parameter at a time.
+  The files are memory-mapped, and each device is given its slices of them, layer by layer, converted on the way.
+
+  Args:
+    directory: with config.json and model.safetensors or an index and its files.
+    dtype: of all parameters.
+    shardings: a tree like the parameters: where each one goes. Without it all are on the default device.
 
   Raises:
     ValueError: missing, extra, misshapen or unreadable tensors, all of them in one message; a file that is not there.
@@ -60,67 +94,100 @@ def load_params(directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shar
   directory = pathlib.Path(directory)
   config = load_config(directory)
   specs = abstract_params(config, dtype)
-  with contextlib.ExitStack() as stack:
-    stored = _open_tensors(directory, stack)
-    _check_stored(stored, config, directory)
+  files = _open_tensors(directory)
+  tensors = stored_tensors(config)
+  _check_stored(files, tensors, directory)
+  names: dict[tuple[str, ...], list[str]] = {}  # of each parameter, by layer
+  for name, stored in tensors.items():
+    names.setdefault(stored.path, []).append(name)
 
-    def build(path, spec, sharding=None):
-      return jax.device_put(_stacked(stored, tuple(key.key for key in path), spec), sharding)
+  def build(path, spec, sharding=None):
+    own = names[tuple(key.key for key in path)]
+    if tensors[own[0]].layer is None:
+      return _placed(files[own[0]], own[0], None, spec.shape, spec.dtype, sharding)
+    stack = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)()
+    for index, name in enumerate(own):
+      layer = _placed(files[name], name, tensors[name].inputs, spec.shape[1:], spec.dtype, _of_layer(sharding))
+      # Waited for: what is dispatched and not yet done holds its layer.
+      stack = jax.block_until_ready(_layer_setter(sharding)(stack, layer, index))
+    return stack
 
-    trees = (specs,) if shardings is None else (specs, shardings)
-    return config, jax.tree_util.tree_map_with_path(build, *trees)
+  trees = (specs,) if shardings is None else (specs, shardings)
+  return config, jax.tree_util.tree_map_with_path(build, *trees)
 
 
 def save_checkpoint(directory: str | pathlib.Path, config: DecoderConfig, params: Params, *,
                     tokenizer_dir: str | pathlib.Path | None = None, dtype: str = 'bfloat16', overwrite: bool = False,
-                    generation_config: dict[str, Any] | None = None) -> None:
+                    generation_config: dict[str, Any] | None = None, card: str | None = None,
+                    shard_bytes: int = 5_000_000_000) -> None:
   """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` and the serving engines load.
 
-  The directory is written beside its place and renamed when complete: a failure leaves what was there before.
+  The directory is written beside its place and renamed when complete: a failure leaves what was there before. Where there are
+  several processes all of them call this, on one file system; each writes some of the files, and one tensor at a time is
+  gathered from the devices.
 
   Args:
     directory: the target; its parents are made.
     config: the configuration that `params` belong to.
-    params: the parameter tree, checked against `config`.
+    params: the parameter tree, checked against `config`; sharded in any way.
     tokenizer_dir: a directory whose tokenizer files are copied.
     dtype: 'bfloat16' or 'float32', of every tensor.
     overwrite: allows to replace a non-empty directory.
     generation_config: contents of generation_config.json; by default the token ids of `config`.
+    card: the text of README.md; without it none is written.
+    shard_bytes: the most that a file holds, except for one tensor that is larger.
 
   Raises:
     ValueError: another dtype, a tree that does not fit the config (all differences listed), no tokenizer in
       tokenizer_dir.
     FileExistsError: a non-empty target without `overwrite`, or a target that is no directory.
+    RuntimeError: another process could not write its part.
   """
   if dtype not in _WRITABLE:
     raise ValueError(f'dtype={dtype!r} is not one of {_WRITABLE}')
   _check_tree(params, config)
+  params = jax.tree.map(jnp.asarray, params)
   tokenizer_files = _tokenizer_files(tokenizer_dir)
   target = pathlib.Path(directory).absolute()
-  if target.exists() and not target.is_dir():
-    raise FileExistsError(f'{target} is not a directory')
-  if target.is_dir() and any(target.iterdir()) and not overwrite:
-    raise FileExistsError(f'{target} is not empty; pass overwrite=True to replace it')
+  check_target(target, overwrite)
   if generation_config is None:
     ids = {name: config.to_hf()[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     generation_config = {name: value for name, value in ids.items() if value is not None}
-  target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.parent / f'.{target.name}.partial'
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-  try:
-    partial.mkdir()
+  tensors = stored_tensors(config)
+  files = _split(tensors, jnp.dtype(dtype).itemsize, shard_bytes)
+
+  def start():
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
     for source in tokenizer_files:
       shutil.copyfile(source, partial / source.name)
     # torch_dtype is what transformers 4 and the serving engines read, dtype what transformers 5 reads.
     _write_json(partial / 'config.json', config.to_hf() | {'dtype': dtype, 'torch_dtype': dtype})
     _write_json(partial / 'generation_config.json', generation_config)
-    tensors = dict(_exported(params, jnp.dtype(dtype)))
-    safetensors.numpy.save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
-    (partial / 'model.safetensors').chmod(0o644)  # safetensors 0.8 makes it readable for its owner only
-    _swap_in(partial, target)
+    if card is not None:
+      (partial / 'README.md').write_text(card, encoding='utf-8')
+    if len(files) > 1:
+      _write_json(partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize))
+
+  leader = jax.process_index() == 0
+  nothing = lambda: None
+  try:
+    _together(start if leader else nothing)
+    _together(lambda: _write_files(partial, files, tensors, params, jnp.dtype(dtype)))
+    _together((lambda: _swap_in(partial, target)) if leader else nothing)
   except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
+    if leader:
+      shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def check_target(directory: pathlib.Path, overwrite: bool) -> None:
+  """FileExistsError unless a directory may be written here."""
+  if directory.exists() and not directory.is_dir():
+    raise FileExistsError(f'{directory} is not a directory')
+  if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    raise FileExistsError(f'{directory} is not empty; pass overwrite to replace it')
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -139,89 +206,207 @@ def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
   path.write_text(json.dumps(record, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
-def _open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """name -> the open safetensors file that holds it, of model.safetensors or of the files its index lists."""
-  files = ['model.safetensors']
+# --- import ---
+
+
+def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]:
+  """name -> the mapped file that holds it, of model.safetensors or of the files its index lists."""
+  names = ['model.safetensors']
   index = directory / 'model.safetensors.index.json'
-  if not (directory / files[0]).is_file() and index.is_file():
-    files = sorted(set(_read_json(index).get('weight_map', {}).values()))
-  absent = [name for name in files if pathlib.PurePath(name).name != name or not (directory / name).is_file()]
-  if absent or not files:
+  if not (directory / names[0]).is_file() and index.is_file():
+    listed = _read_json(index).get('weight_map')
+    names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+  absent = [name for name in names if pathlib.PurePath(name).name != name or not (directory / name).is_file()]
+  if absent or not names:
     raise ValueError(f'{directory}: no weights, missing files {absent}')
-  stored = {}
-  for name in files:
-    try:
-      handle = stack.enter_context(safetensors.safe_open(directory / name, framework='np'))
-    except (safetensors.SafetensorError, OSError) as error:
-      raise ValueError(f'{directory / name} cannot be read: {error}') from error
-    twice = sorted(set(handle.keys()) & stored.keys())
+  found: dict[str, tensor_files.MappedFile] = {}
+  for name in names:
+    file = tensor_files.MappedFile(directory / name)
+    twice = sorted(file.entries.keys() & found.keys())
     if twice:
       raise ValueError(f'{directory}: stored in more than one file: {twice}')
-    stored.update(dict.fromkeys(handle.keys(), handle))
-  return stored
+    found.update(dict.fromkeys(file.entries, file))
+  return found
 
 
-def _hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """Every tensor of the checkpoint with its shape as stored."""
-  specs = abstract_params(config)
-  shapes = {_TOP_TENSORS[name]: spec.shape for name, spec in specs.items() if name != 'layers'}
-  for name, spec in specs['layers'].items():
-    suffix, inputs = _LAYER_TENSORS[name]
-    shape = spec.shape[1:]
-    if inputs is not None:
-      shape = (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
-    for index in range(config.num_hidden_layers):
-      shapes[f'model.layers.{index}.{suffix}.weight'] = shape
-  return shapes
-
-
-def _check_stored(stored: dict[str, Any], config: DecoderConfig, directory: pathlib.Path) -> None:
+def _check_stored(files: dict[str, tensor_files.MappedFile], expected: dict[str, Stored], directory: pathlib.Path) -> None:
   """Raises one ValueError that lists every difference between the files and the configuration."""
-  expected = _hf_shapes(config)
   embed, head = _TOP_TENSORS['embed'], _TOP_TENSORS['head']
-  problems = [f'missing {name} {list(expected[name])}' for name in expected if name not in stored]
-  for name, handle in stored.items():
-    tensor = handle.get_slice(name)
-    shape = tuple(tensor.get_shape())
-    if tensor.get_dtype() not in _READABLE:
-      problems.append(f'{name} has dtype {tensor.get_dtype()}, readable are {list(_READABLE)}')
+  problems = [f'missing {name} {list(stored.shape)}' for name, stored in expected.items() if name not in files]
+  for name, file in files.items():
+    entry = file.entries[name]
+    if entry.dtype not in tensor_files.DTYPES:
+      problems.append(f'{name} has dtype {entry.dtype}, readable are {list(tensor_files.DTYPES)}')
     elif name == head and name not in expected:
       # Some published tied checkpoints (Qwen3-0.6B) store the head all the same; a copy is fine, anything else is not.
-      if embed in stored and not np.array_equal(handle.get_tensor(name), stored[embed].get_tensor(embed)):
+      if embed in files and not _same(file, head, files[embed], embed):
         problems.append(f'{head} differs from {embed} although tie_word_embeddings is true')
     elif name not in expected:
-      problems.append(f'extra {name} {list(shape)}')
-    elif shape != expected[name]:
-      problems.append(f'{name} has shape {list(shape)}, expected {list(expected[name])}')
+      problems.append(f'extra {name} {list(entry.shape)}')
+    elif entry.shape != expected[name].shape:
+      problems.append(f'{name} has shape {list(entry.shape)}, expected {list(expected[name].shape)}')
   if problems:
     raise ValueError(f'{directory} does not fit its config.json:\n  ' + '\n  '.join(problems))
 
 
-def _stacked(stored: dict[str, Any], path: tuple[str, ...], spec: Any) -> np.ndarray:
-  """One parameter of the tree, read from its file or from its L tensors, in the dtype of `spec`."""
-  if len(path) == 1:
-    name = _TOP_TENSORS[path[0]]
-    return stored[name].get_tensor(name).astype(spec.dtype)
-  suffix, inputs = _LAYER_TENSORS[path[1]]
-  stacked = np.empty(spec.shape, spec.dtype)
-  for index in range(spec.shape[0]):
-    name = f'model.layers.{index}.{suffix}.weight'
-    tensor = stored[name].get_tensor(name)
-    stacked[index] = (tensor if inputs is None else tensor.T).reshape(spec.shape[1:]).astype(spec.dtype)
-  return stacked
+def _same(file: tensor_files.MappedFile, name: str, other: tensor_files.MappedFile, other_name: str) -> bool:
+  """Whether two tensors are equal to the bit."""
+  if file.entries[name][:2] != other.entries[other_name][:2]:
+    return False
+  ours, theirs = (held.view(key).reshape(-1).view(np.uint8) for held, key in ((file, name), (other, other_name)))
+  step = 16 << 20
+  same = all(np.array_equal(ours[at:at + step], theirs[at:at + step]) for at in range(0, len(ours), step))
+  file.release(name)
+  other.release(other_name)
+  return same
 
 
-def _exported(params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, tensor) for every tensor of the file, contiguous as safetensors needs them."""
-  for name, value in params.items():
-    if name != 'layers':
-      yield _TOP_TENSORS[name], np.ascontiguousarray(np.asarray(value).astype(dtype))
-  for name, value in params['layers'].items():
-    suffix, inputs = _LAYER_TENSORS[name]
-    for index, tensor in enumerate(np.asarray(value).astype(dtype)):
-      if inputs is not None:
-        tensor = tensor.reshape(int(np.prod(tensor.shape[:inputs])), -1).T
-      yield f'model.layers.{index}.{suffix}.weight', np.ascontiguousarray(tensor)
+def _placed(file: tensor_files.MappedFile, name: str, inputs: int | None, shape: tuple[int, ...], dtype: Any,
+            sharding: jax.sharding.Sharding | None) -> jax.Array:
+  """A tensor of a file, in the layout and dtype of its parameter (of one layer of it), on the devices of `sharding`."""
+  view = file.view(name)
+  # Copied in any case: a parameter that is a view of our buffer could not be donated.
+  put = lambda block, device: jax.device_put(block, device, may_alias=False)
+  if sharding is None:
+    array = put(_block(view, inputs, shape, (slice(None),) * len(shape), dtype), None)
+  else:
+    holders: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+      holders.setdefault(tuple((axis.start, axis.stop) for axis in index), (index, []))[1].append(device)
+    parts = []
+    for index, devices in holders.values():  # replicas get the same block
+      block = _block(view, inputs, shape, index, dtype)
+      parts += jax.block_until_ready([put(block, device) for device in devices])
+    array = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+  array = jax.block_until_ready(array)
+  file.release(name)
+  return array
+
+
+def _block(view: np.ndarray, inputs: int | None, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+  """parameter[index], where `view` is the parameter as the file has it and `shape` its own shape."""
+  if inputs is None:
+    return tensor_files.contiguous(view.reshape(shape)[index], dtype)
+  part = view.reshape(shape[inputs:] + shape[:inputs])[index[inputs:] + index[:inputs]]
+  outs = part.ndim - inputs
+  block = np.empty(part.shape[outs:] + part.shape[:outs], dtype)
+  rows = math.prod(part.shape[outs:])
+  tensor_files.copy_transposed(part.reshape(-1, rows), block.reshape(rows, -1))
+  return block
+
+
+def _of_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+  """Where one layer goes of a stack that goes to `sharding`."""
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+  return sharding
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_setter(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+  """(stack, layer, index) -> the stack, in its place in memory, with that layer."""
+  def put(stack, layer, index):
+    # As integers: XLA's CPU compiler updates a stack of bfloat16 by way of a copy in float32 of all of it.
+    bits = lambda x: jax.lax.bitcast_convert_type(x, f'uint{8 * stack.dtype.itemsize}')
+    updated = jax.lax.dynamic_update_index_in_dim(bits(stack), bits(layer), index, 0)
+    return jax.lax.bitcast_convert_type(updated, stack.dtype)
+  return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+# --- export ---
+
+
+def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, list[str]]:
+  """file -> the tensors in it, in the order of the model, as many as `limit` bytes allow."""
+  groups, size = [], math.inf
+  for name, stored in tensors.items():
+    more = math.prod(stored.shape) * itemsize
+    if size + more > limit:
+      groups.append([])
+      size = 0
+    groups[-1].append(name)
+    size += more
+  if len(groups) == 1:
+    return {'model.safetensors': groups[0]}
+  return {f'model-{number:05d}-of-{len(groups):05d}.safetensors': names for number, names in enumerate(groups, 1)}
+
+
+def _index(files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int) -> dict[str, Any]:
+  numbers = sum(math.prod(stored.shape) for stored in tensors.values())
+  return {'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
+          'weight_map': {name: file for file, names in files.items() for name in names}}
+
+
+def _write_files(folder: pathlib.Path, files: dict[str, list[str]], tensors: dict[str, Stored], params: Params,
+                 dtype: np.dtype) -> None:
+  """Writes this process's share of the files. Gathering is collective: it goes on where writing has failed."""
+  error = None
+  for number, (file, names) in enumerate(files.items()):
+    writer = None
+    for name in sorted(names):
+      mine = number % jax.process_count() == jax.process_index() and error is None
+      tensor = _gathered(params, tensors[name], mine)
+      if not mine:
+        continue
+      try:
+        writer = writer or tensor_files.FileWriter(folder / file, {key: tensors[key].shape for key in names}, dtype)
+        writer.write(name, tensor)
+      except OSError as caught:
+        error = caught
+    if writer:
+      writer.close()
+  if error:
+    raise error
+
+
+def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
+  """The tensor as its file has it, in the parameter's dtype, on the host; None for a process that does not want it."""
+  leaf = functools.reduce(lambda tree, key: tree[key], stored.path, params)
+  stacked, whole = stored.layer is not None, None
+  if not leaf.is_fully_addressable:
+    whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+  if stacked or whole:
+    # Waited for by all: a process that ran ahead would hold further tensors, and collectives could meet in another order.
+    leaf = jax.block_until_ready(_taker(whole)(leaf, stored.layer or 0, stacked))
+  if not mine:
+    return None
+  tensor = _on_host(leaf)
+  return tensor.reshape(stored.shape) if stored.inputs is None else tensor.reshape(stored.shape[::-1]).T
+
+
+@functools.lru_cache(maxsize=64)
+def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, bool], jax.Array]:
+  """(parameter, layer, stacked) -> that layer of a stack, or all of what is no stack, placed as `sharding` says."""
+  def take(leaf, layer, stacked):
+    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False) if stacked else leaf
+  return jax.jit(take, static_argnums=2, out_shardings=sharding)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+  """An array of which this process has every part, as numpy. Of copies of the parts: jax keeps what it was asked for so."""
+  parts = list({str(shard.index): shard for shard in array.addressable_shards}.values())
+  if len(parts) == 1:
+    return np.asarray(parts[0].data.copy())
+  whole = np.empty(array.shape, array.dtype)
+  for part in parts:
+    whole[part.index] = np.asarray(part.data.copy())
+  return whole
+
+
+def _together(step: Callable[[], None]) -> None:
+  """Runs this process's part of a step and waits for the others'; where one has failed, all raise."""
+  if jax.process_count() == 1:
+    return step()
+  error = None
+  try:
+    step()
+  except Exception as caught:
+    error = caught
+  failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+  if error is not None:
+    raise error
+  if failed.size:
+    raise RuntimeError(f'the export failed on processes {failed.tolist()}')
 
 
 def _check_tree(params: Params, config: DecoderConfig) -> None:

@@ -183,6 +183,32 @@ class Checkpoints:
     self._manager.reload()
 
 
+def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
+  """Those leaves of one checkpoint that `example` has, at the same paths; the others are not read. Nothing is changed there.
+
+  Raises:
+    ValueError: a leaf is missing or of another shape or dtype (all are named), or the checkpoint is damaged.
+  """
+  targets = {path: _target(leaf) for path, leaf in _flatten(example)}
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      described = reader.restore(step_dir / 'record')['leaves']
+  except Exception as error:  # damage shows as any of a dozen types
+    raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
+  _check_structure({path: leaf for path, leaf in described.items() if path in targets}, example, str(step_dir))
+  try:
+    with ocp.PyTreeCheckpointer() as reader:
+      arguments = ocp.args.PyTreeRestore(targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True)
+      values = reader.restore(step_dir / 'tree', args=arguments)
+  except Exception as error:
+    raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
+  for path, value in values.items():
+    # Of a copy: jax would keep the numpy form of a split array beside it.
+    if described[path]['crc32'] not in (None, _crc32(value.copy())):
+      raise ValueError(f'checkpoint {step_dir}: the bytes of {path} are not those that were saved')
+  return jax.tree.unflatten(jax.tree.structure(example), [values[path] for path in targets])
+
+
 def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
   return [(jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

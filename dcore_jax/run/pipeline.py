@@ -28,8 +28,10 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
 from dcore_jax.run.distillation import run_distillation
+from dcore_jax.run.export import generation_config
 from dcore_jax.run.grpo_loop import run_rl
 from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
+from dcore_jax.run.model_card import model_card
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
 from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts
@@ -132,10 +134,11 @@ class Pipeline:
       self._engine.update(params)
     return self._engine
 
-  def _save(self, name: str, params: Any, dtype: str = 'float32') -> None:
+  def _save(self, name: str, params: Any, dtype: str = 'float32', card: str | None = None) -> None:
     policy = self.policy
+    ends = generation_config(self.config.model, policy.config, policy.tokenizer)
     save_checkpoint(self.workdir / name, policy.config, params, tokenizer_dir=policy.tokenizer_dir, dtype=dtype, overwrite=True,
-                    generation_config={'eos_token_id': policy.stop_ids, 'pad_token_id': policy.tokenizer.pad_token_id})
+                    generation_config=ends, card=card)
 
   # --- stages ---
 
@@ -204,9 +207,10 @@ class Pipeline:
     return next((name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()), 'base')
 
   def export(self) -> dict[str, Any]:
-    """The last trained model as a Hugging Face directory."""
+    """The last trained model as a Hugging Face directory, with a card that says how it came about."""
     name = self._last_trained()
-    self._save('export', self.params(name), self.config.export.dtype)
+    card = model_card(to_json(self.config), self.policy.config, stage=name, summary=self.summary())
+    self._save('export', self.params(name), self.config.export.dtype, card)
     return {'path': str(self.workdir / 'export'), 'stage': name}
 
   # --- results ---

@@ -1,24 +1,16 @@
 """config.json in and out, what is refused, and the derived numbers against counts by hand."""
 import dataclasses
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models import rotary
+from dcore_jax.models.config import DecoderConfig, RopeScaling
 from dcore_jax.models.decoder import abstract_params
-
-# The published Qwen3-8B config.json, the fields of which all must be understood.
-QWEN3_8B = json.loads("""{
-  "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
-  "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-  "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
-  "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-  "rope_scaling": null, "rope_theta": 1000000,
-  "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-  "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""")
+from published import DEEPSEEK_CODER, LLAMA3_1_8B, PUBLISHED, QWEN2_5_14B, QWEN3_8B
+from torch_reference import TINY, make_model
 
 
 def test_qwen3_8b_numbers():
@@ -30,6 +22,83 @@ def test_qwen3_8b_numbers():
   norms = 36 * (2 * 4096 + 2 * 128) + 4096
   assert config.flops_per_token(1) - 36 * 4 * 32 * 128 == 2 * (config.param_count - 151936 * 4096 - norms)
   assert config.flops_per_token(4097) - config.flops_per_token(1) == 36 * 4 * 32 * 128 * 2048
+
+
+@pytest.mark.parametrize('record, count', [(QWEN2_5_14B, 14_770_033_664), (LLAMA3_1_8B, 8_030_261_248),
+                                           (DEEPSEEK_CODER, 6_740_512_768)])
+def test_published_parameter_counts(record, count):
+  config = DecoderConfig.from_hf(record)
+  assert config.param_count == count
+  assert config.param_count == sum(math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config)))
+
+
+def test_the_other_families_are_understood():
+  qwen, llama, coder = (DecoderConfig.from_hf(record) for record in (QWEN2_5_14B, LLAMA3_1_8B, DEEPSEEK_CODER))
+  assert qwen.qkv_bias and not qwen.qk_norm and qwen.head_dim == 128 and qwen.rope_scaling is None
+  assert not (llama.qkv_bias or llama.qk_norm) and llama.rms_norm_eps == 1e-5
+  assert llama.stop_token_ids == (128001, 128008, 128009)
+  assert llama.rope_scaling == RopeScaling('llama3', 8.0, 1.0, 4.0, 8192) and llama.rope_theta == 5e5
+  assert coder.rope_scaling == RopeScaling('linear', 4.0) and coder.rope_theta == 1e5
+  assert len({hash(config) for config in (qwen, llama, coder)}) == 3
+
+
+@pytest.mark.parametrize('record', PUBLISHED.values(), ids=PUBLISHED)
+def test_round_trip_of_every_family_here_and_in_transformers(record):
+  """transformers 5 writes what it read in its own words, which must mean the same."""
+  transformers = pytest.importorskip('transformers')
+  config = DecoderConfig.from_hf(record)
+  written = config.to_hf()
+  assert DecoderConfig.from_hf(written) == config
+  theirs = transformers.AutoConfig.for_model(**{name: value for name, value in written.items() if name != 'architectures'})
+  assert DecoderConfig.from_hf(theirs.to_dict()) == config
+  assert written['architectures'] == record['architectures']
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'qwen2', 'llama'])
+def test_defaults_are_those_of_the_config_class(family):
+  """What a file leaves out is what transformers would take."""
+  transformers = pytest.importorskip('transformers')
+  sizes = {'vocab_size': 64, 'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2, 'num_attention_heads': 32}
+  theirs = transformers.AutoConfig.for_model(family, **sizes)
+  config = DecoderConfig.from_hf({'model_type': family, **sizes})
+  assert config == DecoderConfig.from_hf(theirs.to_dict())
+  grouped = DecoderConfig.from_hf({'model_type': family, **sizes, 'num_key_value_heads': None})
+  assert grouped.num_key_value_heads == 32
+
+
+@pytest.mark.parametrize('name', ['llama3_1', 'deepseek_coder'])
+def test_both_spellings_of_a_rope_scaling(name):
+  record = PUBLISHED[name]
+  config = DecoderConfig.from_hf(record)
+  fields = dict(record['rope_scaling'])
+  kind = fields.pop('type', None) or fields.pop('rope_type')
+  without = {key: value for key, value in record.items() if key not in ('rope_scaling', 'rope_theta')}
+  for spelling in ({'rope_parameters': fields | {'rope_type': kind, 'rope_theta': record['rope_theta']}},
+                   {'rope_theta': record['rope_theta'], 'rope_scaling': fields | {'type': kind}},
+                   {'rope_theta': record['rope_theta'], 'rope_scaling': fields | {'type': kind, 'rope_type': kind}}):
+    assert DecoderConfig.from_hf(without | spelling) == config
+  with pytest.raises(ValueError, match='disagree'):
+    DecoderConfig.from_hf(record | {'rope_parameters': {'rope_type': 'default', 'rope_theta': record['rope_theta']}})
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_frequencies_equal_transformers(name):
+  """At the published sizes, where the table has 64 pairs."""
+  torch = pytest.importorskip('torch')
+  modeling = pytest.importorskip('transformers.models.llama.modeling_llama')
+  transformers = pytest.importorskip('transformers')
+  config = DecoderConfig.from_hf(PUBLISHED[name])
+  theirs = modeling.LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**PUBLISHED[name]))
+  got = rotary.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+  torch.testing.assert_close(torch.tensor(got), theirs.inv_freq, rtol=2e-6, atol=0)
+
+
+def test_the_tiny_scaled_models_use_every_band():
+  """Of the pairs of the tiny Llama some are kept, some mixed and some divided: parity tests see all three."""
+  config = DecoderConfig.from_hf(make_model(**TINY['llama3_1']).config.to_dict())
+  ratio = rotary.frequencies(config.head_dim, config.rope_theta, config.rope_scaling) / rotary.frequencies(
+      config.head_dim, config.rope_theta)
+  assert ratio[0] == 1 and any(0.13 < r < 0.99 for r in ratio) and abs(ratio[-1] - 1 / 8) < 1e-6
 
 
 def test_round_trip_and_both_places_of_rope_theta():
@@ -53,7 +122,8 @@ def test_transformers_reads_what_we_write():
 
 
 @pytest.mark.parametrize('change, match', [
-    ({'model_type': 'llama'}, 'llama'), ({'use_sliding_window': True, 'sliding_window': 4096}, 'sliding_window=4096'),
+    ({'model_type': 'mistral'}, "'mistral'.*'llama', 'qwen2', 'qwen3'"),
+    ({'use_sliding_window': True, 'sliding_window': 4096}, 'sliding_window=4096'),
     ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'type': 'yarn'}}, 'rope_scaling'),
     ({'hidden_act': 'gelu'}, 'hidden_act'), ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0}}, 'rope_parameters'),
@@ -64,6 +134,29 @@ def test_transformers_reads_what_we_write():
 def test_what_would_be_ignored_is_refused(change, match):
   with pytest.raises(ValueError, match=match):
     DecoderConfig.from_hf(QWEN3_8B | change)
+
+
+@pytest.mark.parametrize('name, change, match', [
+    ('llama3_1', {'attention_bias': True}, 'attention_bias=True'), ('llama3_1', {'mlp_bias': True}, 'mlp_bias=True'),
+    ('llama3_1', {'pretraining_tp': 2}, 'pretraining_tp=2'), ('llama3_1', {'partial_rotary_factor': 0.5}, 'partial_rotary'),
+    ('llama3_1', {'sliding_window': 4096}, 'sliding_window=4096'), ('llama3_1', {'clip_qkv': 8.0}, 'clip_qkv'),
+    ('llama3_1', {'hidden_size': 4100, 'head_dim': None}, 'hidden_size=4100 is not a multiple'),
+    ('llama3_1', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'low_freq_factor'),
+    ('llama3_1', {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, "'dynamic' is not supported"),
+    ('llama3_1', {'rope_scaling': {'factor': 2.0}}, 'rope_type is missing'),
+    ('llama3_1', {'rope_scaling': LLAMA3_1_8B['rope_scaling'] | {'high_freq_factor': 1.0}}, 'is not below'),
+    ('llama3_1', {'rope_scaling': LLAMA3_1_8B['rope_scaling'] | {'type': 'linear'}}, 'disagree'),
+    ('llama3_1', {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial'),
+    ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'beta_fast': 32}}, 'beta_fast'),
+    ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'low_freq_factor': 1}}, 'does not read low_freq'),
+    ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 0}}, 'factor of linear'),
+    ('qwen2', {'use_sliding_window': True}, 'use_sliding_window=True and max_window_layers=70'),
+    ('qwen2', {'attention_bias': False}, 'attention_bias=False'),
+    ('qwen2', {'layer_types': ['sliding_attention']}, 'layer_types'),
+])
+def test_what_the_other_families_would_ignore_is_refused(name, change, match):
+  with pytest.raises(ValueError, match=match):
+    DecoderConfig.from_hf(PUBLISHED[name] | change)
 
 
 def test_all_problems_are_named_at_once():
