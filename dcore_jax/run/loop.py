@@ -17,12 +17,13 @@ import jax
 import ml_collections
 import numpy as np
 
+from dcore_jax import sharding
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
 from dcore_jax.learn import grpo, objectives, rewards, sft
-from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
+from dcore_jax.learn.optimizer import HOST, TrainState, check_offload, init_state, make_optimizer
 from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
@@ -60,12 +61,13 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
-                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id)
+                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id, shards=sharding.shards(),
+                     host=jax.process_index(), hosts=jax.process_count())
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
                       total_steps=len(data), weight_decay=config.weight_decay, clip=config.clip,
                       adam_learning_rate=config.adam_learning_rate or None)
   step_fn = sft.make_sft_step(model, tx, execution)
-  state = init_state(params, tx)
+  state = init_state(params, tx, offload='optimizer' in execution.offload)
   tree = data.tree
   fingerprint = zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
   flat = sum(map(len, tree.paths)) / tree.rows * config.rows  # tokens of the unmerged rows that a step stands for
@@ -88,7 +90,7 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
 
     waiting = None
     for step, batch in enumerate(data.prefetched(start), start):
-      state, values = step_fn(state, batch)
+      state, values = step_fn(state, sharding.place_batch(batch))
       if waiting:  # fetched only now, so that the device is already busy with the next step
         log(*waiting)
       waiting = step, values
@@ -158,8 +160,28 @@ def _compiled_step(model: DecoderConfig, execution: Execution, learning_rate: fl
           grpo.make_psi_norm(model, **options))
 
 
+class Reference:
+  """The frozen policy of the KL term, a copy in the dtype of computation; with `execution.offload` it lies in host memory.
+
+  Raises:
+    ValueError: offloading where there is no such memory.
+  """
+
+  def __init__(self, params: Params, execution: Execution):
+    dtype = execution.dtype(params)
+    copied = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=True), params)
+    self._placed, self._held = jax.tree.map(lambda leaf: leaf.sharding, copied), copied
+    if 'reference' in execution.offload:
+      check_offload()
+      self._held = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), copied)
+
+  def params(self) -> Params:
+    """On the devices, for as long as the caller holds them."""
+    return jax.device_put(self._held, self._placed)
+
+
 # Micro-batches come in multiples of this: one shape is compiled (5 s for the organism), and those left empty cost nothing.
-_PARTS = 16
+PARTS = 16
 
 
 class GrpoLoop:
@@ -217,13 +239,15 @@ class GrpoLoop:
     shaped = [np.asarray(part).reshape(len(prompts), G) for part in (reward.total, reward.format, reward.correctness)]
     return RolloutBatch(prompts, completions, texts, *shaped, np.asarray(best.correctness))
 
-  def _trees(self, params: Params, reference: Params | None, batch: RolloutBatch) -> tuple[list[tokentree.TokenTree], float]:
+  def _trees(self, params: Params, reference: 'Reference | None',
+             batch: RolloutBatch) -> tuple[list[tokentree.TokenTree], float]:
     """One tree a mini-batch, with everything the update reads, and the mean entropy of the old policy (nats a token)."""
     P, G = batch.total_PG.shape
     size, trees, entropy, tokens = P // self.config.updates, [], 0.0, 0
+    held = reference.params() if reference else None
     for first in range(0, P, size):
       chosen = range(first, first + size)
-      multiple = self.config.rows * _PARTS
+      multiple = self.config.rows * PARTS
       tree = tokentree.pack(batch.sequences(chosen), self.config.capacity, multiple, self.tokenizer.pad_token_id)
       if tree.dropped:
         raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; '
@@ -231,7 +255,7 @@ class GrpoLoop:
       logp_RT, entropy_RT = grpo.score_rows(self._score, params, tree, self.config.rows, self._budget)
       extras = {'old_logp': logp_RT}
       if self.config.kl_coefficient:
-        extras['ref_logp'], _ = grpo.score_rows(self._score, reference, tree, self.config.rows, self._budget)
+        extras['ref_logp'], _ = grpo.score_rows(self._score, held, tree, self.config.rows, self._budget)
       advantage, psi = grpo.advantage_rows(tree, batch.total_PG[first:first + size], entropy_RT, self._estimator)
       extras |= {'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
       trees.append(tree.with_extras(**extras))
@@ -246,19 +270,20 @@ class GrpoLoop:
     gaps = np.abs(np.concatenate(recomputed) - np.concatenate([c.logprobs for c in batch.completions]))
     return float(gaps.mean()), float(gaps.max())
 
-  def update(self, state: TrainState, reference: Params | None, batch: RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
+  def update(self, state: TrainState, reference: 'Reference | None', batch: RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
     """All optimizer steps on one rollout batch -> (state, metrics)."""
     trees, entropy = self._trees(state.params, reference, batch)
     gap_mean, gap_max = self._logp_gap(trees, batch)
-    batches = [tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows) for tree in trees]
+    options = dict(budget=self._budget, shards=sharding.shards())
+    batches = [tree.batch(accumulate=tree.rows // self.config.rows, **options) for tree in trees]
     psi = {}
     if self.measure_psi:  # on the first mini-batch that has any
       shown = next((data for data in batches if data.extras['psi'].any()), batches[0])
-      psi['psi_grad_norm'] = self._psi_norm(state.params, shown)
+      psi['psi_grad_norm'] = self._psi_norm(state.params, sharding.place_batch(shown, whole=True))
     collected = []
     for data in batches:
       data.extras.pop('psi', None)
-      state, values = self._step(state, data)
+      state, values = self._step(state, sharding.place_batch(data, whole=True))
       collected.append(values)
     self.engine.update(state.params)
     values = {name: np.mean([float(v[name]) for v in collected]) for name in collected[0] if name not in ('skipped', 'weight')}
@@ -298,7 +323,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
   random streams; `resumed_at` and `seconds_before` tell what an earlier process did.
 
   Args:
-    params: the policy to start from, and the frozen reference of the KL term; not donated.
+    params: the policy to start from; donated. Its KL term is against a frozen copy, see `Reference`.
     model, tokenizer: what they belong to.
     points: prompts with their reference answers.
     config: section `rl`: steps, prompts, validation, group, updates, estimator, alpha, delta, zero_test, psi_multiplier, learning_rate,
@@ -315,8 +340,8 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
   loop = GrpoLoop(model, tokenizer, make_engine(params), prompts, config, execution=execution, seed=seed)
   measure = lambda: rollout_metrics(loop.sample(held_out, config.steps)) if held_out else None
   before = measure()
-  copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
-  state = init_state(copied, loop.tx)
+  reference = Reference(params, execution) if config.kl_coefficient else None
+  state = init_state(params, loop.tx, offload='optimizer' in execution.offload)
   with Checkpoints(checkpoints, keep=1) as saved, progress(total=config.steps, description=config.estimator) as bar:
     start, spent, opened = 0, 0.0, time.monotonic()
     found = saved.restore(state)
@@ -330,7 +355,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, points: Sequenc
       began = time.monotonic()
       batch = loop.rollout(step)
       sampled = time.monotonic()
-      state, values = loop.update(state, params if config.kl_coefficient else None, batch)
+      state, values = loop.update(state, reference, batch)
       ended = time.monotonic()
       row = rollout_metrics(batch) | values | {'seconds_rollout': sampled - began, 'seconds_update': ended - sampled}
       metrics.write('rl', step, **row)
