@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=configs/deepseek_coder_6_7b.py --config.model.path=DIR
            --workdir=runs/deepseek_coder_6_7b
            --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
-Plan:      python -m experiments.plan --config=configs/deepseek_coder_6_7b.py --topology=a100:8 --steps='SFT step'
+Plan:      python -m experiments.plan --config=configs/deepseek_coder_6_7b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      as qwen3_8b.py, less by the size of the model: SFT 8 h at 40 % MFU
 Result:    none yet: no accelerator was at hand

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/llama3_1_8b.py --config.model.path=DIR --workdir=runs/llama3_1_8b
            --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
-Plan:      python -m experiments.plan --config=configs/llama3_1_8b.py --topology=a100:8 --steps='SFT step'
+Plan:      python -m experiments.plan --config=configs/llama3_1_8b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      as qwen3_8b.py: SFT 9 h at 40 % MFU
 Result:    none yet: no accelerator was at hand

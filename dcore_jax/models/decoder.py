@@ -24,14 +24,12 @@ Params = dict[str, Any]
 
 COMPUTE = ('auto', 'float32', 'bfloat16')
 OFFLOAD = ('optimizer', 'reference')
-# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 17 KiB, dots 84 KiB.
+# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB, dots 84 KiB.
 REMAT: dict[str, Callable[..., bool] | None] = {
     'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
     'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
 # Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
 _LANE_QUERIES, _LANE_KEYS = ('lanes', 'length', 'heads', 'head_dim'), ('lanes', 'kv_heads', 'length', 'head_dim')
 
@@ -186,13 +184,6 @@ def cast(params: Params, dtype: Any) -> Params:
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged for columns: the table is
-  not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient."""
-  hidden_BTD = sharding.constrain(embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed')
-  return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden')
-
-
 def unstack(params: Params) -> Params:
   """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
   layers = [jax.tree.map(lambda stack: stack[index], params['layers']) for index in range(len(params['layers']['q']))]
@@ -330,6 +321,13 @@ class Decoder(nnx.Module):
     params = self.params()
     hidden_BTD = hidden_states(params, self.config, tokens_BT, position_BT, end_BT)
     return jnp.einsum('btd,vd->btv', hidden_BTD, head_matrix(params))
+
+
+def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged for columns: the table is
+  not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient."""
+  hidden_BTD = sharding.constrain(embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed')
+  return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden')
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -202,6 +202,8 @@ class GrpoLoop:
       raise ValueError(f'{len(prompts)} prompts are too few for batches of {config.prompts}')
     if config.prompts % config.updates:
       raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
+    if config.rows % sharding.shards():
+      raise ValueError(f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows')
     if config.estimator not in objectives.ADVANTAGES:
       raise ValueError(f'unknown rl.estimator {config.estimator!r}; expected one of {sorted(objectives.ADVANTAGES)}')
     self.model, self.tokenizer, self.engine = model, tokenizer, engine

@@ -83,11 +83,12 @@ def model_config(section: ml_collections.ConfigDict) -> DecoderConfig:
   if not section.path:
     return presets.config(section.preset) if section.preset else load_config(ORGANISM)
   try:
-    return load_config(data_path(section.path))
+    folder = data_path(section.path)
   except ValueError:
     if not section.preset:
       raise
     return presets.config(section.preset)
+  return load_config(folder)
 
 
 def plan(config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] = ()) -> list[StepPlan]:
@@ -106,6 +107,8 @@ def plan(config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] 
   devices, memory = topology.target(target)
   made = programs.Programs(config, model_config(config.model), devices)
   wanted = made.all()
+  if not wanted:
+    raise ValueError(f'stages {config.stages} train nothing: there is no step to compile')
   unknown = set(steps) - {program.name for program in wanted}
   if unknown:
     raise ValueError(f'unknown steps {sorted(unknown)}; expected some of {[program.name for program in wanted]}')

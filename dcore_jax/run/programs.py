@@ -94,10 +94,6 @@ class Programs:
       raise ValueError('execution.offload: CPU devices have no memory apart from the host\'s')
     with jax.set_mesh(self.mesh):
       self.shards, self.dtype = sharding.shards(), self.execution.dtype({'embed': jax.ShapeDtypeStruct((), jnp.float32)})
-    for section in ('sft', 'rl'):
-      rows, parts = config[section].rows, config.sft.accumulate if section == 'sft' else 1
-      if rows % (parts * self.shards):
-        raise ValueError(f'{section}.rows = {rows} do not divide into {parts} micro-batches over {self.shards} devices')
     self.specs = decoder.abstract_params(model)
     self.reference = self._on_host(sharding.abstract(decoder.abstract_params(model, self.dtype), self.mesh), 'reference')
     c = config.engine
@@ -119,11 +115,22 @@ class Programs:
     return dataclasses.replace(state, opt_state=self._on_host(state.opt_state, 'optimizer'))
 
   def all(self) -> list[Program]:
-    """SFT, then what a DA-GRPO step consists of."""
-    return [self.sft(), self.score('old log-probabilities'), self.score('reference log-probabilities'), self.grpo(),
-            self.prefill(), self.decode()]
+    """SFT, then what a DA-GRPO step consists of, where the config has these stages."""
+    found = [self.sft()] if 'sft' in self.config.stages else []
+    if 'rl' in self.config.stages:
+      found += [self.score('old log-probabilities')]
+      found += [self.score('reference log-probabilities')] if self.config.rl.kl_coefficient else []
+      found += [self.grpo(), self.prefill(), self.decode()]
+    return found
 
   # --- training -----------------------------------------------------------------------------------------------------------
+
+  def _rows(self, section: str, parts: int = 1) -> int:
+    """Rows of a micro-batch."""
+    rows = self.config[section].rows
+    if rows % (parts * self.shards):
+      raise ValueError(f'{section}.rows = {rows} do not divide into {parts} micro-batches over {self.shards} devices')
+    return rows // parts
 
   def _per_device(self, work: Work) -> Work:
     """Of a part of the batch, whose heads, ffn and vocabulary the tensor axis splits."""
@@ -138,7 +145,7 @@ class Programs:
     c = self.config.sft
     tx = optimizer.make_optimizer(c.optimizer, c.learning_rate, 'cosine', warmup=c.warmup, floor=c.floor, total_steps=1000,
                                   weight_decay=c.weight_decay, clip=c.clip, adam_learning_rate=c.adam_learning_rate or None)
-    R = c.rows // c.accumulate
+    R = self._rows('sft', c.accumulate)
     state, batch = self.state(tx), abstract_batch(self.mesh, c.accumulate, R, c.capacity, R * c.capacity)
     rows = R / self.shards
     part = roofline.training(self.model, rows, c.capacity, rows * c.capacity, self.execution.remat)
@@ -171,8 +178,8 @@ class Programs:
 
   def score(self, name: str) -> Program:
     """A pass over `rl.rows` rows with the policy's parameters, or with the reference policy's."""
-    c, state = self.config.rl, self.state(self.rl_optimizer())
-    batch = abstract_batch(self.mesh, 1, c.rows, c.capacity, c.rows * c.capacity)
+    c, R, state = self.config.rl, self._rows('rl'), self.state(self.rl_optimizer())
+    batch = abstract_batch(self.mesh, 1, R, c.capacity, R * c.capacity)
     on_device = sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
     old = name.startswith('old')
     params = state.params if old else on_device
@@ -186,12 +193,12 @@ class Programs:
 
   def grpo(self) -> Program:
     """An update on one mini-batch, whose micro-batches come in multiples of `loop.PARTS`."""
-    c, tx = self.config.rl, self.rl_optimizer()
-    used = -(-c.prompts // c.updates * self.rows_per_group // c.rows)
+    c, R, tx = self.config.rl, self._rows('rl'), self.rl_optimizer()
+    used = -(-c.prompts // c.updates * self.rows_per_group // R)
     A = -(-used // loop.PARTS) * loop.PARTS
     extras = ('advantage', 'old_logp') + (('ref_logp',) if c.kl_coefficient else ())
-    state, batch = self.state(tx), abstract_batch(self.mesh, A, c.rows, c.capacity, c.rows * c.capacity, extras)
-    rows = c.rows / self.shards
+    state, batch = self.state(tx), abstract_batch(self.mesh, A, R, c.capacity, R * c.capacity, extras)
+    rows = R / self.shards
     part = roofline.training(self.model, rows, c.capacity, rows * c.capacity, self.execution.remat)
     step = grpo.make_grpo_step(self.model, tx, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
                                kl_coefficient=c.kl_coefficient, temperature=c.temperature, execution=self.execution)

@@ -12,19 +12,18 @@ from dcore_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """Published numbers of one device: bfloat16 operations a second, memory bytes a second, bytes a second that it can send to
-  its neighbours (NVLink or the inter-chip links, one direction), and bytes of memory."""
+  """Published numbers of one device: bfloat16 operations a second, memory bytes a second, and bytes a second that it can send
+  to its neighbours (NVLink or the inter-chip links, one direction)."""
   flops: float
   memory_rate: float
   link_rate: float
-  memory: int
 
 
 ACCELERATORS: Mapping[str, Accelerator] = {
-    'a100-80g': Accelerator(312e12, 2.039e12, 300e9, 85_100_068_864),
-    'h100': Accelerator(989e12, 3.35e12, 450e9, 85_000_000_000),
-    'v5p': Accelerator(459e12, 2.765e12, 300e9, 95 << 30),
-    'v6e': Accelerator(918e12, 1.64e12, 224e9, 32 << 30),
+    'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
+    'h100': Accelerator(989e12, 3.35e12, 450e9),
+    'v5p': Accelerator(459e12, 2.765e12, 300e9),
+    'v6e': Accelerator(918e12, 1.64e12, 224e9),
 }
 
 

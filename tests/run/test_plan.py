@@ -53,7 +53,7 @@ def test_the_batch_is_what_a_tree_gives():
 
 
 def test_the_calls_are_those_of_the_engine(monkeypatch):
-  """Two groups of eight on 16 lanes, prompts of the longest length: the shapes and static arguments of both are the same."""
+  """Eight groups of four on 32 lanes, prompts of the longest length: shapes and static arguments are the same."""
   params = jax.tree.map(lambda spec: jnp.ones(spec.shape, spec.dtype), decoder.abstract_params(MODEL))
   called = {}
   for name in ('prefill', 'decode'):
@@ -75,8 +75,8 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
   calls = abstract.EngineCalls(MODEL, mesh, lanes=32, trunks=8, max_len=160, max_new=64, tile=32, steps_per_call=4, prompt=96,
                                dtype=jnp.float32)
   calls.prefill(), calls.decode()
-  assert planned['prefill'] == called['prefill'][-1]
-  assert planned['decode'] == called['decode'][-1]
+  assert planned['prefill'] in called['prefill']
+  assert planned['decode'] in called['decode']
 
 
 def test_a_plan_of_one_device():

@@ -27,7 +27,7 @@ def test_rematerialisation_does_more_than_the_model_needs():
 
 
 def test_the_slowest_of_the_three_bounds():
-  device = Accelerator(flops=100.0, memory_rate=10.0, link_rate=1.0, memory=0)
+  device = Accelerator(flops=100.0, memory_rate=10.0, link_rate=1.0)
   work = Work(model_flops=150.0, flops=200.0, bytes=10.0, sent=1.0)
   assert roofline.bound(work, device) == roofline.Bound(2.0, 'compute', 0.75)
   assert roofline.bound(dataclasses.replace(work, bytes=40.0), device) == roofline.Bound(4.0, 'memory', 0.375)
