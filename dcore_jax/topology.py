@@ -102,7 +102,7 @@ def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footpri
   analysis = compiled.memory_analysis()
   arguments, outputs, temporary = (getattr(analysis, f'{name}_size_in_bytes') for name in ('argument', 'output', 'temp'))
   peak = analysis.peak_memory_in_bytes
-  if peak <= arguments:  # the compiler for CPUs counts nothing else
+  if next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform == 'cpu':  # whose peak leaves temporaries out
     peak = arguments + outputs - analysis.alias_size_in_bytes + temporary
   elsewhere = 0 if analysis.host_argument_size_in_bytes else host_arguments
   return Footprint(arguments - elsewhere, outputs, temporary, peak - elsewhere)

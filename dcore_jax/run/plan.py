@@ -129,7 +129,7 @@ def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -
   else:
     footprint, hlo = topology.footprint(compiled, programs.host_bytes(program.arguments)), compiled.as_text()
   kinds, sent = collections.defaultdict(lambda: {'count': 0, 'bytes': 0.0}), 0.0
-  for each in collectives.collectives(hlo):
+  for each in filter(lambda each: each.sent, collectives.collectives(hlo)):
     share = program.loop_share if each.in_loop else 1
     kinds[each.kind]['count'] += round(each.times * share)
     kinds[each.kind]['bytes'] += each.sent * share
@@ -150,8 +150,11 @@ def _largest(program: programs.Program, hlo: str) -> list[tuple[str, int]]:
   for name, tree in program.arguments.items():
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       found[f'{name}{jax.tree_util.keystr(path)}'] = programs.device_bytes(leaf)
+  made = {}
   for dtype, dimensions, source in _MADE.findall(hlo):
-    found[f'{dtype}[{dimensions}] of {source}'] = collectives.shape_bytes(dtype, dimensions)
+    made.setdefault((dtype, dimensions), source)  # of many arrays of a shape the first
+  found |= {f'{dtype}[{dimensions}] of {source}': collectives.shape_bytes(dtype, dimensions)
+            for (dtype, dimensions), source in made.items()}
   return sorted(found.items(), key=lambda item: -item[1])[:_LARGEST]
 
 
