@@ -36,7 +36,7 @@ _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are pri
 
 def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> LocalBackend:
   config = nano.get_config().engine
-  engine = Engine(policy.params, policy.config, stop_ids=policy.stop_ids, lanes=lanes, max_len=config.max_len,
+  engine = Engine(policy.load(None), policy.config, stop_ids=policy.stop_ids, lanes=lanes, max_len=config.max_len,
                   steps_per_call=config.steps_per_call)
   return LocalBackend(engine, policy.tokenizer, journal=journal, model='organism')
 

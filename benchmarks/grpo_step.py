@@ -204,10 +204,11 @@ def whole() -> None:
   tasks = [task for kind in KINDS for task in ToolWorld().tasks(kind, 16, seed=5, split='train')]
   points = [point for task in tasks for seed in task_seeds(task) for point in decision_points(seed)]
   prompts, _ = encode_prompts(policy.tokenizer, points, c.rl.max_prompt_tokens)
-  engine = Engine(policy.params, policy.config, stop_ids=policy.stop_ids, lanes=c.engine.lanes, max_len=c.engine.max_len)
+  params = policy.load(None)
+  engine = Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=c.engine.lanes, max_len=c.engine.max_len)
   loop = GrpoLoop(policy.config, policy.tokenizer, engine, Questions(policy.tokenizer, prompts, c.rl.reward), range(len(prompts)),
                   c.rl, seed=0)
-  copy = lambda: jax.tree.map(lambda leaf: leaf.copy(), policy.params)
+  copy = lambda: jax.tree.map(lambda leaf: leaf.copy(), params)
   state, reference, lengths = optimizer.init_state(copy(), loop.tx), copy(), []
   engine.update(state.params)
 
@@ -224,7 +225,7 @@ def whole() -> None:
     if _TRL.value:
       asked = [(render_prompt(policy.tokenizer, list(p.point.messages)), p.point.reference) for p in prompts]
       peer = stack.enter_context(trl_peer(
-          policy.config, policy.params, rollouts=None, prompts=[text for text, _ in asked], references=[r for _, r in asked],
+          policy.config, params, rollouts=None, prompts=[text for text, _ in asked], references=[r for _, r in asked],
           group=c.rl.group, micro=16, rollouts_per_update=c.rl.prompts * c.rl.group // c.rl.updates, updates=c.rl.updates,
           max_tokens=c.rl.max_tokens, kl_coefficient=c.rl.kl_coefficient, learning_rate=c.rl.learning_rate))
 

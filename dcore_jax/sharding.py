@@ -1,13 +1,15 @@
-"""Where arrays live: logical axes, which parameters name, and the mesh axes (data, fsdp, tensor) that split them.
+"""Where arrays live: logical axes, named by parameters and activations, and the mesh axes (data, fsdp, tensor) that split them.
 
 `data` replicates parameters and splits the batch, `fsdp` splits parameters and the batch, `tensor` splits heads, ffn
-and vocabulary.
+and vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without one, everything here is the one-device case.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -15,7 +17,10 @@ MESH_AXES = ('data', 'fsdp', 'tensor')
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     'batch': ('data', 'fsdp'), 'embed': 'fsdp',
     'vocab': 'tensor', 'heads': 'tensor', 'kv_heads': 'tensor', 'mlp': 'tensor',
-    'head_dim': None, 'layers': None, 'norm': None, 'length': None,
+    'head_dim': None, 'layers': None, 'norm': None, 'length': None, 'micro_batch': None,
+    'hidden': None,  # the width of activations, of which `embed` is the side in parameters
+    'lanes': None,  # rows of the rollout engine
+    'shared_batch': 'data',  # rows of which every device of fsdp holds its own columns
 }
 
 
@@ -28,15 +33,26 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of data * fsdp * tensor devices, GSPMD style; ValueError where the number of devices differs."""
+  """A mesh of data * fsdp * tensor devices, GSPMD style; one size may be -1, for what the others leave.
+
+  Raises:
+    ValueError: sizes that do not give the number of devices, or more than one of them open.
+  """
   devices = jax.devices() if devices is None else devices
-  if data * fsdp * tensor != len(devices):
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) == 1:
+    sizes[sizes.index(-1)] = len(devices) // max(1, -math.prod(sizes))
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise ValueError(f'data={data} * fsdp={fsdp} * tensor={tensor} does not give the {len(devices)} devices')
-  return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does not divide."""
+def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+  """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does not divide.
+
+  Mesh axes of one device are left out, and so are trailing axes that are whole: this is how jax describes what a step
+  returns, and a state that comes back described otherwise would be compiled for anew.
+  """
   owner, entries = {}, []
   for axis, size in zip(axes, shape, strict=True):
     names = mesh_axes(axis)
@@ -48,10 +64,82 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Par
       ways *= mesh.shape[name]
     if size % ways:
       raise ValueError(f'logical axis {axis!r} of size {size} does not divide over mesh axes {names} of size {ways}')
-    entries.append(RULES[axis])
+    split = tuple(name for name in names if mesh.shape[name] > 1)
+    entries.append(split if len(split) > 1 else split[0] if split else None)
+  while entries and entries[-1] is None:
+    entries.pop()
   return PartitionSpec(*entries)
 
 
-def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
+def shardings(abstract_tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:
   """The tree of NamedShardings for a tree of specs with `.axes` and `.shape` (models.decoder.abstract_params)."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh)), abstract_tree)
+  return jax.tree.map(
+      lambda spec: NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh), memory_kind=memory_kind), abstract_tree)
+
+
+def abstract(specs: Any, mesh: Mesh) -> Any:
+  """Arrays that are not there, for compiling: a tree of ShapeDtypeStructs split over the mesh."""
+  return jax.tree.map(lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place), specs,
+                      shardings(specs, mesh))
+
+
+def constrain(array: jax.Array, *axes: str) -> jax.Array:
+  """The array, split over the mesh in context as its axes say; inside of jit. Without a mesh it is returned as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return array if mesh.empty else jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
+
+
+def constrain_tree(tree: Any, specs: Any) -> Any:
+  """`constrain` for a tree of arrays with a tree of specs beside it."""
+  return jax.tree.map(lambda spec, array: constrain(array, *spec.axes), specs, tree)
+
+
+def on_shards(function: Callable[..., jax.Array], arrays: Sequence[Any], axes: Sequence[Sequence[str]]) -> jax.Array:
+  """function(*arrays), under a mesh by each device on its part of them; for what XLA cannot split, or would gather first.
+
+  `axes` names the axes of each of the first arrays, the others are whole everywhere; the result is like the first array.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(*arrays)
+  specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays)]
+  whole = [PartitionSpec()] * (len(arrays) - len(specs))
+  return jax.shard_map(function, in_specs=(*specs, *whole), out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def shards(axis: str = 'batch') -> int:
+  """Parts that the mesh in context splits a logical axis into; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays [A, R or M, ...] with rows or loss tokens along their second axis."""
+  spec = partition_spec(('batch',), (math.prod(mesh.shape[name] for name in mesh_axes('batch')),), mesh)
+  return NamedSharding(mesh, PartitionSpec(None, *spec))
+
+
+def place_batch(batch: Any, *, whole: bool = False) -> Any:
+  """Host arrays [A, R or M, ...] as arrays split along their second axis over the mesh in context, which spans all hosts.
+
+  Each host gives its own part of the rows, or with `whole` all of them. Without a mesh the batch is returned as it is.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return batch
+  rows = batch_sharding(mesh)
+
+
+  def place(leaf):
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_process_local_data(rows, leaf, leaf.shape if whole else None)
+
+  return jax.tree.map(place, batch)
+
+
+def platform() -> str:
+  """What a program is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in context, else those of the process."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  name = device.platform if device else jax.default_backend()
+  return 'gpu' if name == 'cuda' else name

@@ -1,6 +1,6 @@
 """Accelerators that are not there: what a step needs on an A100 or a TPU slice, known by compiling it for one.
 
-    accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ...
+    accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ..., 'cpu:8'
     mesh = sharding.make_mesh(fsdp=8, devices=accelerators.devices)
     compiled = topology.compile_for(mesh, jax.jit(step), *shapes)    # shapes carry NamedShardings on that mesh
     topology.footprint(compiled).peak <= accelerators.device_bytes
@@ -46,7 +46,8 @@ class Target(NamedTuple):
 
 
 class Footprint(NamedTuple):
-  """Bytes on each device. `peak` is the most that is in use at once, arguments included; communication buffers are not."""
+  """Bytes on each device. `peak` is the most that is in use at once, arguments included; communication buffers are not, and
+  neither is what lies in host memory."""
   arguments: int
   outputs: int
   temporary: int
@@ -54,12 +55,13 @@ class Footprint(NamedTuple):
 
 
 def target(name: str) -> Target:
-  """Accelerators by name: 'a100:COUNT' (up to 8, or whole hosts of 8) or a TPU slice 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'.
+  """Devices by name: 'a100:COUNT' (up to 8, or whole hosts of 8), a TPU slice 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4', or
+  'cpu:COUNT', this host's processor as so many devices, which are real and share its memory.
 
   Sets environment variables that tell the compilers to look for no hardware: for a process that plans, not one that trains.
 
   Raises:
-    ValueError: no accelerator of that name.
+    ValueError: no accelerator of that name, or jax has begun with another number of CPU devices.
     ModuleNotFoundError: its compiler is not installed.
   """
   kind, _, shape = name.partition(':')
@@ -71,6 +73,8 @@ def target(name: str) -> Target:
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     description = topologies.get_topology_desc('', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}')
     return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
+  if kind == 'cpu' and count:
+    return _cpu(count)
   if kind in _TPU_BYTES and shape:
     _require('libtpu', 'libtpu', name)
     for variable, value in _NO_TPU_HERE.items():
@@ -79,8 +83,8 @@ def target(name: str) -> Target:
       return Target(topologies.get_topology_desc(name, 'tpu').devices, _TPU_BYTES[kind])
     except jax.errors.JaxRuntimeError as error:
       raise ValueError(f'no TPU slice {name!r}: {error}') from error
-  raise ValueError(f'unknown accelerators {name!r}; {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole hosts '
-                   f'(a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)')
+  raise ValueError(f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole '
+                   f'hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)')
 
 
 def compile_for(mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
@@ -90,11 +94,29 @@ def compile_for(mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any)
     return step.lower(*shapes).compile()
 
 
-def footprint(compiled: jax.stages.Compiled) -> Footprint:
-  """What the compiler says that one call needs on each device, in bytes."""
+def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footprint:
+  """What the compiler says that one call needs on each device, in bytes.
+
+  `host_arguments` are the bytes of arguments in host memory, which the compiler for GPUs takes to be on the device.
+  """
   analysis = compiled.memory_analysis()
-  return Footprint(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes,
-                   analysis.peak_memory_in_bytes)
+  arguments, outputs, temporary = (getattr(analysis, f'{name}_size_in_bytes') for name in ('argument', 'output', 'temp'))
+  peak = analysis.peak_memory_in_bytes
+  if next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform == 'cpu':  # whose peak leaves temporaries out
+    peak = arguments + outputs - analysis.alias_size_in_bytes + temporary
+  elsewhere = 0 if analysis.host_argument_size_in_bytes else host_arguments
+  return Footprint(arguments - elsewhere, outputs, temporary, peak - elsewhere)
+
+
+def _cpu(count: int) -> Target:
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:  # jax has begun: then its devices must be as many already
+    pass
+  devices = jax.devices('cpu')
+  if len(devices) != count:
+    raise ValueError(f'cpu:{count}: jax has begun with {len(devices)} CPU devices')
+  return Target(devices, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // count)
 
 
 def _gpu_config(kind: str) -> str:

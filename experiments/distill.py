@@ -32,9 +32,10 @@ _MODEL = flags.DEFINE_string('model', None, 'Short for --config.distill.model: t
 def local_backend(config, journal: pathlib.Path) -> LocalBackend:
   """Our engine with the config's model."""
   policy = load_policy(config.model, seed=config.seed)
-  engine = Engine(policy.params, policy.config, stop_ids=policy.stop_ids, lanes=config.engine.lanes, max_len=config.engine.max_len,
+  params = policy.load(None)
+  engine = Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=config.engine.lanes, max_len=config.engine.max_len,
                   steps_per_call=config.engine.steps_per_call)
-  return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name)
+  return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 
 def main(argv: list[str]) -> None:

@@ -4,11 +4,13 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.run import distributed
 from dcore_jax.run.config import define_config
 from dcore_jax.run.pipeline import Pipeline
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.')
+_HOSTS = flags.DEFINE_string('hosts', '', "'auto', or ADDRESS:PORT,COUNT,INDEX: this process is one of several, a host each.")
 _STAGES = flags.DEFINE_list('stages', [], 'Only these stages; default: all of the config.')
 
 
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> None:
   if _STAGES.value:
     config.stages = tuple(_STAGES.value)
   try:
+    distributed.join(_HOSTS.value)
     pipeline = Pipeline(config, pathlib.Path(_WORKDIR.value))
     pipeline.run()
   except ValueError as error:

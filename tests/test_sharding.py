@@ -1,8 +1,15 @@
-"""Sharding rules on eight fake devices (a process of its own: the number of devices is fixed when jax starts)."""
+"""Sharding rules and sharded steps on eight fake devices (processes of their own: their number is fixed when jax starts)."""
+import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 def test_importing_asks_for_no_device():
   """`jax.distributed` and flags must be set before the first device is asked for, and after the imports."""
@@ -12,7 +19,6 @@ def test_importing_asks_for_no_device():
 
 
 PROGRAM = textwrap.dedent('''
-    import contextlib
     import jax, jax.numpy as jnp, numpy as np
     from dcore_jax import sharding
     from dcore_jax.models import decoder
@@ -20,7 +26,8 @@ PROGRAM = textwrap.dedent('''
 
     config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
                            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
+    assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
     placed = sharding.shardings(decoder.abstract_params(config), mesh)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     split = jax.device_put(params, placed)
@@ -35,38 +42,6 @@ PROGRAM = textwrap.dedent('''
     got = run(split, config, *jax.device_put((tokens, position, end), batch))
     np.testing.assert_allclose(got, run(params, config, tokens, position, end), atol=1e-5)
 
-    # The SFT step on a mesh: rows and loss tokens split over the batch axes, heads and vocabulary over the tensor axis.
-    import optax
-    from dcore_jax import tokentree
-    from dcore_jax.learn import optimizer, sft
-    rng, sequences = np.random.default_rng(0), []
-    for _ in range(12):
-      trunk = rng.integers(0, 64, 9)
-      for _ in range(3):
-        row = np.r_[trunk, rng.integers(0, 64, 7)].astype(np.int32)
-        sequences.append(tokentree.Sequence(row, (np.arange(16) >= 9).astype(np.float32), 16))
-    tree, tx = tokentree.pack(sequences, 64, rows_multiple=8), optax.sgd(1.0)
-    step = sft.make_sft_step(config, tx)
-
-    def one_step(batch, params, mesh):
-      with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        if mesh:
-          placed = sharding.shardings(decoder.abstract_params(config), mesh)
-          params = jax.tree.map(jax.device_put, params, placed)
-          spread = lambda leaf: jax.sharding.NamedSharding(
-              mesh, jax.P(None, *sharding.partition_spec(('batch',), leaf.shape[1:2], mesh)))
-          batch = jax.tree.map(lambda leaf: jax.device_put(leaf, spread(leaf)), batch)
-        state, metrics = step(optimizer.init_state(params, tx), batch)
-      return float(metrics['loss']), jax.device_get(state.params)
-
-    copy = lambda: jax.tree.map(jnp.array, jax.device_get(params))
-    want = one_step(tree.batch(), copy(), None)
-    for ways in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
-      mesh = sharding.make_mesh(*ways)
-      got = one_step(tree.batch(shards=ways[0] * ways[1]), copy(), mesh)
-      np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
-
     def error(*args):
       try:
         sharding.partition_spec(*args)
@@ -80,19 +55,78 @@ PROGRAM = textwrap.dedent('''
     assert "'vocab'" in indivisible and '63' in indivisible and 'tensor' in indivisible, indivisible
     assert "'batch'" in error(('batch',), (6,), mesh)
     assert "'colour'" in error(('colour',), (6,), mesh)
-    try:
-      sharding.make_mesh(data=3)
-    except ValueError as raised:
-      assert '8 devices' in str(raised)
-    else:
-      raise AssertionError('a mesh of 3 out of 8 devices')
+    # Unconstrained without a mesh; with one, an activation is annotated by the same names.
+    assert sharding.constrain(tokens, 'batch', 'length') is tokens and sharding.shards() == 1 and sharding.platform() == 'cpu'
+    with jax.set_mesh(mesh):
+      assert sharding.shards() == 4 and sharding.shards('vocab') == 2
+      assert jax.jit(lambda x: sharding.constrain(x, 'batch', 'length'))(tokens).sharding.is_equivalent_to(batch, 2)
+
+    for wrong in (dict(data=3), dict(data=3, fsdp=-1), dict(data=-1, fsdp=-1), dict(data=16, fsdp=-1), dict(fsdp=0)):
+      try:
+        sharding.make_mesh(**wrong)
+      except ValueError as raised:
+        assert '8 devices' in str(raised)
+      else:
+        raise AssertionError(f'a mesh of {wrong} of 8 devices')
     print('done')
 ''')
 
 
+def on_eight_devices(*command: str) -> str:
+  """What a Python program prints there."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+                              'PYTHONPATH': str(ROOT)}
+  # The timeout is a guard against hanging; a quiet machine needs half a minute.
+  result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return result.stdout
+
+
 def test_rules_on_eight_devices():
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-  # The timeout is a guard against hanging; a quiet machine needs some seconds.
-  result = subprocess.run([sys.executable, '-c', PROGRAM], env=environment, capture_output=True, text=True, timeout=500)
-  assert result.returncode == 0, result.stderr
-  assert result.stdout.strip() == 'done'
+  assert on_eight_devices('-c', PROGRAM).strip() == 'done'
+
+
+@pytest.fixture(scope='module')
+def steps() -> dict:
+  """(step, mesh) -> the collectives of the compiled step, as `sharded_steps.py` prints them."""
+  lines = map(json.loads, on_eight_devices(str(ROOT / 'tests' / 'sharded_steps.py')).splitlines())
+  return {(line['step'], tuple(line['mesh'])): line['collectives'] for line in lines}
+
+
+def test_steps_on_eight_devices_equal_those_on_one(steps):
+  """The program has compared losses, gradients and placements itself."""
+  meshes = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
+  assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes}
+
+
+@pytest.mark.parametrize('step', ['sft', 'da_grpo'])
+@pytest.mark.parametrize('mesh', [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_parameters_are_gathered_a_layer_at_a_time(steps, step, mesh):
+  """Each layer once forward and once to be computed again, in the loop over layers; outside of it the head, nothing else."""
+  gathers = [each for each in steps[step, mesh] if each['kind'] == 'all-gather']
+  layer, head = 4 * (2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48), 4 * 64 * 32  # bytes of the matrices
+  assert sum(each['bytes'] * each['times'] for each in gathers if each['in_loop']) == 3 * 2 * layer // mesh[2]
+  # A lookup exchanges token ids and embedded rows: activations.
+  outside = [each['bytes'] for each in gathers if not each['in_loop'] and not each['source'].endswith('/gather')]
+  assert outside == [head // mesh[2]]
+  scattered = [each['bytes'] for each in steps[step, mesh] if each['kind'] == 'reduce-scatter' and not each['in_loop']]
+  assert scattered == [head // mesh[2]]  # and the gradient of the head is never whole in one place
+
+
+def test_a_gather_of_all_parameters_would_be_seen():
+  program = '''if True:
+    import jax
+    from dcore_jax import sharding
+    from dcore_jax.models import decoder
+    from dcore_jax.models.config import DecoderConfig
+    from dcore_jax.run.collectives import collectives
+    config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+                           num_attention_heads=4, num_key_value_heads=2)
+    mesh = sharding.make_mesh(fsdp=8)
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    careless = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, whole))
+    compiled = careless.lower(sharding.abstract(decoder.abstract_params(config), mesh)).compile()
+    print(sum(each.bytes for each in collectives(compiled.as_text()) if each.kind == 'all-gather' and not each.in_loop))
+  '''
+  matrices = 64 * 32 + 2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48
+  assert int(on_eight_devices('-c', program)) == 4 * matrices

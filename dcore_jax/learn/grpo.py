@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dcore_jax import sharding
 from dcore_jax import tokentree
 from dcore_jax.learn import advantages
 from dcore_jax.learn import head
@@ -30,13 +31,14 @@ ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
 def make_score_pass(config: DecoderConfig, *, temperature: float = 1.0, execution: Execution = Execution()) -> ScorePass:
   """The jitted pass (params, batch) -> (log-probabilities, entropies) [A, M] of the batch's loss tokens."""
   score = lambda params, micro: sft.token_scores(params, config, micro, temperature=temperature, execution=execution)
+  everywhere = lambda scores: tuple(sharding.constrain(array, 'micro_batch', 'length') for array in scores)
 
   def score_pass(params, batch):
     # One micro-batch, the usual case, needs no loop.
     if batch.weight.shape[0] == 1:
       scores = score(params, jax.tree.map(lambda leaf: leaf[0], batch))
-      return jax.tree.map(lambda leaf: leaf[None], scores)
-    return jax.lax.map(lambda micro: score(params, micro), batch)
+      return everywhere(jax.tree.map(lambda leaf: leaf[None], scores))
+    return everywhere(jax.lax.map(lambda micro: score(params, micro), batch))
 
   return jax.jit(score_pass)
 
@@ -50,14 +52,15 @@ def score_rows(score_pass: ScorePass, params: Any, tree: tokentree.TokenTree, ro
   """
   if rows < 1 or tree.rows % rows:
     raise ValueError(f'{tree.rows} rows of the tree do not divide into {rows}; pack with rows_multiple={rows}')
-  budget = budget or tree.loss_budget(rows)
+  budget = budget or tree.loss_budget(rows, sharding.shards())
   out = np.zeros((2, tree.rows, tree.capacity), np.float32)
   pending = []
   for start in range(0, tree.rows, rows):
     if not tree.weight[start:start + rows].any():
       continue  # rows that only fill the tree up
-    batch = tree.batch(range(start, start + rows), budget=budget)
-    pending.append((start, batch, score_pass(params, batch)))  # dispatched: nothing waits until all are under way
+    batch = tree.batch(range(start, start + rows), budget=budget, shards=sharding.shards())
+    # Dispatched: nothing waits until all are under way.
+    pending.append((start, batch, score_pass(params, sharding.place_batch(batch, whole=True))))
   for start, batch, scores in pending:
     used = batch.weight[0] != 0
     for values, target in zip(jax.device_get(scores), out):
@@ -156,7 +159,8 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, t
     by_loss, by_token = (1 / jnp.maximum(divisor, 1e-8) for divisor in (total, weight))
     metrics = {name: value * (by_token if name in ('clip_share', 'entropy', 'importance') else by_loss)
                for name, value in sums.items()}
-    state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * by_loss, grads))
+    state, applied = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * by_loss, grads),
+                                               offload='optimizer' in execution.offload)
     return state, metrics | applied | {'weight': weight}
 
   return jax.jit(grpo_step, donate_argnums=0)

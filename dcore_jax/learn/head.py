@@ -30,9 +30,10 @@ Objective = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
 
 
 class _Split(NamedTuple):
-  """The mesh axes inside of shard_map: those that split the vocabulary and those that split the tokens."""
+  """The mesh axes inside of shard_map: those that split the vocabulary, the tokens, and the columns of the stored head."""
   vocab: tuple[str, ...] = ()
   tokens: tuple[str, ...] = ()
+  columns: tuple[str, ...] = ()
 
 
 def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, values: Any,
@@ -45,7 +46,7 @@ def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, t
       tokens; called once a chunk. Values of 0 must contribute nothing: chunks are filled up with them, and those that hold
       nothing else are skipped. The sums are for logging and carry no gradient.
     hidden_MD: hidden states.
-    head_VD: vocabulary projection.
+    head_VD: vocabulary projection, cast to their dtype; its gradient is summed in float32.
     targets_M: int token ids.
     values: pytree of [M, ...] arrays for the objective: weights, advantages, old log-probabilities.
     temperature: static, > 0; log-probabilities are of softmax(hidden @ head.T / temperature).
@@ -99,7 +100,7 @@ def _chunked(array: jax.Array, V: int, chunk: int | None) -> jax.Array:
   if chunk:
     chunks = -(-array.shape[0] // chunk)
   else:  # as many as fit once or nearly twice: two halves of 128 tokens take a third longer than 256 at once
-    chunks = array.shape[0] // max(1, _CHUNK_ENTRIES.get(jax.default_backend(), 2**25) // V)
+    chunks = array.shape[0] // max(1, _CHUNK_ENTRIES.get(sharding.platform(), 2**25) // V)
   chunks = max(1, chunks)
   size = -(-array.shape[0] // chunks)
   fill = [(0, chunks * size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
@@ -117,15 +118,17 @@ def _over_chunks(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
 def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_kinds: tuple[str, ...]) -> Any:
   """function(split, *arrays), under a mesh on each device's part.
 
-  Kinds: 'tokens' split along the first axis like the batch, 'head' like the vocabulary, 'all' the same everywhere.
+  Kinds: 'tokens' split along the first axis like the batch, 'head' like the vocabulary, 'head_gradient' as the head is
+  stored, 'all' the same everywhere.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(_Split(), *arrays)
   M, (V, D) = arrays[kinds.index('tokens')].shape[0], arrays[kinds.index('head')].shape
   specs = {'tokens': sharding.partition_spec(('batch',), (M,), mesh),
-           'head': sharding.partition_spec(('vocab', 'length'), (V, D), mesh), 'all': jax.sharding.PartitionSpec()}
-  split = _Split(sharding.mesh_axes('vocab'), sharding.mesh_axes('batch'))
+           'head': sharding.partition_spec(('vocab', 'hidden'), (V, D), mesh),
+           'head_gradient': sharding.partition_spec(('vocab', 'embed'), (V, D), mesh), 'all': jax.sharding.PartitionSpec()}
+  split = _Split(*map(sharding.mesh_axes, ('vocab', 'batch', 'embed')))
   run = jax.shard_map(functools.partial(function, split), in_specs=tuple(specs[kind] for kind in kinds),
                       out_specs=tuple(specs[kind] for kind in out_kinds), check_vma=False)
   return run(*arrays)
@@ -133,6 +136,14 @@ def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_k
 
 def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
   return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _sum_over_tokens(head_grad_VD: jax.Array, split: _Split) -> jax.Array:
+  """Summed over the devices that hold other tokens; of the sum each keeps the columns that it stores."""
+  head_grad_VD = _psum(head_grad_VD, tuple(axis for axis in split.tokens if axis not in split.columns))
+  if not split.columns:
+    return head_grad_VD
+  return jax.lax.psum_scatter(head_grad_VD, split.columns, scatter_dimension=1, tiled=True)
 
 
 def _first_id(V: int, split: _Split) -> jax.Array | int:
@@ -230,8 +241,7 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
   if not gradient:
     return total
   hidden_grad_MD = hidden_grad_NCD.reshape(N * C, -1)[:hidden_MD.shape[0]]
-  return (*total, _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype),
-          _psum(head_grad_VD, split.tokens).astype(head_VD.dtype))
+  return *total, _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(head_grad_VD, split)
 
 
 _INPUTS = ('tokens', 'head', 'tokens', 'tokens')
@@ -240,14 +250,15 @@ _INPUTS = ('tokens', 'head', 'tokens', 'tokens')
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _token_loss(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
   function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, False)
-  return _on_devices(function, (hidden_MD, head_VD, targets_M, values), _INPUTS, ('all', 'all'))
+  return _on_devices(function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values), _INPUTS, ('all', 'all'))
 
 
 def _token_loss_forward(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
   function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, True)
-  loss, sums, *grads = _on_devices(function, (hidden_MD, head_VD, targets_M, values), _INPUTS,
-                                   ('all', 'all', 'tokens', 'head'))
-  return (loss, sums), grads
+  loss, sums, hidden_grad_MD, head_grad_VD = _on_devices(
+      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values), _INPUTS,
+      ('all', 'all', 'tokens', 'head_gradient'))
+  return (loss, sums), (hidden_grad_MD, head_grad_VD.astype(head_VD.dtype))
 
 
 def _token_loss_backward(objective, temperature, entropy, chunk, grads, bars):
@@ -289,8 +300,7 @@ def _score_gradient_shard(temperature: float, chunk: int | None, split: _Split, 
   chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, scores, bars))
   head_grad_VD, hidden_grad_NCD = _over_chunks(step, jnp.zeros(head_VD.shape, jnp.float32), chunks)
   hidden_grad_MD = hidden_grad_NCD.reshape(-1, hidden_MD.shape[1])[:hidden_MD.shape[0]]
-  return (_psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype),
-          _psum(head_grad_VD, split.tokens).astype(head_VD.dtype))
+  return _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(head_grad_VD, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -300,21 +310,23 @@ def _scores(temperature, chunk, hidden_MD, head_VD, targets_M):
 
 def _scores_forward(temperature, chunk, *arrays):
   # With symbolic zeros each array comes wrapped; outside of differentiation it does not.
-  arrays = tuple(getattr(array, 'value', array) for array in arrays)
-  logp_M, *kept = _on_devices(functools.partial(_score_shard, temperature, chunk), arrays, ('tokens', 'head', 'tokens'),
+  hidden_MD, head_VD, targets_M = (getattr(array, 'value', array) for array in arrays)
+  logp_M, *kept = _on_devices(functools.partial(_score_shard, temperature, chunk),
+                              (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M), ('tokens', 'head', 'tokens'),
                               ('tokens',) * 4)
-  return (logp_M, kept[0]), (arrays, kept)
+  return (logp_M, kept[0]), ((hidden_MD, head_VD, targets_M), kept)
 
 
 def _scores_backward(temperature, chunk, residuals, bars):
-  arrays, kept = residuals
+  (hidden_MD, head_VD, targets_M), kept = residuals
   logp_bar_M, entropy_bar_M = (None if isinstance(bar, SymbolicZero) else bar for bar in bars)
   if logp_bar_M is None:
     logp_bar_M = jnp.zeros(kept[0].shape, jnp.float32)
   function = functools.partial(_score_gradient_shard, temperature, chunk)
-  grads = _on_devices(function, (*arrays, tuple(kept), (logp_bar_M, entropy_bar_M)),
-                      ('tokens', 'head', 'tokens', 'tokens', 'tokens'), ('tokens', 'head'))
-  return *grads, None
+  hidden_grad_MD, head_grad_VD = _on_devices(
+      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, tuple(kept), (logp_bar_M, entropy_bar_M)),
+      ('tokens', 'head', 'tokens', 'tokens', 'tokens'), ('tokens', 'head_gradient'))
+  return hidden_grad_MD, head_grad_VD.astype(head_VD.dtype), None
 
 
 _scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 import jax.numpy as jnp
 import optax
+
+from dcore_jax.models.decoder import ParamSpec
 
 _MATRIX = optax.contrib.MuonDimensionNumbers
 # Stacked matrices act on activations from the left axes to the right ones; the layer axis stays a batch axis.
@@ -13,6 +16,9 @@ _MUON_AXES = {
     'q': _MATRIX((1,), (2, 3)), 'k': _MATRIX((1,), (2, 3)), 'v': _MATRIX((1,), (2, 3)), 'o': _MATRIX((1, 2), (3,)),
     'gate': _MATRIX((1,), (2,)), 'up': _MATRIX((1,), (2,)), 'down': _MATRIX((1,), (2,)),
 }
+
+
+HOST = 'pinned_host'  # what jax calls host memory that a device reads and writes by itself
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +30,43 @@ class TrainState:
   step: jax.Array
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step. Steps donate it: keep a copy of parameters that are needed afterwards."""
+def abstract_state(specs: Any, tx: optax.GradientTransformation) -> TrainState:
+  """The state as a tree of specs (models.decoder.abstract_params): moments are split as their parameters, counters are whole."""
+  shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+  scalar = lambda leaf: ParamSpec(leaf.shape, leaf.dtype, (), None)
+  opt_state = _beside_parameters(jax.eval_shape(tx.init, shapes), specs, scalar)
+  return TrainState(specs, opt_state, scalar(jax.ShapeDtypeStruct((), jnp.int32)))
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, *, offload: bool = False) -> TrainState:
+  """The state before the first step. Steps donate it: keep a copy of parameters that are needed afterwards.
+
+  Under a mesh each moment is made in the shards of its parameter; `offload` puts the moments into host memory.
+
+  Raises:
+    ValueError: `offload` without a mesh, or on a backend without such memory.
+  """
   params = jax.tree.map(jnp.asarray, params)
-  return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+  if offload:
+    check_offload()
+  if jax.sharding.get_abstract_mesh().empty:
+    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+  mesh = jax.sharding.get_mesh()
+  whole = NamedSharding(mesh, jax.P())
+  places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(HOST if offload else None), params)
+  placed = _beside_parameters(jax.eval_shape(tx.init, params), places, lambda _: whole)
+  return TrainState(params, jax.jit(tx.init, out_shardings=placed)(params), jax.device_put(jnp.zeros((), jnp.int32), whole))
+
+
+def check_offload() -> None:
+  """ValueError where the devices of the mesh in context have no host memory to keep arrays in."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    raise ValueError('execution.offload: keeping arrays in host memory needs a mesh of accelerators')
+  device = mesh.devices.flat[0]
+  kinds = sorted(memory.kind for memory in device.addressable_memories())
+  if device.platform == 'cpu' or HOST not in kinds:
+    raise ValueError(f'execution.offload: {device.device_kind} devices have no {HOST} memory apart from their own {kinds}')
 
 
 def make_schedule(learning_rate: float, schedule: str = 'constant', *, warmup: float = 0.0, floor: float = 0.0,
@@ -93,16 +132,43 @@ def make_optimizer(name: str = 'adamw', learning_rate: float = 1e-5, schedule: s
   return optax.chain(optax.clip_by_global_norm(clip), update)
 
 
-def apply_gradients(tx: optax.GradientTransformation, state: TrainState, grads: Any) -> tuple[TrainState, dict]:
-  """One update -> (state, {'grad_norm', 'skipped'}); a non-finite norm leaves parameters and moments as they were."""
+def apply_gradients(tx: optax.GradientTransformation, state: TrainState, grads: Any, *,
+                    offload: bool = False) -> tuple[TrainState, dict]:
+  """One update -> (state, {'grad_norm', 'skipped'}); a non-finite norm leaves parameters and moments as they were.
+
+  With `offload` the moments come from host memory and go back there.
+  """
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  held = _moved(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
+  updates, opt_state = tx.update(grads, held, state.params)
   params = optax.apply_updates(state.params, updates)
   keep = lambda new, old: jnp.where(finite, new, old)
   params = jax.tree.map(keep, params, state.params)
-  opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+  opt_state = jax.tree.map(keep, opt_state, held)
+  if offload:
+    opt_state = _moved(opt_state, jax.memory.Space.Host)
   return TrainState(params, opt_state, state.step + 1), {'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
+
+
+def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
+  """Moments in another memory; counters stay."""
+  return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, opt_state)
+
+
+def _beside_parameters(opt_state: Any, beside: Any, otherwise: Callable[[Any], Any]) -> Any:
+  """`opt_state` with each leaf that stands for a parameter replaced by what `beside`, a tree like the parameters, has for it.
+
+  Moments hang in trees like the parameters', below whatever an optimizer wraps them in: their path ends with the parameter's.
+  """
+  names = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+  known = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(beside)}
+
+  def of(path, leaf):
+    found = [name for name in known if leaf.ndim and names(path)[-len(name):] == name]
+    return known[found[0]] if found else otherwise(leaf)
+
+  return jax.tree_util.tree_map_with_path(of, opt_state)
 
 
 def _decayed(params: Any) -> Any:

@@ -88,7 +88,8 @@ def make_sft_step(config: DecoderConfig, tx: optax.GradientTransformation, execu
     loss_sum = lambda params, micro: _nll_sum(params, config, micro, execution)
     grads, (loss, weight) = accumulate(loss_sum, state.params, batch)
     scale = 1 / jnp.maximum(weight, 1e-8)  # a batch without loss tokens has gradient 0, not NaN
-    state, metrics = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads))
+    state, metrics = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads),
+                                               offload='optimizer' in execution.offload)
     return state, metrics | {'loss': loss * scale, 'weight': weight}
 
   return jax.jit(sft_step, donate_argnums=0)

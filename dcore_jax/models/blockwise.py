@@ -9,10 +9,12 @@ of C = Q keys, R = G * Q.
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from dcore_jax.models import tree_blocks
 from dcore_jax.models.attention import MASKED_SCORE
+from dcore_jax.models.tree_kernels import SAVED
 
 
 def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *,
@@ -100,7 +102,7 @@ def _row_forward(Q, q_TNH, k_TKH, v_TKH, end_T, lists):
     return (out_KRH / total_KR[..., None]).astype(v_TKH.dtype), top_KR + jnp.log(total_KR)
 
   blocks = jnp.arange(q_XKRH.shape[0]), q_XKRH, lists.keys_BXY, lists.key_count_BX
-  out_XKRH, partition_XKR = jax.lax.map(query_block, blocks)
+  out_XKRH, partition_XKR = (checkpoint_name(x, SAVED) for x in jax.lax.map(query_block, blocks))
   return _from_query_blocks(out_XKRH, Q), (q_TNH, k_TKH, v_TKH, end_T, lists, out_XKRH, partition_XKR)
 
 

@@ -14,12 +14,24 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dcore_jax import sharding
 from dcore_jax.models import attention
 from dcore_jax.models import rotary
 from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
+
+COMPUTE = ('auto', 'float32', 'bfloat16')
+OFFLOAD = ('optimizer', 'reference')
+# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB, dots 84 KiB.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+# Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
+_LANE_QUERIES, _LANE_KEYS = ('lanes', 'length', 'heads', 'head_dim'), ('lanes', 'kv_heads', 'length', 'head_dim')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +50,36 @@ class Execution:
 
   Attributes:
     attention: a name of `tree_attention`.
-    remat: 'none' keeps all activations for the backward pass, 'full' recomputes every layer from its input.
+    compute: dtype of activations, to which the layers' parameters are cast as they are used: 'bfloat16', 'float32', or
+      'auto', which is bfloat16 on accelerators and the parameters' own dtype on a CPU.
+    remat: what the backward pass finds instead of computing it again, one of `REMAT`. Beside a layer's input, 'full' keeps
+      nothing, 'attention' the outputs of attention, 'dots' those of the projections; 'none' keeps all activations.
     unroll: whether the layers are compiled one by one instead of as one scanned body. On a CPU the unrolled step takes
       0.6 of the time; compiled code grows with depth. Rematerialised layers are scanned in any case: unrolled, XLA
       recomputes all of them before it needs the first (8 layers, 16,384 tokens: 9.5 GiB of temporaries against 1.9).
+    offload: 'optimizer' keeps the optimizer's moments in host memory between updates, 'reference' the reference policy
+      between its passes, where the backend has such memory (learn.optimizer).
   """
   attention: str = 'auto'
+  compute: str = 'auto'
   remat: str = 'none'
   unroll: bool = True
+  offload: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.attention != 'auto':  # which asks jax for its devices: too early where a module makes a default
       tree_attention.resolve(self.attention)
-    if self.remat not in ('none', 'full'):
-      raise ValueError(f"remat={self.remat!r} is not one of 'none', 'full'")
+    for name, known in (('compute', COMPUTE), ('remat', tuple(REMAT))):
+      if getattr(self, name) not in known:
+        raise ValueError(f'execution.{name} = {getattr(self, name)!r} is not one of {known}')
+    if set(self.offload) - set(OFFLOAD):
+      raise ValueError(f'execution.offload = {self.offload!r} is not of {OFFLOAD}')
+
+  def dtype(self, params: Params) -> jnp.dtype:
+    """What `params` are computed in."""
+    if self.compute == 'auto':
+      return params['embed'].dtype if sharding.platform() == 'cpu' else jnp.dtype('bfloat16')
+    return jnp.dtype(self.compute)
 
 
 @jax.tree_util.register_dataclass
@@ -127,25 +155,36 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
   Query i sees key j iff j <= i < end[j]; plain causal rows have end = T.
 
   Args:
-    params: the parameter tree; computation runs in its dtype, norms, rotary angles, scores and softmax in float32.
+    params: the parameter tree; computation runs in `execution.compute`, norms, rotary angles, scores and softmax in float32.
     config: its configuration.
     tokens_BT: token ids.
     position_BT: rotary positions, the depth of each token below its own root.
     end_BT: row index one past the last descendant of each token.
-    execution: which attention, what is recomputed, whether the layers are unrolled.
+    execution: which attention and dtype, what is recomputed, whether the layers are unrolled.
+
+  Under a mesh rows are split over its batch axes, heads, ffn and vocabulary over its tensor axis.
   """
+  dtype = execution.dtype(params)
+  params = sharding.constrain_tree(params, abstract_params(config))  # and so, transposed, their gradients
   cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta, config.rope_scaling)
 
   def layer_step(hidden_BTD, layer):
     def attend(q_BTNH, k_BTKH, v_BTKH):
       return tree_attention.attend(q_BTNH, k_BTKH, v_BTKH, end_BT, execution.attention)
-    return _block(layer, config, hidden_BTD, cos, sin, attend), None
+    # Cast here, a layer is gathered from the devices in 2 bytes a parameter, and there is never a whole copy of the model.
+    hidden_BTD = _block(cast(layer, dtype), config, hidden_BTD, cos, sin, attend)
+    return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden'), None
 
-  if execution.remat == 'full':
-    layer_step = jax.checkpoint(layer_step)
-  hidden_BTD, _ = jax.lax.scan(layer_step, params['embed'][tokens_BT], params['layers'],
+  if execution.remat != 'none':
+    layer_step = jax.checkpoint(layer_step, policy=REMAT[execution.remat])
+  hidden_BTD, _ = jax.lax.scan(layer_step, _embedded(params['embed'], tokens_BT, dtype), params['layers'],
                                unroll=execution.unroll and execution.remat == 'none')
-  return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps)
+  return _rms_norm(hidden_BTD, params['final_norm'].astype(dtype), config.rms_norm_eps)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+  """The tree in another dtype; the same arrays where it is theirs already."""
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def unstack(params: Params) -> Params:
@@ -201,9 +240,11 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
       new_v = values.at[slots].set(v_BTKH.astype(values.dtype), mode='drop')
       written.extend([new_k, new_v])
       seen = (index, slice(None), slice(None), slice(span))
-      return attention.attend(q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS)
+      return sharding.on_shards(
+          attention.attend, (q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS),
+          (_LANE_QUERIES, _LANE_KEYS, _LANE_KEYS))
 
-    hidden_BTD = _block(layer, config, hidden_BTD, cos, sin, attend)
+    hidden_BTD = _block(layer, config, hidden_BTD, cos, sin, attend, rows='lanes')
     return (hidden_BTD, *written), None
 
   # The cache travels in the carry: as a scan output it would be copied whole at every step.
@@ -239,10 +280,12 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
     def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
       for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
         held[index] = held[index].at[lane_B, :, slot_B].set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
-      return attention.attend_branches(q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing,
-                                       slot_B + 1)
+      return sharding.on_shards(
+          attention.attend_branches,
+          (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
+          (_LANE_QUERIES, *[_LANE_KEYS] * 4))
 
-    hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend)
+    hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend, rows='lanes')
   hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)
   return hidden_B1D[:, 0], KVCache(tuple(keys), tuple(values))
 
@@ -283,6 +326,13 @@ class Decoder(nnx.Module):
     return jnp.einsum('btd,vd->btv', hidden_BTD, head_matrix(params))
 
 
+def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged for columns: the table is
+  not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient."""
+  hidden_BTD = sharding.constrain(embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed')
+  return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden')
+
+
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   """Root-mean-square normalisation of the last axis in float32 (Zhang and Sennrich 2019)."""
   wide = x.astype(jnp.float32)
@@ -304,18 +354,20 @@ def _project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def _block(layer: Params, config: DecoderConfig, hidden_BTD: jax.Array, cos: jax.Array, sin: jax.Array,
-           attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> jax.Array:
-  """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live."""
+           attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], rows: str = 'batch') -> jax.Array:
+  """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, `rows` is the logical axis of B."""
+  spread = lambda x, heads: sharding.constrain(x, rows, 'length', heads, 'head_dim')
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (_project(normed, layer[name]) for name in ('q', 'k', 'v'))
   if config.qkv_bias:
     q_BTNH, k_BTKH, v_BTKH = (x + layer[name][None, None]
                               for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias')))
+  q_BTNH, k_BTKH, v_BTKH = spread(q_BTNH, 'heads'), spread(k_BTKH, 'kv_heads'), spread(v_BTKH, 'kv_heads')
   if config.qk_norm:
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
-  out_BTNH = attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH)
+  out_BTNH = spread(attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH), 'heads')
   hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=2)
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])
-  return hidden_BTD + _project(gated, layer['down'])
+  return hidden_BTD + _project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])

@@ -12,13 +12,13 @@
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
 
 from dcore_jax import sharding
 from dcore_jax.models import attention
 from dcore_jax.models import attention_tpu
 from dcore_jax.models import attention_triton
 from dcore_jax.models import blockwise
+from dcore_jax.models import tree_kernels
 
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -30,13 +30,14 @@ def _reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: 
 IMPLEMENTATIONS: dict[str, TreeAttention] = {
     'reference': _reference, 'blockwise': blockwise.tree_attention, 'triton': attention_triton.tree_attention,
     'tpu': attention_tpu.tree_attention}
+SAVED = tree_kernels.SAVED  # what a rematerialisation policy may keep of a kernel
 _AUTO = {'cpu': 'blockwise', 'gpu': 'triton', 'tpu': 'tpu'}
 
 
 def resolve(name: str) -> str:
-  """The implementation that `name` stands for on this process's backend; ValueError for one that does not exist."""
+  """The implementation that `name` stands for on `sharding.platform()`; ValueError for one that does not exist."""
   if name == 'auto':
-    return _AUTO.get(jax.default_backend(), 'blockwise')
+    return _AUTO.get(sharding.platform(), 'blockwise')
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"attention = {name!r} is not one of 'auto', {', '.join(map(repr, sorted(IMPLEMENTATIONS)))}")
   return name
@@ -49,11 +50,6 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.
   Each token must see itself, end[i] > i. Under a mesh (`jax.set_mesh`) rows are split over its batch axes and heads over
   its tensor axis, and each device runs the implementation on its own part: no compiler can split a kernel.
   """
-  run, end_BT = IMPLEMENTATIONS[resolve(implementation)], end_BT.astype('int32')
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return run(q_BTNH, k_BTKH, v_BTKH, end_BT)
-  heads = sharding.partition_spec(('batch', 'length', 'kv_heads', 'head_dim'), k_BTKH.shape, mesh)
-  rows = PartitionSpec(*heads[:2])
-  split = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-  return split(q_BTNH, k_BTKH, v_BTKH, end_BT)
+  keys = ('batch', 'length', 'kv_heads', 'head_dim')
+  return sharding.on_shards(IMPLEMENTATIONS[resolve(implementation)], (q_BTNH, k_BTKH, v_BTKH, end_BT.astype('int32')),
+                            (('batch', 'length', 'heads', 'head_dim'), keys, keys, ('batch', 'length')))

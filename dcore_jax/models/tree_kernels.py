@@ -12,12 +12,16 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
 # A score that is not seen, and the running maximum of a query that has seen nothing yet. The maximum starts above what is
 # hidden: the weight of a hidden key is then exp(-1e30 + 1e29) = 0 and not exp(0) = 1, even in a block that hides all.
 HIDDEN_SCORE, LEAST_TOP = -1e30, -1e29
+
+# The name under which the output and its log-sum-exp may be kept for the backward pass (jax.checkpoint policies).
+SAVED = 'attention'
 
 
 class Launch(NamedTuple):
@@ -59,7 +63,7 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
     return forward(launch, q, k, v, end)[0]
 
   def keep(launch, q, k, v, end):
-    out, lse = forward(launch, q, k, v, end)
+    out, lse = (checkpoint_name(x, SAVED) for x in forward(launch, q, k, v, end))
     return out, (q, k, v, end, out, lse)
 
   def pull_back(launch, kept, dout):

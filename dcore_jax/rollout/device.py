@@ -151,7 +151,10 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
 
   stored = jax.lax.fori_loop(0, B, scatter, state.branches)
   state = state._replace(branches=stored, hidden_AD=state.hidden_AD.at[lane_B].set(hidden_BD))
-  return _placed(state, placement), Drawn(tokens_QB, logprobs_2QB, slot_B, live_B, turn)
+  drawn = Drawn(tokens_QB, logprobs_2QB, slot_B, live_B, turn)
+  if placement is not None:  # every host reads all of it
+    drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(placement.mesh, jax.P()))
+  return _placed(state, placement), drawn
 
 
 def _read(cache: decoder.KVCache, row: jax.Array, span: int) -> decoder.KVCache:

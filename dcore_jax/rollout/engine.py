@@ -35,8 +35,8 @@ _CPU_TILE = 32  # lanes; larger tiles fall out of the caches, smaller ones starv
 # Parts of a tile that serve the last rollouts of a batch. With 8 layers of width 512 on 2 cores, a step of 32, 16, 8 and 4
 # lanes takes 12.8, 8.2, 5.4 and 4.3 ms.
 _PARTS = (8, 4, 2, 1)
-_PIECE = 1024  # tokens; longer prompts are prefilled in pieces, so that attention scores stay below 1024 x max_len a head
-_BATCH = 256  # tokens; shorter prompts are prefilled together up to this many
+PIECE = 1024  # tokens; longer prompts are prefilled in pieces, so that attention scores stay below 1024 x max_len a head
+BATCH = 256  # tokens; shorter prompts are prefilled together up to this many
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class Engine:
     self._ladder, self._spans, self._branch_spans = bucket_ladder(max_len), span_ladder(max_len), span_ladder(self.max_new)
     self._tiles = sorted({tile // part for part in _PARTS if tile >= part})
     self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
-    self._placement = _cache_placement(params, config)
+    self._placement = cache_placement(params, config)
     self._state = device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype, self._placement)
     self._trunks = TrunkTable(trunks, max_len)
     self._handles = 0
@@ -408,11 +408,11 @@ class Engine:
     while fills:
       calls, rest = collections.defaultdict(list), []
       for fill in fills:
-        piece = Fill(fill.source, fill.target, fill.start, fill.tokens[:_PIECE])
+        piece = Fill(fill.source, fill.target, fill.start, fill.tokens[:PIECE])
         end = fill.start + len(piece.tokens)
         calls[bucket(self._ladder, len(piece.tokens)), bucket(self._ladder, end)].append(piece)
-        if len(fill.tokens) > _PIECE:
-          rest.append(Fill(fill.target, fill.target, end, fill.tokens[_PIECE:]))
+        if len(fill.tokens) > PIECE:
+          rest.append(Fill(fill.target, fill.target, end, fill.tokens[PIECE:]))
       for (length, span), pieces in calls.items():
         for first in range(0, len(pieces), self.lanes):
           self._prefill(length, span, pieces[first:first + self.lanes])
@@ -423,7 +423,7 @@ class Engine:
     for row, piece in enumerate(pieces):
       tokens_NT[row, :len(piece.tokens)] = piece.tokens
       place_4N[:, row] = piece.source, piece.target, piece.start, len(piece.tokens)
-    rows = max(1, min(_BATCH // length, self.lanes))
+    rows = max(1, min(BATCH // length, self.lanes))
     self._state = self._counted(device.prefill, self.params, self._state, tokens_NT, place_4N, np.int32(len(pieces)),
                                 config=self.config, span=span, rows=rows, placement=self._placement)
     self.stats.prefill_calls += 1
@@ -509,9 +509,10 @@ class Engine:
     return completion
 
   def _counted(self, function: Callable[..., Any], *args, **kwargs) -> Any:
-    """The call, and how many programs it compiled."""
+    """The call, and how many programs it compiled. Its mesh is that of the weights, whatever mesh the trainer has in context."""
     before = device.traces.total()
-    result = function(*args, **kwargs)
+    with jax.set_mesh(self._placement.mesh if self._placement else None):
+      result = function(*args, **kwargs)
     self.stats.compilations += device.traces.total() - before
     return result
 
@@ -519,9 +520,9 @@ class Engine:
 _unstack = jax.jit(decoder.unstack)
 
 
-def _cache_placement(params: decoder.Params, config: DecoderConfig) -> NamedSharding | None:
+def cache_placement(params: decoder.Params, config: DecoderConfig) -> NamedSharding | None:
   """How caches [L, B, K, S, H] are split where the parameters are split over a mesh; None on one device."""
-  held = params['embed'].sharding if isinstance(params['embed'], jax.Array) else None
+  held = getattr(params['embed'], 'sharding', None)  # numpy arrays have none
   if not isinstance(held, NamedSharding) or held.mesh.size == 1:
     return None
   axes, shape = ('layers', 'length', 'kv_heads', 'length', 'head_dim'), (1, 1, config.num_key_value_heads, 1, 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dcore_jax.models.attention import Sharing
 
-_WIDTH = 8  # places for lanes at a shared trunk
+WIDTH = 8  # places for lanes at a shared trunk
 _MIN_PREFIX = 32  # tokens in common that are worth a copy of a trunk; also a quarter of the prompt at least
 
 
@@ -159,22 +159,22 @@ def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_
 
 
 def _tile(live: list[int], fill: list[int], trunk_A: np.ndarray, length_A: np.ndarray) -> Tile:
-  """The trunks in rows of `_WIDTH` places where that makes at most a quarter as many rows as lanes, else one for each lane."""
+  """The trunks in rows of `WIDTH` places where that makes at most a quarter as many rows as lanes, else one for each lane."""
   B = len(live) + len(fill)
   lane_B = np.array(live + fill, np.int32)
   places = collections.defaultdict(list)
   for index, lane in enumerate(live):
     places[trunk_A[lane]].append(index)
-  rows = [(trunk, mine[first:first + _WIDTH]) for trunk, mine in places.items() for first in range(0, len(mine), _WIDTH)]
+  rows = [(trunk, mine[first:first + WIDTH]) for trunk, mine in places.items() for first in range(0, len(mine), WIDTH)]
   R = next((R for R in (B // 8, B // 4) if len(rows) <= R), None)
   if R is None:
     length_R = np.where(np.arange(B) < len(live), length_A[lane_B], 0).astype(np.int32)
     place_B = np.arange(B, dtype=np.int32)
     return Tile(lane_B, trunk_A[lane_B], Sharing(length_R, place_B[:, None], place_B))
   trunk_R, length_R = np.zeros((2, R), np.int32)
-  lane_RW, place_B = np.zeros((R, _WIDTH), np.int32), np.zeros(B, np.int32)
+  lane_RW, place_B = np.zeros((R, WIDTH), np.int32), np.zeros(B, np.int32)
   for row, (trunk, mine) in enumerate(rows):
     trunk_R[row], length_R[row] = trunk, length_A[live[mine[0]]]
     lane_RW[row, :len(mine)] = mine
-    place_B[mine] = row * _WIDTH + np.arange(len(mine))
+    place_B[mine] = row * WIDTH + np.arange(len(mine))
   return Tile(lane_B, trunk_R, Sharing(length_R, lane_RW, place_B))

@@ -17,12 +17,20 @@ def default_config() -> ml_collections.ConfigDict:
   c.model = ml_collections.ConfigDict()
   c.model.path = ''  # Hugging Face directory; '' = the organism inside the package
   c.model.tokenizer = ''  # directory; '' = the model's own. Relative paths are looked up under the data folder too
+  c.model.preset = ''  # name in models/presets.py: what `path` must hold, and what a plan takes it to hold
   c.model.init = ml_collections.ConfigDict()  # a config.json to initialise at random instead of loading `path`
 
   c.execution = ml_collections.ConfigDict()  # how training passes run; what they compute does not depend on it
   c.execution.attention = 'auto'  # or a name of models/tree_attention.py
-  c.execution.remat = 'none'  # 'full' recomputes each layer in the backward pass
+  c.execution.compute = 'auto'  # 'bfloat16', 'float32'; auto: bfloat16 on accelerators. Parameters and moments are float32
+  c.execution.remat = 'none'  # 'full' recomputes each layer in the backward pass, 'attention' and 'dots' parts of it
+  c.execution.offload = ()  # 'optimizer', 'reference': kept in host memory while they are not needed; accelerators only
   c.execution.unroll = True  # without remat, compile layer by layer: faster on a CPU, too much code for deep models
+
+  c.mesh = ml_collections.ConfigDict()  # devices of all hosts = data x fsdp x tensor; -1: what the others leave
+  c.mesh.data = 1  # copies of the parameters
+  c.mesh.fsdp = -1  # ways that parameters are split, and with them the rows
+  c.mesh.tensor = 1  # ways that heads, ffn and vocabulary are split
 
   c.world = ml_collections.ConfigDict()
   c.world.max_subtasks = 4  # 2 to 5
@@ -30,7 +38,11 @@ def default_config() -> ml_collections.ConfigDict:
   c.engine = ml_collections.ConfigDict()
   c.engine.lanes = 64
   c.engine.max_len = 1024  # tokens of prompt and response
+  c.engine.max_new = 0  # tokens of a response; 0 = max_len
+  c.engine.trunks = 0  # prompts held at once; 0 = lanes
+  c.engine.tile = 0  # lanes decoded together; 0 = the engine's choice
   c.engine.steps_per_call = 16
+  c.engine.tensor = 0  # ways that the engine splits heads, ffn and vocabulary; 0 = as in training
 
   c.evaluate = ml_collections.ConfigDict()
   c.evaluate.tasks = 128  # of each kind

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from dcore_jax import sharding
 from dcore_jax import tokentree
 from dcore_jax.learn import advantages, grpo, objectives
-from dcore_jax.learn.optimizer import TrainState, init_state, make_optimizer
+from dcore_jax.learn.optimizer import HOST, TrainState, check_offload, init_state, make_optimizer
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
@@ -61,6 +62,41 @@ def _bits(params: Params) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
     return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
   return functools.reduce(jnp.add, map(one, jax.tree.leaves(params)))
+
+
+def policy_loss(config: ml_collections.ConfigDict) -> objectives.PolicyLoss:
+  """What section `rl` minimises."""
+  return objectives.PolicyLoss(**{field.name: config[field.name] for field in dataclasses.fields(objectives.PolicyLoss)})
+
+
+def rows_multiple(config: ml_collections.ConfigDict, longest_prompt: int, response: int) -> int:
+  """Rows that a mini-batch comes in multiples of, for groups whose rollouts have `response` tokens at most.
+
+  One shape for all steps: as many rows as rollouts of full length fill, and that again where packing leaves gaps. Micro-batches
+  that stay empty are skipped on the device.
+  """
+  tokens = config.prompts // config.updates * (longest_prompt + config.group * response)
+  return config.rows * math.ceil(tokens / (config.rows * config.capacity))
+
+
+class Reference:
+  """The frozen policy of the KL term, a copy in the dtype of computation; with `execution.offload` it lies in host memory.
+
+  Raises:
+    ValueError: offloading where there is no such memory.
+  """
+
+  def __init__(self, params: Params, execution: Execution):
+    dtype = execution.dtype(params)
+    copied = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=True), params)
+    self._placed, self._held = jax.tree.map(lambda leaf: leaf.sharding, copied), copied
+    if 'reference' in execution.offload:
+      check_offload()
+      self._held = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), copied)
+
+  def params(self) -> Params:
+    """On the devices, for as long as the caller holds them."""
+    return jax.device_put(self._held, self._placed)
 
 
 class Scores(NamedTuple):
@@ -120,13 +156,15 @@ class GrpoLoop:
       raise ValueError(f'{len(items)} prompts are too few for batches of {config.prompts}')
     if config.prompts % config.updates:
       raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
+    if config.rows % sharding.shards():
+      raise ValueError(f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows')
     if config.wave < 1:
       raise ValueError(f'rl.wave = {config.wave} must be at least 1')
     self.model, self.engine, self.source, self.items = model, engine, source, items
     self.config, self.seed, self.journal = config, seed, journal
     self._tokenizer = tokenizer
     self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
-    self.loss = objectives.PolicyLoss(**{field.name: config[field.name] for field in dataclasses.fields(objectives.PolicyLoss)})
+    self.loss = policy_loss(config)
     self.alpha = config.alpha  # changes where `alpha_measure` names what it has to hold
     self._estimator()  # an unknown name is an error now, not after the first rollouts
     self.measure_psi = advantages.uses_entropy(config.estimator)
@@ -136,10 +174,8 @@ class GrpoLoop:
       raise ValueError(f'rl.alpha_measure and rl.psi_words are about psi, which {config.estimator!r} does not have')
     self.tx, self._score, self._step, self._psi_norm = _compiled_step(
         model, execution, config.learning_rate, config.weight_decay, config.clip, config.temperature, self.loss)
-    # One shape for all steps: as many rows as rollouts of full length fill, and that again where packing leaves gaps. Micro-batches
-    # that stay empty are skipped on the device.
-    group = source.longest_prompt + config.group * source.responses * min(config.max_tokens, engine.max_new)
-    self._rows = config.rows * math.ceil(config.prompts // config.updates * group / (config.rows * config.capacity))
+    response = source.responses * min(config.max_tokens, engine.max_new)
+    self._rows = rows_multiple(config, source.longest_prompt, response)
 
   def _estimator(self) -> advantages.Estimator:
     return advantages.make_estimator(self.config.estimator, {**self.config, 'alpha': self.alpha})
@@ -219,7 +255,7 @@ class GrpoLoop:
 
   # --- learning -------------------------------------------------------------------------------------------------------------
 
-  def update(self, state: TrainState, reference: Params | None, batch: RolloutBatch) -> tuple[TrainState, Update]:
+  def update(self, state: TrainState, reference: Reference | None, batch: RolloutBatch) -> tuple[TrainState, Update]:
     """Dispatches all optimizer steps on one rollout batch, and the engine's update -> (state, what is under way)."""
     seconds, size = dict.fromkeys(('score', 'reference'), 0.0), len(batch.kinds) // self.config.updates
     trees, scores = [], []
@@ -230,14 +266,16 @@ class GrpoLoop:
         scores.append(scored)
     if self.config.kl_coefficient:
       with _timed(seconds, 'reference'):
-        trees = [tree.with_extras(ref_logp=grpo.score_rows(self._score, reference, tree, self.config.rows, self._budget)[0])
+        held = reference.params()
+        trees = [tree.with_extras(ref_logp=grpo.score_rows(self._score, held, tree, self.config.rows, self._budget)[0])
                  for tree in trees]
+        del held
     psi_norm, psi_share = self._psi(state.params, trees) if self.measure_psi else (None, 0.0)
     began, values = time.monotonic(), []
     for tree in trees:  # while the device works on one, the host lays the next one out
       data = self._batch(tree)
       data.extras.pop('psi', None)
-      state, value = self._step(state, data)
+      state, value = self._step(state, sharding.place_batch(data, whole=True))
       values.append(value)
     self.engine.update(state.params)
     gap, entropy = (np.concatenate([getattr(s, name) for s in scores]) for name in ('gap', 'entropy'))
@@ -258,7 +296,7 @@ class GrpoLoop:
     return tree
 
   def _batch(self, tree: tokentree.TokenTree) -> tokentree.RowBatch:
-    return tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows)
+    return tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows, shards=sharding.shards())
 
   def _scored(self, params: Params, rollouts: list[Rollout], rewards_PG: np.ndarray) -> tuple[tokentree.TokenTree, Scores]:
     """A mini-batch's tree with advantage, psi and old_logp, and the scores that went into them."""
@@ -322,9 +360,9 @@ class GrpoLoop:
       return jnp.zeros(()), 1.0
     data = self._batch(shown)
     if self.loss.aggregation != 'token':  # then a token's share depends on its whole sequence
-      return self._psi_norm(params, data), 1.0
+      return self._psi_norm(params, sharding.place_batch(data, whole=True)), 1.0
     weight = data.weight * data.extras['psi'].any(axis=1, keepdims=True)
-    return self._psi_norm(params, data._replace(weight=weight)), float(weight.sum() / data.weight.sum())
+    return self._psi_norm(params, sharding.place_batch(data._replace(weight=weight), whole=True)), float(weight.sum() / data.weight.sum())
 
 
 def _scattered(tree: tokentree.TokenTree, rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -360,7 +398,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
   `resumed_at` and `seconds_before` tell what an earlier process did.
 
   Args:
-    params: the policy to start from, and the frozen reference of the KL term; not donated.
+    params: the policy to start from; donated. Its KL term is against a frozen copy, see `Reference`.
     model, tokenizer: what they belong to.
     source: what is asked, and how answers are judged.
     config: section `rl`: steps, prompts, validation, group, wave, dynamic_rounds, uniform_share, overlong_buffer,
@@ -381,10 +419,10 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
   params = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), params)
   journal = Journal(checkpoints / 'rollouts')
   loop = GrpoLoop(model, tokenizer, make_engine(params), source, items, config, execution=execution, seed=seed, journal=journal)
-  copied = jax.tree.map(lambda leaf: leaf.copy(), params)  # the step donates its state; `params` stays as the reference
-  state = init_state(copied, loop.tx)
+  reference = Reference(params, execution) if config.kl_coefficient else None
   # The reference is not in the checkpoint: it is what the stage starts from, which stays where it is. Its bits are.
   origin = {'prompts': source.fingerprint, 'reference': int(_bits(params))}
+  state = init_state(params, loop.tx, offload='optimizer' in execution.offload)
   position = {'seconds': 0.0, 'before': None, 'after': None} | origin
   with (Checkpoints(checkpoints / 'state') as saved, progress(total=config.steps, description=config.estimator) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as writer):
@@ -416,7 +454,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
       if waiting:
         ended, row = waiting.result()  # long done: these rollouts needed its weights
         loop.adapt_alpha(row)
-      state, update = loop.update(state, params if config.kl_coefficient else None, batch)
+      state, update = loop.update(state, reference, batch)
       waiting = writer.submit(write, step, batch, update, ended, judged - judging, judged)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
         (ended, row), waiting = waiting.result(), None  # the row is on disk before the checkpoint that stands for it

@@ -8,19 +8,24 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from dcore_jax.run import distributed
+
 METRICS_FILE = 'metrics.jsonl'
 
 
 class Metrics:
-  """Appends scalars to `workdir/metrics.jsonl` and to `workdir/tensorboard`; a context manager.
+  """Appends scalars to `workdir/metrics.jsonl` and to `workdir/tensorboard`, of several hosts on the first; a context manager.
 
   A line that an earlier, killed process left half written is cut off on opening, so that the next row starts clean.
   """
 
   def __init__(self, workdir: str | os.PathLike):
     self._workdir = pathlib.Path(workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
     self._path = self._workdir / METRICS_FILE
+    if not distributed.writes():
+      self._file = self._board = None
+      return
+    self._workdir.mkdir(parents=True, exist_ok=True)
     _cut_torn_line(self._path)
     self._file = self._path.open('a', encoding='utf-8')
     # Unbuffered enough to be watched live: TensorBoard's file is flushed every ten seconds.
@@ -35,6 +40,8 @@ class Metrics:
       ValueError: a value is no single number.
     """
     values = {name: _plain_scalar(name, value) for name, value in scalars.items()}
+    if not self._file:
+      return
     row = {'stage': stage, 'step': int(step), **values}
     self._file.write(json.dumps(row, allow_nan=False) + '\n')
     self._file.flush()
@@ -46,15 +53,16 @@ class Metrics:
     """Drops the rows of `stage` from `step` on, which a stage resumed at `step` is about to write again -> those before."""
     rows = read_metrics(self._workdir)
     kept = [row for row in rows if row['stage'] != stage or row['step'] < step]
-    if len(kept) < len(rows):
+    if self._file and len(kept) < len(rows):
       self._file.close()
       replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
       self._file = self._path.open('a', encoding='utf-8')
     return [row for row in kept if row['stage'] == stage]
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._file:
+      self._file.close()
+      self._board.close()
 
   def __enter__(self) -> 'Metrics':
     return self
@@ -120,7 +128,9 @@ def _cut_torn_line(path: pathlib.Path) -> None:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file that readers see whole or not at all."""
+  """Writes a file that readers see whole or not at all; of several hosts the first one does."""
+  if not distributed.writes():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:

@@ -16,21 +16,24 @@ from typing import Any
 import jax
 import ml_collections
 
+from dcore_jax import sharding
 from dcore_jax.chat.messages import Message
 from dcore_jax.distill.seeds import decision_points
 from dcore_jax.evaluate.lazy_reasoning import is_lazy
 from dcore_jax.evaluate.rollouts import Trajectory, act, measure
+from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
 from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import distributed
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
 from dcore_jax.run.distillation import run_distillation
 from dcore_jax.run.export import generation_config
 from dcore_jax.run.grpo_loop import run_rl
-from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
+from dcore_jax.run.metrics import Metrics, read_json, read_metrics, replace_text, write_json_atomic
 from dcore_jax.run.model_card import model_card
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
@@ -63,6 +66,7 @@ class Pipeline:
       raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
+    self.mesh = distributed.training_mesh(self.config)
     self.policy = load_policy(self.config.model, seed=self.config.seed)
     self.execution = Execution(**self.config.execution)
     self._engine: Engine | None = None
@@ -79,6 +83,7 @@ class Pipeline:
                          'name another --workdir')
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, mine)
+    distributed.wait_for_others('claim')
 
   @property
   def final(self) -> str:
@@ -99,16 +104,17 @@ class Pipeline:
     for name, (folder, run_stage) in steps.items():
       result = self.workdir / folder / 'result.json'
       if name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained():
-        result.unlink()  # made before the last stage was
+        result.unlink(missing_ok=True)  # made before the last stage was
       if name not in self.config.stages or result.exists():
         continue
       with stage(name) as timer:
         values = run_stage()
       result.parent.mkdir(parents=True, exist_ok=True)
       write_json_atomic(result, values | {'seconds': timer.seconds + values.get('seconds_before', 0.0)})
+      distributed.wait_for_others(name)
     summary = self.summary()
     write_json_atomic(self.workdir / 'summary.json', summary)
-    if 'report' in self.config.stages:
+    if 'report' in self.config.stages and distributed.writes():
       with stage('report'):
         write_report(self.workdir, summary, read_metrics(self.workdir), self.traces())
     return summary
@@ -118,17 +124,23 @@ class Pipeline:
   def params(self, name: str) -> Any:
     """Parameters of a stage: 'base', or one that this work directory holds."""
     if name == 'base':
-      return self.policy.params
+      return self.policy.load(self.mesh)
     path = self.workdir / name
     if not (path / 'config.json').exists():
       raise ValueError(f'stage {name!r} has no result in {str(self.workdir)!r}; run it first')
-    return load_params(path)[1]
+    specs = decoder.abstract_params(self.policy.config)
+    return load_params(path, shardings=sharding.shardings(specs, self.mesh) if self.mesh else None)[1]
 
   def engine(self, params: Any) -> Engine:
-    """The run's one engine with the given weights: what it has compiled serves every stage."""
+    """The run's one engine with the given weights, in the dtype of computation and on its own mesh."""
     if self._engine is None:
-      c = self.config.engine
-      self._engine = Engine(params, self.policy.config, stop_ids=self.policy.stop_ids, lanes=c.lanes, max_len=c.max_len,
+      c, model = self.config.engine, self.policy.config
+      params = decoder.cast(params, self.execution.dtype(params))
+      mesh = distributed.engine_mesh(self.config, self.mesh)
+      if mesh:
+        params = jax.device_put(params, sharding.shardings(decoder.abstract_params(model), mesh))
+      self._engine = Engine(params, model, stop_ids=self.policy.stop_ids, lanes=c.lanes, max_len=c.max_len,
+                            max_new=c.max_new or None, trunks=c.trunks or None, tile=c.tile or None,
                             steps_per_call=c.steps_per_call)
     else:
       self._engine.update(params)
@@ -162,8 +174,8 @@ class Pipeline:
     seeds = config_seeds(self.config)
 
     def local(journal):
-      engine = self.engine(self.params('base'))
-      return LocalBackend(engine, self.policy.tokenizer, journal=journal, model=self.policy.name)
+      params = self.params('base')
+      return LocalBackend(self.engine(params), self.policy.tokenizer, journal=journal, model=self.policy.name(params))
 
     with progress(total=len(seeds), description='distill') as bar:
       return run_distillation(self.config, self.workdir / 'distill', seeds, local, progress=bar.update)
@@ -172,10 +184,10 @@ class Pipeline:
     """Fine-tunes the base model on the distilled rows, or on the files the config names."""
     c = self.config.sft
     rows, unreadable = training_rows(c, self.workdir)
-    with Metrics(self.workdir) as metrics:
-      # The step donates its parameters, and the base model's are still needed.
-      start = jax.tree.map(lambda leaf: leaf.copy(), self.params('base'))
-      params, result = run_sft(start, self.policy.config, self.policy.tokenizer, rows, c, metrics,
+    if self.mesh:
+      self._engine = None  # its caches make room for activations; what it compiled is kept by jax
+    with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
+      params, result = run_sft(self.params('base'), self.policy.config, self.policy.tokenizer, rows, c, metrics,
                                self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
     self._save('sft', params)
     return result | {'unreadable': unreadable}
@@ -195,7 +207,7 @@ class Pipeline:
   def rl(self) -> dict[str, Any]:
     """(DA-)GRPO from the fine-tuned model."""
     source, dropped = self._source()
-    with Metrics(self.workdir) as metrics:
+    with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       params, result = run_rl(
           self.params('sft'), self.policy.config, self.policy.tokenizer, source, self.config.rl, metrics,
           self.workdir / 'checkpoints' / self.final, make_engine=self.engine, execution=self.execution,
@@ -223,7 +235,7 @@ class Pipeline:
     """Everything the stages have left, in the shape of `run.summary`."""
     names = ('base', 'sft', self.final)
     found = {name: self._result(f'evaluate_{name}') for name in names}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
+    parameters = self.policy.config.param_count
     summary: dict[str, Any] = {
         'run': {'config': self.config.name, 'seed': self.config.seed,
                 'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
@@ -266,9 +278,7 @@ class Pipeline:
 
 
 def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(''.join(json.dumps(record) + '\n' for record in records))
-  temporary.replace(path)
+  replace_text(path, ''.join(json.dumps(record) + '\n' for record in records))
 
 
 def _trajectory_record(kind: str, t: Trajectory) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dcore_jax import sharding
 from dcore_jax.learn import sft
 from dcore_jax.learn.optimizer import init_state, make_optimizer
 from dcore_jax.models import tree_attention
@@ -44,12 +45,13 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
-                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id)
+                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id, shards=sharding.shards(),
+                     host=jax.process_index(), hosts=jax.process_count())
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
                       total_steps=len(data), weight_decay=config.weight_decay, clip=config.clip,
                       adam_learning_rate=config.adam_learning_rate or None)
   step_fn = sft.make_sft_step(model, tx, execution)
-  state = init_state(params, tx)
+  state = init_state(params, tx, offload='optimizer' in execution.offload)
   tree = data.tree
   fingerprint = zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
   flat = sum(map(len, tree.paths)) / tree.rows * config.rows  # tokens of the unmerged rows that a step stands for
@@ -72,7 +74,7 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
 
     waiting = None
     for step, batch in enumerate(data.prefetched(start), start):
-      state, values = step_fn(state, batch)
+      state, values = step_fn(state, sharding.place_batch(batch))
       if waiting:  # fetched only now, so that the device is already busy with the next step
         log(*waiting)
       waiting = step, values

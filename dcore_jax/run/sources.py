@@ -5,21 +5,24 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 import transformers
 from absl import logging
 
 import dcore_jax
+from dcore_jax import sharding
 from dcore_jax.chat.template import turn_format
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.models import decoder
+from dcore_jax.models import presets
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.models.hf_checkpoint import load_params
+from dcore_jax.models.hf_checkpoint import load_config, load_params
 from dcore_jax.run import row_schemas
 
 _FILES = ('.json', '.jsonl', '.parquet')
@@ -31,16 +34,15 @@ ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
 class Policy:
   """A model with everything needed to use it."""
   config: DecoderConfig
-  params: Any
+  load: Callable[[Mesh | None], Any]  # the parameters, float32, in their shards on a mesh; read or drawn at every call
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
   path: pathlib.Path | None  # of the weights; None where they are random
 
-  @property
-  def name(self) -> str:
+  def name(self, params: Any) -> str:
     """Where the weights come from, and a fingerprint of them: what was sampled from others must not be taken for theirs."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(self.params):
+    for leaf in jax.tree.leaves(params):
       digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024], np.float32).tobytes())
     return f'{self.path.name if self.path else "random"}-{digest.hexdigest()[:8]}'
 
@@ -83,21 +85,28 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   """The model a config section `model` names: a directory, the organism, or a random initialisation.
 
   Raises:
-    ValueError: a path that is not there, a checkpoint that does not fit its config, a tokenizer larger than the embedding.
+    ValueError: a path that is not there or holds another model than `preset`, a tokenizer larger than the embedding. (And
+      `load` where a checkpoint does not fit its config.)
   """
   path = data_path(config.path) if config.path else ORGANISM
   tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
     raise ValueError(f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them')
-  if config.init:
-    model = DecoderConfig.from_hf(dict(config.init))
-    params = decoder.init_params(model, jax.random.key(seed))
-  else:
-    model, params = load_params(path)
+  model = DecoderConfig.from_hf(dict(config.init)) if config.init else load_config(path)
+  if config.preset and not presets.same_model(model, presets.config(config.preset)):
+    raise ValueError(f'{str(path)!r} does not hold a model of the preset {config.preset!r}')
+  specs = decoder.abstract_params(model)
+
+  def load(mesh: Mesh | None) -> Any:
+    placed = sharding.shardings(specs, mesh) if mesh else None
+    if config.init:
+      return jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(model, jax.random.key(seed))
+    return load_params(path, shardings=placed)[1]
+
   if len(tokenizer) > model.vocab_size:
     raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
                      f'the embedding {model.vocab_size} rows')
-  return Policy(model, params, tokenizer, tokenizer_dir, None if config.init else path)
+  return Policy(model, load, tokenizer, tokenizer_dir, None if config.init else path)
 
 
 def _generation_stop_ids(folder: pathlib.Path | None) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def test_gradients_agree_with_and_without_remat_and_unrolling():
 
 
 def test_unknown_executions_are_refused():
-  with pytest.raises(ValueError, match="remat='sometimes'"):
+  with pytest.raises(ValueError, match="execution.remat = 'sometimes'"):
     decoder.Execution(remat='sometimes')
   with pytest.raises(ValueError, match="attention = 'flush' is not one of 'auto', 'blockwise'"):
     decoder.Execution(attention='flush')

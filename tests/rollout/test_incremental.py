@@ -172,7 +172,7 @@ def test_prompts_with_a_long_prefix_in_common_share_its_computation():
 
 def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch):
   from dcore_jax.rollout import engine as engine_lib
-  monkeypatch.setattr(engine_lib, '_PIECE', 32)
+  monkeypatch.setattr(engine_lib, 'PIECE', 32)
   runner = engine(trunks=2, max_new=24)
   made = [Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)]
   for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):

@@ -1,0 +1,19 @@
+"""DeepSeek-Coder-6.7B-instruct, SFT on what Qwen3-8B distilled. Its 32 key heads make caches four times as large.
+
+Command:   python -m experiments.train --config=configs/deepseek_coder_6_7b.py --config.model.path=DIR
+           --workdir=runs/deepseek_coder_6_7b
+           --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
+Plan:      python -m experiments.plan --config=configs/deepseek_coder_6_7b.py --topology=a100:8
+Hardware:  8 A100-80G
+Time:      as qwen3_8b.py, less by the size of the model: SFT 8 h at 40 % MFU
+Result:    none yet: no accelerator was at hand
+"""
+import ml_collections
+
+from configs.paper import SFT_ONLY, paper_config
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  if variant:
+    raise ValueError(f'unknown variant {variant!r} of deepseek_coder_6_7b')
+  return paper_config('deepseek_coder_6_7b', 'deepseek-coder-6.7b-instruct', sft_rows=16, lanes=64, tile=32, stages=SFT_ONLY)

@@ -1,0 +1,18 @@
+"""Qwen2.5-14B-Instruct, SFT on what Qwen3-8B distilled (paper, Table 5).
+
+Command:   python -m experiments.train --config=configs/qwen2_5_14b.py --config.model.path=DIR --workdir=runs/qwen2_5_14b
+           --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
+Plan:      python -m experiments.plan --config=configs/qwen2_5_14b.py --topology=a100:8
+Hardware:  8 A100-80G
+Time:      as qwen3_14b.py: SFT 16 h at 40 % MFU
+Result:    none yet: no accelerator was at hand
+"""
+import ml_collections
+
+from configs.paper import SFT_ONLY, paper_config
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  if variant:
+    raise ValueError(f'unknown variant {variant!r} of qwen2_5_14b')
+  return paper_config('qwen2_5_14b', 'Qwen2.5-14B-Instruct', sft_rows=8, stages=SFT_ONLY)

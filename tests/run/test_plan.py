@@ -1,0 +1,153 @@
+"""Plans: what is compiled is what the loops and the engine call; what is said where a step does not fit; real models."""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcore_jax import sharding
+from dcore_jax import tokentree
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import abstract
+from dcore_jax.rollout import device
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import plan
+from dcore_jax.run import programs
+from dcore_jax.run.defaults import default_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODEL = DecoderConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
+                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256)
+
+
+def tiny_config():
+  c = default_config()
+  c.model.init.update({**MODEL.to_hf()})
+  c.execution.update(dict(remat='full', unroll=False))
+  c.sft.update(dict(capacity=64, rows=2))
+  c.rl.update(dict(capacity=96, rows=1, prompts=4, group=4, updates=2, max_prompt_tokens=32, max_tokens=16))
+  c.engine.update(dict(lanes=4, max_len=48, max_new=16, steps_per_call=2))
+  return c
+
+
+def shapes(tree):
+  return jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree)
+
+
+def test_the_batch_is_what_a_tree_gives():
+  rows = [tokentree.Sequence(np.arange(1, 30, dtype=np.int32), (np.arange(29) > 9).astype(np.float32), 10) for _ in range(4)]
+  tree = tokentree.pack(rows, 40, rows_multiple=2)
+  tree = tree.with_extras(advantage=np.zeros(tree.tokens.shape, np.float32))
+  batch = tree.batch(budget=80, accumulate=tree.rows // 2)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  planned = programs.abstract_batch(mesh, tree.rows // 2, 2, 40, 80, ('advantage',))
+  assert shapes(planned) == shapes(batch)
+
+
+def test_the_calls_are_those_of_the_engine(monkeypatch):
+  """Eight groups of four on 32 lanes, prompts of the longest length: shapes and static arguments are the same."""
+  params = jax.tree.map(lambda spec: jnp.ones(spec.shape, spec.dtype), decoder.abstract_params(MODEL))
+  called = {}
+  for name in ('prefill', 'decode'):
+    def record(*args, name=name, function=getattr(device, name), **static):
+      called.setdefault(name, []).append((shapes(args), {k: v for k, v in static.items()}))
+      return function(*args, **static)
+    monkeypatch.setattr(device, name, record)
+  engine = Engine(params, MODEL, stop_ids=[5], lanes=32, max_len=160, max_new=64, trunks=8, tile=32, steps_per_call=4)
+  requests = [Request(np.full(96, 7 + p), (p, g), 64) for p in range(8) for g in range(4)]
+  engine.generate(requests, SamplingParams())
+  monkeypatch.undo()
+
+  planned = {}
+  for name in ('prefill', 'decode'):
+    function = getattr(device, name)
+    monkeypatch.setattr(device, name, type('Recorder', (), {'lower': lambda *args, name=name, **static: planned.__setitem__(
+        name, (shapes(args), static))}))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  calls = abstract.EngineCalls(MODEL, mesh, lanes=32, trunks=8, max_len=160, max_new=64, tile=32, steps_per_call=4, prompt=96,
+                               dtype=jnp.float32)
+  calls.prefill(), calls.decode()
+  assert planned['prefill'] in called['prefill']
+  assert planned['decode'] in called['decode']
+
+
+def test_a_plan_of_one_device():
+  plans = {step.name: step for step in plan.plan(tiny_config(), 'cpu:1')}
+  assert len(plans) == 6 and all(step.fits and not step.collectives for step in plans.values())
+  state = 3 * 4 * MODEL.param_count
+  assert 0 <= plans['SFT step'].arguments - state < 8000 and plans['SFT step'].peak > plans['SFT step'].arguments
+  assert plans['prefill'].beside['train state'] == pytest.approx(state, abs=64)
+  assert plans['reference log-probabilities'].beside['moments'] == pytest.approx(state * 2 / 3, abs=64)
+  assert plans['DA-GRPO update'].beside['reference policy'] == 4 * MODEL.param_count
+  # 4 rollouts of 16 tokens beside a prompt of 32 fit a row of 96: 2 prompts a mini-batch, 4 passes of a row in all.
+  assert plans['DA-GRPO update'].calls == 2 and plans['old log-probabilities'].calls == 4
+  json.dumps([step.to_json() for step in plans.values()])
+  assert 'a DA-GRPO step, at least' in plan.table(list(plans.values()), 'cpu:1')
+
+
+def test_what_does_not_fit_is_named_with_what_would_help(monkeypatch):
+  monkeypatch.setattr(plan, 'HEAD_ROOM', 1e-6)
+  [step] = plan.plan(tiny_config(), 'cpu:1', ('DA-GRPO update',))
+  assert not step.fits and step.total > step.limit
+  names = [name for name, _ in step.largest]
+  sizes = [size for _, size in step.largest]
+  assert sizes == sorted(sizes, reverse=True) and len(set(names)) == 6 and any(name.startswith('f32[') for name in names)
+  assert 'too much' in step.remedies[0] and any('mesh.fsdp' in line for line in step.remedies)
+  assert 'DA-GRPO update DOES NOT FIT' in plan.table([step], 'cpu:1')
+
+
+def test_sizes_that_do_not_fit_each_other_are_named():
+  config = tiny_config()
+  config.rl.capacity = 40
+  with pytest.raises(ValueError, match='rl.capacity = 40 does not hold a prompt of 32 and a response of 16'):
+    plan.plan(config, 'cpu:1', ('DA-GRPO update',))
+  with pytest.raises(ValueError, match="unknown steps .'nap'."):
+    plan.plan(tiny_config(), 'cpu:1', ('nap',))
+  config = tiny_config()
+  config.execution.offload = ('optimizer',)
+  with pytest.raises(ValueError, match='CPU devices have no memory apart'):
+    plan.plan(config, 'cpu:1')
+
+
+def run_program(config: str, topology: str, *flags: str) -> subprocess.CompletedProcess:
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, '-m', 'experiments.plan', f'--config={config}', f'--topology={topology}', '--json', *flags]
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_the_program_says_so_by_its_exit_status(tmp_path):
+  """On eight fake devices; and a model that is far too large."""
+  path = tmp_path / 'tiny.py'
+  path.write_text(f'import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({tiny_config().to_dict()!r})\n')
+  rows = ['--config.sft.rows=8', '--config.rl.rows=8']
+  done = run_program(str(path), 'cpu:8', *rows, '--steps=SFT step')
+  assert done.returncode == 0, done.stderr[-2000:]
+  [step] = map(json.loads, done.stdout.splitlines())
+  assert step['fits'] and step['collectives']['all-gather']['count'] >= 7
+  done = run_program(str(path), 'cpu:8', '--config.sft.rows=3')
+  assert done.returncode == 1 and 'sft.rows = 3 do not divide into 1 micro-batches over 8 devices' in done.stderr
+  done = run_program(str(path), 'cpu:8', *rows, '--steps=SFT step', '--config.model.init.vocab_size=400000000')
+  assert done.returncode == 1 and not json.loads(done.stdout)['fits']
+
+
+@pytest.mark.parametrize('name', ['qwen3_8b', 'qwen3_14b'])
+def test_compiles_for_eight_a100_with_room(name):
+  if importlib.util.find_spec('jax_cuda12_plugin') is None:
+    pytest.skip('no compiler for a100:8: pip install -e .[aot]')
+  done = run_program(f'configs/{name}.py', 'a100:8')
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  steps = {step['name']: step for step in map(json.loads, done.stdout.splitlines())}
+  assert len(steps) == 6 and all(step['fits'] for step in steps.values())
+  model = plan.presets.config(name)
+  gathered = steps['SFT step']['collectives']['all-gather']['bytes']
+  # Layers in bfloat16, forward and again in the backward pass, and the head: nothing in float32, nothing twice.
+  layers, head = model.param_count - 2 * model.vocab_size * model.hidden_size, model.vocab_size * model.hidden_size
+  assert gathered == pytest.approx(2 * (2 * layers + head) * 7 / 8, rel=0.01)

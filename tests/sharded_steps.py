@@ -1,0 +1,98 @@
+"""SFT and DA-GRPO steps on eight fake devices against one, and what the compiled steps send.
+
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_steps.py
+
+prints a JSON line for each step and mesh: the collectives of the compiled step. A program of its own, since the number of
+devices is fixed when jax starts. Raises where a loss or gradient differs from that of one device.
+"""
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+
+from dcore_jax import sharding
+from dcore_jax import tokentree
+from dcore_jax.learn import grpo
+from dcore_jax.learn import optimizer
+from dcore_jax.learn import sft
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.run.collectives import collectives
+
+CONFIG = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.2)
+SPECS = decoder.abstract_params(CONFIG)
+EXECUTION = decoder.Execution(attention='reference', remat='full', unroll=False)  # the attention that compiles fastest
+MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
+SGD = optax.sgd(1.0)  # what a step takes off the parameters is the gradient
+make_params = jax.jit(decoder.init_params, static_argnums=0)
+
+
+def forest() -> tokentree.TokenTree:
+  """8 rows, in each of which responses share a prompt; with values for every extra of the GRPO step."""
+  rng, sequences = np.random.default_rng(0), []
+  for _ in range(8):
+    prompt = rng.integers(0, 64, 70)
+    for _ in range(3):
+      row = np.r_[prompt, rng.integers(0, 64, 7)].astype(np.int32)
+      sequences.append(tokentree.Sequence(row, (np.arange(77) >= 70).astype(np.float32), 70))
+  tree = tokentree.pack(sequences, 96, rows_multiple=8)
+  assert tree.rows == 8 and tree.dedup > 1.5
+  draw = lambda: rng.normal(size=tree.tokens.shape).astype(np.float32)
+  return tree.with_extras(advantage=draw(), old_logp=-4 + 0.1 * draw(), ref_logp=-4 + 0.1 * draw())
+
+
+def gradient(step, tree, mesh):
+  """(loss, gradient, collectives) of one step; it must leave the state where it was, or the next one would be compiled anew."""
+  with jax.set_mesh(mesh):
+    placed = sharding.shardings(SPECS, mesh) if mesh else None
+    batch = sharding.place_batch(tree.batch(shards=sharding.shards()), whole=True)
+    params = jax.device_put(make_params(CONFIG, jax.random.key(0)), placed)
+    before = jax.device_get(params)
+    state = optimizer.init_state(params, SGD)
+    compiled = step.lower(state, batch).compile()
+    after, metrics = compiled(state, batch)
+    taken = jax.tree.map(np.subtract, before, jax.device_get(after.params))
+  if mesh:
+    check_places(after.params, placed)
+  return float(metrics['loss']), taken, [each._asdict() for each in collectives(compiled.as_text())]
+
+
+def check_places(tree, placed) -> None:
+  for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True):
+    assert leaf.sharding == place, (leaf.sharding, place)
+
+
+def check_placement(mesh) -> None:
+  """Parameters are drawn in their shards, bit for bit those of one device, and moments lie beside them."""
+  placed = sharding.shardings(SPECS, mesh)
+  drawn = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(CONFIG, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, drawn, make_params(CONFIG, jax.random.key(0)))
+  adam = optimizer.make_optimizer('adamw', 1e-3)
+  with jax.set_mesh(mesh):
+    state = optimizer.init_state(drawn, adam)
+  specs = optimizer.abstract_state(SPECS, adam)
+  check_places(state, sharding.shardings(specs, mesh))
+  for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
+    assert (leaf.shape, leaf.dtype) == (spec.shape, spec.dtype)
+
+
+def main() -> None:
+  tree = forest()
+  steps = {'sft': sft.make_sft_step(CONFIG, SGD, EXECUTION),
+           'da_grpo': grpo.make_grpo_step(CONFIG, SGD, kl_coefficient=0.1, execution=EXECUTION)}
+  for name, step in steps.items():
+    data = dataclasses.replace(tree, extras={}) if name == 'sft' else tree
+    loss, grads, _ = gradient(step, data, None)
+    for ways in MESHES:
+      got_loss, got, sent = gradient(step, data, sharding.make_mesh(*ways))
+      np.testing.assert_allclose(got_loss, loss, rtol=1e-5, err_msg=f'{name} {ways}')
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{name} {ways}'), got, grads)
+      print(json.dumps({'step': name, 'mesh': ways, 'collectives': sent}), flush=True)
+  check_placement(sharding.make_mesh(2, 2, 2))
+
+
+if __name__ == '__main__':
+  main()
