@@ -36,8 +36,9 @@ from dcore_jax.distill.seeds import DecisionPoint, decision_points
 from dcore_jax.learn import grpo, optimizer
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run.grpo_loop import GrpoLoop
+from dcore_jax.run.grpo_loop import GrpoLoop, Reference
 from dcore_jax.run.rollout_batch import Prompt, Questions, Rollout, RolloutBatch, encode_prompts
 from dcore_jax.run.sources import ORGANISM, load_policy
 from dcore_jax.run.throughput import forward_flops
@@ -209,7 +210,7 @@ def whole() -> None:
   loop = GrpoLoop(policy.config, policy.tokenizer, engine, Questions(policy.tokenizer, prompts, c.rl.reward), range(len(prompts)),
                   c.rl, seed=0)
   copy = lambda: jax.tree.map(lambda leaf: leaf.copy(), params)
-  state, reference, lengths = optimizer.init_state(copy(), loop.tx), copy(), []
+  state, reference, lengths = optimizer.init_state(copy(), loop.tx), Reference(params, Execution()), []
   engine.update(state.params)
 
   def step() -> None:

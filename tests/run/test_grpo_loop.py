@@ -11,6 +11,7 @@ import pytest
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.evaluate.rollouts import Exchange
 from dcore_jax.learn.optimizer import init_state
+from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Completion
 from dcore_jax.run import grpo_loop
 from dcore_jax.run.metrics import Metrics, read_metrics
@@ -27,7 +28,7 @@ def one_step(rewards_PG, **changes):
   state = init_state(params(), loop.tx)
   batch = loop.source.judge(loop.chosen(0), loop.rollouts(0))
   batch.total_PG[:] = rewards_PG
-  state, update = loop.update(state, start, batch)
+  state, update = loop.update(state, grpo_loop.Reference(start, Execution()), batch)
   return state, update.numbers(engine)
 
 
