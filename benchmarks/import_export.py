@@ -11,6 +11,7 @@ is what a process has at its worst beyond what it had before and the parameters 
 transformers keeps parameters in the file's dtype as views of the mapped file: their import there is no more than reading it.
 Bounds are the bytes read and written at the rate of a large copy. Saving to a disk is waited for by neither.
 """
+import importlib.util
 import json
 import os
 import pathlib
@@ -191,11 +192,8 @@ def main(_) -> None:
     folder = pathlib.Path(place)
     source = folder / 'source'
     make_checkpoint(source)
-    try:
-      import torch  # noqa: F401  (whether it is there)
-      peers = ['transformers']
-    except ImportError:
-      peers = []
+    peers = ['transformers'] if importlib.util.find_spec('torch') else []
+    if not peers:
       skipped('import and export', 'transformers', 'torch is not installed')
     rate = copy_rate()
     for what, dtype in (('import', 'float32'), ('import', 'bfloat16'), ('export', 'bfloat16')):
