@@ -31,7 +31,7 @@ class TrainState:
 
 
 def abstract_state(specs: Any, tx: optax.GradientTransformation) -> TrainState:
-  """The state as a tree of specs (models.decoder.abstract_params): moments are split as their parameters, counters are whole."""
+  """The state as a tree of specs (models.decoder.abstract_params): moments are split as their parameters, counters whole."""
   shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
   scalar = lambda leaf: ParamSpec(leaf.shape, leaf.dtype, (), None)
   opt_state = _beside_parameters(jax.eval_shape(tx.init, shapes), specs, scalar)

@@ -509,7 +509,7 @@ class Engine:
     return completion
 
   def _counted(self, function: Callable[..., Any], *args, **kwargs) -> Any:
-    """The call, and how many programs it compiled. Its mesh is that of the weights, whatever mesh the trainer has in context."""
+    """The call, and how many programs it compiled. Its mesh is that of the weights, whatever the trainer's in context is."""
     before = device.traces.total()
     with jax.set_mesh(self._placement.mesh if self._placement else None):
       result = function(*args, **kwargs)

@@ -51,8 +51,8 @@ def test_bfloat16_computes_from_float32_masters(params):
     assert one.dtype == jnp.float32
     assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
   ones = jnp.ones((1, 4), jnp.int32)
-  hidden = jax.eval_shape(lambda p: decoder.hidden_states(p, CONFIG, ones, ones, ones * 4, decoder.Execution(compute='bfloat16')),
-                          params)
+  rough = decoder.Execution(compute='bfloat16')
+  hidden = jax.eval_shape(lambda params: decoder.hidden_states(params, CONFIG, ones, ones, ones * 4, rough), params)
   assert hidden.dtype == jnp.bfloat16
   assert decoder.Execution().dtype(params) == jnp.float32  # on a CPU the parameters' own
 

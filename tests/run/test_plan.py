@@ -123,10 +123,12 @@ def run_program(config: str, topology: str, *flags: str) -> subprocess.Completed
   return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_program_says_so_by_its_exit_status(tmp_path):
   """On eight fake devices; and a model that is far too large."""
   path = tmp_path / 'tiny.py'
-  path.write_text(f'import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({tiny_config().to_dict()!r})\n')
+  fields = tiny_config().to_dict()
+  path.write_text(f'import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({fields!r})\n')
   rows = ['--config.sft.rows=8', '--config.rl.rows=8']
   done = run_program(str(path), 'cpu:8', *rows, '--steps=SFT step')
   assert done.returncode == 0, done.stderr[-2000:]
