@@ -204,7 +204,8 @@ def test_stop_strings_end_with_the_token_that_completes_them():
     end = min(ends.values(), default=40)
     assert text(completion.tokens) == whole[:end] and not completion.finished
     assert (completion.stop in ends and ends[completion.stop] == end) if ends else completion.stop is None
-    np.testing.assert_array_equal(completion.logprobs, full.logprobs[:end])
+    # Which tile a lane is decoded in depends on who else is live; products of other shapes round otherwise.
+    np.testing.assert_allclose(completion.logprobs, full.logprobs[:end], atol=1e-6)
   with pytest.raises(ValueError, match='decode'):
     engine(decode=None).submit(made[0], SamplingParams(stop=('a',)))
 

@@ -68,7 +68,6 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
 
   planned = {}
   for name in ('prefill', 'decode'):
-    function = getattr(device, name)
     monkeypatch.setattr(device, name, type('Recorder', (), {'lower': lambda *args, name=name, **static: planned.__setitem__(
         name, (shapes(args), static))}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
