@@ -12,7 +12,7 @@ setuptools.setup(
     install_requires=[
         'jax>=0.10', 'flax>=0.12', 'optax>=0.2.8', 'orbax-checkpoint>=0.12', 'transformers>=5.0', 'tokenizers>=0.22',
         'datasets>=5.0', 'numpy>=2.0', 'ml_collections>=1.1', 'absl-py>=2.0', 'safetensors>=0.6', 'jinja2>=3.1', 'openai>=2.0',
-        'tqdm>=4.66', 'tensorboardX>=2.6', 'matplotlib>=3.9',
+        'scipy>=1.13', 'tqdm>=4.66', 'tensorboardX>=2.6', 'matplotlib>=3.9',
     ],
     extras_require={
         'test': [
