@@ -23,7 +23,7 @@ help:
 	@echo 'make quick      the same, cut down to a few minutes, results in $(QUICK_WORKDIR)'
 	@echo 'make test       the tests but the slow ones'
 	@echo 'make test-all   all tests'
-	@echo 'make test-aot   compile the kernels for A100 and TPU, in an environment $(VENV)-aot with their compilers'
+	@echo 'make test-aot   compile kernels for A100 and TPU and the steps of Qwen3-8B and 14B, in an environment $(VENV)-aot'
 	@echo 'make bench      the benchmarks, JSON lines on stdout'
 	@echo 'make pretrain   rebuild the model organism from its seed'
 	@echo 'make setup      only the virtual environment $(VENV)'
@@ -55,10 +55,16 @@ test-all: setup
 # finds no such device.
 test-aot:
 	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,aot
-	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles tests/models
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles tests/models tests/run/test_plan.py
 
 bench: setup
 	$(RUN) -m benchmarks.sft_step
+	$(RUN) -m benchmarks.rollout
+	$(RUN) -m benchmarks.server
+	$(RUN) -m benchmarks.grpo_step
+	$(RUN) -m benchmarks.rewards
+	$(RUN) -m benchmarks.distill
+	$(RUN) -m benchmarks.import_export
 
 pretrain: setup
 	$(RUN) -m experiments.pretrain --config=configs/nano_base.py

@@ -64,7 +64,7 @@ def loop(policy: Policy, seeds: list[Seed]) -> None:
         rates[name].append(summary['completion_tokens'] / seconds)
   together, alone = (float(np.median(rates[name])) for name in rates)
   line('all seeds together', 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0,
-       better='more', seeds=len(chosen))
+       better='more', seeds=len(chosen), occupancy=many.engine.stats.occupancy)
 
 
 def occupancy(policy: Policy, seeds: list[Seed]) -> None:
