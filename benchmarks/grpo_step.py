@@ -3,7 +3,7 @@
     python -m benchmarks.grpo_step --trl_python=ENV/bin/python                     # every case, about 40 minutes on 2 cores
     python -m benchmarks.grpo_step --cases=update --vocabularies=4096 --rounds=3
 
-    python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0           # the environment of a peer
+    python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0 scipy     # the environment of a peer
 
 One JSON line a case: ours, peer, ratio (> 1: ours is better), bound. A peer whose environment is not named gives a line that says
 so. `update` takes the same rollouts (4 prompts of 1,024 tokens, 8 responses of 128 each) and the same random weights everywhere:
