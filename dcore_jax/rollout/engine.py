@@ -145,14 +145,15 @@ class Engine:
     if any(not 0 <= stop < config.vocab_size for stop in stop_ids):
       raise ValueError(f'stop_ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}')
     self.config, self.max_len, self.max_new = config, max_len, min(max_new, max_len)
-    self._hold(params)
+    self._hold(_committed(params))
     self.lanes, self.steps_per_call, self.tile, self.decode = lanes, steps_per_call, tile, decode
     self.stats = EngineStats()
     self._ladder, self._spans, self._branch_spans = bucket_ladder(max_len), span_ladder(max_len), span_ladder(self.max_new)
     self._tiles = sorted({tile // part for part in _PARTS if tile >= part})
     self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self._placement = cache_placement(params, config)
-    self._state = device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype, self._placement)
+    self._state = _committed(device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype,
+                                               self._placement))
     self._trunks = TrunkTable(trunks, max_len)
     self._handles = 0
     self._streaming = False
@@ -518,6 +519,12 @@ class Engine:
 
 
 _unstack = jax.jit(decoder.unstack)
+
+
+def _committed(tree: Any) -> Any:
+  """The same arrays, tied to the devices they are on, as those of `update` and of every later call are: jax compiles a program
+  apart for arrays that are not, which would be all of them twice."""
+  return jax.tree.map(lambda leaf: jax.device_put(leaf, jnp.asarray(leaf).sharding), tree)
 
 
 def cache_placement(params: decoder.Params, config: DecoderConfig) -> NamedSharding | None:

@@ -10,6 +10,7 @@ import pytest
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import device
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.lanes import bucket_ladder, span_ladder
 from dcore_jax.rollout.sampling import SamplingParams
@@ -156,7 +157,7 @@ def test_compilations_are_bounded_and_new_weights_need_none():
   runner = engine(max_len=72, stop_ids=[])
   made = requests(20, lengths=(1, 9, 30, 63))
   first = runner.generate(made, SamplingParams())
-  compiled = runner.stats.compilations
+  compiled, programs = runner.stats.compilations, device.decode._cache_size() + device.prefill._cache_size()
   spans = len(span_ladder(72))
   assert 0 < compiled <= len(bucket_ladder(72)) + 3 * spans**2  # tiles of 1, 2 and 4 lanes
   runner.update(params(2))
@@ -166,6 +167,7 @@ def test_compilations_are_bounded_and_new_weights_need_none():
   same(runner.generate(made, SamplingParams()), first)
   runner.generate(made, SamplingParams(0.5, seed=9))  # another temperature is not another program
   assert runner.stats.compilations == compiled
+  assert device.decode._cache_size() + device.prefill._cache_size() == programs  # nor a second form of the same trace
 
 
 def test_update_refuses_what_does_not_fit():
