@@ -126,4 +126,4 @@ def test_every_stop_token_of_a_generation_config_counts(tmp_path):
     assert set(policy.stop_ids) == more | {policy.tokenizer.eos_token_id}
   (folder / 'generation_config.json').write_text('{"eos_token_id": ["x"]}')
   with pytest.raises(ValueError, match='generation_config.json: eos_token_id'):
-    sources.load_policy(config, seed=0)
+    sources.load_policy(config, seed=0).stop_ids  # pylint: disable=expression-not-assigned
