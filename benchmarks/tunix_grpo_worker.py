@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tunix.models.qwen3 import model as qwen3
 from tunix.rl import algo_core, rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
+
+from tunix_worker import make_model, randomise  # its neighbour: this file's folder is where a script looks first
 
 
 class IdTokenizer:
@@ -38,14 +39,6 @@ class IdTokenizer:
 
   def pad_id(self) -> int:
     return 0
-
-
-def make_model(config: dict[str, Any]) -> qwen3.Qwen3:
-  return qwen3.Qwen3(qwen3.ModelConfig(
-      num_layers=config['num_hidden_layers'], vocab_size=config['vocab_size'], embed_dim=config['hidden_size'],
-      hidden_dim=config['intermediate_size'], num_heads=config['num_attention_heads'], head_dim=config['head_dim'],
-      num_kv_heads=config['num_key_value_heads'], rope_theta=config['rope_theta'], norm_eps=config['rms_norm_eps'],
-      use_tied_embedding=config['tie_word_embeddings']), rngs=nnx.Rngs(0))
 
 
 def grpo_config(job: dict[str, Any]) -> grpo_learner.GRPOConfig:
@@ -74,10 +67,7 @@ def temporaries(job: dict[str, Any]) -> int:
 def train(job: dict[str, Any]) -> None:
   """Its learner over batches that come when they are asked for; the seconds between two askings are those of the steps."""
   model = make_model(job['config'])
-  leaves, structure = jax.tree.flatten(nnx.state(model))
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  drawn = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf for key, leaf in zip(keys, leaves)]
-  nnx.update(model, jax.tree.unflatten(structure, drawn))
+  randomise(model)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
   roles = dict.fromkeys((rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT), mesh)
   rollout = base_rollout.RolloutConfig(

@@ -32,17 +32,27 @@ class IdTokenizer:
     return 0
 
 
-def make_sampler(config: dict[str, Any], cache_size: int) -> tunix_sampler.Sampler:
-  """A sampler of a model of this size with random weights of deviation 0.02, as ours has."""
-  model = qwen3.Qwen3(qwen3.ModelConfig(
+def make_model(config: dict[str, Any]) -> qwen3.Qwen3:
+  """A model of the size that a `config.json` says."""
+  return qwen3.Qwen3(qwen3.ModelConfig(
       num_layers=config['num_hidden_layers'], vocab_size=config['vocab_size'], embed_dim=config['hidden_size'],
       hidden_dim=config['intermediate_size'], num_heads=config['num_attention_heads'], head_dim=config['head_dim'],
       num_kv_heads=config['num_key_value_heads'], rope_theta=config['rope_theta'], norm_eps=config['rms_norm_eps'],
       use_tied_embedding=config['tie_word_embeddings']), rngs=nnx.Rngs(0))
+
+
+def randomise(model: qwen3.Qwen3) -> None:
+  """Random weights of deviation 0.02, as ours has; some of its own are zero."""
   leaves, structure = jax.tree.flatten(nnx.state(model))
   keys = jax.random.split(jax.random.key(0), len(leaves))
   drawn = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf for key, leaf in zip(keys, leaves)]
   nnx.update(model, jax.tree.unflatten(structure, drawn))
+
+
+def make_sampler(config: dict[str, Any], cache_size: int) -> tunix_sampler.Sampler:
+  """A sampler of a random model of this size."""
+  model = make_model(config)
+  randomise(model)
   cache = tunix_sampler.CacheConfig(cache_size, config['num_hidden_layers'], config['num_key_value_heads'], config['head_dim'])
   return tunix_sampler.Sampler(model, IdTokenizer(), cache)
 

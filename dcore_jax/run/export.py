@@ -6,14 +6,13 @@ import jax
 import ml_collections
 
 from dcore_jax import sharding
-from dcore_jax.chat.template import turn_format
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import check_target, load_config, load_params, save_checkpoint
 from dcore_jax.run.checkpoint import read_part
 from dcore_jax.run.metrics import read_json
 from dcore_jax.run.model_card import model_card
-from dcore_jax.run.sources import ORGANISM, data_path, load_tokenizer
+from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids, load_tokenizer
 
 
 class Weights(NamedTuple):
@@ -81,10 +80,7 @@ def generation_config(section: ml_collections.ConfigDict, model: DecoderConfig, 
   """That of the model which a config section `model` names, with every id that ends an answer of `model`."""
   folder = data_path(section.path) if section.path else None if section.init else ORGANISM
   stored = _read(folder / 'generation_config.json') if folder else {}
-  ends = stored.get('eos_token_id')
-  ids = {*(ends if isinstance(ends, list) else [ends]), *model.stop_token_ids, tokenizer.eos_token_id,
-         turn_format(tokenizer).end_of_turn_id}
-  return stored | {'eos_token_id': sorted(ids - {None}), 'pad_token_id': tokenizer.pad_token_id}
+  return stored | {'eos_token_id': find_stop_ids(model, tokenizer, folder), 'pad_token_id': tokenizer.pad_token_id}
 
 
 def _load(found: Weights, section: ml_collections.ConfigDict) -> tuple[DecoderConfig, Any]:

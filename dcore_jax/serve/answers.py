@@ -1,4 +1,5 @@
 """From the engine's progress to OpenAI's answers, whole or in pieces."""
+import abc
 import asyncio
 import itertools
 import secrets
@@ -51,7 +52,7 @@ class Rollouts:
       self._scheduler.cancel(self._job)
 
 
-class Choice:
+class Choice(abc.ABC):
   """One of a request's answers as it grows. A subclass says what becomes of its text."""
 
   def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
@@ -85,21 +86,24 @@ class Choice:
     """Entries of a stream's first piece."""
     return []
 
+  @abc.abstractmethod
   def whole(self) -> dict[str, Any]:
     """The entry of an answer that is not streamed, once it has ended."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
-    raise NotImplementedError
+    """Entries for a further piece of text."""
 
   def _reason(self, reason: str) -> str:
     return reason
 
+  @abc.abstractmethod
   def _piece(self, content: dict[str, Any]) -> dict[str, Any]:
-    raise NotImplementedError
+    """An entry of a stream's piece with this content."""
 
+  @abc.abstractmethod
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    raise NotImplementedError
+    """Log-probabilities of the tokens from `start` on, in the form of the request's kind."""
 
 
 class ChatChoice(Choice):
