@@ -4,7 +4,6 @@ A row is a forest of token nodes in depth-first order. Query i sees key j iff `j
 sees are exactly its ancestors and itself, which is causal masking, packing isolation and prefix sharing in one.
 Letters: R rows, T tokens in a row (capacity), A micro-batches, M loss tokens of one micro-batch.
 """
-import bisect
 import dataclasses
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
@@ -178,8 +177,8 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   Weights of merged tokens add, which is exactly the sum of the flat losses. A tree larger than a row is cut where its
   trunk, which is then repeated, is shortest, and the pieces fill rows best-fit-decreasing, or each row by the pieces whose
   sizes add up to most; or rows are filled one after the other and trees cut where a row ends. The plan with the fewest rows is
-  taken, of equal ones that with fewest tokens, and the number of rows rounded up to `rows_multiple`. Prefixes too short to be worth it stay apart; with `merge` off all do, which
-  is plain packing.
+  taken, of equal ones that with fewest tokens, and the number of rows rounded up to `rows_multiple`. Prefixes too short to
+  be worth it stay apart; with `merge` off all do, which is plain packing.
   """
   if capacity < 1 or rows_multiple < 1:
     raise ValueError(f'capacity = {capacity} and rows_multiple = {rows_multiple} must be positive')
@@ -273,20 +272,23 @@ def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: li
 def _fullest(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
   """Fills each row with the largest piece that is left and those whose sizes then add up to most -> as `_best_fit`.
 
-  Every piece counts with its trunk. 256 groups of about 4,090 tokens, four to a row of 16,384, take 67 rows so and 69 by best
-  fit; 2,000 single turns are packed to 99.97 % and 99.4 %.
+  A piece whose tree is the first one's counts without their common trunk, any other with its own. 256 groups of about 4,090
+  tokens, four to a row of 16,384, take 67 rows so and 69 by best fit; 60 dialogues of 3,600 tokens below a system prompt of
+  1,500 take 15 and 16; 2,000 single turns are packed to 99.97 % and 99.4 %.
   """
-  left = sorted(range(len(pieces)), key=lambda index: -(pieces[index].trunk + pieces[index].size))
-  negative = [-(pieces[index].trunk + pieces[index].size) for index in left]  # ascending, for the bisection
+  left = np.array(sorted(range(len(pieces)), key=lambda index: -(pieces[index].trunk + pieces[index].size)), np.int64)
+  whole = np.array([pieces[index].trunk + pieces[index].size for index in left], np.int64)
+  # The first cut of its tree and the length of the trunk above it; a piece that is a tree shares nothing.
+  tree, depth = np.array([pieces[index].cuts[0] if pieces[index].cuts else (-1, 0) for index in left], np.int64).reshape(-1, 2).T
   row_of, row = np.zeros(len(lengths), np.int64), 0
-  while left:
-    room = capacity + negative[0]
-    start = max(1, bisect.bisect_left(negative, -room))  # the first that fits beside it
-    chosen = [0, *(start + place for place in _largest_sum([-size for size in negative[start:start + _CANDIDATES]], room))]
-    for place in reversed(chosen):
-      piece = pieces[left.pop(place)]
-      del negative[place]
-      row_of[piece.first:piece.last] = row
+  while len(left):
+    room = capacity - int(whole[0])
+    costs = whole - np.where(tree == tree[0], depth, 0)
+    beside = 1 + np.flatnonzero(costs[1:] <= room)[:_CANDIDATES]
+    chosen = np.r_[0, beside[_largest_sum(costs[beside].tolist(), room)]]
+    for index in left[chosen].tolist():
+      row_of[pieces[index].first:pieces[index].last] = row
+    left, whole, tree, depth = (np.delete(array, chosen) for array in (left, whole, tree, depth))
     row += 1
   return row_of, lengths - _common_in_rows(common, row_of)
 

@@ -138,7 +138,7 @@ def test_rows_of_realistic_lengths_are_filled():
       answer = draw(rng.integers(100, 400))
       dialogues.append(sequence(np.r_[history, answer], np.r_[np.zeros(len(history)), np.ones(len(answer))]))
       history = np.r_[history, draw(rng.integers(50, 400))]
-  tree = tokentree.pack(dialogues, 16384)
+  tree = tokentree.pack(dialogues, 16384)  # four a row only where the sizes below the system prompt are chosen by their sum
   assert tree.live >= 0.95 * tree.tokens.size and tree.dedup > 5
 
 
