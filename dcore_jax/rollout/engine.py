@@ -32,9 +32,10 @@ from dcore_jax.rollout.sampling import Rule, SamplingParams
 
 Tag = Any
 _CPU_TILE = 32  # lanes; larger tiles fall out of the caches, smaller ones starve the matrix products
-# Parts of a tile that serve the last rollouts of a batch. With 8 layers of width 512 on 2 cores, a step of 32, 16, 8 and 4
-# lanes takes 12.8, 8.2, 5.4 and 4.3 ms.
-_PARTS = (8, 4, 2, 1)
+# Parts of a tile that serve the last rollouts of a batch; on a CPU single lanes too, since a product with one vector reads the
+# weights four times as fast as one with two to four, which copies them first: the 96 MB of 8 layers of width 512 take 6 ms for
+# 1 lane, 23 for 2, 25 for 4, 18 for 8, 33 for 16 and 54 for 32.
+_PARTS = (4, 2, 1)
 PIECE = 1024  # tokens; longer prompts are prefilled in pieces, so that attention scores stay below 1024 x max_len a head
 BATCH = 256  # tokens; shorter prompts are prefilled together up to this many
 
@@ -149,7 +150,8 @@ class Engine:
     self.lanes, self.steps_per_call, self.tile, self.decode = lanes, steps_per_call, tile, decode
     self.stats = EngineStats()
     self._ladder, self._spans, self._branch_spans = bucket_ladder(max_len), span_ladder(max_len), span_ladder(self.max_new)
-    self._tiles = sorted({tile // part for part in _PARTS if tile >= part})
+    single = {1} if jax.default_backend() == 'cpu' else set()
+    self._tiles = sorted({tile // part for part in _PARTS if tile >= part} | single)
     self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self._placement = cache_placement(params, config)
     self._state = _committed(device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype,
@@ -351,7 +353,9 @@ class Engine:
     while self._queue:
       rollout = self._queue.popleft()
       if rollout.given is not None:
-        fill = self._grown(rollout)
+        if (fill := self._grown(rollout)) is None:  # waits for a trunk: another reads its own, or this round copies it
+          later.append(rollout)
+          continue
       elif self._free and (found := self._trunks.acquire(rollout.context)):
         rollout.trunk, fill = found
         rollout.lane = next(iter(self._free))

@@ -199,6 +199,14 @@ def test_stats_and_progress():
   assert engine().generate([], SamplingParams()) == []
 
 
+def test_short_prompts_share_a_call_and_steps_read_what_is_live():
+  runner = engine(lanes=8, tile=8)
+  runner.generate(requests(8, lengths=(9,)), SamplingParams())
+  assert runner.stats.prefill_calls == 1
+  # Prompts of 9 tokens and answers of 34 at most lie in the first 64 slots, of 128, of trunk and branch.
+  assert runner.stats.slots_read <= runner.stats.lane_steps * (64 + 64)
+
+
 @pytest.mark.parametrize('request_, message', [
     (Request(np.zeros(0, np.int32), (0,)), 'at least one token'), (Request(np.zeros((2, 2), np.int32), (0,)), 'row'),
     (Request(np.zeros(3), (0,)), 'float64'), (Request(prompt(128), (0,)), '128 tokens.*max_len=128'),

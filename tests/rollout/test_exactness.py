@@ -103,3 +103,11 @@ def test_j_each_prompt_of_a_group_is_prefilled_once():
   before = engine().stats.prefill_tokens
   engine().generate(groups(), SamplingParams())
   assert engine().stats.prefill_tokens - before == 20 + 37 + 70
+
+
+def test_i_an_engine_stops_at_its_own_tokens():
+  """Two of the same shapes, one after the other: nothing of the first is compiled into the second."""
+  other = Engine(params(), CONFIG, stop_ids=(7,), lanes=16, max_len=128, max_new=64, steps_per_call=8)
+  for runner, stops in ((engine(), STOPS), (other, (7,)), (engine(), STOPS)):
+    done = [completion.tokens for completion in runner.generate(groups(), SamplingParams()) if completion.finished]
+    assert done and all(tokens[-1] in stops and not np.isin(tokens[:-1], stops).any() for tokens in done)

@@ -105,6 +105,21 @@ def test_extend_goes_on_without_computing_the_past_again():
   assert runner.free == 8
 
 
+def test_an_extension_waits_for_a_trunk():
+  """Two lanes read one trunk and are extended in one step; the only other trunk is enough for one of them at a time."""
+  contexts, runner = {}, engine(stop_ids=[], lanes=2, trunks=2)
+  handles = [runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True) for i in range(2)]
+  completions, _ = finish(runner, *handles)
+  for handle, completion in zip(handles, completions):
+    output = prompt(6, handle)
+    contexts[handle] = np.concatenate([prompt(40), completion.tokens, output])
+    runner.extend(handle, output)
+  completions, _ = finish(runner, *handles)
+  for handle, completion in zip(handles, completions):
+    assert len(completion.tokens) == 5
+    exact(contexts[handle], completion)
+
+
 def test_a_running_rollout_can_be_given_tokens():
   """As a budget does that closes a reasoning: between two steps, in the middle of what it writes."""
   runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=20)
