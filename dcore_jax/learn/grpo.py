@@ -136,7 +136,8 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, t
     hidden_MD, matrix_VD = sft.loss_token_states(params, config, micro, execution), decoder.head_matrix(params)
     extras = micro.extras
     if loss.scope == 'micro-batch':
-      logp_M, _ = head.log_probs_and_entropy(*jax.lax.stop_gradient((hidden_MD, matrix_VD)), micro.target, temperature)
+      logp_M, _ = head.log_probs_and_entropy(*jax.lax.stop_gradient((hidden_MD, matrix_VD)), micro.target, temperature,
+                                             used_M=micro.weight)
       extras = loss.with_statistic(logp_M, micro.weight, extras)
     total, sums = head.token_loss(objective, hidden_MD, matrix_VD, micro.target, (micro.weight, extras), temperature,
                                   entropy='value')

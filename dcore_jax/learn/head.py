@@ -63,14 +63,15 @@ def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, t
 
 
 def log_probs_and_entropy(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0,
-                          chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
+                          chunk: int | None = None, used_M: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each target and Shannon entropy (nats, >= 0) of softmax(hidden @ head.T / temperature).
 
   Both results, float32 [M], are differentiable in `hidden` and `head`; the backward pass computes the logits again, but for
-  a single chunk on one device, which keeps them. Arguments and errors as for `token_loss`.
+  a single chunk on one device, which keeps them. Where `used_M` is given, chunks in which it is 0 everywhere are skipped and
+  give 0. Other arguments and errors as for `token_loss`.
   """
   _check(temperature, chunk)
-  return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M)
+  return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M, used_M)
 
 
 def uniform_gap(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -272,61 +273,76 @@ _token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _score_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
-                 targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+                 targets_M: jax.Array, used_M: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """(logp, entropy, log partition sums [M], the logits [M, V] where they are kept)."""
-  hidden_NCD, targets_NC = (_chunked(array, head_VD.shape[0], chunk) for array in (hidden_MD, targets_M))
+  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, used_M))
+  keep = chunks[1].shape[0] == 1 and not split.vocab
 
   def step(_, part):
-    hidden_CD, targets_C = part
+    hidden_CD, targets_C, _ = part
     logits_CV = _logits(hidden_CD, head_VD, temperature)
-    kept = logits_CV if hidden_NCD.shape[0] == 1 and not split.vocab else None
-    return None, (*_summary(logits_CV, targets_C, split, True), kept)
+    return None, (*_summary(logits_CV, targets_C, split, True), logits_CV if keep else None)
 
-  scores = _over_chunks(step, None, (hidden_NCD, targets_NC))[1]
+  def nothing(_, part):
+    return None, (*[jnp.zeros(part[1].shape, jnp.float32)] * 3, None)
+
+  scores = _over_chunks(_where_used(step, nothing, chunks), None, chunks)[1]
   flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:hidden_MD.shape[0]]
   return jax.tree.map(flat, scores)
 
 
+def _where_used(step: Callable, nothing: Callable, chunks: tuple) -> Callable:
+  """`step` over (hidden, targets, used, ...), or `nothing` where of several chunks one is not used. Devices that share a
+  vocabulary hold the same tokens, so that all of them take the same turn."""
+  used_NC = chunks[2]
+  if used_NC is None or used_NC.shape[0] == 1:
+    return step
+  return lambda carry, part: jax.lax.cond(jnp.any(part[2] != 0), step, nothing, carry, part)
+
+
 def _score_gradient_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
-                          targets_M: jax.Array, scores: Any, bars: Any) -> tuple[jax.Array, jax.Array]:
+                          targets_M: jax.Array, used_M: jax.Array | None, scores: Any, bars: Any) -> tuple[jax.Array, jax.Array]:
   def step(head_grad_VD, part):
-    hidden_CD, targets_C, (entropy_C, partition_C, logits_CV), bars_C = part
+    hidden_CD, targets_C, _, (entropy_C, partition_C, logits_CV), bars_C = part
     if logits_CV is None:
       logits_CV = _logits(hidden_CD, head_VD, temperature)
     hidden_grad_CD, chunk_grad_VD = _pull_back(logits_CV, targets_C, entropy_C, partition_C, *bars_C, temperature, split,
                                                hidden_CD, head_VD)
     return head_grad_VD + chunk_grad_VD, hidden_grad_CD
 
-  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, scores, bars))
-  head_grad_VD, hidden_grad_NCD = _over_chunks(step, jnp.zeros(head_VD.shape, jnp.float32), chunks)
+  def nothing(head_grad_VD, part):
+    return head_grad_VD, jnp.zeros(part[0].shape, jnp.float32)
+
+  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, used_M, scores, bars))
+  head_grad_VD, hidden_grad_NCD = _over_chunks(_where_used(step, nothing, chunks), jnp.zeros(head_VD.shape, jnp.float32), chunks)
   hidden_grad_MD = hidden_grad_NCD.reshape(-1, hidden_MD.shape[1])[:hidden_MD.shape[0]]
   return _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(head_grad_VD, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scores(temperature, chunk, hidden_MD, head_VD, targets_M):
-  return _scores_forward(temperature, chunk, hidden_MD, head_VD, targets_M)[0]
+def _scores(temperature, chunk, hidden_MD, head_VD, targets_M, used_M):
+  return _scores_forward(temperature, chunk, hidden_MD, head_VD, targets_M, used_M)[0]
 
 
 def _scores_forward(temperature, chunk, *arrays):
   # With symbolic zeros each array comes wrapped; outside of differentiation it does not.
-  hidden_MD, head_VD, targets_M = (getattr(array, 'value', array) for array in arrays)
+  hidden_MD, head_VD, *given = (getattr(array, 'value', array) for array in arrays)
   logp_M, *kept = _on_devices(functools.partial(_score_shard, temperature, chunk),
-                              (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M), ('tokens', 'head', 'tokens'),
+                              (hidden_MD, head_VD.astype(hidden_MD.dtype), *given), ('tokens', 'head', 'tokens', 'tokens'),
                               ('tokens',) * 4)
-  return (logp_M, kept[0]), ((hidden_MD, head_VD, targets_M), kept)
+  return (logp_M, kept[0]), ((hidden_MD, head_VD, *given), kept)
 
 
 def _scores_backward(temperature, chunk, residuals, bars):
-  (hidden_MD, head_VD, targets_M), kept = residuals
+  (hidden_MD, head_VD, *given), kept = residuals
   logp_bar_M, entropy_bar_M = (None if isinstance(bar, SymbolicZero) else bar for bar in bars)
   if logp_bar_M is None:
     logp_bar_M = jnp.zeros(kept[0].shape, jnp.float32)
   function = functools.partial(_score_gradient_shard, temperature, chunk)
   hidden_grad_MD, head_grad_VD = _on_devices(
-      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, tuple(kept), (logp_bar_M, entropy_bar_M)),
-      ('tokens', 'head', 'tokens', 'tokens', 'tokens'), ('tokens', 'head_gradient'))
-  return hidden_grad_MD, head_grad_VD.astype(head_VD.dtype), None
+      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), *given, tuple(kept), (logp_bar_M, entropy_bar_M)),
+      ('tokens', 'head', 'tokens', 'tokens', 'tokens', 'tokens'), ('tokens', 'head_gradient'))
+  return hidden_grad_MD, head_grad_VD.astype(head_VD.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)

@@ -42,7 +42,7 @@ def token_scores(params: Any, config: DecoderConfig, micro: tokentree.RowBatch, 
                  execution: Execution = Execution()) -> tuple[jax.Array, jax.Array]:
   """(log-probability, entropy) [M] of the loss tokens of one micro-batch."""
   hidden_MD = loss_token_states(params, config, micro, execution)
-  return head.log_probs_and_entropy(hidden_MD, decoder.head_matrix(params), micro.target, temperature)
+  return head.log_probs_and_entropy(hidden_MD, decoder.head_matrix(params), micro.target, temperature, used_M=micro.weight)
 
 
 def accumulate(loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]], params: Any,

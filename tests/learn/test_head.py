@@ -71,6 +71,22 @@ def test_whole_logits_never_exist():
   assert f'[{M},{V}]' not in text and f'[8,8,{V}]' not in text and f'[8,{V}]' in text
 
 
+def test_chunks_without_a_used_token_are_skipped():
+  hidden, matrix, targets = problem()
+  hidden = hidden.at[20:].set(jnp.nan)  # what would come of them is not a number
+  used = (jnp.arange(37) < 15) / 3
+  score = lambda h, m: head.log_probs_and_entropy(h, m, targets, 0.7, 10, used)
+  total = lambda scores: jnp.sum(jnp.where(used > 0, scores[0] - 0.3 * scores[1], 0))
+  scores, grads = score(hidden, matrix), jax.grad(lambda *x: total(score(*x)), (0, 1))(hidden, matrix)
+  safe = hidden.at[20:].set(0)
+  wanted = jax.grad(lambda *x: total(plain(*x, targets, 0.7)), (0, 1))(safe, matrix)
+  for value, expected in zip(scores, plain(safe, matrix, targets, 0.7)):
+    np.testing.assert_allclose(value[:15], expected[:15], rtol=1e-5, atol=1e-5)
+    assert not value[20:].any()
+  for value, expected in zip(grads, wanted):
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
 def weighted(logp, entropy, values):
   """A loss that is not linear in its scores, so that its gradient has to be taken where the scores are."""
   weight, shift = values
