@@ -7,6 +7,7 @@ depend on earlier replies. The stream ends when it gives nothing and nothing is 
 so on one machine's lanes or against a fleet.
 """
 import asyncio
+import collections
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,13 @@ Tag = Any
 TOO_LONG = 'prompt too long'
 _READY = 1024  # replies known without asking that wait to be taken
 _REFUSALS = (400, 413, 422)  # status codes that speak of one request: too long, for example
+_LOCKED_OUT = (401, 402, 403, 404)  # and of the key, the account or the model's name: asking on is of no use
+_HOPELESS = 8  # requests in a row that fail: it is the endpoint then, and not they
+_ALL_REFUSED = 16  # refusals without a single answer: a rule or a limit that the endpoint does not take
+
+
+class _Failed(ConnectionError):
+  """One request has no answer, whatever was tried; another may have."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +55,7 @@ class Reply:
 
   Attributes:
     text: '' where there is an error.
-    finished: the model ended its turn; else its budget was used up.
+    finished: the model ended its turn, or wrote a stop string, which the text then ends before; else its budget was used up.
     prompt_tokens, completion_tokens: as the backend counts them.
     error: why there is no answer and will be none: the request itself is refused. '' otherwise.
     seconds: from when it was asked to when the answer was there.
@@ -108,8 +116,10 @@ class LocalBackend:
       for (tag, body, began), done in self.engine.stream(requests, sampling):
         yield from _drained(ready)
         text = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
+        if done.stop is not None:
+          text = text.partition(done.stop)[0]
         seconds = time.perf_counter() - began
-        reply = Reply(text, done.finished, done.prompt_len, len(done.tokens), seconds=round(seconds, 4))
+        reply = Reply(text, done.finished or done.stop is not None, done.prompt_len, len(done.tokens), seconds=round(seconds, 4))
         self.usage.add(reply)
         if self._journal:
           self._journal.append(body, reply)
@@ -120,7 +130,8 @@ class LocalBackend:
 
   def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
     """Everything that the answer depends on, which is what the journal knows it by."""
-    return dataclasses.asdict(request) | {'model': self.model, 'sampling': dataclasses.asdict(sampling)}
+    return dataclasses.asdict(request) | {'model': self.model, 'sampling': dataclasses.asdict(sampling),
+                                          'room': [self.engine.max_len, self.engine.max_new]}
 
   def _encode(self, request: ChatRequest) -> list[int]:
     tools = _functions(request.tools) or None
@@ -185,11 +196,16 @@ class OpenAIBackend:
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
     """As `Backend.stream`.
 
+    A request that fails while others are answered is put aside, tried again when all else is done, and then has a reply with
+    an error, which the journal does not keep.
+
     Raises:
-      ConnectionError: the endpoint stayed unreachable or refused us (key, model name). What was answered until then is in
-        the journal.
+      ConnectionError: the endpoint stayed unreachable, refused us (key, model name) or every request. What was answered until
+        then is in the journal.
     """
     finished: queue.Queue = queue.Queue()
+    aside: collections.deque[tuple[Tag, ChatRequest]] = collections.deque()
+    answered = refused = failures = 0
     with _EventLoop() as loop:
       client = openai.AsyncOpenAI(**self._options)
       under_way: set = set()
@@ -198,12 +214,27 @@ class OpenAIBackend:
           for tag, request in source(self.concurrency - len(under_way)) if len(under_way) < self.concurrency else ():
             future = loop.submit(self._answer(client, request, sampling))
             under_way.add(future)
-            future.add_done_callback(lambda future, tag=tag: finished.put((tag, future)))
+            future.add_done_callback(lambda future, asked=(tag, request): finished.put((*asked, future)))
           if not under_way:
-            return
-          tag, future = finished.get()
+            if not aside:
+              return
+            tag, request = aside.popleft()
+            yield tag, loop.submit(self._last_try(client, request, sampling)).result()
+            continue
+          tag, request, future = finished.get()
           under_way.discard(future)
-          yield tag, future.result()
+          try:
+            reply = future.result()
+          except _Failed:
+            failures += 1
+            if failures == _HOPELESS:
+              raise
+            aside.append((tag, request))
+            continue
+          failures, answered, refused = 0, answered + (not reply.error), refused + bool(reply.error)
+          if refused == _ALL_REFUSED and not answered:
+            raise ConnectionError(f'{self.base_url}, model {self.model!r} takes no request: {reply.error}')
+          yield tag, reply
       finally:
         for future in under_way:
           future.cancel()
@@ -218,14 +249,26 @@ class OpenAIBackend:
     try:
       reply = await self._ask(client, body)
     except openai.APIError as error:
-      if getattr(error, 'status_code', None) not in _REFUSALS:
-        raise ConnectionError(f'{self.base_url}, model {self.model!r}: {error}') from error
+      status = getattr(error, 'status_code', None)
+      if status not in _REFUSALS:
+        kind = ConnectionError if status in _LOCKED_OUT else _Failed
+        raise kind(f'{self.base_url}, model {self.model!r}: {error}') from error
       reply = Reply('', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500])
     reply = dataclasses.replace(reply, seconds=round(time.perf_counter() - began, 4))
     self.usage.add(reply)
-    if self._journal:
+    if self._journal and not reply.error:  # what was refused may be taken when the server has been set up anew
       self._journal.append(body, reply)
     return reply
+
+  async def _last_try(self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams) -> Reply:
+    try:
+      return await self._answer(client, request, sampling)
+    except _Failed as error:
+      try:
+        await client.models.list()
+      except openai.APIError:
+        raise error from None  # it is the endpoint that is gone
+      return Reply('', False, 0, 0, f'no answer: {error}'[:500])
 
   def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
     """Everything that the answer depends on, which is what the journal knows it by."""
@@ -255,7 +298,7 @@ class OpenAIBackend:
       except (AttributeError, IndexError, TypeError, ValueError) as error:
         malformed = error
       await asyncio.sleep(min(8, 0.5 * 2**attempt))
-    raise ConnectionError(f'{self.base_url} answers without a message: {malformed!r}') from malformed
+    raise _Failed(f'{self.base_url} answers without a message: {malformed!r}') from malformed
 
 
 def _text(message: Any, finished: bool) -> str:
@@ -304,13 +347,16 @@ class Journal:
 
   def find(self, body: dict[str, Any]) -> Reply | None:
     """The reply to the same request, if there was one."""
-    place = self._places.get(self._key(body))
+    key = self._key(body)
+    place = self._places.get(key)
     if place is None:
       return None
     self._file.seek(place)
-    record = json.loads(self._file.readline())
-    del record['key']
-    return Reply(**record)
+    try:
+      record = json.loads(self._file.readline())
+    except ValueError:
+      return None  # another process writes to the file, too, and the line is not where it was put
+    return Reply(**record) if record.pop('key', None) == key else None
 
   def append(self, body: dict[str, Any], reply: Reply) -> None:
     """Remembers a reply, in the file before anything is made of it."""

@@ -65,6 +65,14 @@ class Endpoint:
         self.end_headers()
         self.wfile.write(content.encode())
 
+      def do_GET(self):  # pylint: disable=invalid-name
+        self.send_response(script({'messages': [{'role': 'user', 'content': 'models'}]}, 1)[0])
+        content = b'{"object": "list", "data": []}'
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
       def log_message(self, *_):
         pass
 
@@ -138,9 +146,8 @@ def test_failures_that_pass_are_asked_again(serve):
 @pytest.mark.parametrize('bad', ['{"choices": [', {'choices': [{'index': 0, 'message': 'hey'}]}, [1], {'choices': None}])
 def test_malformed_answers_are_asked_again_and_never_kept(serve, tmp_path, bad):
   endpoint, path = serve(lambda body, times: (200, bad if times < 3 else answer('ok'))), tmp_path / 'j'
-  with pytest.raises(ConnectionError, match='without a message'):
-    list(OpenAIBackend(endpoint.url, 'm', retries=0, journal=path).stream(source_of([ask(0)]), SAMPLING))
-  assert not path.read_text()
+  got = dict(OpenAIBackend(endpoint.url, 'm', retries=0, journal=path).stream(source_of([ask(0)]), SAMPLING))
+  assert 'without a message' in got[0].error and not path.read_text()
   got = dict(OpenAIBackend(endpoint.url, 'm', retries=1, journal=path).stream(source_of([ask(0)]), SAMPLING))
   assert got[0].text == 'ok'
 
@@ -158,6 +165,32 @@ def test_a_request_that_is_refused_is_a_reply_with_its_reason(serve):
   script = lambda body, _: (400, {'error': {'message': 'context too long'}}) if 'find 1' in str(body) else (200, answer('ok'))
   got = dict(OpenAIBackend(serve(script).url, 'm').stream(source_of([ask(0), ask(1)]), SAMPLING))
   assert got[0].text == 'ok' and got[1].text == '' and 'status 400' in got[1].error and 'context too long' in got[1].error
+
+
+def test_a_refusal_is_not_remembered(serve, tmp_path):
+  """The server is set up anew with a larger context."""
+  fixed = threading.Event()
+  endpoint = serve(lambda *_: (200, answer('ok')) if fixed.is_set() else (400, {'error': {'message': 'too long'}}))
+  ask_all = lambda: dict(OpenAIBackend(endpoint.url, 'm', journal=tmp_path / 'j').stream(source_of([ask(0), ask(1)]), SAMPLING))
+  assert all('too long' in reply.error for reply in ask_all().values())
+  fixed.set()
+  assert [reply.text for reply in ask_all().values()] == ['ok', 'ok']
+
+
+def test_an_endpoint_that_takes_no_request_is_one_error(serve):
+  endpoint = serve(lambda *_: (400, {'error': {'message': 'unknown field top_k'}}))
+  with pytest.raises(ConnectionError, match='takes no request: .*unknown field top_k'):
+    list(OpenAIBackend(endpoint.url, 'm').stream(source_of([ask(n) for n in range(40)]), SAMPLING))
+
+
+def test_a_request_that_always_fails_does_not_stop_the_others(serve, tmp_path):
+  script = lambda body, _: (500, 'oops') if 'find 1' in str(body['messages']) else (200, answer('ok'))
+  endpoint, path = serve(script), tmp_path / 'j'
+  backend = OpenAIBackend(endpoint.url, 'm', concurrency=2, retries=0, journal=path)
+  got = list(backend.stream(source_of([ask(n) for n in range(10)]), SAMPLING))
+  assert [tag for tag, _ in got][-1] == 1 and 'no answer' in got[-1][1].error and '500' in got[-1][1].error
+  assert {reply.text for _, reply in got[:-1]} == {'ok'} and len(got) == 10
+  assert path.read_text().count('\n') == 9 and sum('find 1' in str(body) for body in endpoint.bodies) == 2
 
 
 @pytest.mark.parametrize('status', [401, 402, 404, 408, 409, 500])
