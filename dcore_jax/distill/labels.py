@@ -7,7 +7,7 @@ from dcore_jax.chat.tool_calls import calls_equal, print_calls, tool_response
 from dcore_jax.distill import verify
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Ask, Dropped
-from dcore_jax.rollout.backends import TOO_LONG
+from dcore_jax.rollout.backends import Reply, TOO_LONG
 from dcore_jax.worlds.sandbox import open_sandbox
 
 MAX_STEPS = 12  # responses of one sample
@@ -38,11 +38,11 @@ class _Sample:
   def calls(self) -> list[ToolCall]:
     return [call for step in self.steps for call in step]
 
-  def take(self, text: str) -> None:
-    """Goes on with what the model said."""
-    _, answer = split_reasoning(text)
+  def take(self, reply: Reply) -> None:
+    """Goes on with what the model said; a cut reply is none, since half a list of calls would read as a text."""
+    _, answer = split_reasoning(reply.text)
     calls, problem = verify.read_calls(answer)
-    if problem == 'unreadable call' or '</think>' not in text:
+    if problem == 'unreadable call' or not reply.finished or '<think>' in answer:  # thoughts that never end
       self.done = self.failed = True
     elif not calls:
       self.text, self.done = answer.strip(), True
@@ -85,7 +85,7 @@ def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask
         if reply.error != TOO_LONG:
           raise Dropped('refused by the endpoint', 'label')
       else:
-        attempt.take(reply.text)
+        attempt.take(reply)
   votes: dict[str, list[_Sample]] = collections.defaultdict(list)
   for attempt in attempts:
     if attempt.done and not attempt.failed:

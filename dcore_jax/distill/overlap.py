@@ -33,6 +33,7 @@ class Overlap:
   def __init__(self, tasks: Iterable[TestTask]):
     self._queries: dict[tuple[str, ...], str] = {}
     self._grams: dict[tuple[str, ...], str] = {}
+    self._sizes: collections.Counter[str] = collections.Counter()  # word runs of each task
     self._calls: dict[tuple[str, ...], str] = {}
     self._names: dict[str, str] = {}
     self.tasks = 0
@@ -42,7 +43,7 @@ class Overlap:
       if words:
         self._queries.setdefault(words, task.id)
       for gram in _runs(words, WORDS):
-        self._grams.setdefault(gram, task.id)
+        self._sizes[self._grams.setdefault(gram, task.id)] += 1
       for run in _call_runs(task.calls):
         self._calls.setdefault(run, task.id)
       for name in task.names:
@@ -50,13 +51,16 @@ class Overlap:
 
   def find(self, seed: Seed) -> tuple[str, str] | None:
     """(test task, 'query' | 'calls' | 'name') that the seed repeats; None for none."""
-    words = normalised(seed.query)
-    if words in self._queries:
-      return self._queries[words], 'query'
-    grams = list(_runs(words, WORDS))
-    hits = collections.Counter(self._grams[gram] for gram in grams if gram in self._grams)
-    if grams and hits.total() >= SHARE * len(grams):
-      return hits.most_common(1)[0][0], 'query'
+    for words in {normalised(message.content): None for message in seed.conversations if message.role == 'user'}:
+      if words in self._queries:
+        return self._queries[words], 'query'
+      grams = list(_runs(words, WORDS))
+      hits = collections.Counter(self._grams[gram] for gram in grams if gram in self._grams)
+      if grams and hits.total() >= SHARE * len(grams):
+        return hits.most_common(1)[0][0], 'query'
+      for task, count in hits.most_common():  # a test's words in the middle of many others
+        if count >= SHARE * self._sizes[task]:
+          return task, 'query'
     for run in _call_runs(seed.calls):
       if run in self._calls:
         return self._calls[run], 'calls'

@@ -54,8 +54,8 @@ class _Talk:
   replies: list[Reply | None] = dataclasses.field(default_factory=list)
 
 
-def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend,
-             sampling: SamplingParams) -> Iterator[tuple[int, Outcome]]:
+def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend, sampling: SamplingParams,
+             purpose: str = '') -> Iterator[tuple[int, Outcome]]:
   """Holds one conversation with the model for every seed -> (number, outcome) as they end.
 
   Conversations that have begun come before new ones: an engine still holds what their next prompts begin with. New ones
@@ -84,7 +84,7 @@ def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend
   def source(free: int) -> list[tuple[tuple[_Talk, int], ChatRequest]]:
     while len(waiting) < free and (following := next(unstarted, None)):
       number, seed = following
-      go_on(_Talk(number, ask(seed), _key(seed.id), Outcome(seed.id, seed.kind)), None)
+      go_on(_Talk(number, ask(seed), _key(purpose + seed.id), Outcome(seed.id, seed.kind)), None)
     given = [waiting.popleft() for _ in range(min(free, len(waiting)))]
     return [((talk, place), request) for talk, place, request in given]
 
@@ -140,7 +140,8 @@ def label(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams, sam
   check_ids(seeds)
   if samples < 1:
     raise ValueError(f'samples = {samples}: a pseudo-label needs at least one')
-  yield from converse(seeds, lambda seed: pseudo_labelled(seed, samples), backend, sampling)
+  # Random streams of their own: a single call asked for with the same words would be solved by its label's first sample.
+  yield from converse(seeds, lambda seed: pseudo_labelled(seed, samples), backend, sampling, 'label ')
 
 
 def check_ids(seeds: Sequence[Seed]) -> None:
@@ -157,19 +158,22 @@ def summarise(outcomes: Iterable[Outcome | dict[str, Any]]) -> dict[str, Any]:
 
   `success_rate` is the paper's (method: section 1.8): of the seeds with several subtasks for whose subtasks a reasoning was
   generated, the share that verifies; `success_rate_all` counts all seeds with several subtasks. `decomposition_rate` is the
-  share of them whose decomposition holds.
+  share of them whose decomposition holds. A record's `asked`, where there is one, is the kind that its seed had before it was
+  labelled anew: by that it is counted, and where the label has no subtasks any more its decomposition does not hold.
   """
   records = [vars(o) if isinstance(o, Outcome) else o for o in outcomes]
   rows_of = lambda record: record['value'] if isinstance(record['value'], int) else len(record['value'] or ())
   kept = [record for record in records if not record['reason']]
-  several = [record for record in records if record['kind'] in SEVERAL]
-  reasoned = [record for record in several if record['stage'] in ('', 'verify')]
-  decomposed = [record for record in several if record['stage'] not in ('decompose', 'label')]
-  verified = sum(not record['reason'] for record in several)
+  asked = lambda record: record.get('asked', record['kind'])
+  several = [record for record in records if asked(record) in SEVERAL]
+  split = [record for record in several if record['kind'] in SEVERAL]
+  reasoned = [record for record in split if record['stage'] in ('', 'verify')]
+  decomposed = [record for record in split if record['stage'] not in ('decompose', 'label')]
+  verified = sum(not record['reason'] for record in split)
   share = lambda part, whole: part / whole if whole else 0.0
   scenarios = {}
-  for kind in sorted({record['kind'] for record in records}):
-    mine = [record for record in records if record['kind'] == kind]
+  for kind in sorted(set(map(asked, records))):
+    mine = [record for record in records if asked(record) == kind]
     right = [record for record in mine if not record['reason']]
     scenarios[kind] = {'seeds': len(mine), 'kept': len(right), 'rate': share(len(right), len(mine)),
                        'rows': sum(map(rows_of, right)), 'dropped': _reasons(mine)}

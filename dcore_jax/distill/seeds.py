@@ -66,7 +66,8 @@ class Seed:
   def from_json(cls, record: Any) -> 'Seed':
     """Reads a record; ValueError names it by its id when it is not one.
 
-    `ground_truth` is a list of call strings, one string that holds a bracketed call list (as in BFCL), or a text.
+    `ground_truth` is a list of call strings, one string that holds a bracketed call list (as in BFCL), or a text. Without a
+    `kind`, several calls are parallel where there are neither outputs nor a world to run them in.
     """
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
       raise ValueError(f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}')
@@ -79,7 +80,8 @@ class Seed:
       world = record.get('world')
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
-      kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else 'sequential')
+      several = 'sequential' if responses or world else 'parallel'  # outputs of one call may be needed by the next
+      kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else several)
       return cls(str(record['id']), kind, tuple(Message.from_json(m) for m in record['conversations']), calls,
                  tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''), world)
     except (TypeError, ValueError) as error:

@@ -141,8 +141,10 @@ def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, fol
           'evaluated_reflections': evaluated['reflections_per_response'], 'validation': summary['rl']['validation']}
 
 
-def _end(values: Sequence[float]) -> float:
-  return float(np.mean(values[-max(1, round(len(values) * _LAST)):]))
+def _end(values: Sequence[float | None]) -> float | None:
+  """Mean of the last steps; those that were skipped have no numbers."""
+  known = [value for value in values[-max(1, round(len(values) * _LAST)):] if value is not None]
+  return float(np.mean(known)) if known else None
 
 
 def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
@@ -165,7 +167,8 @@ def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict
     for name in ('reward', 'reflections'):
       figures[f'validation_{name}'] = [run['validation']['after'][name] for run in mine]
     figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
-    described = {name: {'mean': float(np.mean(v)), 'standard_error': _standard_error(v)} for name, v in figures.items()}
+    described = {name: {'mean': float(np.mean(known)), 'standard_error': _standard_error(known)} for name, values in figures.items()
+                 if (known := [value for value in values if value is not None])}
     table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta,
                   'seeds': len(mine), 'figures': described,
                   'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published))})

@@ -66,22 +66,26 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   journal = folder / 'replies.jsonl'
   backend = local(journal) if c.backend == 'local' else _endpoint(c, c.base_url, c.model, journal)
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
-  began, labels = time.perf_counter(), {}
+  began, asked, unlabelled, labels = time.perf_counter(), {seed.id: seed.kind for seed in seeds}, {}, {}
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   if c.reference == 'pseudo':
     labeller = backend
     if c.labels.base_url:
       labeller = _endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl')
-    seeds, labels = _labelled(folder, seeds, labeller, sampling, c.labels.samples)
+    seeds, unlabelled, labels = _labelled(folder, seeds, labeller, sampling, c.labels.samples)
   progress = progress or (lambda count: None)
   run = Shards(folder, seeds, c.shard_seeds)
   # Seeds of all unfinished shards together: a shard's last ones leave no lane idle while others wait.
   numbers = run.unfinished()
   progress(len(seeds) - len(numbers))
+  if not numbers and (folder / 'distill.json').exists():
+    return read_json(folder / 'distill.json')  # with the costs of the call that made it
   for place, outcome in distill([seeds[n] for n in numbers], backend, sampling, distiller) if numbers else ():
     run.file(numbers[place], outcome)
     progress(1)
-  summary = summarise(run.outcomes()) | labels | {
+  records = [record | {'asked': asked[record['seed']]} for record in run.outcomes()]
+  records += [vars(Outcome(name, asked[name], reason=reason, stage='label')) for name, reason in unlabelled.items()]
+  summary = summarise(records) | labels | {
       'model': backend.model, 'wording': distiller.wording.version, 'usage': vars(backend.usage),
       'seconds_this_call': round(time.perf_counter() - began, 1)}
   if before:
@@ -129,8 +133,8 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
 
 
 def _labelled(folder: pathlib.Path, seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
-              samples: int) -> tuple[list[Seed], dict[str, Any]]:
-  """(seeds with pseudo-labels in the order of `seeds`, counts); from labels.jsonl where that is there."""
+              samples: int) -> tuple[list[Seed], dict[str, str], dict[str, Any]]:
+  """(seeds with pseudo-labels in the order of `seeds`, why others have none, counts); from labels.jsonl where that is there."""
   path = folder / 'labels.jsonl'
   if not path.exists():
     found: dict[int, Outcome] = dict(label(seeds, backend, sampling, samples))
@@ -138,13 +142,14 @@ def _labelled(folder: pathlib.Path, seeds: Sequence[Seed], backend: Backend, sam
              for n, seed in enumerate(seeds)]
     replace_text(path, ''.join(lines))
   records = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-  dropped = collections.Counter(record['dropped'] for record in records if 'dropped' in record)
+  reasons = {record['id']: record['dropped'] for record in records if 'dropped' in record}
+  dropped = collections.Counter(reasons.values())
   labelled = [Seed.from_json(record) for record in records if 'dropped' not in record]
   given = {seed.id: seed for seed in seeds}
   agree = sum(seed.calls == given[seed.id].calls for seed in labelled)
   if not labelled:
     raise ValueError(f'no seed got a pseudo-label: {dict(dropped)}')
-  return labelled, {'labels': {'seeds': len(seeds), 'labelled': len(labelled), 'agree': agree, 'dropped': dict(dropped)}}
+  return labelled, reasons, {'labels': {'seeds': len(seeds), 'labelled': len(labelled), 'agree': agree, 'dropped': dict(dropped)}}
 
 
 class Shards:

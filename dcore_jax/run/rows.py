@@ -35,6 +35,8 @@ def training_rows(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> t
     shards = sorted((workdir / 'distill').glob('rows*.jsonl'))
     if not shards:
       raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
+    if not (workdir / 'distill' / 'distill.json').exists():
+      raise ValueError(f'{len(shards)} shards of rows are there, but the stage distill has not ended: run it on')
     rows = [json.loads(line) for path in shards for line in path.read_text().splitlines()]
   rows = with_system_prompt(rows[:config.max_rows or None], config.system_prompt, config.stock_system_prompts)
   return (split_turns(rows) if config.split_turns else rows), unreadable

@@ -39,6 +39,13 @@ def test_calls(calls, found):
   assert OVERLAP.find(seed('something new', *calls)) == (('ones' if calls == ONES else 't', 'calls') if found else None)
 
 
+def test_words_of_earlier_turns_and_of_long_requests():
+  later = dataclasses.replace(seed('And thank her'), conversations=(Message('user', QUERY), Message('user', 'And thank her')))
+  assert OVERLAP.find(later) == ('t', 'query')
+  other = 'sort the ledger by date and print the last ten lines of it for me as well as you can '
+  assert OVERLAP.find(seed(other * 3 + QUERY + ' ' + other * 3)) == ('t', 'query')  # a tenth of its words, and all of the test's
+
+
 def test_people():
   assert OVERLAP.find(seed('I am ines_okafor_2207', ToolCall('f', {}))) == ('t', 'name')
   assert OVERLAP.find(seed('It is me', ToolCall('get_user', {'user_id': 'ines_okafor_2207'}))) == ('t', 'name')

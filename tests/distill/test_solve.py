@@ -307,7 +307,7 @@ def test_pseudo_labels_may_be_wrong_and_change_the_kind():
 
 def test_nothing_to_label_with():
   seed = seeds('sequential')[0]
-  assert drive(pseudo_labelled(seed, 3), lambda _: 'no end') == 'no pseudo-label'
+  assert drive(pseudo_labelled(seed, 3), lambda _: '<think>\nno end') == 'no pseudo-label'
   assert drive(pseudo_labelled(seed, 3, max_steps=4), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'  # never ends
   recorded = dataclasses.replace(seed, world=None)
   assert drive(pseudo_labelled(recorded, 1), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'  # leaves what is recorded

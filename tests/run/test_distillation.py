@@ -89,8 +89,9 @@ def test_what_a_run_leaves(uninterrupted):
 
 def test_a_finished_run_asks_nothing(uninterrupted, tmp_path):
   rows, _, folder = uninterrupted
+  written = json.loads((folder / 'distill.json').read_text())
   again = run(make_config(), folder)  # the endpoint of this config is dead
-  assert rows_of(folder) == rows and again['usage']['requests'] == 0
+  assert rows_of(folder) == rows and again == written and again['usage']['requests'] == again['calls']
   (folder / 'rows-00001.jsonl').unlink()  # as if killed before it was written: the journal knows all of it
   assert run(make_config(), folder)['usage'] == {'requests': 0, 'from_journal': again['calls'] - sum(
       json.loads(line)['calls'] for path in folder.glob('outcomes-*.jsonl') if '00001' not in path.name
@@ -215,6 +216,9 @@ def test_pseudo_labels_are_made_once_and_counted(serve, tmp_path):
   assert summary['labels']['labelled'] == summary['labels']['seeds'] == len(seeds)
   agreeing = sum(len(seed.calls) < 2 for seed in seeds.values())
   assert summary['labels']['agree'] == agreeing and len(labeller.bodies) >= 3 * len(seeds)
+  # Seeds of several subtasks count as such, whatever became of them: all were labelled as what no tool can do.
+  several = sum(seed.kind in ('sequential', 'parallel') for seed in seeds.values())
+  assert summary['several'] == several > 0 and summary['success_rate_all'] == summary['decomposition_rate'] == 0
   asked = len(labeller.bodies)
   (tmp_path / 'rows-00000.jsonl').unlink()
   run(config, tmp_path)

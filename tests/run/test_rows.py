@@ -113,6 +113,9 @@ def test_every_field_of_the_config_is_obeyed(tmp_path):
     load(files=())
   (tmp_path / 'distill').mkdir()
   (tmp_path / 'distill' / 'rows.jsonl').write_text(json.dumps(one_turn(4)) + '\n')
+  with pytest.raises(ValueError, match='has not ended'):
+    load(files=())
+  (tmp_path / 'distill' / 'distill.json').write_text('{}')
   assert load(files=()) == ([one_turn(4)], 0)
 
 

@@ -158,6 +158,7 @@ def run_program(*flags, **environment):
 def test_the_program_shows_distilled_rows(tmp_path):
   (tmp_path / 'distill').mkdir()
   (tmp_path / 'distill' / 'rows.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
+  (tmp_path / 'distill' / 'distill.json').write_text('{}')
   done = run_program('--config=configs/nano.py', '--config.sft.capacity=128', f'--workdir={tmp_path}', '--sequence=1')
   assert done.returncode == 0, done.stderr
   assert '«×2: wait<|im_end|>»' in done.stdout and '4 sequences' in done.stdout and '\033' not in done.stdout
