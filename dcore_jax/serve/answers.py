@@ -1,6 +1,7 @@
 """From the engine's progress to OpenAI's answers, whole or in pieces."""
 import abc
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -26,8 +27,12 @@ class Rollouts:
   def __init__(self, scheduler: Scheduler, requests: Sequence[Request], sampling: SamplingParams):
     loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
     self._scheduler, self._open = scheduler, set(range(len(requests)))
-    self._job = scheduler.submit(
-        requests, sampling, lambda place, event: loop.call_soon_threadsafe(self._events.put_nowait, (place, event)))
+
+    def deliver(place: int, event: Progress | Exception) -> None:
+      with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped in the middle of the answer
+        loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
+
+    self._job = scheduler.submit(requests, sampling, deliver)
 
   async def __aiter__(self) -> AsyncIterator[tuple[int, Progress]]:
     while self._open:

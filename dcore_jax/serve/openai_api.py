@@ -196,8 +196,9 @@ class Service:
     rows = [engine_lib.Request(prompt, (number, sample)) for number, prompt in enumerate(prompts) for sample in range(asked.n)]
     head = {'id': f'{prefix}-{secrets.token_hex(12)}', 'object': objects[asked.stream], 'created': int(time.time()),
             'model': self.model}
-    rollouts = Rollouts(self.scheduler, rows, asked.sampling(self.limits.max_tokens))
-    run = _Run(self.telemetry, rollouts, list(map(make_choice, range(count))), head, sum(map(len, prompts)))
+    choices = list(map(make_choice, range(count)))
+    rollouts = Rollouts(self.scheduler, rows, asked.sampling(self.limits.max_tokens))  # from here on they run
+    run = _Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
     if asked.stream:
       return _EventStream(run, asked.usage_wanted)
     try:

@@ -98,6 +98,13 @@ class Function(_Strict):
   parameters: dict[str, Any] = Field(default_factory=lambda: {'type': 'object', 'properties': {}})
   strict: Literal[False] | None = None
 
+  @pydantic.field_validator('parameters')
+  @classmethod
+  def _named_parameters(cls, schema: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(schema.get('properties', {}), dict):
+      raise ValueError('`properties` is no JSON object')
+    return schema
+
 
 class Tool(_Strict):
   """A tool that the model may call."""

@@ -11,7 +11,7 @@ from dcore_jax.chat.template import render_prompt
 from dcore_jax.rollout.engine import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.replies import ReplyParser
-from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.scheduler import Overloaded, Scheduler
 from dcore_jax.serve.text import TextReader
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
@@ -118,7 +118,7 @@ class Chat:
         self._request(line)
       else:
         self._act()
-    except ValueError as error:
+    except (ValueError, Overloaded) as error:  # what was cancelled still holds the engine's one lane, while a step runs on
       self._speaker.show(f'{error}\n')
     except Cancelled:
       pass

@@ -71,6 +71,8 @@ def test_malformed_http_and_json(scripted):
     ({'messages': [{'role': 'assistant', 'tool_calls': [{'id': '', 'type': 'function', 'function': {
         'name': 'f', 'arguments': '[1'}}]}]}, 'messages'),
     ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]}, 'tools.0.function.name'),
+    ({'tools': [{'type': 'function', 'function': {'name': 'f', 'parameters': {'type': 'object', 'properties': None}}}]},
+     'tools.0.function.parameters'),
     ({'stream_options': {'what': True}}, 'stream_options.what'),
     ({'stream_options': {'include_usage': True}}, 'stream_options')])
 def test_what_cannot_be_honoured_is_refused_by_name(scripted, change, param):
