@@ -79,6 +79,18 @@ def rows_multiple(config: ml_collections.ConfigDict, longest_prompt: int, respon
   return config.rows * math.ceil(tokens / (config.rows * config.capacity))
 
 
+def check_sizes(config: ml_collections.ConfigDict, engine: Engine, source: Source) -> None:
+  """ValueError where a prompt does not fit the engine, or a rollout not a packed row: now, and not at the step that draws it."""
+  if source.longest_prompt >= engine.max_len:
+    raise ValueError(f'a prompt of {source.longest_prompt} tokens leaves no room in engine.max_len = {engine.max_len}; '
+                     f'rl.max_prompt_tokens = {config.max_prompt_tokens} drops only longer ones')
+  longest = engine.max_len  # of a later response of an episode; of single ones what they can come to
+  if source.responses == 1:
+    longest = min(longest, source.longest_prompt + min(config.max_tokens, engine.max_new))
+  if longest > config.capacity:
+    raise ValueError(f'rl.capacity = {config.capacity} does not hold a rollout of {longest} tokens, prompt and response')
+
+
 class Reference:
   """The frozen policy of the KL term, a copy in the dtype of computation; with `execution.offload` it lies in host memory.
 
@@ -160,6 +172,7 @@ class GrpoLoop:
       raise ValueError(f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows')
     if config.wave < 1:
       raise ValueError(f'rl.wave = {config.wave} must be at least 1')
+    check_sizes(config, engine, source)
     self.model, self.engine, self.source, self.items = model, engine, source, items
     self.config, self.seed, self.journal = config, seed, journal
     self._tokenizer = tokenizer
@@ -170,6 +183,9 @@ class GrpoLoop:
     self.measure_psi = advantages.uses_entropy(config.estimator)
     if config.alpha_measure not in ('', 'entropy', 'psi_share'):
       raise ValueError(f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'")
+    if config.alpha_measure:  # bounds and target that cannot work are an error now
+      advantages.adapted_alpha(config.alpha, math.nan, config.alpha_target, rate=config.alpha_rate, low=config.alpha_low,
+                               high=config.alpha_high)
     if (config.alpha_measure or config.psi_words) and not self.measure_psi:
       raise ValueError(f'rl.alpha_measure and rl.psi_words are about psi, which {config.estimator!r} does not have')
     self.tx, self._score, self._step, self._psi_norm = _compiled_step(
@@ -192,14 +208,19 @@ class GrpoLoop:
   # --- rollouts -------------------------------------------------------------------------------------------------------------
 
   def chosen(self, step: int, turn: int = 0) -> list[int]:
-    """The items of a step: a pure function of (seed, step, turn), so that a resumed run asks the same."""
-    per_epoch = len(self.items) // self.config.prompts
+    """The items of a step: a pure function of (seed, step, turn), so that a resumed run asks the same. Further turns of a step
+    ask others than those before, as long as there are any."""
+    prompts, per_epoch = self.config.prompts, len(self.items) // self.config.prompts
+    if turn:
+      asked = {index for earlier in range(turn) for index in self.chosen(step, earlier)}
+      drawn = [self.items[i] for i in np.random.default_rng([self.seed, step, turn]).permutation(len(self.items))]
+      return sorted(drawn, key=asked.__contains__)[:prompts]  # stable: what is new comes first, in the order drawn
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([self.seed, epoch, turn] if turn else [self.seed, epoch]).permutation(len(self.items))
-    return [self.items[i] for i in order[place * self.config.prompts:(place + 1) * self.config.prompts]]
+    order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+    return [self.items[i] for i in order[place * prompts:(place + 1) * prompts]]
 
-  def batch(self, step: int) -> tuple[RolloutBatch, float]:
-    """(the scored groups that a step learns from, seconds that scoring took).
+  def batch(self, step: int) -> tuple[RolloutBatch, float, dict[str, float]]:
+    """(the scored groups that a step learns from, seconds that scoring took, with `dynamic_rounds` what was asked for them).
 
     With `dynamic_rounds`, more items are asked as long as too few groups have reward variance (DAPO's dynamic sampling). Where
     the rounds do not suffice, the first of the other groups fill the batch.
@@ -211,13 +232,14 @@ class GrpoLoop:
       parts.append(self._shaped(self.source.judge(self.chosen(step, turn), rollouts)))
       scoring += time.monotonic() - began
       if not c.dynamic_rounds:
-        return parts[0], scoring
+        return parts[0], scoring, {}
       rewards_PG = np.concatenate([part.total_PG for part in parts])
       kept = advantages.select_groups(rewards_PG, c.prompts, uniform_share=c.uniform_share)
       if len(kept) == c.prompts:
         break
     rest = np.setdiff1d(np.arange(len(rewards_PG)), kept)[:c.prompts - len(kept)]
-    return take_groups(parts, np.sort(np.concatenate([kept, rest]))), scoring
+    asked = {'asked_groups': len(rewards_PG), 'asked_zero_variance': float(np.mean(np.ptp(rewards_PG, axis=1) == 0))}
+    return take_groups(parts, np.sort(np.concatenate([kept, rest]))), scoring, asked
 
   def _shaped(self, batch: RolloutBatch) -> RolloutBatch:
     """With DAPO's penalty on rollouts whose longest response comes close to the limit, where the config asks for it."""
@@ -291,8 +313,8 @@ class GrpoLoop:
 
   def _pack(self, rollouts: Sequence[Rollout]) -> tokentree.TokenTree:
     tree = tokentree.pack(sequences(rollouts), self.config.capacity, self._rows, self._tokenizer.pad_token_id)
-    if tree.dropped:
-      raise ValueError(f'rl.capacity = {self.config.capacity} does not hold every rollout; the engine allows {self.engine.max_len}')
+    if tree.dropped:  # `check_sizes` has said so
+      raise AssertionError(f'{len(tree.dropped)} rollouts are longer than rl.capacity = {self.config.capacity}')
     return tree
 
   def _batch(self, tree: tokentree.TokenTree) -> tokentree.RowBatch:
@@ -310,6 +332,8 @@ class GrpoLoop:
     advantage, psi = grpo.advantage_rows(view, rewards_PG, scores.entropy_RT, self._estimator(), chosen_RT)
     extras = {'old_logp': scores.logp_RT, 'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
     if 'sequence' in self.loss.extras:
+      if len(tree.paths) > self._budget:  # sums over sequences have as many places as a micro-batch has tokens
+        raise ValueError(f'{len(tree.paths)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}')
       extras['sequence'] = grpo.sequence_rows(tree)
     if 'behaviour_logp' in self.loss.extras:
       own = [completion.logprobs for rollout in rollouts for _, completion in rollout.exchanges]
@@ -441,21 +465,22 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
     metrics.rewind('validation', start)
     waiting, ended = None, time.monotonic()
 
-    def write(step: int, batch: RolloutBatch, update: Update, *times: float) -> tuple[float, dict[str, float]]:
-      row = _row(batch, update, loop.engine, peak, *times)
+    def write(step: int, batch: RolloutBatch, asked: dict[str, float], update: Update,
+              *times: float) -> tuple[float, dict[str, float]]:
+      row = _row(batch, update, loop.engine, peak, *times) | asked
       metrics.write('rl', step, **row)
       bar.set_postfix(reward=f'{row["reward"]:.2f}', zero=f'{row["zero_variance_fraction"]:.2f}')
       bar.update(1)
       return update.ended, row
 
     for step in range(start, config.steps):
-      batch, judging = loop.batch(step)
+      batch, judging, asked = loop.batch(step)
       judged = time.monotonic()
       if waiting:
         ended, row = waiting.result()  # long done: these rollouts needed its weights
         loop.adapt_alpha(row)
       state, update = loop.update(state, reference, batch)
-      waiting = writer.submit(write, step, batch, update, ended, judged - judging, judged)
+      waiting = writer.submit(write, step, batch, asked, update, ended, judged - judging, judged)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
         (ended, row), waiting = waiting.result(), None  # the row is on disk before the checkpoint that stands for it
         loop.adapt_alpha(row)

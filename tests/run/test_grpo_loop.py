@@ -200,12 +200,40 @@ def test_dynamic_sampling_asks_on_until_groups_differ():
       return batch
 
     loop.source.judge = judged
-    batch, _ = loop.batch(0)
+    batch, _, asked = loop.batch(0)
     taken = [tuple(rollout.exchanges[0].completion.tokens.tolist() for rollout in batch.of(p, p + 1)) for p in range(2)]
     assert taken == [made[number] for number in expected] and len(made) == max(expected) + 1
     assert [row.min() for row in batch.total_PG] == [int(number == 0) for number in expected]
     again = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
-    assert again.chosen(0, 1) == loop.chosen(0, 1) != loop.chosen(0)
+    assert again.chosen(0, 1) == loop.chosen(0, 1)
+    # All eight items before any of them a second time.
+    turns = [index for turn in range(4) for index in loop.chosen(0, turn)]
+    assert sorted(turns) == list(range(8)) and len(set(loop.chosen(0, 4))) == 2
+    assert asked == {'asked_groups': len(made), 'asked_zero_variance': pytest.approx(1 - sum(2 < n and n % 2 for n in range(len(made)))
+                                                                                     / len(made))}
+
+
+def test_dynamic_sampling_and_length_penalties_go_with_psi(tmp_path):
+  options = dict(dynamic_rounds=1, uniform_share=0.5, overlong_buffer=8, psi_when_wrong='punish', alpha_measure='psi_share')
+  train(tmp_path, rl_config(steps=2, validation=0, **options))
+  rows = read_metrics(tmp_path, 'rl')
+  assert all(row['asked_groups'] in (2, 4) and row['skipped'] == 0 and row['psi_grad_norm'] >= 0 for row in rows)
+  train(tmp_path / 'whole', rl_config(steps=3, validation=0, **options))
+  train(tmp_path, rl_config(steps=3, validation=0, **options))  # goes on from the second step
+  assert timeless(tmp_path) == timeless(tmp_path / 'whole')
+
+
+def test_sizes_that_do_not_fit_are_an_error_at_once():
+  config = rl_config(capacity=20)
+  with pytest.raises(ValueError, match='rl.capacity = 20 does not hold a rollout of'):
+    grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  config, source = rl_config(), questions(rl_config())
+  source.longest_prompt = 96
+  with pytest.raises(ValueError, match='leaves no room in engine.max_len = 96'):
+    grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), source, range(8), config, seed=1)
+  with pytest.raises(ValueError, match='target = 0'):
+    config = rl_config(alpha_measure='entropy', alpha_target=0.0)
+    grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
 
 
 def test_long_responses_lose_reward():
