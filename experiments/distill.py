@@ -13,14 +13,14 @@ import sys
 from absl import app, flags, logging
 
 from dcore_jax.rollout.backends import LocalBackend
-from dcore_jax.rollout.engine import Engine
+from dcore_jax.run import distributed
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
 from dcore_jax.run.distillation import BACKENDS, run_distillation
 from dcore_jax.run.metrics import write_json_atomic
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.seed_sources import config_seeds
-from dcore_jax.run.sources import load_policy
+from dcore_jax.run.sources import load_policy, make_engine
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Results are in its folder distill.')
@@ -32,9 +32,9 @@ _MODEL = flags.DEFINE_string('model', None, 'Short for --config.distill.model: t
 def local_backend(config, journal: pathlib.Path) -> LocalBackend:
   """Our engine with the config's model."""
   policy = load_policy(config.model, seed=config.seed)
-  params = policy.load(None)
-  engine = Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=config.engine.lanes, max_len=config.engine.max_len,
-                  steps_per_call=config.engine.steps_per_call)
+  mesh = distributed.training_mesh(config)
+  params = policy.load(mesh)
+  engine = make_engine(config, policy, params, mesh)
   return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 

@@ -2,8 +2,6 @@
 
 Hosts run the same program on the same data and share the work directory; the first one writes what is not a checkpoint.
 """
-from typing import Any
-
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -44,11 +42,6 @@ def wait_for_others(name: str) -> None:
   """Returns when every host has come here, so that what the first one wrote before can be read."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def whole(tree: Any) -> Any:
-  """Arrays of several hosts as numpy arrays on each; those of one host are returned as they are."""
-  return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else tree
 
 
 def training_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh | None:

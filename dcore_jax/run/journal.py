@@ -3,7 +3,8 @@
 Updates are cheap beside rollouts. With every wave of rollouts on disk, a run that goes back to a checkpoint some steps ago
 repeats their updates only, and of the step it was killed in only the wave under way is sampled anew. A wave is one stream of
 the engine, whole: its rollouts shared tiles, and the last bits of a log-probability depend on the tile, so that sampling part
-of a wave would give other bits than the run that was not killed.
+of a wave would give other bits than the run that was not killed. Hosts of one run share the folder: all sample the same and read the
+same files, the first one writes them.
 """
 import pathlib
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 
 from dcore_jax.rollout.engine import Completion, Engine, Request, Source, Tag
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import distributed
 
 _PER_TOKEN = ('tokens', 'logprobs', 'full_logprobs')
 
@@ -35,7 +37,7 @@ class Journal:
 
   def forget(self, before: int) -> None:
     """Deletes the waves of the steps before `before`."""
-    for path in self._folder.glob('*.npz'):
+    for path in self._folder.glob('*.npz') if distributed.writes() else ():
       if int(path.name.split('.')[0]) < before:
         path.unlink()
 
@@ -78,6 +80,8 @@ class JournaledEngine:
   def _write(self, made: dict[tuple[int, ...], Completion]) -> None:
     if not made:
       return  # no task fitted the engine
+    if not distributed.writes():
+      return
     completions = list(made.values())
     columns = {name: np.concatenate([getattr(c, name) for c in completions]) for name in _PER_TOKEN}
     columns |= {'lengths': np.array([len(c.tokens) for c in completions]), 'key_ids': np.array(list(made), np.int64),

@@ -67,7 +67,7 @@ def _fine_tuned(config: dict[str, Any], summary: dict[str, Any]) -> str:
   text = (f'**SFT** on {rows}{source}: {c["epochs"]} epochs, {c["rows"]} packed rows of {c["capacity"]:,} tokens a step, '
           f'{c["optimizer"]}, peak learning rate {c["learning_rate"]:g}, cosine with {c["warmup"]:.0%} warm-up, weight decay '
           f'{c["weight_decay"]:g}, loss on `{c["loss_mask"]}`.')
-  if 'last_loss' in found:
+  if None not in (found.get('first_loss'), found.get('last_loss')):
     text += f' {found["steps"]:,} steps took the loss from {found["first_loss"]:.3f} to {found["last_loss"]:.3f}.'
   return text
 

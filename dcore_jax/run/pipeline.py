@@ -41,7 +41,7 @@ from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prom
 from dcore_jax.run.rows import training_rows
 from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
 from dcore_jax.run.sft_loop import run_sft
-from dcore_jax.run.sources import load_policy, rl_points
+from dcore_jax.run.sources import load_policy, make_engine, rl_points
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
@@ -134,14 +134,7 @@ class Pipeline:
   def engine(self, params: Any) -> Engine:
     """The run's one engine with the given weights, in the dtype of computation and on its own mesh."""
     if self._engine is None:
-      c, model = self.config.engine, self.policy.config
-      params = decoder.cast(params, self.execution.dtype(params))
-      mesh = distributed.engine_mesh(self.config, self.mesh)
-      if mesh:
-        params = jax.device_put(params, sharding.shardings(decoder.abstract_params(model), mesh))
-      self._engine = Engine(params, model, stop_ids=self.policy.stop_ids, lanes=c.lanes, max_len=c.max_len,
-                            max_new=c.max_new or None, trunks=c.trunks or None, tile=c.tile or None,
-                            steps_per_call=c.steps_per_call)
+      self._engine = make_engine(self.config, self.policy, params, self.mesh)
     else:
       self._engine.update(params)
     return self._engine
@@ -170,7 +163,14 @@ class Pipeline:
     return measure(trajectories)
 
   def distill(self) -> dict[str, Any]:
-    """Algorithm 1 with the base model -> W/distill/."""
+    """Algorithm 1 with the base model -> W/distill/.
+
+    Raises:
+      ValueError: several hosts. Which subtask is asked next depends on when answers come, so that they would not stay in step.
+    """
+    if jax.process_count() > 1:
+      raise ValueError('distillation is the work of one host: run it there with --stages=distill, or against an endpoint, before '
+                       'the others join')
     seeds = config_seeds(self.config)
 
     def local(journal):

@@ -112,6 +112,9 @@ def to_rows(record: Record, schema: str, name: str, style: str = 'python') -> li
 
 def _our_row(record: Record, name: str, style: str) -> list[Record]:
   del style  # the rows say how calls are made
+  messages = [Message.from_json(message) for message in record['conversations']]
+  if not any(message.role == 'assistant' for message in messages):
+    raise ValueError('the assistant never speaks')
   tools = {'tools': record['tools']} if record.get('tools') else {}
   return [{'id': name, 'conversations': record['conversations'], **tools}]
 

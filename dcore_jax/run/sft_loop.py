@@ -84,7 +84,8 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
         saved.save(step + 1, state, {'seconds': spent + time.monotonic() - opened, 'rows': fingerprint})
       bar.update(1)
   tenth = max(1, len(losses) // 10)
+  mean = lambda part: float(np.mean(finite)) if (finite := [loss for loss in part if math.isfinite(loss)]) else None  # or skipped
   return state.params, {'rows': len(rows), 'dropped': len(tree.dropped), 'dedup': tree.dedup,
                         'occupancy': tree.live / tree.tokens.size, 'attention': tree_attention.resolve(execution.attention),
-                        'steps': len(losses), 'first_loss': float(np.mean(losses[:tenth])),
-                        'last_loss': float(np.mean(losses[-tenth:])), 'resumed_at': start, 'seconds_before': spent}
+                        'steps': len(losses), 'first_loss': mean(losses[:tenth]), 'last_loss': mean(losses[-tenth:]),
+                        'resumed_at': start, 'seconds_before': spent}

@@ -1,4 +1,5 @@
-"""Where models and real rows come from: the packaged organism, local directories, files and hub names of published rows."""
+"""Where models, their engines and real rows come from: the packaged organism, local directories, published rows by file or hub
+name."""
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,10 @@ from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.models import decoder
 from dcore_jax.models import presets
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_config, load_params
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.run import distributed
 from dcore_jax.run import row_schemas
 
 _FILES = ('.json', '.jsonl', '.parquet')
@@ -60,6 +64,17 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | 
   """
   ids = [*_generation_stop_ids(folder), *config.stop_token_ids, tokenizer.eos_token_id, turn_format(tokenizer).end_of_turn_id]
   return sorted({i for i in ids if i is not None})
+
+
+def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decoder.Params, mesh: Mesh | None) -> Engine:
+  """The engine that section `engine` describes, with weights on the training `mesh`: in the dtype of computation, and on a mesh
+  of its own where the section asks for one."""
+  c = config.engine
+  params = decoder.cast(params, Execution(**config.execution).dtype(params))
+  if mesh := distributed.engine_mesh(config, mesh):
+    params = jax.device_put(params, sharding.shardings(decoder.abstract_params(policy.config), mesh))
+  return Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=c.lanes, max_len=c.max_len, max_new=c.max_new or None,
+                trunks=c.trunks or None, tile=c.tile or None, steps_per_call=c.steps_per_call)
 
 
 def data_path(name: str) -> pathlib.Path:

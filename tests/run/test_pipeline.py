@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import nano, nano_base, qwen3_smoke
@@ -45,6 +46,13 @@ def test_stages_say_what_they_need(tmp_path):
     with pytest.raises(ValueError, match=message):
       Pipeline(config, tmp_path / stage).run()
     assert not list((tmp_path / stage).glob('*/result.json'))
+
+
+def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):
+  pipeline = Pipeline(nano.get_config('quick'), tmp_path)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='the work of one host'):
+    pipeline.distill()
 
 
 def test_export_alone_copies_the_organism(tmp_path):

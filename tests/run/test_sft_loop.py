@@ -24,6 +24,17 @@ def test_sft_lowers_the_loss(tokenizer, model, tmp_path):
   assert result['attention'] == 'blockwise'
 
 
+def test_steps_without_a_finite_loss_do_not_end_a_run(tokenizer, model, tmp_path):
+  rows = [{'id': 0, 'conversations': [{'role': 'user', 'content': 'find'}, {'role': 'assistant', 'content': 'done.'}]}]
+  config = default_config().sft
+  config.update(dict(epochs=2, capacity=128, rows=1))
+  params = jax.tree.map(lambda leaf: leaf * np.nan, decoder.init_params(model, jax.random.key(0)))
+  with Metrics(tmp_path) as metrics:
+    _, result = sft_loop.run_sft(params, model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
+  assert [row['skipped'] for row in read_metrics(tmp_path, 'sft')] == [1, 1]
+  assert result['first_loss'] is result['last_loss'] is None
+
+
 def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkeypatch):
   """Killed after 5 of 8 steps, the newest checkpoint being that of step 4."""
   rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i} ' * 20}, {'role': 'assistant', 'content': 'done.'}]}
