@@ -11,6 +11,9 @@ QUICK_WORKDIR ?= runs/quick
 # Large temporaries in huge pages: a training step on a CPU spends 15 % of its time on page faults otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Most of a test's time is tracing and compiling, on one core. A file stays in one process: its tests share what they set up.
+PARALLEL ?= --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
@@ -46,10 +49,10 @@ quick: setup
 	$(RUN) -m experiments.train --config=configs/nano.py:quick --workdir=$(QUICK_WORKDIR)
 
 test: setup
-	$(RUN) -m pytest -q -m 'not slow'
+	$(RUN) -m pytest -q -m 'not slow' $(PARALLEL)
 
 test-all: setup
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(PARALLEL)
 
 # The compilers for GPUs and TPUs live in an environment of their own: where they are installed, jax prints on every start that it
 # finds no such device.

@@ -17,7 +17,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': [
-            'pytest>=8.0', 'hypothesis>=6.100', 'nbclient>=0.10', 'nbformat>=5.10', 'ipykernel>=6.29',
+            'pytest>=8.0', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'nbclient>=0.10', 'nbformat>=5.10', 'ipykernel>=6.29',
             # The last release with a plain CPU build for 3.11; parity tests skip, saying so, where torch is absent.
             'torch==2.13.0; python_version < "3.12"',
         ],
