@@ -39,6 +39,9 @@ class _Keep:
     return [step in kept for step in steps]
 
 
+STATE = 'state'  # a stage's folder of steps, where it keeps other things beside them
+
+
 class Checkpoints:
   """The steps of one directory; the newest `keep` of them survive, and the one saved with the highest score.
 

@@ -9,7 +9,7 @@ from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import check_target, load_config, load_params, save_checkpoint
-from dcore_jax.run.checkpoint import read_part
+from dcore_jax.run.checkpoint import STATE, read_part
 from dcore_jax.run.metrics import read_json
 from dcore_jax.run.model_card import model_card
 from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids, load_tokenizer
@@ -59,8 +59,11 @@ def export(checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'bfloat1
 def find(checkpoint: pathlib.Path) -> Weights:
   """What a path stands for (see `export`); ValueError where it is nothing that holds weights."""
   path = checkpoint.absolute()
+  if path.name.isdecimal():
+    path = _states(path.parent) / path.name
   if path.name.isdecimal() and (path / 'tree').is_dir():
-    return Weights(path, _run_of(path.parents[2]), path.parent.name, int(path.name))
+    stage = path.parent.parent if path.parent.name == STATE else path.parent
+    return Weights(path, _run_of(stage.parents[1]), stage.name, int(path.name))
   steps = _steps(path)
   if steps:
     return find(path / str(steps[-1]))
@@ -104,9 +107,14 @@ def _spread(config: DecoderConfig) -> Any:
   return sharding.shardings(decoder.abstract_params(config), sharding.make_mesh(fsdp=jax.device_count()))
 
 
+def _states(folder: pathlib.Path) -> pathlib.Path:
+  """Where the steps in a stage's folder of checkpoints are: reinforcement keeps its journal of rollouts beside them."""
+  return folder / STATE if (folder / STATE).is_dir() else folder
+
+
 def _steps(path: pathlib.Path) -> list[int]:
   """The steps that are complete in a folder of checkpoints."""
-  return sorted(int(child.name) for child in path.glob('[0-9]*') if child.name.isdecimal() and (child / 'tree').is_dir())
+  return sorted(int(child.name) for child in _states(path).glob('[0-9]*') if child.name.isdecimal() and (child / 'tree').is_dir())
 
 
 def _is_run(path: pathlib.Path) -> bool:

@@ -26,11 +26,12 @@ from dcore_jax import sharding
 from dcore_jax import tokentree
 from dcore_jax.learn import advantages, grpo, objectives
 from dcore_jax.learn.optimizer import HOST, TrainState, check_offload, init_state, make_optimizer
+from dcore_jax.models import tree_attention
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run.checkpoint import Checkpoints
+from dcore_jax.run.checkpoint import STATE, Checkpoints
 from dcore_jax.run.journal import Journal
 from dcore_jax.run.metrics import Metrics
 from dcore_jax.run.progress import progress
@@ -448,7 +449,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
   origin = {'prompts': source.fingerprint, 'reference': int(_bits(params))}
   state = init_state(params, loop.tx, offload='optimizer' in execution.offload)
   position = {'seconds': 0.0, 'before': None, 'after': None} | origin
-  with (Checkpoints(checkpoints / 'state') as saved, progress(total=config.steps, description=config.estimator) as bar,
+  with (Checkpoints(checkpoints / STATE) as saved, progress(total=config.steps, description=config.estimator) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as writer):
     start, opened = 0, time.monotonic()
     if found := saved.restore(state):
@@ -492,4 +493,5 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
         journal.forget([0, *saved.all_steps()][-2])  # a fallback to the checkpoint before still has its rollouts
         ended = time.monotonic()
   return state.params, {'prompts': len(items), 'resumed_at': start, 'seconds_before': spent, 'best_step': saved.best_step,
+                        'attention': tree_attention.resolve(execution.attention),
                         'validation': {'before': position['before'], 'after': position['after']}}

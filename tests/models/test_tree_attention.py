@@ -27,11 +27,12 @@ def value_and_gradients(attend, q, k, v, end, bar):
 REFERENCE = tree_attention.IMPLEMENTATIONS['reference']
 
 
-@pytest.mark.parametrize('T,N,K', [(96, 4, 2), (100, 2, 2), (37, 4, 1), (5, 2, 1)])
-def test_blockwise_equals_the_reference(T, N, K):
+@pytest.mark.parametrize('T,N,K,block', [(96, 4, 2, 16), (100, 2, 2, 16), (37, 4, 1, 16), (5, 2, 1, 16),
+                                         (300, 5, 1, None), (1300, 5, 1, None)])  # its own: 128, and 256 from 1,024 tokens on
+def test_blockwise_equals_the_reference(T, N, K, block):
   arguments = inputs(T, N, K)
   want = jax.jit(functools.partial(value_and_gradients, REFERENCE))(*arguments)
-  got = jax.jit(functools.partial(value_and_gradients, functools.partial(blockwise.tree_attention, block=16)))(*arguments)
+  got = jax.jit(functools.partial(value_and_gradients, functools.partial(blockwise.tree_attention, block=block)))(*arguments)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 

@@ -14,7 +14,7 @@ from configs import nano
 from dcore_jax.learn.optimizer import init_state, make_optimizer
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
 from dcore_jax.run import export
-from dcore_jax.run.checkpoint import Checkpoints
+from dcore_jax.run.checkpoint import STATE, Checkpoints
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import default_config
 from dcore_jax.run.model_card import model_card
@@ -35,7 +35,8 @@ def run(tmp_path_factory):
   (workdir / 'summary.json').write_text(json.dumps(summary))
   config, params = load_params(ORGANISM)
   save_checkpoint(workdir / 'sft', config, moved(params, 0.25), tokenizer_dir=ORGANISM, dtype='float32')
-  with Checkpoints(workdir / 'checkpoints' / 'da_grpo') as saved:
+  (workdir / 'checkpoints' / 'da_grpo' / 'rollouts').mkdir(parents=True)
+  with Checkpoints(workdir / 'checkpoints' / 'da_grpo' / STATE) as saved:
     for step in (2, 10):
       saved.save(step, init_state(moved(params, step), make_optimizer()), {'seconds': 1.0})
   return workdir
@@ -109,12 +110,12 @@ def test_a_run_without_training_is_refused(tmp_path):
 
 def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
   shutil.copytree(run, tmp_path / 'run')
-  step = tmp_path / 'run' / 'checkpoints' / 'da_grpo' / '10'
+  step = tmp_path / 'run' / 'checkpoints' / 'da_grpo' / STATE / '10'
   chunk = max((file for file in step.rglob('*') if file.is_file()), key=lambda file: file.stat().st_size)
   content = bytearray(chunk.read_bytes())
   content[len(content) // 2:len(content) // 2 + 64] = bytes(64)
   chunk.write_bytes(bytes(content))
-  with pytest.raises(ValueError, match='da_grpo/10'):
+  with pytest.raises(ValueError, match='da_grpo/state/10'):
     export.export(tmp_path / 'run', tmp_path / 'out')
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   config['model']['init'] = json.loads((ORGANISM / 'config.json').read_text()) | {'hidden_size': 96}
