@@ -11,7 +11,8 @@ QUICK_WORKDIR ?= runs/quick
 # Large temporaries in huge pages: a training step on a CPU spends 15 % of its time on page faults otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# Most of a test's time is tracing and compiling, on one core; a process grows to 4 GB. A file stays in one: its tests share what they set up.
+# Most of a test's time is tracing and compiling, on one core; a process grows to 4 GB. A file stays in one process: its tests
+# share what they set up.
 PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 RUN := $(VENV)/bin/python

@@ -285,7 +285,8 @@ def _fullest(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: lis
     room = capacity - int(whole[0])
     costs = whole - np.where(tree == tree[0], depth, 0)
     beside = 1 + np.flatnonzero(costs[1:] <= room)[:_CANDIDATES]
-    chosen = np.r_[0, beside[_largest_sum(costs[beside].tolist(), room)]]
+    # A sequence that ends where its tree is cut costs a row nothing that holds the trunk: it adds to no sum, and is taken.
+    chosen = np.r_[0, 1 + np.flatnonzero(costs[1:] == 0), beside[_largest_sum(costs[beside].tolist(), room)]]
     for index in left[chosen].tolist():
       row_of[pieces[index].first:pieces[index].last] = row
     left, whole, tree, depth = (np.delete(array, chosen) for array in (left, whole, tree, depth))

@@ -208,3 +208,14 @@ def test_packing_is_deterministic_and_full():
   again = tokentree.pack(rows, 1024)
   np.testing.assert_array_equal(tree.tokens, again.tokens)
   assert tree.live / tree.tokens.size > 0.9
+
+
+def test_a_sequence_that_ends_where_its_tree_is_cut_takes_no_row():
+  """A prompt of 40 tokens by itself, and behind it four branches of 30, two to a row of 100."""
+  draw = np.random.default_rng(0).integers
+  prompt = draw(0, 1000, 40)
+  tree = tokentree.pack([sequence(prompt), *(sequence(np.r_[prompt, draw(0, 1000, 30)]) for _ in range(4))], 100)
+  assert tree.rows == 2 and tree.live == 2 * (40 + 2 * 30)
+  lengths, common = np.array([40, 70, 70, 70, 70]), np.array([0, 40, 40, 40, 40])
+  pieces = tokentree._pieces(lengths, common, 100)
+  assert tokentree._fullest(lengths, common, 100, pieces)[0].max() == 1

@@ -59,7 +59,7 @@ def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend
   """Holds one conversation with the model for every seed -> (number, outcome) as they end.
 
   Conversations that have begun come before new ones: an engine still holds what their next prompts begin with. New ones
-  begin in the order of the seeds.
+  begin in the order of the seeds. Conversations of another `purpose` with the same seeds have other random streams.
   """
   waiting: collections.deque[tuple[_Talk, int, ChatRequest]] = collections.deque()
   ended: collections.deque[tuple[int, Outcome]] = collections.deque()

@@ -116,6 +116,22 @@ def _over_chunks(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
   return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
 
+def _where_used(step: Callable, nothing: Callable, chunks: tuple) -> Callable:
+  """`step` for `_over_chunks` of (hidden, targets, values, ...), or `nothing` for those of several whose values are all 0.
+
+  Batches have room for more loss tokens than most hold, and the room lies at their end. Devices that share a vocabulary hold
+  the same values, so that all of them take the same turn.
+  """
+  leaves = jax.tree.leaves(chunks[2])
+  if not leaves or leaves[0].shape[0] == 1:
+    return step
+
+  def step_or_nothing(carry, part):
+    used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(part[2])]))
+    return jax.lax.cond(used, step, nothing, carry, part)
+  return step_or_nothing
+
+
 def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_kinds: tuple[str, ...]) -> Any:
   """function(split, *arrays), under a mesh on each device's part.
 
@@ -223,12 +239,8 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
     head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
     return (jax.tree.map(jnp.add, total, (loss, sums)), head_grad_VD), hidden_grad_CD
 
-  def step_or_skip(carry, part):
-    # Batches have room for more loss tokens than most hold, and the room lies at their end. Devices that share a
-    # vocabulary hold the same values, so that all of them take the same turn.
-    used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(part[2])]))
-    idle = jnp.zeros(part[0].shape, jnp.float32) if gradient else None
-    return jax.lax.cond(used, step, lambda carry, part: (carry, idle), carry, part)
+  def nothing(carry, part):
+    return carry, jnp.zeros(part[0].shape, jnp.float32) if gradient else None
 
   chunks = jax.tree.map(lambda leaf: _chunked(leaf, V, chunk), (hidden_MD, targets_M, values))
   N, C = chunks[1].shape
@@ -237,7 +249,7 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
                           jax.tree.map(lambda leaf: leaf[0], chunks[2]))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   head_zero = jnp.zeros(head_VD.shape, jnp.float32) if gradient and N > 1 else None
-  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(step_or_skip if N > 1 else step, (zeros, head_zero), chunks)
+  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(_where_used(step, nothing, chunks), (zeros, head_zero), chunks)
   total = _psum(total, split.tokens)
   if not gradient:
     return total
@@ -289,15 +301,6 @@ def _score_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD
   scores = _over_chunks(_where_used(step, nothing, chunks), None, chunks)[1]
   flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:hidden_MD.shape[0]]
   return jax.tree.map(flat, scores)
-
-
-def _where_used(step: Callable, nothing: Callable, chunks: tuple) -> Callable:
-  """`step` over (hidden, targets, used, ...), or `nothing` where of several chunks one is not used. Devices that share a
-  vocabulary hold the same tokens, so that all of them take the same turn."""
-  used_NC = chunks[2]
-  if used_NC is None or used_NC.shape[0] == 1:
-    return step
-  return lambda carry, part: jax.lax.cond(jnp.any(part[2] != 0), step, nothing, carry, part)
 
 
 def _score_gradient_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,

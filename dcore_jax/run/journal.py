@@ -3,8 +3,8 @@
 Updates are cheap beside rollouts. With every wave of rollouts on disk, a run that goes back to a checkpoint some steps ago
 repeats their updates only, and of the step it was killed in only the wave under way is sampled anew. A wave is one stream of
 the engine, whole: its rollouts shared tiles, and the last bits of a log-probability depend on the tile, so that sampling part
-of a wave would give other bits than the run that was not killed. Hosts of one run share the folder: all sample the same and read the
-same files, the first one writes them.
+of a wave would give other bits than the run that was not killed. Hosts of one run share the folder: all sample the same and
+read the same files, the first one writes them.
 """
 import pathlib
 import warnings
