@@ -12,30 +12,19 @@ import sys
 
 from absl import app, flags, logging
 
-from dcore_jax.rollout.backends import LocalBackend
-from dcore_jax.run import distributed
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
 from dcore_jax.run.distillation import BACKENDS, run_distillation
 from dcore_jax.run.metrics import write_json_atomic
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.seed_sources import config_seeds
-from dcore_jax.run.sources import load_policy, make_engine
+from dcore_jax.run.sources import local_backend
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Results are in its folder distill.')
 _BACKEND = flags.DEFINE_enum('backend', None, BACKENDS, 'Short for --config.distill.backend.')
 _BASE_URL = flags.DEFINE_string('base_url', None, 'Short for --config.distill.base_url.')
 _MODEL = flags.DEFINE_string('model', None, 'Short for --config.distill.model: the name of the model at the endpoint.')
-
-
-def local_backend(config, journal: pathlib.Path) -> LocalBackend:
-  """Our engine with the config's model."""
-  policy = load_policy(config.model, seed=config.seed)
-  mesh = distributed.training_mesh(config)
-  params = policy.load(mesh)
-  engine = make_engine(config, policy, params, mesh)
-  return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 
 def main(argv: list[str]) -> None:

@@ -10,6 +10,7 @@ from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.evaluate.behaviours import behaviour_counts
 from dcore_jax.evaluate.lazy_reasoning import count_reflections, lazy_ratio
+from dcore_jax.rollout.backends import TOO_LONG, Backend, ChatRequest
 from dcore_jax.rollout.engine import Completion, Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.worlds.environment import Episode, Outcome, World
@@ -39,8 +40,50 @@ class Trajectory:
     return [split_reasoning(text)[0] if '</think>' in text else text for text in self.texts]
 
 
+class _Acting:
+  """Tasks that are acted out together: which is to be answered next, and what was answered."""
+
+  def __init__(self, world: World, tasks: Sequence[Any], keys: Sequence[tuple[int, ...]] | None,
+               progress: Callable[[int], Any] | None):
+    self.tasks, self.keys = tasks, [(number,) for number in range(len(tasks))] if keys is None else keys
+    self.episodes: list[Episode] = [world.episode(task) for task in tasks]
+    self.texts: list[list[str]] = [[] for _ in tasks]
+    self.lengths: list[list[int]] = [[] for _ in tasks]
+    self.unfinished = [0] * len(tasks)
+    self._waiting = collections.deque(range(len(tasks)))
+    self._progress = progress or (lambda count: None)
+
+  def next(self) -> int | None:
+    """The number of a task whose conversation waits for a response, None while there is none."""
+    return self._waiting.popleft() if self._waiting else None
+
+  def key(self, number: int) -> tuple[int, ...]:
+    """Names the random stream of the task's next response."""
+    return (*self.keys[number], len(self.texts[number]))
+
+  def take(self, number: int, text: str, reasoning_tokens: int, finished: bool) -> None:
+    """Runs the calls of a response; the task waits again unless that was its end."""
+    self.texts[number].append(text)
+    self.lengths[number].append(reasoning_tokens)
+    self.unfinished[number] += not finished
+    self.episodes[number].step(text)
+    if self.episodes[number].done:
+      self._progress(1)
+    else:
+      self._waiting.appendleft(number)  # before new tasks: its conversation is still held where it was computed
+
+  def stop(self, number: int, reason: str) -> None:
+    self.episodes[number].stop(reason)
+    self._progress(1)
+
+  def trajectories(self, exchanges: Sequence[list[Exchange]]) -> list[Trajectory]:
+    """In the order of the tasks."""
+    return [Trajectory(task, episode.outcome(), *rest, episode.messages, made) for task, episode, *rest, made
+            in zip(self.tasks, self.episodes, self.texts, self.lengths, self.unfinished, exchanges)]
+
+
 def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
-        progress: Callable[[int], None] | None = None, *, keys: Sequence[tuple[int, ...]] | None = None) -> list[Trajectory]:
+        progress: Callable[[int], Any] | None = None, *, keys: Sequence[tuple[int, ...]] | None = None) -> list[Trajectory]:
   """Acts out all tasks together on the engine's lanes; trajectories come back in the order of the tasks.
 
   Args:
@@ -52,31 +95,21 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
     progress: told 1 for every finished task.
     keys: names the random stream of each task, by default its place; the number of the response is added.
   """
-  keys = [(number,) for number in range(len(tasks))] if keys is None else keys
-  episodes: list[Episode] = [world.episode(task) for task in tasks]
-  texts: list[list[str]] = [[] for _ in tasks]
-  lengths: list[list[int]] = [[] for _ in tasks]
-  unfinished = [0] * len(tasks)
+  acting = _Acting(world, tasks, keys, progress)
   exchanges: list[list[Exchange]] = [[] for _ in tasks]
   asked: dict[int, np.ndarray] = {}  # the prompts under way
   think_end = tokenizer.convert_tokens_to_ids('</think>')
-  waiting = collections.deque(range(len(tasks)))
-
-  def finished() -> None:
-    if progress:
-      progress(1)
 
   def source(free: int) -> list[tuple[int, Request]]:
     requests = []
-    while waiting and len(requests) < free:
-      number = waiting.popleft()
-      prompt = tokenizer(render_prompt(tokenizer, episodes[number].messages), add_special_tokens=False)['input_ids']
+    while len(requests) < free and (number := acting.next()) is not None:
+      messages = acting.episodes[number].messages
+      prompt = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)['input_ids']
       if len(prompt) >= engine.max_len:  # a response of a hundred calls is answered by a hundred outputs
-        episodes[number].stop('prompt too long')
-        finished()
+        acting.stop(number, TOO_LONG)
         continue
       asked[number] = np.array(prompt, np.int32)
-      requests.append((number, Request(asked[number], (*keys[number], len(texts[number])))))
+      requests.append((number, Request(asked[number], acting.key(number))))
     return requests
 
   for number, completion in engine.stream(source, sampling):
@@ -84,16 +117,40 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
     ends = np.flatnonzero(tokens == think_end)
     # Without a closing tag everything was reasoning; the opening tag is one token.
-    lengths[number].append(max(0, int(ends[0]) - 1 if len(ends) else len(tokens) - 1))
-    texts[number].append(tokenizer.decode(tokens, skip_special_tokens=False))
-    unfinished[number] += not completion.finished
-    episodes[number].step(texts[number][-1])
-    if not episodes[number].done:
-      waiting.appendleft(number)  # before new tasks: the engine still holds the conversation, and computes what is new only
-    else:
-      finished()
-  return [Trajectory(task, episode.outcome(), *rest, episode.messages, made)
-          for task, episode, *rest, made in zip(tasks, episodes, texts, lengths, unfinished, exchanges)]
+    length = max(0, int(ends[0]) - 1 if len(ends) else len(tokens) - 1)
+    acting.take(number, tokenizer.decode(tokens, skip_special_tokens=False), length, completion.finished)
+  return acting.trajectories(exchanges)
+
+
+def act_through(backend: Backend, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
+                progress: Callable[[int], Any] | None = None) -> list[Trajectory]:
+  """As `act`, with any backend: the model may be behind an endpoint, which shows text and no tokens (no `exchanges`).
+
+  Args:
+    backend: answers; its own template renders the prompts.
+    tokenizer: counts the tokens of reasonings.
+    world, tasks, sampling, progress: see `act`.
+
+  A task whose prompt is refused, or never answered, is a failure with that reason.
+
+  Raises:
+    ConnectionError: an endpoint that stays away, see `OpenAIBackend`.
+  """
+  acting = _Acting(world, tasks, None, progress)
+
+  def source(free: int) -> list[tuple[int, ChatRequest]]:
+    requests = []
+    while len(requests) < free and (number := acting.next()) is not None:
+      requests.append((number, ChatRequest(tuple(acting.episodes[number].messages), acting.key(number))))
+    return requests
+
+  for number, reply in backend.stream(source, sampling):
+    if reply.error:
+      acting.stop(number, reply.error.partition(':')[0])
+      continue
+    inside = reply.text.partition('</think>')[0].removeprefix('<think>')
+    acting.take(number, reply.text, len(tokenizer(inside, add_special_tokens=False)['input_ids']), reply.finished)
+  return acting.trajectories([[] for _ in tasks])
 
 
 def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:

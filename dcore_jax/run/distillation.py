@@ -64,14 +64,14 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   if c.backend == 'local' and c.base_url:
     raise ValueError(f'distill.base_url = {c.base_url!r} is for distill.backend = \'openai\'')
   journal = folder / 'replies.jsonl'
-  backend = local(journal) if c.backend == 'local' else _endpoint(c, c.base_url, c.model, journal)
+  backend = local(journal) if c.backend == 'local' else endpoint(c, c.base_url, c.model, journal)
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
   began, asked, unlabelled, labels = time.perf_counter(), {seed.id: seed.kind for seed in seeds}, {}, {}
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   if c.reference == 'pseudo':
     labeller = backend
     if c.labels.base_url:
-      labeller = _endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl')
+      labeller = endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl')
     seeds, unlabelled, labels = _labelled(folder, seeds, labeller, sampling, c.labels.samples)
   progress = progress or (lambda count: None)
   run = Shards(folder, seeds, c.shard_seeds)
@@ -98,7 +98,8 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   return summary
 
 
-def _endpoint(c: ml_collections.ConfigDict, base_url: str, model: str, journal: pathlib.Path) -> OpenAIBackend:
+def endpoint(c: ml_collections.ConfigDict, base_url: str, model: str, journal: pathlib.Path) -> OpenAIBackend:
+  """The model `model` behind a URL, asked as section `distill` says; ValueError where one of the two is not given."""
   if not base_url or not model:
     raise ValueError(f'an endpoint needs a URL and the name of its model, got {base_url!r} and {model!r}')
   return OpenAIBackend(base_url, model, concurrency=c.concurrency, timeout=c.timeout, retries=c.request_retries,

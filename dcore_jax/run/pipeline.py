@@ -17,23 +17,21 @@ import jax
 import ml_collections
 
 from dcore_jax import sharding
-from dcore_jax.chat.messages import Message
 from dcore_jax.distill.seeds import decision_points
-from dcore_jax.evaluate.lazy_reasoning import is_lazy
-from dcore_jax.evaluate.rollouts import Trajectory, act, measure
+from dcore_jax.evaluate.rollouts import act
 from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
 from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run import distributed
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
 from dcore_jax.run.distillation import run_distillation
+from dcore_jax.run.evaluation import evaluate
 from dcore_jax.run.export import generation_config
 from dcore_jax.run.grpo_loop import run_rl
-from dcore_jax.run.metrics import Metrics, read_json, read_metrics, replace_text, write_json_atomic
+from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
 from dcore_jax.run.model_card import model_card
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
@@ -42,10 +40,7 @@ from dcore_jax.run.rows import training_rows
 from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
 from dcore_jax.run.sft_loop import run_sft
 from dcore_jax.run.sources import load_policy, make_engine, rl_points
-from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
-
-_EVALUATE = 3  # added to the run's seed; the eval split shares no entity with what is trained on
 
 
 class Pipeline:
@@ -149,18 +144,9 @@ class Pipeline:
 
   def evaluate(self, name: str) -> dict[str, Any]:
     """Held-out tasks of every kind, the same ones at each stage."""
-    c = self.config.evaluate
-    sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=self.config.seed)
     engine = self.engine(self.params(name))
-    trajectories = {}
-    with progress(total=c.tasks * len(KINDS), description=f'evaluate {name}') as bar:
-      for kind in KINDS:
-        tasks = self.world.tasks(kind, c.tasks, seed=self.config.seed + _EVALUATE, split='eval')
-        trajectories[kind] = act(engine, self.policy.tokenizer, self.world, tasks, sampling, bar.update)
-    folder = self.workdir / f'evaluate_{name}'
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / 'trajectories.jsonl', [_trajectory_record(kind, t) for kind, group in trajectories.items() for t in group])
-    return measure(trajectories)
+    actor = lambda world, tasks, sampling, told: act(engine, self.policy.tokenizer, world, tasks, sampling, told)
+    return evaluate(self.config, self.workdir / f'evaluate_{name}', actor, name)
 
   def distill(self) -> dict[str, Any]:
     """Algorithm 1 with the base model -> W/distill/.
@@ -275,16 +261,3 @@ class Pipeline:
     return [{'query': group[0]['query'], 'kind': group[0]['kind'],
              'columns': [{'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
                          for name, t in zip(names, group)]} for group in chosen]
-
-
-def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  replace_text(path, ''.join(json.dumps(record) + '\n' for record in records))
-
-
-def _trajectory_record(kind: str, t: Trajectory) -> dict[str, Any]:
-  """A trajectory as JSON; its assistant messages carry the reasoning, which later prompts did not show."""
-  texts = iter(t.texts)
-  messages = [Message(m.role, next(texts)) if m.role == 'assistant' else m for m in t.messages]
-  lazy = any(is_lazy(r, n, not t.outcome.correct) for r, n in zip(t.reasonings, t.reasoning_tokens))
-  return {'id': t.task.id, 'kind': kind, 'query': t.task.turns[0].query, 'correct': t.outcome.correct,
-          'reason': t.outcome.reason, 'lazy': lazy, 'reasoning_tokens': t.reasoning_tokens, 'messages': [m.to_json() for m in messages]}

@@ -25,6 +25,7 @@ from dcore_jax.models import presets
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_config, load_params
+from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.run import distributed
 from dcore_jax.run import row_schemas
@@ -75,6 +76,15 @@ def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decod
     params = jax.device_put(params, sharding.shardings(decoder.abstract_params(policy.config), mesh))
   return Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=c.lanes, max_len=c.max_len, max_new=c.max_new or None,
                 trunks=c.trunks or None, tile=c.tile or None, steps_per_call=c.steps_per_call)
+
+
+def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> LocalBackend:
+  """An engine of its own with the config's model."""
+  policy = load_policy(config.model, seed=config.seed)
+  mesh = distributed.training_mesh(config)
+  params = policy.load(mesh)
+  engine = make_engine(config, policy, params, mesh)
+  return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 
 def data_path(name: str) -> pathlib.Path:

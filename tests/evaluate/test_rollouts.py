@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.evaluate.rollouts import act, measure
+from dcore_jax.evaluate.rollouts import act, act_through, measure
+from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
 from dcore_jax.worlds.toolworld.vocabulary import sample_texts
 from dcore_jax.worlds.toolworld.world import ToolWorld
@@ -101,3 +102,40 @@ def test_responses_cut_off_are_counted_and_wrong(tokenizer):
   figures = measure(trajectories)
   assert figures['accuracy'] == dict.fromkeys(KINDS, 0.0) and figures['unfinished']['single'] == 4
   assert all(n == 4 for t in trajectories['single'] for n in t.reasoning_tokens)
+
+
+class ScriptedBackend:
+  """`Scripted` as a backend; a query of `refused` has an error for an answer."""
+
+  def __init__(self, scripted, refused=()):
+    self.scripted, self.refused = scripted, dict(refused)
+
+  def stream(self, source, sampling):
+    del sampling
+    while arrivals := list(source(3)):
+      for tag, request in reversed(arrivals):
+        query = next(m.content for m in request.messages if m.role == 'user')
+        if query in self.refused:
+          yield tag, Reply('', False, 0, 0, self.refused[query])
+        else:
+          yield tag, Reply(f'<think>\n{self.scripted.reasoning}\n</think>\n\n{next(self.scripted.script[query])}', True, 1, 1)
+
+
+def test_a_backend_is_measured_as_the_engine_is(tokenizer):
+  world, trajectories = ToolWorld(), {}
+  for kind in KINDS:
+    tasks = world.tasks(kind, 8, seed=2, split='eval')
+    told = []
+    trajectories[kind] = act_through(ScriptedBackend(Scripted(tokenizer, tasks, 'find it.')), tokenizer, world, tasks, None, told.append)
+    assert told == [1] * 8
+  assert measure(trajectories) == measure(run(tokenizer))
+
+
+def test_an_endpoint_without_an_answer_costs_its_task_alone(tokenizer):
+  world = ToolWorld()
+  tasks = world.tasks('sequential', 6, seed=2, split='eval')
+  errors = [TOO_LONG, 'refused with status 400: 812 tokens', 'no answer: timed out']
+  refused = zip([t.turns[0].query for t in tasks], errors)
+  told = []
+  found = act_through(ScriptedBackend(Scripted(tokenizer, tasks, 'find it.'), refused), tokenizer, world, tasks, None, told.append)
+  assert [t.outcome.reason for t in found] == [TOO_LONG, 'refused with status 400', 'no answer', '', '', ''] and told == [1] * 6
