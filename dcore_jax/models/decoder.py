@@ -8,7 +8,7 @@ initialisation, sharding, checkpoint import and export all follow it. Shape lett
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -30,6 +30,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+_INPUTS = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}  # axes of a projection that are contracted
 # Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
 _LANE_QUERIES, _LANE_KEYS = ('lanes', 'length', 'heads', 'head_dim'), ('lanes', 'kv_heads', 'length', 'head_dim')
 
@@ -193,6 +194,39 @@ def unstack(params: Params) -> Params:
   return {**params, 'layers': tuple(layers)}
 
 
+class Turned(NamedTuple):
+  """A projection the other way round, for the few rows of a decode step on a CPU, see `_turned_product`."""
+  matrix: jax.Array  # [*out, *in]
+
+
+def turn(params: Params) -> Params:
+  """`unstack`, every projection `Turned`: what `extend_branches` and `logits` read fastest on a CPU."""
+  def turned(name, weight):
+    inputs = _INPUTS.get(name)
+    return weight if inputs is None else Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+  params = unstack(params)
+  return {**params, 'layers': tuple({name: turned(name, weight) for name, weight in layer.items()} for layer in params['layers'])}
+
+
+def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
+  """The specs of `turn`'s tree."""
+  specs = abstract_params(config, dtype)
+  def turned(name, spec):
+    shape, axes, inputs = spec.shape[1:], spec.axes[1:], _INPUTS.get(name, 0)
+    spec = dataclasses.replace(spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs])
+    return Turned(spec) if name in _INPUTS else spec
+  layer = {name: turned(name, spec) for name, spec in specs['layers'].items()}
+  return {**specs, 'layers': (layer,) * config.num_hidden_layers}
+
+
+def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
+  """float32 [M, V] of a few final-normed hidden states; of `turn`ed parameters by a turned product."""
+  head_VD = head_matrix(params)
+  if isinstance(params['layers'], tuple):
+    return _turned_product(head_VD, hidden_MD)
+  return jnp.einsum('md,vd->mv', hidden_MD, head_VD, preferred_element_type=jnp.float32)
+
+
 def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> KVCache:
   """An empty cache of B lanes with S slots each; its content is never read before it is written."""
   L, shape = config.num_hidden_layers, (B, config.num_key_value_heads, S, config.head_dim)
@@ -261,7 +295,7 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
   trunk and its branch up to itself. Writes at slots beyond the branch are dropped.
 
   Args:
-    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a copy, its `unstack`.
+    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a copy, its `turn`.
     config: its configuration.
     trunks: unstacked cache of R trunks.
     branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding takes some 30 % less
@@ -340,7 +374,18 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def _project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
+  """float32 [M, O] = x matrix^T, computed as matrix x^T: XLA's CPU compiler packs what stands on the right, which had better be
+  the few rows than the weights.
+
+  The barriers keep it from turning the product round again. 16 products of 512 x 1536 on 2 cores, in ms, against x @ W: 2.0
+  (2.1) for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1 (12.5) for 16, 11.0 (19.0) for 32.
+  """
+  columns_IM = jax.lax.optimization_barrier(x_MI.T)
+  return jax.lax.optimization_barrier(jnp.matmul(matrix_OI, columns_IM, preferred_element_type=jnp.float32)).T
+
+
+def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
   """[B, T, *in] times [*in, *out] -> [B, T, *out], the first `inputs` axes of the weight contracted.
 
   Written as a product of two matrices: from the three-dimensional einsum XLA's CPU compiler makes a weight gradient
@@ -348,6 +393,10 @@ def _project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
   CPU time against 346 ms).
   """
   B, T = x.shape[:2]
+  if isinstance(weight, Turned):
+    out = weight.matrix.shape[:-inputs]
+    product = _turned_product(weight.matrix.reshape(math.prod(out), -1), x.reshape(B * T, -1))
+    return product.astype(x.dtype).reshape(B, T, *out)
   contracted = math.prod(weight.shape[:inputs])
   out = x.reshape(B * T, contracted) @ weight.reshape(contracted, -1)
   return out.reshape(B, T, *weight.shape[inputs:])
@@ -367,7 +416,7 @@ def _block(layer: Params, config: DecoderConfig, hidden_BTD: jax.Array, cos: jax
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
   out_BTNH = spread(attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH), 'heads')
-  hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=2)
+  hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=_INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])
   return hidden_BTD + _project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])

@@ -42,12 +42,10 @@ class EngineCalls:
     return sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
 
   def decode_weights(self) -> decoder.Params:
-    """As `weights`, on a CPU the copy that is taken apart layer by layer."""
+    """As `weights`, on a CPU the copy that is taken apart layer by layer, and turned."""
     if self.mesh.devices.flat[0].platform != 'cpu':
       return self.weights()
-    specs = decoder.abstract_params(self.model, self.dtype)
-    layer = jax.tree.map(lambda spec: dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]), specs['layers'])
-    return sharding.abstract({**specs, 'layers': (layer,) * self.model.num_hidden_layers}, self.mesh)
+    return sharding.abstract(decoder.abstract_turned(self.model, self.dtype), self.mesh)
 
   def state(self) -> device.State:
     """Trunks and branches."""

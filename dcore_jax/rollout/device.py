@@ -118,14 +118,13 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
   price of a copy a call every step reads dense memory, and lanes of like lengths can be put together wherever they are.
   """
   traces['decode'] += 1
-  head_VD = decoder.head_matrix(params)
   trunks, branches = _gather(state.trunks, trunk_R, trunk_span), _gather(state.branches, lane_B, span)
   owner_B = trunk_R[sharing.place_B // sharing.lane_RW.shape[1]]
   hidden_BD = jnp.where((lanes.slot_B == 0)[:, None], state.trunk_hidden_PD[owner_B], state.hidden_AD[lane_B])
 
   def step(carry):
     turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB = carry
-    logits_BV = jnp.einsum('bd,vd->bv', hidden_BD, head_VD, preferred_element_type=jnp.float32)
+    logits_BV = decoder.logits(params, hidden_BD)
     uniform_B2 = sampling.uniforms(sampling.token_keys(lanes.key_B2, lanes.drawn_B + slot_B))
     token_B, *logprobs = sampling.draw(logits_BV, uniform_B2, lanes.rule, mode)
     tokens_QB, logprobs_2QB = tokens_QB.at[turn].set(token_B), logprobs_2QB.at[:, turn].set(jnp.stack(logprobs))

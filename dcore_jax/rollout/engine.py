@@ -32,10 +32,9 @@ from dcore_jax.rollout.sampling import Rule, SamplingParams
 
 Tag = Any
 _CPU_TILE = 32  # lanes; larger tiles fall out of the caches, smaller ones starve the matrix products
-# Parts of a tile that serve the last rollouts of a batch; on a CPU single lanes too, since a product with one vector reads the
-# weights four times as fast as one with two to four, which copies them first: the 96 MB of 8 layers of width 512 take 6 ms for
-# 1 lane, 23 for 2, 25 for 4, 18 for 8, 33 for 16 and 54 for 32.
-_PARTS = (4, 2, 1)
+# Parts of a tile that serve the last rollouts of a batch; on a CPU an eighth and single lanes too: a step of 8 layers of width
+# 512 (100 MB of weights) takes 6 ms for 1 lane, 8 for 4, 12 for 8, 17 for 16 and 30 for 32.
+_PARTS, _CPU_PARTS = (4, 2, 1), (8, 4, 2, 1)
 PIECE = 1024  # tokens; longer prompts are prefilled in pieces, so that attention scores stay below 1024 x max_len a head
 BATCH = 256  # tokens; shorter prompts are prefilled together up to this many
 
@@ -150,8 +149,8 @@ class Engine:
     self.lanes, self.steps_per_call, self.tile, self.decode = lanes, steps_per_call, tile, decode
     self.stats = EngineStats()
     self._ladder, self._spans, self._branch_spans = bucket_ladder(max_len), span_ladder(max_len), span_ladder(self.max_new)
-    single = {1} if jax.default_backend() == 'cpu' else set()
-    self._tiles = sorted({tile // part for part in _PARTS if tile >= part} | single)
+    parts = (tile, *_CPU_PARTS) if jax.default_backend() == 'cpu' else _PARTS
+    self._tiles = sorted({tile // part for part in parts if tile >= part})
     self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self._placement = cache_placement(params, config)
     self._state = _committed(device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype,
@@ -323,10 +322,10 @@ class Engine:
   # --- what the host does ---------------------------------------------------------------------------------------------------
 
   def _hold(self, params: decoder.Params) -> None:
-    """On a CPU with a second copy for decoding, layer by layer: cut out of their stacks in every step, the 100 MB of a model
-    with 8 layers of width 512 made a step of 8 lanes take 17 ms."""
+    """On a CPU with a second copy for decoding, layer by layer and turned: cut out of their stacks in every step, the 100 MB of a
+    model with 8 layers of width 512 made a step of 8 lanes take 17 ms."""
     self.params = params
-    self._decode_params = _unstack(params) if jax.default_backend() == 'cpu' else params
+    self._decode_params = _turn(params) if jax.default_backend() == 'cpu' else params
 
   def _checked(self, name: str, tokens: np.ndarray, before: int = 0) -> np.ndarray:
     tokens, vocab = np.asarray(tokens), self.config.vocab_size
@@ -522,7 +521,7 @@ class Engine:
     return result
 
 
-_unstack = jax.jit(decoder.unstack)
+_turn = jax.jit(decoder.turn)
 
 
 def _committed(tree: Any) -> Any:

@@ -133,7 +133,7 @@ class Tile:
 
 def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_A: np.ndarray, slot_A: np.ndarray,
                sizes: Sequence[int]) -> list[Tile]:
-  """The live lanes in tiles of the largest size and, for the last ones, the smallest that holds them; the last two apart.
+  """The live lanes in tiles of the largest size and, for the last ones, the smallest that holds them.
 
   Lanes of a trunk are side by side and short ones before long ones, so that a tile reads little more than its lanes hold.
   Spare lanes fill the last one up.
@@ -151,8 +151,6 @@ def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_
   tiles, spare = [], spare.tolist()
   while order:
     size = next((size for size in sizes if len(order) <= size), sizes[-1])
-    if len(order) == 2:
-      size = sizes[0]  # two steps of a single lane take less time than one of two, where there are tiles of one
     mine, order = order[:size], order[size:]
     fill = spare[:size - len(mine)]
     spare = spare[len(fill):]

@@ -65,8 +65,9 @@ def test_right_padded_lanes_with_different_starts():
     np.testing.assert_allclose(hidden[:, 0], want[np.arange(3), at], atol=1e-5)
 
 
+@pytest.mark.parametrize('held', ['stacked', 'turned'])
 @pytest.mark.parametrize('width', [1, 3])
-def test_branches_behind_trunks_equal_whole_rows(width):
+def test_branches_behind_trunks_equal_whole_rows(width, held):
   """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not matter."""
   trunk_of, lengths, branch = np.array([0, 1, 0, 1, 0]), np.array([7, 4]), some_tokens(5, 3, seed=2)
   tokens = some_tokens(2, 7, seed=1)
@@ -78,10 +79,12 @@ def test_branches_behind_trunks_equal_whole_rows(width):
   unstacked = lambda stack: tuple(stack[:, rows_of])
   trunks = decoder.KVCache(unstacked(filled.k), unstacked(filled.v))
   sharing = attention.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
+  weights = decoder.turn(params()) if held == 'turned' else params()
   branches, step = decoder.init_cache(CONFIG, 5, 4, stacked=False), jax.jit(decoder.extend_branches, static_argnums=1)
   for slot in range(3):
     at = jnp.full(5, slot)
-    hidden, branches = step(params(), CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at)
+    hidden, branches = step(weights, CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at)
+    np.testing.assert_allclose(decoder.logits(weights, hidden), hidden @ decoder.head_matrix(params()).T, atol=1e-5)
     for number in range(5):
       whole = np.concatenate([tokens[trunk_of[number], :lengths[trunk_of[number]]], branch[number, :slot + 1]])
       np.testing.assert_allclose(hidden[number], rows(whole[None])[0, -1], atol=1e-5)

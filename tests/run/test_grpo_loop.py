@@ -141,7 +141,7 @@ def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatc
   assert len(set(lengths)) > 2
   compiled = re.findall(r'Finished XLA compilation of jit\((\w+)\)', caplog.text)
   # Not even once where another test has already compiled them.
-  assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'unstack', '_bits')) <= 1
+  assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'turn', '_bits')) <= 1
 
 
 def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monkeypatch):
