@@ -287,6 +287,8 @@ class GrpoLoop:
         tree, scored = self._scored(state.params, batch.of(first, first + size), batch.total_PG[first:first + size])
         trees.append(tree)
         scores.append(scored)
+    if 'updated' in self.loss.extras:  # the first mini-batch is trained on the policy that its old one is
+      trees = [tree.with_extras(updated=np.full(tree.tokens.shape, index > 0, np.float32)) for index, tree in enumerate(trees)]
     if self.config.kl_coefficient:
       with _timed(seconds, 'reference'):
         held = reference.params()
@@ -336,6 +338,8 @@ class GrpoLoop:
       if len(tree.paths) > self._budget:  # sums over sequences have as many places as a micro-batch has tokens
         raise ValueError(f'{len(tree.paths)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}')
       extras['sequence'] = grpo.sequence_rows(tree)
+    if 'uniform' in self.loss.extras:
+      extras['uniform'] = grpo.uniform_rows(view, rewards_PG)
     if 'behaviour_logp' in self.loss.extras:
       own = [completion.logprobs for rollout in rollouts for _, completion in rollout.exchanges]
       extras['behaviour_logp'] = _scattered(tree, own)

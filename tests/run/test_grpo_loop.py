@@ -184,6 +184,24 @@ def test_options_of_the_loss_reach_the_step(tmp_path):
   assert row['uniform_kl'] > 0 and row['psi_grad_norm'] > 0 and 'kl' not in row
 
 
+def test_kl_cov_holds_nothing_back_in_the_first_update():
+  """It is made on the policy that old log-probabilities are of: a penalty on the distance to it would act on rounding alone."""
+  config = rl_config(objective='kl_cov', cov_share=0.5, updates=2)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  batch = loop.source.judge(loop.chosen(0), loop.rollouts(0))
+  batch.total_PG[:] = MIXED[[0, 0]]
+  state, update = loop.update(init_state(params(), loop.tx), grpo_loop.Reference(params(), Execution()), batch)
+  assert [float(values['clip_share']) for values in update.values] == [0, pytest.approx(0.5, abs=0.05)]
+  assert update.numbers(loop.engine)['skipped'] == 0 and int(state.step) == 2
+
+
+def test_uniform_kl_acts_on_groups_and_not_on_rollouts_at_their_mean():
+  """The second and third rollout of the first group have advantage 0, and its rewards differ."""
+  mixed = np.float32([[4, 1, 1, -2], [4, 0, 2, -2]])
+  assert one_step(mixed, estimator='grpo', uniform_kl=0.1)[1]['uniform_kl'] == 0
+  assert one_step(MIXED, estimator='grpo', uniform_kl=0.1)[1]['uniform_kl'] > 0
+
+
 def test_dynamic_sampling_asks_on_until_groups_differ():
   """Rounds of two groups: none with variance, one, one; then the batch is full. With one round less the first group fills it."""
   for rounds, expected in ((3, [3, 5]), (1, [0, 3])):
