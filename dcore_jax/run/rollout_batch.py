@@ -190,7 +190,7 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
       'reward': float(batch.total_PG.mean()), 'reward_format': float(batch.format_PG.mean()),
       'reward_correctness': float(batch.correctness_PG.mean()), 'right_fraction': float(batch.right_PG.mean()),
       'zero_variance_fraction': float(zero_P.mean()), 'all_right_fraction': float((zero_P & right_P).mean()),
-      'all_wrong_fraction': float((zero_P & ~right_P).mean()),
+      'all_wrong_fraction': float((zero_P & ~batch.right_PG.any(axis=1)).mean()),
       'reflections': float(np.mean([count_reflections(t, LOGGED_WORDS) for t in texts])),
       'reflections_lazy_words': float(np.mean([count_reflections(t) for t in texts])),
       'response_tokens': float(lengths.mean()), 'response_tokens_max': int(lengths.max()),
@@ -199,6 +199,15 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
       'unfinished': float(np.mean([not completion.finished for _, completion in exchanges])),
       **{f'reward_{kind}': float(np.mean(values)) for kind, values in kinds.items()},
   }
+
+
+def prompt_means(batch: RolloutBatch) -> dict[str, list[float]]:
+  """Means over the rollouts of every prompt, of what is compared between two policies: pairs are prompts, see
+  `summary.paired_difference`."""
+  reflections = [np.mean([count_reflections(text, LOGGED_WORDS) for text in r.texts] or [0]) for r in batch.rollouts]
+  values = {'reward': batch.total_PG, 'right_fraction': batch.right_PG,
+            'reflections': np.reshape(reflections, batch.total_PG.shape)}
+  return {name: values_PG.mean(axis=1, dtype=np.float64).tolist() for name, values_PG in values.items()}
 
 
 def set_aside(kinds: Sequence[str], count: int) -> tuple[list[int], list[int]]:

@@ -50,7 +50,15 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   assert ran['validation'] == result['validation'] and ran['validation']['before']['reward'] != 0
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
-  assert [row['step'] for row in read_metrics(tmp_path / 'whole', 'validation')] == [0, 1, 2]
+  rows = read_metrics(tmp_path / 'whole', 'validation')
+  assert [row['step'] for row in rows] == [0, 1, 2]
+  by_prompt, change = ran['validation']['by_prompt'], ran['validation']['difference']['reward']
+  gained = np.subtract(by_prompt['after']['reward'], by_prompt['before']['reward'])
+  assert change == {'difference': pytest.approx(gained.mean()), 'n': 2,
+                    'standard_error': pytest.approx(abs(gained[0] - gained[1]) / 2)}
+  assert change['difference'] == pytest.approx(ran['validation']['after']['reward'] - ran['validation']['before']['reward'])
+  assert rows[-1]['reward_difference'] == change['difference']
+  assert rows[-1]['reward_difference_error'] == change['standard_error']
   best = max(read_metrics(tmp_path / 'whole', 'validation'), key=lambda row: (row['reward'], row['step']))
   assert ran['best_step'] == result['best_step'] == best['step'] + 1
   alphas = [row['alpha'] for row in read_metrics(tmp_path / 'parts', 'rl')]
