@@ -127,7 +127,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.alpha_rate = 0.1  # of the logarithm of alpha, a step
   c.rl.alpha_low = 0.01
   c.rl.alpha_high = 1.0
-  c.rl.reward = 'toolrl'
+  c.rl.reward = 'toolrl'  # a name of learn/rewards.py; episodes are rewarded by state
   c.rl.overlong_buffer = 0  # tokens before max_tokens over which the reward falls by overlong_penalty (DAPO); 0 = off
   c.rl.overlong_penalty = 1.0
   c.rl.dynamic_rounds = 0  # times that further prompts are asked for groups with reward variance (DAPO's dynamic sampling)

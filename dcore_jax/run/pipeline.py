@@ -37,7 +37,7 @@ from dcore_jax.run.metrics import Metrics, read_json, read_metrics, replace_text
 from dcore_jax.run.model_card import model_card
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
-from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts
+from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts, short_tasks
 from dcore_jax.run.rows import training_rows
 from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
 from dcore_jax.run.sft_loop import run_sft
@@ -65,6 +65,10 @@ class Pipeline:
     unknown = [name for name in self.config.stages if name not in STAGES]
     if unknown:
       raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+    for field in ('files', 'reward'):
+      if self.config.rl.episodes and self.config.rl[field] != default_config().rl[field]:
+        raise ValueError(f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
+                         f'{self.config.rl[field]!r} is for single prompts: set one of them')
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
     self.mesh = distributed.training_mesh(self.config)
@@ -197,9 +201,8 @@ class Pipeline:
     """(what reinforcement learning asks, prompts dropped for their length)."""
     c, tokenizer = self.config.rl, self.policy.tokenizer
     if c.episodes:
-      if c.files:
-        raise ValueError('rl.episodes acts out tasks of the world, and rl.files are single prompts; set one of them')
-      return Episodes(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL)), 0
+      tasks, dropped = short_tasks(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL), c.max_prompt_tokens)
+      return Episodes(tokenizer, self.world, tasks), dropped
     points = rl_points(c.files) if c.files else [point for seed in toolworld_seeds(self.config, c.tasks, RL)
                                                  for point in decision_points(seed)]
     prompts, dropped = encode_prompts(tokenizer, points, c.max_prompt_tokens)
