@@ -203,7 +203,7 @@ class GrpoLoop:
     """Takes the numbers of a step, before the next one is scored."""
     c = self.config
     if c.alpha_measure:
-      share = row['psi_grad_norm'] / max(1e-8, row['grad_norm'])
+      share = row['psi_grad_norm'] / row['grad_norm'] if row['grad_norm'] else 0.0  # NaN of a step that was skipped
       measured = {'entropy': row['entropy'], 'psi_share': share or math.nan}  # without psi, alpha has nothing to answer for
       self.alpha = advantages.adapted_alpha(self.alpha, measured[c.alpha_measure], c.alpha_target, rate=c.alpha_rate,
                                             low=c.alpha_low, high=c.alpha_high)

@@ -131,6 +131,16 @@ def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
   assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1)
 
 
+def test_alpha_follows_what_was_measured_and_nothing_else():
+  config = rl_config(alpha_measure='psi_share', alpha_target=0.5)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  for psi, whole in ((0.0, 1.0), (0.0, 0.0), (1.0, np.nan), (1.0, np.inf)):  # no psi, no gradient, skipped steps
+    loop.adapt_alpha({'psi_grad_norm': psi, 'grad_norm': whole, 'entropy': 1.0})
+    assert loop.alpha == config.alpha
+  loop.adapt_alpha({'psi_grad_norm': 0.1, 'grad_norm': 1.0, 'entropy': 1.0})
+  assert loop.alpha > config.alpha
+
+
 def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatch, caplog):
   lengths, update = [], grpo_loop.GrpoLoop.update
 
