@@ -32,8 +32,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
   if variant == 'agentic':
-    # Tasks of several turns only, with as many held-out ones; an episode is five responses of a hundred tokens.
-    c.rl.update(dict(episodes=True, steps=16, prompts=16, wave=16, updates=2, learning_rate=1e-4, max_tokens=256, capacity=1024))
+    # Tasks of several turns only; an episode is five responses of a hundred tokens. Sixty-four tasks x 8 episodes are set aside.
+    c.rl.update(dict(episodes=True, steps=16, prompts=16, wave=16, updates=2, learning_rate=1e-4, max_tokens=256, capacity=1024,
+                     validation=64, checkpoint_every=8))
     c.rl.tasks.update(dict(single=0, sequential=200, parallel=0, irrelevant=0, multi_turn=200))
   if variant == 'quick':
     c.evaluate.tasks = 16

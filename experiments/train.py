@@ -7,6 +7,7 @@ from absl import app, flags, logging
 from dcore_jax.run import distributed
 from dcore_jax.run.config import define_config
 from dcore_jax.run.pipeline import Pipeline
+from dcore_jax.run.summary import format_changes
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.')
@@ -24,10 +25,12 @@ def main(argv: list[str]) -> None:
   try:
     distributed.join(_HOSTS.value)
     pipeline = Pipeline(config, pathlib.Path(_WORKDIR.value))
-    pipeline.run()
+    summary = pipeline.run()
   except ValueError as error:
     sys.exit(f'error: {error}')
-  print(f'summary: {pipeline.workdir / "summary.json"}\nreport:  {pipeline.workdir / "report.html"}', file=sys.stderr)
+  changes = format_changes(summary)
+  print(f'{changes}\n' * bool(changes) + f'summary: {pipeline.workdir / "summary.json"}\n'
+        f'report:  {pipeline.workdir / "report.html"}', file=sys.stderr)
 
 
 if __name__ == '__main__':

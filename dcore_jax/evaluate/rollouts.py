@@ -86,6 +86,9 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
         progress: Callable[[int], Any] | None = None, *, keys: Sequence[tuple[int, ...]] | None = None) -> list[Trajectory]:
   """Acts out all tasks together on the engine's lanes; trajectories come back in the order of the tasks.
 
+  The next prompt of an episode shows the answer without its thoughts, so that it does not continue the branch that was sampled
+  (`Engine.extend` would keep them in view): it continues the trunk of the prompt before, and only what is new is prefilled.
+
   Args:
     engine: the model.
     tokenizer: its tokenizer; its chat template renders the prompts.

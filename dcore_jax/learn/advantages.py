@@ -222,8 +222,8 @@ def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
   return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
 
 
-def _uniform(rewards_PG: np.ndarray) -> np.ndarray:
-  """[P, 1] bool: all rewards of the group equal. A single rollout counts when its reward, hence its advantage, is 0."""
+def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
+  """[P, 1] bool: all rewards of the group are equal. A single rollout counts when its reward, hence its advantage, is 0."""
   if rewards_PG.shape[1] == 1:
     return rewards_PG == 0
   return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)
@@ -231,14 +231,14 @@ def _uniform(rewards_PG: np.ndarray) -> np.ndarray:
 
 def _spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
   """One advantage for all tokens of a rollout; exactly 0 in groups whose rewards are equal, whatever the mean rounds to."""
-  return np.where(_uniform(rewards_PG), np.float32(0), relative_PG)[:, :, None] * mask_PGT
+  return np.where(uniform_groups(rewards_PG), np.float32(0), relative_PG)[:, :, None] * mask_PGT
 
 
 def _zero_advantages(rewards_PG: np.ndarray, zero_test: str) -> tuple[np.ndarray, np.ndarray]:
   """(group-relative advantage, where psi replaces it), both [P, G]."""
   relative_PG = _standardised(rewards_PG)
   if zero_test == 'group':
-    return relative_PG, np.broadcast_to(_uniform(rewards_PG), rewards_PG.shape)
+    return relative_PG, np.broadcast_to(uniform_groups(rewards_PG), rewards_PG.shape)
   if zero_test == 'token':
     return relative_PG, relative_PG == 0
   if zero_test == 'below':

@@ -1,6 +1,6 @@
 """The (DA-)GRPO step and the pass that scores the old policy, both on token trees (method 3.2-3.5).
 
-One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one pass) -> `ADVANTAGES[...]` ->
+One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one pass) -> `advantage_rows` ->
 `tree.with_extras(advantage, old_logp, ref_logp)` -> steps over `tree.batch(...)`.
 Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch.
 """
@@ -101,8 +101,17 @@ def reflective_rows(tree: tokentree.TokenTree, tokenizer: Any, words: Sequence[s
   return chosen.reshape(tree.tokens.shape)
 
 
+def uniform_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray) -> np.ndarray:
+  """float32 [R, T]: 1 on the tokens of groups whose rewards are all equal. A rollout at the mean of another group is not meant,
+  though its advantage is 0, too. The tree is that of `advantage_rows`."""
+  uniform_PG = np.broadcast_to(advantages.uniform_groups(np.float32(rewards_PG)), rewards_PG.shape)
+  rows = zip(tree.paths, uniform_PG.reshape(-1), strict=True)
+  return tree.scatter([np.full(len(path), here, np.float32) for path, here in rows])
+
+
 def sequence_rows(tree: tokentree.TokenTree) -> np.ndarray:
-  """int32 [R, T]: the number of the sequence that a loss token belongs to; rollouts share no loss token."""
+  """int32 [R, T]: the number of the sequence that a loss token belongs to; rollouts share no loss token. Of an episode every
+  response is a sequence of its own."""
   numbers = [np.full(len(path), number, np.float32) for number, path in enumerate(tree.paths)]
   return tree.scatter(numbers).astype(np.int32)
 
@@ -143,7 +152,7 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, t
                                   entropy='value')
     if loss.uniform_kl:
       gap_M = head.uniform_gap(hidden_MD, matrix_VD, micro.target, temperature)
-      rest = -jnp.sum(objectives.vanished(micro.weight, extras) * gap_M)
+      rest = -jnp.sum(micro.weight * extras['uniform'] * gap_M)
       total += loss.uniform_kl * rest
       sums |= {'uniform_kl': sums['uniform_kl'] + rest, 'loss': sums['loss'] + loss.uniform_kl * rest}
     return total, sums

@@ -20,7 +20,9 @@ _LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: beyond, a ratio says nothing and may over
 _SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (method 3.6)
 _KL_BOUND = 10.0
 
-Values = Mapping[str, jax.Array]  # per loss token: advantage, old_logp and what else a loss asks for
+# Per loss token: advantage, old_logp and what else a loss asks for: ref_logp, behaviour_logp, sequence (its number), updated (1
+# where updates lie between the old policy and the present one), uniform (1 in a group whose rewards are all equal).
+Values = Mapping[str, jax.Array]
 
 
 # --- objectives: (logp_M, values, **options) -> (loss_M, clipped_M), the latter 1 where the ratio was held back ---------------
@@ -53,10 +55,12 @@ def gspo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
 def kl_cov_loss(logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1) -> tuple[jax.Array, jax.Array]:
   """KL-Cov (Cui et al. 2025): -A r without a clip, + cov_penalty |logp - old_logp| on the tokens of `high_covariance`.
 
-  These few tokens, whose probability and advantage rise together, account for most of the loss of entropy.
+  These few tokens, whose probability and advantage rise together, account for most of the loss of entropy. On the first
+  update of a rollout batch, where `updated` is 0, policy and old policy are one and the penalty is off: what differs there
+  is the rounding of two passes, of which |.| would make a gradient of size cov_penalty and random sign.
   """
-  held_M, gap_M = values['high_covariance'], logp_M - values['old_logp']
-  distance_M = jnp.sign(gap_M) * gap_M  # jnp.abs has slope 1 at 0, where the first update on a rollout batch begins
+  held_M, gap_M = values['high_covariance'] * values['updated'], logp_M - values['old_logp']
+  distance_M = jnp.sign(gap_M) * gap_M  # jnp.abs has slope 1 at 0
   return -values['advantage'] * _ratio(logp_M, values) + cov_penalty * held_M * distance_M, held_M
 
 
@@ -122,7 +126,7 @@ class Objective(NamedTuple):
 OBJECTIVES: dict[str, Objective] = {
     'ppo': Objective(ppo_loss),
     'gspo': Objective(gspo_loss, sequence_log_ratio, 'micro-batch', frozenset({'sequence'})),
-    'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch'),
+    'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch', frozenset({'updated'})),
     'cispo': Objective(cispo_loss),
 }
 
@@ -146,11 +150,6 @@ def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: 
   2025)."""
   gap_M = jnp.clip(old_logp_M - behaviour_logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
   return jnp.minimum(jnp.exp(gap_M), cap)
-
-
-def vanished(weight_M: jax.Array, values: Values) -> jax.Array:
-  """The weights of the tokens whose advantage is exactly 0, which the objective does not train; 0 for the others."""
-  return jnp.where(values['advantage'] == 0, weight_M, 0)
 
 
 def aggregate(weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -179,7 +178,8 @@ class PolicyLoss:
     max_tokens: of a response, for 'dr'.
     kl_coefficient: of the KL to the reference policy; 0 needs none.
     kl_estimator: 'k1', 'k2' or 'k3'.
-    uniform_kl: coefficient of KL(uniform || policy) on the tokens whose advantage is 0, where psi would act.
+    uniform_kl: coefficient of KL(uniform || policy) on the tokens of groups whose rewards are all equal, where psi acts;
+      both may act together.
     importance_cap: > 0 weighs tokens by `importance_weights`.
 
   Raises:
@@ -216,6 +216,7 @@ class PolicyLoss:
     names = {'advantage', 'old_logp', *OBJECTIVES[self.objective].needs}
     names |= {'ref_logp'} if self.kl_coefficient else set()
     names |= {'behaviour_logp'} if self.importance_cap else set()
+    names |= {'uniform'} if self.uniform_kl else set()
     return frozenset(names | ({'sequence'} if self.aggregation != 'token' else set()))
 
   @property
@@ -247,7 +248,7 @@ class PolicyLoss:
       sums['kl'] = summed(kl_estimate(logp_M, values['ref_logp'], self.kl_estimator))
       loss += self.kl_coefficient * sums['kl']
     if self.uniform_kl:
-      sums['uniform_kl'] = -jnp.sum(vanished(weight_M, values) * logp_M)
+      sums['uniform_kl'] = -summed(values['uniform'] * logp_M)
       loss += self.uniform_kl * sums['uniform_kl']
     return loss, sums
 

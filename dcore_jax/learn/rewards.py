@@ -4,7 +4,7 @@ Rule rewards are functions (prediction, reference) -> Reward. `toolrl` is what t
 quirks included (method 4.1-4.4, golden values in section 8), its `_coarse`, `_refined` and `_intermediate` forms the
 published ablations; `paper` is the formula printed in the paper (A.2); `corrected` keeps the scale of `toolrl` and
 mends what we take for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
-list or plain text. Where there is a world to act in, `state_reward` judges what the calls have done instead.
+list or plain text. Where responses have acted in a world, `state_reward` judges what they have done instead.
 """
 import collections
 import functools
@@ -16,7 +16,7 @@ import scipy.optimize
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
-from dcore_jax.worlds.environment import Outcome, World
+from dcore_jax.worlds.environment import Outcome
 
 _THOUGHTS_OPEN = '<think>\n'
 _THOUGHTS_CLOSE = '\n</think>\n\n'
@@ -28,7 +28,8 @@ _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
 
 
 class Reward(NamedTuple):
-  """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum. Floats, or float64 [B] of a batch."""
+  """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum (`toolrl_length`: and the length's). Floats, or
+  float64 [B] of a batch."""
   format: Any
   correctness: Any
   total: Any
@@ -38,7 +39,7 @@ class Reward(NamedTuple):
 
 
 def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0,
-                  format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
+                  format_range: tuple[float, float] = (0.0, 1.0), length_words: int = 0) -> Reward:
   """The reward of the published runs (method 4).
 
   Args:
@@ -48,6 +49,8 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
     correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag CORRECTMAX1).
     format_range: reward of a wrong and of a right format. The scheduled flags, whose step never advances, are this and
       `correct_max` at fixed values: SCHEDULEREWARD (-2, 2) and 2, MAX1STEP30MAX3 (0, 1) and 1.
+    length_words: words of thought that earn 1 more, fewer a part of it in hundredths, untagged thoughts nothing; 0
+      (published) is off. The flag WITHLENGTH has 512, SCHEDULELENGTH 384, where its step stands still.
 
   Raises:
     ValueError: a reference without an answer, or an unknown credit.
@@ -61,7 +64,15 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
   else:
     score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
-  return _reward(_has_format(text), 2 * correct_max * score / attainable - correct_max, format_range)
+  reward = _reward(_has_format(text), 2 * correct_max * score / attainable - correct_max, format_range)
+  return reward._replace(total=reward.total + _length_share(text, length_words)) if length_words else reward
+
+
+def _length_share(text: str, full: int) -> float:
+  if '<think>' not in text or '</think>' not in text:
+    return 0.0
+  thoughts = text.rsplit('<think>', 1)[-1].split('</think>', 1)[0]
+  return min(1.0, round(len(thoughts.split()) / full, 2))
 
 
 def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
@@ -191,25 +202,11 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
 # -- by what the calls have done ---------------------------------------------------------------------------------------
 
 
-def outcome_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
-  """The reward of an episode from what its world says of it: format 1 where every response has it (the parallel template's
-  included), correctness 3 or -3."""
+def state_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
+  """The reward of an episode: correctness 3 or -3 by the `outcome`, in which its world judges the state that the executed calls
+  have left and not how they were worded; format 1 where every response has it (the parallel template's included)."""
   well_formed = bool(texts) and all(_has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts)
   return _reward(well_formed, 3.0 if outcome.correct else -3.0)
-
-
-def state_reward(world: World, task: Any, texts: Sequence[str]) -> Reward:
-  """Acts the responses out in a fresh episode of the task and judges the state they leave, not how they are worded.
-
-  Responses after the end of the episode earn nothing and cost nothing; an episode that they leave unfinished is wrong.
-  """
-  episode, said = world.episode(task), []
-  for text in texts:
-    if episode.done:
-      break
-    episode.step(text)
-    said.append(text)
-  return outcome_reward(said, episode.outcome())
 
 
 # -- shared pieces ----------------------------------------------------------------------------------------------------
@@ -301,6 +298,7 @@ def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
 REWARDS: dict[str, Callable[[str, str], Reward]] = {
     'toolrl': toolrl_reward,
     **{f'toolrl_{credit}': functools.partial(toolrl_reward, credit=credit) for credit in ('coarse', 'refined', 'intermediate')},
+    'toolrl_length': functools.partial(toolrl_reward, length_words=512),
     'paper': paper_reward,
     'corrected': corrected_reward,
 }

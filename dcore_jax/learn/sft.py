@@ -95,15 +95,6 @@ def make_sft_step(config: DecoderConfig, tx: optax.GradientTransformation, execu
   return jax.jit(sft_step, donate_argnums=0)
 
 
-def make_sft_loss(config: DecoderConfig,
-                  execution: Execution = Execution()) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
-  """The jitted held-out loss (params, batch) -> float32[2]: (sum, weight) over all micro-batches."""
-  def part(params, micro):
-    return jnp.stack(_nll_sum(params, config, micro, execution)[1])
-
-  return jax.jit(lambda params, batch: jax.lax.map(lambda micro: part(params, micro), batch).sum(axis=0))
-
-
 @dataclasses.dataclass(frozen=True)
 class Batches:
   """Batches of constant shape over packed rows; each epoch visits every row once, in an order of (seed, epoch).

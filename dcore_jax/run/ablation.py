@@ -19,6 +19,7 @@ from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
 from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.run.progress import stage
+from dcore_jax.run.summary import format_difference, paired_difference, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ PSI = (Setting('grpo', None, None), Setting('da_grpo', 0.1, 0.5),
        Setting('da_grpo', 0.1, 0.5, note='ignore_wrong', changes=(('psi_when_wrong', 'ignore'),)),
        Setting('da_grpo', 0.1, 0.5, note='punish_wrong', changes=(('psi_when_wrong', 'punish'),)),
        Setting('da_grpo', 0.1, 0.5, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
-       Setting('da_grpo', 0.1, 0.5, note='adaptive', changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3))),
+       # At the default rate alpha would at most double in the eight steps of a run.
+       Setting('da_grpo', 0.1, 0.5, note='adaptive',
+               changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3), ('alpha_rate', 0.5))),
        Setting('grpo', None, None, note='uniform_kl', changes=(('uniform_kl', 0.001),)))
 RL_SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
 
@@ -156,8 +159,9 @@ def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Mean and standard error over the seeds of each setting, beside the paper's row."""
+  """Mean and standard error over the seeds of each setting, `against_first` setting of the suite, beside the paper's row."""
   table = []
+  first = [run for run in runs if run['setting'] == settings[0].name]
   for setting in settings:
     mine = [run for run in runs if run['setting'] == setting.name]
     if not mine:
@@ -167,16 +171,25 @@ def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict
     for name in ('reward', 'reflections'):
       figures[f'validation_{name}'] = [run['validation']['after'][name] for run in mine]
     figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
-    described = {name: {'mean': float(np.mean(known)), 'standard_error': _standard_error(known)} for name, values in figures.items()
-                 if (known := [value for value in values if value is not None])}
+    described = {name: {'mean': float(np.mean(known)), 'standard_error': standard_error(known)}
+                 for name, values in figures.items() if (known := [value for value in values if value is not None])}
     table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta,
-                  'seeds': len(mine), 'figures': described,
+                  'seeds': len(mine), 'figures': described, 'against_first': _contrast(first, mine),
                   'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published))})
   return table
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
-  return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+def _contrast(first: Sequence[dict[str, Any]], mine: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """How the policies of two settings differ on the prompts set aside, seed by seed: with one seed both answer the same prompts,
+  drawn from the same random streams. The standard error is over the seeds; of one seed, which says nothing of others, over its
+  prompts."""
+  result = {}
+  for name in mine[0]['validation']['by_prompt']['after']:
+    after = lambda run, name=name: run['validation']['by_prompt']['after'][name]
+    by_seed = [paired_difference(after(a), after(b)) for a, b in zip(first, mine)]
+    differences = [pair['difference'] for pair in by_seed]
+    result[name] = by_seed[0] if len(by_seed) == 1 else paired_difference([0.0] * len(differences), differences)
+  return result
 
 
 def _run_decomposition(config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: int) -> dict[str, Any]:
@@ -216,7 +229,7 @@ def _decomposition_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _half_width(values: Sequence[float]) -> float | None:
   """Of the 95 % interval of a mean, by Student's t; None for a single value."""
-  error = _standard_error(values)
+  error = standard_error(values)
   return None if error is None else float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
 
 
@@ -226,10 +239,17 @@ def format_table(content: dict[str, Any]) -> str:
     return _format_decomposition(content['table'])
   columns = ('validation_reward', 'validation_reflections', 'entropy', 'psi_grad_norm', 'grad_norm',
              'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
-  lines = ['setting'.ljust(40) + ''.join(c.removeprefix('accuracy_').removeprefix('validation_').rjust(16) for c in columns)]
+  contrasts = ('reward', 'right_fraction', 'reflections')
+  names = [c.removeprefix('accuracy_').removeprefix('validation_') for c in columns]
+  lines = ['setting'.ljust(40) + ''.join(name.rjust(20) for name in (*names, *(f'{c}, change' for c in contrasts)))]
   for row in content['table']:
     cells = [row['figures'].get(c) for c in columns]
-    lines.append(row['setting'].ljust(40) + ''.join((f'{c["mean"]:.3g}' if c else '-').rjust(16) for c in cells))
+    shown = ['-' if c is None else f'{c["mean"]:.3g}' + (f' ± {c["standard_error"]:.2g}' if c['standard_error'] else '')
+             for c in cells]
+    shown += [format_difference(row['against_first'][c]) for c in contrasts]
+    lines.append(row['setting'].ljust(40) + ''.join(text.rjust(20) for text in shown))
+  lines.append(f'change: against {content["table"][0]["setting"]}, on the prompts set aside; ±: one standard error, over seeds '
+               'or, of one seed, over prompts')
   return '\n'.join(lines)
 
 

@@ -127,7 +127,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.alpha_rate = 0.1  # of the logarithm of alpha, a step
   c.rl.alpha_low = 0.01
   c.rl.alpha_high = 1.0
-  c.rl.reward = 'toolrl'
+  c.rl.reward = 'toolrl'  # a name of learn/rewards.py; episodes are rewarded by state
   c.rl.overlong_buffer = 0  # tokens before max_tokens over which the reward falls by overlong_penalty (DAPO); 0 = off
   c.rl.overlong_penalty = 1.0
   c.rl.dynamic_rounds = 0  # times that further prompts are asked for groups with reward variance (DAPO's dynamic sampling)
@@ -141,13 +141,14 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.dual_clip = 3.0
   c.rl.cov_share = 0.002  # of the tokens, held back by KL-Cov
   c.rl.cov_penalty = 0.1
-  c.rl.aggregation = 'token'  # as released; 'sequence' (printed in the paper), 'dr' (by max_tokens)
+  c.rl.aggregation = 'token'  # as released; 'sequence' (printed in the paper; one is a response, also of an episode), 'dr' (by
+  #   max_tokens)
   c.rl.kl_coefficient = 0.001  # 0: no reference policy
   c.rl.kl_estimator = 'k3'
-  c.rl.uniform_kl = 0.0  # coefficient of KL(uniform || policy) on tokens of advantage 0: diversity without psi
+  c.rl.uniform_kl = 0.0  # coefficient of KL(uniform || policy) in groups of equal rewards: diversity without psi, or beside it
   c.rl.importance_cap = 0.0  # > 0: tokens weigh min(old policy / rollout engine, cap), for engines that are not exact
   c.rl.temperature = 1.0
-  c.rl.max_prompt_tokens = 8192  # longer prompts are dropped and counted
+  c.rl.max_prompt_tokens = 8192  # longer prompts, of episodes longer first prompts, are dropped and counted
   c.rl.max_tokens = 4096
   c.rl.capacity = 16384
   c.rl.rows = 4  # packed rows of a micro-batch

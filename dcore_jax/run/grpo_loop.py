@@ -35,7 +35,9 @@ from dcore_jax.run.checkpoint import STATE, Checkpoints
 from dcore_jax.run.journal import Journal
 from dcore_jax.run.metrics import Metrics
 from dcore_jax.run.progress import progress
-from dcore_jax.run.rollout_batch import Rollout, RolloutBatch, Source, by_rollout, rollout_metrics, sequences, set_aside, take_groups
+from dcore_jax.run.rollout_batch import (Rollout, RolloutBatch, Source, by_rollout, prompt_means, rollout_metrics, sequences,
+                                         set_aside, take_groups)
+from dcore_jax.run.summary import paired_difference
 from dcore_jax.run.throughput import forward_flops, matmul_rate
 
 Params = Any
@@ -201,7 +203,7 @@ class GrpoLoop:
     """Takes the numbers of a step, before the next one is scored."""
     c = self.config
     if c.alpha_measure:
-      share = row['psi_grad_norm'] / max(1e-8, row['grad_norm'])
+      share = row['psi_grad_norm'] / row['grad_norm'] if row['grad_norm'] else 0.0  # NaN of a step that was skipped
       measured = {'entropy': row['entropy'], 'psi_share': share or math.nan}  # without psi, alpha has nothing to answer for
       self.alpha = advantages.adapted_alpha(self.alpha, measured[c.alpha_measure], c.alpha_target, rate=c.alpha_rate,
                                             low=c.alpha_low, high=c.alpha_high)
@@ -265,9 +267,10 @@ class GrpoLoop:
       made += self._sample(engine, part, step, earlier + first)
     return made
 
-  def measured(self, chosen: Sequence[int]) -> dict[str, float]:
-    """`rollout_metrics` of items that are not trained on, always from the same random streams."""
-    return rollout_metrics(self.source.judge(chosen, self._sample(self.engine, chosen, _MEASURED, 0)))
+  def measured(self, chosen: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(`rollout_metrics`, `prompt_means`) of items that are not trained on, always from the same random streams."""
+    batch = self.source.judge(chosen, self._sample(self.engine, chosen, _MEASURED, 0))
+    return rollout_metrics(batch), prompt_means(batch)
 
   def _sampling(self) -> SamplingParams:
     return SamplingParams(temperature=self.config.temperature, max_tokens=self.config.max_tokens, seed=self.seed)
@@ -287,6 +290,8 @@ class GrpoLoop:
         tree, scored = self._scored(state.params, batch.of(first, first + size), batch.total_PG[first:first + size])
         trees.append(tree)
         scores.append(scored)
+    if 'updated' in self.loss.extras:  # the first mini-batch is trained on the policy that its old one is
+      trees = [tree.with_extras(updated=np.full(tree.tokens.shape, index > 0, np.float32)) for index, tree in enumerate(trees)]
     if self.config.kl_coefficient:
       with _timed(seconds, 'reference'):
         held = reference.params()
@@ -336,6 +341,8 @@ class GrpoLoop:
       if len(tree.paths) > self._budget:  # sums over sequences have as many places as a micro-batch has tokens
         raise ValueError(f'{len(tree.paths)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}')
       extras['sequence'] = grpo.sequence_rows(tree)
+    if 'uniform' in self.loss.extras:
+      extras['uniform'] = grpo.uniform_rows(view, rewards_PG)
     if 'behaviour_logp' in self.loss.extras:
       own = [completion.logprobs for rollout in rollouts for _, completion in rollout.exchanges]
       extras['behaviour_logp'] = _scattered(tree, own)
@@ -412,14 +419,21 @@ def _row(batch: RolloutBatch, update: Update, engine: Engine, peak: float, began
                 'tokens_per_second': tokens / took, 'tflops': update.flops / took / 1e12, 'mfu': update.flops / took / peak}
 
 
+def _difference(position: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+  """`paired_difference` of each of the `prompt_means`; None without held-out prompts."""
+  before, after = position['prompts_before'], position['prompts_after']
+  return {name: paired_difference(before[name], after[name]) for name in before} if after else None
+
+
 def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source, config: ml_collections.ConfigDict,
            metrics: Metrics, checkpoints: pathlib.Path, *, make_engine: Callable[[Params], Engine],
            execution: Execution = Execution(), seed: int) -> tuple[Params, dict[str, Any]]:
   """(DA-)GRPO -> (parameters, {'prompts', 'resumed_at', 'seconds_before', 'best_step', 'validation'}); resumes from the newest
   checkpoint.
 
-  `validation` has the figures of `rollout_metrics` before and after, on prompts that are not trained on, with the same
-  random streams; `best_step` is the checkpoint with the highest reward there, which is kept beside the newest two.
+  `validation` has the figures of `rollout_metrics` before and after, on prompts that are not trained on, with the same random
+  streams; `difference`, `paired_difference` over these prompts; and the `prompt_means` behind it. `best_step` is the checkpoint
+  with the highest reward there, which is kept beside the newest two.
   `resumed_at` and `seconds_before` tell what an earlier process did.
 
   Args:
@@ -448,7 +462,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
   # The reference is not in the checkpoint: it is what the stage starts from, which stays where it is. Its bits are.
   origin = {'prompts': source.fingerprint, 'reference': int(_bits(params))}
   state = init_state(params, loop.tx, offload='optimizer' in execution.offload)
-  position = {'seconds': 0.0, 'before': None, 'after': None} | origin
+  position = {'seconds': 0.0, 'before': None, 'after': None, 'prompts_before': None, 'prompts_after': None} | origin
   with (Checkpoints(checkpoints / STATE) as saved, progress(total=config.steps, description=config.estimator) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as writer):
     start, opened = 0, time.monotonic()
@@ -460,7 +474,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
       loop.engine.update(state.params)
       bar.initial = bar.n = start
     elif held_out:
-      position['before'] = position['after'] = loop.measured(held_out)
+      position['before'], position['prompts_before'] = position['after'], position['prompts_after'] = loop.measured(held_out)
     spent, peak = position['seconds'], matmul_rate(str(params['embed'].dtype))
     metrics.rewind('rl', start)
     metrics.rewind('validation', start)
@@ -486,12 +500,16 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
         (ended, row), waiting = waiting.result(), None  # the row is on disk before the checkpoint that stands for it
         loop.adapt_alpha(row)
         if held_out:
-          position['after'] = loop.measured(held_out)
-          metrics.write('validation', step, **position['after'])
+          position['after'], position['prompts_after'] = loop.measured(held_out)
+          change = _difference(position)['reward']
+          metrics.write('validation', step, **position['after'], reward_difference=change['difference'],
+                        reward_difference_error=change['standard_error'])
         saved.save(step + 1, state, position | {'seconds': spent + time.monotonic() - opened, 'alpha': loop.alpha},
                    score=position['after'] and position['after']['reward'])
         journal.forget([0, *saved.all_steps()][-2])  # a fallback to the checkpoint before still has its rollouts
         ended = time.monotonic()
   return state.params, {'prompts': len(items), 'resumed_at': start, 'seconds_before': spent, 'best_step': saved.best_step,
                         'attention': tree_attention.resolve(execution.attention),
-                        'validation': {'before': position['before'], 'after': position['after']}}
+                        'validation': {
+                            'before': position['before'], 'after': position['after'], 'difference': _difference(position),
+                            'by_prompt': {'before': position['prompts_before'], 'after': position['prompts_after']}}}

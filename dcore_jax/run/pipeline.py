@@ -35,11 +35,12 @@ from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_a
 from dcore_jax.run.model_card import model_card
 from dcore_jax.run.progress import progress, stage
 from dcore_jax.run.report import write_report
-from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts
+from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts, short_tasks
 from dcore_jax.run.rows import training_rows
 from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
 from dcore_jax.run.sft_loop import run_sft
 from dcore_jax.run.sources import load_policy, make_engine, rl_points
+from dcore_jax.run.summary import paired_difference
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 
@@ -59,6 +60,10 @@ class Pipeline:
     unknown = [name for name in self.config.stages if name not in STAGES]
     if unknown:
       raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+    for field in ('files', 'reward'):
+      if self.config.rl.episodes and self.config.rl[field] != default_config().rl[field]:
+        raise ValueError(f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
+                         f'{self.config.rl[field]!r} is for single prompts: set one of them')
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
     self.mesh = distributed.training_mesh(self.config)
@@ -182,9 +187,8 @@ class Pipeline:
     """(what reinforcement learning asks, prompts dropped for their length)."""
     c, tokenizer = self.config.rl, self.policy.tokenizer
     if c.episodes:
-      if c.files:
-        raise ValueError('rl.episodes acts out tasks of the world, and rl.files are single prompts; set one of them')
-      return Episodes(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL)), 0
+      tasks, dropped = short_tasks(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL), c.max_prompt_tokens)
+      return Episodes(tokenizer, self.world, tasks), dropped
     points = rl_points(c.files) if c.files else [point for seed in toolworld_seeds(self.config, c.tasks, RL)
                                                  for point in decision_points(seed)]
     prompts, dropped = encode_prompts(tokenizer, points, c.max_prompt_tokens)
@@ -227,6 +231,8 @@ class Pipeline:
                 'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
                 'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__},
         'stages': {name: result for name, result in found.items() if result}}
+    acted = [(name, records) for name in summary['stages'] if (records := self._trajectories(name))]
+    summary['changes'] = [_change(*pair) for pair in zip(acted, acted[1:])]
     stages = {'distill': 'distill', 'sft': 'sft', 'rl': self.final, 'export': 'export_result',
               'evaluate_base': 'evaluate_base', 'evaluate_sft': 'evaluate_sft', 'evaluate_rl': f'evaluate_{self.final}'}
     results = {name: self._result(folder) for name, folder in stages.items()}
@@ -243,13 +249,18 @@ class Pipeline:
     summary['export'] = results['export']['path'] if results['export'] else None
     return summary
 
+  def _trajectories(self, name: str) -> list[dict[str, Any]]:
+    """The records that `evaluate` has written of a stage; [] where there are none."""
+    path = self.workdir / f'evaluate_{name}' / 'trajectories.jsonl'
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
   def traces(self) -> list[dict[str, Any]]:
     """Tasks side by side over the stages: those that the base model got lazily wrong and the last one right come first."""
-    paths = {name: self.workdir / f'evaluate_{name}' / 'trajectories.jsonl' for name in ('base', 'sft', self.final)}
-    names = [name for name, path in paths.items() if path.exists()]
+    found = {name: self._trajectories(name) for name in ('base', 'sft', self.final)}
+    names = [name for name, records in found.items() if records]
     if not names:
       return []
-    by_task = list(zip(*([json.loads(line) for line in paths[name].read_text().splitlines()] for name in names)))
+    by_task = list(zip(*(found[name] for name in names)))
     several = [group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')]
     several.sort(key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5, reverse=True)
     chosen, kinds = [], set()
@@ -261,3 +272,13 @@ class Pipeline:
     return [{'query': group[0]['query'], 'kind': group[0]['kind'],
              'columns': [{'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
                          for name, t in zip(names, group)]} for group in chosen]
+
+
+def _change(before: tuple[str, list[dict[str, Any]]], after: tuple[str, list[dict[str, Any]]]) -> dict[str, Any]:
+  """How the accuracy of two stages, (name, trajectories), differs by kind: each evaluates the same tasks with the same random
+  streams."""
+  right: dict[str, list[tuple[bool, bool]]] = {}
+  for first, second in zip(before[1], after[1], strict=True):
+    right.setdefault(first['kind'], []).append((first['correct'], second['correct']))
+  accuracy = {kind: paired_difference(*zip(*pairs)) for kind, pairs in right.items()}
+  return {'from': before[0], 'to': after[0], 'accuracy': accuracy}

@@ -71,7 +71,8 @@ def abstract_batch(mesh: Mesh, A: int, R: int, T: int, M: int, extras: tuple[str
   rows = sharding.batch_sharding(mesh)
   array = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
   return tokentree.RowBatch(*(array((A, R, T)) for _ in range(3)), *(array((A, M)) for _ in range(3)),
-                            array((A, M), jnp.float32), {name: array((A, M), jnp.float32) for name in extras})
+                            array((A, M), jnp.float32),
+                            {name: array((A, M), jnp.int32 if name == 'sequence' else jnp.float32) for name in extras})
 
 
 class Programs:

@@ -21,10 +21,10 @@ import markupsafe
 from dcore_jax.run import plots
 from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
 from dcore_jax.run.progress import format_seconds
-from dcore_jax.run.summary import KINDS, STAGES, validate_summary, wilson_interval
+from dcore_jax.run.summary import KINDS, STAGES, format_difference, validate_summary, wilson_interval
 
-STAGE_LABELS = {'base': 'base', 'sft': 'after SFT', 'grpo': 'after GRPO', 'dr_grpo': 'after Dr. GRPO', 'rl_zvp': 'after RL-ZVP',
-                'da_grpo': 'after DA-GRPO'}
+STAGE_LABELS = {'base': 'base', 'sft': 'after SFT', 'grpo': 'after GRPO', 'dr_grpo': 'after Dr. GRPO', 'rloo': 'after RLOO',
+                'rl_zvp': 'after RL-ZVP', 'da_grpo': 'after DA-GRPO'}
 KIND_LABELS = {'single': 'single', 'sequential': 'sequential', 'parallel': 'parallel', 'irrelevant': 'irrelevant',
                'multi_turn': 'multi-turn'}
 TRACES_FILE = 'traces.json'
@@ -79,9 +79,11 @@ def render_report(summary: dict[str, Any], metrics: list[dict[str, Any]], traces
   return environment.get_template('report.html.jinja').render(
       headline=_headline(stages), lede=_lede(summary), run=summary.get('run') or {}, export=summary.get('export'),
       stages=list(stages), stage_labels=STAGE_LABELS,
-      cards=_cards(summary, stages, rl_rows), accuracy=_accuracy_table(stages), habits=_habit_table(stages),
+      cards=_cards(summary, stages, rl_rows), accuracy=_accuracy_table(stages), changes=_changes(summary.get('changes')),
+      habits=_habit_table(stages),
       stage_charts=_stage_charts(stages), funnel=_funnel(summary.get('distill')),
       sft_charts=_sft_charts([row for row in metrics if row.get('stage') == 'sft']), rl_charts=_rl_charts(rl_rows),
+      held_out=_held_out((summary.get('rl') or {}).get('validation')),
       published_columns=PUBLISHED_COLUMNS, published_rows=PUBLISHED_ROWS,
       traces=[_trace(trace) for trace in traces], seconds=_seconds(summary.get('seconds')))
 
@@ -182,6 +184,31 @@ def _accuracy_table(stages: Stages) -> list[dict[str, Any]]:
     if any(cell['share'] is not None for cell in cells):
       rows.append({'label': KIND_LABELS[kind], 'cells': cells})
   return rows
+
+
+def _changes(changes: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+  """{'steps': [(stage, stage)], 'rows': [{'label', 'cells': [text]}]} in points of accuracy; None without two stages."""
+  pairs = [change.get('accuracy') or {} for change in changes or ()]
+  rows = [{'label': KIND_LABELS[kind], 'cells': [_difference(by_kind.get(kind), 1, 100) for by_kind in pairs]}
+          for kind in KINDS if any(kind in by_kind for by_kind in pairs)]
+  return {'steps': [(change.get('from'), change.get('to')) for change in changes], 'rows': rows} if rows else None
+
+
+def _held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
+  """Rows of {'label', 'before', 'after', 'change', 'n'}: the prompts that reinforcement learning has set aside."""
+  found, rows = validation or {}, []
+  for name, label, digits, scale in (('reward', 'reward', 2, 1.0), ('right_fraction', 'right, %', 1, 100.0),
+                                     ('reflections', 'reflections per response', 2, 1.0)):
+    if pair := (found.get('difference') or {}).get(name):
+      values = [_number((found.get(when) or {}).get(name)) for when in ('before', 'after')]
+      before, after = (_plain(None if value is None else scale * value, digits) for value in values)
+      change = _difference(pair, digits, scale)
+      rows.append({'label': label, 'before': before, 'after': after, 'change': change, 'n': pair['n']})
+  return rows
+
+
+def _difference(pair: dict[str, Any] | None, digits: int, scale: float) -> str:
+  return format_difference(pair, digits, scale) if pair else '–'
 
 
 def _habit_table(stages: Stages) -> list[dict[str, Any]]:

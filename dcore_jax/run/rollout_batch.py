@@ -147,16 +147,25 @@ class Questions:
 # --- episodes ----------------------------------------------------------------------------------------------------------------
 
 
+def short_tasks(tokenizer: Any, world: World, tasks: Sequence[Any], max_tokens: int) -> tuple[list[Any], int]:
+  """(tasks whose first prompt has at most `max_tokens` tokens, number of those dropped for a longer one)."""
+  short = [task for task in tasks if _first_prompt_tokens(tokenizer, world, task) <= max_tokens]
+  return short, len(tasks) - len(short)
+
+
+def _first_prompt_tokens(tokenizer: Any, world: World, task: Any) -> int:
+  return len(tokenizer(render_prompt(tokenizer, world.episode(task).messages), add_special_tokens=False)['input_ids'])
+
+
 class Episodes:
-  """Tasks of a world. The reward is `rewards.outcome_reward`'s correctness: 3 where the state and the outputs that an episode
+  """Tasks of a world. The reward is `rewards.state_reward`'s correctness: 3 where the state and the outputs that an episode
   leaves behind are the reference's, else -3; its format is logged and not rewarded."""
 
   def __init__(self, tokenizer: Any, world: World, tasks: Sequence[Any]):
     self._tokenizer, self._world, self._tasks = tokenizer, world, tasks
     self.kinds = [task.kind for task in tasks]
     self.responses = max((task.steps + len(task.turns) for task in tasks), default=1)
-    first = [world.episode(task).messages for task in tasks]
-    self.longest_prompt = max((len(tokenizer(render_prompt(tokenizer, m))['input_ids']) for m in first), default=0)
+    self.longest_prompt = max((_first_prompt_tokens(tokenizer, world, task) for task in tasks), default=0)
     self.fingerprint = zlib.crc32('\n'.join(task.id for task in tasks).encode())
 
   def sample(self, engine: Engine | JournaledEngine, chosen: Sequence[int], keys: Sequence[tuple[int, ...]],
@@ -167,7 +176,7 @@ class Episodes:
   def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
     shape = len(chosen), len(rollouts) // len(chosen)
     right_PG = np.array([rollout.outcome.correct for rollout in rollouts]).reshape(shape)
-    scored = [rewards.outcome_reward(rollout.texts, rollout.outcome) for rollout in rollouts]
+    scored = [rewards.state_reward(rollout.texts, rollout.outcome) for rollout in rollouts]
     format_PG, correctness_PG = (np.array([getattr(reward, part) for reward in scored], np.float32).reshape(shape)
                                  for part in ('format', 'correctness'))
     return RolloutBatch([self.kinds[index] for index in chosen], rollouts, correctness_PG, format_PG, correctness_PG, right_PG)
@@ -190,7 +199,7 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
       'reward': float(batch.total_PG.mean()), 'reward_format': float(batch.format_PG.mean()),
       'reward_correctness': float(batch.correctness_PG.mean()), 'right_fraction': float(batch.right_PG.mean()),
       'zero_variance_fraction': float(zero_P.mean()), 'all_right_fraction': float((zero_P & right_P).mean()),
-      'all_wrong_fraction': float((zero_P & ~right_P).mean()),
+      'all_wrong_fraction': float((zero_P & ~batch.right_PG.any(axis=1)).mean()),
       'reflections': float(np.mean([count_reflections(t, LOGGED_WORDS) for t in texts])),
       'reflections_lazy_words': float(np.mean([count_reflections(t) for t in texts])),
       'response_tokens': float(lengths.mean()), 'response_tokens_max': int(lengths.max()),
@@ -199,6 +208,15 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
       'unfinished': float(np.mean([not completion.finished for _, completion in exchanges])),
       **{f'reward_{kind}': float(np.mean(values)) for kind, values in kinds.items()},
   }
+
+
+def prompt_means(batch: RolloutBatch) -> dict[str, list[float]]:
+  """Means over the rollouts of every prompt, of what is compared between two policies: pairs are prompts, see
+  `summary.paired_difference`."""
+  reflections = [np.mean([count_reflections(text, LOGGED_WORDS) for text in r.texts] or [0]) for r in batch.rollouts]
+  values = {'reward': batch.total_PG, 'right_fraction': batch.right_PG,
+            'reflections': np.reshape(reflections, batch.total_PG.shape)}
+  return {name: values_PG.mean(axis=1, dtype=np.float64).tolist() for name, values_PG in values.items()}
 
 
 def set_aside(kinds: Sequence[str], count: int) -> tuple[list[int], list[int]]:

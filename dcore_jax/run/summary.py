@@ -1,10 +1,12 @@
-"""The shape of `summary.json`, which other programs read, and the interval that goes with its shares."""
+"""The shape of `summary.json`, which other programs read, and the uncertainty that goes with its shares and differences."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
-STAGES = ('base', 'sft', 'grpo', 'dr_grpo', 'rl_zvp', 'da_grpo')  # in the order a run goes through them
+STAGES = ('base', 'sft', 'grpo', 'dr_grpo', 'rloo', 'rl_zvp', 'da_grpo')  # in the order a run goes through them
 
 _STAGE_NUMBERS = ('decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean')
 _RL_CURVES = ('zero_variance_fraction', 'reward', 'entropy')
@@ -22,16 +24,53 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
   return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+  """Of the mean; None for a single value."""
+  return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+  """{'difference': mean of after - before, its 'standard_error', 'n'} of the same tasks measured twice.
+
+  What makes one task harder than another is in both measurements and cancels. Rollouts of one prompt are not independent: of
+  such, give means by prompt.
+  """
+  if len(before) != len(after) or not len(before):
+    raise ValueError(f'{len(before)} and {len(after)} measurements are no pairs')
+  change = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+  return {'difference': float(change.mean()), 'standard_error': standard_error(change), 'n': len(change)}
+
+
+def format_difference(pair: dict[str, Any], digits: int = 3, scale: float = 1.0) -> str:
+  """A `paired_difference` as '+0.12 ± 0.05', one standard error."""
+  error = pair['standard_error']
+  return f'{scale * pair["difference"]:+.{digits}f}' + ('' if error is None else f' ± {scale * error:.{digits}f}')
+
+
+def format_changes(summary: dict[str, Any]) -> str:
+  """What stages have changed on held-out tasks, and reinforcement on the prompts it sets aside, a line each; for a terminal."""
+  lines = []
+  for change in summary['changes']:
+    kinds = ', '.join(f'{kind} {format_difference(pair, 1, 100)}' for kind, pair in change['accuracy'].items())
+    lines.append(f'{change["from"]} -> {change["to"]}, points of held-out tasks right: {kinds}')
+  validation = summary.get('rl', {}).get('validation') or {}
+  for name, pair in (validation.get('difference') or {}).items():
+    before, after = (validation[when][name] for when in ('before', 'after'))
+    lines.append(f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {format_difference(pair)}')
+  return '\n'.join(lines)
+
+
 def validate_summary(summary: Any) -> None:
   """Checks a summary against the published shape.
 
     {'stages': {stage: {'accuracy': {kind: share}, 'lazy_ratio': {kind: share}, 'n': {kind: count},
                         'decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean'}},
      'distill': {'seeds', 'kept', 'success_rate', 'dropped': {reason: count}},
+     'changes': [{'from': stage, 'to': stage, 'accuracy': {kind: `paired_difference`}}],
      'rl': {'zero_variance_fraction': [..], 'reward': [..], 'entropy': [..]},   one value per step
      'export': path, 'seconds': {stage: seconds}}
 
-  A stage of `stages`, and `distill`, `rl` and `export`, may be absent (a stage that was not run) and None
+  A stage of `stages`, and `changes`, `distill`, `rl` and `export`, may be absent (a stage that was not run) and None
   stands for a number that could not be measured. Further fields are welcome anywhere.
 
   Raises:
@@ -44,6 +83,8 @@ def validate_summary(summary: Any) -> None:
       for name, stage in stages.items():
         check.that(name in STAGES, f'stages.{name} is not one of {", ".join(STAGES)}')
         _check_stage(check, f'stages.{name}', stage)
+    for number, change in enumerate(summary.get('changes') or ()):
+      _check_change(check, f'changes[{number}]', change, stages)
     if 'distill' in summary:
       _check_distill(check, summary['distill'])
     if 'rl' in summary:
@@ -65,6 +106,16 @@ def _check_stage(check: '_Problems', where: str, stage: Any) -> None:
       check.values(f'{where}.{field}', stage[field], fits)
   for field in _STAGE_NUMBERS:
     check.value(where, stage, field, _is_share if field == 'decomposition_rate' else _is_number)
+
+
+def _check_change(check: '_Problems', where: str, change: Any, stages: Any) -> None:
+  if not check.mapping(where, change) or not check.mapping(f'{where}.accuracy', change.get('accuracy')):
+    return
+  check.that({change.get('from'), change.get('to')} <= set(stages or ()), f'{where} is not of two stages')
+  for kind, pair in change['accuracy'].items():
+    if check.mapping(f'{where}.accuracy.{kind}', pair):
+      for field in ('difference', 'standard_error', 'n'):
+        check.value(f'{where}.accuracy.{kind}', pair, field, _is_number)
 
 
 def _check_distill(check: '_Problems', distill: Any) -> None:

@@ -121,11 +121,12 @@ def wide(scored):
   """The same rollouts by sequence number and behaviour policy; the second group has advantage 0."""
   sequences, tree, logp, _ = scored
   relative = tree.extras['advantage'] * (tree.extras['psi'] == 0)
-  return sequences, tree.with_extras(sequence=grpo.sequence_rows(tree), advantage=relative,
+  return sequences, tree.with_extras(sequence=grpo.sequence_rows(tree), advantage=relative, updated=np.ones_like(tree.weight),
+                                     uniform=grpo.uniform_rows(tree, REWARDS),
                                      behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0))
 
 
-def flat_loss(options, advantage, old, ref, behaviour, mask):
+def flat_loss(options, advantage, old, ref, behaviour, uniform_groups, mask):
   """The whole loss of rows [N, T] of unmerged sequences, and the statistics' part in it, in plain jax."""
   loss = objectives.PolicyLoss(**options)
 
@@ -156,7 +157,7 @@ def flat_loss(options, advantage, old, ref, behaviour, mask):
     if loss.importance_cap:
       pg *= jnp.minimum(jnp.exp(old - behaviour), loss.importance_cap)
     k3 = jnp.exp(ref - logp) - (ref - logp) - 1
-    uniform = jnp.where(advantage == 0, -math.log(23) - mean_log_p, 0)
+    uniform = uniform_groups * (-math.log(23) - mean_log_p)
     return mean(pg + loss.kl_coefficient * k3 + loss.uniform_kl * uniform)
   return total
 
@@ -173,7 +174,7 @@ def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, pad
   sequences, tree = wide
   by_row = {name: padded(sequences, tree.gather(values)) for name, values in tree.extras.items()}
   total = flat_loss(options, by_row['advantage'], by_row['old_logp'], by_row['ref_logp'], by_row['behaviour_logp'],
-                    padded(sequences, tree.gather(tree.weight)))
+                    by_row['uniform'], padded(sequences, tree.gather(tree.weight)))
 
   def loss(params):
     targets, log_p = flat_log_p(params, sequences)
@@ -187,13 +188,24 @@ def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, pad
 
 def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
   _, tree = wide
-  step = lambda advantage: sgd_step(tree.with_extras(advantage=advantage).batch(accumulate=2), **EVERYTHING)
-  grads, metrics = step(0 * tree.weight)
+  silent = tree.with_extras(advantage=0 * tree.weight)
+  step = lambda uniform: sgd_step(silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING)
+  grads, metrics = step(np.ones_like(tree.weight))
   assert metrics['uniform_kl'] > 0 and metrics['pg_loss'] == 0
   bare = dataclasses.replace(tree, extras={})
   entropy = lambda params: grpo.score_rows(score_pass, params, bare, 2)[1].sum()
   assert entropy(jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) > entropy(params)
-  assert step(tree.weight)[1]['uniform_kl'] == 0
+  assert step(0 * tree.weight)[1]['uniform_kl'] == 0
+
+
+def test_uniform_is_a_group_and_not_a_rollout_at_its_mean(scored):
+  """Rewards 1 of 4, -2, 1, 1 are the mean: their advantage is 0, and they are no group without variance."""
+  _, tree, _, entropy = scored
+  rewards = np.float32([[4, -2, 1, 1], [-3, -3, -3, -3]])
+  advantage, _ = grpo.advantage_rows(tree, rewards, tree.scatter(entropy), advantages.grpo_advantages)
+  uniform = tree.gather(grpo.uniform_rows(tree, rewards))
+  assert [values[-1] for values in uniform] == [0] * 4 + [1] * 4
+  assert [values[-1] == 0 for values in tree.gather(advantage)] == [False] * 2 + [True] * 6
 
 
 def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, scored):

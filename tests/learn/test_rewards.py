@@ -69,6 +69,17 @@ def test_toolrl_flags(options, near, exact):
   assert toolrl_reward(T + FB, FB, **options).total == exact
 
 
+@pytest.mark.parametrize('prediction, words, share', [
+    (T + F, 512, 0), ('<think>\n' + 'so ' * 128 + '\n</think>\n\n' + F, 512, 0.25),
+    ('<think>\n' + 'so ' * 100 + '\n</think>\n\n' + F, 384, 0.26), ('<think>\n' + 'so ' * 900 + '\n</think>\n\n' + F, 512, 1),
+    ('<think>\n' + 'so ' * 900, 512, 0), ('so ' * 900 + '</think>\n\n' + F, 512, 0)],
+                         ids=['one word', 'WITHLENGTH', 'SCHEDULELENGTH', 'at most 1', 'unclosed', 'unopened'])
+def test_length_adds_to_the_total(prediction, words, share):
+  """The parts stay what they are; one word of 512 rounds to 0."""
+  plain, longer = toolrl_reward(prediction, F), toolrl_reward(prediction, F, length_words=words)
+  assert longer[:2] == plain[:2] and longer.total == plain.total + share
+
+
 @pytest.mark.parametrize('prediction, reference, correctness', [
     ('[f(a=true)]', "[f(a='true')]", 3),  # a bare name is its string
     ('[f(a=-1)]', '[f(a=-1)]', 3),
@@ -183,6 +194,15 @@ def say(calls):
   return T + print_calls(list(calls))
 
 
+def state_reward(world, task, texts):
+  """Of responses that are acted out until the episode ends: the calls are executed by the world."""
+  episode, said = world.episode(task), []
+  for text in itertools.takewhile(lambda _: not episode.done, texts):
+    episode.step(text)
+    said.append(text)
+  return rewards.state_reward(said, episode.outcome())
+
+
 def test_state_reward_looks_at_what_was_done():
   """The same end by another way is right; a wrong call, an early end and a missing report are not."""
   world = ToolWorld()
@@ -190,13 +210,13 @@ def test_state_reward_looks_at_what_was_done():
   turn, = task.turns
   one_by_one = [say([call]) for call in turn.calls]
   report = T + turn.answer
-  assert rewards.state_reward(world, task, [*one_by_one, report]) == (1, 3, 4)
-  assert rewards.state_reward(world, task, [*one_by_one, report, 'and more']) == (1, 3, 4)  # nobody listens any more
-  assert rewards.state_reward(world, task, [*one_by_one, turn.answer]).total == -3
-  assert rewards.state_reward(world, task, one_by_one).total == -2
-  assert rewards.state_reward(world, task, [one_by_one[0], report]).total == -2
-  assert rewards.state_reward(world, task, [say([ToolCall('no_such_tool', {})]), *one_by_one, report]).total == 4  # a detour
-  assert rewards.state_reward(world, task, []) == (0, -3, -3)
+  assert state_reward(world, task, [*one_by_one, report]) == (1, 3, 4)
+  assert state_reward(world, task, [*one_by_one, report, 'and more']) == (1, 3, 4)  # nobody listens any more
+  assert state_reward(world, task, [*one_by_one, turn.answer]).total == -3
+  assert state_reward(world, task, one_by_one).total == -2
+  assert state_reward(world, task, [one_by_one[0], report]).total == -2
+  assert state_reward(world, task, [say([ToolCall('no_such_tool', {})]), *one_by_one, report]).total == 4  # a detour
+  assert state_reward(world, task, []) == (0, -3, -3)
 
 
 def test_state_reward_of_parallel_calls_ignores_their_order():
@@ -205,8 +225,8 @@ def test_state_reward_of_parallel_calls_ignores_their_order():
   calls = task.turns[0].calls
   assert len(calls) > 1
   for order in (calls, calls[::-1]):
-    assert rewards.state_reward(world, task, ['<think>\nx</think>\n\n' + print_calls(list(order))]).total == 4
-  assert rewards.state_reward(world, task, [say(calls[:1])]).total == -2
+    assert state_reward(world, task, ['<think>\nx</think>\n\n' + print_calls(list(order))]).total == 4
+  assert state_reward(world, task, [say(calls[:1])]).total == -2
 
 
 @pytest.mark.parametrize('name', sorted(rewards.REWARDS))
@@ -217,7 +237,7 @@ def test_batch_is_exact(name):
   prediction = '<think>\n' + 'word ' * ((4000 - len(answer)) // 5) + '\n</think>\n\n'
   reward = batch_reward(name, [prediction + answer, prediction + wrong] * 128, [answer] * 256)
   assert reward.total.shape == (256,) and reward.total.dtype == np.float64
-  assert (reward.total[::2] == 4).all() and len(set(reward.total[1::2])) == 1
+  assert (reward.total[::2] == 4 + (name == 'toolrl_length')).all() and len(set(reward.total[1::2])) == 1
 
 
 @pytest.mark.parametrize('name', sorted(rewards.REWARDS))

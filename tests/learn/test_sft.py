@@ -105,8 +105,6 @@ def test_loss_falls_and_the_step_compiles_once(config, params):
   assert step._cache_size() == 1
   assert np.mean(losses[-2:]) < 0.6 * np.mean(losses[:2])
   assert int(state.step) == len(made)
-  total, weight = sft.make_sft_loss(config)(state.params, next(iter(made)))
-  assert total / weight < 0.7 * losses[0]
 
 
 def test_batch_without_loss_tokens_changes_nothing(sgd_step):

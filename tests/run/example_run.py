@@ -17,11 +17,17 @@ def a_summary(steps: int = 40) -> dict[str, Any]:
           'base': a_stage((0.945, 0.281, 0.227, 0.24, 0.914), (0.01, 0.609, 0.64, 0.08, 0.05), 6.4, 171.4),
           'sft': a_stage((0.961, 0.633, 0.477, 0.828, 0.906), (0, 0.02, 0.03, 0.0, 0.0), 0.31, 48.2),
           'da_grpo': a_stage((0.969, 0.68, 0.531, 0.836, 0.922), (0, 0.01, 0.02, 0.0, 0.0), 0.52, 55.0)},
+      'changes': [
+          {'from': 'base', 'to': 'sft', 'accuracy': {'single': {'difference': 0.016, 'standard_error': 0.022, 'n': 128},
+                                                     'sequential': {'difference': 0.352, 'standard_error': 0.049, 'n': 128}}},
+          {'from': 'sft', 'to': 'da_grpo', 'accuracy': {'sequential': {'difference': 0.047, 'standard_error': None, 'n': 1}}}],
       'distill': {'seeds': 600, 'kept': 431, 'success_rate': 431 / 600,
                   'dropped': {'subtask_count': 41, 'unparsable': 12, 'wrong_call': 104, 'too_long': 12}},
       'rl': {'zero_variance_fraction': [row['zero_variance_fraction'] for row in rl_rows(steps)],
              'reward': [row['reward'] for row in rl_rows(steps)],
-             'entropy': [row['entropy'] for row in rl_rows(steps)]},
+             'entropy': [row['entropy'] for row in rl_rows(steps)],
+             'validation': {'before': {'reward': 3.4}, 'after': {'reward': 3.46},
+                            'difference': {'reward': {'difference': 0.06, 'standard_error': 0.05, 'n': 32}}}},
       'export': 'runs/nano/export',
       'seconds': {'evaluate_base': 41.2, 'distill': 143.0, 'sft': 182.5, 'evaluate_sft': 38.0, 'rl': 255.1,
                   'export': 1.3}}

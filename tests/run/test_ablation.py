@@ -69,6 +69,28 @@ def test_what_cannot_be_swept(tmp_path, arguments, named):
   assert not InventedPipeline.configs
 
 
+def a_run(setting, seed, after):
+  """As `_run_one` gives it, with the rewards of three prompts set aside."""
+  figures = {'reward': np.mean(after), 'reflections': 0.1}
+  by_prompt = {'reward': after, 'right_fraction': [0.5] * 3, 'reflections': [0.1] * 3}
+  return {'setting': setting.name, 'seed': seed, 'end': {'entropy': 0.03, 'grad_norm': None}, 'accuracy': {'single': 0.9},
+          'evaluated_reflections': 0.2, 'validation': {'before': figures, 'after': figures, 'by_prompt': {'after': by_prompt}}}
+
+
+def test_settings_are_compared_with_the_first_on_the_same_prompts():
+  """Of one seed with the spread over its prompts; of two, whose spread is another matter, with that over seeds."""
+  grpo, da_grpo = ablation.PSI[:2]
+  runs = [a_run(grpo, 0, [1.0, 2, 3]), a_run(da_grpo, 0, [1.5, 2, 4])]
+  first, second = ablation._table(ablation.PSI, runs)
+  assert first['against_first']['reward'] == {'difference': 0, 'standard_error': 0, 'n': 3}
+  assert second['against_first']['reward'] == {'difference': 0.5, 'standard_error': pytest.approx(0.5 / 3**0.5), 'n': 3}
+  runs += [a_run(grpo, 1, [1.0, 1, 1]), a_run(da_grpo, 1, [1.0, 1, 1.3])]
+  table = ablation._table(ablation.PSI, runs)
+  assert table[1]['against_first']['reward'] == {'difference': pytest.approx(0.3), 'standard_error': pytest.approx(0.2), 'n': 2}
+  shown = ablation.format_table({'suite': 'psi', 'table': table}).splitlines()
+  assert '+0.300 ± 0.200' in shown[2] and '1.8 ± 0.7' in shown[2] and 'against grpo' in shown[3]
+
+
 @pytest.mark.parametrize('suite', sorted(ablation.RL_SUITES))
 def test_settings_differ_and_are_known_to_the_config(suite):
   settings = ablation.RL_SUITES[suite]

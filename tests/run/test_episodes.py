@@ -1,17 +1,23 @@
 """Reinforcement on episodes: what is trained on when a task takes several responses, and who gets which advantage."""
+import dataclasses
+import itertools
+import types
 
 import numpy as np
 import pytest
 
 from dcore_jax import tokentree
-from dcore_jax.chat.messages import split_reasoning
+from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.rollout.engine import Completion
+from dcore_jax.learn.optimizer import init_state
+from dcore_jax.rollout.engine import Completion, Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run import grpo_loop
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.rollout_batch import Episodes, by_rollout, rollout_metrics, sequences
+from dcore_jax.run.rollout_batch import Episodes, by_rollout, prompt_means, rollout_metrics, sequences, short_tasks
+from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.toolworld.world import ToolWorld
+from tests.run import tiny_rl
 
 GROUP = 3
 
@@ -111,3 +117,58 @@ def test_no_two_responses_of_a_step_share_a_random_stream(tokenizer, tasks):
       config, 0, Episodes(tokenizer, ToolWorld(), [tasks[0]] * 2), engine, range(2), None)
   loop.rollouts(7)
   assert len(set(seen)) == len(seen) > 2 * GROUP and {key[0] for key in seen} == {7} and {key[1] for key in seen} == {0, 1}
+
+
+def test_tasks_with_long_first_prompts_are_dropped_and_counted(tokenizer, tasks):
+  world = ToolWorld()
+  lengths = [Episodes(tokenizer, world, [task]).longest_prompt for task in tasks]
+  assert lengths[0] != lengths[1]
+  assert short_tasks(tokenizer, world, tasks, min(lengths)) == ([tasks[int(np.argmin(lengths))]], 1)
+  assert short_tasks(tokenizer, world, tasks, max(lengths)) == (tasks, 0)
+
+
+@dataclasses.dataclass
+class Talk:
+  """An episode of three turns whatever is said, of which it replays a few letters; right where the first text is the longest."""
+  messages: list[Message]
+  texts: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def done(self):
+    return len(self.texts) == 3
+
+  def step(self, text):
+    self.texts.append(text)
+    self.messages += [Message('assistant', text[:24:2]), Message('user', f'and Karo {len(self.texts)}')]
+
+  def outcome(self):
+    return Outcome(max(self.texts, key=len) is self.texts[0], '', 3)
+
+
+class TalkWorld:
+  def episode(self, task):
+    return Talk([Message('user', f'find the order of {task.id} ' * 8)])
+
+
+def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities_are_the_trainers():
+  """Two tasks, three rollouts each, three turns: what the trainer scores on the tree is what the engine reported of the tokens
+  that it drew, though a later prompt shows another text than was sampled."""
+  config = tiny_rl.rl_config(estimator='grpo', group=3, kl_coefficient=0.0, capacity=256)
+  tasks = [types.SimpleNamespace(kind='talk', id=name, steps=2, turns=(0,)) for name in ('Karo', 'Bela')]
+  engine = Engine(tiny_rl.params(), tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=240)
+  source = Episodes(tiny_rl.TOKENIZER, TalkWorld(), tasks)
+  loop = grpo_loop.GrpoLoop(tiny_rl.MODEL, tiny_rl.TOKENIZER, engine, source, range(2), config, seed=1)
+  batch, _, _ = loop.batch(0)
+  prompts = [[prompt.tolist() for prompt, _ in rollout.exchanges] for rollout in batch.rollouts]
+  assert [len(turns) for turns in prompts] == [3] * 6
+  shared = lambda a, b: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+  new = sum(len(after) - shared(before, after) for turns in prompts for before, after in zip(turns, turns[1:]))
+  first = {tuple(turns[0]) for turns in prompts}
+  assert engine.stats.prefill_tokens <= sum(map(len, first)) + new < 0.5 * sum(len(p) for turns in prompts for p in turns)
+  batch.total_PG[:] = [[3, -3, 3], [-3, -3, 3]]
+  state, update = loop.update(init_state(tiny_rl.params(), loop.tx), None, batch)
+  numbers = update.numbers(engine)
+  assert numbers['scored_fraction'] == 1 and numbers['logp_gap_max'] < 1e-5
+  assert numbers['grad_norm'] > 0 and int(state.step) == 2
+  right = [[rollout.outcome.correct for rollout in batch.of(p, p + 1)] for p in range(2)]
+  assert prompt_means(batch)['right_fraction'] == np.mean(right, axis=1).tolist()

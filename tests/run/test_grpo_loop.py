@@ -50,7 +50,15 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
   assert ran['validation'] == result['validation'] and ran['validation']['before']['reward'] != 0
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
-  assert [row['step'] for row in read_metrics(tmp_path / 'whole', 'validation')] == [0, 1, 2]
+  rows = read_metrics(tmp_path / 'whole', 'validation')
+  assert [row['step'] for row in rows] == [0, 1, 2]
+  by_prompt, change = ran['validation']['by_prompt'], ran['validation']['difference']['reward']
+  gained = np.subtract(by_prompt['after']['reward'], by_prompt['before']['reward'])
+  assert change == {'difference': pytest.approx(gained.mean()), 'n': 2,
+                    'standard_error': pytest.approx(abs(gained[0] - gained[1]) / 2)}
+  assert change['difference'] == pytest.approx(ran['validation']['after']['reward'] - ran['validation']['before']['reward'])
+  assert rows[-1]['reward_difference'] == change['difference']
+  assert rows[-1]['reward_difference_error'] == change['standard_error']
   best = max(read_metrics(tmp_path / 'whole', 'validation'), key=lambda row: (row['reward'], row['step']))
   assert ran['best_step'] == result['best_step'] == best['step'] + 1
   alphas = [row['alpha'] for row in read_metrics(tmp_path / 'parts', 'rl')]
@@ -123,6 +131,16 @@ def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
   assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1)
 
 
+def test_alpha_follows_what_was_measured_and_nothing_else():
+  config = rl_config(alpha_measure='psi_share', alpha_target=0.5)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  for psi, whole in ((0.0, 1.0), (0.0, 0.0), (1.0, np.nan), (1.0, np.inf)):  # no psi, no gradient, skipped steps
+    loop.adapt_alpha({'psi_grad_norm': psi, 'grad_norm': whole, 'entropy': 1.0})
+    assert loop.alpha == config.alpha
+  loop.adapt_alpha({'psi_grad_norm': 0.1, 'grad_norm': 1.0, 'entropy': 1.0})
+  assert loop.alpha > config.alpha
+
+
 def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatch, caplog):
   lengths, update = [], grpo_loop.GrpoLoop.update
 
@@ -182,6 +200,24 @@ def test_options_of_the_loss_reach_the_step(tmp_path):
   row, = read_metrics(tmp_path, 'rl')
   np.testing.assert_allclose(row['importance'], 1, atol=1e-4)
   assert row['uniform_kl'] > 0 and row['psi_grad_norm'] > 0 and 'kl' not in row
+
+
+def test_kl_cov_holds_nothing_back_in_the_first_update():
+  """It is made on the policy that old log-probabilities are of: a penalty on the distance to it would act on rounding alone."""
+  config = rl_config(objective='kl_cov', cov_share=0.5, updates=2)
+  loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
+  batch = loop.source.judge(loop.chosen(0), loop.rollouts(0))
+  batch.total_PG[:] = MIXED[[0, 0]]
+  state, update = loop.update(init_state(params(), loop.tx), grpo_loop.Reference(params(), Execution()), batch)
+  assert [float(values['clip_share']) for values in update.values] == [0, pytest.approx(0.5, abs=0.05)]
+  assert update.numbers(loop.engine)['skipped'] == 0 and int(state.step) == 2
+
+
+def test_uniform_kl_acts_on_groups_and_not_on_rollouts_at_their_mean():
+  """The second and third rollout of the first group have advantage 0, and its rewards differ."""
+  mixed = np.float32([[4, 1, 1, -2], [4, 0, 2, -2]])
+  assert one_step(mixed, estimator='grpo', uniform_kl=0.1)[1]['uniform_kl'] == 0
+  assert one_step(MIXED, estimator='grpo', uniform_kl=0.1)[1]['uniform_kl'] > 0
 
 
 def test_dynamic_sampling_asks_on_until_groups_differ():

@@ -48,6 +48,32 @@ def test_stages_say_what_they_need(tmp_path):
     assert not list((tmp_path / stage).glob('*/result.json'))
 
 
+@pytest.mark.parametrize('field, value', [('reward', 'corrected'), ('files', ('rows.parquet',))])
+def test_what_is_for_single_prompts_is_refused_beside_episodes(tmp_path, field, value):
+  config = nano.get_config('agentic')
+  config.rl[field] = value
+  with pytest.raises(ValueError, match=f'rl.{field} = .* is for single prompts'):
+    Pipeline(config, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
+def test_stages_are_compared_task_by_task(tmp_path):
+  pipeline = Pipeline(nano.get_config('quick'), tmp_path)
+  for name, right in (('base', (0, 0, 1, 1)), ('sft', (1, 0, 1, 1)), ('da_grpo', (1, 1, 1, 0))):
+    folder = tmp_path / f'evaluate_{name}'
+    folder.mkdir()
+    (folder / 'result.json').write_text('{"seconds": 1.0}')
+    records = [{'kind': kind, 'correct': bool(r)} for kind, r in zip(('single', 'single', 'single', 'parallel'), right)]
+    (folder / 'trajectories.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+  first, second = pipeline.summary()['changes']
+  assert (first['from'], first['to'], second['from'], second['to']) == ('base', 'sft', 'sft', 'da_grpo')
+  assert first['accuracy'] == {'single': {'difference': pytest.approx(1 / 3), 'standard_error': pytest.approx(1 / 3), 'n': 3},
+                               'parallel': {'difference': 0, 'standard_error': None, 'n': 1}}
+  assert second['accuracy']['parallel']['difference'] == -1
+  shutil.rmtree(tmp_path / 'evaluate_sft')
+  assert [(change['from'], change['to']) for change in pipeline.summary()['changes']] == [('base', 'da_grpo')]
+
+
 def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):
   pipeline = Pipeline(nano.get_config('quick'), tmp_path)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)

@@ -13,6 +13,7 @@ import pytest
 
 from dcore_jax import sharding
 from dcore_jax import tokentree
+from dcore_jax.learn import grpo
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import abstract
@@ -45,10 +46,10 @@ def shapes(tree):
 def test_the_batch_is_what_a_tree_gives():
   rows = [tokentree.Sequence(np.arange(1, 30, dtype=np.int32), (np.arange(29) > 9).astype(np.float32), 10) for _ in range(4)]
   tree = tokentree.pack(rows, 40, rows_multiple=2)
-  tree = tree.with_extras(advantage=np.zeros(tree.tokens.shape, np.float32))
+  tree = tree.with_extras(advantage=np.zeros(tree.tokens.shape, np.float32), sequence=grpo.sequence_rows(tree))
   batch = tree.batch(budget=80, accumulate=tree.rows // 2)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  planned = programs.abstract_batch(mesh, tree.rows // 2, 2, 40, 80, ('advantage',))
+  planned = programs.abstract_batch(mesh, tree.rows // 2, 2, 40, 80, ('advantage', 'sequence'))
   assert shapes(planned) == shapes(batch)
 
 

@@ -71,6 +71,7 @@ def test_the_page_holds_the_numbers(workdir):
   text = ' '.join(page.text.split())
   for part in ('28 % of sequential tasks right before, 68 % after', 'evaluate SFT', '11 min 1 s', 'configs/nano.py',
                '68.0 % [59, 75] n = 128', '60.9 %', 'wrong call', '431 72 %', 'put there by construction',
+               'base → after SFT', 'sequential+35.2 ± 4.9+4.7', 'single+1.6 ± 2.2–', 'reward3.403.46+0.06 ± 0.05', 'On 32 prompts',
                'None of it was measured in this run', '63.8', 'runs/nano/export'):
     assert part in text, part
 
@@ -117,7 +118,8 @@ def test_holes_everywhere_never_raise():
   Page(report.render_report({}, [], []))
   nothing = {'stages': {'base': None, 'sft': {'accuracy': None, 'n': {'single': 0}, 'lazy_ratio': {'single': None}},
                         'later': {'accuracy': {'single': float('nan'), 'sequential': 0.5}}},
-             'distill': {'seeds': 0}, 'rl': {'reward': [1.0, None], 'entropy': []}, 'seconds': {'sft': None}}
+             'changes': [{}, {'accuracy': {'single': None}}], 'distill': {'seeds': 0}, 'seconds': {'sft': None},
+             'rl': {'reward': [1.0, None], 'entropy': [], 'validation': {'before': None, 'after': None, 'difference': None}}}
   rows = [{'stage': 'rl', 'step': 0, 'reward': None, 'grad_norm': 0.0, 'psi_grad_norm': 0.0, 'all_right_fraction': 0.5},
           {'stage': 'sft', 'step': 0, 'loss': 1.0}]
   page = Page(report.render_report(nothing, rows, [{'query': 'q', 'columns': []}, {}]))
