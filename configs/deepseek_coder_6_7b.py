@@ -1,8 +1,9 @@
 """DeepSeek-Coder-6.7B-instruct, SFT on what Qwen3-8B distilled. Its 32 key heads make caches four times as large.
 
-Command:   python -m experiments.train --config=configs/deepseek_coder_6_7b.py --config.model.path=DIR
+Command:   cat runs/qwen3_8b/distill/rows-*.jsonl > runs/qwen3_8b/rows.jsonl
+           python -m experiments.train --config=configs/deepseek_coder_6_7b.py --config.model.path=DIR
            --workdir=runs/deepseek_coder_6_7b
-           --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
+           --config.sft.files="('runs/qwen3_8b/rows.jsonl',)"
 Plan:      python -m experiments.plan --config=configs/deepseek_coder_6_7b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      as qwen3_8b.py, less by the size of the model: SFT 8 h at 40 % MFU

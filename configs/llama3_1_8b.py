@@ -1,7 +1,8 @@
 """Llama-3.1-8B-Instruct, SFT on what Qwen3-8B distilled (paper, Table 5).
 
-Command:   python -m experiments.train --config=configs/llama3_1_8b.py --config.model.path=DIR --workdir=runs/llama3_1_8b
-           --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
+Command:   cat runs/qwen3_8b/distill/rows-*.jsonl > runs/qwen3_8b/rows.jsonl
+           python -m experiments.train --config=configs/llama3_1_8b.py --config.model.path=DIR --workdir=runs/llama3_1_8b
+           --config.sft.files="('runs/qwen3_8b/rows.jsonl',)"
 Plan:      python -m experiments.plan --config=configs/llama3_1_8b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      as qwen3_8b.py: SFT 9 h at 40 % MFU

@@ -35,6 +35,7 @@ def paper_config(preset: str, path: str, *, sft_rows: int, accumulate: int = 1, 
   c.engine.update(dict(lanes=lanes, tile=tile, trunks=lanes // 4, max_len=prompt + response, max_new=response, tensor=tensor))
   c.evaluate.max_tokens = c.distill.max_tokens = response
   c.distill.tasks.update(dict(single=3000, sequential=5000, parallel=6000, irrelevant=3000, multi_turn=2400))  # 40,000 rows
+  c.rl.tasks.update(dict(single=320, sequential=640, parallel=640, irrelevant=320, multi_turn=214))  # 5,010 prompts
   c.sft.update(dict(rows=sft_rows, accumulate=accumulate))
   c.rl.rows = rl_rows
   return c

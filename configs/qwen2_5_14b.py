@@ -1,7 +1,8 @@
 """Qwen2.5-14B-Instruct, SFT on what Qwen3-8B distilled (paper, Table 5).
 
-Command:   python -m experiments.train --config=configs/qwen2_5_14b.py --config.model.path=DIR --workdir=runs/qwen2_5_14b
-           --config.sft.files="('runs/qwen3_8b/distill/rows.jsonl',)"
+Command:   cat runs/qwen3_8b/distill/rows-*.jsonl > runs/qwen3_8b/rows.jsonl
+           python -m experiments.train --config=configs/qwen2_5_14b.py --config.model.path=DIR --workdir=runs/qwen2_5_14b
+           --config.sft.files="('runs/qwen3_8b/rows.jsonl',)"
 Plan:      python -m experiments.plan --config=configs/qwen2_5_14b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      as qwen3_14b.py: SFT 16 h at 40 % MFU

@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_0_6b.py --config.model.path=DIR --workdir=runs/qwen3_0_6b
 Plan:      python -m experiments.plan --config=configs/qwen3_0_6b.py --topology=a100:1
 Hardware:  one A100-80G
-Time:      SFT 11 h at 40 % MFU (roofline 5.7 h); a DA-GRPO step at least 505 s where prompts and responses are as long as they
-           may be, 66 h for 468
+Time:      SFT 11 h at 40 % MFU (roofline 5.7 h); a DA-GRPO step at least 525 s where prompts and responses are as long as they
+           may be, 68 h for 468
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections

@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_14b.py --config.model.path=DIR --workdir=runs/qwen3_14b
 Plan:      python -m experiments.plan --config=configs/qwen3_14b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 16 h at 40 % MFU (roofline 8.2 h, the paper 21 h). A DA-GRPO step at least 270 s where prompts and responses are
-           as long as they may be, 35 h for 468; the paper's took 17 h, so that its responses were shorter
+Time:      SFT 16 h at 40 % MFU (roofline 8.2 h, the paper 21 h). A DA-GRPO step at least 299 s where prompts and responses are
+           as long as they may be, 39 h for 468; the paper's took 17 h, so that its responses were shorter
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections
@@ -15,4 +15,6 @@ from configs.paper import paper_config
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_14b')
-  return paper_config('qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64)  # with 128 lanes the update lacks 2.6 GiB
+  c = paper_config('qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64)  # with 128 lanes the update lacks 2.6 GiB
+  c.rl.checkpoint_every = 50
+  return c

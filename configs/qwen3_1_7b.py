@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_1_7b.py --config.model.path=DIR --workdir=runs/qwen3_1_7b
 Plan:      python -m experiments.plan --config=configs/qwen3_1_7b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 2.4 h at 40 % MFU (roofline 1.2 h); a DA-GRPO step at least 74 s where prompts and responses are as long as they
-           may be, 9.6 h for 468
+Time:      SFT 2.4 h at 40 % MFU (roofline 1.2 h); a DA-GRPO step at least 78 s where prompts and responses are as long as they
+           may be, 10 h for 468
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections

@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_32b.py --config.model.path=DIR --workdir=runs/qwen3_32b
 Plan:      python -m experiments.plan --config=configs/qwen3_32b.py --topology=a100:16
 Hardware:  16 A100-80G: two hosts, `--hosts=auto` on both
-Time:      SFT 18 h at 40 % MFU (roofline 9.7 h); a DA-GRPO step at least 443 s where prompts and responses are as long as they
-           may be, 58 h for 468
+Time:      SFT 18 h at 40 % MFU (roofline 9.7 h); a DA-GRPO step at least 477 s where prompts and responses are as long as they
+           may be, 62 h for 468
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections

@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_4b.py --config.model.path=DIR --workdir=runs/qwen3_4b
 Plan:      python -m experiments.plan --config=configs/qwen3_4b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h); a DA-GRPO step at least 128 s where prompts and responses are as long as they
-           may be, 17 h for 468
+Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h); a DA-GRPO step at least 139 s where prompts and responses are as long as they
+           may be, 18 h for 468
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections

@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/qwen3_8b.py --config.model.path=DIR --workdir=runs/qwen3_8b
 Plan:      python -m experiments.plan --config=configs/qwen3_8b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 9 h at 40 % MFU (roofline 4.7 h, the paper 11 h). A DA-GRPO step at least 167 s where prompts and responses are
-           as long as they may be, 22 h for 468; the paper's took 11 h, so that its responses were shorter
+Time:      SFT 9 h at 40 % MFU (roofline 4.7 h, the paper 11 h). A DA-GRPO step at least 184 s where prompts and responses are
+           as long as they may be, 24 h for 468; the paper's took 11 h, so that its responses were shorter
 Result:    none yet: no accelerator was at hand
 """
 import ml_collections

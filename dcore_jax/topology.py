@@ -7,11 +7,12 @@
 
 The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosaic) and comes with `pip install -e .[aot]`,
 without drivers or CUDA libraries; only running is not possible. Works on any host, JAX_PLATFORMS=cpu keeps it quiet.
-Too large a step is an error of the TPU compiler (RESOURCE_EXHAUSTED) and none of the GPU's: compare the footprint.
+Too large a step is an error of the TPU compiler, which `refusal` reads, and none of the GPU's: compare the footprint.
 """
 from collections.abc import Callable
 import importlib.util
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,10 @@ _GPUS = {
     }),
 }
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
+# How libtpu says that a program is too large, early on or when it has laid it out, and what it then lists.
+_SIZE = r'([\d.]+)([KMGT])'
+_NEEDED = re.compile(_SIZE + r'(?: of [\d.]+[KMGT] hbm|, has |\) exceeds available HBM)')
+_ALLOCATION = re.compile(r'Size: ' + _SIZE + r'\n(?:\s+Operator: op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\w+\[[\d,]*\])')
 # libtpu is told what it would otherwise ask Google's metadata server for: there is no slice to find on this host.
 _NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
 
@@ -106,6 +111,20 @@ def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footpri
     peak = arguments + outputs - analysis.alias_size_in_bytes + temporary
   elsewhere = 0 if analysis.host_argument_size_in_bytes else host_arguments
   return Footprint(arguments - elsewhere, outputs, temporary, peak - elsewhere)
+
+
+def refusal(message: str) -> tuple[int, dict[str, int]] | None:
+  """(bytes that a device would need, the largest arrays by name) where a compiler's error says that a program is too large;
+  None for any other error. The arrays are named only where the compiler had laid them out."""
+  needed = _NEEDED.search(message)
+  if needed is None:
+    return None
+  return _bytes(*needed.groups()), {f'{shape} of {source or "no operation"}': _bytes(number, unit)
+                                    for number, unit, source, shape in _ALLOCATION.findall(message)}
+
+
+def _bytes(number: str, unit: str) -> int:
+  return int(float(number) * 2 ** (10 * (' KMGT'.index(unit))))
 
 
 def _cpu(count: int) -> Target:

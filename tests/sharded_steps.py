@@ -23,7 +23,8 @@ from dcore_jax.run.collectives import collectives
 
 CONFIG = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.2)
-SPECS = decoder.abstract_params(CONFIG)
+# With biases, and one table for looking up and for the head, which a mesh splits in two ways.
+TIED = dataclasses.replace(CONFIG, model_type='qwen2', tie_word_embeddings=True)
 EXECUTION = decoder.Execution(attention='reference', remat='full', unroll=False)  # the attention that compiles fastest
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
 SGD = optax.sgd(1.0)  # what a step takes off the parameters is the gradient
@@ -44,12 +45,12 @@ def forest() -> tokentree.TokenTree:
   return tree.with_extras(advantage=draw(), old_logp=-4 + 0.1 * draw(), ref_logp=-4 + 0.1 * draw())
 
 
-def gradient(step, tree, mesh):
+def gradient(step, config, tree, mesh):
   """(loss, gradient, collectives) of one step; it must leave the state where it was, or the next one would be compiled anew."""
   with jax.set_mesh(mesh):
-    placed = sharding.shardings(SPECS, mesh) if mesh else None
+    placed = sharding.shardings(decoder.abstract_params(config), mesh) if mesh else None
     batch = sharding.place_batch(tree.batch(shards=sharding.shards()), whole=True)
-    params = jax.device_put(make_params(CONFIG, jax.random.key(0)), placed)
+    params = jax.device_put(make_params(config, jax.random.key(0)), placed)
     before = jax.device_get(params)
     state = optimizer.init_state(params, SGD)
     compiled = step.lower(state, batch).compile()
@@ -67,13 +68,14 @@ def check_places(tree, placed) -> None:
 
 def check_placement(mesh) -> None:
   """Parameters are drawn in their shards, bit for bit those of one device, and moments lie beside them."""
-  placed = sharding.shardings(SPECS, mesh)
+  specs = decoder.abstract_params(CONFIG)
+  placed = sharding.shardings(specs, mesh)
   drawn = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(CONFIG, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, drawn, make_params(CONFIG, jax.random.key(0)))
   adam = optimizer.make_optimizer('adamw', 1e-3)
   with jax.set_mesh(mesh):
     state = optimizer.init_state(drawn, adam)
-  specs = optimizer.abstract_state(SPECS, adam)
+  specs = optimizer.abstract_state(specs, adam)
   check_places(state, sharding.shardings(specs, mesh))
   for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
     assert (leaf.shape, leaf.dtype) == (spec.shape, spec.dtype)
@@ -81,13 +83,14 @@ def check_placement(mesh) -> None:
 
 def main() -> None:
   tree = forest()
-  steps = {'sft': sft.make_sft_step(CONFIG, SGD, EXECUTION),
-           'da_grpo': grpo.make_grpo_step(CONFIG, SGD, kl_coefficient=0.1, execution=EXECUTION)}
-  for name, step in steps.items():
-    data = dataclasses.replace(tree, extras={}) if name == 'sft' else tree
-    loss, grads, _ = gradient(step, data, None)
-    for ways in MESHES:
-      got_loss, got, sent = gradient(step, data, sharding.make_mesh(*ways))
+  make_sft = lambda config: sft.make_sft_step(config, SGD, EXECUTION)
+  make_grpo = lambda config: grpo.make_grpo_step(config, SGD, kl_coefficient=0.1, execution=EXECUTION)
+  for name, make, config, meshes in (('sft', make_sft, CONFIG, MESHES), ('da_grpo', make_grpo, CONFIG, MESHES),
+                                     ('sft_tied', make_sft, TIED, MESHES[-1:])):
+    step, data = make(config), tree if name == 'da_grpo' else dataclasses.replace(tree, extras={})
+    loss, grads, _ = gradient(step, config, data, None)
+    for ways in meshes:
+      got_loss, got, sent = gradient(step, config, data, sharding.make_mesh(*ways))
       np.testing.assert_allclose(got_loss, loss, rtol=1e-5, err_msg=f'{name} {ways}')
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{name} {ways}'), got, grads)
       print(json.dumps({'step': name, 'mesh': ways, 'collectives': sent}), flush=True)

@@ -96,7 +96,7 @@ def steps() -> dict:
 def test_steps_on_eight_devices_equal_those_on_one(steps):
   """The program has compared losses, gradients and placements itself."""
   meshes = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
-  assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes}
+  assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes} | {('sft_tied', meshes[-1])}
 
 
 @pytest.mark.parametrize('step', ['sft', 'da_grpo'])

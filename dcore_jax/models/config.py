@@ -34,9 +34,11 @@ _NO_WINDOW = {'use_sliding_window': False, 'sliding_window': None}
 _FAMILIES = {
     'qwen3': _Family('Qwen3ForCausalLM', qkv_bias=False, qk_norm=True, defaults=_QWEN_DEFAULTS | {'head_dim': 128},
                      required=_NO_BIAS, written={'attention_bias': False, **_NO_WINDOW}),
-    # Its query, key and value projections have biases whatever a file says.
+    # Its query, key and value projections have biases whatever a file says. The base models of Qwen2.5, and what was distilled
+    # into them, say that their positions have one axis.
     'qwen2': _Family('Qwen2ForCausalLM', qkv_bias=True, qk_norm=False, defaults=_QWEN_DEFAULTS,
-                     required={'attention_bias': (True, None), 'mlp_bias': (False, None)}, written=_NO_WINDOW),
+                     required={'attention_bias': (True, None), 'mlp_bias': (False, None), 'use_mrope': (False, None)},
+                     written=_NO_WINDOW),
     'llama': _Family('LlamaForCausalLM', qkv_bias=False, qk_norm=False,
                      defaults=_DEFAULTS | {'num_key_value_heads': None, 'max_position_embeddings': 2048, 'bos_token_id': 1,
                                            'eos_token_id': 2},
@@ -51,8 +53,8 @@ _DESCRIPTIVE = frozenset({
     'max_window_layers', 'output_attentions', 'output_hidden_states', 'return_dict', 'id2label', 'label2id',
     'problem_type', 'chunk_size_feed_forward', '_attn_implementation_autoset',
 })
-
-
+_SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
+          'head_dim', 'max_position_embeddings')
 _ROPE_FIELDS = {'linear': ('factor',),
                 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 
@@ -118,11 +120,12 @@ class DecoderConfig:
   def __post_init__(self):
     if self.model_type not in _FAMILIES:
       raise ValueError(f'model_type {self.model_type!r} is not supported, only {sorted(_FAMILIES)}')
-    for name in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-                 'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'rope_theta', 'rms_norm_eps'):
+    for name, kinds in {**dict.fromkeys(_SIZES, int), 'rope_theta': (int, float), 'rms_norm_eps': (int, float)}.items():
       value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f'{name} must be a positive number, got {value!r}')
+      if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+        raise ValueError(f'{name} must be a positive {"integer" if kinds is int else "number"}, got {value!r}')
+    if not isinstance(self.tie_word_embeddings, bool):  # 'false' would count as true
+      raise ValueError(f'tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}')
     if self.num_attention_heads % self.num_key_value_heads:
       raise ValueError(f'num_attention_heads={self.num_attention_heads} is not a multiple of '
                        f'num_key_value_heads={self.num_key_value_heads}')

@@ -11,6 +11,12 @@ _COLLECTIVE = re.compile(rf'= (.*?) ({_KINDS})(-start)?\((?!.*-done\()')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# The compiler for TPUs leaves it at a condition `counter < constant`, of a body that adds another constant to the counter.
+_CONSTANT = re.compile(r'%([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)')
+_LESS = re.compile(r'ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT')
+_PLACE = re.compile(r'%([\w.\-]+) = .* get-tuple-element\(.*\), index=(\d+)')
+_ADD = re.compile(r'%([\w.\-]+) = .* add\(%[\w.\-]+, %([\w.\-]+)\)')
+_RESULT = re.compile(r'ROOT %\S+ = .* tuple\((.*?)\)')
 _SHAPE = re.compile(r'\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = (re.compile(r'replica_groups=\[\d+,(\d+)\]'), re.compile(r'replica_groups=\{\{([\d,]+)\}'))
@@ -42,26 +48,44 @@ def collectives(hlo_text: str) -> list[Collective]:
     for line in bodies.get(name, ()):
       if match := _COLLECTIVE.search(line):
         found.append(_collective(line, match, times, in_loop))
-      trips = _TRIPS.search(line) if ' while(' in line else None
+      turns = _turns(line, bodies) if ' while(' in line else 1
       branches = [name for group in _BRANCHES.findall(line) for name in re.findall(r'[\w.\-]+', group)]
       for callee in _CALLED.findall(line) + branches:
-        visit(callee, times * (int(trips.group(1)) if trips else 1), in_loop or ' while(' in line)
+        visit(callee, times * turns, in_loop or ' while(' in line)
 
   visit(entry, 1, False)
   return found
 
 
 def _computations(hlo_text: str) -> tuple[dict[str, list[str]], str]:
-  """(lines of each computation that may matter, the name of the entry)."""
+  """(lines of each computation, the name of the entry)."""
   bodies, entry, current = {}, '', []
   for line in hlo_text.splitlines():
     if line and not line[0].isspace():
       if match := _COMPUTATION.match(line):
         current = bodies.setdefault(match.group(2), [])
         entry = match.group(2) if match.group(1) else entry
-    elif '=%' in line or _COLLECTIVE.search(line) or 'branch_computations' in line:
+    else:
       current.append(line)
   return bodies, entry
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+  """Of a loop, which counts from 0; 1 where it is not known."""
+  if trips := _TRIPS.search(line):
+    return int(trips.group(1))
+  condition, body = (bodies.get(match.group(1), []) if (match := re.search(rf'{part}=%?([\w.\-]+)', line)) else []
+                     for part in ('condition', 'body'))
+  first = lambda pattern, lines: next(filter(None, map(pattern.search, lines)), None)
+  pairs = lambda pattern, lines: dict(match.groups() for match in map(pattern.search, lines) if match)
+  less, result = first(_LESS, condition), first(_RESULT, body)
+  limit = less and pairs(_CONSTANT, condition).get(less.group(2))
+  place = less and pairs(_PLACE, condition).get(less.group(1))
+  if not limit or not place or not result:
+    return 1
+  counter = re.findall(r'%([\w.\-]+)', result.group(1))[int(place)]
+  step = pairs(_CONSTANT, body).get(pairs(_ADD, body).get(counter), '1')
+  return -(-int(limit) // int(step))
 
 
 def _collective(line: str, match: re.Match, times: int, in_loop: bool) -> Collective:

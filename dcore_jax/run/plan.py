@@ -116,16 +116,16 @@ def plan(config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] 
 
 
 def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -> StepPlan:
-  began, error, hlo = time.monotonic(), '', ''
-  arguments = programs.device_bytes(program.arguments)
-  footprint = topology.Footprint(arguments, 0, 0, arguments)
+  began, error, hlo, arrays = time.monotonic(), '', '', {}
   lowered = program.lower()
   try:
     compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as refusal:  # a TPU's compiler refuses what does not fit
-    if 'RESOURCE_EXHAUSTED' not in str(refusal):
+  except jax.errors.JaxRuntimeError as caught:  # a TPU's compiler refuses what does not fit
+    refused = topology.refusal(str(caught))
+    if refused is None:
       raise
-    error = str(refusal).splitlines()[0][:300]
+    error, arguments, (needed, arrays) = str(caught).splitlines()[0][:300], programs.device_bytes(program.arguments), refused
+    footprint = topology.Footprint(arguments, 0, max(0, needed - arguments), needed)
   else:
     footprint, hlo = topology.footprint(compiled, programs.host_bytes(program.arguments)), compiled.as_text()
   kinds, sent = collections.defaultdict(lambda: {'count': 0, 'bytes': 0.0}), 0.0
@@ -141,12 +141,12 @@ def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -
                     time.monotonic() - began, error)
   if result.fits:
     return result
-  return dataclasses.replace(result, largest=_largest(program, hlo), remedies=_remedies(made, program, result))
+  return dataclasses.replace(result, largest=_largest(program, hlo, arrays), remedies=_remedies(made, program, result))
 
 
-def _largest(program: programs.Program, hlo: str) -> list[tuple[str, int]]:
-  """The largest arguments, things held beside and arrays that the program makes."""
-  found = dict(program.beside)
+def _largest(program: programs.Program, hlo: str, arrays: dict[str, int]) -> list[tuple[str, int]]:
+  """The largest arguments, things held beside and arrays that the program makes: those in its text, or that a refusal names."""
+  found = program.beside | arrays
   for name, tree in program.arguments.items():
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       found[f'{name}{jax.tree_util.keystr(path)}'] = programs.device_bytes(leaf)

@@ -5,7 +5,7 @@ tokens of a micro-batch.
 """
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set as AbstractSet
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import ml_collections
 
 from dcore_jax import sharding
 from dcore_jax import tokentree
+from dcore_jax.learn import advantages
 from dcore_jax.learn import grpo
 from dcore_jax.learn import optimizer
 from dcore_jax.learn import sft
@@ -121,6 +122,7 @@ class Programs:
     if 'rl' in self.config.stages:
       found += [self.score('old log-probabilities')]
       found += [self.score('reference log-probabilities')] if self.config.rl.kl_coefficient else []
+      found += [self.psi()] if advantages.uses_entropy(self.config.rl.estimator) else []
       found += [self.grpo(), self.prefill(), self.decode()]
     return found
 
@@ -192,19 +194,36 @@ class Programs:
     return Program(name, lambda: self._lower(score, params, batch), {'parameters': params, 'batch': batch},
                    rest | self._engine_bytes(), work, -(-c.prompts * self.rows_per_group // c.rows), 'DA-GRPO step')
 
-  def grpo(self) -> Program:
-    """An update on one mini-batch, whose rows come in multiples of `grpo_loop.rows_multiple`."""
-    c, R, tx, loss = self.config.rl, self._rows('rl'), self.rl_optimizer(), grpo_loop.policy_loss(self.config.rl)
+  def _mini_batch(self, extras: AbstractSet[str]) -> tuple[tokentree.RowBatch, int, Work]:
+    """(A mini-batch, whose rows come in multiples of `grpo_loop.rows_multiple`; its micro-batches that are used; a gradient of
+    one of them)."""
+    c, R = self.config.rl, self._rows('rl')
     used = -(-c.prompts // c.updates * self.rows_per_group // R)
     multiple = grpo_loop.rows_multiple(c, c.max_prompt_tokens, c.max_tokens) // R
-    A = -(-used // multiple) * multiple
-    state, batch = self.state(tx), abstract_batch(self.mesh, A, R, c.capacity, R * c.capacity, tuple(sorted(loss.extras)))
-    rows = R / self.shards
+    A, rows = -(-used // multiple) * multiple, R / self.shards
     part = roofline.training(self.model, rows, c.capacity, rows * c.capacity, self.execution.remat)
+    return abstract_batch(self.mesh, A, R, c.capacity, R * c.capacity, tuple(sorted(extras))), used, self._per_device(part)
+
+  def _beside_update(self) -> dict[str, int]:
+    return self._engine_bytes() | ({'reference policy': device_bytes(self.reference)} if self.config.rl.kl_coefficient else {})
+
+  def psi(self) -> Program:
+    """The gradient of psi alone on one mini-batch, which a step takes for its norm."""
+    c, loss, state = self.config.rl, grpo_loop.policy_loss(self.config.rl), self.state(self.rl_optimizer())
+    batch, used, part = self._mini_batch(loss.extras | {'psi'})
+    norm = grpo.make_psi_norm(self.model, temperature=c.temperature, execution=self.execution, aggregation=loss.aggregation,
+                              max_tokens=loss.max_tokens)
+    arguments, beside = {'parameters': state.params, 'batch': batch}, {'moments': device_bytes(state.opt_state)}
+    return Program('gradient of psi', lambda: self._lower(norm, state.params, batch), arguments, beside | self._beside_update(),
+                   part * used, 1, 'DA-GRPO step', used / batch.tokens.shape[0])
+
+  def grpo(self) -> Program:
+    """An update on one mini-batch."""
+    c, tx, loss = self.config.rl, self.rl_optimizer(), grpo_loop.policy_loss(self.config.rl)
+    state, (batch, used, part) = self.state(tx), self._mini_batch(loss.extras)
     step = grpo.make_grpo_step(self.model, tx, temperature=c.temperature, execution=self.execution, **dataclasses.asdict(loss))
-    beside = self._engine_bytes() | ({'reference policy': device_bytes(self.reference)} if c.kl_coefficient else {})
-    return Program('DA-GRPO update', lambda: self._lower(step, state, batch), {'train state': state, 'batch': batch}, beside,
-                   self._per_device(part) * used + self._update(), c.updates, 'DA-GRPO step', used / A)
+    return Program('DA-GRPO update', lambda: self._lower(step, state, batch), {'train state': state, 'batch': batch},
+                   self._beside_update(), part * used + self._update(), c.updates, 'DA-GRPO step', used / batch.tokens.shape[0])
 
   # --- rollouts -----------------------------------------------------------------------------------------------------------
 

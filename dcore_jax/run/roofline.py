@@ -13,7 +13,7 @@ from dcore_jax.models.config import DecoderConfig
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
   """Published numbers of one device: bfloat16 operations a second, memory bytes a second, and bytes a second that it can send
-  to its neighbours (NVLink or the inter-chip links, one direction)."""
+  to its neighbours (NVLink or all of its inter-chip links, one direction; a small slice of TPUs wires half of them)."""
   flops: float
   memory_rate: float
   link_rate: float
@@ -22,8 +22,8 @@ class Accelerator:
 ACCELERATORS: Mapping[str, Accelerator] = {
     'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
     'h100': Accelerator(989e12, 3.35e12, 450e9),
-    'v5p': Accelerator(459e12, 2.765e12, 300e9),
-    'v6e': Accelerator(918e12, 1.64e12, 224e9),
+    'v5p': Accelerator(459e12, 2.765e12, 600e9),
+    'v6e': Accelerator(918e12, 1.64e12, 448e9),
 }
 
 
@@ -80,13 +80,12 @@ def forward(model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, by
 
 
 def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, remat: str) -> Work:
-  """Forward and backward of the same: twice the forward again, and with rematerialisation the layers once more."""
-  once = forward(model, rows, T, loss_tokens)
-  total = once * 3
-  if remat == 'none' or remat == 'dots':
-    return total
-  again = forward(model, rows, T, 0)
-  return dataclasses.replace(total, flops=total.flops + again.flops, bytes=total.bytes + again.bytes)
+  """Forward and backward of the same: twice the forward again, and once more what `remat` (decoder.REMAT) has not kept."""
+  total, layers = forward(model, rows, T, loss_tokens) * 3, forward(model, rows, T, 0)
+  attention = model.num_hidden_layers * 2 * model.num_attention_heads * model.head_dim * (T + 1) * rows * T
+  again = {'none': 0.0, 'dots': attention, 'attention': layers.flops - attention, 'full': layers.flops}[remat]
+  moved = layers.bytes if remat in ('attention', 'full') else 0.0
+  return dataclasses.replace(total, flops=total.flops + again, bytes=total.bytes + moved)
 
 
 def update(params_per_device: float) -> Work:

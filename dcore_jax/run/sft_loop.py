@@ -42,6 +42,10 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
     seed: of the row order.
   """
   sequences = encode_rows(tokenizer, rows, loss_mask=config.loss_mask, capacity=config.capacity, overlong=config.overlong)
+  longest = max((len(s.tokens) for s in sequences if len(s.tokens) <= config.capacity), default=0)
+  if longest > model.max_position_embeddings:
+    raise ValueError(f'a row of {longest} tokens does not fit the {model.max_position_embeddings} positions of the model; '
+                     'a lower sft.capacity drops it')
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,

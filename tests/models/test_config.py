@@ -40,6 +40,7 @@ def test_the_other_families_are_understood():
   assert llama.rope_scaling == RopeScaling('llama3', 8.0, 1.0, 4.0, 8192) and llama.rope_theta == 5e5
   assert coder.rope_scaling == RopeScaling('linear', 4.0) and coder.rope_theta == 1e5
   assert len({hash(config) for config in (qwen, llama, coder)}) == 3
+  assert DecoderConfig.from_hf(QWEN2_5_14B | {'use_mrope': False}) == qwen  # so the base models say
 
 
 @pytest.mark.parametrize('record', PUBLISHED.values(), ids=PUBLISHED)
@@ -130,6 +131,7 @@ def test_transformers_reads_what_we_write():
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'), ({'num_experts': 8}, 'num_experts'),
     ({'attention_dropout': 0.1}, 'attention_dropout'), ({'num_key_value_heads': 5}, 'num_key_value_heads'),
     ({'head_dim': 7}, 'head_dim'), ({'hidden_size': 0}, 'hidden_size'), ({'vocab_size': '61'}, 'vocab_size'),
+    ({'num_hidden_layers': 2.0}, 'layers must be a positive integer'), ({'tie_word_embeddings': 'false'}, 'tie_word'),
 ])
 def test_what_would_be_ignored_is_refused(change, match):
   with pytest.raises(ValueError, match=match):
@@ -152,7 +154,7 @@ def test_what_would_be_ignored_is_refused(change, match):
     ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 0}}, 'factor of linear'),
     ('qwen2', {'use_sliding_window': True}, 'use_sliding_window=True and max_window_layers=70'),
     ('qwen2', {'attention_bias': False}, 'attention_bias=False'),
-    ('qwen2', {'layer_types': ['sliding_attention']}, 'layer_types'),
+    ('qwen2', {'layer_types': ['sliding_attention']}, 'layer_types'), ('qwen2', {'use_mrope': True}, 'use_mrope=True'),
 ])
 def test_what_the_other_families_would_ignore_is_refused(name, change, match):
   with pytest.raises(ValueError, match=match):

@@ -1,4 +1,4 @@
-"""Reading collectives from HLO text, in the forms in which the compilers for CPU and GPU write them."""
+"""Reading collectives from HLO text, in the forms in which the compilers for CPU, GPU and TPU write them."""
 from dcore_jax.run.collectives import Collective, collectives
 
 HLO = '''HloModule jit_step, is_scheduled=true
@@ -52,3 +52,45 @@ def test_what_a_device_sends():
 def test_a_loop_of_unknown_length_counts_once():
   [first, *_] = collectives(HLO.replace(', backend_config={"known_trip_count":{"n":"36"}}', ''))
   assert first.times == 1 and first.in_loop
+
+
+COUNTED = '''HloModule jit_step, is_scheduled=true
+
+%window (carry: (bf16[4,8], u32[], u32[])) -> (bf16[4,8], u32[], u32[]) {
+  %carry = (bf16[4,8]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%carry), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%counter, %two), metadata={op_name="jit(step)/add"}
+  %permute-start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%part), source_target_pairs={{0,1},{1,0}}
+  ROOT %tuple = (bf16[4,8]{1,0}, u32[]{:T(128)}, /*index=2*/u32[]{:T(128)}) tuple(%permute-done, %next, /*index=2*/%counter), backend_config={}
+}
+
+%window_condition (carry: (bf16[4,8], u32[], u32[])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %counter.1 = u32[]{:T(128)} get-tuple-element(%carry.1), index=1
+  ROOT %less = pred[]{:T(512)} compare(%counter.1, %eight), direction=LT
+}
+
+%layer (carry: (s32[])) -> (s32[]) {
+  %while.2 = (bf16[4,8]{1,0}, u32[], u32[]) while(%inside), condition=%window_condition, body=%window
+  %one = s32[]{:T(128)} constant(1)
+  %index.1 = s32[]{:T(128)} add(%index, %one)
+  ROOT %tuple.1 = (s32[]{:T(128)}) tuple(%index.1)
+}
+
+%layer_condition (carry: (s32[])) -> pred[] {
+  %layers = s32[]{:T(128)} constant(36)
+  %index.2 = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
+  ROOT %less.1 = pred[]{:T(512)} compare(%index.2, %layers), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[]) while(%tuple.2), condition=%layer_condition, body=%layer
+}
+'''
+
+
+def test_turns_that_only_the_condition_tells():
+  assert collectives(COUNTED) == [Collective('collective-permute', 4 * 8 * 2, 36 * 8 // 2, True, 1, '')]
+  # A loop that may end before: its condition is not this comparison alone.
+  assert collectives(COUNTED.replace('ROOT %less = ', '%less = '))[0].times == 36

@@ -81,12 +81,13 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
 
 def test_a_plan_of_one_device():
   plans = {step.name: step for step in plan.plan(tiny_config(), 'cpu:1')}
-  assert len(plans) == 6 and all(step.fits and not step.collectives for step in plans.values())
+  assert len(plans) == 7 and all(step.fits and not step.collectives for step in plans.values())
   state = 3 * 4 * MODEL.param_count
   assert 0 <= plans['SFT step'].arguments - state < 8000 and plans['SFT step'].peak > plans['SFT step'].arguments
   assert plans['prefill'].beside['train state'] == pytest.approx(state, abs=64)
   assert plans['reference log-probabilities'].beside['moments'] == pytest.approx(state * 2 / 3, abs=64)
   assert plans['DA-GRPO update'].beside['reference policy'] == 4 * MODEL.param_count
+  assert plans['gradient of psi'].total < plans['DA-GRPO update'].total and plans['gradient of psi'].calls == 1
   # 4 rollouts of 16 tokens beside a prompt of 32 fit a row of 96: 2 prompts a mini-batch, 4 passes of a row in all.
   assert plans['DA-GRPO update'].calls == 2 and plans['old log-probabilities'].calls == 4
   json.dumps([step.to_json() for step in plans.values()])
@@ -102,6 +103,20 @@ def test_what_does_not_fit_is_named_with_what_would_help(monkeypatch):
   assert sizes == sorted(sizes, reverse=True) and len(set(names)) == 6 and any(name.startswith('f32[') for name in names)
   assert 'too much' in step.remedies[0] and any('mesh.fsdp' in line for line in step.remedies)
   assert 'DA-GRPO update DOES NOT FIT' in plan.table([step], 'cpu:1')
+
+
+def test_a_refusal_by_the_compiler_is_a_step_that_does_not_fit(monkeypatch):
+  def refuse(lowered):
+    raise jax.errors.JaxRuntimeError(message)
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  message = 'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (4000.00G) exceeds available HBM (15.75G).'
+  [step] = plan.plan(tiny_config(), 'cpu:1', ('SFT step',))
+  assert not step.fits and step.total == step.arguments + step.temporaries == 4000 << 30 and step.error == message
+  assert float(step.remedies[0].removesuffix(' GiB too much')) == pytest.approx(4000 - step.limit / 2 ** 30, abs=0.1)
+  message = 'INTERNAL: a fault of the compiler'
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+    plan.plan(tiny_config(), 'cpu:1', ('SFT step',))
 
 
 def test_sizes_that_do_not_fit_each_other_are_named():
@@ -147,9 +162,18 @@ def test_compiles_for_eight_a100_with_room(name):
   done = run_program(f'configs/{name}.py', 'a100:8')
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   steps = {step['name']: step for step in map(json.loads, done.stdout.splitlines())}
-  assert len(steps) == 6 and all(step['fits'] for step in steps.values())
+  assert len(steps) == 7 and all(step['fits'] for step in steps.values())
   model = plan.presets.config(name)
   gathered = steps['SFT step']['collectives']['all-gather']['bytes']
   # Layers in bfloat16, forward and again in the backward pass, and the head: nothing in float32, nothing twice.
   layers, head = model.param_count - 2 * model.vocab_size * model.hidden_size, model.vocab_size * model.hidden_size
   assert gathered == pytest.approx(2 * (2 * layers + head) * 7 / 8, rel=0.01)
+
+
+def test_compiles_for_a_tpu_unless_its_compiler_refuses():
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('no compiler for v5e:2x4: pip install -e .[aot]')
+  done = run_program('configs/qwen3_8b.py', 'v5e:2x4', '--steps=SFT step')
+  assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
+  [step] = map(json.loads, done.stdout.splitlines())
+  assert not step['fits'] and 'exceeds available HBM' in step['error'] and step['temporaries'] > step['arguments'] > 11 << 30

@@ -1,4 +1,6 @@
 """The supervised loop on a tiny model: the loss falls, rows are encoded as asked, a killed run goes on as if it had not been."""
+import dataclasses
+
 import jax
 import ml_collections
 import numpy as np
@@ -86,3 +88,15 @@ def test_sft_obeys_its_loss_mask_and_its_rule_for_long_rows(tokenizer, model, tm
       broken[field] = value
       with pytest.raises(ValueError, match=message):
         sft_loop.run_sft(start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken', seed=0)
+
+
+def test_rows_beyond_the_positions_of_the_model_are_refused(tokenizer, model, tmp_path):
+  rows = [{'id': 0, 'conversations': [{'role': 'user', 'content': 'find ' * 9}, {'role': 'assistant', 'content': 'done'}]}]
+  config = default_config().sft
+  config.update(dict(epochs=1, capacity=128, rows=1))
+  [sequence] = encode_rows(tokenizer, rows)
+  length = len(sequence.tokens)
+  short = dataclasses.replace(model, max_position_embeddings=length - 1)
+  message = f'a row of {length} tokens does not fit the {length - 1} positions'
+  with Metrics(tmp_path) as metrics, pytest.raises(ValueError, match=message):
+    sft_loop.run_sft({}, short, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
