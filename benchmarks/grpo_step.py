@@ -210,21 +210,33 @@ def whole() -> None:
   loop = GrpoLoop(policy.config, policy.tokenizer, engine, Questions(policy.tokenizer, prompts, c.rl.reward), range(len(prompts)),
                   c.rl, seed=0)
   copy = lambda: jax.tree.map(lambda leaf: leaf.copy(), params)
-  state, reference, lengths = optimizer.init_state(copy(), loop.tx), Reference(params, Execution()), []
+  state, reference = optimizer.init_state(copy(), loop.tx), Reference(params, Execution())
   engine.update(state.params)
+  phases: list[dict[str, float]] = []  # of our measured steps
 
-  def step() -> None:
+  def step(number: int) -> dict[str, float]:
     nonlocal state
-    number = len(lengths)
-    batch = loop.source.judge(loop.chosen(number), loop.rollouts(number))
+    began = time.perf_counter()
+    rollouts = loop.rollouts(number)
+    seconds = {'rollout': time.perf_counter() - began}
+    batch = loop.source.judge(loop.chosen(number), rollouts)
     state, under_way = loop.update(state, reference, batch)
-    under_way.numbers(engine)
-    lengths.append(float(np.mean([len(completion.tokens) for r in batch.rollouts for _, completion in r.exchanges])))
+    numbers = under_way.numbers(engine)
+    length = float(np.mean([len(completion.tokens) for r in rollouts for _, completion in r.exchanges]))
+    return seconds | {name: numbers[f'seconds_{name}'] for name in ('score', 'reference', 'update')} | {
+        'seconds': time.perf_counter() - began, 'response_tokens': length}
+
+  def our_step() -> float:
+    step(len(phases))  # other lengths may need other programs
+    phases.append(step(len(phases)))
+    return phases[-1]['seconds']
 
   with contextlib.ExitStack() as stack:
-    runs, peer_lengths = {'ours': timed(step)}, []
+    runs, peer_lengths = {'ours': our_step}, []
     if _TRL.value:
-      asked = [(render_prompt(policy.tokenizer, list(p.point.messages)), p.point.reference) for p in prompts]
+      # trl takes prompts in the order of its data set: those that our steps take.
+      order = [prompts[index].point for number in range(_ROUNDS.value + 1) for index in loop.chosen(number)]
+      asked = [(render_prompt(policy.tokenizer, list(point.messages)), point.reference) for point in order]
       peer = stack.enter_context(trl_peer(
           policy.config, params, rollouts=None, prompts=[text for text, _ in asked], references=[r for _, r in asked],
           group=c.rl.group, micro=16, rollouts_per_update=c.rl.prompts * c.rl.group // c.rl.updates, updates=c.rl.updates,
@@ -238,10 +250,11 @@ def whole() -> None:
     else:
       measure.skipped(case, 'trl GRPOTrainer', 'name its environment by --trl_python')
     for run in runs.values():
-      run()  # compiles; of ours the lengths of a later step may compile once more
+      run()  # compiles
     seconds = rounds(runs)
-  line(case, 'trl GRPOTrainer', seconds['ours'], seconds.get('trl'), 's', wanted=4, response_tokens=float(np.mean(lengths[1:])),
-       peer_response_tokens=float(np.mean(peer_lengths[1:])) if peer_lengths else None)
+  split = {name: float(np.median([step[name] for step in phases[1:]])) for name in phases[0] if name != 'seconds'}
+  line(case, 'trl GRPOTrainer', seconds['ours'], seconds.get('trl'), 's', wanted=4, **split,
+       peer_response_tokens=float(np.median(peer_lengths[1:])) if peer_lengths else None)
 
 
 def tiny(vocabulary: int) -> DecoderConfig:
