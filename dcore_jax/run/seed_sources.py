@@ -152,9 +152,9 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
       if len(outputs) != len(calls) and (outputs or kind == 'sequential' or answer):
         found.dropped['an output is missing'] += 1
         return  # the history of later turns would lack it, too
-      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer)
+      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer, dialogue=dialogue.id)
     elif refusals and len(requests) == 1 and dialogue.tools and answer:
-      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer)
+      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer, dialogue=dialogue.id)
     else:
       found.dropped['a turn without calls'] += 1
     history = [*conversation]
@@ -207,10 +207,10 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
         text = (message['content'] or '').replace('###STOP###', '').strip()
         if text or calls:
           turns.append(Turn(message['role'], text, calls))
-    # All trials of a task are one group: see `experiments.seeds`.
-    trial = f'{name.rpartition("-")[0]}-task{record["task_id"]}/{record["trial"]}'
-    dialogue = Dialogue(trial, messages[0]['content'], specs, tuple(turns))
-    seeds = list(dialogue_seeds(dialogue, found, refusals=False))
+    task = f'{name.rpartition("-")[0]}-task{record["task_id"]}'
+    dialogue = Dialogue(f'{task}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
+    # All trials of a task are one dialogue: what its user wants is the same.
+    seeds = [dataclasses.replace(seed, dialogue=task) for seed in dialogue_seeds(dialogue, found, refusals=False)]
     right = [seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)]
     found.dropped['a call failed'] += len(seeds) - len(right)
     return right
@@ -247,7 +247,8 @@ def bfcl_seeds(task: bfcl_tasks.BfclTask) -> list[Seed]:
     kind = 'sequential' if kind in ('multi_turn', 'single') and len(turn.calls) > 1 else kind
     answer = '' if task.kind in ('single', 'parallel') else turn.answer  # as in ToolWorld: BFCL's single turns end with calls
     world = {'name': 'bfcl', 'classes': list(task.classes), 'config': task.config, 'done': list(done)}
-    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world)
+    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world,
+                task.id)
     seeds.append(seed)
     history += [Message('user', turn.query), *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
     done += [print_calls([call])[1:-1] for call in turn.calls]

