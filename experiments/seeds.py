@@ -3,7 +3,7 @@
     python -m experiments.seeds --source=toolworld --source=toolrl/rlla_sft.json --out=seeds.jsonl
     python -m experiments.seeds --source=bfcl --count=500 --source=taubench --source=Team-ACE/ToolACE --out=seeds.jsonl
 
-Sources: toolworld, bfcl, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL
+Sources: toolworld, bfcl, tau2, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL
 rows by path or hub name (run/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is
 refused with its whole dialogue. Both packages must be there for that; --allow_unchecked writes seeds that were compared with
 what there is.

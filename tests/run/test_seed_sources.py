@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
-from dcore_jax.chat.messages import Message
+from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.distill.overlap import Overlap, TestTask
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
+from dcore_jax.run import tau2_tasks
 from dcore_jax.run.benchmark_tasks import TESTS
 from dcore_jax.run.seed_sources import load_seeds
 from experiments.seeds import collect, load_overlap
@@ -131,6 +132,63 @@ def test_the_recorded_airline_trajectories(data_dir, monkeypatch):
   kinds = collections.Counter(seed.kind for seed in found.seeds)
   assert len(found.seeds) > 150 and set(kinds) == {'single', 'sequential'}
   assert all(next(Distiller().rows(seed)) for seed in found.seeds)  # each has a first question
+
+
+def tau2_task(name, *actions, told='Your user id is mei_kovacs_8020. Cancel #W1.', **more):
+  actions = [{'name': tool, 'arguments': arguments} for tool, arguments in actions]
+  return {'id': name, 'user_scenario': {'instructions': {'reason_for_call': told, 'known_info': None} | more},
+          'evaluation_criteria': {'actions': actions}}
+
+
+class InventedDomain:
+  """A shop whose lookups give #W7 away, and whose item 9 does not exist."""
+  policy, specs = 'Orders of zip 19122.', (ToolSpec('cancel', 'd', {'type': 'object', 'properties': {}, 'required': []}),)
+
+  def __init__(self, name):
+    del name
+
+  def outputs(self, calls):
+    if any(9 in call.arguments.values() for call in calls):
+      raise ValueError('no item 9')
+    return ['{"order": "#W7", "cost": 12.5}'] * len(calls)
+
+
+def test_tau2s_training_tasks(monkeypatch):
+  look, cancel = ('look', {'first_name': 'Mei', 'zip': '19122'}), ('cancel', {'order': '#W7', 'note': ''})
+  split = {'train': [
+      tau2_task('0', look, ('calculate', {'expression': '6 * 2'}), cancel), tau2_task('1', ('cancel', {'order': '#W1'})),
+      tau2_task('2', cancel, look),  # the order is looked up too late
+      tau2_task('3', look, ('cancel', {'cost': 9})), tau2_task('4'), tau2_task('5', ('calculate', {'expression': '1'})),
+      tau2_task('6', ('cancel', {'order': '#W3'}), unknown_info='That it is #W3.')]}
+  monkeypatch.setattr(tau2_tasks, 'Domain', InventedDomain)
+  monkeypatch.setattr(tau2_tasks, 'read_tasks', lambda domain, name: split[name] if domain == 'retail' else [])
+  found = load_seeds('tau2', count=1, seed=0)
+  assert found.records == 7
+  assert found.dropped == {'a value from nowhere': 1, 'a call failed': 1, 'no reference call': 2}
+  first, second, last = found.seeds
+  assert (first.id, first.kind, [c.name for c in first.calls]) == ('tau2-retail-0', 'sequential', ['look', 'cancel'])
+  assert len(first.tool_response) == 2 and 'Orders of zip' in first.conversations[0].content
+  assert (second.kind, second.calls[0].arguments) == ('single', {'order': '#W1'}) and 'Cancel #W1' in second.query
+  assert last.id == 'tau2-retail-6'
+
+
+def test_tau2s_real_training_tasks():
+  """The package's own tools on its own database: a write of one task does not reach the next."""
+  try:
+    domain = tau2_tasks.Domain('retail')
+  except ValueError as error:
+    pytest.skip(str(error))
+  train, test = ({task['id'] for task in tau2_tasks.read_tasks('retail', split)} for split in ('train', 'test'))
+  assert (len(train), len(test), len(train & test)) == (74, 40, 0)
+  order = {'order_id': '#W4776164'}
+  look = ToolCall('get_order_details', order)
+  cancel = ToolCall('cancel_pending_order', order | {'reason': 'ordered by mistake'})
+  assert '"status": "pending"' in domain.outputs([look])[0]
+  assert '"status": "cancelled"' in domain.outputs([cancel, look])[1]
+  with pytest.raises(ValueError, match='cancelled'):
+    domain.outputs([cancel, cancel])
+  assert '"status": "pending"' in domain.outputs([look])[0]
+  assert {'calculate', 'get_order_details'} <= {spec.name for spec in domain.specs}
 
 
 def test_published_toolrl_rows(data_dir, monkeypatch):
