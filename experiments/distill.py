@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
   try:
     config = check_config(config, default_config())
     seeds = config_seeds(config)
-    with stage('distill') as timer, progress(total=len(seeds), description='distill') as bar:
+    with stage('distill'), progress(total=len(seeds), description='distill') as bar:
       summary = run_distillation(config, folder, seeds, lambda journal: local_backend(config, journal), progress=bar.update)
   except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
-  write_json_atomic(folder / 'result.json', summary | {'seconds': timer.seconds})
+  write_json_atomic(folder / 'result.json', summary)
   print(json.dumps(summary))
 
 

@@ -3,9 +3,11 @@
     python -m experiments.seeds --source=toolworld --source=toolrl/rlla_sft.json --out=seeds.jsonl
     python -m experiments.seeds --source=bfcl --count=500 --source=taubench --source=Team-ACE/ToolACE --out=seeds.jsonl
 
-Sources: toolworld, bfcl, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL rows by path
-or hub name (run/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is refused.
-Prints counts by scenario as JSON; what was refused, and which tests could not be looked at, is on stderr too.
+Sources: toolworld, bfcl, tau2, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL
+rows by path or hub name (run/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is
+refused with its whole dialogue. Both packages must be there for that; --allow_unchecked writes seeds that were compared with
+what there is.
+Prints counts by scenario as JSON, `unchecked` being how many seeds were not compared with which test; refusals are on stderr.
 `experiments.distill --config.distill.files="('seeds.jsonl',)"` takes the file.
 """
 import collections
@@ -25,22 +27,20 @@ _SOURCES = flags.DEFINE_multi_string('source', [], 'Where seeds come from; may b
 _OUT = flags.DEFINE_string('out', None, 'JSON-lines file to write.')
 _COUNT = flags.DEFINE_integer('count', 100, 'Tasks of each kind, of sources that make them.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what such sources draw.')
-_TESTS = flags.DEFINE_list('tests', None, f'Of {", ".join(TESTS)}: tests that must be looked at; default: those that are installed.')
+_ALLOW_UNCHECKED = flags.DEFINE_bool('allow_unchecked', False, 'Write seeds though a test is not there to compare them with.')
 
 
-def load_overlap(wanted: list[str] | None) -> tuple[Overlap, dict[str, str]]:
-  """(index of the test tasks, reasons why tests are not in it); ValueError for one that was asked for and is not there."""
-  unknown = set(wanted or ()) - TESTS.keys()
-  if unknown:
-    raise ValueError(f'unknown tests {sorted(unknown)}; expected some of {sorted(TESTS)}')
+def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
+  """(index of the test tasks, why which tests are not in it); ValueError where there are such and they are not allowed."""
   tasks, absent = [], {}
-  for name in TESTS if wanted is None else wanted:
+  for name, read in TESTS.items():
     try:
-      tasks += TESTS[name]()
+      tasks += read()
     except ValueError as error:
-      if wanted is not None:
-        raise
       absent[name] = str(error)
+  if absent and not allow_unchecked:
+    raise ValueError(f'seeds cannot be compared with the test tasks of {" and ".join(absent)}: {"; ".join(absent.values())}. '
+                     'Install what is missing, or pass --allow_unchecked and keep what comes of it away from these tests')
   return Overlap(tasks), absent
 
 
@@ -77,7 +77,7 @@ def collect(sources: list[str], overlap: Overlap, *, count: int, seed: int) -> t
 
 
 def _group(seed: Seed) -> str:
-  return seed.id.split('/')[0]
+  return seed.dialogue or seed.id
 
 
 def main(argv: list[str]) -> None:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError('needs --source and --out, and nothing else')
   logging.set_verbosity(logging.WARNING)
   try:
-    overlap, absent = load_overlap(_TESTS.value)
+    overlap, absent = load_overlap(allow_unchecked=_ALLOW_UNCHECKED.value)
     for name, reason in absent.items():
       print(f'not compared with the test tasks of {name}: {reason}', file=sys.stderr)
     seeds, report = collect(_SOURCES.value, overlap, count=_COUNT.value, seed=_SEED.value)
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
   for refusal in report['refusals']:
     print(f'refused: {refusal["seed"]} repeats the {refusal["by"]} of {refusal["test"]}', file=sys.stderr)
   replace_text(pathlib.Path(_OUT.value), ''.join(json.dumps(seed.to_json()) + '\n' for seed in seeds))
-  print(json.dumps(report | {'test_tasks': overlap.tasks, 'not_compared': absent, 'out': _OUT.value}))
+  unchecked = {name: len(seeds) for name in absent}
+  print(json.dumps(report | {'test_tasks': overlap.tasks, 'unchecked': unchecked, 'out': _OUT.value}))
 
 
 if __name__ == '__main__':

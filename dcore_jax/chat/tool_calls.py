@@ -13,7 +13,7 @@ import json
 import keyword
 import math
 import re
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 import unicodedata
 import warnings
 
@@ -289,6 +289,17 @@ def _as_lists(value: Any) -> Any:
   if isinstance(value, dict):
     return {key: _as_lists(item) for key, item in value.items()}
   return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def leaf_values(value: Any) -> Iterator[Any]:
+  """What an argument's lists and dicts hold, however deep: texts, numbers, booleans and None."""
+  if isinstance(value, dict):
+    value = value.values()
+  elif not isinstance(value, (list, tuple)):
+    yield value
+    return
+  for item in value:
+    yield from leaf_values(item)
 
 
 def tool_response(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.chat.tool_calls import leaf_values, print_calls
 from dcore_jax.distill.seeds import Seed
 
 WORDS = 8  # of an n-gram of a request; a shorter request must be the same one
@@ -66,7 +66,7 @@ class Overlap:
         return self._calls[run], 'calls'
     if self._names:
       said = {word for message in seed.conversations if message.role == 'user' for word in _WORD.findall(message.content)}
-      said |= {value for call in seed.calls for value in map(str, _values(call.arguments))}
+      said |= {value for call in seed.calls for value in map(str, leaf_values(call.arguments))}
       for name in sorted(said & self._names.keys()):
         return self._names[name], 'name'
     return None
@@ -90,7 +90,7 @@ def _runs(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
 def _call_runs(calls: Sequence[ToolCall]) -> Iterator[tuple[str, ...]]:
   """Runs of calls that are too much to be shared by chance."""
   texts = [_normalised_call(call) for call in calls]
-  counts = [len(list(_values(call.arguments))) + len(call.positional) for call in calls]
+  counts = [len(list(leaf_values(call.arguments))) + len(call.positional) for call in calls]
   for size in range(1, CALLS + 1):
     for start in range(len(texts) - size + 1):
       if size == CALLS or sum(counts[start:start + size]) >= VALUES:
@@ -108,13 +108,3 @@ def _normalised_call(call: ToolCall) -> str:
       return [plain(item) for item in value]
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53 else value
   return f'{call.name} {plain(call.arguments)} {plain(call.positional)}'
-
-
-def _values(value: Any) -> Iterator[Any]:
-  if isinstance(value, dict):
-    value = value.values()
-  elif not isinstance(value, (list, tuple)):
-    yield value
-    return
-  for item in value:
-    yield from _values(item)

@@ -22,6 +22,7 @@ class Seed:
       where a world executes them, there may be none.
     answer: the reference text after the last output, or the refusal where there are no calls; '' when not known.
     world: what `worlds.sandbox.open_sandbox` needs to execute calls from this query on; None where nothing can be executed.
+    dialogue: the same for seeds whose histories say the same: turns of one dialogue, trials of one task; '' for a seed alone.
   """
   id: str
   kind: str
@@ -30,6 +31,7 @@ class Seed:
   tool_response: tuple[str, ...]
   answer: str = ''
   world: Mapping[str, Any] | None = None
+  dialogue: str = ''
 
   def __post_init__(self):
     problems = []
@@ -60,7 +62,7 @@ class Seed:
     ground_truth = [print_calls([c])[1:-1] for c in self.calls] if self.calls else self.answer
     return {'id': self.id, 'kind': self.kind, 'conversations': [m.to_json() for m in self.conversations],
             'ground_truth': ground_truth, 'tool_response': list(self.tool_response), 'answer': self.answer,
-            **({'world': self.world} if self.world else {})}
+            **({'world': self.world} if self.world else {}), **({'dialogue': self.dialogue} if self.dialogue else {})}
 
   @classmethod
   def from_json(cls, record: Any) -> 'Seed':
@@ -77,13 +79,16 @@ class Seed:
       responses = record.get('tool_response', [])
       if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise ValueError('tool_response is no list of texts')
+      if not isinstance(record.get('dialogue', ''), str):
+        raise ValueError('dialogue is no text')
       world = record.get('world')
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
       several = 'sequential' if responses or world else 'parallel'  # outputs of one call may be needed by the next
       kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else several)
       return cls(str(record['id']), kind, tuple(Message.from_json(m) for m in record['conversations']), calls,
-                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''), world)
+                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''), world,
+                 record.get('dialogue', ''))
     except (TypeError, ValueError) as error:
       raise ValueError(f'seed record {record["id"]!r} cannot be read: {error}') from error
 

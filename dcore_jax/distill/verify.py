@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.tool_calls import parse_calls, print_calls
 from dcore_jax.distill.decompose import Subtasks, own_calls
+from dcore_jax.distill.leakage import leaked_facts
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.worlds.sandbox import open_sandbox
 
-_FACT = re.compile(r'[A-Z][A-Za-z0-9]+|\w*\d\w*')  # capitalised names, numbers, and ids, in which there is a digit
 _FOREIGN = 0.1  # share of a reasoning's letters from which a script that its conversation lacks is another language
 
 
@@ -33,14 +33,6 @@ def decomposition_problem(seed: Seed, subtasks: Subtasks, *, seen: bool, strict_
   if own_calls(subtasks, len(seed.calls), strict_count) is None:
     return 'decomposition does not partition the calls'
   return 'leaks a fact' if leaked_facts(seed, [text for text, _ in subtasks]) else ''
-
-
-def leaked_facts(seed: Seed, subtasks: Sequence[str]) -> set[str]:
-  """Facts of the subtasks that only the reference calls can have given away: they stand in neither history nor query
-  (method: section 1.2, requirement 3)."""
-  known = set(_FACT.findall(' '.join(m.content for m in seed.conversations)))
-  given = set(_FACT.findall(print_calls(list(seed.calls)))) if seed.calls else set()
-  return set(_FACT.findall(' '.join(subtasks))) & given - known
 
 
 def read_solution(text: str) -> tuple[str, str] | None:

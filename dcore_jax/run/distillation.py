@@ -6,6 +6,7 @@
     W/distill/rows-00000.jsonl         rows of seeds 0..shard_seeds-1 in their order; written when all of them are finished
     W/distill/outcomes-00000.jsonl     what became of each of these seeds, and what it cost
     W/distill/distill.json             counts and rates
+    W/distill/seconds.json             the time that all calls of the run have taken so far
     W/distill/sample.html              kept rows and dropped seeds to look at
 """
 import collections
@@ -32,6 +33,7 @@ from dcore_jax.run.metrics import read_json, replace_text, write_json_atomic
 REFERENCES = ('shown', 'hidden', 'pseudo')
 BACKENDS = ('local', 'openai')
 _KEPT_SHOWN, _DROPPED_SHOWN = 4, 3  # in the sample, of each kind and of each reason
+_CLOCK_INTERVAL = 10.0  # seconds of its time that a killed call loses at most
 
 Local = Callable[[pathlib.Path], LocalBackend]  # journal -> our engine with the base model
 
@@ -39,6 +41,9 @@ Local = Callable[[pathlib.Path], LocalBackend]  # journal -> our engine with the
 def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, seeds: Sequence[Seed], local: Local, *,
                      progress: Callable[[int], Any] | None = None) -> dict[str, Any]:
   """Distils the seeds into `folder` -> the content of distill.json.
+
+  Its `seconds` are those of all calls that it took, from the first on; `usage` and `occupancy` are of the call that ended it. A
+  call that finds the run finished returns what was written.
 
   Args:
     config: the whole pipeline config; sections `distill`, and its `seed`.
@@ -56,6 +61,7 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
     raise ValueError(f'distill.reference = {c.reference!r} is one of {REFERENCES}, distill.backend = {c.backend!r} one of '
                      f'{BACKENDS}, distill.shard_seeds = {c.shard_seeds} at least 1')
   check_ids(seeds)
+  clock = Clock(folder / 'seconds.json')
   distiller = Distiller(
       load_wording(c.wording), show_reference=c.reference != 'hidden', examples=c.examples, strict_count=c.strict_count,
       candidates=c.candidates, retries=c.retries, samples=c.samples, verify=c.verify, max_chars=c.max_chars,
@@ -66,7 +72,7 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   journal = folder / 'replies.jsonl'
   backend = local(journal) if c.backend == 'local' else endpoint(c, c.base_url, c.model, journal)
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
-  began, asked, unlabelled, labels = time.perf_counter(), {seed.id: seed.kind for seed in seeds}, {}, {}
+  asked, unlabelled, labels = {seed.id: seed.kind for seed in seeds}, {}, {}
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   if c.reference == 'pseudo':
     labeller = backend
@@ -79,15 +85,16 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   numbers = run.unfinished()
   progress(len(seeds) - len(numbers))
   if not numbers and (folder / 'distill.json').exists():
-    return read_json(folder / 'distill.json')  # with the costs of the call that made it
+    return read_json(folder / 'distill.json')
   for place, outcome in distill([seeds[n] for n in numbers], backend, sampling, distiller) if numbers else ():
     run.file(numbers[place], outcome)
+    clock.tick()
     progress(1)
   records = [record | {'asked': asked[record['seed']]} for record in run.outcomes()]
   records += [vars(Outcome(name, asked[name], reason=reason, stage='label')) for name, reason in unlabelled.items()]
   summary = summarise(records) | labels | {
       'model': backend.model, 'wording': distiller.wording.version, 'usage': vars(backend.usage),
-      'seconds_this_call': round(time.perf_counter() - began, 1)}
+      'seconds': round(clock.write(), 1)}
   if before:
     spent = {name: value - getattr(before, name) for name, value in vars(backend.engine.stats).items()}
     summary['occupancy'] = round(EngineStats(**spent).occupancy, 4)
@@ -151,6 +158,26 @@ def _labelled(folder: pathlib.Path, seeds: Sequence[Seed], backend: Backend, sam
   if not labelled:
     raise ValueError(f'no seed got a pseudo-label: {dict(dropped)}')
   return labelled, reasons, {'labels': {'seeds': len(seeds), 'labelled': len(labelled), 'agree': agree, 'dropped': dict(dropped)}}
+
+
+class Clock:
+  """The time of a run that may take several calls: from here on, and what earlier calls have left in a file."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._began = path, time.perf_counter()
+    self._before = read_json(path)['seconds'] if path.exists() else 0.0
+    self._written = self._began
+
+  def tick(self) -> None:
+    """Writes the time down where that was last done some seconds ago."""
+    if time.perf_counter() - self._written >= _CLOCK_INTERVAL:
+      self.write()
+
+  def write(self) -> float:
+    self._written = time.perf_counter()
+    seconds = self._before + self._written - self._began
+    write_json_atomic(self._path, {'seconds': seconds})
+    return seconds
 
 
 class Shards:

@@ -110,7 +110,8 @@ class Pipeline:
       with stage(name) as timer:
         values = run_stage()
       result.parent.mkdir(parents=True, exist_ok=True)
-      write_json_atomic(result, values | {'seconds': timer.seconds + values.get('seconds_before', 0.0)})
+      # Distillation, which other programs run as well, keeps its own time.
+      write_json_atomic(result, {'seconds': timer.seconds + values.get('seconds_before', 0.0)} | values)
       distributed.wait_for_others(name)
     summary = self.summary()
     write_json_atomic(self.workdir / 'summary.json', summary)

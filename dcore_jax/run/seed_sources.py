@@ -3,6 +3,7 @@
     toolworld    tasks of ToolWorld
     bfcl         new tasks on the executable APIs of BFCL v3
     taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's airline ones)
+    tau2         training tasks of tau2-bench, their reference actions executed
     NAME         a data set as `sources.load_records` takes it, with its schema before a colon where it is not to be guessed
 """
 import collections
@@ -16,8 +17,9 @@ import ml_collections
 
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
+from dcore_jax.distill.leakage import Said, call_values, words_of
 from dcore_jax.distill.seeds import Seed, reference_steps
-from dcore_jax.run import row_schemas
+from dcore_jax.run import row_schemas, tau2_tasks
 from dcore_jax.run.row_schemas import Dialogue, Turn
 from dcore_jax.run.sources import data_path, load_records, read_rows
 from dcore_jax.worlds import bfcl_tasks
@@ -79,6 +81,8 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   if source == 'bfcl':
     tasks = [bfcl_tasks.make_task(kind, index, seed=seed) for kind in bfcl_tasks.KINDS for index in range(count)]
     return Found([s for task in tasks for s in bfcl_seeds(task)], len(tasks), collections.Counter())
+  if source == 'tau2':
+    return tau2_seeds()
   if name == 'taubench':
     records = read_rows(data_path(place or TAUBENCH))
     return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
@@ -152,9 +156,9 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
       if len(outputs) != len(calls) and (outputs or kind == 'sequential' or answer):
         found.dropped['an output is missing'] += 1
         return  # the history of later turns would lack it, too
-      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer)
+      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer, dialogue=dialogue.id)
     elif refusals and len(requests) == 1 and dialogue.tools and answer:
-      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer)
+      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer, dialogue=dialogue.id)
     else:
       found.dropped['a turn without calls'] += 1
     history = [*conversation]
@@ -207,10 +211,10 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
         text = (message['content'] or '').replace('###STOP###', '').strip()
         if text or calls:
           turns.append(Turn(message['role'], text, calls))
-    # All trials of a task are one group: see `experiments.seeds`.
-    trial = f'{name.rpartition("-")[0]}-task{record["task_id"]}/{record["trial"]}'
-    dialogue = Dialogue(trial, messages[0]['content'], specs, tuple(turns))
-    seeds = list(dialogue_seeds(dialogue, found, refusals=False))
+    task = f'{name.rpartition("-")[0]}-task{record["task_id"]}'
+    dialogue = Dialogue(f'{task}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
+    # All trials of a task are one dialogue: what its user wants is the same.
+    seeds = [dataclasses.replace(seed, dialogue=task) for seed in dialogue_seeds(dialogue, found, refusals=False)]
     right = [seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)]
     found.dropped['a call failed'] += len(seeds) - len(right)
     return right
@@ -235,6 +239,50 @@ def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
   return tuple(specs)
 
 
+# --- tau2-bench -------------------------------------------------------------------------------------------------------------
+
+# tau2's user is a model that is told whom to play. Rewriting that to the first person would be a model's work, too.
+_TAU2_QUERY = 'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
+_TAU2_TOLD = ('known_info', 'unknown_info', 'reason_for_call', 'task_instructions')
+
+
+def tau2_seeds() -> Found:
+  """The train splits of the domains whose tools run alone, the reference actions as calls with the outputs they have.
+
+  Calls of `calculate` change nothing and can be written in many ways: they are left out. Dropped and counted are tasks without
+  actions, those with an action that fails, and those with a value that neither the notes, the policy nor an earlier output
+  holds: their actions are those that count, without the lookups that a solver needs.
+  """
+  found = Found([], 0, collections.Counter())
+  for name in tau2_tasks.EXECUTABLE:
+    domain = tau2_tasks.Domain(name)
+    system = row_schemas.system_text(domain.policy, domain.specs)
+    for task in tau2_tasks.read_tasks(name, 'train'):
+      found.records += 1
+      calls = tuple(call for call in tau2_tasks.reference_calls(task) if call.name != 'calculate')
+      conversation = (Message('system', system), Message('user', _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))))
+      try:
+        outputs = tuple(domain.outputs(calls))
+      except ValueError:
+        found.dropped['a call failed'] += 1
+        continue
+      if not calls:
+        found.dropped['no reference call'] += 1
+      elif not _follows([message.content for message in conversation], calls, outputs):
+        found.dropped['a value from nowhere'] += 1
+      else:
+        kind = 'single' if len(calls) == 1 else 'sequential'
+        found.seeds.append(Seed(f'tau2-{name}-{task["id"]}', kind, conversation, calls, outputs))
+  return found
+
+
+def _follows(said: list[str], calls: Sequence[ToolCall], outputs: Sequence[str]) -> bool:
+  """Whether every value of a call stands in what was said, or in an output before it."""
+  known = [Said([text], readings=True) for text in (*said, *outputs)]
+  return all(any(words in text for text in known[:len(said) + number]) for number, call in enumerate(calls)
+             for words in map(words_of, call_values([call])) if words)
+
+
 # --- BFCL -------------------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +295,8 @@ def bfcl_seeds(task: bfcl_tasks.BfclTask) -> list[Seed]:
     kind = 'sequential' if kind in ('multi_turn', 'single') and len(turn.calls) > 1 else kind
     answer = '' if task.kind in ('single', 'parallel') else turn.answer  # as in ToolWorld: BFCL's single turns end with calls
     world = {'name': 'bfcl', 'classes': list(task.classes), 'config': task.config, 'done': list(done)}
-    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world)
+    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world,
+                task.id)
     seeds.append(seed)
     history += [Message('user', turn.query), *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
     done += [print_calls([call])[1:-1] for call in turn.calls]

@@ -1,7 +1,7 @@
 """The executable APIs of BFCL v3's multi-turn tasks, run from an installed bfcl-eval 2025.6.16.
 
-That package pins dozens of others. Nothing of it is imported here but the plain Python classes of its APIs, which need none
-of them, so that it may be installed beside: `pip install --no-deps --target .bfcl bfcl-eval==2025.6.16`.
+That package pins dozens of others. Nothing of it is imported here but the plain Python classes of its APIs, which need one of
+them, so that it may be installed beside: `pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0`.
 A call is made by name among the public methods of the listed classes, with literal arguments: nothing is evaluated, unlike in
 the harness itself (harnesses.md A3).
 """
@@ -19,11 +19,16 @@ from typing import Any
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import parse_reference
 
-INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16'
+INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0'
 # class -> its module and its file of function docs
 CLASSES = {'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'),
-           'TicketAPI': ('ticket_api', 'ticket_api'), 'TwitterAPI': ('posting_api', 'posting_api')}
+           'MathAPI': ('math_api', 'math_api'), 'MessageAPI': ('message_api', 'message_api'),
+           'TicketAPI': ('ticket_api', 'ticket_api'), 'TradingBot': ('trading_bot', 'trading_bot'),
+           'TravelAPI': ('travel_booking', 'travel_booking'), 'TwitterAPI': ('posting_api', 'posting_api'),
+           'VehicleControlAPI': ('vehicle_control', 'vehicle_control')}
 _SOURCES = 'bfcl_eval.eval_checker.multi_turn_eval.func_source_code'
+# Of the calculator, which would compute as many digits as a model asks for, and hold up everything for it.
+_LARGEST = {'exponent': 1_000, 'precision': 1_000, 'decimal_places': 1_000}
 _NODES = 20_000  # of a state that is looked at; a file system copied into itself has no end
 
 
@@ -45,6 +50,8 @@ def _class(name: str) -> type:
   sys.path.append(folder)
   try:
     return getattr(importlib.import_module(f'{_SOURCES}.{CLASSES[name][0]}'), name)
+  except ModuleNotFoundError as error:
+    raise ValueError(f'BFCL\'s {name} lacks {error.name}: {INSTALL}') from error
   finally:
     sys.path.remove(folder)
 
@@ -68,7 +75,8 @@ class BfclSandbox:
     self.instances, self._methods = {}, {}
     for name in classes:
       instance = _class(name)()
-      instance._load_scenario(copy.deepcopy(config.get(name, {})))  # pylint: disable=protected-access
+      if hasattr(instance, '_load_scenario'):  # the calculator has no state
+        instance._load_scenario(copy.deepcopy(config.get(name, {})))  # pylint: disable=protected-access
       self.instances[name] = instance
       self._methods |= {n: m for n, m in inspect.getmembers(instance, inspect.ismethod) if not n.startswith('_')}
     for call in parse_reference(list(done)):
@@ -93,10 +101,22 @@ class BfclSandbox:
       for name, parameter in given.signature.parameters.items():
         if isinstance(parameter.default, (list, dict)):
           given.arguments.setdefault(name, copy.deepcopy(parameter.default))
-      result = method(*given.args, **given.kwargs)
-      return result if isinstance(result, str) else json.dumps(result) if isinstance(result, dict) else str(result)
+      for parameter, largest in _LARGEST.items():
+        if abs(given.arguments.get(parameter, 0)) > largest:
+          raise ValueError(f'{parameter} is beyond {largest}')
+      return _text(method(*given.args, **given.kwargs))
     except Exception as error:  # whatever an API makes of a model's arguments  # pylint: disable=broad-except
       return f'Error during execution: {error}'[:500]
+
+
+def _text(result: Any) -> str:
+  """An output as BFCL shows it: dicts as JSON, but for those that hold a number of mpmath or decimal."""
+  if isinstance(result, dict):
+    try:
+      return json.dumps(result)
+    except TypeError:
+      pass
+  return str(result)
 
 
 def _plain(value: Any, budget: list[int]) -> Any:

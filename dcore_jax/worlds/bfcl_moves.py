@@ -1,21 +1,10 @@
-"""What can be asked of BFCL's APIs: scenarios, and moves that draw a clause of a request with the calls that carry it out.
-
-Names, texts and states are our own. A move looks at the live API, so that what it asks for succeeds now; what an API has
-answered decides what later clauses can speak of ("that ticket", "the copy").
-"""
-import dataclasses
-import json
+"""What can be asked of BFCL's tickets, posts and files."""
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.worlds.bfcl import BfclSandbox
+from dcore_jax.worlds.bfcl_writer import FIRST, LINES, NOTHING, PLACES, Clause, Repertoire, Writer
 
-_FIRST = ('mara', 'oskar', 'ilse', 'tomas', 'priya', 'kofi', 'lena', 'bruno', 'yuki', 'amadou', 'vera', 'nils')
-_PLACES = ('harbour', 'orchard', 'lighthouse', 'quarry', 'market', 'observatory', 'greenhouse', 'foundry', 'ferry', 'archive')
 _TROUBLES = ('scanner jams', 'door stays open', 'pump leaks', 'screen flickers', 'heating is off', 'badge is refused',
              'backup fails', 'lamp is broken', 'queue is stuck', 'label is missing')
 _NOTES = ('replaced the part', 'restarted it twice', 'sent a technician', 'cleared the cache', 'asked the supplier',
@@ -23,92 +12,15 @@ _NOTES = ('replaced the part', 'restarted it twice', 'sent a technician', 'clear
 _STEMS = ('ledger', 'roster', 'recipe', 'itinerary', 'survey', 'inventory', 'minutes', 'draft', 'catalogue', 'timesheet')
 _ENDINGS = ('txt', 'csv', 'md', 'log')
 _FOLDERS = ('attic', 'inbox', 'spring', 'sealed', 'shared', 'voyage', 'kiln', 'almanac')
-NOTHING = ('', None)
-_LINES = ('north wing needs paint', 'order twelve more crates', 'call the mason on Monday', 'two guests arrive late',
-          'water the ferns', 'invoice was paid in cash', 'key hangs behind the stove', 'train leaves at seven')
 _TAGS = ('#harvest', '#lanterns', '#tides', '#granite', '#sparrows', '#ferns')
-
-
-@dataclasses.dataclass
-class Clause:
-  """A part of a request: in words, as calls, as what can be reported of it, and with a value left out."""
-  text: str
-  calls: list[ToolCall]
-  report: str
-  chained: bool = False  # it takes what an earlier clause returned or made
-  partial: tuple[str, str] | None = None  # (words that lack a value, the question for it)
-  makes: tuple[str, Any] | None = None  # (what it made is called from now on, its number or name)
-
-
-class Writer:
-  """Draws clauses against a live scenario of one API; `outputs` are those of the last one."""
-
-  def __init__(self, rng: np.random.Generator, name: str):
-    self.rng, self.name = rng, name
-    self.config = {name: _SCENARIOS[name](self)}
-    self.sandbox = BfclSandbox([name], self.config)
-    self.latest: tuple[str, Any] = NOTHING  # what a later clause can speak of without naming it, and what that is
-    self.spoken: tuple[str, Any] | None = None  # what the clause that is being drawn speaks of
-    self.outputs: list[str] = []
-    self.made: set[str] = set()  # calls, each of which is made once in a task
-    self.fresh: set[Any] = set()  # made in this turn: its number is in nothing that the user has seen
-
-  @property
-  def api(self) -> Any:
-    return self.sandbox.instances[self.name]
-
-  def choice(self, options: Any) -> Any:
-    options = list(options)
-    return options[int(self.rng.integers(len(options)))]
-
-  def number(self, low: int, high: int) -> int:
-    return int(self.rng.integers(low, high + 1))
-
-  def clause(self, chained: bool) -> Clause | None:
-    """A clause that succeeds now, executed; None where a draw does not fit the state."""
-    self.spoken = None
-    clause = self.choice(_MOVES[self.name])(self, chained)
-    printed = {print_calls([call]) for call in clause.calls} if clause else set()
-    if clause is None or clause.chained != chained or printed & self.made:
-      return None
-    self.made |= printed
-    outputs = [self.sandbox.run(call) for call in clause.calls]
-    if any(_is_error(output) for output in outputs):
-      raise RuntimeError(f'reference calls {print_calls(clause.calls)} fail: {outputs}')
-    if clause.makes:
-      self.fresh.add(clause.makes[1])
-    self.latest = clause.makes or self.spoken or self.latest
-    self.outputs = outputs
-    return clause
-
-
-def _which(w: Writer, chained: bool, candidates: Any, noun: str, called: str = '{}') -> tuple[str, Any] | None:
-  """(how one of the candidates is spoken of, what it is): the one that was last spoken of, or one that the user can name."""
-  if chained:
-    w.spoken = w.latest
-    return w.latest if w.latest[1] in candidates else None
-  known = [one for one in candidates if one not in w.fresh]
-  if not known:
-    return None
-  w.spoken = f'that {noun}', w.choice(known)
-  return called.format(w.spoken[1]), w.spoken[1]
-
-
-def _is_error(output: str) -> bool:
-  if output.startswith('Error during execution'):
-    return True
-  try:
-    return 'error' in json.loads(output)
-  except (TypeError, ValueError):
-    return False
 
 
 # --- tickets --------------------------------------------------------------------------------------------------------------
 
 
 def _ticket_scenario(w: Writer) -> dict[str, Any]:
-  user, first = w.choice(_FIRST).title(), w.number(300, 900)
-  tickets = [{'id': first + i, 'title': f'{w.choice(_PLACES)} {w.choice(_TROUBLES)}', 'description': w.choice(_LINES),
+  user, first = w.choice(FIRST).title(), w.number(300, 900)
+  tickets = [{'id': first + i, 'title': f'{w.choice(PLACES)} {w.choice(_TROUBLES)}', 'description': w.choice(LINES),
               'status': 'Open' if i else 'Closed', 'priority': w.number(1, 5), 'created_by': user}
              for i in range(w.number(4, 6))]
   return {'ticket_queue': tickets, 'ticket_counter': first + len(tickets), 'current_user': user}
@@ -119,11 +31,11 @@ def _open_tickets(w: Writer) -> list[int]:
 
 
 def _create_ticket(w: Writer, chained: bool) -> Clause:
-  title, priority = f'{w.choice(_PLACES)} {w.choice(_TROUBLES)}', w.number(1, 5)
+  title, priority = f'{w.choice(PLACES)} {w.choice(_TROUBLES)}', w.number(1, 5)
   arguments = {'title': title, 'priority': priority}
   text = f'open a ticket titled "{title}" with priority {priority}'
   if w.rng.random() < 0.4:
-    arguments['description'] = w.choice(_LINES)
+    arguments['description'] = w.choice(LINES)
     text += f' and the description "{arguments["description"]}"'
   number = w.api.ticket_counter
   return Clause(text, [ToolCall('create_ticket', arguments)], f'Ticket {number}, "{title}", has been opened.',
@@ -132,26 +44,26 @@ def _create_ticket(w: Writer, chained: bool) -> Clause:
 
 
 def _get_ticket(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, [ticket['id'] for ticket in w.api.ticket_queue], 'ticket', 'ticket {}')
+  found = w.which(chained, [ticket['id'] for ticket in w.api.ticket_queue], 'ticket', 'ticket {}')
   return found and Clause(f'show me {found[0]}', [ToolCall('get_ticket', {'ticket_id': found[1]})],
                           f'Here is ticket {found[1]}.', chained, ('show me a ticket', 'What is the number of the ticket?'))
 
 
 def _close_ticket(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, _open_tickets(w), 'ticket', 'ticket {}')
+  found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
   return found and Clause(f'close {found[0]}', [ToolCall('close_ticket', {'ticket_id': found[1]})],
                           f'Ticket {found[1]} has been closed.', chained, ('close my ticket', 'Which ticket shall I close?'))
 
 
 def _resolve_ticket(w: Writer, chained: bool) -> Clause | None:
-  found, note = _which(w, chained, _open_tickets(w), 'ticket', 'ticket {}'), w.choice(_NOTES)
+  found, note = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}'), w.choice(_NOTES)
   return found and Clause(
       f'resolve {found[0]} with the note "{note}"', [ToolCall('resolve_ticket', {'ticket_id': found[1], 'resolution': note})],
       f'Ticket {found[1]} has been resolved.', chained, (f'resolve {found[0]}', 'What shall I note as its resolution?'))
 
 
 def _edit_ticket(w: Writer, chained: bool) -> Clause | None:
-  found, priority = _which(w, chained, _open_tickets(w), 'ticket', 'ticket {}'), w.number(1, 5)
+  found, priority = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}'), w.number(1, 5)
   return found and Clause(
       f'set the priority of {found[0]} to {priority}',
       [ToolCall('edit_ticket', {'ticket_id': found[1], 'updates': {'priority': priority}})],
@@ -168,17 +80,17 @@ def _list_tickets(w: Writer, chained: bool) -> Clause:
 
 
 def _post_scenario(w: Writer) -> dict[str, Any]:
-  names = [str(name) for name in w.rng.permutation(_FIRST)]
-  users = [f'{name}_{w.choice(_PLACES)}' for name in names[:5]]
+  names = [str(name) for name in w.rng.permutation(FIRST)]
+  users = [f'{name}_{w.choice(PLACES)}' for name in names[:5]]
   first = w.number(20, 400)
-  tweets = {str(first + i): {'id': first + i, 'username': users[i % 3], 'content': f'{w.choice(_PLACES)}: {w.choice(_LINES)}',
+  tweets = {str(first + i): {'id': first + i, 'username': users[i % 3], 'content': f'{w.choice(PLACES)}: {w.choice(LINES)}',
                              'tags': [w.choice(_TAGS)], 'mentions': []} for i in range(4)}
   return {'username': users[0], 'password': f'{w.choice(_FOLDERS)}{w.number(10, 99)}', 'authenticated': True, 'tweets': tweets,
           'comments': {}, 'retweets': {}, 'following_list': users[1:3], 'tweet_counter': first + 4}
 
 
 def _post_tweet(w: Writer, chained: bool) -> Clause:
-  content, tag, number = f'{w.choice(_PLACES)}: {w.choice(_LINES)}', w.choice(_TAGS), w.api.tweet_counter
+  content, tag, number = f'{w.choice(PLACES)}: {w.choice(LINES)}', w.choice(_TAGS), w.api.tweet_counter
   arguments, text = {'content': content}, f'post a tweet saying "{content}"'
   if w.rng.random() < 0.5:
     arguments['tags'], text = [tag], text + f' with the tag {tag}'
@@ -187,14 +99,14 @@ def _post_tweet(w: Writer, chained: bool) -> Clause:
 
 
 def _comment(w: Writer, chained: bool) -> Clause | None:
-  found, words = _which(w, chained, w.api.tweets, 'tweet', 'tweet {}'), w.choice(_LINES)
+  found, words = w.which(chained, w.api.tweets, 'tweet', 'tweet {}'), w.choice(LINES)
   return found and Clause(
       f'comment "{words}" on {found[0]}', [ToolCall('comment', {'tweet_id': found[1], 'comment_content': words})],
       f'The comment on tweet {found[1]} is posted.', chained, (f'comment on {found[0]}', 'What shall the comment say?'))
 
 
 def _retweet(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, w.api.tweets, 'tweet', 'tweet {}')
+  found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
   if not found or found[1] in w.api.retweets.get(w.api.username, []):
     return None
   return Clause(f'retweet {found[0]}', [ToolCall('retweet', {'tweet_id': found[1]})], f'Tweet {found[1]} is retweeted.',
@@ -202,14 +114,14 @@ def _retweet(w: Writer, chained: bool) -> Clause | None:
 
 
 def _mention(w: Writer, chained: bool) -> Clause | None:
-  found, user = _which(w, chained, w.api.tweets, 'tweet', 'tweet {}'), f'@{w.choice(_FIRST)}_{w.choice(_PLACES)}'
+  found, user = w.which(chained, w.api.tweets, 'tweet', 'tweet {}'), f'@{w.choice(FIRST)}_{w.choice(PLACES)}'
   return found and Clause(
       f'mention {user} in {found[0]}', [ToolCall('mention', {'tweet_id': found[1], 'mentioned_usernames': [user]})],
       f'{user} is mentioned in tweet {found[1]}.', chained, (f'mention someone in {found[0]}', 'Whom shall I mention?'))
 
 
 def _follow(w: Writer, chained: bool) -> Clause | None:
-  user = f'{w.choice(_FIRST)}_{w.choice(_PLACES)}'
+  user = f'{w.choice(FIRST)}_{w.choice(PLACES)}'
   if user in w.api.following_list:
     return None
   return Clause(f'follow {user}', [ToolCall('follow_user', {'username_to_follow': user})], f'You now follow {user}.',
@@ -231,7 +143,7 @@ def _stats(w: Writer, chained: bool) -> Clause:
 
 
 def _search(w: Writer, chained: bool) -> Clause:
-  word = w.choice(_PLACES)
+  word = w.choice(PLACES)
   return Clause(f'search the tweets for "{word}"', [ToolCall('search_tweets', {'keyword': word})],
                 f'These are the tweets about "{word}".', partial=('search the tweets', 'What shall I search for?'),
                 makes=NOTHING)
@@ -243,9 +155,9 @@ def _search(w: Writer, chained: bool) -> Clause:
 def _file_scenario(w: Writer) -> dict[str, Any]:
   def files(count):
     names = [f'{stem}_{w.number(1, 60)}.{w.choice(_ENDINGS)}' for stem in w.rng.permutation(_STEMS)[:count]]
-    return {name: {'type': 'file', 'content': '\n'.join(w.choice(_LINES) for _ in range(w.number(2, 4)))} for name in names}
+    return {name: {'type': 'file', 'content': '\n'.join(w.choice(LINES) for _ in range(w.number(2, 4)))} for name in names}
   folders = {str(name): {'type': 'directory', 'contents': files(2)} for name in w.rng.permutation(_FOLDERS)[:2]}
-  return {'root': {w.choice(_FIRST): {'type': 'directory', 'contents': files(4) | folders}}}
+  return {'root': {w.choice(FIRST): {'type': 'directory', 'contents': files(4) | folders}}}
 
 
 def _here(w: Writer, folders: bool = False) -> list[str]:
@@ -257,7 +169,7 @@ def _here(w: Writer, folders: bool = False) -> list[str]:
 def _read_file(name: str, tool: str, words: str, report: str, more: dict[str, Any]) -> Callable[[Writer, bool], Clause | None]:
   """A move that looks at a file: `words` and `report` with {file}."""
   def move(w: Writer, chained: bool) -> Clause | None:
-    found = _which(w, chained, _here(w), 'file')
+    found = w.which(chained, _here(w), 'file')
     return found and Clause(words.format(file=found[0]), [ToolCall(tool, {'file_name': found[1], **more})],
                             report.format(file=found[1]), chained, (words.format(file='the file'), 'Which file do you mean?'))
   move.__name__ = f'_{name}'
@@ -265,7 +177,7 @@ def _read_file(name: str, tool: str, words: str, report: str, more: dict[str, An
 
 
 def _grep(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, _here(w), 'file')
+  found = w.which(chained, _here(w), 'file')
   if not found:
     return None
   text = w.api._current_dir.contents[found[1]].content  # pylint: disable=protected-access
@@ -277,14 +189,14 @@ def _grep(w: Writer, chained: bool) -> Clause | None:
 
 
 def _write_file(w: Writer, chained: bool) -> Clause:
-  name, words = f'{w.choice(_STEMS)}_{w.number(61, 99)}.{w.choice(_ENDINGS)}', w.choice(_LINES)
+  name, words = f'{w.choice(_STEMS)}_{w.number(61, 99)}.{w.choice(_ENDINGS)}', w.choice(LINES)
   return Clause(f'write "{words}" into a file called {name}', [ToolCall('echo', {'content': words, 'file_name': name})],
                 f'{name} has been written.', partial=(f'write something into {name}', f'What shall I write into {name}?'),
                 makes=('that file', name))
 
 
 def _copy_file(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, _here(w), 'file')
+  found = w.which(chained, _here(w), 'file')
   name = f'{w.choice(_STEMS)}_{w.number(100, 140)}.{w.choice(_ENDINGS)}'
   if not found or name in _here(w):
     return None
@@ -295,7 +207,7 @@ def _copy_file(w: Writer, chained: bool) -> Clause | None:
 
 def _file_away(w: Writer, chained: bool) -> Clause | None:
   """One subtask of two calls: a folder is made, and a file moved into it."""
-  found, folder = _which(w, chained, _here(w), 'file'), w.choice(_FOLDERS) + f'_{w.number(1, 30)}'
+  found, folder = w.which(chained, _here(w), 'file'), w.choice(_FOLDERS) + f'_{w.number(1, 30)}'
   if not found or folder in _here(w, folders=True):
     return None
   return Clause(f'make a folder {folder} and move {found[0]} into it',
@@ -305,7 +217,7 @@ def _file_away(w: Writer, chained: bool) -> Clause | None:
 
 
 def _move_file(w: Writer, chained: bool) -> Clause | None:
-  found, folders = _which(w, chained, _here(w), 'file'), _here(w, folders=True)
+  found, folders = w.which(chained, _here(w), 'file'), _here(w, folders=True)
   if not found or not folders:
     return None
   folder = w.choice(folders)
@@ -314,23 +226,24 @@ def _move_file(w: Writer, chained: bool) -> Clause | None:
 
 
 def _remove_file(w: Writer, chained: bool) -> Clause | None:
-  found = _which(w, chained, _here(w), 'file')
+  found = w.which(chained, _here(w), 'file')
   if not found:
     return None
   return Clause(f'delete {found[0]}', [ToolCall('rm', {'file_name': found[1]})], f'{found[1]} has been deleted.', chained,
                 ('delete one of my files', 'Which file shall I delete?'))
 
 
-_SCENARIOS = {'TicketAPI': _ticket_scenario, 'TwitterAPI': _post_scenario, 'GorillaFileSystem': _file_scenario}
-_MOVES: dict[str, tuple[Callable[[Writer, bool], Clause | None], ...]] = {
-    'TicketAPI': (_create_ticket, _get_ticket, _close_ticket, _resolve_ticket, _edit_ticket, _list_tickets),
-    'TwitterAPI': (_post_tweet, _comment, _retweet, _mention, _follow, _unfollow, _stats, _search),
-    'GorillaFileSystem': (
-        _read_file('cat', 'cat', 'show me what is in {file}', 'This is what {file} says.', {}),
-        _read_file('words', 'wc', 'count the words of {file}', 'The words of {file} have been counted.', {'mode': 'w'}),
-        _read_file('sort', 'sort', 'sort the lines of {file}', 'These are the lines of {file} in order.', {}),
-        _read_file('tail', 'tail', 'show the last line of {file}', 'This is the last line of {file}.', {'lines': 1}),
-        _grep, _write_file, _copy_file, _file_away, _move_file, _remove_file)}
-# Functions without which what they do cannot be done: a ticket can be closed by editing it, a file be moved by a copy.
-SOLE = {'create_ticket', 'edit_ticket', 'post_tweet', 'comment', 'retweet', 'mention', 'follow_user', 'unfollow_user',
-        'search_tweets', 'rm'}
+# A ticket can be closed by editing it, a file be moved by a copy: their functions are not the only way.
+REPERTOIRES = {
+    'TicketAPI': Repertoire(_ticket_scenario, (_create_ticket, _get_ticket, _close_ticket, _resolve_ticket, _edit_ticket,
+                                               _list_tickets), frozenset({'create_ticket', 'edit_ticket'})),
+    'TwitterAPI': Repertoire(_post_scenario, (_post_tweet, _comment, _retweet, _mention, _follow, _unfollow, _stats, _search),
+                             frozenset({'post_tweet', 'comment', 'retweet', 'mention', 'follow_user', 'unfollow_user',
+                                        'search_tweets'})),
+    'GorillaFileSystem': Repertoire(
+        _file_scenario,
+        (_read_file('cat', 'cat', 'show me what is in {file}', 'This is what {file} says.', {}),
+         _read_file('words', 'wc', 'count the words of {file}', 'The words of {file} have been counted.', {'mode': 'w'}),
+         _read_file('sort', 'sort', 'sort the lines of {file}', 'These are the lines of {file} in order.', {}),
+         _read_file('tail', 'tail', 'show the last line of {file}', 'This is the last line of {file}.', {'lines': 1}),
+         _grep, _write_file, _copy_file, _file_away, _move_file, _remove_file), frozenset({'rm'}))}

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, function_docs
-from dcore_jax.worlds.bfcl_moves import SOLE, Clause, Writer
+from dcore_jax.worlds import bfcl_accounts, bfcl_moves, bfcl_trips
+from dcore_jax.worlds.bfcl_writer import Clause, Writer
 from dcore_jax.worlds.environment import Turn
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
@@ -15,6 +16,7 @@ POLICIES = ('You help the user with the functions below. Use no value that you w
 _FRAMES = {'single': ('{0}.', 'Please {0}.', 'Could you {0}?'),
            'sequential': ('First {0}, then {1}.', 'Please {0}, and after that {1}.'),
            'parallel': ('{0}, and also {1}.', 'I would like you to {0}, and also {1}.')}
+_REPERTOIRES = bfcl_moves.REPERTOIRES | bfcl_accounts.REPERTOIRES | bfcl_trips.REPERTOIRES
 _TRIES = 200  # draws of a clause, or of a set of independent ones
 
 
@@ -83,7 +85,7 @@ def _irrelevant(w: Writer) -> tuple[Turn, tuple[str, ...]] | None:
   if w.rng.random() < 0.5:
     text, question = clause.partial
     return Turn(_sentence(w, 'single', [text]), (), (), (text,), question), ()
-  if not all(call.name in SOLE for call in clause.calls):
+  if not all(call.name in w.repertoire.sole for call in clause.calls):
     return None
   answer = f'I have no function with which I could {clause.text}.'
   return Turn(_sentence(w, 'single', [clause.text]), (), (), (clause.text,), answer), tuple({c.name for c in clause.calls})
@@ -99,9 +101,10 @@ def make_task(kind: str, index: int, *, seed: int, classes: tuple[str, ...] = tu
     raise ValueError(f'unknown task kind {kind!r}; expected one of {KINDS}')
   for attempt in range(_TRIES):
     rng = np.random.default_rng([seed, KINDS.index(kind), index, attempt])
-    w = Writer(rng, classes[index % len(classes)])
+    name = classes[index % len(classes)]
+    w = Writer(rng, name, _REPERTOIRES[name])
     identity = f'bfcl-{seed}-{w.name}-{kind}-{index}'
-    policy = w.choice(POLICIES)
+    policy = w.choice(POLICIES) + (f' {w.briefing}' if w.briefing else '')
     if kind == 'irrelevant':
       if found := _irrelevant(w):
         return BfclTask(identity, kind, policy, (w.name,), w.config, (found[0],), ((),), found[1])

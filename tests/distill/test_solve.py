@@ -229,7 +229,7 @@ def test_a_state_may_be_reached_by_other_calls():
 
 
 def test_leaks_are_facts_of_the_calls_alone():
-  assert verify.leaked_facts(LEAKY, ['find the order of Karo', 'cancel R541']) == {'R541'}
+  assert verify.leaked_facts(LEAKY, ['find the order of Karo', 'cancel R541']) == {'r541'}
   assert not verify.leaked_facts(LEAKY, ['Find the order of Karo', 'Cancel that order'])
 
 

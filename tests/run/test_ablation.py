@@ -3,12 +3,15 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from configs import nano
 from dcore_jax.learn import advantages
 from dcore_jax.run import ablation
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
+from experiments import ablate
 from experiments.ablate import decomposition_config
 
 
@@ -52,6 +55,18 @@ def test_table_6(tmp_path):
   assert [row['published']['success_percent'] for row in content['table']] == [73.8, 89.1, 93.2, 92.8]
   table = ablation.format_table(content)
   assert '72.0 +- 5.0' in table and '93.2, 37.1' in table and len(table.splitlines()) == 5
+
+
+def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys):
+  asked = {}
+  monkeypatch.setattr(ablate, 'run_suite', lambda suite, config, workdir, seeds, sft_run: asked.update({suite: seeds}) or
+                      {'suite': suite, 'table': []})
+  for suite, *more in (('decomposition',), ('alpha_delta',), ('psi', '--seeds=2')):
+    with flagsaver.flagsaver():
+      flags.FLAGS(['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more])
+      ablate.main(['ablate'])
+  assert asked == {'decomposition': 3, 'alpha_delta': 1, 'psi': 2} and set(ablation.SEEDS) == set(ablation.SUITES)
+  capsys.readouterr()
 
 
 def test_one_seed_has_no_interval(tmp_path):

@@ -99,6 +99,24 @@ def test_a_finished_run_asks_nothing(uninterrupted, tmp_path):
   assert rows_of(folder) == rows
 
 
+def test_the_seconds_are_those_of_all_calls(uninterrupted, tmp_path, monkeypatch):
+  """A killed call's time counts, up to what it wrote down last; a call that does nothing adds none."""
+  now = [100.0]
+  monkeypatch.setattr(distillation.time, 'perf_counter', lambda: now[0])
+  killed = distillation.Clock(tmp_path / 'seconds.json')
+  for now[0] in (104.0, 111.0, 115.0):  # written at 111: what came after is lost
+    killed.tick()
+  now[0] = 500.0
+  last = distillation.Clock(tmp_path / 'seconds.json')
+  now[0] = 503.0
+  assert last.write() == 14.0
+  folder = uninterrupted[2]
+  before, summary = (json.loads((folder / name).read_text()) for name in ('seconds.json', 'distill.json'))
+  assert round(before['seconds'], 1) == summary['seconds']
+  now[0] = 900.0
+  assert run(make_config(), folder) == summary and json.loads((folder / 'seconds.json').read_text()) == before
+
+
 def test_an_endpoint_that_fails_in_every_way_costs_no_row(serve, uninterrupted, tmp_path):
   """Each question fails first: too many requests, errors, malformed and missing answers, no answer in time."""
   say, failures = perfect(make_config()), {}

