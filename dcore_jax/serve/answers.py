@@ -112,12 +112,13 @@ class Choice(abc.ABC):
 
 
 class ChatChoice(Choice):
-  """An assistant's message: thoughts, content, calls."""
+  """An assistant's message: thoughts, content, calls. `begun` is what the prompt has begun it with: a part of the message."""
 
   def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, *, specs: Sequence[ToolSpec],
-               thinking: bool, most_calls: int | None):
+               thinking: bool, begun: str, most_calls: int | None):
     super().__init__(index, tokenizer, stop, logprobs)
     self._parser = ReplyParser(specs, thinking=thinking, most_calls=most_calls)
+    self._begun = begun  # until it has gone to the parser, before the first text that was sampled
     self._all, self._calls = Delta(), []
 
   def opening(self) -> list[dict[str, Any]]:
@@ -135,7 +136,8 @@ class ChatChoice(Choice):
     return {'index': self.index, 'message': message, 'finish_reason': self.finish_reason, 'logprobs': logprobs}
 
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
-    delta = self._parser.push(text, last)
+    delta = self._parser.push(self._begun + text, last)
+    self._begun = ''
     self._all.reasoning += delta.reasoning
     self._all.content += delta.content
     calls = [{'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}

@@ -127,6 +127,17 @@ class TemplateOptions(_Strict):
   enable_thinking: bool
 
 
+class NamedFunction(_Strict):
+  """A tool by its name."""
+  name: str
+
+
+class ForcedTool(_Strict):
+  """The tool that has to be called."""
+  type: Literal['function']
+  function: NamedFunction
+
+
 class _Request(_Strict):
   """What both kinds of request have in common.
 
@@ -189,19 +200,44 @@ class _Request(_Strict):
 class ChatRequest(_Request):
   """The body of POST /v1/chat/completions.
 
-  tool_choice: 'auto' (the model decides) and 'none' (the tools are not shown, nothing is read as a call). 'required' or a
-  named tool would need constrained sampling, which the engine does not have: refused. `logprobs` are those of every sampled
-  token (thoughts, calls and the stop token too) under the policy that sampled it; alternatives (`top_logprobs`) are refused.
+  tool_choice: 'auto' (the model decides), 'none' (the tools are not shown, nothing is read as a call), 'required' or a tool by
+  name: the answer then begins, as a part of the prompt and without thoughts, with a call as the chat template writes it, up to
+  the arguments of the tool (of the only one, where 'required' leaves no choice) or up to its name. Nothing constrains what is
+  sampled behind that: what is no call that can be read comes back as content, as it would otherwise.
+  `logprobs` are those of every sampled token (thoughts, calls and the stop token too) under the policy that sampled it;
+  alternatives (`top_logprobs`) are refused.
   """
   messages: list[ChatMessage] = Field(min_length=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   tools: list[Tool] = Field(default_factory=list, max_length=_MOST_TOOLS)
-  tool_choice: Literal['auto', 'none'] | None = None
+  tool_choice: Literal['auto', 'none', 'required'] | ForcedTool | None = None
   parallel_tool_calls: bool = True
   logprobs: bool = False
   top_logprobs: Annotated[int, Field(ge=0, le=0)] = 0
   response_format: ResponseFormat | None = None
   chat_template_kwargs: TemplateOptions | None = None
+
+  @pydantic.field_validator('tool_choice')
+  @classmethod
+  def _of_the_tools(cls, choice: Any, info: pydantic.ValidationInfo) -> Any:
+    names = [tool.function.name for tool in info.data.get('tools', ())]
+    if choice == 'required' and not names:
+      raise ValueError('there are no tools to be called')
+    if isinstance(choice, ForcedTool) and choice.function.name not in names:
+      raise ValueError(f'there is no tool {choice.function.name!r}')
+    return choice
+
+  @property
+  def call_forced(self) -> bool:
+    """Whether the answer has to be a call."""
+    return self.tool_choice == 'required' or isinstance(self.tool_choice, ForcedTool)
+
+  @property
+  def forced_name(self) -> str | None:
+    """The tool that a forced call calls; None leaves the model a choice."""
+    if isinstance(self.tool_choice, ForcedTool):
+      return self.tool_choice.function.name
+    return self.tools[0].function.name if len(self.tools) == 1 else None
 
   @property
   def budget(self) -> int | None:
@@ -229,9 +265,8 @@ class CompletionRequest(_Request):
     return [self.prompt] if one else list(self.prompt)
 
 
-_TYPES = ('str', 'int')  # what pydantic calls the members of a union
+_TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
 _REASONS = {
-    'tool_choice': '; that a call is made, or which, would need constrained sampling, which this server does not have',
     'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
     'top_logprobs': '; the engine gives the log-probabilities of sampled tokens only',
     'logprobs': '; the engine gives the log-probabilities of sampled tokens only',

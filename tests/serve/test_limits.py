@@ -54,7 +54,10 @@ def test_malformed_http_and_json(scripted):
 
 @pytest.mark.parametrize('change,param', [
     ({'tool_choice': 'required'}, 'tool_choice'),
-    ({'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
+    ({'tool_choice': 'perhaps'}, 'tool_choice'),
+    ({'tool_choice': {'type': 'function', 'function': {}}}, 'tool_choice.function.name'),
+    ({'tools': [{'type': 'function', 'function': {'name': 'g'}}],
+      'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
     ({'top_logprobs': 3, 'logprobs': True}, 'top_logprobs'),
     ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty'), ({'presence_penalty': -0.5}, 'presence_penalty'),
