@@ -35,7 +35,7 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one server takes. `max_tokens` bounds an answer, whatever the client asks for."""
+  """What one server takes. `max_tokens` bounds an answer: more are refused, and who asks for none gets what fits."""
   max_tokens: int
   body_bytes: int = 4 * 2**20
   body_seconds: float = 30.0  # for a body to arrive
@@ -197,10 +197,7 @@ class Service:
                     make_choice: Callable[[int], Choice], prefix: str, objects: tuple[str, str]) -> Response:
     """Runs the choices, `n` of each prompt in turn, and answers whole or in pieces."""
     longest, count, capacity = max(map(len, prompts), default=0), asked.n * len(prompts), self.scheduler.capacity
-    if longest >= self.scheduler.engine.max_len:
-      raise RequestError(f'the prompt has {longest} tokens; prompt and answer together may have '
-                         f'{self.scheduler.engine.max_len}', 'messages' if prefix == 'chatcmpl' else 'prompt',
-                         'context_length_exceeded')
+    self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     if not 1 <= count <= capacity:
       raise RequestError(f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
     rows = [engine_lib.Request(prompt, (number, sample)) for number, prompt in enumerate(prompts) for sample in range(asked.n)]
@@ -218,6 +215,16 @@ class Service:
       raise
     finally:
       run.close()
+
+  def _check_room(self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str) -> None:
+    """A budget that does not fit is refused: cut, it would end answers early for a reason that no client sees."""
+    (field, budget), room, bound = asked.budget, self.scheduler.engine.max_len, self.limits.max_tokens
+    if budget is not None and budget > bound:
+      raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
+    if longest + (budget or 1) > room:
+      wanted = f' and {field} = {budget}' if budget else ''
+      raise RequestError(f'the prompt has {longest} tokens{wanted}; prompt and answer together may have {room} tokens',
+                         prompt_field if longest >= room else field, 'context_length_exceeded')
 
 
 class _Run:

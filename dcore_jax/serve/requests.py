@@ -185,13 +185,14 @@ class _Request(_Strict):
     return self.stream_options is not None and self.stream_options.include_usage
 
   @property
-  def budget(self) -> int | None:
-    """Tokens to sample at most, as the client says."""
-    return self.max_tokens
+  def budget(self) -> tuple[str, int | None]:
+    """The field that bounds the answer, and its tokens; None: as many as fit."""
+    return 'max_tokens', self.max_tokens
 
   def sampling(self, max_tokens: int) -> SamplingParams:
-    """The rule, with `max_tokens` as the server's bound beside the client's."""
-    wanted = max_tokens if self.budget is None else min(self.budget, max_tokens)
+    """The rule; `max_tokens` for a client that does not say how many."""
+    _, budget = self.budget
+    wanted = max_tokens if budget is None else budget
     # Logits divided by less overflow, and 0/0 in one lane would end the engine.
     temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
     return SamplingParams(temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop)
@@ -240,9 +241,10 @@ class ChatRequest(_Request):
     return self.tools[0].function.name if len(self.tools) == 1 else None
 
   @property
-  def budget(self) -> int | None:
-    given = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-    return min(given, default=None)
+  def budget(self) -> tuple[str, int | None]:
+    limits = {'max_completion_tokens': self.max_completion_tokens, 'max_tokens': self.max_tokens}
+    given = [(name, limit) for name, limit in limits.items() if limit is not None]
+    return min(given, key=lambda one: one[1], default=('max_completion_tokens', None))
 
   @property
   def specs(self) -> list[ToolSpec]:

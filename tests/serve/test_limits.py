@@ -99,6 +99,27 @@ def test_completion_requests_are_checked_too(scripted):
     assert (status, answer['error']['param']) == (400, param), change
 
 
+@pytest.mark.parametrize('body,path', [(CHAT, '/v1/chat/completions'),
+                                       ({'model': 'm', 'prompt': [5] * 210}, '/v1/completions')])
+def test_budgets_that_do_not_fit_are_refused_and_not_cut(scripted, body, path):
+  """An answer has 64 tokens at most, prompt and answer together 256."""
+  made = scripted()
+  fields = ('max_tokens', 'max_completion_tokens') if body is CHAT else ('max_tokens',)
+  for field in fields:
+    status, _, answer = post(made.url, {**body, field: 65}, path=path)
+    assert (status, answer['error']['param']) == (400, field)
+    assert answer['error']['message'] == f'{field} = 65; an answer may have 64 tokens'
+  if body is CHAT:
+    assert post(made.url, {**body, 'max_tokens': 65, 'max_completion_tokens': 64})[0] == 200  # the smaller one is meant
+    return
+  status, _, answer = post(made.url, {**body, 'max_tokens': 47}, path=path)
+  assert (status, answer['error']['param'], answer['error']['code']) == (400, 'max_tokens', 'context_length_exceeded')
+  assert answer['error']['message'] == ('the prompt has 210 tokens and max_tokens = 47; '
+                                        'prompt and answer together may have 256 tokens')
+  assert post(made.url, {**body, 'max_tokens': 46}, path=path)[0] == 200
+  assert post(made.url, body, path=path)[0] == 200  # who asks for none gets what fits
+
+
 def test_paths_methods_and_types(scripted):
   url = scripted().url
   status, _, answer = post(url, CHAT, path='/v1/nothing')

@@ -174,6 +174,10 @@ def test_budgets(client):
   answer = client.chat.completions.create(**asked, max_tokens=9, max_completion_tokens=7)
   assert answer.choices[0].finish_reason == 'length' and answer.usage.completion_tokens == 7
   assert answer.choices[0].message.content is None  # it is still thinking
+  with pytest.raises(openai.BadRequestError, match='max_completion_tokens = 65; an answer may have 64'):
+    client.chat.completions.create(**asked, max_completion_tokens=65)
+  filled = client.completions.create(model='organism', prompt=[7] * 190, temperature=0)
+  assert filled.choices[0].finish_reason == 'length' and filled.usage.completion_tokens == 2  # all that fits
   with pytest.raises(openai.BadRequestError, match='tokens; prompt and answer together may have 192') as caught:
     client.chat.completions.create(model='organism', messages=[{'role': 'user', 'content': 'find ' * 300}])
   assert caught.value.code == 'context_length_exceeded'
