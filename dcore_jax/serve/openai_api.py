@@ -200,7 +200,8 @@ class Service:
     self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     if not 1 <= count <= capacity:
       raise RequestError(f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
-    rows = [engine_lib.Request(prompt, (number, sample)) for number, prompt in enumerate(prompts) for sample in range(asked.n)]
+    rows = [engine_lib.Request(prompt, (number, sample), top=asked.alternatives)
+            for number, prompt in enumerate(prompts) for sample in range(asked.n)]
     head = {'id': f'{prefix}-{secrets.token_hex(12)}', 'object': objects[asked.stream], 'created': int(time.time()),
             'model': self.model}
     choices = list(map(make_choice, range(count)))

@@ -11,10 +11,11 @@ import pydantic
 from pydantic import Field
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sampling import TOP, SamplingParams
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256  # OpenAI's number; bytes, since each step looks through as many tokens
 _MOST_TOOLS = 512
+_MOST_LOGPROBS = 5  # of a completion, OpenAI's number
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
 
@@ -205,8 +206,9 @@ class ChatRequest(_Request):
   name: the answer then begins, as a part of the prompt and without thoughts, with a call as the chat template writes it, up to
   the arguments of the tool (of the only one, where 'required' leaves no choice) or up to its name. Nothing constrains what is
   sampled behind that: what is no call that can be read comes back as content, as it would otherwise.
-  `logprobs` are those of every sampled token (thoughts, calls and the stop token too) under the policy that sampled it;
-  alternatives (`top_logprobs`) are refused.
+  `logprobs` are those of every sampled token (thoughts, calls and the stop token too) under the policy that sampled it, after
+  temperature and truncation, and so are `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of
+  the distribution whose most likely token is taken.
   """
   messages: list[ChatMessage] = Field(min_length=1)
   max_completion_tokens: int | None = Field(None, ge=1)
@@ -214,7 +216,7 @@ class ChatRequest(_Request):
   tool_choice: Literal['auto', 'none', 'required'] | ForcedTool | None = None
   parallel_tool_calls: bool = True
   logprobs: bool = False
-  top_logprobs: Annotated[int, Field(ge=0, le=0)] = 0
+  top_logprobs: int = Field(0, ge=0, le=TOP)
   response_format: ResponseFormat | None = None
   chat_template_kwargs: TemplateOptions | None = None
 
@@ -227,6 +229,18 @@ class ChatRequest(_Request):
     if isinstance(choice, ForcedTool) and choice.function.name not in names:
       raise ValueError(f'there is no tool {choice.function.name!r}')
     return choice
+
+  @pydantic.field_validator('top_logprobs')
+  @classmethod
+  def _beside_logprobs(cls, top: int, info: pydantic.ValidationInfo) -> int:
+    if top and not info.data.get('logprobs'):
+      raise ValueError('logprobs is not true')
+    return top
+
+  @property
+  def alternatives(self) -> int:
+    """How many to report of each token."""
+    return self.top_logprobs
 
   @property
   def call_forced(self) -> bool:
@@ -255,10 +269,15 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-  """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens; alternatives are refused."""
+  """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them."""
   prompt: str | list[str] | list[int] | list[list[int]]
-  logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+  logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
   echo: Literal[False] | None = None
+
+  @property
+  def alternatives(self) -> int:
+    """How many to report of each token."""
+    return self.logprobs or 0
 
   @property
   def prompts(self) -> list[str | list[int]]:
@@ -270,8 +289,6 @@ class CompletionRequest(_Request):
 _TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
 _REASONS = {
     'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
-    'top_logprobs': '; the engine gives the log-probabilities of sampled tokens only',
-    'logprobs': '; the engine gives the log-probabilities of sampled tokens only',
     'frequency_penalty': '; penalties are not supported', 'presence_penalty': '; penalties are not supported',
 }
 

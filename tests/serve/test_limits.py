@@ -58,7 +58,7 @@ def test_malformed_http_and_json(scripted):
     ({'tool_choice': {'type': 'function', 'function': {}}}, 'tool_choice.function.name'),
     ({'tools': [{'type': 'function', 'function': {'name': 'g'}}],
       'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
-    ({'top_logprobs': 3, 'logprobs': True}, 'top_logprobs'),
+    ({'top_logprobs': 3}, 'top_logprobs'), ({'top_logprobs': 21, 'logprobs': True}, 'top_logprobs'),
     ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty'), ({'presence_penalty': -0.5}, 'presence_penalty'),
     ({'logit_bias': {'5': 1.0}}, 'logit_bias'), ({'reasoning_effort': 'low'}, 'reasoning_effort'),
@@ -93,7 +93,7 @@ def test_nulls_ignored_fields_and_parts_of_text_are_fine(scripted):
 def test_completion_requests_are_checked_too(scripted):
   url = scripted().url
   for change, param in (({'prompt': []}, 'n'), ({'prompt': ''}, 'prompt'), ({'prompt': [640]}, 'prompt'),
-                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 2}, 'logprobs'),
+                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 6}, 'logprobs'),
                         ({'suffix': 'x'}, 'suffix'), ({'prompt': [5] * 256}, 'prompt')):
     status, _, answer = post(url, {'model': 'm', 'prompt': 'find', **change}, path='/v1/completions')
     assert (status, answer['error']['param']) == (400, param), change
