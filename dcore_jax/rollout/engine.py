@@ -9,6 +9,11 @@ matter which lane it runs in, nor beside which others.
 Underneath is `submit`, `step`, `extend` and `cancel`, for a server whose requests come and go; `generate` and `stream` are
 loops over them. A conversation needs no bookkeeping: a prompt that continues what a trunk holds (the last prompt, the answer
 as the template replays it, a tool's output) is prefilled from there on.
+
+Compiled are at most: a prefill for each length and span of `bucket_ladder(max_len)`, the length not above the span; a commit
+for each such span and span of branches; a decode for each span of trunks, span of branches and shape of a tile (its lanes, and
+the rows of its trunks: one a lane, or an eighth or a quarter of that), in each mode of sampling, with and without alternatives.
+Nothing else of a request is compiled in.
 Letters as in device.py.
 """
 import collections
