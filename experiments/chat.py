@@ -1,21 +1,20 @@
-"""Talk to a model: python -m experiments.chat --model=DIR [--world=toolworld]"""
+"""Talk to a model: python -m experiments.chat --model=DIR [--world=toolworld|bfcl]"""
 import sys
 
 from absl import app, flags, logging
 
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.show_rows import use_colour
+from dcore_jax.run.worlds import WORLDS
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import DTYPES, load_model
 from dcore_jax.serve.terminal import Chat, Speaker
 from dcore_jax.worlds.toolworld.tasks import KINDS
-from dcore_jax.worlds.toolworld.world import ToolWorld
 
-_WORLDS = {'none': lambda: None, 'toolworld': ToolWorld}
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')
 _DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
-_WORLD = flags.DEFINE_enum('world', 'none', list(_WORLDS), 'Whose tools the model may call.')
+_WORLD = flags.DEFINE_enum('world', 'none', ['none', *WORLDS], 'Whose tools the model may call.')
 _KIND = flags.DEFINE_enum('kind', 'sequential', KINDS, 'Of the world\'s tasks.')
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a conversation without a world.')
 _MAX_LEN = flags.DEFINE_integer('max_len', 0, 'Tokens of the conversation; default: the positions of the model, at most 4096.')
@@ -31,6 +30,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
   try:
+    world = WORLDS[_WORLD.value]() if _WORLD.value != 'none' else None
     sampling = SamplingParams(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value)
     model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=1, max_len=_MAX_LEN.value,
                        steps_per_call=4)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   scheduler = Scheduler(model.engine, max_waiting=1)  # the lane of a cancelled answer comes free a step later
   print(f'{model.name}: {model.summary()}', file=sys.stderr)
   chat = Chat(Speaker(scheduler, model.tokenizer, sampling, sys.stdout, use_colour(sys.stdout)), system=_SYSTEM.value,
-              world=_WORLDS[_WORLD.value](), kind=_KIND.value)
+              world=world, kind=_KIND.value)
   try:
     chat.start()
     while True:

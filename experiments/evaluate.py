@@ -5,7 +5,7 @@
 
 Killed, or left by its endpoint, it goes on when it is called again; what was answered is not asked twice. Prints the content
 of OUT/result.json, whose figures are those of the pipeline's stages. An endpoint is asked as section `distill` says
-(concurrency, timeout, request_retries); the tokens of its thoughts are counted by the config's tokenizer.
+(concurrency, timeout, request_retries, prices); the tokens of its thoughts are counted by the config's tokenizer.
 """
 import json
 import pathlib
@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.distillation import endpoint
+from dcore_jax.run.distillation import endpoint, prices
 from dcore_jax.run.evaluation import evaluate_backend
 from dcore_jax.run.metrics import write_json_atomic
 from dcore_jax.run.progress import stage
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     with stage('evaluate') as timer:
       journal = folder / 'replies.jsonl'
       if _BASE_URL.value:
-        backend = endpoint(config.distill, _BASE_URL.value, _MODEL.value, journal)
+        backend = endpoint(config.distill, _BASE_URL.value, _MODEL.value, journal, prices(config.distill))
       else:
         backend = local_backend(config, journal)
       result = evaluate_backend(config, folder, backend, tokenizer)

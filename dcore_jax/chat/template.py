@@ -5,10 +5,12 @@ A tokenizer brings its own chat template; `qwen3_template` is ours for tokenizer
 import dataclasses
 import functools
 import importlib.resources
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from dcore_jax.chat.messages import Message
+from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.chat.tool_calls import ToolCallError, parse_hermes
 
 
 @functools.cache
@@ -33,6 +35,36 @@ def render_records(tokenizer: Any, records: Sequence[dict[str, Any]], tools: Seq
     raise ValueError('a prompt needs at least one message')
   _need_template(tokenizer)
   return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+
+
+_PROBE_NAME, _PROBE_ARGUMENTS = 'probe_name', '{"probe_argument": 0}'
+
+
+def render_begun_call(tokenizer: Any, records: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]],
+                      name: str | None = None) -> tuple[str, str]:
+  """Text of a conversation in which the assistant has begun a call, and the part of it that begins the call.
+
+  It is what the template writes of an answer that is a call alone, and breaks off before the arguments of the tool `name`, or
+  before the name where that is None. Thoughts are empty or absent, as the template has them for an answer without.
+
+  Raises:
+    ValueError: the template writes no calls, or not in `<tool_call>` tags as `parse_hermes` reads them.
+  """
+  call = {'name': name or _PROBE_NAME, 'arguments': json.loads(_PROBE_ARGUMENTS)}
+  turn = {'role': 'assistant', 'content': '', 'tool_calls': [{'type': 'function', 'function': call}]}
+  _need_template(tokenizer)
+  text = tokenizer.apply_chat_template([*records, turn], tools=tools, tokenize=False)
+  before, tag, said = text.rpartition('<tool_call>')
+  begun, found, _ = (tag + said).partition(_PROBE_NAME if name is None else _PROBE_ARGUMENTS)
+  try:
+    readable = parse_hermes(tag + said) == [ToolCall(**call)]
+  except ToolCallError:
+    readable = False
+  if not readable or not found:
+    raise ValueError('the chat template does not write calls as <tool_call>{"name": ..., "arguments": ...}</tool_call>')
+  # The space before an object belongs to the token that opens it (' {"'): a prompt that ends with it has another token there.
+  begun = begun.rstrip()
+  return before + begun, begun
 
 
 def _need_template(tokenizer: Any) -> None:

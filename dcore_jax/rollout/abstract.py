@@ -87,7 +87,7 @@ class EngineCalls:
     arguments = self._inputs((np.zeros(R, np.int32), sharing, np.zeros(B, np.int32), lanes, np.zeros(self.stop_ids, np.int32)))
     with jax.set_mesh(self.mesh):
       return device.decode.lower(self.decode_weights(), self.state(), *arguments, config=self.model, trunk_span=self.trunk_span,
-                                 span=self.span, mode=SamplingParams().mode, steps=self.steps_per_call,
+                                 span=self.span, mode=SamplingParams().mode, top=0, steps=self.steps_per_call,
                                  placement=self._placement)
 
   @property

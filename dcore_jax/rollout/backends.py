@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import queue
@@ -151,11 +152,16 @@ def _drained(waiting: list) -> Iterator:
 
 @dataclasses.dataclass
 class Usage:
-  """Counts since the backend was made; replies from the journal cost nothing and are counted apart."""
+  """Counts since the backend was made; replies from the journal cost nothing and are counted apart.
+
+  Prices are of a million tokens, in any unit; 0: not known.
+  """
   requests: int = 0
   from_journal: int = 0
   prompt_tokens: int = 0
   completion_tokens: int = 0
+  prompt_price: float = 0.0
+  completion_price: float = 0.0
 
   def add(self, reply: Reply) -> None:
     """Counts an answer that was made now."""
@@ -163,9 +169,13 @@ class Usage:
     self.prompt_tokens += reply.prompt_tokens
     self.completion_tokens += reply.completion_tokens
 
-  def cost(self, prompt_price: float, completion_price: float) -> float:
-    """In the prices' unit, which are per million tokens."""
-    return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
+  def record(self) -> dict[str, float]:
+    """The counts and, where prices are known, the cost in their unit."""
+    counts = {name: getattr(self, name) for name in ('requests', 'from_journal', 'prompt_tokens', 'completion_tokens')}
+    if not self.prompt_price and not self.completion_price:
+      return counts
+    cost = (self.prompt_tokens * self.prompt_price + self.completion_tokens * self.completion_price) / 1e6
+    return counts | {'cost': round(cost, 6)}
 
 
 class OpenAIBackend:
@@ -181,14 +191,17 @@ class OpenAIBackend:
       grow exponentially, or are what the server asks for (Retry-After).
     journal: JSONL file of replies. A reply is appended when it arrives; asked the same again, also by a later process, the
       backend answers from there.
+    prices: of a million prompt and a million completion tokens, for `usage`; 0: not known.
   """
 
   def __init__(self, base_url: str, model: str, *, api_key: str = '', concurrency: int = 64, timeout: float = 600,
-               retries: int = 5, journal: pathlib.Path | None = None):
+               retries: int = 5, journal: pathlib.Path | None = None, prices: tuple[float, float] = (0.0, 0.0)):
     if concurrency < 1 or retries < 0 or not timeout > 0:
       raise ValueError(f'concurrency = {concurrency}, retries = {retries} and timeout = {timeout} cannot be')
+    if not all(0 <= price < math.inf for price in prices):
+      raise ValueError(f'prices = {prices} cannot be')
     self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
-    self.usage = Usage()
+    self.usage = Usage(prompt_price=prices[0], completion_price=prices[1])
     self._options = dict(base_url=base_url, api_key=api_key or os.environ.get('OPENAI_API_KEY') or 'none', timeout=timeout,
                          max_retries=retries)
     self._journal = Journal(journal) if journal else None

@@ -48,6 +48,7 @@ class Drawn(NamedTuple):
   slot_B: np.ndarray  # int32
   live_B: np.ndarray  # bool
   steps: np.ndarray  # int32, steps taken
+  top: sampling.Alternatives | None  # [Q, B, K], where a lane of the tile wants alternatives
 
 
 def init_state(config: DecoderConfig, lanes: int, trunks: int, max_len: int, max_new: int, dtype: jnp.dtype,
@@ -107,12 +108,13 @@ def commit(state: State, source: jax.Array, target: jax.Array, lane: jax.Array, 
   return _placed(state._replace(trunks=_write(state.trunks, row, target)), placement)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'trunk_span', 'span', 'mode', 'steps', 'placement'),
+@functools.partial(jax.jit, static_argnames=('config', 'trunk_span', 'span', 'mode', 'top', 'steps', 'placement'),
                    donate_argnames='state')
 def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sharing, lane_B: jax.Array, lanes: LaneInputs,
-           stop_ids: jax.Array, *, config: DecoderConfig, trunk_span: int, span: int, mode: Mode, steps: int,
+           stop_ids: jax.Array, *, config: DecoderConfig, trunk_span: int, span: int, mode: Mode, top: int, steps: int,
            placement: NamedSharding | None) -> tuple[State, Drawn]:
-  """Up to `steps` tokens for every live lane of the tile `lane_B`, behind the trunks `trunk_R`; returns when none is left.
+  """Up to `steps` tokens for every live lane of the tile `lane_B`, behind the trunks `trunk_R`; returns when none is left. Of
+  each token `top` alternatives are given, too.
 
   The first slots of the tile's trunks and branches are copied together, decoded on, and what is new is copied back: for the
   price of a copy a call every step reads dense memory, and lanes of like lengths can be put together wherever they are.
@@ -123,22 +125,24 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
   hidden_BD = jnp.where((lanes.slot_B == 0)[:, None], state.trunk_hidden_PD[owner_B], state.hidden_AD[lane_B])
 
   def step(carry):
-    turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB = carry
+    turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops = carry
     logits_BV = decoder.logits(params, hidden_BD)
     uniform_B2 = sampling.uniforms(sampling.token_keys(lanes.key_B2, lanes.drawn_B + slot_B))
-    token_B, *logprobs = sampling.draw(logits_BV, uniform_B2, lanes.rule, mode)
+    token_B, *logprobs, alternatives = sampling.draw(logits_BV, uniform_B2, lanes.rule, mode, top)
     tokens_QB, logprobs_2QB = tokens_QB.at[turn].set(token_B), logprobs_2QB.at[:, turn].set(jnp.stack(logprobs))
+    tops = jax.tree.map(lambda written_QBK, new_BK: written_QBK.at[turn].set(new_BK), tops, alternatives)
     # A lane without a rollout writes past the end, which is dropped: a branch that it still holds stays whole.
     hidden_BD, branches = decoder.extend_branches(params, config, trunks, branches, sharing, token_B,
                                                   jnp.where(live_B, slot_B, span))
     slot_B = slot_B + live_B
     live_B = live_B & (slot_B < lanes.limit_B) & ~jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
-    return turn + 1, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB
+    return turn + 1, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops
 
   B = len(lane_B)
+  tops = sampling.Alternatives(jnp.zeros((steps, B, top), jnp.int32), jnp.zeros((steps, B, top), jnp.float32)) if top else None
   start = (jnp.int32(0), branches, hidden_BD, lanes.slot_B, lanes.live_B, jnp.zeros((steps, B), jnp.int32),
-           jnp.zeros((2, steps, B), jnp.float32))
-  turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB = jax.lax.while_loop(
+           jnp.zeros((2, steps, B), jnp.float32), tops)
+  turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops = jax.lax.while_loop(
       lambda carry: (carry[0] < steps) & jnp.any(carry[4]), step, start)
   window = min(steps, span)
 
@@ -150,7 +154,7 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
 
   stored = jax.lax.fori_loop(0, B, scatter, state.branches)
   state = state._replace(branches=stored, hidden_AD=state.hidden_AD.at[lane_B].set(hidden_BD))
-  drawn = Drawn(tokens_QB, logprobs_2QB, slot_B, live_B, turn)
+  drawn = Drawn(tokens_QB, logprobs_2QB, slot_B, live_B, turn, tops)
   if placement is not None:  # every host reads all of it
     drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(placement.mesh, jax.P()))
   return _placed(state, placement), drawn

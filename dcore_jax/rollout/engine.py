@@ -9,6 +9,11 @@ matter which lane it runs in, nor beside which others.
 Underneath is `submit`, `step`, `extend` and `cancel`, for a server whose requests come and go; `generate` and `stream` are
 loops over them. A conversation needs no bookkeeping: a prompt that continues what a trunk holds (the last prompt, the answer
 as the template replays it, a tool's output) is prefilled from there on.
+
+Compiled are at most: a prefill for each length and span of `bucket_ladder(max_len)`, the length not above the span; a commit
+for each such span and span of branches; a decode for each span of trunks, span of branches and shape of a tile (its lanes, and
+the rows of its trunks: one a lane, or an eighth or a quarter of that), in each mode of sampling, with and without alternatives.
+Nothing else of a request is compiled in.
 Letters as in device.py.
 """
 import collections
@@ -28,7 +33,7 @@ from dcore_jax.rollout import device
 from dcore_jax.rollout import sampling as sampling_lib
 from dcore_jax.rollout.device import LaneInputs
 from dcore_jax.rollout.lanes import Fill, Tile, TrunkTable, bucket, bucket_ladder, plan_tiles, span_ladder
-from dcore_jax.rollout.sampling import Rule, SamplingParams
+from dcore_jax.rollout.sampling import TOP, Alternatives, Rule, SamplingParams
 
 Tag = Any
 _CPU_TILE = 32  # lanes; larger tiles fall out of the caches, smaller ones starve the matrix products
@@ -45,6 +50,7 @@ class Request:
   prompt: np.ndarray  # int [n], n >= 1
   key_id: tuple[int, ...]
   max_tokens: int | None = None  # None: the sampling rule's; either is cut to what there is room for
+  top: int = 0  # alternatives of each token to be reported, at most sampling.TOP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,12 +66,14 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Progress:
-  """What a step drew for one rollout; `completion` is all of it where it has ended."""
+  """What a step drew for one rollout; `completion` is all of it where it has ended, but for the alternatives: the engine does
+  not keep them."""
   handle: int
   tokens: np.ndarray  # int32 [k]
   logprobs: np.ndarray  # float32 [k]
   full_logprobs: np.ndarray  # float32 [k]
   completion: Completion | None
+  top: Alternatives | None = None  # [k, request's `top`]; None where the request asks for none
 
 
 Source = Callable[[int], Sequence[tuple[Tag, Request]]]
@@ -99,6 +107,7 @@ class _Rollout:
   key: np.ndarray  # uint32 [2]
   sampling: SamplingParams
   hold: bool
+  top: int
   given: np.ndarray | None = None  # tokens of `extend` that wait for their turn
   lane: int | None = None
   trunk: int = -1
@@ -186,15 +195,18 @@ class Engine:
     With `hold` it keeps its lane when it ends, for `extend`, until it is cancelled; else its handle ends with it.
 
     Raises:
-      ValueError: an empty prompt, one that leaves no room, tokens outside the vocabulary, or stop strings where the engine has
-        no `decode`.
+      ValueError: an empty prompt, one that leaves no room, tokens outside the vocabulary, too many alternatives, or stop
+        strings where the engine has no `decode`.
     """
     name = f'request {request.key_id}'
     prompt = self._checked(name, request.prompt)
     if sampling.stop and self.decode is None:
       raise ValueError(f'{name}: stop strings need an engine with `decode`')
+    if not 0 <= request.top <= TOP:
+      raise ValueError(f'{name}: top={request.top} alternatives; there may be {TOP}')
     limit = self._limit(name, len(prompt), sampling.max_tokens if request.max_tokens is None else request.max_tokens)
-    rollout = _Rollout(self._handles, prompt, limit, sampling_lib.request_key(sampling.seed, request.key_id), sampling, hold)
+    key = sampling_lib.request_key(sampling.seed, request.key_id)
+    rollout = _Rollout(self._handles, prompt, limit, key, sampling, hold, request.top)
     self._handles += 1
     self._rollouts[rollout.handle] = rollout
     self._queue.append(rollout)
@@ -456,11 +468,13 @@ class Engine:
     reach_B = inputs.slot_B + np.minimum(self.steps_per_call, inputs.limit_B - inputs.slot_B)
     trunk_span = bucket(self._spans, int(tile.sharing.length_R.max()))
     span = bucket(self._branch_spans, int(reach_B[inputs.live_B].max()))
-    modes = {self._in_lane[lane].sampling.mode for lane in lane_B[inputs.live_B]}
+    rollouts = [self._in_lane[lane] for lane in lane_B[inputs.live_B]]
+    # All that there may be, however many are wanted: other numbers would be other programs.
+    top = min(TOP, self.config.vocab_size) if any(rollout.top for rollout in rollouts) else 0
     self._state, drawn = self._counted(
         device.decode, self._decode_params, self._state, tile.trunk_R, tile.sharing, lane_B, inputs, self._stop_ids,
-        config=self.config, trunk_span=trunk_span, span=span, mode=sampling_lib.widest(modes), steps=self.steps_per_call,
-        placement=self._placement)
+        config=self.config, trunk_span=trunk_span, span=span, top=top, steps=self.steps_per_call, placement=self._placement,
+        mode=sampling_lib.widest(rollout.sampling.mode for rollout in rollouts))
     return len(tile.trunk_R) * trunk_span + len(lane_B) * span, drawn
 
   def _collect(self, lane_B: np.ndarray, drawn: device.Drawn) -> list[Progress]:
@@ -481,8 +495,9 @@ class Engine:
       completion = None
       if stop is not None or not drawn.live_B[column]:
         completion = self._end(rollout, after, stop)
+      top = Alternatives(*(all_QBK[:after - before, column, :rollout.top] for all_QBK in drawn.top)) if rollout.top else None
       result.append(Progress(rollout.handle, self._tokens_AZ[lane, before:after].copy(),
-                             *self._logprobs_2AZ[:, lane, before:after].copy(), completion))
+                             *self._logprobs_2AZ[:, lane, before:after].copy(), completion, top))
     return result
 
   def _stopped(self, rollout: _Rollout, before: int, after: int) -> tuple[int, str | None]:

@@ -16,6 +16,7 @@ import numpy as np
 
 Mode = Literal['greedy', 'full', 'truncated']
 KEY_IMPL = 'threefry2x32'  # pinned: a rollout must not change with jax's default generator
+TOP = 20  # most alternatives that are reported of a token, as many as OpenAI allows
 _ONE_BITS = 0x3F800000  # the bit pattern of 1.0: probabilities relative to the most likely token lie in [0, 1]
 
 
@@ -112,16 +113,25 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams) ->
   return draw(logits_BV, uniforms(keys_B), rule, sampling.mode)
 
 
+class Alternatives(NamedTuple):
+  """The most likely tokens at a place, the first of equals first, with their log-probabilities under the policy that drew there
+  (`Draw.logprob_B` where one of them was drawn); -inf for what truncation left out."""
+  token_BK: jax.Array | np.ndarray  # int32
+  logprob_BK: jax.Array | np.ndarray  # float32, falling
+
+
 class Draw(NamedTuple):
   """Tokens with their log-probabilities under the policy that drew them (after temperature and truncation, renormalised) and
   before truncation, as a trainer computes them at the same temperature. Greedy lanes: of the untempered distribution."""
   token_B: jax.Array  # int32
   logprob_B: jax.Array  # float32
   full_logprob_B: jax.Array  # float32
+  top: Alternatives | None = None  # where they were asked for
 
 
-def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode) -> Draw:
-  """`sample` with random numbers given (`uniforms`) and the rules traced; a NaN logit gives a NaN log-probability."""
+def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, top: int = 0) -> Draw:
+  """`sample` with random numbers given (`uniforms`) and the rules traced, and with `top` alternatives; a NaN logit gives a NaN
+  log-probability."""
   logits_BV = logits_BV.astype(jnp.float32)
   score_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
   if mode == 'greedy':
@@ -138,10 +148,15 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode) ->
     # Scores of at least 0 are those of the most likely tokens. The scan for them is spared where no lane is greedy.
     token_B = jax.lax.cond(jnp.any(greedy_B), lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B), lambda: token_B)
   score_B = jnp.take_along_axis(score_BV, token_B[:, None], axis=-1)[:, 0]
-  full_logprob_B = score_B - jnp.log(jnp.sum(full_BV, axis=-1))
-  if mode != 'truncated':
-    return Draw(token_B, full_logprob_B, full_logprob_B)
-  return Draw(token_B, score_B - jnp.log(jnp.sum(mass_BV, axis=-1)), full_logprob_B)
+  full_logprob_B = logprob_B = score_B - jnp.log(jnp.sum(full_BV, axis=-1))
+  if mode == 'truncated':
+    logprob_B = score_B - jnp.log(jnp.sum(mass_BV, axis=-1))
+    score_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
+  if not top:
+    return Draw(token_B, logprob_B, full_logprob_B)
+  score_BK, token_BK = jax.lax.top_k(score_BV, top)
+  return Draw(token_B, logprob_B, full_logprob_B,
+              Alternatives(token_BK, score_BK - jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))))
 
 
 def truncate(mass_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array) -> jax.Array:

@@ -71,9 +71,13 @@ def default_config() -> ml_collections.ConfigDict:
   c.distill.labels.samples = 5  # whose majority is the label
   c.distill.labels.base_url = ''  # an endpoint that labels; '' = the distilling model itself
   c.distill.labels.model = ''  # its name there
+  c.distill.labels.prompt_price = 0.0  # as below
+  c.distill.labels.completion_price = 0.0
   c.distill.backend = 'local'  # our engine, or 'openai': an endpoint
   c.distill.base_url = ''  # of the endpoint; the key is OPENAI_API_KEY's
   c.distill.model = ''  # its name there
+  c.distill.prompt_price = 0.0  # of a million tokens there: distill.json then holds the cost of a call; 0 = not known
+  c.distill.completion_price = 0.0
   c.distill.concurrency = 64  # requests under way
   c.distill.timeout = 600.0  # seconds
   c.distill.request_retries = 5

@@ -67,18 +67,21 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
       candidates=c.candidates, retries=c.retries, samples=c.samples, verify=c.verify, max_chars=c.max_chars,
       exact_refusals=c.exact_refusals)
   sampling = SamplingParams(temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, max_tokens=c.max_tokens, seed=config.seed)
-  if c.backend == 'local' and c.base_url:
-    raise ValueError(f'distill.base_url = {c.base_url!r} is for distill.backend = \'openai\'')
+  if c.backend == 'local' and (c.base_url or c.prompt_price or c.completion_price):
+    raise ValueError(f'distill.base_url = {c.base_url!r} and the prices {c.prompt_price} and {c.completion_price} are for '
+                     'distill.backend = \'openai\'')
   journal = folder / 'replies.jsonl'
-  backend = local(journal) if c.backend == 'local' else endpoint(c, c.base_url, c.model, journal)
+  backend = local(journal) if c.backend == 'local' else endpoint(c, c.base_url, c.model, journal, prices(c))
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
   asked, unlabelled, labels = {seed.id: seed.kind for seed in seeds}, {}, {}
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   if c.reference == 'pseudo':
     labeller = backend
     if c.labels.base_url:
-      labeller = endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl')
+      labeller = endpoint(c, c.labels.base_url, c.labels.model, folder / 'label_replies.jsonl', prices(c.labels))
     seeds, unlabelled, labels = _labelled(folder, seeds, labeller, sampling, c.labels.samples)
+    if labeller is not backend:
+      labels['labels']['usage'] = labeller.usage.record()
   progress = progress or (lambda count: None)
   run = Shards(folder, seeds, c.shard_seeds)
   # Seeds of all unfinished shards together: a shard's last ones leave no lane idle while others wait.
@@ -93,7 +96,7 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   records = [record | {'asked': asked[record['seed']]} for record in run.outcomes()]
   records += [vars(Outcome(name, asked[name], reason=reason, stage='label')) for name, reason in unlabelled.items()]
   summary = summarise(records) | labels | {
-      'model': backend.model, 'wording': distiller.wording.version, 'usage': vars(backend.usage),
+      'model': backend.model, 'wording': distiller.wording.version, 'usage': backend.usage.record(),
       'seconds': round(clock.write(), 1)}
   if before:
     spent = {name: value - getattr(before, name) for name, value in vars(backend.engine.stats).items()}
@@ -105,12 +108,18 @@ def run_distillation(config: ml_collections.ConfigDict, folder: pathlib.Path, se
   return summary
 
 
-def endpoint(c: ml_collections.ConfigDict, base_url: str, model: str, journal: pathlib.Path) -> OpenAIBackend:
+def endpoint(c: ml_collections.ConfigDict, base_url: str, model: str, journal: pathlib.Path,
+             prices: tuple[float, float]) -> OpenAIBackend:
   """The model `model` behind a URL, asked as section `distill` says; ValueError where one of the two is not given."""
   if not base_url or not model:
     raise ValueError(f'an endpoint needs a URL and the name of its model, got {base_url!r} and {model!r}')
   return OpenAIBackend(base_url, model, concurrency=c.concurrency, timeout=c.timeout, retries=c.request_retries,
-                       journal=journal)
+                       journal=journal, prices=prices)
+
+
+def prices(section: ml_collections.ConfigDict) -> tuple[float, float]:
+  """Of a million prompt and completion tokens at the endpoint of section `distill` or `distill.labels`."""
+  return section.prompt_price, section.completion_price
 
 
 def _describe(config: ml_collections.ConfigDict, seeds: Sequence[Seed], distiller: Distiller, sampling: SamplingParams,

@@ -55,7 +55,7 @@ def evaluate_backend(config: ml_collections.ConfigDict, folder: pathlib.Path, ba
     ConnectionError: an endpoint that stays away; with a journal nothing that was answered is lost.
   """
   actor = lambda world, tasks, sampling, told: act_through(backend, tokenizer, world, tasks, sampling, told)
-  return evaluate(config, folder, actor, backend.model) | {'model': backend.model, 'usage': vars(backend.usage)}
+  return evaluate(config, folder, actor, backend.model) | {'model': backend.model, 'usage': backend.usage.record()}
 
 
 def _record(kind: str, t: Trajectory) -> dict[str, Any]:

@@ -3,9 +3,10 @@ import abc
 import asyncio
 import contextlib
 import itertools
+import math
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.rollout.engine import Progress, Request
@@ -57,6 +58,13 @@ class Rollouts:
       self._scheduler.cancel(self._job)
 
 
+class Scored(NamedTuple):
+  """A sampled token as text, and the likeliest tokens in its place, with their log-probabilities."""
+  text: str
+  logprob: float
+  top: list[tuple[str, float]]
+
+
 class Choice(abc.ABC):
   """One of a request's answers as it grows. A subclass says what becomes of its text."""
 
@@ -64,7 +72,7 @@ class Choice(abc.ABC):
     self.index, self.tokens = index, 0
     self.finish_reason: str | None = None
     self._tokenizer, self._reader = tokenizer, TextReader(tokenizer, stop)
-    self._logprobs: list[tuple[str, float]] | None = [] if logprobs else None  # (token, log-probability)
+    self._logprobs: list[Scored] | None = [] if logprobs else None
     self._told = 0  # of them in pieces so far
 
   def take(self, part: Progress) -> list[dict[str, Any]]:
@@ -72,8 +80,7 @@ class Choice(abc.ABC):
     done = part.completion
     self.tokens += len(part.tokens)
     if self._logprobs is not None:
-      texts = map(self._tokenizer.decode, part.tokens[:, None].tolist())
-      self._logprobs += zip(texts, part.logprobs.tolist(), strict=True)
+      self._logprobs += self._scored(part)
     turn_ended = done is not None and done.finished
     text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
     # The engine finds stop strings too, and ends the rollout there, but for some that special tokens interrupt.
@@ -86,6 +93,13 @@ class Choice(abc.ABC):
       pieces[0]['logprobs'] = self._show_logprobs(self._told)
       self._told = len(self._logprobs)
     return pieces
+
+  def _scored(self, part: Progress) -> Iterator[Scored]:
+    decode, tops = self._tokenizer.decode, [[]] * len(part.tokens)
+    if part.top is not None:  # what truncation left out has no logarithm, and JSON no infinity
+      tops = [[(decode([token]), logprob) for token, logprob in zip(*place, strict=True) if logprob > -math.inf]
+              for place in zip(part.top.token_BK.tolist(), part.top.logprob_BK.tolist(), strict=True)]
+    return map(Scored, map(decode, part.tokens[:, None].tolist()), part.logprobs.tolist(), tops)
 
   def opening(self) -> list[dict[str, Any]]:
     """Entries of a stream's first piece."""
@@ -112,12 +126,13 @@ class Choice(abc.ABC):
 
 
 class ChatChoice(Choice):
-  """An assistant's message: thoughts, content, calls."""
+  """An assistant's message: thoughts, content, calls. `begun` is what the prompt has begun it with: a part of the message."""
 
   def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, *, specs: Sequence[ToolSpec],
-               thinking: bool, most_calls: int | None):
+               thinking: bool, begun: str, most_calls: int | None):
     super().__init__(index, tokenizer, stop, logprobs)
     self._parser = ReplyParser(specs, thinking=thinking, most_calls=most_calls)
+    self._begun = begun  # until it has gone to the parser, before the first text that was sampled
     self._all, self._calls = Delta(), []
 
   def opening(self) -> list[dict[str, Any]]:
@@ -135,7 +150,8 @@ class ChatChoice(Choice):
     return {'index': self.index, 'message': message, 'finish_reason': self.finish_reason, 'logprobs': logprobs}
 
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
-    delta = self._parser.push(text, last)
+    delta = self._parser.push(self._begun + text, last)
+    self._begun = ''
     self._all.reasoning += delta.reasoning
     self._all.content += delta.content
     calls = [{'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
@@ -152,9 +168,12 @@ class ChatChoice(Choice):
     return {'index': self.index, 'delta': content, 'finish_reason': self.finish_reason, 'logprobs': None}
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
-    content = [{'token': text, 'logprob': logprob, 'top_logprobs': [],
-                'bytes': None if '\ufffd' in text else list(text.encode())} for text, logprob in self._logprobs[start:]]
+    def entry(text: str, logprob: float) -> dict[str, Any]:
+      # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
+      return {'token': text, 'logprob': logprob, 'bytes': None if '\ufffd' in text else list(text.encode())}
+
+    content = [entry(text, logprob) | {'top_logprobs': [entry(*one) for one in top]}
+               for text, logprob, top in self._logprobs[start:]]
     return {'content': content, 'refusal': None}
 
 
@@ -176,6 +195,16 @@ class TextChoice(Choice):
     return {'index': self.index, 'text': content or '', 'finish_reason': self.finish_reason, 'logprobs': None}
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    texts, logprobs = zip(*self._logprobs[start:])
-    offsets = list(itertools.accumulate((len(text) for text, _ in self._logprobs), initial=0))[start:-1]
-    return {'tokens': list(texts), 'token_logprobs': list(logprobs), 'top_logprobs': None, 'text_offset': offsets}
+    texts, logprobs, tops = zip(*self._logprobs[start:])
+    offsets = list(itertools.accumulate((len(one.text) for one in self._logprobs), initial=0))[start:-1]
+    shown = list(map(_by_text, self._logprobs[start:])) if tops[0] else None
+    return {'tokens': list(texts), 'token_logprobs': list(logprobs), 'top_logprobs': shown, 'text_offset': offsets}
+
+
+def _by_text(one: Scored) -> dict[str, float]:
+  """The alternatives and the sampled token, as completions show them; of tokens with the same text (parts of characters) the
+  likeliest."""
+  shown: dict[str, float] = {}
+  for text, logprob in (*one.top, (one.text, one.logprob)):
+    shown.setdefault(text, logprob)
+  return shown

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dcore_jax.chat.template import render_records
+from dcore_jax.chat.template import render_begun_call, render_records
 from dcore_jax.rollout import engine as engine_lib
 from dcore_jax.serve.answers import ChatChoice, Choice, Rollouts, TextChoice
 from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, describe, encode, respond
@@ -35,7 +35,7 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one server takes. `max_tokens` bounds an answer, whatever the client asks for."""
+  """What one server takes. `max_tokens` bounds an answer: more are refused, and who asks for none gets what fits."""
   max_tokens: int
   body_bytes: int = 4 * 2**20
   body_seconds: float = 30.0  # for a body to arrive
@@ -114,11 +114,11 @@ class Service:
   # --- completions ----------------------------------------------------------------------------------------------------------
 
   async def _chat(self, request: Request) -> Response:
-    asked, prompt, thinking = await self._off_loop(self._read_chat, await self._body(request))
+    asked, prompt, thinking, begun = await self._off_loop(self._read_chat, await self._body(request))
 
     def choice(index: int) -> ChatChoice:
       return ChatChoice(index, self.tokenizer, asked.stop, asked.logprobs, specs=asked.specs, thinking=thinking,
-                        most_calls=None if asked.parallel_tool_calls else 1)
+                        begun=begun, most_calls=None if asked.parallel_tool_calls else 1)
 
     return await self._answer(request, asked, [prompt], choice, 'chatcmpl', ('chat.completion', 'chat.completion.chunk'))
 
@@ -153,8 +153,8 @@ class Service:
   async def _off_loop(self, function: Callable[[bytes], T], body: bytes) -> T:
     return await asyncio.get_running_loop().run_in_executor(self._encoder, function, body)
 
-  def _read_chat(self, body: bytes) -> tuple[ChatRequest, list[int], bool]:
-    """(what is asked, its prompt, whether that has opened the thoughts)."""
+  def _read_chat(self, body: bytes) -> tuple[ChatRequest, list[int], bool, str]:
+    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the answer with)."""
     asked: ChatRequest = read_request(ChatRequest, body)
     self._check_model(asked.model)
     records = [message.record() for message in asked.messages]
@@ -163,12 +163,22 @@ class Service:
     for name in options:
       if name not in self.tokenizer.chat_template:
         raise RequestError(f'the chat template of {self.model!r} knows no {name}', 'chat_template_kwargs')
+    begun = ''
     try:
-      text = render_records(self.tokenizer, records, tools, **options)
+      if asked.call_forced:
+        text, begun = self._begin_call(asked, records, tools)
+      else:
+        text = render_records(self.tokenizer, records, tools, **options)
       text.encode()
     except (jinja2.TemplateError, UnicodeError, TypeError) as error:
       raise RequestError(f'the chat template cannot show this conversation: {error}', 'messages') from error
-    return asked, self._encode(text), text.rstrip().endswith('<think>')
+    return asked, self._encode(text), text.rstrip().endswith('<think>'), begun
+
+  def _begin_call(self, asked: ChatRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[str, str]:
+    try:
+      return render_begun_call(self.tokenizer, records, tools, asked.forced_name)
+    except ValueError as error:
+      raise RequestError(f'no call can be forced from {self.model!r}: {error}', 'tool_choice') from error
 
   def _read_completion(self, body: bytes) -> tuple[CompletionRequest, list[list[int]]]:
     """(what is asked, its prompts)."""
@@ -187,13 +197,11 @@ class Service:
                     make_choice: Callable[[int], Choice], prefix: str, objects: tuple[str, str]) -> Response:
     """Runs the choices, `n` of each prompt in turn, and answers whole or in pieces."""
     longest, count, capacity = max(map(len, prompts), default=0), asked.n * len(prompts), self.scheduler.capacity
-    if longest >= self.scheduler.engine.max_len:
-      raise RequestError(f'the prompt has {longest} tokens; prompt and answer together may have '
-                         f'{self.scheduler.engine.max_len}', 'messages' if prefix == 'chatcmpl' else 'prompt',
-                         'context_length_exceeded')
+    self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     if not 1 <= count <= capacity:
       raise RequestError(f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
-    rows = [engine_lib.Request(prompt, (number, sample)) for number, prompt in enumerate(prompts) for sample in range(asked.n)]
+    rows = [engine_lib.Request(prompt, (number, sample), top=asked.alternatives)
+            for number, prompt in enumerate(prompts) for sample in range(asked.n)]
     head = {'id': f'{prefix}-{secrets.token_hex(12)}', 'object': objects[asked.stream], 'created': int(time.time()),
             'model': self.model}
     choices = list(map(make_choice, range(count)))
@@ -208,6 +216,16 @@ class Service:
       raise
     finally:
       run.close()
+
+  def _check_room(self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str) -> None:
+    """A budget that does not fit is refused: cut, it would end answers early for a reason that no client sees."""
+    (field, budget), room, bound = asked.budget, self.scheduler.engine.max_len, self.limits.max_tokens
+    if budget is not None and budget > bound:
+      raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
+    if longest + (budget or 1) > room:
+      wanted = f' and {field} = {budget}' if budget else ''
+      raise RequestError(f'the prompt has {longest} tokens{wanted}; prompt and answer together may have {room} tokens',
+                         prompt_field if longest >= room else field, 'context_length_exceeded')
 
 
 class _Run:

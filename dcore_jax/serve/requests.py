@@ -11,10 +11,11 @@ import pydantic
 from pydantic import Field
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sampling import TOP, SamplingParams
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256  # OpenAI's number; bytes, since each step looks through as many tokens
 _MOST_TOOLS = 512
+_MOST_LOGPROBS = 5  # of a completion, OpenAI's number
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
 
@@ -127,6 +128,17 @@ class TemplateOptions(_Strict):
   enable_thinking: bool
 
 
+class NamedFunction(_Strict):
+  """A tool by its name."""
+  name: str
+
+
+class ForcedTool(_Strict):
+  """The tool that has to be called."""
+  type: Literal['function']
+  function: NamedFunction
+
+
 class _Request(_Strict):
   """What both kinds of request have in common.
 
@@ -174,13 +186,14 @@ class _Request(_Strict):
     return self.stream_options is not None and self.stream_options.include_usage
 
   @property
-  def budget(self) -> int | None:
-    """Tokens to sample at most, as the client says."""
-    return self.max_tokens
+  def budget(self) -> tuple[str, int | None]:
+    """The field that bounds the answer, and its tokens; None: as many as fit."""
+    return 'max_tokens', self.max_tokens
 
   def sampling(self, max_tokens: int) -> SamplingParams:
-    """The rule, with `max_tokens` as the server's bound beside the client's."""
-    wanted = max_tokens if self.budget is None else min(self.budget, max_tokens)
+    """The rule; `max_tokens` for a client that does not say how many."""
+    _, budget = self.budget
+    wanted = max_tokens if budget is None else budget
     # Logits divided by less overflow, and 0/0 in one lane would end the engine.
     temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
     return SamplingParams(temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop)
@@ -189,24 +202,63 @@ class _Request(_Strict):
 class ChatRequest(_Request):
   """The body of POST /v1/chat/completions.
 
-  tool_choice: 'auto' (the model decides) and 'none' (the tools are not shown, nothing is read as a call). 'required' or a
-  named tool would need constrained sampling, which the engine does not have: refused. `logprobs` are those of every sampled
-  token (thoughts, calls and the stop token too) under the policy that sampled it; alternatives (`top_logprobs`) are refused.
+  tool_choice: 'auto' (the model decides), 'none' (the tools are not shown, nothing is read as a call), 'required' or a tool by
+  name: the answer then begins, as a part of the prompt and without thoughts, with a call as the chat template writes it, up to
+  the arguments of the tool (of the only one, where 'required' leaves no choice) or up to its name. Nothing constrains what is
+  sampled behind that: what is no call that can be read comes back as content, as it would otherwise.
+  `logprobs` are those of every sampled token (thoughts, calls and the stop token too) under the policy that sampled it, after
+  temperature and truncation, and so are `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of
+  the distribution whose most likely token is taken.
   """
   messages: list[ChatMessage] = Field(min_length=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   tools: list[Tool] = Field(default_factory=list, max_length=_MOST_TOOLS)
-  tool_choice: Literal['auto', 'none'] | None = None
+  tool_choice: Literal['auto', 'none', 'required'] | ForcedTool | None = None
   parallel_tool_calls: bool = True
   logprobs: bool = False
-  top_logprobs: Annotated[int, Field(ge=0, le=0)] = 0
+  top_logprobs: int = Field(0, ge=0, le=TOP)
   response_format: ResponseFormat | None = None
   chat_template_kwargs: TemplateOptions | None = None
 
+  @pydantic.field_validator('tool_choice')
+  @classmethod
+  def _of_the_tools(cls, choice: Any, info: pydantic.ValidationInfo) -> Any:
+    names = [tool.function.name for tool in info.data.get('tools', ())]
+    if choice == 'required' and not names:
+      raise ValueError('there are no tools to be called')
+    if isinstance(choice, ForcedTool) and choice.function.name not in names:
+      raise ValueError(f'there is no tool {choice.function.name!r}')
+    return choice
+
+  @pydantic.field_validator('top_logprobs')
+  @classmethod
+  def _beside_logprobs(cls, top: int, info: pydantic.ValidationInfo) -> int:
+    if top and not info.data.get('logprobs'):
+      raise ValueError('logprobs is not true')
+    return top
+
   @property
-  def budget(self) -> int | None:
-    given = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-    return min(given, default=None)
+  def alternatives(self) -> int:
+    """How many to report of each token."""
+    return self.top_logprobs
+
+  @property
+  def call_forced(self) -> bool:
+    """Whether the answer has to be a call."""
+    return self.tool_choice == 'required' or isinstance(self.tool_choice, ForcedTool)
+
+  @property
+  def forced_name(self) -> str | None:
+    """The tool that a forced call calls; None leaves the model a choice."""
+    if isinstance(self.tool_choice, ForcedTool):
+      return self.tool_choice.function.name
+    return self.tools[0].function.name if len(self.tools) == 1 else None
+
+  @property
+  def budget(self) -> tuple[str, int | None]:
+    limits = {'max_completion_tokens': self.max_completion_tokens, 'max_tokens': self.max_tokens}
+    given = [(name, limit) for name, limit in limits.items() if limit is not None]
+    return min(given, key=lambda one: one[1], default=('max_completion_tokens', None))
 
   @property
   def specs(self) -> list[ToolSpec]:
@@ -217,10 +269,15 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-  """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens; alternatives are refused."""
+  """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them."""
   prompt: str | list[str] | list[int] | list[list[int]]
-  logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+  logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
   echo: Literal[False] | None = None
+
+  @property
+  def alternatives(self) -> int:
+    """How many to report of each token."""
+    return self.logprobs or 0
 
   @property
   def prompts(self) -> list[str | list[int]]:
@@ -229,12 +286,9 @@ class CompletionRequest(_Request):
     return [self.prompt] if one else list(self.prompt)
 
 
-_TYPES = ('str', 'int')  # what pydantic calls the members of a union
+_TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
 _REASONS = {
-    'tool_choice': '; that a call is made, or which, would need constrained sampling, which this server does not have',
     'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
-    'top_logprobs': '; the engine gives the log-probabilities of sampled tokens only',
-    'logprobs': '; the engine gives the log-probabilities of sampled tokens only',
     'frequency_penalty': '; penalties are not supported', 'presence_penalty': '; penalties are not supported',
 }
 

@@ -13,7 +13,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.replies import ReplyParser
 from dcore_jax.serve.scheduler import Overloaded, Scheduler
 from dcore_jax.serve.text import TextReader
-from dcore_jax.worlds.toolworld.world import ToolWorld
+from dcore_jax.worlds.environment import World
 
 _DIM, _BOLD, _PLAIN = '\x1b[2m', '\x1b[1m', '\x1b[0m'
 # What a model writes must not steer the terminal: control characters, and those that turn the direction of text around.
@@ -83,12 +83,11 @@ class Chat:
   Args:
     speaker: the model's voice.
     system: the system message; '' for none. A world has its own.
-    world: whose tools the model may call, and who runs them; None: there are none. A session of one (worlds/toolworld) is a
-      task's tools and state without its request.
+    world: whose tools the model may call, and who runs them; None: there are none.
     kind: of the world's tasks to begin with.
   """
 
-  def __init__(self, speaker: Speaker, *, system: str = '', world: ToolWorld | None = None, kind: str = ''):
+  def __init__(self, speaker: Speaker, *, system: str = '', world: World | None = None, kind: str = ''):
     self._speaker, self._system, self._world, self._kind = speaker, system, world, kind
     self._messages: list[Message] = []
     self._task, self._session = None, None
@@ -144,7 +143,10 @@ class Chat:
       self._speaker.show(message.content + '\n')
 
   def _take_state(self, _: list[str]) -> None:
-    for table, rows in self._session.state.items():
+    state = self._session.state
+    if not isinstance(state, dict):
+      raise ValueError('the state is too large to be shown')
+    for table, rows in state.items():
       for key, row in rows.items():
         self._speaker.show(f'{table} {key}: {row}\n')
 

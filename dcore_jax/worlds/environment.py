@@ -43,6 +43,22 @@ class Episode(Protocol):
     """Judges the finished episode."""
 
 
+class Session(Protocol):
+  """A task's tools and state without its request, for requests of one's own: nothing is judged, and what was done stays done.
+
+  `messages` is the conversation, `asked` whether the assistant is the next to speak, `state` what the calls act on.
+  """
+  messages: list[Message]
+  asked: bool
+  state: Any
+
+  def ask(self, text: str) -> None:
+    """The user's next request."""
+
+  def step(self, text: str) -> None:
+    """Takes the assistant's whole text and runs its calls; text without calls, or too many steps, end its turn."""
+
+
 class World(Protocol):
   """A source of tasks, deterministic from a seed."""
 
@@ -51,6 +67,9 @@ class World(Protocol):
 
   def episode(self, task: Any) -> Episode:
     """A fresh episode of one task."""
+
+  def session(self, task: Any) -> Session:
+    """A fresh session on its tools and state."""
 
 
 class Sandbox(Protocol):

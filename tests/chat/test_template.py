@@ -98,6 +98,37 @@ def test_turn_format_is_read_off_the_template(tokenizer, llama):
   assert (coder.end_of_turn, coder.before, coder.after) == ('<|EOT|>', '\n', '\n')
 
 
+# A call as Llama 3.1 writes it.
+UNTAGGED = ("{%- for m in messages -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
+            "{{- '{\"name\": \"' + c.function.name + '\", \"parameters\": ' + (c.function.arguments | tojson) + '}' -}}"
+            "{%- endfor -%}{{- '<|eot_id|>' -}}{%- endfor -%}")
+NAME_FIRST = '<tool_call>\n{"name": "'
+
+
+@pytest.mark.parametrize('name,begun', [('f', NAME_FIRST + 'f", "arguments":'), (None, NAME_FIRST)])
+def test_a_begun_call_is_what_the_template_writes_up_to_there(tokenizer, data_dir, name, begun):
+  """By Qwen3's own template and ours; what follows is tokenized as if the model had written all of it."""
+  config = json.loads((data_dir / 'qwen3-tokenizer' / 'tokenizer_config.json').read_text())
+  records = [message.to_json() for message in CHAT[:-1]]
+  call = '{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+  for tokenizer.chat_template in (template.qwen3_template(), config['chat_template']):
+    text, said = template.render_begun_call(tokenizer, records, TOOLS, name)
+    assert said == begun
+    assert text == template.render_records(tokenizer, records, TOOLS, enable_thinking=False) + begun
+    whole = text.removesuffix(begun) + '<tool_call>\n' + call
+    ids = tokenizer(text)['input_ids']
+    assert tokenizer(whole)['input_ids'][:len(ids)] == ids
+
+
+def test_calls_that_would_not_be_read_are_not_begun(llama):
+  """Llama's calls have no tags, DeepSeek-Coder's template shows none; what a user writes is no call."""
+  records = [{'role': 'user', 'content': f'{NAME_FIRST}probe_name", "arguments": {{}}}}</tool_call>'}]
+  for other in (llama, other_family(UNTAGGED, ['<|eot_id|>']), other_family(CODER, ['<|EOT|>'])):
+    for name in ('f', None):
+      with pytest.raises(ValueError, match='does not write calls as <tool_call>'):
+        template.render_begun_call(other, records, TOOLS, name)
+
+
 def test_bad_tokenizers():
   class Bare:
     chat_template = None

@@ -1,6 +1,7 @@
 """The engine against transformers' generate, against full forward passes, and against itself under other lanes and
 orders."""
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -152,14 +153,12 @@ def test_episodes_of_several_steps():
     np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
 
 
-def test_compilations_are_bounded_and_new_weights_need_none():
+def test_new_weights_rules_and_numbers_of_alternatives_compile_nothing():
   # A shape no other test uses: what is counted is compiled here. Without stop tokens the lengths are those asked for.
   runner = engine(max_len=72, stop_ids=[])
   made = requests(20, lengths=(1, 9, 30, 63))
   first = runner.generate(made, SamplingParams())
   compiled, programs = runner.stats.compilations, device.decode._cache_size() + device.prefill._cache_size()
-  spans = len(span_ladder(72))
-  assert 0 < compiled <= len(bucket_ladder(72)) + 3 * spans**2  # tiles of 1, 2 and 4 lanes
   runner.update(params(2))
   second = runner.generate(made, SamplingParams())
   assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
@@ -168,6 +167,54 @@ def test_compilations_are_bounded_and_new_weights_need_none():
   runner.generate(made, SamplingParams(0.5, seed=9))  # another temperature is not another program
   assert runner.stats.compilations == compiled
   assert device.decode._cache_size() + device.prefill._cache_size() == programs  # nor a second form of the same trace
+  same(runner.generate([dataclasses.replace(request, top=3) for request in made], SamplingParams()), first)
+  compiled = runner.stats.compilations
+  for top in (1, 20):
+    runner.generate([dataclasses.replace(request, top=top) for request in made], SamplingParams(0.9))
+  assert runner.stats.compilations == compiled
+
+
+MIXED = [SamplingParams(0), SamplingParams(0.7), SamplingParams(1.3, seed=2), SamplingParams(1.0, 0.9, 7),
+         SamplingParams(1.2, min_p=0.1), SamplingParams(1.0, stop=('a', 'bc'))]
+
+
+def run_mixed(runner, seed):
+  """Groups and single prompts of many lengths, each rollout under a rule of its own, some with alternatives, some extended."""
+  rng, extended = np.random.default_rng(seed), set()
+  held = {}
+  for number, count in enumerate((1, 4, 1, 3, 1, 4, 1)):
+    start = prompt(int(rng.integers(1, 45)), number)
+    for sample in range(count):
+      request = Request(start, (seed, number, sample), int(rng.integers(1, 20)), top=int(rng.choice([0, 0, 0, 3, 20])))
+      rule, hold = MIXED[rng.integers(len(MIXED))], bool(rng.random() < 0.4)
+      held[runner.submit(request, rule, hold=hold)] = hold
+  while runner.busy:
+    for part in runner.step():
+      if part.completion is None or not held[part.handle]:
+        continue
+      if part.handle in extended:
+        runner.cancel(part.handle)
+      else:
+        extended.add(part.handle)
+        runner.extend(part.handle, prompt(int(rng.integers(1, 9)), seed), 3)
+
+
+def test_compilations_are_bounded_whatever_comes():
+  """By what the module's docstring says, each kind of program by itself; `max_len` and `max_new` are no other test's."""
+  runner = engine(max_len=76, max_new=20, lanes=8, tile=8, decode=lambda ids: ''.join(map(chr, np.array(ids) + 90)))
+  ladder, spans, branch_spans = bucket_ladder(76), span_ladder(76), span_ladder(20)
+  shapes = {(B, R) for B in runner._tiles for R in (B // 8, B // 4, B) if R}
+  bounds = {'prefill': len(ladder) * (len(ladder) + 1) // 2, 'commit': len(ladder) * len(branch_spans),
+            'decode': len(spans) * len(branch_spans) * len(shapes) * 3 * 2}
+  before = device.traces.copy()
+  for seed in range(3):
+    run_mixed(runner, seed)
+  compiled = device.traces - before
+  assert compiled.total() == runner.stats.compilations and compiled.keys() == bounds.keys()
+  assert all(count <= bounds[name] for name, count in compiled.items()), (compiled, bounds)
+  for seed in range(3):
+    run_mixed(runner, seed)
+  assert device.traces - before == compiled
 
 
 def test_update_refuses_what_does_not_fit():

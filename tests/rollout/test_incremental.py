@@ -245,3 +245,40 @@ def test_lanes_with_different_rules_sample_side_by_side():
     assert completion.tokens.tolist() == want.tokens.tolist()
     np.testing.assert_allclose(completion.logprobs, want.logprobs, atol=1e-5)
     np.testing.assert_allclose(completion.full_logprobs, want.full_logprobs, atol=1e-5)
+
+
+def test_alternatives_come_where_they_are_asked_for():
+  """Beside lanes that ask for fewer or none; they are those of a full forward pass, and what is drawn does not change."""
+  runner = engine()
+  rules = [SamplingParams(max_tokens=9, seed=2), SamplingParams(0, max_tokens=9), SamplingParams(0.8, 1, 3, max_tokens=9),
+           SamplingParams(max_tokens=40, seed=3, stop=('k', 'm', 'z', '7'))]
+  made = [(Request(prompt(9, number), (number,), top=top), rule) for number, (rule, top) in
+          enumerate((rule, top) for rule in rules for top in (5, 20, 0))]
+  handles = {runner.submit(request, rule): (request, rule) for request, rule in made}
+  seen, done = {handle: [] for handle in handles}, {}
+  while len(done) < len(handles):
+    for part in runner.step():
+      seen[part.handle].append(part.top)
+      if part.completion is not None:
+        done[part.handle] = part.completion
+  for handle, (request, rule) in handles.items():
+    completion = done[handle]
+    [alone] = runner.generate([Request(request.prompt, request.key_id)], rule)
+    np.testing.assert_array_equal(completion.tokens, alone.tokens)
+    if not request.top:
+      assert seen[handle] == [None] * len(seen[handle])
+      continue
+    token_TK = np.concatenate([top.token_BK for top in seen[handle]])
+    logprob_TK = np.concatenate([top.logprob_BK for top in seen[handle]])
+    tokens = np.concatenate([request.prompt, completion.tokens])
+    table = np.asarray(all_logprobs(np.pad(tokens, (0, 128 - len(tokens)))))[len(request.prompt) - 1:len(tokens) - 1]
+    table = table / (rule.temperature or 1)
+    order_TK = np.argsort(-table, axis=1)[:, :request.top]
+    kept = table if not rule.top_k else np.where(table >= np.sort(table, axis=1)[:, [-rule.top_k]], table, -np.inf)
+    kept = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    want_TK = np.take_along_axis(kept, order_TK, axis=1)
+    assert token_TK.shape == (len(completion.tokens), request.top)
+    np.testing.assert_allclose(logprob_TK, want_TK, atol=1e-5)
+    np.testing.assert_array_equal(token_TK[want_TK > -np.inf], order_TK[want_TK > -np.inf])
+  with pytest.raises(ValueError, match='top=21 alternatives; there may be 20'):
+    runner.submit(Request(prompt(3), (0,), top=21), SamplingParams())

@@ -46,7 +46,7 @@ def test_draws_follow_the_distribution(rule, vocab):
   chosen = SamplingParams(**rule)
   many = jnp.tile(logits[None], (DRAWS, 1))
   lanes = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.rule())
-  tokens, logprobs, full_logprobs = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
+  tokens, logprobs, full_logprobs, _ = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[want == 0].any()
   np.testing.assert_allclose(logprobs, np.log(want[tokens]), atol=1e-5)
@@ -58,9 +58,35 @@ def test_draws_follow_the_distribution(rule, vocab):
   assert chi_square < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
 
 
+@pytest.mark.parametrize('rule', [dict(temperature=0), *RULES], ids=str)
+def test_alternatives_are_the_likeliest_tokens_of_the_policy_that_draws(rule):
+  logits = np.random.default_rng(7).normal(0, 2, (3, 100)).astype(np.float32)
+  logits[:, 40] = logits[:, 60] = 5  # of equals the first comes first
+  chosen = SamplingParams(**rule)
+  lanes = jax.tree.map(lambda number: jnp.full(3, number), chosen.rule())
+  asked = jnp.asarray(logits), sampling.uniforms(keys(3)), lanes, chosen.mode
+  *drawn, top = sampling.draw(*asked, top=20)
+  for got, alone in zip(drawn, sampling.draw(*asked)[:3], strict=True):
+    np.testing.assert_array_equal(got, alone)
+  for lane, row in enumerate(logits):
+    kept = truncated_reference(row, **rule)
+    order = np.argsort(-kept, kind='stable')[:20]
+    count = min(20, (kept > 0).sum())
+    assert top.token_BK[lane, :count].tolist() == order[:count].tolist()
+    with np.errstate(divide='ignore'):
+      np.testing.assert_allclose(top.logprob_BK[lane], np.log(kept[order]), atol=1e-5)
+
+
+def truncated_reference(logits, temperature, **truncation):
+  """`reference` with tokens as likely as the last one kept."""
+  kept, full = reference(logits, temperature or 1.0, **truncation), reference(logits, temperature or 1.0)
+  kept = np.where(full >= full[kept > 0].min(), full, 0)
+  return kept / kept.sum()
+
+
 def test_greedy_takes_the_first_maximum_and_reports_the_untempered_log_probability():
   logits = jnp.array([[0.0, 3.0, 1.0, 3.0], [-1.0, -5.0, -0.5, -9.0]])
-  tokens, logprobs, _ = sample(logits, keys(2), SamplingParams(temperature=0))
+  tokens, logprobs, *_ = sample(logits, keys(2), SamplingParams(temperature=0))
   assert tokens.tolist() == [1, 2]
   np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[jnp.arange(2), tokens], atol=1e-6)
 
@@ -69,7 +95,7 @@ def test_a_large_vocabulary_reaches_its_last_block_and_never_a_token_without_mas
   logits = np.full((2, 151936), -np.inf, np.float32)
   logits[0, [0, 151935]] = 0, 1
   logits[1, 70000] = -3
-  tokens, logprobs, _ = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
+  tokens, logprobs, *_ = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
   assert set(tokens[:16].tolist()) == {0, 151935} and set(tokens[16:].tolist()) == {70000}
   np.testing.assert_allclose(logprobs[16:], 0, atol=1e-6)
 
@@ -108,7 +134,7 @@ def test_lanes_with_different_rules_draw_as_each_does_alone():
 
 def test_extreme_logits_stay_finite_and_nan_is_not_hidden():
   logits = jnp.array([[1e30, -1e30, 0.0], [jnp.nan, 0.0, 1.0]])
-  tokens, logprobs, _ = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
+  tokens, logprobs, *_ = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
   assert tokens[0] == 0 and logprobs[0] == 0 and np.isnan(logprobs[1])
   assert 0 <= tokens[1] < 3
 

@@ -196,7 +196,8 @@ def test_a_folder_belongs_to_one_way_of_making_rows(uninterrupted):
 
 @pytest.mark.parametrize(('fields', 'named'), [
     (dict(reference='seen'), 'reference'), (dict(verify='x'), 'verify'), (dict(wording='x'), 'wording'), (dict(base_url=''), 'URL'),
-    (dict(backend='local'), 'base_url'), (dict(backend='x'), 'backend'), (dict(examples=9), 'examples'),
+    (dict(backend='local'), 'base_url'), (dict(backend='local', base_url='', prompt_price=1.0), 'prices'),
+    (dict(completion_price=-1.0), 'prices'), (dict(backend='x'), 'backend'), (dict(examples=9), 'examples'),
     (dict(files=('nowhere.jsonl',)), 'nowhere.jsonl')])
 def test_configs_that_do_not_hold_are_named_before_anything_is_written(tmp_path, fields, named):
   with pytest.raises(ValueError, match=named):
@@ -229,8 +230,12 @@ def test_pseudo_labels_are_made_once_and_counted(serve, tmp_path):
     text = say({'messages': [{'role': 'user', 'content': seed.query}]}) if seed and len(seed.calls) < 2 else THINK + 'I cannot.'
     return 200, answer(text)
   labeller, endpoint = serve(label), serve(lambda body, _: (200, answer(say(body))))
-  config = make_config(endpoint.url, reference='pseudo', labels=dict(samples=3, base_url=labeller.url, model='other'))
+  config = make_config(endpoint.url, reference='pseudo', completion_price=3.0,
+                       labels=dict(samples=3, base_url=labeller.url, model='other', prompt_price=1.0))
   summary = run(config, tmp_path)
+  for usage, price, tokens in ((summary['usage'], 3.0, 'completion_tokens'), (summary['labels']['usage'], 1.0, 'prompt_tokens')):
+    assert usage['cost'] == pytest.approx(usage[tokens] * price / 1e6, abs=1e-6) and usage[tokens] > 0
+  assert json.loads((tmp_path / 'distill.json').read_text()) == summary
   assert summary['labels']['labelled'] == summary['labels']['seeds'] == len(seeds)
   agreeing = sum(len(seed.calls) < 2 for seed in seeds.values())
   assert summary['labels']['agree'] == agreeing and len(labeller.bodies) >= 3 * len(seeds)

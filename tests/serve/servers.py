@@ -26,10 +26,10 @@ def engine_like(engine):
 class ScriptedEngine:
   """Answers every prompt with the tokens of `reply`, one a step; steps wait for `go`, and fail where `broken` is set."""
 
-  def __init__(self, reply, lanes=2):
-    self.reply, self.lanes, self.max_len, self.max_new = np.asarray(reply, np.int32), lanes, 256, 64
+  def __init__(self, reply, lanes=2, max_len=256, max_new=64):
+    self.reply, self.lanes, self.max_len, self.max_new = np.asarray(reply, np.int32), lanes, max_len, max_new
     self.config, self.stats = SimpleNamespace(vocab_size=640), EngineStats()
-    self.go, self.broken, self.cancelled = threading.Event(), None, []
+    self.go, self.broken, self.cancelled, self.prompts = threading.Event(), None, [], []
     self.go.set()
     self._rollouts, self._count = {}, 0
 
@@ -45,6 +45,7 @@ class ScriptedEngine:
     if len(request.prompt) == 13:
       raise ValueError('thirteen tokens')
     self._count += 1
+    self.prompts.append(list(request.prompt))
     self._rollouts[self._count] = [0, sampling, len(request.prompt)]
     return self._count
 

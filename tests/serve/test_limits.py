@@ -54,8 +54,11 @@ def test_malformed_http_and_json(scripted):
 
 @pytest.mark.parametrize('change,param', [
     ({'tool_choice': 'required'}, 'tool_choice'),
-    ({'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
-    ({'top_logprobs': 3, 'logprobs': True}, 'top_logprobs'),
+    ({'tool_choice': 'perhaps'}, 'tool_choice'),
+    ({'tool_choice': {'type': 'function', 'function': {}}}, 'tool_choice.function.name'),
+    ({'tools': [{'type': 'function', 'function': {'name': 'g'}}],
+      'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
+    ({'top_logprobs': 3}, 'top_logprobs'), ({'top_logprobs': 21, 'logprobs': True}, 'top_logprobs'),
     ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty'), ({'presence_penalty': -0.5}, 'presence_penalty'),
     ({'logit_bias': {'5': 1.0}}, 'logit_bias'), ({'reasoning_effort': 'low'}, 'reasoning_effort'),
@@ -90,10 +93,31 @@ def test_nulls_ignored_fields_and_parts_of_text_are_fine(scripted):
 def test_completion_requests_are_checked_too(scripted):
   url = scripted().url
   for change, param in (({'prompt': []}, 'n'), ({'prompt': ''}, 'prompt'), ({'prompt': [640]}, 'prompt'),
-                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 2}, 'logprobs'),
+                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 6}, 'logprobs'),
                         ({'suffix': 'x'}, 'suffix'), ({'prompt': [5] * 256}, 'prompt')):
     status, _, answer = post(url, {'model': 'm', 'prompt': 'find', **change}, path='/v1/completions')
     assert (status, answer['error']['param']) == (400, param), change
+
+
+@pytest.mark.parametrize('body,path', [(CHAT, '/v1/chat/completions'),
+                                       ({'model': 'm', 'prompt': [5] * 210}, '/v1/completions')])
+def test_budgets_that_do_not_fit_are_refused_and_not_cut(scripted, body, path):
+  """An answer has 64 tokens at most, prompt and answer together 256."""
+  made = scripted()
+  fields = ('max_tokens', 'max_completion_tokens') if body is CHAT else ('max_tokens',)
+  for field in fields:
+    status, _, answer = post(made.url, {**body, field: 65}, path=path)
+    assert (status, answer['error']['param']) == (400, field)
+    assert answer['error']['message'] == f'{field} = 65; an answer may have 64 tokens'
+  if body is CHAT:
+    assert post(made.url, {**body, 'max_tokens': 65, 'max_completion_tokens': 64})[0] == 200  # the smaller one is meant
+    return
+  status, _, answer = post(made.url, {**body, 'max_tokens': 47}, path=path)
+  assert (status, answer['error']['param'], answer['error']['code']) == (400, 'max_tokens', 'context_length_exceeded')
+  assert answer['error']['message'] == ('the prompt has 210 tokens and max_tokens = 47; '
+                                        'prompt and answer together may have 256 tokens')
+  assert post(made.url, {**body, 'max_tokens': 46}, path=path)[0] == 200
+  assert post(made.url, body, path=path)[0] == 200  # who asks for none gets what fits
 
 
 def test_paths_methods_and_types(scripted):

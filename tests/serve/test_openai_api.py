@@ -174,6 +174,10 @@ def test_budgets(client):
   answer = client.chat.completions.create(**asked, max_tokens=9, max_completion_tokens=7)
   assert answer.choices[0].finish_reason == 'length' and answer.usage.completion_tokens == 7
   assert answer.choices[0].message.content is None  # it is still thinking
+  with pytest.raises(openai.BadRequestError, match='max_completion_tokens = 65; an answer may have 64'):
+    client.chat.completions.create(**asked, max_completion_tokens=65)
+  filled = client.completions.create(model='organism', prompt=[7] * 190, temperature=0)
+  assert filled.choices[0].finish_reason == 'length' and filled.usage.completion_tokens == 2  # all that fits
   with pytest.raises(openai.BadRequestError, match='tokens; prompt and answer together may have 192') as caught:
     client.chat.completions.create(model='organism', messages=[{'role': 'user', 'content': 'find ' * 300}])
   assert caught.value.code == 'context_length_exceeded'
@@ -198,6 +202,37 @@ def test_completions(client, organism):
   both = client.completions.create(prompt=[prompt, 'find'], n=2, **asked)
   assert [one.index for one in both.choices] == [0, 1, 2, 3] and both.choices[0].text == both.choices[1].text == choice.text
   assert both.usage.prompt_tokens == len(ids) + 1 and both.usage.completion_tokens == 48
+
+
+def test_alternatives_of_tokens(client):
+  asked = dict(model='organism', messages=task_messages(), temperature=0, max_tokens=20, logprobs=True)
+  tokens = client.chat.completions.create(**asked, top_logprobs=20).choices[0].logprobs.content
+  for token in tokens:
+    shown = [one.logprob for one in token.top_logprobs]
+    assert len(shown) == 20 and shown == sorted(shown, reverse=True) and sum(map(np.exp, shown)) <= 1 + 1e-5
+    assert (token.top_logprobs[0].token, shown[0]) == (token.token, pytest.approx(token.logprob, abs=1e-6))
+    assert all(one.bytes is None or bytes(one.bytes).decode() == one.token for one in token.top_logprobs)
+  *_, streamed, _ = joined(client.chat.completions.create(**asked, top_logprobs=3, stream=True))
+  assert [[one.token for one in token.top_logprobs] for token in streamed] == [
+      [one.token for one in token.top_logprobs[:3]] for token in tokens]
+  # Two tokens are all that this rule may draw; others are not listed.
+  drawn = client.chat.completions.create(**asked | dict(temperature=1.5, seed=1), top_logprobs=5, extra_body={'top_k': 2})
+  for token in drawn.choices[0].logprobs.content:
+    assert len(token.top_logprobs) == 2 and sum(np.exp(one.logprob) for one in token.top_logprobs) == pytest.approx(1, abs=1e-5)
+    assert (token.token, token.logprob) in [(one.token, pytest.approx(one.logprob, abs=1e-6)) for one in token.top_logprobs]
+  assert not client.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs
+
+
+def test_alternatives_of_completions(client):
+  asked = dict(model='organism', prompt='the task is to find the order of', temperature=1.5, max_tokens=12, seed=3)
+  [choice] = client.completions.create(**asked, logprobs=2).choices
+  pieces = list(client.completions.create(**asked, logprobs=2, stream=True))
+  assert [shown for piece in pieces if piece.choices[0].logprobs for shown in piece.choices[0].logprobs.top_logprobs] == [
+      {text: pytest.approx(logprob, abs=1e-5) for text, logprob in shown.items()} for shown in choice.logprobs.top_logprobs]
+  for token, logprob, shown in zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs):
+    assert shown[token] == pytest.approx(logprob, abs=1e-6) and len(shown) in (2, 3)
+  assert {len(shown) for shown in choice.logprobs.top_logprobs} == {2, 3}  # the sampled token is there, likely or not
+  assert client.completions.create(**asked, logprobs=0).choices[0].logprobs.top_logprobs is None
 
 
 def test_a_template_may_be_told_not_to_think(client):

@@ -7,6 +7,7 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.worlds import WORLDS
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.terminal import Cancelled, Chat, Speaker
 from dcore_jax.worlds.toolworld.world import ToolWorld
@@ -111,6 +112,26 @@ def test_requests_of_ones_own_act_on_the_tools_and_the_state():
     chat.take(line)
   assert all(f'{table} {key}' in voice.shown for table, rows in task.initial_state.items() for key in rows)
   assert "unknown task kind 'nonsense'" in voice.shown and "'x' is no number" in voice.shown
+
+
+def test_a_task_of_bfcl_is_acted_out_and_its_apis_answer_requests():
+  try:
+    world = WORLDS['bfcl']()
+  except ValueError as error:
+    pytest.skip(str(error))
+  [task] = world.tasks('sequential', 1, seed=0, split='eval')
+  [turn] = task.turns
+  voice = Scripted(*(f'<think>\nhm\n</think>\n\n{print_calls([call])}' for call in turn.calls),
+                   f'<think>\nhm\n</think>\n\n{turn.answer}', print_calls([turn.calls[0]]), 'done')
+  chat = Chat(voice, world=world, kind='sequential')
+  chat.start()
+  assert turn.query in voice.shown and f'"name": "{turn.calls[0].name}"' in voice.shown
+  chat.take('')
+  assert f'right after {len(turn.calls) + 1} answers' in voice.shown
+  chat.take('do the first part alone')
+  assert voice.asked[-1][-1] == ('user', tool_response(turn.responses[0]))
+  chat.take('/state')
+  assert f'{task.classes[0]} ' in voice.shown
 
 
 def test_the_organism_acts_a_task_out(organism):
