@@ -12,8 +12,9 @@ QUICK_WORKDIR ?= runs/quick
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Most of a test's time is tracing and compiling, on one core; a process grows to 4 GB. A file stays in one process: its tests
-# share what they set up.
-PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# share what they set up. Files go in the order of tests/conftest.py: xdist would put those with many tests first, and the minutes of
+# the notebooks last.
+PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

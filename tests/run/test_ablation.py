@@ -61,6 +61,7 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
   asked = {}
   monkeypatch.setattr(ablate, 'run_suite', lambda suite, config, workdir, seeds, sft_run: asked.update({suite: seeds}) or
                       {'suite': suite, 'table': []})
+  monkeypatch.setattr(ablate, 'format_table', lambda content: '')
   for suite, *more in (('decomposition',), ('alpha_delta',), ('psi', '--seeds=2')):
     with flagsaver.flagsaver():
       flags.FLAGS(['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more])

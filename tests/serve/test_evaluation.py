@@ -9,28 +9,44 @@ from dcore_jax.rollout.backends import LocalBackend, OpenAIBackend
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
 from dcore_jax.run.evaluation import evaluate, evaluate_backend
-from tests.serve.servers import engine_like
+from dcore_jax.serve.openai_api import Limits, Service
+from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.server import load_model
+from tests.serve.servers import engine_like, running
 
 
 @pytest.fixture(scope='module')
 def config():
   config = nano.get_config()
-  config.evaluate.update(dict(tasks=2, temperature=0.0, max_tokens=160))
+  config.evaluate.update(dict(tasks=2, temperature=0.0, max_tokens=64))
   return check_config(config, default_config())
+
+
+@pytest.fixture(scope='module')
+def organism():
+  """With room for whole conversations: a server refuses what an engine would cut."""
+  return load_model('', lanes=4, max_len=512, max_new=64, steps_per_call=8)
+
+
+@pytest.fixture(scope='module')
+def url(organism):
+  service = Service(Scheduler(engine_like(organism.engine), 32), organism.tokenizer, 'organism', Limits(64))
+  with running(service) as (url, _):
+    yield f'{url}/v1'
 
 
 def tasks_of(folder):
   return [json.loads(line) for line in (folder / 'trajectories.jsonl').read_text().splitlines()]
 
 
-def test_engine_backend_and_endpoint_give_the_same_figures(config, served, organism, tmp_path):
+def test_engine_backend_and_endpoint_give_the_same_figures(config, url, organism, tmp_path):
   tokenizer = organism.tokenizer
   engine = engine_like(organism.engine)
   figures = evaluate(config, tmp_path / 'engine',
                      lambda world, tasks, sampling, told: act(engine, tokenizer, world, tasks, sampling, told), 'organism')
   assert sum(figures['n'].values()) == 10 and 0 < figures['unfinished']['parallel'] and figures['accuracy']['single'] > 0.5
   local = LocalBackend(engine_like(organism.engine), tokenizer, model='organism')
-  remote = OpenAIBackend(f'{served[0]}/v1', 'organism', concurrency=4, journal=tmp_path / 'endpoint' / 'replies.jsonl')
+  remote = OpenAIBackend(url, 'organism', concurrency=4, journal=tmp_path / 'endpoint' / 'replies.jsonl')
   for place, backend in (('local', local), ('endpoint', remote)):
     found = evaluate_backend(config, tmp_path / place, backend, tokenizer)
     assert {name: found[name] for name in figures} == figures and found['model'] == 'organism'
@@ -38,9 +54,9 @@ def test_engine_backend_and_endpoint_give_the_same_figures(config, served, organ
     assert found['usage']['requests'] == backend.usage.requests > 10
 
 
-def test_what_an_endpoint_answered_is_not_asked_again(config, served, organism, tmp_path):
-  first, again = (evaluate_backend(config, tmp_path, OpenAIBackend(url, 'organism', retries=0, journal=tmp_path / 'replies.jsonl'),
+def test_what_an_endpoint_answered_is_not_asked_again(config, url, organism, tmp_path):
+  first, again = (evaluate_backend(config, tmp_path, OpenAIBackend(base, 'organism', retries=0, journal=tmp_path / 'replies.jsonl'),
                                    organism.tokenizer)
-                  for url in (f'{served[0]}/v1', 'http://127.0.0.1:9/v1'))
+                  for base in (url, 'http://127.0.0.1:9/v1'))
   assert again['usage']['requests'] == 0 and again['usage']['from_journal'] == first['usage']['requests']
   assert again['accuracy'] == first['accuracy']
