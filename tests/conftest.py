@@ -5,12 +5,17 @@ import pathlib
 # Before the first import of jax. Set it yourself to run the tests on another backend.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+# Most of a test's time is compiling; what one process has compiled serves the others and the next run (the engine's tests: 192 s
+# of CPU time, 35 the second time; those of resuming: 112 s without, 76 from an empty cache). The bound also makes jax lock it.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(REPOSITORY / '.pytest_cache' / 'compiled'))
+os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(2 << 30))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
 import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
