@@ -261,7 +261,8 @@ class Engine:
     """Replaces the weights; nothing is compiled anew.
 
     They are cast to the engine's dtype and placed as the old ones are, without a copy where they already are so: a
-    caller that donates its own parameters to a training step must update the engine before the next stream.
+    caller that donates its own parameters to a training step must update the engine before the next stream. The old ones are
+    let go first: there is never room for both (Qwen3-14B: 30 GB in 2 bytes a parameter).
 
     Raises:
       ValueError: another tree or other shapes.
@@ -273,10 +274,9 @@ class Engine:
     if old != new:
       raise ValueError(f'update: parameters of shapes {new} do not fit {old}')
 
-    def replace(value, held):
-      return jax.device_put(jnp.asarray(value, held.dtype), held.sharding)
-
-    self._hold(jax.tree.map(replace, params, self.params))
+    places = jax.tree.map(lambda held: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=held.sharding), self.params)
+    del self.params, self._decode_params
+    self._hold(jax.tree.map(lambda value, place: jax.device_put(jnp.asarray(value, place.dtype), place.sharding), params, places))
     self._trunks.forget()
 
   def generate(self, requests: Sequence[Request], sampling: SamplingParams,

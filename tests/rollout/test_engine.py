@@ -3,6 +3,7 @@ orders."""
 import collections
 import dataclasses
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +216,21 @@ def test_compilations_are_bounded_whatever_comes():
   for seed in range(3):
     run_mixed(runner, seed)
   assert device.traces - before == compiled
+
+
+def test_update_lets_the_old_weights_go_before_it_takes_the_new_ones():
+  runner, new = engine(), params(2)
+  old, there = weakref.ref(runner.params['embed']), []
+
+  class Late:
+    shape, dtype, ndim = new['embed'].shape, new['embed'].dtype, new['embed'].ndim
+
+    def __jax_array__(self):
+      there.append(old() is not None)
+      return new['embed']
+
+  runner.update({**new, 'embed': Late()})
+  assert there and not any(there)
 
 
 def test_update_refuses_what_does_not_fit():
