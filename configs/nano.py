@@ -5,8 +5,8 @@ Variants:  :quick  three minutes, small samples      :grpo  the plain-GRPO contr
            :agentic  reinforcement acts whole tasks out and rewards the state they leave
 Hardware:  2 CPU cores
 Time:      13 minutes
-Result:    right, of 128 held-out tasks, base -> SFT -> DA-GRPO: sequential 29 -> 84 -> 89 %, parallel 21 -> 57 -> 63 %,
-           multi-turn 60 -> 84 -> 83 %, single 98 -> 96 -> 99 %, irrelevant 98 -> 92 -> 91 %
+Result:    right, of 128 held-out tasks, base -> SFT -> DA-GRPO: sequential 29 -> 85 -> 83 %, parallel 21 -> 59 -> 61 %,
+           multi-turn 60 -> 82 -> 81 %, single 98 -> 98 -> 98 %, irrelevant 98 -> 94 -> 95 %
 """
 import ml_collections
 
@@ -26,8 +26,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.distill.tasks.update(dict(single=300, irrelevant=60))
   c.sft.update(dict(epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4))
   # Prompts, rollouts and updates of a step, alpha and delta as published. With entropies near 0.03 nats psi is small here: see
-  # the ablation over alpha.
-  c.rl.update(dict(steps=8, prompts=32, group=8, updates=4, learning_rate=5e-5, max_prompt_tokens=320, max_tokens=448,
+  # the ablation over alpha. At a learning rate of 5e-5 the few reports that go wrong teach to report, whatever is still to be
+  # done: before the last subtask 23 % end there (SFT: 2 %), and of sequential tasks 75 % are right instead of 83.
+  c.rl.update(dict(steps=8, prompts=32, group=8, updates=4, learning_rate=2e-5, max_prompt_tokens=320, max_tokens=448,
                    capacity=768, rows=1, checkpoint_every=4))
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
