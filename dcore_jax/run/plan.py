@@ -141,6 +141,8 @@ def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -
                     time.monotonic() - began, error)
   if result.fits:
     return result
+  if error and not arrays:  # refused before it was laid out: nothing is known but how much lies beside the arguments
+    arrays = {'temporaries, none of them listed by the compiler': footprint.temporary}
   return dataclasses.replace(result, largest=_largest(program, hlo, arrays), remedies=_remedies(made, program, result))
 
 
