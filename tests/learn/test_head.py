@@ -116,6 +116,27 @@ def test_token_loss_equals_the_plain_form(chunk, entropy):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_chunks_for_a_tpu_are_whole_tiles(monkeypatch):
+  """37 tokens in chunks of 19 would be split across its tiles, which takes its compiler minutes."""
+  monkeypatch.setattr(head.sharding, 'platform', lambda: 'tpu')
+  monkeypatch.setitem(head._CHUNK_ENTRIES, 'tpu', 16 * 53)
+  hidden, matrix, targets = problem()
+  values = (jnp.linspace(-1, 2, 37), jnp.linspace(0, 1, 37))
+
+  def loss(hidden, matrix):
+    return head.token_loss(weighted, hidden, matrix, targets, values, entropy='gradient')[0]
+
+  def scores(hidden, matrix):
+    return weighted(*head.log_probs_and_entropy(hidden, matrix, targets), values)[0]
+
+  wanted = jax.value_and_grad(lambda *args: weighted(*plain(*args, targets, 1.0), values)[0], (0, 1))(hidden, matrix)
+  for ours in (loss, scores):
+    assert 'f32[2,32,16]' in str(jax.make_jaxpr(ours)(hidden, matrix))
+    value, grads = jax.value_and_grad(ours, (0, 1))(hidden, matrix)
+    for array, expected in zip((value, *grads), (wanted[0], *wanted[1])):
+      np.testing.assert_allclose(array, expected, rtol=1e-5, atol=2e-5)
+
+
 def test_chunks_without_values_are_skipped():
   """Hidden states of NaN would reach the sums and every gradient if their chunk were computed."""
   hidden, matrix, targets = problem()
