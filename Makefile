@@ -19,7 +19,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train quick test test-all test-aot bench pretrain clean
+.PHONY: setup train quick test test-all test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -29,6 +29,7 @@ help:
 	@echo 'make test       the tests but the slow ones'
 	@echo 'make test-all   all tests'
 	@echo 'make test-aot   compile kernels for A100 and TPU and the steps of Qwen3-8B and 14B, in an environment $(VENV)-aot'
+	@echo 'make test-aot-all  with a training step for a TPU slice, three minutes more'
 	@echo 'make bench      the benchmarks, JSON lines on stdout'
 	@echo 'make pretrain   rebuild the model organism from its seed'
 	@echo 'make setup      only the virtual environment $(VENV)'
@@ -58,9 +59,13 @@ test-all: setup
 
 # The compilers for GPUs and TPUs live in an environment of their own: where they are installed, jax prints on every start that it
 # finds no such device.
+AOT ?= -m 'not slow'
 test-aot:
 	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,aot
-	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles tests/models tests/run/test_plan.py
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles $(AOT) tests/models tests/run/test_plan.py
+
+test-aot-all:
+	$(MAKE) test-aot AOT=
 
 bench: setup
 	$(RUN) -m benchmarks.sft_step

@@ -176,6 +176,7 @@ def weights(model: DecoderConfig) -> tuple[int, int]:
   return model.param_count - 2 * head, head
 
 
+@pytest.mark.slow
 def test_compiles_a_training_step_for_a_tpu_slice():
   """Qwen3-8B with all its layers, which are scanned: two take as long. Chunks of the head that are not whole tiles
   (test_head.py) cost 300 s more."""
