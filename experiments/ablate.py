@@ -2,7 +2,7 @@
 
     --suite=alpha_delta      DA-GRPO's alpha and delta (paper, Table 3)
     --suite=psi              what the paper leaves open about psi
-    --suite=decomposition    what the decomposer sees (paper, Table 6), with 95 % intervals over three seeds; three minutes a
+    --suite=decomposition    what the decomposer sees (paper, Table 6), with 95 % intervals over three seeds; four minutes a
                              setting and seed
 """
 import json
