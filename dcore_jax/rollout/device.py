@@ -44,7 +44,7 @@ class LaneInputs(NamedTuple):
 class Drawn(NamedTuple):
   """What a decode call drew. A lane's new tokens are the first of its column, as many as its slots have grown by."""
   tokens_QB: np.ndarray  # int32
-  logprobs_2QB: np.ndarray  # float32, of the policy that drew and before truncation
+  scores_3QB: np.ndarray  # float32: log-probability under the policy that drew and before truncation, and entropy there
   slot_B: np.ndarray  # int32
   live_B: np.ndarray  # bool
   steps: np.ndarray  # int32, steps taken
@@ -125,24 +125,24 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
   hidden_BD = jnp.where((lanes.slot_B == 0)[:, None], state.trunk_hidden_PD[owner_B], state.hidden_AD[lane_B])
 
   def step(carry):
-    turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops = carry
+    turn, branches, hidden_BD, slot_B, live_B, tokens_QB, scores_3QB, tops = carry
     logits_BV = decoder.logits(params, hidden_BD)
     uniform_B2 = sampling.uniforms(sampling.token_keys(lanes.key_B2, lanes.drawn_B + slot_B))
-    token_B, *logprobs, alternatives = sampling.draw(logits_BV, uniform_B2, lanes.rule, mode, top)
-    tokens_QB, logprobs_2QB = tokens_QB.at[turn].set(token_B), logprobs_2QB.at[:, turn].set(jnp.stack(logprobs))
+    token_B, *scores, alternatives = sampling.draw(logits_BV, uniform_B2, lanes.rule, mode, top)
+    tokens_QB, scores_3QB = tokens_QB.at[turn].set(token_B), scores_3QB.at[:, turn].set(jnp.stack(scores))
     tops = jax.tree.map(lambda written_QBK, new_BK: written_QBK.at[turn].set(new_BK), tops, alternatives)
     # A lane without a rollout writes past the end, which is dropped: a branch that it still holds stays whole.
     hidden_BD, branches = decoder.extend_branches(params, config, trunks, branches, sharing, token_B,
                                                   jnp.where(live_B, slot_B, span))
     slot_B = slot_B + live_B
     live_B = live_B & (slot_B < lanes.limit_B) & ~jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
-    return turn + 1, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops
+    return turn + 1, branches, hidden_BD, slot_B, live_B, tokens_QB, scores_3QB, tops
 
   B = len(lane_B)
   tops = sampling.Alternatives(jnp.zeros((steps, B, top), jnp.int32), jnp.zeros((steps, B, top), jnp.float32)) if top else None
   start = (jnp.int32(0), branches, hidden_BD, lanes.slot_B, lanes.live_B, jnp.zeros((steps, B), jnp.int32),
-           jnp.zeros((2, steps, B), jnp.float32), tops)
-  turn, branches, hidden_BD, slot_B, live_B, tokens_QB, logprobs_2QB, tops = jax.lax.while_loop(
+           jnp.zeros((3, steps, B), jnp.float32), tops)
+  turn, branches, hidden_BD, slot_B, live_B, tokens_QB, scores_3QB, tops = jax.lax.while_loop(
       lambda carry: (carry[0] < steps) & jnp.any(carry[4]), step, start)
   window = min(steps, span)
 
@@ -154,7 +154,7 @@ def decode(params: decoder.Params, state: State, trunk_R: jax.Array, sharing: Sh
 
   stored = jax.lax.fori_loop(0, B, scatter, state.branches)
   state = state._replace(branches=stored, hidden_AD=state.hidden_AD.at[lane_B].set(hidden_BD))
-  drawn = Drawn(tokens_QB, logprobs_2QB, slot_B, live_B, turn, tops)
+  drawn = Drawn(tokens_QB, scores_3QB, slot_B, live_B, turn, tops)
   if placement is not None:  # every host reads all of it
     drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(placement.mesh, jax.P()))
   return _placed(state, placement), drawn

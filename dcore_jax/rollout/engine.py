@@ -59,6 +59,7 @@ class Completion:
   tokens: np.ndarray  # int32 [m], the stop token included
   logprobs: np.ndarray  # float32 [m], of the policy that sampled (after temperature and truncation)
   full_logprobs: np.ndarray  # float32 [m], before truncation: what a trainer computes at the same temperature
+  entropies: np.ndarray  # float32 [m], nats, of the distributions before truncation
   finished: bool  # the last token is a stop token; else the budget was used up, or a stop string completed
   stop: str | None  # the stop string that the last token completed
   prompt_len: int  # tokens before these, given or sampled
@@ -175,7 +176,7 @@ class Engine:
     self._inputs = LaneInputs(np.zeros((lanes, 2), np.uint32), drawn_A, slot_A, limit_A, np.zeros(lanes, bool), rule)
     self._in_lane: list[_Rollout | None] = [None] * lanes
     self._tokens_AZ = np.zeros((lanes, self.max_new), np.int32)
-    self._logprobs_2AZ = np.zeros((2, lanes, self.max_new), np.float32)
+    self._scores_3AZ = np.zeros((3, lanes, self.max_new), np.float32)
 
   # --- one rollout at a time ------------------------------------------------------------------------------------------------
 
@@ -483,11 +484,11 @@ class Engine:
     for column in np.flatnonzero(self._inputs.live_B[lane_B]).tolist():
       lane = int(lane_B[column])
       before, after = int(self._inputs.slot_B[lane]), int(drawn.slot_B[column])
-      logprobs_2Q = drawn.logprobs_2QB[:, :after - before, column]
-      if np.isnan(logprobs_2Q).any():
+      scores_3Q = drawn.scores_3QB[:, :after - before, column]
+      if np.isnan(scores_3Q).any():
         raise FloatingPointError('the model gives log-probabilities that are not a number')
       self._tokens_AZ[lane, before:after] = drawn.tokens_QB[:after - before, column]
-      self._logprobs_2AZ[:, lane, before:after] = logprobs_2Q
+      self._scores_3AZ[:, lane, before:after] = scores_3Q
       rollout = self._in_lane[lane]
       after, stop = self._stopped(rollout, before, after) if rollout.sampling.stop else (after, None)
       self._inputs.slot_B[lane] = after
@@ -497,7 +498,7 @@ class Engine:
         completion = self._end(rollout, after, stop)
       top = Alternatives(*(all_QBK[:after - before, column, :rollout.top] for all_QBK in drawn.top)) if rollout.top else None
       result.append(Progress(rollout.handle, self._tokens_AZ[lane, before:after].copy(),
-                             *self._logprobs_2AZ[:, lane, before:after].copy(), completion, top))
+                             *self._scores_3AZ[:2, lane, before:after].copy(), completion, top))
     return result
 
   def _stopped(self, rollout: _Rollout, before: int, after: int) -> tuple[int, str | None]:
@@ -519,7 +520,7 @@ class Engine:
     """The completion of a rollout that has ended; its lane is free, or held."""
     lane = rollout.lane
     tokens = self._tokens_AZ[lane, :count].copy()
-    completion = Completion(tokens, *self._logprobs_2AZ[:, lane, :count].copy(), bool(tokens[-1] in self._stop_ids), stop,
+    completion = Completion(tokens, *self._scores_3AZ[:, lane, :count].copy(), bool(tokens[-1] in self._stop_ids), stop,
                             len(rollout.context))
     self._inputs.live_B[lane] = False
     if not rollout.hold:

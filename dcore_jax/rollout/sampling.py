@@ -122,10 +122,12 @@ class Alternatives(NamedTuple):
 
 class Draw(NamedTuple):
   """Tokens with their log-probabilities under the policy that drew them (after temperature and truncation, renormalised) and
-  before truncation, as a trainer computes them at the same temperature. Greedy lanes: of the untempered distribution."""
+  before truncation, as a trainer computes them at the same temperature, and the entropy there. Greedy lanes: of the untempered
+  distribution."""
   token_B: jax.Array  # int32
   logprob_B: jax.Array  # float32
   full_logprob_B: jax.Array  # float32
+  entropy_B: jax.Array  # float32, nats, before truncation
   top: Alternatives | None = None  # where they were asked for
 
 
@@ -148,14 +150,17 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, to
     # Scores of at least 0 are those of the most likely tokens. The scan for them is spared where no lane is greedy.
     token_B = jax.lax.cond(jnp.any(greedy_B), lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B), lambda: token_B)
   score_B = jnp.take_along_axis(score_BV, token_B[:, None], axis=-1)[:, 0]
-  full_logprob_B = logprob_B = score_B - jnp.log(jnp.sum(full_BV, axis=-1))
+  total_B = jnp.sum(full_BV, axis=-1)
+  full_logprob_B = logprob_B = score_B - jnp.log(total_B)
+  mean_score_B = jnp.sum(jnp.where(full_BV == 0, 0, full_BV * score_BV), axis=-1) / total_B  # a logit may be -inf
+  entropy_B = jnp.log(total_B) - mean_score_B
   if mode == 'truncated':
     logprob_B = score_B - jnp.log(jnp.sum(mass_BV, axis=-1))
     score_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
   if not top:
-    return Draw(token_B, logprob_B, full_logprob_B)
+    return Draw(token_B, logprob_B, full_logprob_B, entropy_B)
   score_BK, token_BK = jax.lax.top_k(score_BV, top)
-  return Draw(token_B, logprob_B, full_logprob_B,
+  return Draw(token_B, logprob_B, full_logprob_B, entropy_B,
               Alternatives(token_BK, score_BK - jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))))
 
 

@@ -41,8 +41,8 @@ from dcore_jax.run.summary import paired_difference
 from dcore_jax.run.throughput import forward_flops, matmul_rate
 
 Params = Any
-# Nats. The engine's own log-probabilities stand in for the trainer's where they differ by less; in float32 they differ by 1e-6
-# to 1e-5, in bfloat16 by 1e-2.
+# Nats. The engine's own log-probabilities and entropies stand in for the trainer's where they differ by less; in float32 they
+# differ by 1e-6 to 1e-5, in bfloat16 by 1e-2.
 _EXACT = 1e-4
 _MEASURED = 2**32 - 1  # the random stream of measurements; no step has this number
 
@@ -115,11 +115,11 @@ class Reference:
 
 
 class Scores(NamedTuple):
-  """What is known of the old policy on a tree. `gap` and `entropy` are of the tokens that the trainer has scored."""
-  logp_RT: np.ndarray  # the engine's where the trainer has not
-  entropy_RT: np.ndarray  # 0 where the trainer has not
-  gap: np.ndarray  # between the engine's log-probabilities and the trainer's
-  entropy: np.ndarray
+  """The old policy on the sampled tokens of some rollouts, as the trainer computes it."""
+  logp_RT: np.ndarray
+  entropy_RT: np.ndarray
+  gap: np.ndarray  # of every token, between the engine's log-probability and this one
+  entropy_gap: np.ndarray
   flops: float
 
 
@@ -144,10 +144,10 @@ class Update:
     seconds = self.seconds | {'update': updated - self.began, 'engine_update': self.ended - updated}
     values = jax.device_get(self.values)
     means = {name: float(np.mean([v[name] for v in values])) for name in values[0] if name not in ('skipped', 'weight')}
-    means['policy_entropy'] = means.pop('entropy')
+    means['policy_entropy'] = means.pop('entropy')  # of the policy as it was updated; `facts` has the old one's
     if self.psi_norm is not None:
       means['psi_grad_norm'] = float(self.psi_norm) * self.psi_share
-    return {'entropy': means['policy_entropy'], **means, **self.facts, 'skipped': int(sum(v['skipped'] for v in values)),
+    return {**means, **self.facts, 'skipped': int(sum(v['skipped'] for v in values)),
             **{f'seconds_{name}': value for name, value in seconds.items()}}
 
 
@@ -284,12 +284,12 @@ class GrpoLoop:
   def update(self, state: TrainState, reference: Reference | None, batch: RolloutBatch) -> tuple[TrainState, Update]:
     """Dispatches all optimizer steps on one rollout batch, and the engine's update -> (state, what is under way)."""
     seconds, size = dict.fromkeys(('score', 'reference'), 0.0), len(batch.kinds) // self.config.updates
-    trees, scores = [], []
     with _timed(seconds, 'score'):
-      for first in range(0, len(batch.kinds), size):
-        tree, scored = self._scored(state.params, batch.of(first, first + size), batch.total_PG[first:first + size])
-        trees.append(tree)
-        scores.append(scored)
+      parts = [batch.of(first, first + size) for first in range(0, len(batch.kinds), size)]
+      trees = [self._pack(rollouts) for rollouts in parts]
+      olds, scores = self._old_policy(state.params, batch, trees, parts)
+      trees = [self._with_advantages(*each, batch.total_PG[number * size:(number + 1) * size])
+               for number, each in enumerate(zip(trees, parts, olds, strict=True))]
     if 'updated' in self.loss.extras:  # the first mini-batch is trained on the policy that its old one is
       trees = [tree.with_extras(updated=np.full(tree.tokens.shape, index > 0, np.float32)) for index, tree in enumerate(trees)]
     if self.config.kl_coefficient:
@@ -306,12 +306,12 @@ class GrpoLoop:
       state, value = self._step(state, sharding.place_batch(data, whole=True))
       values.append(value)
     self.engine.update(state.params)
-    gap, entropy = (np.concatenate([getattr(s, name) for s in scores]) for name in ('gap', 'entropy'))
+    gap = np.concatenate([part.gap for part in scores])
     loss_tokens = sum(np.count_nonzero(tree.weight) for tree in trees)
     facts = {'logp_gap_mean': float(gap.mean()), 'logp_gap_max': float(gap.max()), 'scored_fraction': len(gap) / loss_tokens,
-             'dedup': float(np.mean([tree.dedup for tree in trees]))} | ({'alpha': self.alpha} if self.measure_psi else {})
-    if len(entropy) == loss_tokens:
-      facts['entropy'] = float(entropy.mean())
+             'dedup': float(np.mean([tree.dedup for tree in trees])),
+             'entropy': float(sum(entropy_RT.sum(dtype=np.float64) for _, entropy_RT in olds) / loss_tokens)}
+    facts |= {'alpha': self.alpha} if self.measure_psi else {}
     # Sampling computes what a forward pass does; an update costs three.
     forward = sum(forward_flops(self.model, tree) for tree in trees)
     flops = forward * (4 + bool(self.config.kl_coefficient)) + sum(s.flops for s in scores)
@@ -326,17 +326,39 @@ class GrpoLoop:
   def _batch(self, tree: tokentree.TokenTree) -> tokentree.RowBatch:
     return tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows, shards=sharding.shards())
 
-  def _scored(self, params: Params, rollouts: list[Rollout], rewards_PG: np.ndarray) -> tuple[tokentree.TokenTree, Scores]:
-    """A mini-batch's tree with advantage, psi and old_logp, and the scores that went into them."""
-    tree = self._pack(rollouts)
-    view = by_rollout(tree, rollouts)
-    chosen = self._to_score(view, rewards_PG)
-    scores = self._old_policy(params, tree, rollouts, chosen)
-    if len(chosen) < len(rollouts) and scores.gap.max() > _EXACT:  # the engine's are not what they were taken for
-      scores = self._old_policy(params, tree, rollouts, range(len(rollouts)))
+  def _old_policy(self, params: Params, batch: RolloutBatch, trees: Sequence[tokentree.TokenTree],
+                  parts: Sequence[list[Rollout]]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[Scores]]:
+    """((log-probabilities, entropies) of the old policy on each mini-batch's tree, what the trainer has scored for it).
+
+    An engine that computes what the trainer does has said both of every token as it drew it. Whether it does is measured on the
+    first group of the batch; where it does not, or computes in another dtype, the trainer scores everything.
+    """
+    if self.engine.params['embed'].dtype == np.float32:
+      groups = (batch.of(number, number + 1) for number in range(len(batch.kinds)))
+      group = next(group for group in groups if any(rollout.exchanges for rollout in group))  # some prompt may have been too long
+      trial = self._scores(params, self._pack(group), group)
+      if max(trial.gap.max(), trial.entropy_gap.max()) <= _EXACT:
+        told = lambda tree, rollouts, name: _scattered(tree, [getattr(c, name) for r in rollouts for _, c in r.exchanges])
+        return [(told(*each, 'full_logprobs'), told(*each, 'entropies')) for each in zip(trees, parts, strict=True)], [trial]
+    scores = [self._scores(params, *each) for each in zip(trees, parts, strict=True)]
+    return [(part.logp_RT, part.entropy_RT) for part in scores], scores
+
+  def _scores(self, params: Params, tree: tokentree.TokenTree, rollouts: list[Rollout]) -> Scores:
+    """One pass over a tree of these rollouts."""
+    scored = grpo.score_rows(self._score, params, tree, self.config.rows, self._budget)
+    mask, completions = tree.gather(tree.weight > 0), [c for rollout in rollouts for _, c in rollout.exchanges]
+    gaps = [np.abs(np.concatenate([row[kept] for row, kept in zip(tree.gather(values), mask, strict=True)])
+                   - np.concatenate([getattr(c, name) for c in completions]))
+            for values, name in zip(scored, ('full_logprobs', 'entropies'), strict=True)]
+    return Scores(*scored, *gaps, forward_flops(self.model, tree))
+
+  def _with_advantages(self, tree: tokentree.TokenTree, rollouts: list[Rollout], old: tuple[np.ndarray, np.ndarray],
+                       rewards_PG: np.ndarray) -> tokentree.TokenTree:
+    """A mini-batch's tree with old_logp, advantage, psi and what else the objective reads."""
+    (logp_RT, entropy_RT), view = old, by_rollout(tree, rollouts)
     chosen_RT = grpo.reflective_rows(tree, self._tokenizer, self.config.psi_words) if self.config.psi_words else None
-    advantage, psi = grpo.advantage_rows(view, rewards_PG, scores.entropy_RT, self._estimator(), chosen_RT)
-    extras = {'old_logp': scores.logp_RT, 'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
+    advantage, psi = grpo.advantage_rows(view, rewards_PG, entropy_RT, self._estimator(), chosen_RT)
+    extras = {'old_logp': logp_RT, 'advantage': advantage} | ({'psi': psi} if self.measure_psi else {})
     if 'sequence' in self.loss.extras:
       if len(tree.paths) > self._budget:  # sums over sequences have as many places as a micro-batch has tokens
         raise ValueError(f'{len(tree.paths)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}')
@@ -346,41 +368,7 @@ class GrpoLoop:
     if 'behaviour_logp' in self.loss.extras:
       own = [completion.logprobs for rollout in rollouts for _, completion in rollout.exchanges]
       extras['behaviour_logp'] = _scattered(tree, own)
-    return tree.with_extras(**extras), scores
-
-  def _to_score(self, view: tokentree.TokenTree, rewards_PG: np.ndarray) -> Sequence[int]:
-    """The rollouts whose tokens the score pass has to see.
-
-    With several updates all of them. With a single one the ratios start at 1, and stay there: the engine's own log-probabilities
-    serve as the old ones, as far as they are exact. Then the pass is for entropies alone, and sees the rollouts whose
-    group-relative advantage vanishes, plus the first group, on which the claim of exactness is measured.
-    """
-    everything = range(rewards_PG.size)
-    if self.config.updates > 1 or self.engine.params['embed'].dtype != np.float32:
-      return everything
-    needed = np.zeros(rewards_PG.size, bool)
-    needed[:rewards_PG.shape[1]] = True
-    if self.measure_psi:
-      relative_RT, _ = grpo.advantage_rows(view, rewards_PG, np.zeros(view.tokens.shape, np.float32), self._estimator())
-      needed |= [not values.any() for values in view.gather(relative_RT)]
-    return np.flatnonzero(needed).tolist()
-
-  def _old_policy(self, params: Params, tree: tokentree.TokenTree, rollouts: list[Rollout], chosen: Sequence[int]) -> Scores:
-    """Scores the rollouts `chosen` of a tree, and takes the engine's log-probabilities of the others."""
-    part = tree if len(chosen) == len(rollouts) else self._pack([rollouts[index] for index in chosen])
-    scored = grpo.score_rows(self._score, params, part, self.config.rows, self._budget)
-    mask = part.gather(part.weight > 0)
-    logp, entropy = ([row[kept] for row, kept in zip(part.gather(values), mask)] for values in scored)
-    first = np.cumsum([0, *(len(rollout.exchanges) for rollout in rollouts)])
-    held = [sequence for index in chosen for sequence in range(first[index], first[index + 1])]
-    own = [completion.full_logprobs for rollout in rollouts for _, completion in rollout.exchanges]
-    gap = np.abs(np.concatenate(logp) - np.concatenate([own[sequence] for sequence in held]))
-    if part is not tree:
-      entropies = [np.zeros_like(values) for values in own]
-      for sequence, *values in zip(held, logp, entropy, strict=True):
-        own[sequence], entropies[sequence] = values
-      scored = _scattered(tree, own), _scattered(tree, entropies)
-    return Scores(*scored, gap, np.concatenate(entropy), forward_flops(self.model, part))
+    return tree.with_extras(**extras)
 
   def _psi(self, params: Params, trees: list[tokentree.TokenTree]) -> tuple[jax.Array | None, float]:
     """(norm of the gradient that psi contributes to the first mini-batch that has any; share of its tokens that it was divided by).

@@ -19,7 +19,7 @@ from dcore_jax.rollout.engine import Completion, Engine, Request, Source, Tag
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run import distributed
 
-_PER_TOKEN = ('tokens', 'logprobs', 'full_logprobs')
+_PER_TOKEN = ('tokens', 'logprobs', 'full_logprobs', 'entropies')
 
 
 class Journal:

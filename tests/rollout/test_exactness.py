@@ -38,7 +38,7 @@ def groups(count=3, size=8, step=0):
 
 @pytest.mark.parametrize('rule', [dict(), dict(temperature=0.7), dict(top_p=0.8, top_k=20), dict(temperature=1.3, min_p=0.02)],
                          ids=str)
-def test_f_g_log_probabilities_equal_the_trainers_for_every_token(rule):
+def test_f_g_log_probabilities_and_entropies_equal_the_trainers_for_every_token(rule):
   """(f) A sampled pad id is a token like any other, (c) the stop token is there; (g) under truncation the reported
   log-probability is that of the truncated, renormalised policy, and the trainer's is reported beside it."""
   sampling = SamplingParams(**rule, seed=3)
@@ -53,10 +53,10 @@ def test_f_g_log_probabilities_equal_the_trainers_for_every_token(rule):
     sequences.append(tokentree.Sequence(tokens, weights, shared=len(request.prompt)))
   tree = tokentree.pack(sequences, 2048, 1, PAD)
   score = grpo.make_score_pass(CONFIG, temperature=sampling.temperature)
-  logp_RT, _ = grpo.score_rows(score, params(), tree, 1, 2048)
-  want = [logp[weight > 0] for logp, weight in zip(tree.gather(logp_RT), tree.gather(tree.weight), strict=True)]
-  for completion, expected in zip(done, want, strict=True):
-    np.testing.assert_allclose(completion.full_logprobs, expected, atol=1e-5)
+  sampled = tree.gather(tree.weight > 0)
+  for scores_RT, name in zip(grpo.score_rows(score, params(), tree, 1, 2048), ('full_logprobs', 'entropies'), strict=True):
+    for completion, scores, kept in zip(done, tree.gather(scores_RT), sampled, strict=True):
+      np.testing.assert_allclose(getattr(completion, name), scores[kept], atol=1e-5)
   if sampling.mode == 'full':
     assert all(np.array_equal(completion.logprobs, completion.full_logprobs) for completion in done)
   else:
@@ -91,7 +91,8 @@ def test_c_the_stop_token_is_kept_with_its_log_probability():
   ended = [completion for completion in done if completion.finished]
   assert ended and all(completion.tokens[-1] in STOPS for completion in ended)
   assert {int(completion.tokens[-1]) for completion in ended} == set(STOPS)
-  assert all(len(completion.tokens) == len(completion.logprobs) == len(completion.full_logprobs) for completion in done)
+  assert all(len(completion.tokens) == len(completion.logprobs) == len(completion.full_logprobs) == len(completion.entropies)
+             for completion in done)
 
 
 def test_d_temperature_alone_samples():

@@ -46,11 +46,13 @@ def test_draws_follow_the_distribution(rule, vocab):
   chosen = SamplingParams(**rule)
   many = jnp.tile(logits[None], (DRAWS, 1))
   lanes = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.rule())
-  tokens, logprobs, full_logprobs, _ = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
+  tokens, logprobs, full_logprobs, entropies, _ = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[want == 0].any()
   np.testing.assert_allclose(logprobs, np.log(want[tokens]), atol=1e-5)
-  np.testing.assert_allclose(full_logprobs, np.log(reference(logits, rule['temperature'])[tokens]), atol=1e-5)
+  whole = reference(logits, rule['temperature'])
+  np.testing.assert_allclose(full_logprobs, np.log(whole[tokens]), atol=1e-5)
+  np.testing.assert_allclose(entropies, -(whole * np.log(whole)).sum(), atol=1e-5)
   expected = want * DRAWS
   often = expected > 5
   freedom = max(often.sum() - 1, 1)
@@ -66,7 +68,7 @@ def test_alternatives_are_the_likeliest_tokens_of_the_policy_that_draws(rule):
   lanes = jax.tree.map(lambda number: jnp.full(3, number), chosen.rule())
   asked = jnp.asarray(logits), sampling.uniforms(keys(3)), lanes, chosen.mode
   *drawn, top = sampling.draw(*asked, top=20)
-  for got, alone in zip(drawn, sampling.draw(*asked)[:3], strict=True):
+  for got, alone in zip(drawn, sampling.draw(*asked)[:4], strict=True):
     np.testing.assert_array_equal(got, alone)
   for lane, row in enumerate(logits):
     kept = truncated_reference(row, **rule)

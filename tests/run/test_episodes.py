@@ -41,7 +41,7 @@ class Script:
         text = f'<think>\nthe subtask {g} {number} is' + ' wait' * g + f'\n</think>\n\n{answer}<|im_end|>'
         tokens = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
         logprobs = np.full(len(tokens), -0.5, np.float32)
-        yield tag, Completion(tokens, logprobs, logprobs, True, None, len(request.prompt))
+        yield tag, Completion(tokens, logprobs, logprobs, logprobs + 0.7, True, None, len(request.prompt))
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +88,9 @@ def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(tokenizer
   script = Script(tokenizer, tasks)
   loop = grpo_loop.GrpoLoop(model, tokenizer, script, Episodes(tokenizer, ToolWorld(), tasks), range(2), config, seed=0)
   loop._score = lambda params, data: (np.where(data.weight, -0.5, 0), np.where(data.weight, 0.2, 0))
-  tree, scores = loop._scored(None, batch.rollouts, batch.total_PG)
+  tree = loop._pack(batch.rollouts)
+  (old,), (scores,) = loop._old_policy(None, batch, [tree], [batch.rollouts])
+  tree = loop._with_advantages(tree, batch.rollouts, old, batch.total_PG)
   assert scores.gap.max() == 0 and len(scores.gap) < np.count_nonzero(tree.weight)
   np.testing.assert_array_equal(tree.extras['old_logp'], np.where(tree.weight > 0, np.float32(-0.5), 0))
   wanted = np.float32([1, 1, -2]) / np.sqrt(3)
@@ -168,7 +170,7 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
   batch.total_PG[:] = [[3, -3, 3], [-3, -3, 3]]
   state, update = loop.update(init_state(tiny_rl.params(), loop.tx), None, batch)
   numbers = update.numbers(engine)
-  assert numbers['scored_fraction'] == 1 and numbers['logp_gap_max'] < 1e-5
+  assert numbers['scored_fraction'] < 1 and numbers['logp_gap_max'] < 1e-5
   assert numbers['grad_norm'] > 0 and int(state.step) == 2
   right = [[rollout.outcome.correct for rollout in batch.of(p, p + 1)] for p in range(2)]
   assert prompt_means(batch)['right_fraction'] == np.mean(right, axis=1).tolist()

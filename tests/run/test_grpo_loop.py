@@ -21,8 +21,8 @@ from tests.run.tiny_rl import MODEL, TOKENIZER, make_engine, params, points, que
 
 
 def one_step(rewards_PG, **changes):
-  """(state after, numbers) of one update on sampled rollouts whose rewards are replaced."""
-  config, start = rl_config(updates=1, **changes), params()
+  """(state after, numbers) of the updates, by default one, on sampled rollouts whose rewards are replaced."""
+  config, start = rl_config(**{'updates': 1} | changes), params()
   engine = make_engine(start)
   loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, engine, questions(config), range(8), config, seed=1)
   state = init_state(params(), loop.tx)
@@ -89,31 +89,36 @@ def test_zero_variance_groups_move_da_grpo_and_not_grpo(tmp_path):
 MIXED = np.float32([[4, 1, 1, -2], [1, 1, 1, 1]])
 
 
-@pytest.mark.parametrize(('estimator', 'rewards', 'whole'), [('da_grpo', MIXED, True), ('da_grpo', MIXED[:, ::-1][[0, 0]], False),
-                                                             ('grpo', MIXED, False)])
-def test_an_exact_engine_spares_the_score_pass_of_groups_with_variance(monkeypatch, estimator, rewards, whole):
-  """Only the first group, for the measure, and those whose entropies are read; the update has what the whole pass gives it."""
+@pytest.mark.parametrize(('estimator', 'updates'), [('da_grpo', 1), ('da_grpo', 2), ('grpo', 1)])
+def test_an_exact_engine_spares_the_score_pass(monkeypatch, estimator, updates):
+  """All but the first group, for the measure; the updates have what the whole pass gives them, entropies of psi included."""
   batches, kept = [], grpo_loop.GrpoLoop._batch
   monkeypatch.setattr(grpo_loop.GrpoLoop, '_batch', lambda self, tree: batches.append(kept(self, tree)) or kept(self, tree))
-  options = dict(estimator=estimator)
-  _, spared = one_step(rewards, **options)
-  assert spared['logp_gap_max'] < 1e-5
-  monkeypatch.setattr(grpo_loop.GrpoLoop, '_to_score', lambda self, view, rewards: range(rewards.size))
-  _, numbers = one_step(rewards, **options)
-  assert numbers['scored_fraction'] == 1 and (spared['scored_fraction'] == 1) == whole
-  sparing, full = batches[0], batches[len(batches) // 2]
-  assert full.extras['advantage'].any()
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), sparing, full)
+  options = dict(estimator=estimator, updates=updates)
+  _, spared = one_step(MIXED, **options)
+  assert spared['logp_gap_max'] < 1e-5 and spared['scored_fraction'] < 0.7
+  monkeypatch.setattr(grpo_loop, '_EXACT', -1.0)
+  _, numbers = one_step(MIXED, **options)
+  assert numbers['scored_fraction'] == 1
+  half = len(batches) // 2
+  assert half >= updates and any(batch.extras['advantage'].any() for batch in batches[half:])
+  for sparing, full in zip(batches[:half], batches[half:], strict=True):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), sparing, full)
   for name in ('loss', 'entropy', 'kl', 'grad_norm'):
     np.testing.assert_allclose(spared[name], numbers[name], rtol=1e-4, atol=1e-6)
 
 
-def test_an_engine_that_is_not_exact_is_found_out(monkeypatch):
-  rewards = MIXED[[0, 0]]
-  _, numbers = one_step(rewards)
-  assert numbers['scored_fraction'] < 1
-  monkeypatch.setattr(grpo_loop, '_EXACT', 0.0)
-  assert one_step(rewards)[1]['scored_fraction'] == 1
+@pytest.mark.parametrize('name', ['full_logprobs', 'entropies'])
+def test_an_engine_that_is_not_exact_is_found_out(monkeypatch, name):
+  judge = type(questions(rl_config())).judge
+
+  def judged(self, chosen, rollouts):  # one token of the first group is a little off
+    getattr(rollouts[0].exchanges[0].completion, name)[0] += 2e-4
+    return judge(self, chosen, rollouts)
+
+  assert one_step(MIXED)[1]['scored_fraction'] < 1
+  monkeypatch.setattr(type(questions(rl_config())), 'judge', judged)
+  assert one_step(MIXED)[1]['scored_fraction'] == 1
 
 
 def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
@@ -148,7 +153,7 @@ def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatc
     rng = np.random.default_rng(len(lengths))
     for rollout in batch.rollouts:
       (prompt, whole), size = rollout.exchanges[0], rng.integers(1, 13)
-      arrays = (whole.tokens[:size], whole.logprobs[:size], whole.full_logprobs[:size])
+      arrays = (each[:size] for each in (whole.tokens, whole.logprobs, whole.full_logprobs, whole.entropies))
       rollout.exchanges[0] = Exchange(prompt, Completion(*arrays, True, None, whole.prompt_len))
     lengths.append(sum(len(rollout.exchanges[0].completion.tokens) for rollout in batch.rollouts))
     return update(self, state, reference, batch)

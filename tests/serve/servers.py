@@ -68,7 +68,7 @@ class ScriptedEngine:
       return Progress(handle, tokens, logprobs, logprobs, None)
     del self._rollouts[handle]
     logprobs_m = np.full(count, -0.5, np.float32)
-    done = Completion(self.reply[:count], logprobs_m, logprobs_m, whole, None, rollout[2])
+    done = Completion(self.reply[:count], logprobs_m, logprobs_m, -logprobs_m, whole, None, rollout[2])
     return Progress(handle, tokens, logprobs, logprobs, done)
 
 
