@@ -12,10 +12,15 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(REPOSITORY / '.pytest_cac
 os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(2 << 30))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# The same examples in every run, however slow the machine is: a test that fails here fails everywhere.
+hypothesis.settings.register_profile('deterministic', derandomize=True, deadline=None,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile('deterministic')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ def visible(tree, row, query):
   return [j for j in range(query + 1) if query < tree.end[row, j]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sequence_lists(), st.integers(8, 40), st.integers(1, 3))
 def test_visible_keys_are_the_sequence_itself(sequences, capacity, multiple):
   tree = tokentree.pack(sequences, capacity, multiple, pad_id=7)
@@ -54,7 +54,7 @@ def test_visible_keys_are_the_sequence_itself(sequences, capacity, multiple):
     assert visible(tree, row, column) == [column]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sequence_lists(), st.integers(8, 40))
 def test_weighted_sums_equal_the_flat_ones(sequences, capacity):
   """Any function of (token, its context) summed with the weights: here a hash of the prefix."""
@@ -77,7 +77,7 @@ def test_weighted_sums_equal_the_flat_ones(sequences, capacity):
   assert tree.dedup >= 1 or not tree.live
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sequence_lists(), st.integers(8, 40))
 def test_gather_inverts_scatter_beyond_the_shared_part(sequences, capacity):
   tree = tokentree.pack(sequences, capacity)

@@ -115,7 +115,7 @@ def same_types(a, b):
   return repr(a) == repr(b)  # == alone would let True pass for 1
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(st.lists(st.builds(ToolCall, NAMES, ARGUMENTS, st.lists(VALUES, max_size=2).map(tuple)), max_size=3))
 def test_python_round_trip(calls):
   again = parse_calls(print_calls(calls))
@@ -125,13 +125,13 @@ def test_python_round_trip(calls):
     assert same_types(a.positional, b.positional)
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(st.lists(st.builds(ToolCall, st.text(max_size=9), ARGUMENTS), min_size=1, max_size=3))
 def test_hermes_round_trip(calls):
   assert parse_calls(print_calls(calls, 'hermes')) == calls
 
 
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(st.text(st.sampled_from("[](){}f,a=1'\"-.*: tn\\<"), max_size=30).map(lambda inner: f'[{inner}]'))
 def test_any_text_is_calls_or_an_error(text):
   try:

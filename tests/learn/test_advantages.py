@@ -113,7 +113,7 @@ def test_centred_estimators_equal_a_transcript(name, mean):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(deadline=None, max_examples=200, derandomize=True)
+@hypothesis.settings(max_examples=200)
 def test_da_grpo_equals_a_transcript(data):
   P, G, T = (data.draw(st.integers(1, most)) for most in (3, 6, 5))
   pick = lambda count, values: [data.draw(st.sampled_from(values)) for _ in range(count)]
@@ -182,7 +182,6 @@ def test_word_tokens_mark_every_token_of_a_word():
 
 
 @hypothesis.given(st.lists(st.text('abc', max_size=3), max_size=12))
-@hypothesis.settings(deadline=None, derandomize=True)
 def test_word_tokens_equal_a_search_by_character(pieces):
   text, word = ''.join(pieces), 'ab'
   covered = [any(text[i - k:i - k + 2] == word for k in range(2) if i >= k) for i in range(len(text))]

@@ -190,7 +190,7 @@ def test_kl_estimators_agree_on_average():
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
+@hypothesis.settings(max_examples=50)
 def test_aggregations_equal_their_definitions(data):
   sequences = data.draw(st.lists(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
   flat = sum(sequences, [])

@@ -144,7 +144,8 @@ def test_gradients_agree_with_and_without_remat_and_unrolling():
   want = jax.jit(jax.grad(functools.partial(loss, execution=EXECUTIONS[-1])))(params())
   for execution in EXECUTIONS[:-1]:
     got = jax.jit(jax.grad(functools.partial(loss, execution=execution)))(params())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+    # Entries reach 26, where float32 has steps of 2e-6: sums in another order differ by more than 2e-5 on some CPUs.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5), got, want)
 
 
 def test_unknown_executions_are_refused():

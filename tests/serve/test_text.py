@@ -1,5 +1,5 @@
 """Text in pieces: whatever the cuts, their sum is the text, no character comes in halves, and no stop string leaks."""
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from dcore_jax.serve.text import Detokenizer, StopScanner, TextReader
 
@@ -16,7 +16,6 @@ def cut(row, sizes):
   return parts
 
 
-@settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 639), max_size=40), sizes=CUTS)
 def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer, tokens, sizes):
   """Random tokens are mostly bytes that are no characters."""
@@ -25,7 +24,6 @@ def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer, tokens, sizes):
   assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=30), sizes=CUTS)
 def test_characters_are_never_cut(tokenizer, text, sizes):
   """The organism's tokens for most of them are single bytes."""
