@@ -1,20 +1,27 @@
 """Self-distillation: all subtasks of all seeds together against one at a time, and how full the lanes are.
 
-    python -m benchmarks.distill                    # about 5 minutes on 2 cores
+    python -m benchmarks.distill                    # about 12 minutes on 2 cores
     python -m benchmarks.distill --cases=loop --seeds=30
 
 The organism distils tasks of ToolWorld (one JSON line a case).
     loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one subtask at a time on an
                 engine of a single lane, which is the fastest for that; interleaved rounds on the same seeds
+    larger      the same two ways with the organism's conversations at the cost of a model of 25 million parameters: each
+                request runs on it for as many tokens as the organism's answer has. The organism's weights fit into a CPU's
+                caches, where a lane by itself has no need of company; those of any model in earnest do not
     occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail included; the bound is 1
     host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run, by answering all of it
                 from a journal, against the run itself
 """
+import dataclasses
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags
+import jax
 import numpy as np
 
 from benchmarks.measure import line, say
@@ -22,16 +29,19 @@ from configs import nano
 from dcore_jax.distill.pipeline import by_length, distill, summarise
 from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
-from dcore_jax.rollout.backends import LocalBackend
-from dcore_jax.rollout.engine import Engine
+from dcore_jax.models import decoder
+from dcore_jax.rollout.backends import LocalBackend, Reply, Source
+from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.seed_sources import DISTILL, toolworld_seeds
 from dcore_jax.run.sources import Policy, load_policy
 
-CASES = ('loop', 'occupancy', 'host')
+CASES = ('loop', 'larger', 'occupancy', 'host')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
-_SEEDS = flags.DEFINE_integer('seeds', 60, 'Of the loop; the other cases distil those of configs/nano.py.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed.')
+_SEEDS = flags.DEFINE_integer('seeds', 240, 'Of the loop, and half as many for the larger model; other cases take those of nano.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed. One for the larger model.')
+LARGER = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+              head_dim=64)
 
 
 def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> LocalBackend:
@@ -39,6 +49,21 @@ def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> 
   engine = Engine(policy.load(None), policy.config, stop_ids=policy.stop_ids, lanes=lanes, max_len=config.max_len,
                   steps_per_call=config.steps_per_call)
   return LocalBackend(engine, policy.tokenizer, journal=journal, model='organism')
+
+
+class Acted(LocalBackend):
+  """Gives the answers of a journal, each when its engine has drawn as many tokens as the answer has."""
+
+  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Any, Reply]]:
+    def requests(free: int) -> list[tuple[Any, Request]]:
+      result = []
+      for tag, request in source(free):
+        reply = self._journal.find(self._body(request, sampling))
+        result.append(((tag, reply), Request(self._encode(request), request.key_id, reply.completion_tokens)))
+      return result
+
+    for (tag, reply), _ in self.engine.stream(requests, sampling):
+      yield tag, reply
 
 
 def run(seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: int = 0) -> tuple[dict, float]:
@@ -52,24 +77,46 @@ def run(seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: in
   return summarise(outcomes), time.perf_counter() - began
 
 
-def loop(policy: Policy, seeds: list[Seed]) -> None:
-  chosen = [seeds[i] for i in np.random.default_rng(0).permutation(len(seeds))[:_SEEDS.value]]
-  many, one = backend(policy, nano.get_config().engine.lanes), backend(policy, 1)
+def some(seeds: list[Seed], count: int) -> list[Seed]:
+  return [seeds[i] for i in np.random.default_rng(0).permutation(len(seeds))[:count]]
+
+
+def compare(case: str, seeds: list[Seed], many: LocalBackend, one: LocalBackend, rounds: int, draws: int) -> None:
+  """Rounds of all seeds together and of one at a time, with `draws` different random seeds."""
   ways = (('together', many, True), ('one at a time', one, False))
   rates: dict[str, list[float]] = {name: [] for name, _, _ in ways}
-  for number in range(_ROUNDS.value):  # each round once before it is measured: other lengths may need other programs
+  for number in range(draws):  # each once before it is measured: other lengths may need other programs
     for _, ours, at_once in ways:
-      run(chosen, ours, at_once=at_once, seed=number)
+      run(seeds, ours, at_once=at_once, seed=number)
   compiled = many.engine.stats.compilations + one.engine.stats.compilations
-  for number in range(_ROUNDS.value):
+  for number in range(rounds):
     for name, ours, at_once in ways:
-      summary, seconds = run(chosen, ours, at_once=at_once, seed=number)
-      say(f'{name}: {summary["completion_tokens"]} tokens of {len(chosen)} seeds in {seconds:.2f} s')
+      summary, seconds = run(seeds, ours, at_once=at_once, seed=number % draws)
+      say(f'{name}: {summary["completion_tokens"]} tokens of {len(seeds)} seeds in {seconds:.2f} s')
       rates[name].append(summary['completion_tokens'] / seconds)
   together, alone = (float(np.median(rates[name])) for name in rates)
-  line('all seeds together', 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0,
-       better='more', seeds=len(chosen), occupancy=many.engine.stats.occupancy,
+  line(case, 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0, better='more',
+       seeds=len(seeds), occupancy=many.engine.stats.occupancy,
        compilations=many.engine.stats.compilations + one.engine.stats.compilations - compiled)
+
+
+def loop(policy: Policy, seeds: list[Seed]) -> None:
+  many, one = backend(policy, nano.get_config().engine.lanes), backend(policy, 1)
+  compare('all seeds together', some(seeds, _SEEDS.value), many, one, _ROUNDS.value, _ROUNDS.value)
+
+
+def larger(policy: Policy, seeds: list[Seed]) -> None:
+  chosen, lanes = some(seeds, _SEEDS.value // 2), nano.get_config().engine.lanes
+  with tempfile.TemporaryDirectory() as folder:
+    journal = pathlib.Path(folder) / 'replies.jsonl'
+    organism = backend(policy, lanes, journal)
+    run(chosen, organism)
+    config = dataclasses.replace(policy.config, **LARGER)
+    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
+    acted = lambda lanes: Acted(Engine(params, config, stop_ids=(), lanes=lanes, max_len=organism.engine.max_len,
+                                       steps_per_call=organism.engine.steps_per_call), policy.tokenizer, journal=journal,
+                                model=organism.model)
+    compare('all seeds together, at the cost of 25 million parameters', chosen, acted(lanes), acted(1), 1, 1)
 
 
 def occupancy(policy: Policy, seeds: list[Seed]) -> None:
@@ -101,7 +148,7 @@ def main(_) -> None:
     raise app.UsageError(f'unknown cases {sorted(unknown)}')
   config = nano.get_config()
   policy, seeds = load_policy(config.model, seed=0), toolworld_seeds(config, config.distill.tasks, DISTILL)
-  for name, case in (('loop', loop), ('occupancy', occupancy), ('host', host)):
+  for name, case in (('loop', loop), ('larger', larger), ('occupancy', occupancy), ('host', host)):
     if name in _CASES.value:
       case(policy, seeds)
 
