@@ -1,6 +1,6 @@
 """The DA-GRPO step: what shared prompts save against our own flat form and trl's GRPOTrainer; whole steps; memory of the loss.
 
-    python -m benchmarks.grpo_step --trl_python=ENV/bin/python                     # every case, about 40 minutes on 2 cores
+    python -m benchmarks.grpo_step --trl_python=ENV/bin/python                     # every case, about 90 minutes on 2 cores
     python -m benchmarks.grpo_step --cases=update --vocabularies=4096 --rounds=3
 
     python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0 scipy     # the environment of a peer
@@ -9,7 +9,8 @@ One JSON line a case: ours, peer, ratio (> 1: ours is better), bound. A peer who
 so. `update` takes the same rollouts (4 prompts of 1,024 tokens, 8 responses of 128 each) and the same random weights everywhere:
 the pass over the old policy, which also gives the entropies, and one optimizer step; losses must agree to 1e-4. `whole` is a step
 from sampling to update with the packaged organism, `small` one of a model of two layers of width 128, where google-tunix (its
-environment: benchmarks.rollout) is at home, and `memory` what the compiled gradient of the loss needs beside its arguments. Bounds are the multiply-adds at the rate of one large matrix product.
+environment: benchmarks.rollout) is at home, and `memory` what the compiled gradient of the loss needs beside its arguments.
+Bounds are the multiply-adds at the rate of one large matrix product.
 """
 import contextlib
 import dataclasses
