@@ -7,6 +7,7 @@ Hardware:  2 CPU cores
 Time:      13 minutes
 Result:    right, of 128 held-out tasks, base -> SFT -> DA-GRPO: sequential 29 -> 85 -> 83 %, parallel 21 -> 59 -> 61 %,
            multi-turn 60 -> 82 -> 81 %, single 98 -> 98 -> 98 %, irrelevant 98 -> 94 -> 95 %
+           :agentic, right, of 512 episodes of 64 tasks set aside: 13 -> 22 (16 steps) -> 33 % (32 steps)
 """
 import ml_collections
 
@@ -33,9 +34,12 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
   if variant == 'agentic':
-    # Tasks of several turns only; an episode is five responses of a hundred tokens. Sixty-four tasks x 8 episodes are set aside.
-    c.rl.update(dict(episodes=True, steps=16, prompts=16, wave=16, updates=2, learning_rate=1e-4, max_tokens=256, capacity=1024,
-                     validation=64, checkpoint_every=8))
+    # Tasks of several turns only; an episode is four or five responses of some ninety tokens, and 64 tasks x 8 episodes are set
+    # aside. From one epoch of SFT, after which 13 % of the episodes are right: their errors have a system that can be learned.
+    # After three epochs 70 % are, what is left is chance, and eight steps at this rate, or four at 1e-4, move nothing.
+    c.sft.epochs = 1
+    c.rl.update(dict(episodes=True, steps=32, prompts=16, wave=16, updates=2, learning_rate=3e-4, max_tokens=256, capacity=1024,
+                     validation=64, checkpoint_every=16))
     c.rl.tasks.update(dict(single=0, sequential=200, parallel=0, irrelevant=0, multi_turn=200))
   if variant == 'quick':
     c.evaluate.tasks = 16
