@@ -287,7 +287,7 @@ class GrpoLoop:
     with _timed(seconds, 'score'):
       parts = [batch.of(first, first + size) for first in range(0, len(batch.kinds), size)]
       trees = [self._pack(rollouts) for rollouts in parts]
-      olds, scores = self._old_policy(state.params, batch, trees, parts)
+      olds, scores = self._old_policy(state.params, trees, parts)
       trees = [self._with_advantages(*each, batch.total_PG[number * size:(number + 1) * size])
                for number, each in enumerate(zip(trees, parts, olds, strict=True))]
     if 'updated' in self.loss.extras:  # the first mini-batch is trained on the policy that its old one is
@@ -326,17 +326,17 @@ class GrpoLoop:
   def _batch(self, tree: tokentree.TokenTree) -> tokentree.RowBatch:
     return tree.batch(budget=self._budget, accumulate=tree.rows // self.config.rows, shards=sharding.shards())
 
-  def _old_policy(self, params: Params, batch: RolloutBatch, trees: Sequence[tokentree.TokenTree],
+  def _old_policy(self, params: Params, trees: Sequence[tokentree.TokenTree],
                   parts: Sequence[list[Rollout]]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[Scores]]:
     """((log-probabilities, entropies) of the old policy on each mini-batch's tree, what the trainer has scored for it).
 
     An engine that computes what the trainer does has said both of every token as it drew it. Whether it does is measured on the
-    first group of the batch; where it does not, or computes in another dtype, the trainer scores everything.
+    first rollouts that have any; where it does not, or computes in another dtype, the trainer scores everything.
     """
     if self.engine.params['embed'].dtype == np.float32:
-      groups = (batch.of(number, number + 1) for number in range(len(batch.kinds)))
-      group = next(group for group in groups if any(rollout.exchanges for rollout in group))  # some prompt may have been too long
-      trial = self._scores(params, self._pack(group), group)
+      made = [rollout for rollouts in parts for rollout in rollouts if rollout.exchanges]  # some prompt may have been too long
+      tried = made[:self.config.group]
+      trial = self._scores(params, self._pack(tried), tried)
       if max(trial.gap.max(), trial.entropy_gap.max()) <= _EXACT:
         told = lambda tree, rollouts, name: _scattered(tree, [getattr(c, name) for r in rollouts for _, c in r.exchanges])
         return [(told(*each, 'full_logprobs'), told(*each, 'entropies')) for each in zip(trees, parts, strict=True)], [trial]
@@ -382,7 +382,8 @@ class GrpoLoop:
     if self.loss.aggregation != 'token':  # then a token's share depends on its whole sequence
       return self._psi_norm(params, sharding.place_batch(data, whole=True)), 1.0
     weight = data.weight * data.extras['psi'].any(axis=1, keepdims=True)
-    return self._psi_norm(params, sharding.place_batch(data._replace(weight=weight), whole=True)), float(weight.sum() / data.weight.sum())
+    share = float(weight.sum() / data.weight.sum())
+    return self._psi_norm(params, sharding.place_batch(data._replace(weight=weight), whole=True)), share
 
 
 def _scattered(tree: tokentree.TokenTree, rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -89,7 +89,7 @@ def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(tokenizer
   loop = grpo_loop.GrpoLoop(model, tokenizer, script, Episodes(tokenizer, ToolWorld(), tasks), range(2), config, seed=0)
   loop._score = lambda params, data: (np.where(data.weight, -0.5, 0), np.where(data.weight, 0.2, 0))
   tree = loop._pack(batch.rollouts)
-  (old,), (scores,) = loop._old_policy(None, batch, [tree], [batch.rollouts])
+  (old,), (scores,) = loop._old_policy(None, [tree], [batch.rollouts])
   tree = loop._with_advantages(tree, batch.rollouts, old, batch.total_PG)
   assert scores.gap.max() == 0 and len(scores.gap) < np.count_nonzero(tree.weight)
   np.testing.assert_array_equal(tree.extras['old_logp'], np.where(tree.weight > 0, np.float32(-0.5), 0))
