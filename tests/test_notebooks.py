@@ -13,9 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope='module')
 def quick_sweep(tmp_path_factory):
-  """The alpha-delta sweep in its quick form, by the README's command."""
+  """The alpha-delta sweep in its smallest form, by the README's command."""
   workdir = tmp_path_factory.mktemp('ablation')
-  done = subprocess.run([sys.executable, '-m', 'experiments.ablate', '--suite=alpha_delta', '--quick', f'--workdir={workdir}'],
+  done = subprocess.run([sys.executable, '-m', 'experiments.ablate', '--suite=alpha_delta', '--config=configs/nano.py:tiny',
+                         f'--workdir={workdir}'],
                         cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   return workdir, json.loads(done.stdout)

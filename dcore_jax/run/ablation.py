@@ -16,6 +16,7 @@ import numpy as np
 import scipy.stats
 
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
+from dcore_jax.learn.advantages import uses_entropy
 from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.run.progress import stage
@@ -24,8 +25,9 @@ from dcore_jax.run.summary import format_difference, paired_difference, standard
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One point of the sweep. `published` is its row of the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%).
-  `changes` are further fields of the config's section `rl`, summed up in the `note`."""
+  """One point of the sweep. `alpha` and `delta` None: those of the config, where the estimator has any. `published` is its row of
+  the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%). `changes` are further fields of the config's section `rl`,
+  summed up in the `note`."""
   estimator: str
   alpha: float | None
   delta: float | None
@@ -44,14 +46,15 @@ ALPHA_DELTA = (Setting('grpo', None, None, (75.6, 67.4, 49.2, 41.2)),
                Setting('da_grpo', 0.1, 0.5, (82.3, 63.8, 50.7, 44.4)),
                Setting('da_grpo', 0.4, 0.5, (78.8, 59.9, 54.6, 36.8)),
                Setting('da_grpo', 1.0, 1.0, (76.4, 62.1, 47.9, 39.6)))
-PSI = (Setting('grpo', None, None), Setting('da_grpo', 0.1, 0.5),
-       Setting('da_grpo', 0.1, 0.5, note='ignore_wrong', changes=(('psi_when_wrong', 'ignore'),)),
-       Setting('da_grpo', 0.1, 0.5, note='punish_wrong', changes=(('psi_when_wrong', 'punish'),)),
-       Setting('da_grpo', 0.1, 0.5, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
-       # At the default rate alpha would at most double in the eight steps of a run.
-       Setting('da_grpo', 0.1, 0.5, note='adaptive',
-               changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3), ('alpha_rate', 0.5))),
-       Setting('grpo', None, None, note='uniform_kl', changes=(('uniform_kl', 0.001),)))
+PSI = (Setting('grpo', None, None), Setting('da_grpo', None, None),
+       Setting('da_grpo', None, None, note='ignore_wrong', changes=(('psi_when_wrong', 'ignore'),)),
+       Setting('da_grpo', None, None, note='punish_wrong', changes=(('psi_when_wrong', 'punish'),)),
+       Setting('da_grpo', None, None, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
+       # At the default rate alpha would at most double in the eight steps of a run, and at alpha = 1 psi has a fifth of the
+       # organism's gradient.
+       Setting('da_grpo', None, None, note='adaptive',
+               changes=(('alpha_measure', 'psi_share'), ('alpha_target', 0.3), ('alpha_rate', 0.5), ('alpha_high', 10.0))),
+       *(Setting('grpo', None, None, note=f'uniform_kl_{c:g}', changes=(('uniform_kl', c),)) for c in (0.001, 0.01)))
 RL_SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
 
 
@@ -70,7 +73,7 @@ DECOMPOSITION = (Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)), Decompos
 SUITES = (*RL_SUITES, 'decomposition')
 SEEDS = {'alpha_delta': 1, 'psi': 1, 'decomposition': 3}  # repetitions: Table 6 is nothing without intervals
 _LAST = 0.25  # share of the steps whose mean is "at the end"
-_CURVES = ('reward', 'reflections', 'entropy', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
+_CURVES = ('reward', 'reflections', 'entropy', 'alpha', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
 
 
 def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, seeds: int,
@@ -87,7 +90,8 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
       `workdir`/start.
 
   Raises:
-    ValueError: an unknown suite, no seeds, a start without an SFT checkpoint, or with another one than `workdir` began with.
+    ValueError: an unknown suite, no seeds, no steps or nothing set aside to compare settings on, a start without an SFT
+      checkpoint, or with another one than `workdir` began with.
   """
   if suite not in SUITES:
     raise ValueError(f'unknown suite {suite!r}; expected one of {SUITES}')
@@ -97,6 +101,9 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
     if sft_run:
       raise ValueError('the suite decomposition starts from the base model, not from --sft_run')
     return _run_decomposition(config, workdir, seeds)
+  for field in ('steps', 'validation'):
+    if config.rl[field] < 1:
+      raise ValueError(f'rl.{field} = {config.rl[field]}: settings are compared by what their steps do to prompts set aside')
   start = sft_run or workdir / 'start'
   if sft_run is None:
     first = config.copy_and_resolve_references()
@@ -131,6 +138,8 @@ def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, fol
   mine.rl.estimator, mine.rl.seed = setting.estimator, seed
   if setting.alpha is not None:
     mine.rl.alpha, mine.rl.delta = setting.alpha, setting.delta
+  if not uses_entropy(setting.estimator):  # a config may say how psi acts, which is an error of an estimator without it
+    mine.rl.update(dict(psi_words=(), alpha_measure=''))
   mine.rl.update(dict(setting.changes))
   if not (folder / 'sft').exists():
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +149,8 @@ def _run_one(setting: Setting, seed: int, config: ml_collections.ConfigDict, fol
   rows = read_metrics(folder, 'rl')
   curves = {name: [row[name] for row in rows] for name in _CURVES if name in rows[0]}
   evaluated = summary['stages'][setting.estimator]
-  return {'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta, 'seed': seed,
+  alpha, delta = (mine.rl.alpha, mine.rl.delta) if uses_entropy(setting.estimator) else (None, None)
+  return {'setting': setting.name, 'estimator': setting.estimator, 'alpha': alpha, 'delta': delta, 'seed': seed,
           'curves': curves, 'end': {name: _end(values) for name, values in curves.items()}, 'accuracy': evaluated['accuracy'],
           'evaluated_reflections': evaluated['reflections_per_response'], 'validation': summary['rl']['validation']}
 
@@ -174,7 +184,7 @@ def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict
     figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
     described = {name: {'mean': float(np.mean(known)), 'standard_error': standard_error(known)}
                  for name, values in figures.items() if (known := [value for value in values if value is not None])}
-    table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': setting.alpha, 'delta': setting.delta,
+    table.append({'setting': setting.name, 'estimator': setting.estimator, 'alpha': mine[0]['alpha'], 'delta': mine[0]['delta'],
                   'seeds': len(mine), 'figures': described, 'against_first': _contrast(first, mine),
                   'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published))})
   return table

@@ -1,5 +1,6 @@
 """Sweeps: settings that the stages take, and, with an invented pipeline, which configs are run and the figures beside the paper's."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from dcore_jax.learn import advantages
 from dcore_jax.run import ablation
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
+from dcore_jax.run.metrics import Metrics
 from experiments import ablate
-from experiments.ablate import decomposition_config
 
 
 class InventedPipeline:
@@ -39,7 +40,7 @@ def pipeline(monkeypatch):
 
 
 def test_table_6(tmp_path):
-  content = ablation.run_suite('decomposition', decomposition_config(), tmp_path, seeds=3)
+  content = ablation.run_suite('decomposition', nano.get_config('decomposition'), tmp_path, seeds=3)
   assert json.loads((tmp_path / 'decomposition.json').read_text()) == content
   asked = [(c.distill.reference, c.distill.examples, c.seed) for c, _ in InventedPipeline.configs]
   assert len(set(asked)) == 12 and len({folder for _, folder in InventedPipeline.configs}) == 12
@@ -59,14 +60,18 @@ def test_table_6(tmp_path):
 
 def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys):
   asked = {}
-  monkeypatch.setattr(ablate, 'run_suite', lambda suite, config, workdir, seeds, sft_run: asked.update({suite: seeds}) or
-                      {'suite': suite, 'table': []})
+  monkeypatch.setattr(ablate, 'run_suite', lambda suite, config, workdir, seeds, sft_run: asked.update(
+      {suite: (seeds, config.name, config.rl.alpha)}) or {'suite': suite, 'table': []})
   monkeypatch.setattr(ablate, 'format_table', lambda content: '')
-  for suite, *more in (('decomposition',), ('alpha_delta',), ('psi', '--seeds=2')):
+  for suite, *more in (('decomposition', '--config=configs/nano.py:decomposition'), ('alpha_delta',),
+                       ('psi', '--seeds=2', '--config=configs/nano.py:tiny', '--config.rl.alpha=0.4')):
     with flagsaver.flagsaver():
-      flags.FLAGS(['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more])
+      monkeypatch.setattr(sys, 'argv', ['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more])  # read for overrides
+      flags.FLAGS(sys.argv)
       ablate.main(['ablate'])
-  assert asked == {'decomposition': 3, 'alpha_delta': 1, 'psi': 2} and set(ablation.SEEDS) == set(ablation.SUITES)
+  assert asked == {'decomposition': (3, 'configs/nano.py:decomposition', 0.1), 'alpha_delta': (1, 'configs/nano.py', 0.1),
+                   'psi': (2, 'configs/nano.py:tiny', 0.4)}
+  assert set(ablation.SEEDS) == set(ablation.SUITES)
   capsys.readouterr()
 
 
@@ -78,19 +83,57 @@ def test_one_seed_has_no_interval(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'named'), [
     (dict(suite='x', seeds=1), 'unknown suite'), (dict(suite='decomposition', seeds=0), 'seeds = 0'),
-    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model')])
+    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model'), (dict(suite='psi', seeds=1, steps=0), 'rl.steps = 0'),
+    (dict(suite='psi', seeds=1, validation=0), 'rl.validation = 0')])
 def test_what_cannot_be_swept(tmp_path, arguments, named):
+  config = nano.get_config()
+  config.rl.update({name: arguments.pop(name) for name in ('steps', 'validation') if name in arguments})
   with pytest.raises(ValueError, match=named):
-    ablation.run_suite(config=nano.get_config(), workdir=tmp_path, **arguments)
+    ablation.run_suite(config=config, workdir=tmp_path, **arguments)
   assert not InventedPipeline.configs
+
+
+class InventedReinforcement(InventedPipeline):
+  """Leaves one step's metrics, and a reward that is alpha."""
+
+  def run(self):
+    InventedPipeline.configs.append((self.config, self.workdir))
+    assert (self.workdir / 'sft' / 'config.json').exists()
+    with Metrics(self.workdir) as metrics:
+      metrics.write('rl', 0, reward=self.config.rl.alpha, entropy=0.3)
+    values = {'reward': self.config.rl.alpha, 'reflections': 0.1}
+    by_prompt = {name: [value] * 2 for name, value in values.items()}
+    evaluated = {'accuracy': {'single': 0.9}, 'reflections_per_response': 0.2}
+    return {'stages': {self.config.rl.estimator: evaluated},
+            'rl': {'validation': {'after': values, 'by_prompt': {'after': by_prompt}}}}
+
+
+@pytest.mark.parametrize(('suite', 'alphas'), [('psi', {0.4}), ('alpha_delta', {0.01, 0.1, 0.4, 1.0})])
+def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite, alphas):
+  monkeypatch.setattr(ablation, 'Pipeline', InventedReinforcement)
+  start = tmp_path / 'start'
+  (start / 'sft').mkdir(parents=True)
+  for name in ('config.json', 'model.safetensors'):
+    (start / 'sft' / name).write_text('{}')
+  config = nano.get_config('tiny')
+  config.rl.alpha, config.rl.psi_words = 0.4, ('wait',)
+  content = ablation.run_suite(suite, config, tmp_path / 'sweep', seeds=1, sft_run=start)
+  assert {row['alpha'] for row in content['table'] if row['estimator'] == 'da_grpo'} == alphas
+  assert {row['alpha'] for row in content['table'] if row['estimator'] == 'grpo'} == {None}
+  assert all(row['figures']['reward']['mean'] == row['alpha'] for row in content['table'] if row['alpha'])
+  assert len({folder for _, folder in InventedPipeline.configs}) == len(ablation.RL_SUITES[suite])
+  assert all(c.rl.psi_words == () for c, _ in InventedPipeline.configs if c.rl.estimator == 'grpo')
+  if suite == 'psi':
+    different = {(c.rl.psi_when_wrong, tuple(c.rl.psi_words), c.rl.alpha_measure, c.rl.uniform_kl) for c, _ in InventedPipeline.configs}
+    assert len(different) == len(content['table'])
 
 
 def a_run(setting, seed, after):
   """As `_run_one` gives it, with the rewards of three prompts set aside."""
   figures = {'reward': np.mean(after), 'reflections': 0.1}
   by_prompt = {'reward': after, 'right_fraction': [0.5] * 3, 'reflections': [0.1] * 3}
-  return {'setting': setting.name, 'seed': seed, 'end': {'entropy': 0.03, 'grad_norm': None}, 'accuracy': {'single': 0.9},
-          'evaluated_reflections': 0.2, 'validation': {'before': figures, 'after': figures, 'by_prompt': {'after': by_prompt}}}
+  return {'setting': setting.name, 'alpha': setting.alpha, 'delta': setting.delta, 'seed': seed, 'accuracy': {'single': 0.9},
+          'end': {'entropy': 0.03, 'grad_norm': None}, 'evaluated_reflections': 0.2, 'validation': {'before': figures, 'after': figures, 'by_prompt': {'after': by_prompt}}}
 
 
 def test_settings_are_compared_with_the_first_on_the_same_prompts():
