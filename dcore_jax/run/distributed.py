@@ -2,6 +2,8 @@
 
 Hosts run the same program on the same data and share the work directory; the first one writes what is not a checkpoint.
 """
+import pathlib
+
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -31,6 +33,16 @@ def join(hosts: str) -> None:
   if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
     raise ValueError(f"--hosts = {hosts!r}; expected 'auto' or ADDRESS:PORT,COUNT,INDEX with an index below the count")
   jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
+
+
+def keep_programs() -> None:
+  """Lets compiled programs outlive the process: in JAX_COMPILATION_CACHE_DIR, or else, on accelerators, in ~/.cache/dcore_jax.
+
+  To be called before anything is compiled. An engine meets dozens of decode programs, 20 to 150 s each for Qwen3-8B. Those of a
+  CPU take 1 to 2 s, and jax may load them on a machine that lacks their instructions (openxla/xla#44565): asked for alone.
+  """
+  if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu':
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/dcore_jax').expanduser()))
 
 
 def writes() -> bool:

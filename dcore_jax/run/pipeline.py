@@ -64,6 +64,7 @@ class Pipeline:
       if self.config.rl.episodes and self.config.rl[field] != default_config().rl[field]:
         raise ValueError(f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
                          f'{self.config.rl[field]!r} is for single prompts: set one of them')
+    distributed.keep_programs()
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
     self.mesh = distributed.training_mesh(self.config)

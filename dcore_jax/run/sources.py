@@ -80,6 +80,7 @@ def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decod
 
 def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> LocalBackend:
   """An engine of its own with the config's model."""
+  distributed.keep_programs()
   policy = load_policy(config.model, seed=config.seed)
   mesh = distributed.training_mesh(config)
   params = policy.load(mesh)

@@ -16,6 +16,7 @@ from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.hf_checkpoint import load_config, load_params
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.run import distributed
 from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids
 from dcore_jax.serve.openai_api import Service
 
@@ -55,6 +56,7 @@ def load_model(path: str, *, dtype: str = 'auto', tensor: int = 1, lanes: int = 
   Raises:
     ValueError: a path that is not there, a checkpoint or a size that does not fit.
   """
+  distributed.keep_programs()
   folder = data_path(path) if path else ORGANISM
   if dtype not in (*DTYPES, 'auto'):
     raise ValueError(f'dtype = {dtype!r}; expected one of {(*DTYPES, "auto")}')

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -43,3 +44,18 @@ def test_two_hosts_train_what_one_trains():
 def test_hosts_that_cannot_be_are_named(hosts):
   with pytest.raises(ValueError, match='ADDRESS:PORT,COUNT,INDEX'):
     distributed.join(hosts)
+
+
+@pytest.mark.parametrize(('backend', 'asked', 'kept'), [
+    ('tpu', None, '/home/someone/.cache/dcore_jax'), ('cpu', None, None), ('gpu', '/elsewhere', '/elsewhere'),
+    ('cpu', '/elsewhere', '/elsewhere')])
+def test_compiled_programs_are_kept_where_they_are_worth_it(monkeypatch, backend, asked, kept):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setenv('HOME', '/home/someone')
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', asked)
+    distributed.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == kept
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
