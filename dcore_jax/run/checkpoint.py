@@ -4,18 +4,21 @@ A run that is killed anywhere resumes from the newest step that can be read. Orb
 them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see
 is a bit that flips afterwards (its compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it
 casts), or numpy scalars and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype
-and CRC-32 of each leaf, compared on the way back.
+and the sum of the bits of each leaf (`run.checksum`: of arrays on devices computed there), compared on the way back.
 """
+import collections
 import pathlib
 import shutil
 import warnings
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from dcore_jax.learn import optimizer
+from dcore_jax.run import checksum, distributed
 
 PyTree = Any
 
@@ -90,7 +93,9 @@ class Checkpoints:
     if latest is not None and step < latest:
       raise ValueError(f'{self._directory} already holds step {latest}; refusing to save the older step {step}')
     leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
-    record = {'extra': extra or {}, 'score': score, 'leaves': {path: _describe(leaf) for path, leaf in leaves.items()}}
+    sums = _sums(leaves)
+    described = {path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'sum': sums[path]} for path, leaf in leaves.items()}
+    record = {'extra': extra or {}, 'score': score, 'leaves': described}
     # Orbax stores no empty array; the manifest alone says how to make one again.
     stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
     self.wait()
@@ -107,7 +112,8 @@ class Checkpoints:
     """(tree, extra, step) of `step`, or of the newest step that can be read; None where there is none.
 
     Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a warning and the one
-    before it is taken, down to starting afresh: the work since then is done again, and gives the same numbers.
+    before it is taken, down to starting afresh: the work since then is done again, and gives the same numbers. One that some
+    host cannot read is read by none.
 
     Args:
       example: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`; no value in it is used.
@@ -121,18 +127,13 @@ class Checkpoints:
     if step is not None and step not in self.all_steps():
       raise ValueError(f'{self._directory} has no step {step}; it has {self.all_steps()}')
     for candidate in [step] if step is not None else self.all_steps()[::-1]:
-      try:
-        record = self._read_record(candidate)
-      except Exception as error:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
-        self._give_up_on(candidate, error, explicit=step is not None)
-        continue
-      _check_structure(record['leaves'], example, f'{self._directory}/{candidate}')
-      try:
-        tree = self._read_tree(candidate, record['leaves'], example)
-      except Exception as error:
-        self._give_up_on(candidate, error, explicit=step is not None)
-        continue
-      return tree, record['extra'], candidate
+      record, error = _attempt(self._read_record, candidate)
+      if error is None:
+        _check_structure(record['leaves'], example, f'{self._directory}/{candidate}')
+        tree, error = _attempt(self._read_tree, candidate, record['leaves'], example)
+      if error is None:
+        return tree, record['extra'], candidate
+      self._give_up_on(candidate, error, explicit=step is not None)
     return None
 
   def wait(self) -> None:
@@ -163,10 +164,7 @@ class Checkpoints:
     if wanted:
       restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted)))
       values = restored['tree']
-    for path, value in values.items():
-      expected = described[path]['crc32']
-      if expected is not None and _is_whole(value) and _crc32(value) != expected:
-        raise ValueError(f'the bytes of {path} are not those that were saved')
+    _check_sums(values, described)
     empty = {path: np.zeros(t.shape, t.dtype) for path, t in targets.items() if path not in wanted}
     leaves = [_decode((values | empty)[path], leaf) for path, leaf in examples.items()]
     return jax.tree.unflatten(jax.tree.structure(example), leaves)
@@ -182,6 +180,7 @@ class Checkpoints:
       aside = self._directory / f'{step}.unreadable'
       shutil.rmtree(aside, ignore_errors=True)
       (self._directory / str(step)).rename(aside)
+    distributed.wait_for_others(f'without {step}')
     self._keep.scores.pop(step, None)
     self._manager.reload()
 
@@ -205,12 +204,23 @@ def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
       values = reader.restore(step_dir / 'tree', args=arguments)
   except Exception as error:
     raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
-  for path, value in values.items():
-    expected = described[path]['crc32']
-    # Of a copy: jax would keep the numpy form of a split array beside it.
-    if expected is not None and _is_whole(value) and _crc32(value.copy()) != expected:
-      raise ValueError(f'checkpoint {step_dir}: the bytes of {path} are not those that were saved')
+  try:
+    _check_sums(values, described)
+  except ValueError as error:
+    raise ValueError(f'checkpoint {step_dir}: {error}') from error
   return jax.tree.unflatten(jax.tree.structure(example), [values[path] for path in targets])
+
+
+def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+  """(what was read, None), or (None, why it cannot be read by this host or by another)."""
+  value, error = None, None
+  try:
+    value = read(*arguments)
+  except Exception as found:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
+    error = found
+  if not distributed.everywhere(error is None):
+    error = error or ValueError('another host cannot read it')
+  return value, error
 
 
 def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
@@ -260,17 +270,26 @@ def _default_sharding() -> jax.sharding.Sharding:
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _describe(leaf: jax.Array | np.ndarray) -> dict[str, Any]:
-  return {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'crc32': _crc32(leaf) if _is_whole(leaf) else None}
+def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
+  """The checksum of each leaf. Those that lie in host memory for want of room go to their devices one by one."""
+  sums, groups = {}, collections.defaultdict(dict)
+  for path, leaf in leaves.items():
+    if not isinstance(leaf, jax.Array):
+      sums[path] = checksum.host_sum(np.asarray(leaf))
+    elif leaf.sharding.memory_kind == optimizer.HOST:
+      sums[path] = int(checksum.array_sums(jax.device_put(leaf, leaf.sharding.with_memory_kind('device'))))
+    else:
+      groups[frozenset(leaf.sharding.device_set)][path] = leaf
+  for group in groups.values():
+    sums |= {path: int(value) for path, value in jax.device_get(checksum.array_sums(group)).items()}
+  return sums
 
 
-def _is_whole(leaf: Any) -> bool:
-  """Whether this host sees all of it, which none does of an array of several hosts."""
-  return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-
-
-def _crc32(leaf: Any) -> int:
-  return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8))
+def _check_sums(values: dict[str, Any], described: dict[str, dict]) -> None:
+  """ValueError for a leaf that is not the one that was saved."""
+  for path, found in _sums(values).items():
+    if found != described[path]['sum']:
+      raise ValueError(f'the bytes of {path} are not those that were saved')
 
 
 def _check_structure(described: dict[str, dict], example: PyTree, where: str) -> None:

@@ -8,6 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 
 from dcore_jax import sharding
 
@@ -54,6 +55,11 @@ def wait_for_others(name: str) -> None:
   """Returns when every host has come here, so that what the first one wrote before can be read."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def everywhere(holds: bool) -> bool:
+  """Whether something holds on every host, so that all go the same way."""
+  return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 def training_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh | None:

@@ -15,10 +15,10 @@ from dcore_jax.run import distributed
 PROGRAM = pathlib.Path(__file__).parent / 'hosts_program.py'
 
 
-def start(hosts: str, devices: int) -> subprocess.Popen:
+def start(folder: pathlib.Path, hosts: str, devices: int) -> subprocess.Popen:
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
                               'PYTHONPATH': str(PROGRAM.parents[2])}
-  return subprocess.Popen([sys.executable, str(PROGRAM), hosts], env=environment, text=True, stdout=subprocess.PIPE,
+  return subprocess.Popen([sys.executable, str(PROGRAM), str(folder), hosts], env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE)
 
 
@@ -28,16 +28,18 @@ def result(process: subprocess.Popen) -> dict:
   return json.loads(out.splitlines()[-1])
 
 
-def test_two_hosts_train_what_one_trains():
+def test_two_hosts_train_what_one_trains_and_go_back_together(tmp_path):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  both = [start(f'127.0.0.1:{port},2,{index}', 4) for index in range(2)]
-  one = result(start('', 8))
+  both = [start(tmp_path / 'two', f'127.0.0.1:{port},2,{index}', 4) for index in range(2)]
+  one = result(start(tmp_path / 'one', '', 8))
   two = [result(process) for process in both]
   assert one['processes'] == 1 and [host['processes'] for host in two] == [2, 2] and two[0]['devices'] == 8
   assert two[0]['losses'] == two[1]['losses']
   np.testing.assert_allclose(two[0]['losses'], one['losses'], rtol=1e-5)
+  for host in (one, *two):
+    assert host['restored'] == 1 and host['same'] and {'1', '2.unreadable'} <= set(host['files']) and '2' not in host['files']
 
 
 @pytest.mark.parametrize('hosts', ['somewhere', '10.0.0.1:1234,2', '10.0.0.1:1234,2,2', '10.0.0.1:1234,two,0'])
