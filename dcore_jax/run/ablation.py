@@ -251,14 +251,14 @@ def format_table(content: dict[str, Any]) -> str:
   columns = ('validation_reward', 'validation_reflections', 'entropy', 'psi_grad_norm', 'grad_norm',
              'accuracy_sequential', 'accuracy_parallel', 'accuracy_single')
   contrasts = ('reward', 'right_fraction', 'reflections')
-  names = [c.removeprefix('accuracy_').removeprefix('validation_') for c in columns]
-  lines = ['setting'.ljust(40) + ''.join(name.rjust(20) for name in (*names, *(f'{c}, change' for c in contrasts)))]
+  names = [c.removeprefix('accuracy_').removeprefix('validation_') for c in columns] + [f'{c}, change' for c in contrasts]
+  lines = ['setting'.ljust(40) + ''.join(name.rjust(24) for name in names)]
   for row in content['table']:
     cells = [row['figures'].get(c) for c in columns]
     shown = ['-' if c is None else f'{c["mean"]:.3g}' + (f' ± {c["standard_error"]:.2g}' if c['standard_error'] else '')
              for c in cells]
     shown += [format_difference(row['against_first'][c]) for c in contrasts]
-    lines.append(row['setting'].ljust(40) + ''.join(text.rjust(20) for text in shown))
+    lines.append(row['setting'].ljust(40) + ''.join(text.rjust(24) for text in shown))
   lines.append(f'change: against {content["table"][0]["setting"]}, on the prompts set aside; ±: one standard error, over seeds '
                'or, of one seed, over prompts')
   return '\n'.join(lines)
