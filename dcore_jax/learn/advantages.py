@@ -184,8 +184,7 @@ def select_groups(rewards_PG: np.ndarray, wanted: int, *, uniform_share: float =
   """
   if not 0 <= uniform_share <= 1:
     raise ValueError(f'uniform_share = {uniform_share} is a share, 0..1')
-  rewards_PG = np.asarray(rewards_PG)
-  uniform_P = (rewards_PG == rewards_PG[:, :1]).all(axis=1)
+  uniform_P = uniform_groups(np.asarray(rewards_PG))[:, 0]
   room = int(uniform_share * wanted)
   return np.flatnonzero(~uniform_P | (np.cumsum(uniform_P) <= room))[:wanted]
 

@@ -139,7 +139,7 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, t
   def objective(logp_C, entropy_C, values):
     weight_C, extras = values
     total, sums = loss.sums(logp_C, entropy_C, weight_C, extras)
-    return total, sums | {'loss': total, 'weight': jnp.sum(weight_C)}
+    return total, sums | {'loss': total, 'weight': jnp.sum(extras.get('token_weight', weight_C))}
 
   def objective_sum(params, micro):
     hidden_MD, matrix_VD = sft.loss_token_states(params, config, micro, execution), decoder.head_matrix(params)
@@ -160,7 +160,8 @@ def make_grpo_step(config: DecoderConfig, tx: optax.GradientTransformation, *, t
   def grpo_step(state, batch):
     _check_extras(batch, loss.extras)
     weight, total = objectives.aggregate(batch.weight, batch.extras.get('sequence'), loss.aggregation, loss.max_tokens)
-    batch = batch._replace(weight=weight)
+    extras = batch.extras | ({'token_weight': batch.weight} if loss.aggregation == 'sequence' else {})
+    batch = batch._replace(weight=weight, extras=extras)
     if loss.scope == 'mini-batch':
       logp_AM = batch_logp(state.params, batch)
       batch = batch._replace(extras=loss.with_statistic(logp_AM, batch.weight, batch.extras))

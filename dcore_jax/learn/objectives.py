@@ -231,17 +231,19 @@ class PolicyLoss:
 
   def sums(self, logp_M: jax.Array, entropy_M: jax.Array, weight_M: jax.Array,
            values: Values) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, parts), summed over tokens by their weights.
+    """(loss, parts), summed over tokens by their weights; clip_share, entropy and importance by values['token_weight'] where the
+    aggregation has made weights of sequences of them.
 
     Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends on hidden states.
     """
     loss_function = OBJECTIVES[self.objective].loss
     pg_M, clipped_M = loss_function(logp_M, values, **self._options(loss_function))
     summed = lambda x_M: jnp.sum(weight_M * x_M)
-    sums = {'clip_share': summed(clipped_M), 'entropy': summed(entropy_M)}
+    counted = lambda x_M: jnp.sum(values.get('token_weight', weight_M) * x_M)
+    sums = {'clip_share': counted(clipped_M), 'entropy': counted(entropy_M)}
     if self.importance_cap:
       importance_M = importance_weights(values['old_logp'], values['behaviour_logp'], self.importance_cap)
-      sums['importance'] = summed(importance_M)
+      sums['importance'] = counted(importance_M)
       pg_M *= importance_M
     sums['pg_loss'] = loss = summed(pg_M)
     if self.kl_coefficient:

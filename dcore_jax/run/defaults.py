@@ -126,7 +126,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.rl.right_above = 0.0
   c.rl.psi_words = ()  # psi only on tokens of these words, such as evaluate.lazy_reasoning.LOGGED_WORDS; () = on all
   c.rl.alpha_measure = ''  # what alpha is adapted to hold at alpha_target: 'entropy' (nats a token), 'psi_share' (psi's part of
-  #   the gradient norm); '' keeps alpha
+  #   the gradient norm, in the first mini-batch of a step that has any); '' keeps alpha
   c.rl.alpha_target = 0.3
   c.rl.alpha_rate = 0.1  # of the logarithm of alpha, a step
   c.rl.alpha_low = 0.01

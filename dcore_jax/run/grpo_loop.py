@@ -32,6 +32,7 @@ from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.checkpoint import STATE, Checkpoints
+from dcore_jax.run.checksum import tree_sum
 from dcore_jax.run.journal import Journal
 from dcore_jax.run.metrics import Metrics
 from dcore_jax.run.progress import progress
@@ -55,16 +56,6 @@ def _compiled_step(model: DecoderConfig, execution: Execution, learning_rate: fl
   options = dict(temperature=temperature, execution=execution)
   return (tx, grpo.make_score_pass(model, **options), grpo.make_grpo_step(model, tx, **options, **dataclasses.asdict(loss)),
           grpo.make_psi_norm(model, **options, aggregation=loss.aggregation, max_tokens=loss.max_tokens))
-
-
-@jax.jit
-def _bits(params: Params) -> jax.Array:
-  """uint32: a sum over the bit patterns of all weights, each with an odd factor of its place. Integers wrap exactly, so that
-  equal weights give equal sums however they are split over devices."""
-  def one(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
-    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-  return functools.reduce(jnp.add, map(one, jax.tree.leaves(params)))
 
 
 def policy_loss(config: ml_collections.ConfigDict) -> objectives.PolicyLoss:
@@ -123,14 +114,20 @@ class Scores(NamedTuple):
   flops: float
 
 
+class Psi(NamedTuple):
+  """What psi contributes to the first mini-batch that has any."""
+  norm: jax.Array  # of its gradient
+  share: float  # of the mini-batch's loss tokens, those that the norm was divided by
+  place: int  # of the mini-batch
+
+
 @dataclasses.dataclass
 class Update:
   """Optimizer steps that are under way. `seconds` of the phases before them; `values` are on the device until it is done."""
   began: float
   seconds: dict[str, float]
   values: list[dict[str, jax.Array]]
-  psi_norm: jax.Array | None
-  psi_share: float  # of the mini-batch's loss tokens, those that its psi norm was divided by
+  psi: 'Psi | None'
   facts: dict[str, float]
   flops: float
   ended: float = math.nan
@@ -145,8 +142,10 @@ class Update:
     values = jax.device_get(self.values)
     means = {name: float(np.mean([v[name] for v in values])) for name in values[0] if name not in ('skipped', 'weight')}
     means['policy_entropy'] = means.pop('entropy')  # of the policy as it was updated; `facts` has the old one's
-    if self.psi_norm is not None:
-      means['psi_grad_norm'] = float(self.psi_norm) * self.psi_share
+    if self.psi is not None:
+      means['psi_grad_norm'] = float(self.psi.norm) * self.psi.share
+      whole = float(values[self.psi.place]['grad_norm'])  # NaN of an update that was skipped
+      means['psi_grad_share'] = means['psi_grad_norm'] / whole if whole else 0.0
     return {**means, **self.facts, 'skipped': int(sum(v['skipped'] for v in values)),
             **{f'seconds_{name}': value for name, value in seconds.items()}}
 
@@ -169,12 +168,13 @@ class GrpoLoop:
                config: ml_collections.ConfigDict, *, execution: Execution = Execution(), seed: int, journal: Journal | None = None):
     if not items or len(items) < config.prompts:
       raise ValueError(f'{len(items)} prompts are too few for batches of {config.prompts}')
+    for field, least in (('updates', 1), ('group', 1), ('wave', 1), ('checkpoint_every', 1), ('dynamic_rounds', 0)):
+      if config[field] < least:
+        raise ValueError(f'rl.{field} = {config[field]} must be at least {least}')
     if config.prompts % config.updates:
       raise ValueError(f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}')
     if config.rows % sharding.shards():
       raise ValueError(f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows')
-    if config.wave < 1:
-      raise ValueError(f'rl.wave = {config.wave} must be at least 1')
     check_sizes(config, engine, source)
     self.model, self.engine, self.source, self.items = model, engine, source, items
     self.config, self.seed, self.journal = config, seed, journal
@@ -182,7 +182,11 @@ class GrpoLoop:
     self._budget = config.rows * config.capacity  # loss tokens of a micro-batch: with shared prompts most tokens are
     self.loss = policy_loss(config)
     self.alpha = config.alpha  # changes where `alpha_measure` names what it has to hold
-    self._estimator()  # an unknown name is an error now, not after the first rollouts
+    # Unknown names and values that mean nothing are an error now, not after the first rollouts.
+    self._estimator()(np.zeros((1, 2)), *np.zeros((2, 1, 2, 1)))
+    advantages.select_groups(np.zeros((1, 2)), 1, uniform_share=config.uniform_share)
+    if config.overlong_buffer:
+      self._penalty(np.zeros(1))
     self.measure_psi = advantages.uses_entropy(config.estimator)
     if config.alpha_measure not in ('', 'entropy', 'psi_share'):
       raise ValueError(f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'")
@@ -203,8 +207,8 @@ class GrpoLoop:
     """Takes the numbers of a step, before the next one is scored."""
     c = self.config
     if c.alpha_measure:
-      share = row['psi_grad_norm'] / row['grad_norm'] if row['grad_norm'] else 0.0  # NaN of a step that was skipped
-      measured = {'entropy': row['entropy'], 'psi_share': share or math.nan}  # without psi, alpha has nothing to answer for
+      # Without psi, alpha has nothing to answer for.
+      measured = {'entropy': row['entropy'], 'psi_share': row['psi_grad_share'] or math.nan}
       self.alpha = advantages.adapted_alpha(self.alpha, measured[c.alpha_measure], c.alpha_target, rate=c.alpha_rate,
                                             low=c.alpha_low, high=c.alpha_high)
 
@@ -241,22 +245,25 @@ class GrpoLoop:
       if len(kept) == c.prompts:
         break
     rest = np.setdiff1d(np.arange(len(rewards_PG)), kept)[:c.prompts - len(kept)]
-    asked = {'asked_groups': len(rewards_PG), 'asked_zero_variance': float(np.mean(np.ptp(rewards_PG, axis=1) == 0))}
+    asked = {'asked_groups': len(rewards_PG), 'asked_zero_variance': float(advantages.uniform_groups(rewards_PG).mean())}
     return take_groups(parts, np.sort(np.concatenate([kept, rest]))), scoring, asked
 
   def _shaped(self, batch: RolloutBatch) -> RolloutBatch:
     """With DAPO's penalty on rollouts whose longest response comes close to the limit, where the config asks for it."""
-    c = self.config
-    if not c.overlong_buffer:
+    if not self.config.overlong_buffer:
       return batch
     lengths = np.array([max((len(made.tokens) for _, made in rollout.exchanges), default=0) for rollout in batch.rollouts])
-    penalty = advantages.overlong_penalty(lengths, max_tokens=c.max_tokens, buffer=c.overlong_buffer, penalty=c.overlong_penalty)
-    return dataclasses.replace(batch, total_PG=batch.total_PG + penalty.reshape(batch.total_PG.shape).astype(np.float32))
+    penalty = self._penalty(lengths).reshape(batch.total_PG.shape)
+    return dataclasses.replace(batch, total_PG=batch.total_PG + penalty.astype(np.float32))
+
+  def _penalty(self, lengths: np.ndarray) -> np.ndarray:
+    c = self.config
+    return advantages.overlong_penalty(lengths, max_tokens=c.max_tokens, buffer=c.overlong_buffer, penalty=c.overlong_penalty)
 
   def rollouts(self, step: int, turn: int = 0) -> list[Rollout]:
     """Samples the groups of a step with the engine's present weights, or reads what an earlier process sampled with them."""
     chosen, wave, made = self.chosen(step, turn), self.config.wave, []
-    weights, earlier = int(_bits(self.engine.params)) if self.journal else 0, turn * len(chosen)
+    weights, earlier = int(tree_sum(self.engine.params)) if self.journal else 0, turn * len(chosen)
     for first in range(0, len(chosen), wave):
       part = chosen[first:first + wave]
       engine = self.engine
@@ -298,7 +305,7 @@ class GrpoLoop:
         trees = [tree.with_extras(ref_logp=grpo.score_rows(self._score, held, tree, self.config.rows, self._budget)[0])
                  for tree in trees]
         del held
-    psi_norm, psi_share = self._psi(state.params, trees) if self.measure_psi else (None, 0.0)
+    psi = self._psi(state.params, trees) if self.measure_psi else None
     began, values = time.monotonic(), []
     for tree in trees:  # while the device works on one, the host lays the next one out
       data = self._batch(tree)
@@ -315,7 +322,7 @@ class GrpoLoop:
     # Sampling computes what a forward pass does; an update costs three.
     forward = sum(forward_flops(self.model, tree) for tree in trees)
     flops = forward * (4 + bool(self.config.kl_coefficient)) + sum(s.flops for s in scores)
-    return state, Update(began, seconds, values, psi_norm, psi_share, facts, flops)
+    return state, Update(began, seconds, values, psi, facts, flops)
 
   def _pack(self, rollouts: Sequence[Rollout]) -> tokentree.TokenTree:
     tree = tokentree.pack(sequences(rollouts), self.config.capacity, self._rows, self._tokenizer.pad_token_id)
@@ -370,20 +377,17 @@ class GrpoLoop:
       extras['behaviour_logp'] = _scattered(tree, own)
     return tree.with_extras(**extras)
 
-  def _psi(self, params: Params, trees: list[tokentree.TokenTree]) -> tuple[jax.Array | None, float]:
-    """(norm of the gradient that psi contributes to the first mini-batch that has any; share of its tokens that it was divided by).
-
-    A backward pass, over the micro-batches with psi alone.
-    """
-    shown = next((tree for tree in trees if tree.extras['psi'].any()), None)
-    if shown is None:
-      return jnp.zeros(()), 1.0
-    data = self._batch(shown)
+  def _psi(self, params: Params, trees: list[tokentree.TokenTree]) -> Psi:
+    """A backward pass, over the micro-batches with psi alone."""
+    place = next((place for place, tree in enumerate(trees) if tree.extras['psi'].any()), None)
+    if place is None:
+      return Psi(jnp.zeros(()), 1.0, 0)
+    data = self._batch(trees[place])
     if self.loss.aggregation != 'token':  # then a token's share depends on its whole sequence
-      return self._psi_norm(params, sharding.place_batch(data, whole=True)), 1.0
+      return Psi(self._psi_norm(params, sharding.place_batch(data, whole=True)), 1.0, place)
     weight = data.weight * data.extras['psi'].any(axis=1, keepdims=True)
     share = float(weight.sum() / data.weight.sum())
-    return self._psi_norm(params, sharding.place_batch(data._replace(weight=weight), whole=True)), share
+    return Psi(self._psi_norm(params, sharding.place_batch(data._replace(weight=weight), whole=True)), share, place)
 
 
 def _scattered(tree: tokentree.TokenTree, rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -449,7 +453,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
   loop = GrpoLoop(model, tokenizer, make_engine(params), source, items, config, execution=execution, seed=seed, journal=journal)
   reference = Reference(params, execution) if config.kl_coefficient else None
   # The reference is not in the checkpoint: it is what the stage starts from, which stays where it is. Its bits are.
-  origin = {'prompts': source.fingerprint, 'reference': int(_bits(params))}
+  origin = {'prompts': source.fingerprint, 'reference': int(tree_sum(params))}
   state = init_state(params, loop.tx, offload='optimizer' in execution.offload)
   position = {'seconds': 0.0, 'before': None, 'after': None, 'prompts_before': None, 'prompts_after': None} | origin
   with (Checkpoints(checkpoints / STATE) as saved, progress(total=config.steps, description=config.estimator) as bar,
@@ -464,7 +468,7 @@ def run_rl(params: Params, model: DecoderConfig, tokenizer: Any, source: Source,
       bar.initial = bar.n = start
     elif held_out:
       position['before'], position['prompts_before'] = position['after'], position['prompts_after'] = loop.measured(held_out)
-    spent, peak = position['seconds'], matmul_rate(str(params['embed'].dtype))
+    spent, peak = position['seconds'], matmul_rate(execution.dtype(params).name)
     metrics.rewind('rl', start)
     metrics.rewind('validation', start)
     waiting, ended = None, time.monotonic()

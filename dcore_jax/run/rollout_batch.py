@@ -19,7 +19,7 @@ from dcore_jax.chat.template import render_prompt
 from dcore_jax.distill.seeds import DecisionPoint
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
 from dcore_jax.evaluate.rollouts import Exchange, act
-from dcore_jax.learn import rewards
+from dcore_jax.learn import advantages, rewards
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.journal import JournaledEngine
@@ -118,13 +118,17 @@ def encode_prompts(tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: 
 
 
 class Questions:
-  """Decision points with the reference answers that `reward`, a name of `rewards.REWARDS`, compares with."""
+  """Decision points with the reference answers that `reward`, a name of `rewards.REWARDS`, compares with; ValueError for an
+  unknown one, and for a reference that it cannot read: before the step that draws it."""
 
   def __init__(self, tokenizer: Any, prompts: Sequence[Prompt], reward: str):
     self._tokenizer, self._prompts, self._reward = tokenizer, prompts, reward
     self.kinds, self.responses = [prompt.point.kind for prompt in prompts], 1
     self.longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
     self.fingerprint = zlib.crc32(b'\n'.join(p.tokens.tobytes() + p.point.reference.encode() for p in prompts))
+    references = [prompt.point.reference for prompt in prompts]
+    best = rewards.batch_reward(reward, [f'<think>\n \n</think>\n\n{r}' for r in references], references)
+    self._best = np.asarray(best.correctness)
 
   def sample(self, engine: Engine | JournaledEngine, chosen: Sequence[int], keys: Sequence[tuple[int, ...]],
              sampling: SamplingParams) -> list[Rollout]:
@@ -137,11 +141,10 @@ class Questions:
     P, G = len(chosen), len(rollouts) // len(chosen)
     references = [self._prompts[index].point.reference for index in chosen]
     reward = rewards.batch_reward(self._reward, [r.texts[0] for r in rollouts], [r for r in references for _ in range(G)])
-    best = rewards.batch_reward(self._reward, [f'<think>\n \n</think>\n\n{r}' for r in references], references)
     total_PG, format_PG, correctness_PG = (np.asarray(part).reshape(P, G)
                                            for part in (reward.total, reward.format, reward.correctness))
     return RolloutBatch([self.kinds[index] for index in chosen], rollouts, total_PG, format_PG, correctness_PG,
-                        correctness_PG == np.asarray(best.correctness)[:, None])
+                        correctness_PG == self._best[list(chosen), None])
 
 
 # --- episodes ----------------------------------------------------------------------------------------------------------------
@@ -186,8 +189,9 @@ class Episodes:
 
 
 def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
-  """What the rollouts of a step say by themselves. Zero variance is exact equality of a group's rewards."""
-  zero_P = batch.total_PG.max(axis=1) == batch.total_PG.min(axis=1)
+  """What the rollouts of a step say by themselves. Zero variance is exact equality of a group's rewards; a rollout alone has it
+  where its reward is 0 (`advantages.uniform_groups`)."""
+  zero_P = advantages.uniform_groups(batch.total_PG)[:, 0]
   right_P = batch.right_PG.all(axis=1)
   exchanges = [exchange for rollout in batch.rollouts for exchange in rollout.exchanges]
   lengths = np.array([len(completion.tokens) for _, completion in exchanges])

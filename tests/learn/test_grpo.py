@@ -186,6 +186,16 @@ def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, pad
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads)
 
 
+@pytest.mark.parametrize('aggregation', ['sequence', 'dr'])
+def test_shares_and_means_are_over_tokens_whatever_the_aggregation(sgd_step, wide, aggregation):
+  batch = wide[1].batch(accumulate=2)
+  by_token, other = (sgd_step(batch, importance_cap=1.2, aggregation=how, max_tokens=9)[1] for how in ('token', aggregation))
+  assert 0 < by_token['clip_share'] < 1
+  for name in ('clip_share', 'entropy', 'importance', 'weight'):
+    np.testing.assert_allclose(other[name], by_token[name], rtol=1e-5)
+  assert abs(other['pg_loss'] - by_token['pg_loss']) > 1e-3
+
+
 def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
   _, tree = wide
   silent = tree.with_extras(advantage=0 * tree.weight)

@@ -1,4 +1,5 @@
 """The reinforcement loop on a tiny model: what is computed, what is not, how often it is compiled, and that nothing waits."""
+import dataclasses
 import json
 import re
 import threading
@@ -15,7 +16,7 @@ from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Completion
 from dcore_jax.run import grpo_loop
 from dcore_jax.run.metrics import Metrics, read_metrics
-from dcore_jax.run.rollout_batch import encode_prompts
+from dcore_jax.run.rollout_batch import Questions, encode_prompts
 from dcore_jax.tokentree import RowBatch
 from tests.run.tiny_rl import MODEL, TOKENIZER, make_engine, params, points, questions, rl_config, timeless, train
 
@@ -131,18 +132,25 @@ def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
   psi[1, 2] = psi[3, 0] = 0.1
   loop._batch = lambda tree: RowBatch(*[None] * 6, weight, {'psi': psi})
   loop._psi_norm = lambda params, batch: batch.weight.sum()
-  shown, share = loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0}), types.SimpleNamespace(extras={'psi': psi})])
-  assert shown == 4 + 8 and share == pytest.approx(12 / 28)
-  assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1)
+  shown = loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0}), types.SimpleNamespace(extras={'psi': psi})])
+  assert shown == (4 + 8, pytest.approx(12 / 28), 1)
+  assert loop._psi(None, [types.SimpleNamespace(extras={'psi': psi * 0})]) == (0, 1, 0)
+
+
+def test_the_share_of_psi_is_of_the_update_that_it_is_in():
+  """The first mini-batch has reward variance and no psi; in the second there is nothing else, but for rounding in the KL term."""
+  _, numbers = one_step(MIXED, updates=2)
+  assert 0 < numbers['psi_grad_norm'] < numbers['grad_norm'] and numbers['psi_grad_share'] == pytest.approx(1, rel=0.05)
+  assert one_step(np.float32([[4, 1, 1, -2], [1, 2, 3, 4]]), updates=2)[1]['psi_grad_share'] == 0
 
 
 def test_alpha_follows_what_was_measured_and_nothing_else():
   config = rl_config(alpha_measure='psi_share', alpha_target=0.5)
   loop = grpo_loop.GrpoLoop(MODEL, TOKENIZER, make_engine(params()), questions(config), range(8), config, seed=1)
-  for psi, whole in ((0.0, 1.0), (0.0, 0.0), (1.0, np.nan), (1.0, np.inf)):  # no psi, no gradient, skipped steps
-    loop.adapt_alpha({'psi_grad_norm': psi, 'grad_norm': whole, 'entropy': 1.0})
+  for share in (0.0, np.nan):  # no psi, a skipped update
+    loop.adapt_alpha({'psi_grad_share': share, 'entropy': 1.0})
     assert loop.alpha == config.alpha
-  loop.adapt_alpha({'psi_grad_norm': 0.1, 'grad_norm': 1.0, 'entropy': 1.0})
+  loop.adapt_alpha({'psi_grad_share': 0.1, 'entropy': 1.0})
   assert loop.alpha > config.alpha
 
 
@@ -159,12 +167,17 @@ def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatc
     return update(self, state, reference, batch)
 
   monkeypatch.setattr(grpo_loop.GrpoLoop, 'update', cut_short)
+  def seen(x):
+    return x + 1
+
   with jax.log_compiles():
+    jax.jit(seen)(1.0)  # what follows would hold of any log in which compilations have another form
     train(tmp_path, rl_config(steps=4, validation=0, checkpoint_every=4))
   assert len(set(lengths)) > 2
   compiled = re.findall(r'Finished XLA compilation of jit\((\w+)\)', caplog.text)
+  assert compiled.count('seen') == 1
   # Not even once where another test has already compiled them.
-  assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'turn', '_bits')) <= 1
+  assert max(compiled.count(name) for name in ('score_pass', 'grpo_step', 'psi_norm', 'turn', 'tree_sum')) <= 1
 
 
 def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monkeypatch):
@@ -191,10 +204,21 @@ def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monke
                                                   (dict(updates=3), 'does not divide'), (dict(estimator='nope'), 'nope'),
                                                   (dict(reward='nope'), 'nope'), (dict(wave=0), 'rl.wave'),
                                                   (dict(objective='nope'), 'nope'), (dict(alpha_measure='nope'), 'nope'),
-                                                  (dict(estimator='grpo', psi_words=('wait',)), 'psi_words')])
+                                                  (dict(estimator='grpo', psi_words=('wait',)), 'psi_words'),
+                                                  (dict(updates=0), 'rl.updates = 0'), (dict(group=0), 'rl.group = 0'),
+                                                  (dict(checkpoint_every=0), 'rl.checkpoint_every = 0'),
+                                                  (dict(dynamic_rounds=-1), 'rl.dynamic_rounds = -1'),
+                                                  (dict(zero_test='nope'), 'nope'), (dict(psi_when_wrong='nope'), 'nope'),
+                                                  (dict(alpha=-1.0), 'alpha = -1.0'), (dict(uniform_share=2.0), 'uniform_share'),
+                                                  (dict(overlong_buffer=13), 'buffer = 13')])
 def test_configs_that_cannot_work(tmp_path, changes, message):
+  """Before anything is sampled."""
+  class Idle:
+    def __init__(self, engine):
+      self.params, self.max_len, self.max_new = engine.params, engine.max_len, engine.max_new
+
   with pytest.raises((ValueError, KeyError), match=message):
-    train(tmp_path, rl_config(**changes))
+    train(tmp_path, rl_config(**changes), engine=lambda params: Idle(make_engine(params)))
   assert not list((tmp_path / 'checkpoints').rglob('[0-9]*'))
 
 
@@ -262,6 +286,26 @@ def test_dynamic_sampling_and_length_penalties_go_with_psi(tmp_path):
   train(tmp_path / 'whole', rl_config(steps=3, validation=0, **options))
   train(tmp_path, rl_config(steps=3, validation=0, **options))  # goes on from the second step
   assert timeless(tmp_path) == timeless(tmp_path / 'whole')
+
+
+def test_a_reference_that_the_reward_cannot_read_is_an_error_before_anything_is_sampled():
+  config = rl_config(reward='paper')
+  questions(config)
+  bad = encode_prompts(TOKENIZER, [dataclasses.replace(points(2)[1], reference='[Note: not a call]')], 64)[0]
+  with pytest.raises(ValueError, match=r'row 0: the reference .* cannot be read'):
+    Questions(TOKENIZER, bad, 'paper')
+
+
+def test_mfu_refers_to_the_dtype_of_computation(tmp_path, monkeypatch):
+  def rate(dtype):
+    raise InterruptedError(dtype)  # all that is wanted to know
+
+  monkeypatch.setattr(grpo_loop, 'matmul_rate', rate)
+  for compute, dtype in (('auto', 'float32'), ('bfloat16', 'bfloat16')):
+    with pytest.raises(InterruptedError, match=dtype), Metrics(tmp_path) as metrics:
+      config = rl_config(validation=0, kl_coefficient=0.0)
+      grpo_loop.run_rl(params(), MODEL, TOKENIZER, questions(config), config, metrics, tmp_path / compute, make_engine=make_engine,
+                       execution=Execution(compute=compute), seed=1)
 
 
 def test_sizes_that_do_not_fit_are_an_error_at_once():
