@@ -1,8 +1,10 @@
 """Reinforcement on episodes: what is trained on when a task takes several responses, and who gets which advantage."""
 import dataclasses
 import itertools
+import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from dcore_jax.rollout.engine import Completion, Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run import grpo_loop
 from dcore_jax.run.defaults import default_config
+from dcore_jax.run.metrics import Metrics
 from dcore_jax.run.rollout_batch import Episodes, by_rollout, prompt_means, rollout_metrics, sequences, short_tasks
 from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.toolworld.world import ToolWorld
@@ -99,6 +102,14 @@ def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(tokenizer
     np.testing.assert_allclose(values, sampled * wanted[index % GROUP], rtol=1e-5)
 
 
+def test_a_rollout_alone_has_no_variance_where_its_reward_is_zero(batch):
+  """As advantages see it: its reward stands for its advantage."""
+  alone = lambda reward: dataclasses.replace(
+      batch, kinds=batch.kinds[:1], rollouts=batch.rollouts[:1],
+      **{name: np.full((1, 1), reward, np.float32) for name in ('total_PG', 'format_PG', 'correctness_PG')}, right_PG=np.ones((1, 1), bool))
+  assert [rollout_metrics(alone(reward))['zero_variance_fraction'] for reward in (0, 3)] == [1, 0]
+
+
 def test_no_two_responses_of_a_step_share_a_random_stream(tokenizer, tasks):
   """Keys are (step, task, rollout, response)."""
   seen = []
@@ -152,13 +163,20 @@ class TalkWorld:
     return Talk([Message('user', f'find the order of {task.id} ' * 8)])
 
 
+def talks(count):
+  tasks = [types.SimpleNamespace(kind='talk', id=name, steps=2, turns=(0,)) for name in ('Karo', 'Bela', 'Dima', 'Elif')]
+  return Episodes(tiny_rl.TOKENIZER, TalkWorld(), tasks[:count])
+
+
+def talk_engine(params, kind=Engine):
+  return kind(params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=240)
+
+
 def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities_are_the_trainers():
   """Two tasks, three rollouts each, three turns: what the trainer scores on the tree is what the engine reported of the tokens
   that it drew, though a later prompt shows another text than was sampled."""
   config = tiny_rl.rl_config(estimator='grpo', group=3, kl_coefficient=0.0, capacity=256)
-  tasks = [types.SimpleNamespace(kind='talk', id=name, steps=2, turns=(0,)) for name in ('Karo', 'Bela')]
-  engine = Engine(tiny_rl.params(), tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=240)
-  source = Episodes(tiny_rl.TOKENIZER, TalkWorld(), tasks)
+  engine, source = talk_engine(tiny_rl.params()), talks(2)
   loop = grpo_loop.GrpoLoop(tiny_rl.MODEL, tiny_rl.TOKENIZER, engine, source, range(2), config, seed=1)
   batch, _, _ = loop.batch(0)
   prompts = [[prompt.tolist() for prompt, _ in rollout.exchanges] for rollout in batch.rollouts]
@@ -174,3 +192,26 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
   assert numbers['grad_norm'] > 0 and int(state.step) == 2
   right = [[rollout.outcome.correct for rollout in batch.of(p, p + 1)] for p in range(2)]
   assert prompt_means(batch)['right_fraction'] == np.mean(right, axis=1).tolist()
+
+
+def test_a_resumed_run_reads_its_episodes_from_the_journal_and_goes_on_as_if_nothing_had_been(tmp_path):
+  """Three steps at one go; and two, of which the second's checkpoint is lost, that again without an engine, and a third."""
+  class Idle(Engine):
+    def stream(self, source, sampling):
+      raise AssertionError('sampled again')
+
+  def train(folder, steps, kind=Engine):
+    config = tiny_rl.rl_config(steps=steps, group=3, capacity=256, validation=0)
+    with Metrics(folder) as metrics:
+      return grpo_loop.run_rl(tiny_rl.params(), tiny_rl.MODEL, tiny_rl.TOKENIZER, talks(4), config, metrics, folder / 'checkpoints',
+                              make_engine=lambda params: talk_engine(params, kind), seed=1)
+
+  whole, _ = train(tmp_path / 'whole', 3)
+  train(tmp_path / 'parts', 2)
+  shutil.rmtree(tmp_path / 'parts' / 'checkpoints' / 'state' / '2')
+  assert train(tmp_path / 'parts', 2, Idle)[1]['resumed_at'] == 1
+  parts, result = train(tmp_path / 'parts', 3)
+  assert result['resumed_at'] == 2
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  rows = tiny_rl.timeless(tmp_path / 'whole')
+  assert rows == tiny_rl.timeless(tmp_path / 'parts') and [row['responses'] for row in rows] == [3, 3, 3]

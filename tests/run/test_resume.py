@@ -34,20 +34,32 @@ def same(params, folder, whole):
   assert tiny_rl.timeless(folder) == whole[1]
 
 
-def kill_when(folder: pathlib.Path, reached, delay: float = 0.0) -> None:
-  """Starts the program on `folder` and kills it `delay` seconds after `reached()` first holds."""
-  process = subprocess.Popen([sys.executable, '-m', 'tests.run.tiny_rl', str(folder), '4'], cwd=ROOT,
-                             env=os.environ | {'JAX_PLATFORMS': 'cpu'}, stderr=subprocess.PIPE, text=True)
+def start(folder: pathlib.Path) -> subprocess.Popen:
+  return subprocess.Popen([sys.executable, '-m', 'tests.run.tiny_rl', str(folder), '4'], cwd=ROOT,
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu'}, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(reached, process: subprocess.Popen) -> None:
   deadline = time.monotonic() + 300
   while not reached():
     if process.poll() is not None or time.monotonic() > deadline:
       process.kill()
       raise AssertionError(f'the program ended by itself: {process.communicate()[1][-2000:]}')
     time.sleep(0.002)
-  time.sleep(delay)
+
+
+def kill(process: subprocess.Popen) -> int:
+  """-> its exit status: -SIGKILL, or 0 where it had come to its end."""
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  return process.returncode
+
+
+def kill_when(folder: pathlib.Path, reached) -> None:
+  """Starts the program on `folder` and kills it when `reached()` first holds."""
+  process = start(folder)
+  wait_until(reached, process)
+  assert kill(process) == -signal.SIGKILL
 
 
 def test_two_steps_a_kill_and_two_more_are_four_steps(whole, tmp_path):
@@ -60,14 +72,30 @@ def test_two_steps_a_kill_and_two_more_are_four_steps(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_kill_while_a_checkpoint_is_written(whole, tmp_path):
+  state = tmp_path / 'checkpoints' / 'state'
+  kill_when(tmp_path, lambda: any('tmp' in path.name for path in state.glob('*')))
+  params, result = train(tmp_path, 4)
+  assert result['resumed_at'] in (0, 2)  # the write may have ended between the look and the kill
+  same(params, tmp_path, whole)
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments(whole, tmp_path):
-  """Three processes are killed, each up to 0.3 s after its predecessor's traces have changed; a fourth one goes to the end."""
-  rng = np.random.default_rng(int(time.time()))
+  """Three processes are killed, each within the time that a run takes from its first file on; a fourth one goes to the end."""
+  traces = lambda folder: set((folder / 'checkpoints').rglob('*'))
+  process = start(tmp_path / 'timed')
+  wait_until(lambda: traces(tmp_path / 'timed'), process)
+  began = time.monotonic()
+  assert process.communicate() and process.returncode == 0
+  took, rng = time.monotonic() - began, np.random.default_rng(int(time.time()))
   for _ in range(3):
-    before = set(tmp_path.rglob('*'))
-    delay = rng.uniform(0, 0.3)
-    print(f'killed {delay:.4f} s after the first new file')
-    kill_when(tmp_path, lambda before=before: set((tmp_path / 'checkpoints').rglob('*')) - before, delay)
+    before, delay = traces(tmp_path), rng.uniform(0, took)
+    process = start(tmp_path)
+    wait_until(lambda before=before: traces(tmp_path) != before or (tmp_path / 'checkpoints' / 'state' / '4').exists(), process)
+    time.sleep(delay)
+    print(f'{delay:.4f} of {took:.4f} s after the first new file: {kill(process)}')
+    assert process.returncode in (0, -signal.SIGKILL)
   same(train(tmp_path, 4)[0], tmp_path, whole)
 
 
