@@ -32,8 +32,8 @@ class Overlap:
 
   def __init__(self, tasks: Iterable[TestTask]):
     self._queries: dict[tuple[str, ...], str] = {}
-    self._grams: dict[tuple[str, ...], str] = {}
-    self._sizes: collections.Counter[str] = collections.Counter()  # word runs of each task
+    self._grams: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)  # the tasks that have a word run, each once
+    self._sizes: collections.Counter[str] = collections.Counter()  # different word runs of each task
     self._calls: dict[tuple[str, ...], str] = {}
     self._names: dict[str, str] = {}
     self.tasks = 0
@@ -42,8 +42,10 @@ class Overlap:
       words = normalised(task.query)
       if words:
         self._queries.setdefault(words, task.id)
-      for gram in _runs(words, WORDS):
-        self._sizes[self._grams.setdefault(gram, task.id)] += 1
+      grams = set(_runs(words, WORDS))
+      self._sizes[task.id] += len(grams)
+      for gram in grams:
+        self._grams[gram].append(task.id)
       for run in _call_runs(task.calls):
         self._calls.setdefault(run, task.id)
       for name in task.names:
@@ -54,9 +56,10 @@ class Overlap:
     for words in {normalised(message.content): None for message in seed.conversations if message.role == 'user'}:
       if words in self._queries:
         return self._queries[words], 'query'
-      grams = list(_runs(words, WORDS))
-      hits = collections.Counter(self._grams[gram] for gram in grams if gram in self._grams)
-      if grams and hits.total() >= SHARE * len(grams):
+      grams = dict.fromkeys(_runs(words, WORDS))
+      owners = [self._grams[gram] for gram in grams if gram in self._grams]
+      hits = collections.Counter(task for tasks in owners for task in tasks)
+      if grams and len(owners) >= SHARE * len(grams):
         return hits.most_common(1)[0][0], 'query'
       for task, count in hits.most_common():  # a test's words in the middle of many others
         if count >= SHARE * self._sizes[task]:

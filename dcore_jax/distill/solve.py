@@ -107,6 +107,8 @@ class Distiller:
         try:
           if reply.error:
             raise Dropped(TOO_LONG if reply.error == TOO_LONG else 'refused by the endpoint', 'generate')
+          if not reply.finished:  # half a list of calls would read as a text
+            raise Unreadable('cut off', 'generate')
           values[place] = accept(place, reply.text)
         except Dropped as dropped:
           values[place] = dropped

@@ -29,7 +29,7 @@ from dcore_jax.worlds.toolworld.world import ToolWorld
 
 # Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
 # organism's pretraining, whose stages take the seeds from its own on.
-DISTILL, RL = 1001, 1002
+DISTILL, RL, SEEDS = 1001, 1002, 1003
 TAUBENCH = 'taubench/gpt-4o-airline_trajectories.json'
 
 
@@ -76,10 +76,12 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   """
   name, _, place = source.partition(':')
   if source == 'toolworld':
-    seeds = [s for kind in KINDS for task in ToolWorld().tasks(kind, count, seed=seed, split='train') for s in task_seeds(task)]
+    tasks = [task for kind in KINDS for task in ToolWorld().tasks(kind, count, seed=seed * 10 + SEEDS, split='train')]
+    seeds = [s for task in tasks for s in task_seeds(task)]
     return Found(seeds, len(KINDS) * count, collections.Counter())
   if source == 'bfcl':
-    tasks = [bfcl_tasks.make_task(kind, index, seed=seed) for kind in bfcl_tasks.KINDS for index in range(count)]
+    # Even ones are of `BfclWorld`'s training split.
+    tasks = [bfcl_tasks.make_task(kind, index, seed=2 * seed) for kind in bfcl_tasks.KINDS for index in range(count)]
     return Found([s for task in tasks for s in bfcl_seeds(task)], len(tasks), collections.Counter())
   if source == 'tau2':
     return tau2_seeds()
@@ -190,7 +192,7 @@ def _user_turns(turns: Sequence[Turn]) -> list[tuple[str, list[tuple[Turn, list[
 def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
   """Reads recorded trajectories {task_id, reward, traj: OpenAI messages} of one domain.
 
-  They come without the tools' descriptions: specs are drawn up from the calls of all of them. Only rewarded ones are
+  They come without the tools' descriptions: specs are drawn up from the calls of all that can be read. Only rewarded ones are
   references; a `think` call does nothing and is left out; a turn with a failed call is no reference either.
   """
   specs = _observed_tools(records)
@@ -225,9 +227,13 @@ def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
   """A spec of every tool that is called, its parameters those that occur; required are those that every call has."""
   seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
   for record in records:
-    for message in record['traj']:
-      for call in message.get('tool_calls') or ():
-        seen[call['function']['name']].append(json.loads(call['function']['arguments']))
+    try:
+      calls = [(call['function']['name'], dict(json.loads(call['function']['arguments'])))
+               for message in record['traj'] for call in message.get('tool_calls') or ()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+      continue  # no seed will come of it either; that is counted there
+    for name, arguments in calls:
+      seen[name].append(arguments)
   types = {bool: 'boolean', int: 'integer', float: 'number', list: 'array', dict: 'object'}
   specs = []
   for name in sorted(seen.keys() - {'think'}):

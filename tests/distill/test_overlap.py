@@ -46,6 +46,15 @@ def test_words_of_earlier_turns_and_of_long_requests():
   assert OVERLAP.find(seed(other * 3 + QUERY + ' ' + other * 3)) == ('t', 'query')  # a tenth of its words, and all of the test's
 
 
+@pytest.mark.parametrize('copies', [1, 2, 4])
+def test_a_request_of_several_test_tasks_is_found_as_that_of_one(copies):
+  """BFCL asks the same in its base, long-context and missing-function tasks."""
+  overlap = Overlap(TestTask(f't{n}', QUERY) for n in range(copies))
+  other = 'sort the ledger by date and print the last ten lines of it for me as well as you can '
+  assert overlap.find(seed(other * 3 + QUERY + ' ' + other * 3)) == ('t0', 'query')
+  assert overlap.find(seed(other * 3 + ' '.join(QUERY.split()[:12]) + ' ' + other * 3)) is None  # 5 of its 12 runs
+
+
 def test_people():
   assert OVERLAP.find(seed('I am ines_okafor_2207', ToolCall('f', {}))) == ('t', 'name')
   assert OVERLAP.find(seed('It is me', ToolCall('get_user', {'user_id': 'ines_okafor_2207'}))) == ('t', 'name')

@@ -127,7 +127,7 @@ def test_bad_decompositions_are_counted(text, reason):
 @pytest.mark.parametrize(('text', 'reason'), [
     ("[f(a=1)]", 'unclosed reasoning'), (THINK + 'I cannot.', 'no call'), (THINK + '[f(a b)]', 'unreadable call'),
     (THINK + "[nope(a='b')]", 'wrong call'), (THINK + '<tool_call>{"name": "a b"}</tool_call>', 'unreadable call'),
-    (Reply('', False, 9, 0, TOO_LONG), TOO_LONG), (Reply('', False, 9, 0, 'status 400: ...'), 'refused by the endpoint')])
+    (Reply(THINK + "[f(a=1", False, 9, 5), 'cut off'), (Reply('', False, 9, 0, TOO_LONG), TOO_LONG), (Reply('', False, 9, 0, 'status 400: ...'), 'refused by the endpoint')])
 def test_bad_solutions_are_counted(text, reason):
   assert run(seeds('single')[0], lambda _: text) == reason
 
