@@ -24,20 +24,24 @@ class Exchange(NamedTuple):
 
 @dataclasses.dataclass
 class Trajectory:
-  """One finished episode. `texts` are whole assistant responses, `reasoning_tokens` the lengths of their reasonings,
-  `exchanges` the same responses as they were sampled."""
+  """One finished episode. `texts` are whole assistant responses, `reasonings` what they think, `reasoning_tokens` the lengths of
+  that, `exchanges` the same responses as they were sampled."""
   task: Any
   outcome: Outcome
   texts: list[str]
+  reasonings: list[str]
   reasoning_tokens: list[int]
   unfinished: int  # responses cut off by the token budget
   messages: list[Message]
   exchanges: list[Exchange]
 
-  @property
-  def reasonings(self) -> list[str]:
-    """An unclosed block counts as reasoning: it is what the model did instead of answering."""
-    return [split_reasoning(text)[0] if '</think>' in text else text for text in self.texts]
+
+def thoughts(text: str, finished: bool) -> str:
+  """What a response thinks. An unclosed block counts: it is what the model did instead of answering; and so does a text without
+  tags that was cut off, as some templates open the block in the prompt. A whole response without tags is an answer."""
+  if '</think>' in text:
+    return split_reasoning(text)[0]
+  return text if '<think>' in text or not finished else ''
 
 
 class _Acting:
@@ -48,6 +52,7 @@ class _Acting:
     self.tasks, self.keys = tasks, [(number,) for number in range(len(tasks))] if keys is None else keys
     self.episodes: list[Episode] = [world.episode(task) for task in tasks]
     self.texts: list[list[str]] = [[] for _ in tasks]
+    self.reasonings: list[list[str]] = [[] for _ in tasks]
     self.lengths: list[list[int]] = [[] for _ in tasks]
     self.unfinished = [0] * len(tasks)
     self._waiting = collections.deque(range(len(tasks)))
@@ -64,8 +69,11 @@ class _Acting:
   def take(self, number: int, text: str, reasoning_tokens: int, finished: bool) -> None:
     """Runs the calls of a response; the task waits again unless that was its end."""
     self.texts[number].append(text)
+    self.reasonings[number].append(thoughts(text, finished))
     self.lengths[number].append(reasoning_tokens)
     self.unfinished[number] += not finished
+    if not finished and 'think>' not in text:  # thoughts, see there, or half an answer
+      return self.stop(number, 'cut off')
     self.episodes[number].step(text)
     if self.episodes[number].done:
       self._progress(1)
@@ -79,7 +87,7 @@ class _Acting:
   def trajectories(self, exchanges: Sequence[list[Exchange]]) -> list[Trajectory]:
     """In the order of the tasks."""
     return [Trajectory(task, episode.outcome(), *rest, episode.messages, made) for task, episode, *rest, made
-            in zip(self.tasks, self.episodes, self.texts, self.lengths, self.unfinished, exchanges)]
+            in zip(self.tasks, self.episodes, self.texts, self.reasonings, self.lengths, self.unfinished, exchanges)]
 
 
 def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
@@ -101,7 +109,7 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
   acting = _Acting(world, tasks, keys, progress)
   exchanges: list[list[Exchange]] = [[] for _ in tasks]
   asked: dict[int, np.ndarray] = {}  # the prompts under way
-  think_end = tokenizer.convert_tokens_to_ids('</think>')
+  think_end = tokenizer.convert_tokens_to_ids('</think>')  # None, or that of an unknown token, where it takes several
 
   def source(free: int) -> list[tuple[int, Request]]:
     requests = []
@@ -118,10 +126,15 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
   for number, completion in engine.stream(source, sampling):
     exchanges[number].append(Exchange(asked.pop(number), completion))
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
-    ends = np.flatnonzero(tokens == think_end)
-    # Without a closing tag everything was reasoning; the opening tag is one token.
-    length = max(0, int(ends[0]) - 1 if len(ends) else len(tokens) - 1)
-    acting.take(number, tokenizer.decode(tokens, skip_special_tokens=False), length, completion.finished)
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    if think_end in (None, tokenizer.unk_token_id):
+      length = _count(tokenizer, text, completion.finished)
+    else:
+      ends = np.flatnonzero(tokens == think_end)
+      # Without a closing tag all of it, or nothing; the opening tag is one token.
+      whole = len(tokens) if thoughts(text, completion.finished) else 1
+      length = max(0, (int(ends[0]) if len(ends) else whole) - 1)
+    acting.take(number, text, length, completion.finished)
   return acting.trajectories(exchanges)
 
 
@@ -151,15 +164,22 @@ def act_through(backend: Backend, tokenizer: Any, world: World, tasks: Sequence[
     if reply.error:
       acting.stop(number, reply.error.partition(':')[0])
       continue
-    inside = reply.text.partition('</think>')[0].removeprefix('<think>')
-    acting.take(number, reply.text, len(tokenizer(inside, add_special_tokens=False)['input_ids']), reply.finished)
+    acting.take(number, reply.text, _count(tokenizer, reply.text, reply.finished), reply.finished)
   return acting.trajectories([[] for _ in tasks])
+
+
+def _count(tokenizer: Any, text: str, finished: bool) -> int:
+  """Tokens between the tags, line breaks included."""
+  inside, closed, _ = text.partition('</think>')
+  inside = inside if closed else thoughts(text, finished)
+  return len(tokenizer(inside.removeprefix('<think>'), add_special_tokens=False)['input_ids'])
 
 
 def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
   """Figures of one stage by kind, in the shape of `summary.json`.
 
-  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and wrong ones.
+  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and wrong ones. What could not be
+  measured, as no task came to a response, is None.
   `decomposition_rate` is the share of requests of several subtasks whose first response announces a decomposition.
   """
   accuracy, lazy, count, reasons, unfinished = {}, {}, {}, {}, {}
@@ -179,10 +199,15 @@ def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
       'accuracy': accuracy, 'lazy_ratio': lazy, 'n': count, 'failures': reasons, 'unfinished': unfinished,
       'accuracy_by_subtasks': {kind: _by_subtasks(trajectories.get(kind, [])) for kind in ('sequential', 'parallel')},
       'decomposition_rate': float(np.mean(behaviour_counts(first)['decomposition'] > 0)) if first else None,
-      'reflections_per_response': float(np.mean([count_reflections(r) for r in reasonings])),
-      'reasoning_tokens_mean': float(np.mean([n for t in everything for n in t.reasoning_tokens])),
-      'behaviours': {name: float(np.mean(counts)) for name, counts in behaviours.items()},
+      'reflections_per_response': _mean([count_reflections(r) for r in reasonings]),
+      'reasoning_tokens_mean': _mean([n for t in everything for n in t.reasoning_tokens]),
+      'behaviours': {name: _mean(counts) for name, counts in behaviours.items()},
   }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  """None where no task came to a response."""
+  return float(np.mean(values)) if len(values) else None
 
 
 def _by_subtasks(group: list[Trajectory]) -> dict[str, dict[str, float]]:

@@ -34,7 +34,12 @@ def evaluate(config: ml_collections.ConfigDict, folder: pathlib.Path, actor: Act
     folder: results.
     actor: (world, tasks, sampling, progress) -> a trajectory a task.
     name: of the model, for the progress bar.
+
+  Raises:
+    ValueError: no tasks.
   """
+  if config.evaluate.tasks < 1:
+    raise ValueError(f'evaluate.tasks = {config.evaluate.tasks} must be at least 1')
   c, world = config.evaluate, ToolWorld(config.world.max_subtasks)
   sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=config.seed)
   trajectories = {}

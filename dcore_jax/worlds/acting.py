@@ -72,7 +72,7 @@ class TaskEpisode:
     if not turn.calls:
       if calls:
         return 'called a tool'
-      return '' if '</think>' in text and answer.strip() else 'no answer'
+      return '' if _answers(text, answer) else 'no answer'
     if not calls:
       return 'no calls'
     unlisted = [call.name for call in calls if call.name not in self._listed]
@@ -92,7 +92,7 @@ class TaskEpisode:
     turn = self._turns[self._turn]
     self._advance_reference(turn)
     failure = self._state_difference(turn)
-    if not failure and not ('</think>' in text and answer.strip()):
+    if not failure and not _answers(text, answer):
       failure = 'no answer'
     if failure:
       return self._fail(failure)
@@ -140,6 +140,11 @@ class SandboxSession:
     if outputs:
       self.messages.append(_shown(outputs))
     self.asked = bool(outputs) and self._steps < SESSION_STEPS
+
+
+def _answers(text: str, answer: str) -> bool:
+  """Whether a response says something: behind its thoughts, or without any."""
+  return bool(answer.strip()) and ('</think>' in text or '<think>' not in text)
 
 
 def _shown(outputs: Sequence[str]) -> Message:

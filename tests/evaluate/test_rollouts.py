@@ -1,5 +1,6 @@
 """Acting tasks out with a scripted model, and the figures that come of it."""
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -97,6 +98,59 @@ def test_a_prompt_too_long_for_the_engine_ends_its_episode_alone(tokenizer):
   assert [t.outcome.reason for t in trajectories] == ['prompt too long'] + [''] * 7
 
 
+class Unmarked:
+  """A tokenizer for which the tags are several tokens, as Llama's and Qwen2.5's."""
+  unk_token_id = None
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+
+  def convert_tokens_to_ids(self, token):
+    return None if token == '</think>' else self._tokenizer.convert_tokens_to_ids(token)
+
+  def __call__(self, *arguments, **options):
+    return self._tokenizer(*arguments, **options)
+
+  def __getattr__(self, name):
+    return getattr(self._tokenizer, name)
+
+
+def test_thoughts_are_measured_where_their_tags_are_no_tokens(tokenizer):
+  world = ToolWorld()
+  tasks = world.tasks('single', 4, seed=2, split='eval')
+  measured = [act(Scripted(tokenizer, tasks, 'find it.'), t, world, tasks, None) for t in (tokenizer, Unmarked(tokenizer))]
+  assert measured[0][0].reasoning_tokens == measured[1][0].reasoning_tokens == [len(tokenizer('\nfind it.\n')['input_ids'])]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_model_that_does_not_think_is_right_where_its_answers_are(tokenizer, kind):
+  world = ToolWorld()
+  tasks = world.tasks(kind, 8, seed=2, split='eval')
+  backend = ScriptedBackend(Scripted(tokenizer, tasks, None))
+  found = act_through(backend, tokenizer, world, tasks, None)
+  assert [t.outcome.reason for t in found] == [''] * 8
+  figures = measure({kind: found})
+  assert figures['reasoning_tokens_mean'] == 0 and figures['reflections_per_response'] == 0
+
+
+def test_a_response_without_tags_that_is_cut_off_is_no_answer(tokenizer):
+  """It may be thoughts whose opening tag is in the prompt: of an irrelevant request it would pass for the explanation."""
+  world = ToolWorld()
+  tasks = world.tasks('irrelevant', 4, seed=2, split='eval')
+  found = act_through(ScriptedBackend(Scripted(tokenizer, tasks, None), finished=False), tokenizer, world, tasks, None)
+  assert [t.outcome.reason for t in found] == ['cut off'] * 4 and all(t.unfinished == 1 for t in found)
+  assert all(t.reasonings == t.texts for t in found)
+
+
+def test_nothing_measured_is_none(tokenizer):
+  world = ToolWorld()
+  tasks = world.tasks('single', 2, seed=2, split='eval')
+  refused = ScriptedBackend(Scripted(tokenizer, tasks, None), {t.turns[0].query: TOO_LONG for t in tasks})
+  figures = measure({'single': act_through(refused, tokenizer, world, tasks, None)})
+  assert figures['accuracy'] == {'single': 0.0} and figures['reasoning_tokens_mean'] is None
+  json.dumps(figures, allow_nan=False)
+
+
 def test_responses_cut_off_are_counted_and_wrong(tokenizer):
   trajectories = run(tokenizer, cut=True, count=4)
   figures = measure(trajectories)
@@ -107,8 +161,8 @@ def test_responses_cut_off_are_counted_and_wrong(tokenizer):
 class ScriptedBackend:
   """`Scripted` as a backend; a query of `refused` has an error for an answer."""
 
-  def __init__(self, scripted, refused=()):
-    self.scripted, self.refused = scripted, dict(refused)
+  def __init__(self, scripted, refused=(), finished=True):
+    self.scripted, self.refused, self.finished = scripted, dict(refused), finished
 
   def stream(self, source, sampling):
     del sampling
@@ -118,7 +172,8 @@ class ScriptedBackend:
         if query in self.refused:
           yield tag, Reply('', False, 0, 0, self.refused[query])
         else:
-          yield tag, Reply(f'<think>\n{self.scripted.reasoning}\n</think>\n\n{next(self.scripted.script[query])}', True, 1, 1)
+          block = f'<think>\n{self.scripted.reasoning}\n</think>\n\n' if self.scripted.reasoning else ''
+          yield tag, Reply(f'{block}{next(self.scripted.script[query])}', self.finished, 1, 1)
 
 
 def test_a_backend_is_measured_as_the_engine_is(tokenizer):
