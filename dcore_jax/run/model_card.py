@@ -5,6 +5,7 @@ from typing import Any
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.run.summary import KINDS, wilson_interval
 
+_PATHS = ('path', 'tokenizer', 'files', 'wording')  # fields that hold names of files, wherever they are
 _TITLES = {'base': 'before training', 'sft': 'after SFT'}
 
 
@@ -54,7 +55,10 @@ def _introduction(config: dict[str, Any], model: DecoderConfig, stage: str, step
 
 def _distilled(config: dict[str, Any], summary: dict[str, Any]) -> str:
   c, found = config['distill'], summary.get('distill', {})
-  text = f'**Self-distillation** wrote the training rows with the model itself, at temperature {c["temperature"]}.'
+  writer = 'the model itself' if c['backend'] == 'local' else f'`{found.get("model") or c["model"]}`'
+  seen = {'shown': 'the reference calls', 'hidden': 'no reference', 'pseudo': 'pseudo-labels'}[c['reference']]
+  text = (f'**Self-distillation** wrote the training rows with {writer}, which saw {seen} as it decomposed, at temperature '
+          f'{c["temperature"]}.')
   if found.get('kept') is not None:
     text += f' {found["kept"]:,} of {found["seeds"]:,} seeds were kept; dropped: {_listed(found["dropped"])}.'
   return text
@@ -75,8 +79,11 @@ def _fine_tuned(config: dict[str, Any], summary: dict[str, Any]) -> str:
 def _reinforced(config: dict[str, Any], summary: dict[str, Any]) -> str:
   c, rewards = config['rl'], [r for r in summary.get('rl', {}).get('reward', []) if r is not None]
   psi = f' with α = {c["alpha"]:g}, δ = {c["delta"]:g}' if c['estimator'] == 'da_grpo' else ''
-  text = (f'**Reinforcement learning** by `{c["estimator"]}`{psi}: {c["steps"]} steps of {c["prompts"]} prompts x {c["group"]} '
-          f'rollouts, {c["updates"]} updates each, reward `{c["reward"]}`, learning rate {c["learning_rate"]:g}, '
+  asked, reward = 'prompts', f'reward `{c["reward"]}`'
+  if c['episodes']:
+    asked, reward = 'whole tasks', 'rewarded by the state that they leave'
+  text = (f'**Reinforcement learning** by `{c["estimator"]}`{psi}: {c["steps"]} steps of {c["prompts"]} {asked} x {c["group"]} '
+          f'rollouts, {c["updates"]} updates each, {reward}, learning rate {c["learning_rate"]:g}, '
           f'KL coefficient {c["kl_coefficient"]:g}, temperature {c["temperature"]:g}.')
   if rewards:
     text += f' The mean reward of a step went from {rewards[0]:.3f} to {rewards[-1]:.3f}.'
@@ -120,12 +127,21 @@ def _usage() -> str:
 
 
 def _whole(config: dict[str, Any]) -> str:
-  """The config; of paths only the names, since a card is published."""
-  shown = {**config, 'model': {**config['model'], 'path': _name(config['model']['path']),
-                               'tokenizer': _name(config['model']['tokenizer'])},
-           **{section: {**config[section], 'files': [_name(file) for file in config[section]['files']]}
-              for section in ('sft', 'rl')}}
-  return f'## The whole config\n\n```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```'
+  """The config; of paths only the names, and of endpoints nothing, since a card is published."""
+  return f'## The whole config\n\n```json\n{json.dumps(_published(config), indent=2, ensure_ascii=False)}\n```'
+
+
+def _published(section: dict[str, Any]) -> dict[str, Any]:
+  shown = {}
+  for field, value in section.items():
+    if isinstance(value, dict):
+      value = _published(value)
+    elif field in _PATHS and value:
+      value = [_name(path) for path in value] if isinstance(value, (list, tuple)) else _name(value)
+    elif field == 'base_url' and value:
+      value = 'an endpoint'
+    shown[field] = value
+  return shown
 
 
 def _name(path: str) -> str:

@@ -146,3 +146,16 @@ def test_the_card_names_files_and_hides_where_they_lie():
   assert 'someone' not in card and '`Qwen3-8B`' in card and '`rows.jsonl`, `Team-ACE/ToolACE`' in card
   assert 'Self-distillation' not in card  # rows were given
   assert '| after da_grpo | 96.9%' in card and card.startswith('---\nlibrary_name: transformers\n')
+  assert 'reward `toolrl`' in card
+
+
+def test_the_card_says_who_wrote_the_rows_and_what_was_rewarded():
+  config = nano.get_config('agentic')
+  config.distill.update(dict(backend='openai', base_url='http://fleet.someone:8000/v1', model='Qwen3-32B', reference='pseudo',
+                             wording='/home/someone/words.json', files=('/home/someone/seeds.jsonl',)))
+  config.distill.labels.base_url = 'http://labels.someone:8000/v1'
+  record = to_json(check_config(config, default_config()))
+  card = model_card(record, load_params(ORGANISM)[0], stage='da_grpo', summary=a_summary())
+  assert 'someone' not in card and '"words.json"' in card and '"seeds.jsonl"' in card
+  assert 'with `Qwen3-32B`, which saw pseudo-labels' in card and 'the model itself' not in card
+  assert '16 whole tasks x 8 rollouts' in card and 'rewarded by the state' in card and 'reward `toolrl`' not in card
