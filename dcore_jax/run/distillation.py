@@ -28,6 +28,7 @@ from dcore_jax.distill.wording import load_wording
 from dcore_jax.rollout.backends import Backend, LocalBackend, OpenAIBackend
 from dcore_jax.rollout.engine import EngineStats
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.config import to_json
 from dcore_jax.run.metrics import read_json, replace_text, write_json_atomic
 
 REFERENCES = ('shown', 'hidden', 'pseudo')
@@ -122,6 +123,30 @@ def prices(section: ml_collections.ConfigDict) -> tuple[float, float]:
   return section.prompt_price, section.completion_price
 
 
+# Where answers come from, at what price and in what pieces: not what the rows are.
+_PLACES = ('backend', 'base_url', 'model', 'concurrency', 'timeout', 'request_retries', 'prompt_price', 'completion_price',
+           'shard_seeds', 'labels')
+
+
+def _settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What a config says of the rows."""
+  section = {name: value for name, value in to_json(config.distill).items() if name not in _PLACES}
+  return {'seed': config.seed, 'world': to_json(config.world), 'distill': section}
+
+
+def check_rows(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """ValueError where the rows of a finished distillation, which another program may have made, are not those of this config."""
+  claim = folder / 'claim.json'
+  theirs = read_json(claim).get('settings') if claim.exists() else None
+  if theirs is None:  # rows from elsewhere, or from before this was noted
+    return
+  mine = json.loads(json.dumps(_settings(config)))
+  different = [name for name in ('seed', 'world') if mine[name] != theirs[name]]
+  different += [f'distill.{name}' for name in mine['distill'] if mine['distill'][name] != theirs['distill'].get(name)]
+  if different:
+    raise ValueError(f'{str(folder)!r} was distilled with other {", ".join(different)}; name another --workdir')
+
+
 def _describe(config: ml_collections.ConfigDict, seeds: Sequence[Seed], distiller: Distiller, sampling: SamplingParams,
               backend: Backend) -> dict[str, Any]:
   """All that rows depend on. Where the model is, and how many questions are under way, may change between two calls."""
@@ -134,7 +159,7 @@ def _describe(config: ml_collections.ConfigDict, seeds: Sequence[Seed], distille
     labels |= {'samples': config.distill.labels.samples, 'label_model': config.distill.labels.model}
   return {'seeds': len(seeds), 'seeds_sha256': digest.hexdigest(), 'shard_seeds': config.distill.shard_seeds,
           'model': backend.model, 'sampling': vars(sampling) | {'stop': list(sampling.stop)},
-          'distiller': options | {'wording': distiller.wording.version}, 'labels': labels}
+          'distiller': options | {'wording': distiller.wording.version}, 'labels': labels, 'settings': _settings(config)}
 
 
 def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
@@ -142,7 +167,9 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
   path = folder / 'claim.json'
   if path.exists():
     theirs = read_json(path)
-    different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    # A file of seeds may have moved; what it holds is compared by its digest.
+    names = (mine.keys() | theirs.keys()) - {'settings'}
+    different = sorted(name for name in names if mine.get(name) != theirs.get(name))
     if different:
       raise ValueError(f'{str(folder)!r} was begun with other {", ".join(different)}; name another --workdir')
   else:

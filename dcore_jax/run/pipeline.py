@@ -27,7 +27,7 @@ from dcore_jax.rollout.engine import Engine
 from dcore_jax.run import distributed
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
-from dcore_jax.run.distillation import run_distillation
+from dcore_jax.run.distillation import check_rows, run_distillation
 from dcore_jax.run.evaluation import evaluate
 from dcore_jax.run.export import generation_config
 from dcore_jax.run.grpo_loop import run_rl
@@ -106,7 +106,11 @@ class Pipeline:
       result = self.workdir / folder / 'result.json'
       if name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained():
         result.unlink(missing_ok=True)  # made before the last stage was
-      if name not in self.config.stages or result.exists():
+      if name not in self.config.stages:
+        continue
+      if result.exists():
+        if name == 'distill':  # `experiments.distill` may have made it, with a config of its own
+          check_rows(self.config, result.parent)
         continue
       with stage(name) as timer:
         values = run_stage()

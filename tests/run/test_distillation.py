@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dcore_jax.chat.messages import Message
 from dcore_jax.run import distillation
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
+from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.run.rows import training_rows
 from dcore_jax.run.seed_sources import config_seeds
 from tests.distill.test_pipeline import THINK, some_seeds
@@ -97,6 +99,22 @@ def test_a_finished_run_asks_nothing(uninterrupted, tmp_path):
       json.loads(line)['calls'] for path in folder.glob('outcomes-*.jsonl') if '00001' not in path.name
       for line in path.read_text().splitlines()), 'prompt_tokens': 0, 'completion_tokens': 0}
   assert rows_of(folder) == rows
+
+
+def test_rows_are_those_of_one_config(uninterrupted, tmp_path):
+  """What another program has distilled is not taken for what this config would; where answers come from may differ."""
+  folder = uninterrupted[2]
+  for fields in ({}, dict(backend='local', base_url='', model='', concurrency=2)):
+    distillation.check_rows(make_config(**fields), folder)
+  other = make_config(temperature=0.9).as_configdict()
+  other.seed, other.world.max_subtasks, other.stages = 5, 3, ('distill',)
+  with pytest.raises(ValueError, match='with other seed, world, distill.temperature; name another'):
+    distillation.check_rows(other, folder)
+  shutil.copytree(folder, tmp_path / 'distill')
+  (tmp_path / 'distill' / 'result.json').write_text('{}')
+  with pytest.raises(ValueError, match='name another'):
+    Pipeline(other, tmp_path).run()
+  distillation.check_rows(other, tmp_path)  # rows from elsewhere
 
 
 def test_the_seconds_are_those_of_all_calls(uninterrupted, tmp_path, monkeypatch):
