@@ -20,7 +20,8 @@ _CONFIG = define_config('configs/nano.py')
 _SUITE = flags.DEFINE_enum('suite', 'alpha_delta', SUITES, 'What is swept.')
 _SEEDS = flags.DEFINE_integer('seeds', None, f'Repetitions of every setting; default: {SEEDS}.')
 _SFT_RUN = flags.DEFINE_string('sft_run', '', 'Work directory whose SFT checkpoint is the start; default: make one.')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where results are and go; finished settings are not run again.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results are and go; finished settings are not run again. Default: '
+                               'runs/ablation/ and the name of the suite.')
 
 
 def main(argv: list[str]) -> None:
@@ -29,9 +30,10 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   try:
     seeds = SEEDS[_SUITE.value] if _SEEDS.value is None else _SEEDS.value
-    content = run_suite(_SUITE.value, _CONFIG.value, pathlib.Path(_WORKDIR.value), seeds=seeds,
+    workdir = pathlib.Path(_WORKDIR.value or f'runs/ablation/{_SUITE.value}')
+    content = run_suite(_SUITE.value, _CONFIG.value, workdir, seeds=seeds,
                         sft_run=pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None)
-  except ValueError as error:
+  except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   print(format_table(content), file=sys.stderr)
   print(json.dumps(content))

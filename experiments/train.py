@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     distributed.join(_HOSTS.value)
     pipeline = Pipeline(config, pathlib.Path(_WORKDIR.value))
     summary = pipeline.run()
-  except ValueError as error:
+  except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   changes = format_changes(summary)
   print(f'{changes}\n' * bool(changes) + f'summary: {pipeline.workdir / "summary.json"}\n'

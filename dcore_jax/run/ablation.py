@@ -73,7 +73,8 @@ DECOMPOSITION = (Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)), Decompos
 SUITES = (*RL_SUITES, 'decomposition')
 SEEDS = {'alpha_delta': 1, 'psi': 1, 'decomposition': 3}  # repetitions: Table 6 is nothing without intervals
 _LAST = 0.25  # share of the steps whose mean is "at the end"
-_CURVES = ('reward', 'reflections', 'entropy', 'alpha', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm', 'response_tokens')
+_CURVES = ('reward', 'reflections', 'entropy', 'alpha', 'zero_variance_fraction', 'grad_norm', 'psi_grad_norm',
+           'psi_grad_share', 'response_tokens')
 
 
 def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, seeds: int,
@@ -111,7 +112,7 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
     Pipeline(first, start).run()
   if not (start / 'sft' / 'config.json').exists():
     raise ValueError(f'{str(start)!r} holds no SFT checkpoint')
-  _claim(workdir, start / 'sft' / 'model.safetensors')
+  _claim(workdir, start / 'sft')
   runs = []
   for seed in range(seeds):
     for setting in RL_SUITES[suite]:
@@ -123,11 +124,15 @@ def run_suite(suite: str, config: ml_collections.ConfigDict, workdir: pathlib.Pa
   return content
 
 
-def _claim(workdir: pathlib.Path, weights: pathlib.Path) -> None:
+def _claim(workdir: pathlib.Path, model: pathlib.Path) -> None:
   """Notes which weights a sweep starts from, or checks that they are the ones it began with."""
-  mine, path = hashlib.sha256(weights.read_bytes()).hexdigest(), workdir / 'start.json'
+  digest = hashlib.sha256()
+  for part in sorted(model.glob('model*.safetensors')):  # more than one from 5 GB on
+    with part.open('rb') as file:
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
+  mine, path = digest.hexdigest(), workdir / 'start.json'
   if path.exists() and read_json(path)['sha256'] != mine:
-    raise ValueError(f'{str(workdir)!r} holds runs that started from other weights than {str(weights)!r}; name another --workdir')
+    raise ValueError(f'{str(workdir)!r} holds runs that started from other weights than {str(model)!r}; name another --workdir')
   write_json_atomic(path, {'sha256': mine})
 
 

@@ -128,6 +128,19 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
     assert len(different) == len(content['table'])
 
 
+def test_a_sweep_goes_on_from_the_same_weights_alone(tmp_path):
+  """In as many files as they have."""
+  model = tmp_path / 'sft'
+  model.mkdir()
+  for part in (1, 2):
+    (model / f'model-0000{part}-of-00002.safetensors').write_bytes(bytes([part]))
+  for _ in range(2):
+    ablation._claim(tmp_path, model)
+  (model / 'model-00002-of-00002.safetensors').write_bytes(b'3')
+  with pytest.raises(ValueError, match='other weights'):
+    ablation._claim(tmp_path, model)
+
+
 def a_run(setting, seed, after):
   """As `_run_one` gives it, with the rewards of three prompts set aside."""
   figures = {'reward': np.mean(after), 'reflections': 0.1}
