@@ -35,16 +35,24 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
   B, T, N, H = q_BTNH.shape
   K, S = k_BKSH.shape[1:3]
   G = N // K
-  q_BKGTH = (q_BTNH * H ** -0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+  q_BTNH, rest = _scaled(q_BTNH)
+  q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
   q, k, v = q_BKGTH.reshape(B * K, G * T, H), k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
   # A product with the few rows of a decode step is four times slower on a CPU than a matrix-vector product for each.
   scores = jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T == 1 else _scores(q, k)
-  scores = jnp.where(mask_BTS[:, None, None, :, :], scores.reshape(B, K, G, T, S), MASKED_SCORE)
+  scores = jnp.where(mask_BTS[:, None, None, :, :], scores.reshape(B, K, G, T, S) * rest, MASKED_SCORE)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1).reshape(B * K, G * T, 1)
   weights = weights.reshape(B * K, G * T, S).astype(v.dtype)
   out = jnp.einsum('bts,bsh->bth', weights, v, preferred_element_type=jnp.float32) / total
   return out.astype(v.dtype).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _scaled(q: jax.Array) -> tuple[jax.Array, float]:
+  """(queries, what their scores are still to be multiplied by), together q / sqrt(H). Queries of 16 bits stay as they are, as in
+  the kernels: 128 ** -0.5 is 1e-4 too small in bfloat16, and the product would be rounded once more."""
+  scale = q.shape[-1] ** -0.5
+  return (q * scale, 1.0) if q.dtype == jnp.float32 else (q, scale)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -74,30 +82,31 @@ def attend_branches(q_B1NH: jax.Array, trunk_k_RKSH: jax.Array, trunk_v_RKSH: ja
   B, _, N, H = q_B1NH.shape
   (R, W), K = sharing.lane_RW.shape, k_BKZH.shape[1]
   G = N // K
-  q_BKGH = (q_B1NH * H ** -0.5).reshape(B, K, G, H)
+  q_B1NH, rest = _scaled(q_B1NH)
+  q_BKGH = q_B1NH.reshape(B, K, G, H)
   held_RS = jnp.arange(trunk_k_RKSH.shape[2])[None, :] < sharing.length_R[:, None]
   held_BZ = jnp.arange(k_BKZH.shape[2])[None, :] < seen_B[:, None]
   if W == 1:
-    trunk = _partial(q_BKGH, trunk_k_RKSH, trunk_v_RKSH, held_RS)
+    trunk = _partial(q_BKGH, trunk_k_RKSH, trunk_v_RKSH, held_RS, rest)
   else:
     q_RKWGH = q_BKGH[sharing.lane_RW].swapaxes(1, 2)
-    parts = _partial(q_RKWGH.reshape(R, K, W * G, H), trunk_k_RKSH, trunk_v_RKSH, held_RS)
+    parts = _partial(q_RKWGH.reshape(R, K, W * G, H), trunk_k_RKSH, trunk_v_RKSH, held_RS, rest)
     by_place = lambda x: x.reshape(R, K, W, G, -1).swapaxes(1, 2).reshape(R * W, K, G, -1)
     trunk = tuple(by_place(part)[sharing.place_B] for part in parts)
-  branch = _partial(q_BKGH, k_BKZH, v_BKZH, held_BZ)
+  branch = _partial(q_BKGH, k_BKZH, v_BKZH, held_BZ, rest)
   top = jnp.maximum(trunk[0], branch[0])
   total, out = (sum(part[i] * jnp.exp(part[0] - top) for part in (trunk, branch)) for i in (1, 2))
   return (out / total).astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
-def _partial(q_MKTH: jax.Array, k_MKSH: jax.Array, v_MKSH: jax.Array,
-             mask_MS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _partial(q_MKTH: jax.Array, k_MKSH: jax.Array, v_MKSH: jax.Array, mask_MS: jax.Array,
+             scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Attention before its division, float32: (largest score, sum of exp(score - largest), that sum over values)."""
   M, K, T, H = q_MKTH.shape
   S = k_MKSH.shape[2]
   q, k, v = q_MKTH.reshape(M * K, T, H), k_MKSH.reshape(M * K, S, H), v_MKSH.reshape(M * K, S, H)
   scores = jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T <= 4 else _scores(q, k)
-  scores = jnp.where(mask_MS[:, None, None, :], scores.reshape(M, K, T, S), MASKED_SCORE)
+  scores = jnp.where(mask_MS[:, None, None, :], scores.reshape(M, K, T, S) * scale, MASKED_SCORE)
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   out = jnp.einsum('bts,bsh->bth', weights.reshape(M * K, T, S).astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -3,8 +3,9 @@
 A prompt is prefilled once into a trunk, which all rollouts of it read; what a rollout samples goes into the branch of its
 lane. Decoding runs `steps_per_call` steps on the device for a tile of lanes together, each step drawing a token from the
 lane's last hidden state and extending its branch with it; then the host collects what was drawn, hands finished rollouts out
-and fills the free lanes. Every rollout has a random key of its own, folded from (seed, key_id, token index), so it does not
-matter which lane it runs in, nor beside which others.
+and fills the free lanes. Every rollout has a random key of its own, folded from (seed, key_id, token index), so that its random
+numbers do not depend on which lane it runs in, nor beside which others; its log-probabilities do to their last bits (1e-6 in
+float32, 1e-2 in bfloat16), as tiles of other shapes add up in another order.
 
 Underneath is `submit`, `step`, `extend` and `cancel`, for a server whose requests come and go; `generate` and `stream` are
 loops over them. A conversation needs no bookkeeping: a prompt that continues what a trunk holds (the last prompt, the answer
@@ -251,9 +252,13 @@ class Engine:
 
     Raises:
       FloatingPointError: a log-probability is not a number.
+      RuntimeError: rollouts to be extended wait for trunks, all of which they hold themselves.
     """
     while self._queue and self._admit_round():
       pass
+    if self._queue and not self._inputs.live_B.any() and all(r.given is not None for r in self._in_lane if r):
+      raise RuntimeError(f'{len(self._queue)} rollouts wait for one of {len(self._trunks.length_P)} trunks and nothing runs that '
+                         'would give one up: the engine needs more trunks')
     return self._advance()
 
   # --- many -----------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ class ForcedTool(_Strict):
 class _Request(_Strict):
   """What both kinds of request have in common.
 
-  `seed` fixes the answer, whatever else runs; without one every request has its own. `top_k` and `min_p` are not OpenAI's.
+  `seed` fixes the random numbers, whatever else runs, and so the answer up to rounding: in bfloat16, tokens that are nearly
+  as likely may change places beside other requests. Without one every request has its own. `top_k` and `min_p` are not OpenAI's.
   """
   model: str
   max_tokens: int | None = Field(None, ge=1)

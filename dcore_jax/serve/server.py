@@ -1,6 +1,7 @@
 """From a model directory to a running server: loads, binds, and drains on SIGTERM."""
 import asyncio
 import dataclasses
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -93,6 +94,7 @@ class Server(uvicorn.Server):
     super().__init__(uvicorn.Config(service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'))
     self._service, self._drain_seconds, self._deadline = service, drain_seconds, float('inf')
     self._announce = announce
+    self._closing: asyncio.Task | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     await super().startup(sockets)
@@ -100,15 +102,17 @@ class Server(uvicorn.Server):
     self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    if self._service.draining:
-      self.should_exit = self.force_exit = True
+    if self._service.draining:  # at once, also where a step is being compiled, for minutes
+      signal.signal(sig, signal.SIG_DFL)
+      signal.raise_signal(sig)
     self._service.draining = True
     self._deadline = min(self._deadline, time.monotonic() + self._drain_seconds)
 
   async def on_tick(self, counter: int) -> bool:
     service, overdue = self._service, time.monotonic() > self._deadline
-    if overdue:
-      await asyncio.to_thread(service.scheduler.close)  # tells the rollouts that are left, whose requests then answer
-    if overdue or service.draining and not service.under_way or service.scheduler.failure is not None:
+    if overdue and self._closing is None:  # tells the rollouts that are left, whose requests then answer, after the present step
+      self._closing = asyncio.create_task(asyncio.to_thread(service.scheduler.close))
+    closed = self._closing is not None and self._closing.done()
+    if closed or service.draining and not service.under_way or service.scheduler.failure is not None:
       self.should_exit = True
     return await super().on_tick(counter)

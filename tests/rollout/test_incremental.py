@@ -120,6 +120,20 @@ def test_an_extension_waits_for_a_trunk():
     exact(contexts[handle], completion)
 
 
+def test_extensions_that_wait_for_each_other_are_an_error():
+  """Both read the one trunk, and neither can have it for itself."""
+  runner = engine(stop_ids=[], lanes=2, trunks=1)
+  handles = [runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True) for i in range(2)]
+  finish(runner, *handles)
+  for handle in handles:
+    runner.extend(handle, prompt(6, handle))
+  with pytest.raises(RuntimeError, match='2 rollouts wait for one of 1 trunks'):
+    runner.step()
+  runner.cancel(handles[0])
+  [completion], _ = finish(runner, handles[1])
+  assert len(completion.tokens) == 5
+
+
 def test_a_running_rollout_can_be_given_tokens():
   """As a budget does that closes a reasoning: between two steps, in the middle of what it writes."""
   runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=20)

@@ -249,3 +249,19 @@ def test_a_drain_ends_at_its_deadline(scripted):
       list(stream)
   until(lambda: made.server.should_exit)
   assert made.engine.cancelled == [1]
+
+
+def test_a_step_that_takes_its_time_does_not_stop_the_server_from_answering(scripted):
+  """One that is being compiled, say, when the deadline passes."""
+  made, gate = scripted(drain_seconds=0.1), threading.Event()
+  made.engine.step = lambda: gate.wait(60) and []
+  with openai.OpenAI(base_url=f'{made.url}/v1', api_key='none', max_retries=0) as client:
+    stream = client.chat.completions.create(**CHAT, stream=True)
+    until(lambda: made.engine.busy)
+    made.server.handle_exit(15, None)
+    time.sleep(0.5)
+    assert b'draining' in http_get(made.url, '/health') and not made.server.should_exit
+    gate.set()
+    with pytest.raises(openai.APIError, match='the engine has stopped'):
+      list(stream)
+  until(lambda: made.server.should_exit)

@@ -44,6 +44,24 @@ def test_sigterm_in_the_middle_of_an_answer():
     process.wait()
 
 
+def test_a_second_signal_ends_it_at_once():
+  process = launch('--port=0', '--lanes=1', '--max_len=64')
+  try:
+    url = next(line.split()[0] for line in process.stderr if line.startswith('http'))
+    host, port = url.split('/')[2].split(':')
+    with socket.create_connection((host, int(port))) as slow:
+      slow.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n')
+      openai.OpenAI(base_url=url, api_key='k', max_retries=0).models.list()  # after which that one has been taken up
+      process.send_signal(signal.SIGTERM)
+      until(lambda: refused(url))
+      process.send_signal(signal.SIGTERM)
+      assert process.wait(10) == -signal.SIGTERM
+  finally:
+    process.kill()
+    process.stderr.close()
+    process.wait()
+
+
 def refused(url):
   with openai.OpenAI(base_url=url, api_key='k', max_retries=0) as client:
     try:
