@@ -178,7 +178,8 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   trunk, which is then repeated, is shortest, and the pieces fill rows best-fit-decreasing, or each row by the pieces whose
   sizes add up to most; or rows are filled one after the other and trees cut where a row ends. The plan with the fewest rows is
   taken, of equal ones that with fewest tokens, and the number of rows rounded up to `rows_multiple`. Prefixes too short to
-  be worth it stay apart; with `merge` off all do, which is plain packing.
+  be worth it stay apart; with `merge` off all do, which is plain packing. Places that stay empty hold `pad_id`; they see
+  themselves alone and weigh nothing, so that any token will do (Llama-3 has none for it).
   """
   if capacity < 1 or rows_multiple < 1:
     raise ValueError(f'capacity = {capacity} and rows_multiple = {rows_multiple} must be positive')

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     rows, unreadable = training_rows(config.sft, pathlib.Path(_WORKDIR.value))
     sequences = encode_rows(tokenizer, rows, loss_mask=config.sft.loss_mask, capacity=config.sft.capacity,
                             overlong=config.sft.overlong)
-    tree = tokentree.pack(sequences, config.sft.capacity, config.sft.rows, tokenizer.pad_token_id)
+    tree = tokentree.pack(sequences, config.sft.capacity, config.sft.rows, tokenizer.pad_token_id or 0)
     row, query = find_query(tree, _ROW.value, _SEQUENCE.value, _TOKEN.value)
     view = RowView(tree, [str(r['id']) for r in rows], tokenizer, row, colour=use_colour(sys.stdout), full=_FULL.value)
     left_out = f', {unreadable} unreadable records left out' if unreadable else ''

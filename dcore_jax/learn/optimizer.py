@@ -81,12 +81,14 @@ def make_schedule(learning_rate: float, schedule: str = 'constant', *, warmup: f
     total_steps: needed for a cosine or a warm-up.
 
   Raises:
-    ValueError: unknown schedule, shares outside 0..1, or `total_steps` missing.
+    ValueError: unknown schedule, shares outside 0..1, a floor where nothing falls, or `total_steps` missing.
   """
   if schedule not in ('constant', 'cosine'):
     raise ValueError(f"unknown schedule {schedule!r}; expected 'constant' or 'cosine'")
   if not (0 <= warmup <= 1 and 0 <= floor <= 1):
     raise ValueError(f'warmup = {warmup} and floor = {floor} are shares, 0..1')
+  if schedule == 'constant' and floor:
+    raise ValueError(f'floor = {floor}: a constant schedule does not fall')
   if schedule == 'constant' and not warmup:
     return optax.constant_schedule(learning_rate)
   if not total_steps or total_steps < 1:

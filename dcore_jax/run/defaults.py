@@ -22,7 +22,8 @@ def default_config() -> ml_collections.ConfigDict:
 
   c.execution = ml_collections.ConfigDict()  # how training passes run; what they compute does not depend on it
   c.execution.attention = 'auto'  # or a name of models/tree_attention.py
-  c.execution.compute = 'auto'  # 'bfloat16', 'float32'; auto: bfloat16 on accelerators. Parameters and moments are float32
+  c.execution.compute = 'auto'  # 'bfloat16', 'float32'; auto: bfloat16 on accelerators. Parameters and moments are float32.
+  #   Accelerators round operands of float32 products, unless JAX_DEFAULT_MATMUL_PRECISION=highest
   c.execution.remat = 'none'  # 'full' recomputes each layer in the backward pass, 'attention' and 'dots' parts of it
   c.execution.offload = ()  # 'optimizer', 'reference': kept in host memory while they are not needed; accelerators only
   c.execution.unroll = True  # without remat, compile layer by layer: faster on a CPU, too much code for deep models
@@ -39,7 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.engine.lanes = 64
   c.engine.max_len = 1024  # tokens of prompt and response
   c.engine.max_new = 0  # tokens of a response; 0 = max_len
-  c.engine.trunks = 0  # prompts held at once; 0 = lanes
+  c.engine.trunks = 0  # prompts held at once where their rollouts come in groups (not of episodes); 0, and elsewhere: lanes
   c.engine.tile = 0  # lanes decoded together; 0 = the engine's choice
   c.engine.steps_per_call = 16
   c.engine.tensor = 0  # ways that the engine splits heads, ffn and vocabulary; 0 = as in training

@@ -325,7 +325,7 @@ class GrpoLoop:
     return state, Update(began, seconds, values, psi, facts, flops)
 
   def _pack(self, rollouts: Sequence[Rollout]) -> tokentree.TokenTree:
-    tree = tokentree.pack(sequences(rollouts), self.config.capacity, self._rows, self._tokenizer.pad_token_id)
+    tree = tokentree.pack(sequences(rollouts), self.config.capacity, self._rows, self._tokenizer.pad_token_id or 0)
     if tree.dropped:  # `check_sizes` has said so
       raise AssertionError(f'{len(tree.dropped)} rollouts are longer than rl.capacity = {self.config.capacity}')
     return tree

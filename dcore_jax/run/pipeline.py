@@ -71,6 +71,7 @@ class Pipeline:
     self.policy = load_policy(self.config.model, seed=self.config.seed)
     self.execution = Execution(**self.config.execution)
     self._engine: Engine | None = None
+    self._grouped = False
     self._claim()
 
   def _claim(self) -> None:
@@ -137,10 +138,13 @@ class Pipeline:
     specs = decoder.abstract_params(self.policy.config)
     return load_params(path, shardings=sharding.shardings(specs, self.mesh) if self.mesh else None)[1]
 
-  def engine(self, params: Any) -> Engine:
-    """The run's one engine with the given weights, in the dtype of computation and on its own mesh."""
+  def engine(self, params: Any, *, groups: bool = False) -> Engine:
+    """The run's one engine with the given weights, in the dtype of computation and on its own mesh; `groups` as in `make_engine`.
+    One of another size makes room first."""
+    if self._engine is not None and self._grouped != groups and self.config.engine.trunks:
+      self._engine = None
     if self._engine is None:
-      self._engine = make_engine(self.config, self.policy, params, self.mesh)
+      self._engine, self._grouped = make_engine(self.config, self.policy, params, self.mesh, groups=groups), groups
     else:
       self._engine.update(params)
     return self._engine
@@ -203,10 +207,12 @@ class Pipeline:
   def rl(self) -> dict[str, Any]:
     """(DA-)GRPO from the fine-tuned model."""
     source, dropped = self._source()
+    # The rollouts of an episode's group share its first prompt alone.
+    engine = lambda params: self.engine(params, groups=not self.config.rl.episodes)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       params, result = run_rl(
           self.params('sft'), self.policy.config, self.policy.tokenizer, source, self.config.rl, metrics,
-          self.workdir / 'checkpoints' / self.final, make_engine=self.engine, execution=self.execution,
+          self.workdir / 'checkpoints' / self.final, make_engine=engine, execution=self.execution,
           seed=self.config.seed + 1000 * self.config.rl.seed)
     self._save(self.final, params)
     return result | {'prompts_dropped': dropped}

@@ -100,7 +100,8 @@ class Programs:
     self.reference = self._on_host(sharding.abstract(decoder.abstract_params(model, self.dtype), self.mesh), 'reference')
     c = config.engine
     self.engine = EngineCalls(
-        model, distributed.engine_mesh(config, self.mesh), lanes=c.lanes, trunks=c.trunks or c.lanes, max_len=c.max_len,
+        model, distributed.engine_mesh(config, self.mesh), lanes=c.lanes,
+        trunks=c.lanes if config.rl.episodes else c.trunks or c.lanes, max_len=c.max_len,
         max_new=min(c.max_new or c.max_len, c.max_len), tile=c.tile or c.lanes, steps_per_call=c.steps_per_call,
         prompt=min(config.rl.max_prompt_tokens, c.max_len - 1), dtype=self.dtype)
 

@@ -49,7 +49,7 @@ def run_sft(params: Params, model: DecoderConfig, tokenizer: Any, rows: Sequence
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
   data = sft.batches(sequences, capacity=config.capacity, rows=config.rows, epochs=config.epochs, seed=seed,
-                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id, shards=sharding.shards(),
+                     accumulate=config.accumulate, pad_id=tokenizer.pad_token_id or 0, shards=sharding.shards(),
                      host=jax.process_index(), hosts=jax.process_count())
   tx = make_optimizer(config.optimizer, config.learning_rate, 'cosine', warmup=config.warmup, floor=config.floor,
                       total_steps=len(data), weight_decay=config.weight_decay, clip=config.clip,

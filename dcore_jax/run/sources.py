@@ -67,15 +67,17 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | 
   return sorted({i for i in ids if i is not None})
 
 
-def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decoder.Params, mesh: Mesh | None) -> Engine:
+def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decoder.Params, mesh: Mesh | None, *,
+                groups: bool = False) -> Engine:
   """The engine that section `engine` describes, with weights on the training `mesh`: in the dtype of computation, and on a mesh
-  of its own where the section asks for one."""
+  of its own where the section asks for one. `groups`: rollouts come in groups that share a prompt, for which the section may
+  want fewer trunks than lanes; with a prompt for each, as many would be idle as there are trunks too few."""
   c = config.engine
   params = decoder.cast(params, Execution(**config.execution).dtype(params))
   if mesh := distributed.engine_mesh(config, mesh):
     params = jax.device_put(params, sharding.shardings(decoder.abstract_params(policy.config), mesh))
   return Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=c.lanes, max_len=c.max_len, max_new=c.max_new or None,
-                trunks=c.trunks or None, tile=c.tile or None, steps_per_call=c.steps_per_call)
+                trunks=c.trunks or None if groups else None, tile=c.tile or None, steps_per_call=c.steps_per_call)
 
 
 def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> LocalBackend:

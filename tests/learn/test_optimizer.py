@@ -85,3 +85,9 @@ def test_gradient_norm_is_global_and_reported_before_clipping(params):
 def test_bad_arguments_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     optimizer.make_optimizer(**arguments)
+
+
+def test_a_floor_is_for_schedules_that_fall():
+  for warmup in (0.0, 0.1):
+    with pytest.raises(ValueError, match='floor = 0.5'):
+      optimizer.make_schedule(1.0, 'constant', warmup=warmup, floor=0.5, total_steps=10)

@@ -1,4 +1,5 @@
 """The reinforcement loop on a tiny model: what is computed, what is not, how often it is compiled, and that nothing waits."""
+import copy
 import dataclasses
 import json
 import re
@@ -294,6 +295,17 @@ def test_a_reference_that_the_reward_cannot_read_is_an_error_before_anything_is_
   bad = encode_prompts(TOKENIZER, [dataclasses.replace(points(2)[1], reference='[Note: not a call]')], 64)[0]
   with pytest.raises(ValueError, match=r'row 0: the reference .* cannot be read'):
     Questions(TOKENIZER, bad, 'paper')
+
+
+def test_a_tokenizer_without_a_token_for_padding_will_do():
+  config, bare = rl_config(), copy.deepcopy(TOKENIZER)
+  bare.pad_token = None
+  packed = []
+  for tokenizer in (TOKENIZER, bare):
+    loop = grpo_loop.GrpoLoop(MODEL, tokenizer, make_engine(params()), questions(config), range(8), config, seed=1)
+    packed.append(loop._pack(loop.rollouts(0)))
+  assert bare.pad_token_id is None and (packed[1].tokens >= 0).all()
+  jax.tree.map(np.testing.assert_array_equal, packed[0].weight, packed[1].weight)
 
 
 def test_mfu_refers_to_the_dtype_of_computation(tmp_path, monkeypatch):

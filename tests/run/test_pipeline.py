@@ -11,6 +11,7 @@ import pytest
 from configs import nano, nano_base, qwen3_smoke
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.run.seed_sources import DISTILL, RL
+from dcore_jax.run.sources import local_backend
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,6 +73,19 @@ def test_stages_are_compared_task_by_task(tmp_path):
   assert second['accuracy']['parallel']['difference'] == -1
   shutil.rmtree(tmp_path / 'evaluate_sft')
   assert [(change['from'], change['to']) for change in pipeline.summary()['changes']] == [('base', 'da_grpo')]
+
+
+def test_only_groups_share_trunks(tmp_path):
+  """Every task that is measured or distilled has a prompt of its own: with a trunk for four lanes, three of them would be idle."""
+  config = nano.get_config('quick')
+  config.engine.update(dict(lanes=16, trunks=4))
+  pipeline = Pipeline(config, tmp_path)
+  params = pipeline.params('base')
+  trunks = lambda **options: len(pipeline.engine(params, **options)._trunks.length_P)
+  measured = pipeline.engine(params)
+  assert trunks() == 16 and pipeline.engine(params) is measured
+  assert trunks(groups=True) == 4 and trunks() == 16
+  assert len(local_backend(pipeline.config, tmp_path / 'replies.jsonl').engine._trunks.length_P) == 16
 
 
 def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """The supervised loop on a tiny model: the loss falls, rows are encoded as asked, a killed run goes on as if it had not been."""
+import copy
 import dataclasses
 
 import jax
@@ -13,7 +14,11 @@ from dcore_jax.run.metrics import Metrics, read_metrics
 from dcore_jax.run.rows import encode_rows
 
 
-def test_sft_lowers_the_loss(tokenizer, model, tmp_path):
+@pytest.mark.parametrize('pad', [True, False])
+def test_sft_lowers_the_loss(tokenizer, model, tmp_path, pad):
+  """Also with a tokenizer that has no token for padding, as Llama-3's."""
+  tokenizer = copy.deepcopy(tokenizer)
+  tokenizer.pad_token = tokenizer.pad_token if pad else None
   rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i}'}, {'role': 'assistant', 'content': 'done: status paid.'}]}
           for i in range(8)]
   config = default_config().sft
