@@ -142,20 +142,26 @@ def apply_gradients(tx: optax.GradientTransformation, state: TrainState, grads: 
   """
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
-  held = _moved(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
+  held = _moved(state, state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
   updates, opt_state = tx.update(grads, held, state.params)
   params = optax.apply_updates(state.params, updates)
   keep = lambda new, old: jnp.where(finite, new, old)
   params = jax.tree.map(keep, params, state.params)
   opt_state = jax.tree.map(keep, opt_state, held)
   if offload:
-    opt_state = _moved(opt_state, jax.memory.Space.Host)
+    opt_state = _moved(state, opt_state, jax.memory.Space.Host)
   return TrainState(params, opt_state, state.step + 1), {'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
 
 
-def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
-  """Moments in another memory; counters stay."""
-  return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, opt_state)
+def _moved(state: TrainState, opt_state: Any, space: jax.memory.Space) -> Any:
+  """Moments in another memory; what else an optimizer has (counters, Muon's coefficients) stays."""
+  move = lambda leaf, moment: jax.device_put(leaf, space) if moment else leaf
+  return jax.tree.map(move, opt_state, moments(opt_state, state.params))
+
+
+def moments(opt_state: Any, params: Any) -> Any:
+  """`opt_state` with True for each leaf that stands for a parameter: what `offload` moves."""
+  return _beside_parameters(opt_state, jax.tree.map(lambda _: True, params), lambda _: False)
 
 
 def _beside_parameters(opt_state: Any, beside: Any, otherwise: Callable[[Any], Any]) -> Any:

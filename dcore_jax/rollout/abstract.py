@@ -23,6 +23,7 @@ class EngineCalls:
 
   Attributes:
     prompt: tokens of the longest prompt.
+    groups: whether the rollouts of a tile share prompts, eight to one; else each has a trunk of its own.
     dtype: of weights and caches.
     mesh: where the weights are.
   """
@@ -36,6 +37,7 @@ class EngineCalls:
   steps_per_call: int
   prompt: int
   stop_ids: int = 1
+  groups: bool = True
   dtype: Any = jnp.bfloat16
 
   def weights(self) -> decoder.Params:
@@ -92,8 +94,8 @@ class EngineCalls:
 
   @property
   def trunks_of_tile(self) -> int:
-    """Groups of eight that do not begin and end with the tile: a quarter as many trunks as lanes (lanes.plan_tiles)."""
-    return self.tile // 4 or self.tile
+    """Of groups of eight that do not begin and end with the tile a quarter as many trunks as lanes (lanes.plan_tiles)."""
+    return self.groups and self.tile // 4 or self.tile
 
   @property
   def trunk_span(self) -> int:

@@ -105,17 +105,19 @@ class Programs:
         max_new=min(c.max_new or c.max_len, c.max_len), tile=c.tile or c.lanes, steps_per_call=c.steps_per_call,
         prompt=min(config.rl.max_prompt_tokens, c.max_len - 1), dtype=self.dtype)
 
-  def _on_host(self, tree: Any, what: str) -> Any:
-    """The same shapes in host memory where `execution.offload` says so."""
+  def _on_host(self, tree: Any, what: str, moved: Any = True) -> Any:
+    """The same shapes, those `moved`, in host memory where `execution.offload` says so."""
     if what not in self.execution.offload:
       return tree
     move = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(optimizer.HOST))
-    return jax.tree.map(lambda leaf: move(leaf) if leaf.ndim else leaf, tree)
+    moved = jax.tree.map(lambda _: moved, tree) if moved is True else moved
+    return jax.tree.map(lambda leaf, here: move(leaf) if here else leaf, tree, moved)
 
   def state(self, tx: Any) -> optimizer.TrainState:
     """Parameters and moments."""
     state = sharding.abstract(optimizer.abstract_state(self.specs, tx), self.mesh)
-    return dataclasses.replace(state, opt_state=self._on_host(state.opt_state, 'optimizer'))
+    return dataclasses.replace(state, opt_state=self._on_host(
+        state.opt_state, 'optimizer', optimizer.moments(state.opt_state, state.params)))
 
   def all(self) -> list[Program]:
     """SFT, then what a DA-GRPO step consists of, where the config has these stages."""
@@ -125,6 +127,8 @@ class Programs:
       found += [self.score('reference log-probabilities')] if self.config.rl.kl_coefficient else []
       found += [self.psi()] if advantages.uses_entropy(self.config.rl.estimator) else []
       found += [self.grpo(), self.prefill(), self.decode()]
+    if self.config.engine.trunks and any(stage == 'distill' or stage.startswith('evaluate') for stage in self.config.stages):
+      found += [self.decode_apart()]
     return found
 
   # --- training -----------------------------------------------------------------------------------------------------------
@@ -249,3 +253,11 @@ class Programs:
     calls = -(-c.prompts * c.group // e.tile) * -(-c.max_tokens // e.steps_per_call)
     return Program('decode', e.decode, {'engine weights': e.decode_weights(), 'engine caches': e.state()},
                    self._beside_engine(), work, calls, 'DA-GRPO step', e.steps_per_call)
+
+  def decode_apart(self) -> Program:
+    """The same where every rollout has a prompt, and a trunk, of its own: distillation and evaluation, with no training beside."""
+    e = dataclasses.replace(self.engine, trunks=self.engine.lanes, groups=False)
+    slots = e.tile * (e.trunk_span + e.span)
+    work = roofline.decoding(self.model, e.mesh.shape['tensor'], e.tile, slots, e.trunk_span + e.span, e.steps_per_call)
+    return Program('decode without groups', e.decode, {'engine weights': e.decode_weights(), 'engine caches': e.state()}, {},
+                   work, 1, 'call of the engine outside RL', e.steps_per_call)

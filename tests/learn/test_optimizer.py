@@ -91,3 +91,14 @@ def test_a_floor_is_for_schedules_that_fall():
   for warmup in (0.0, 0.1):
     with pytest.raises(ValueError, match='floor = 0.5'):
       optimizer.make_schedule(1.0, 'constant', warmup=warmup, floor=0.5, total_steps=10)
+
+
+@pytest.mark.parametrize(('name', 'options', 'others'), [('adamw', {}, {()}), ('muon', dict(adam_learning_rate=1e-3), {(), (3,)})])
+def test_moments_are_what_stands_beside_a_parameter(params, name, options, others):
+  """Muon has coefficients, too: offloaded with the moments they would come back in another memory than they began in, and the
+  step be compiled twice."""
+  state = optimizer.make_optimizer(name, 1e-2, **options).init(params)
+  marked = list(zip(jax.tree.leaves(optimizer.moments(state, params)), jax.tree.leaves(state), strict=True))
+  size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+  assert size <= sum(leaf.size for moment, leaf in marked if moment) <= 2 * size
+  assert {leaf.shape for moment, leaf in marked if not moment} == others

@@ -94,6 +94,19 @@ def test_a_plan_of_one_device():
   assert 'a DA-GRPO step, at least' in plan.table(list(plans.values()), 'cpu:1')
 
 
+def test_what_is_not_in_groups_is_planned_where_groups_have_trunks_of_their_own():
+  """A trunk a lane, and no training state beside them."""
+  config = tiny_config()
+  config.engine.update(dict(trunks=config.engine.lanes // 4))
+  steps = {step.name: step for step in plan.plan(config, 'cpu:1', ('decode', 'decode without groups'))}
+  grouped, apart = steps['decode'], steps['decode without groups']
+  assert not apart.beside and grouped.beside and apart.arguments > grouped.arguments
+  assert 'a call of the engine outside RL' in plan.table(list(steps.values()), 'cpu:1')
+  config.stages = ('sft', 'rl')
+  with pytest.raises(ValueError, match='unknown steps'):
+    plan.plan(config, 'cpu:1', ('decode without groups',))
+
+
 def test_what_does_not_fit_is_named_with_what_would_help(monkeypatch):
   monkeypatch.setattr(plan, 'HEAD_ROOM', 1e-6)
   [step] = plan.plan(tiny_config(), 'cpu:1', ('DA-GRPO update',))
@@ -163,7 +176,7 @@ def test_compiles_for_eight_a100_with_room(name):
   done = run_program(f'configs/{name}.py', 'a100:8')
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   steps = {step['name']: step for step in map(json.loads, done.stdout.splitlines())}
-  assert len(steps) == 7 and all(step['fits'] for step in steps.values())
+  assert len(steps) == 8 and all(step['fits'] for step in steps.values())
   layers, head = weights(plan.presets.config(name))
   # Layers in bfloat16, forward and again in the backward pass, and the head: nothing in float32, nothing twice.
   gathered = steps['SFT step']['collectives']['all-gather']['bytes']
