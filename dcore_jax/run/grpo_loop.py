@@ -127,7 +127,7 @@ class Update:
   began: float
   seconds: dict[str, float]
   values: list[dict[str, jax.Array]]
-  psi: 'Psi | None'
+  psi: Psi | None
   facts: dict[str, float]
   flops: float
   ended: float = math.nan
