@@ -72,9 +72,8 @@ class _Acting:
     self.reasonings[number].append(thoughts(text, finished))
     self.lengths[number].append(reasoning_tokens)
     self.unfinished[number] += not finished
-    if not finished and 'think>' not in text:  # thoughts, see there, or half an answer
-      return self.stop(number, 'cut off')
-    self.episodes[number].step(text)
+    # Without tags and cut off, it is thoughts or half an answer: for the world a block that was never closed.
+    self.episodes[number].step(text if finished or 'think>' in text else '<think>\n' + text)
     if self.episodes[number].done:
       self._progress(1)
     else:

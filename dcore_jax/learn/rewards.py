@@ -204,9 +204,14 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
 
 def state_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
   """The reward of an episode: correctness 3 or -3 by the `outcome`, in which its world judges the state that the executed calls
-  have left and not how they were worded; format 1 where every response has it (the parallel template's included)."""
+  have left and not how they were worded; format 1 where every response has it (the parallel template's included).
+
+  Where a response does not close its thoughts, or has none, the episode is wrong here, whatever it leaves: it is reasoning that
+  is trained, and format alone is not rewarded by `Episodes`. A world may count it as right.
+  """
+  thought = all('</think>' in text for text in texts)
   well_formed = bool(texts) and all(_has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts)
-  return _reward(well_formed, 3.0 if outcome.correct else -3.0)
+  return _reward(well_formed, 3.0 if outcome.correct and thought else -3.0)
 
 
 # -- shared pieces ----------------------------------------------------------------------------------------------------

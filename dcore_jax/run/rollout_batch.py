@@ -178,11 +178,11 @@ class Episodes:
 
   def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
     shape = len(chosen), len(rollouts) // len(chosen)
-    right_PG = np.array([rollout.outcome.correct for rollout in rollouts]).reshape(shape)
     scored = [rewards.state_reward(rollout.texts, rollout.outcome) for rollout in rollouts]
     format_PG, correctness_PG = (np.array([getattr(reward, part) for reward in scored], np.float32).reshape(shape)
                                  for part in ('format', 'correctness'))
-    return RolloutBatch([self.kinds[index] for index in chosen], rollouts, correctness_PG, format_PG, correctness_PG, right_PG)
+    return RolloutBatch([self.kinds[index] for index in chosen], rollouts, correctness_PG, format_PG, correctness_PG,
+                        correctness_PG > 0)
 
 
 # --- of either ---------------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_a_response_without_tags_that_is_cut_off_is_no_answer(tokenizer):
   world = ToolWorld()
   tasks = world.tasks('irrelevant', 4, seed=2, split='eval')
   found = act_through(ScriptedBackend(Scripted(tokenizer, tasks, None), finished=False), tokenizer, world, tasks, None)
-  assert [t.outcome.reason for t in found] == ['cut off'] * 4 and all(t.unfinished == 1 for t in found)
+  assert [t.outcome.reason for t in found] == ['no answer'] * 4 and all(t.unfinished == 1 for t in found)
   assert all(t.reasonings == t.texts for t in found)
 
 
