@@ -10,7 +10,7 @@ import pytest
 
 from configs import nano, nano_base, qwen3_smoke
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.run.seed_sources import DISTILL, RL
+from dcore_jax.run.seed_sources import DISTILL, RL, load_seeds
 from dcore_jax.run.sources import local_backend
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
@@ -115,9 +115,13 @@ def test_an_export_follows_the_last_trained_stage(tmp_path):
 
 
 def test_tasks_of_training_are_not_those_of_pretraining():
+  """Those of `experiments.seeds` neither; its default is the seed that pretraining begins with."""
   pretraining = {t.id for number in range(len(nano_base.get_config().stages))
                  for t in ToolWorld().tasks('single', 5, seed=nano_base.get_config().seed + number, split='train')}
   assert not pretraining & {t.id for purpose in (DISTILL, RL) for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')}
+  seeds = [seed for number in range(3) for seed in load_seeds('toolworld', count=5, seed=number).seeds]
+  made = {seed.id.partition('/')[0] for seed in seeds if '-single-' in seed.id}
+  assert len(made) == 15 and not made & pretraining
 
 
 def test_variants():

@@ -114,7 +114,9 @@ def trajectory(task_id, reward, *messages):
 def test_trajectories(tmp_path):
   look, think, book = ('look', '{"a": 1}', {'id': 'u'}), ('think', '', {'thought': 't'}), ('book', 'ok', {'id': 'u', 'n': 2})
   records = [trajectory(3, 1.0, 'book it', look, think, book, 'Booked.'), trajectory(4, 0.0, 'no', look),
-             trajectory(5, 1.0, 'and', ('book', 'Error: no such', {'id': 'x', 'n': 1}))]
+             trajectory(5, 1.0, 'and', ('book', 'Error: no such', {'id': 'x', 'n': 1})), {'task_id': 6, 'reward': 1.0}]
+  records.append(trajectory(7, 1.0, 'or', ('look', 'ok', {'id': 'x'})))
+  records[-1]['traj'][2]['tool_calls'][0]['function']['arguments'] = '{"id": '  # as a model wrote it
   records[0]['traj'].append({'role': 'user', 'content': 'Thanks ###STOP###'})
   records[0]['traj'][-2]['role'] = 'assistant'
   found = load_seeds('taubench:' + write(tmp_path, records, 'rec.json'), count=1, seed=0)
@@ -122,7 +124,8 @@ def test_trajectories(tmp_path):
   assert (seed.id, seed.kind, [c.name for c in seed.calls]) == ('rec-task3/0/0', 'sequential', ['look', 'book'])
   assert seed.tool_response == ('{"a": 1}', 'ok') and seed.answer == 'Booked.'
   assert '"required": ["id", "n"]' in seed.conversations[0].content and 'thought' not in seed.conversations[0].content
-  assert {k: n for k, n in found.dropped.items() if n} == {'not rewarded': 1, 'a call failed': 1, 'a turn without calls': 1}
+  assert {k: n for k, n in found.dropped.items() if n} == {
+      'not rewarded': 1, 'a call failed': 1, 'a turn without calls': 1, 'unreadable record': 2}
 
 
 def test_the_recorded_airline_trajectories(data_dir, monkeypatch):
