@@ -97,7 +97,8 @@ class Programs:
     with jax.set_mesh(self.mesh):
       self.shards, self.dtype = sharding.shards(), self.execution.dtype({'embed': jax.ShapeDtypeStruct((), jnp.float32)})
     self.specs = decoder.abstract_params(model)
-    self.reference = self._on_host(sharding.abstract(decoder.abstract_params(model, self.dtype), self.mesh), 'reference')
+    reference = sharding.abstract(decoder.abstract_params(model, self.dtype), self.mesh)
+    self.reference = self._on_host(reference, 'reference', jax.tree.map(lambda _: True, reference))
     c = config.engine
     self.engine = EngineCalls(
         model, distributed.engine_mesh(config, self.mesh), lanes=c.lanes,
@@ -105,12 +106,11 @@ class Programs:
         max_new=min(c.max_new or c.max_len, c.max_len), tile=c.tile or c.lanes, steps_per_call=c.steps_per_call,
         prompt=min(config.rl.max_prompt_tokens, c.max_len - 1), dtype=self.dtype)
 
-  def _on_host(self, tree: Any, what: str, moved: Any = True) -> Any:
-    """The same shapes, those `moved`, in host memory where `execution.offload` says so."""
+  def _on_host(self, tree: Any, what: str, moved: Any) -> Any:
+    """The same shapes, in host memory those for which the tree `moved` has True, where `execution.offload` says so."""
     if what not in self.execution.offload:
       return tree
     move = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(optimizer.HOST))
-    moved = jax.tree.map(lambda _: moved, tree) if moved is True else moved
     return jax.tree.map(lambda leaf, here: move(leaf) if here else leaf, tree, moved)
 
   def state(self, tx: Any) -> optimizer.TrainState:

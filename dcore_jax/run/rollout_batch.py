@@ -162,7 +162,7 @@ def _first_prompt_tokens(tokenizer: Any, world: World, task: Any) -> int:
 
 class Episodes:
   """Tasks of a world. The reward is `rewards.state_reward`'s correctness: 3 where the state and the outputs that an episode
-  leaves behind are the reference's, else -3; its format is logged and not rewarded."""
+  leaves behind are the reference's and every response has closed its thoughts, else -3; its format is logged and not rewarded."""
 
   def __init__(self, tokenizer: Any, world: World, tasks: Sequence[Any]):
     self._tokenizer, self._world, self._tasks = tokenizer, world, tasks
