@@ -103,6 +103,7 @@ class Server(uvicorn.Server):
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     if self._service.draining:  # at once, also where a step is being compiled, for minutes
+      self.should_exit = self.force_exit = True  # what is left where a signal does not end a process: a container's first
       signal.signal(sig, signal.SIG_DFL)
       signal.raise_signal(sig)
     self._service.draining = True
