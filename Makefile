@@ -69,7 +69,7 @@ test-all: setup
 AOT ?= -m 'not slow'
 test-aot:
 	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,aot
-	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles $(AOT) tests/models tests/run/test_plan.py
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles $(AOT) tests/models tests/plan
 
 test-aot-all:
 	$(MAKE) test-aot AOT=

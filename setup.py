@@ -22,7 +22,7 @@ setuptools.setup(
             'torch==2.13.0; python_version < "3.12"',
         ],
         'notebooks': ['ipykernel>=6.29', 'jupyterlab>=4.0'],
-        # Compilers alone, no drivers: programs compile for an A100 or a TPU slice on any machine (dcore_jax/topology.py).
+        # Compilers alone, no drivers: programs compile for an A100 or a TPU slice on any machine (dcore_jax/plan/topology.py).
         'aot': ['jax-cuda12-plugin>=0.10', 'jax[tpu]>=0.10'],
         'tpu': ['jax[tpu]>=0.10'],
         'cuda': ['jax[cuda12]>=0.10'],

@@ -20,21 +20,21 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
 import jax
 import numpy as np
+from absl import app, flags
 
 from benchmarks.measure import line, say
 from configs import nano
+from dcore_jax.data.seed_sources import DISTILL, toolworld_seeds
+from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.pipeline import by_length, distill, summarise
-from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.models import decoder
 from dcore_jax.rollout.backends import LocalBackend, Reply, Source
 from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.policy import Policy, load_policy
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run.seed_sources import DISTILL, toolworld_seeds
-from dcore_jax.run.sources import Policy, load_policy
 
 CASES = ('loop', 'larger', 'occupancy', 'host')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')

@@ -23,27 +23,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
 import jax
 import numpy as np
 import optax
+from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.measure import line, say
 from configs import nano
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.distill.seeds import DecisionPoint, decision_points
+from dcore_jax.data.seeds import DecisionPoint, decision_points
+from dcore_jax.data.toolworld_seeds import task_seeds
 from dcore_jax.learn import grpo, optimizer
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run.grpo_loop import GrpoLoop, Reference
-from dcore_jax.run.rollout_batch import Prompt, Questions, Rollout, RolloutBatch, encode_prompts
-from dcore_jax.run.sources import ORGANISM, load_policy
-from dcore_jax.run.throughput import forward_flops
-from dcore_jax.worlds.toolworld.seeds import task_seeds
+from dcore_jax.rollout.policy import ORGANISM, load_policy
+from dcore_jax.train.grpo_loop import GrpoLoop, Reference
+from dcore_jax.train.rollout_batch import Prompt, Questions, Rollout, RolloutBatch, encode_prompts
+from dcore_jax.train.throughput import forward_flops
 from dcore_jax.worlds.toolworld.tasks import KINDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 

@@ -23,8 +23,8 @@ import threading
 import time
 from typing import Any
 
-from absl import app, flags
 import numpy as np
+from absl import app, flags
 
 from benchmarks.measure import line, say, skipped
 
@@ -99,6 +99,7 @@ def worker(what: str, source: str, target: str, dtype: str) -> dict[str, float]:
 
 def _ours(source: str, target: str, dtype: str):
   import jax
+
   from dcore_jax import sharding
   from dcore_jax.models import decoder, hf_checkpoint
   jax.block_until_ready(jax.numpy.zeros(8) + 1)

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from absl import app, flags
 import jax
 import numpy as np
+from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.measure import line, say

@@ -9,10 +9,11 @@ from dcore_jax import tokentree
 from dcore_jax.chat.examples import encode_example
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.distill.seeds import decision_points
-from dcore_jax.run.rows import encode_rows
-from dcore_jax.run.sources import data_path, sft_rows
-from dcore_jax.worlds.toolworld.seeds import task_seeds
+from dcore_jax.data.records import sft_rows
+from dcore_jax.data.rows import encode_rows
+from dcore_jax.data.seeds import decision_points
+from dcore_jax.data.toolworld_seeds import task_seeds
+from dcore_jax.files import data_path
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 REASONING_TOKENS = 200  # in each turn, as a reasoning model's rows have them

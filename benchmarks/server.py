@@ -21,11 +21,11 @@ import time
 import urllib.parse
 from typing import NamedTuple
 
-from absl import app, flags
 import jax
 import numpy as np
 import tokenizers
 import transformers
+from absl import app, flags
 
 from benchmarks.measure import line, say
 from dcore_jax.chat.messages import Message

@@ -11,21 +11,22 @@ import functools
 import tempfile
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
+from absl import app, flags
 
 from benchmarks import measure, rows
 from benchmarks.measure import line, say
 from dcore_jax import tokentree
+from dcore_jax.files import data_path
 from dcore_jax.learn import head, optimizer, sft
 from dcore_jax.models import decoder, hf_checkpoint, tree_attention, tree_blocks
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
-from dcore_jax.run.sources import ORGANISM, data_path
+from dcore_jax.rollout.policy import ORGANISM
 
 MODEL = DecoderConfig(
     vocab_size=151_936, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,

@@ -4,22 +4,24 @@ The first line on stdin is the job (JSON). With `memory` the answer is a line wi
 gradient, and that is all. Otherwise every further line asks for so many steps of GRPO, answered by their seconds. Made for
 google-tunix 0.1.7 and jax 0.8.
 """
-from collections.abc import Iterator
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from tunix.rl import algo_core, rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
-
-from tunix_worker import make_model, randomise  # its neighbour: this file's folder is where a script looks first
+from tunix_worker import (  # its neighbour: this file's folder is where a script looks first
+  make_model,
+  randomise,
+)
 
 
 class IdTokenizer:

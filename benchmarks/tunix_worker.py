@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from flax import nnx
 import jax
+from flax import nnx
 from tunix.generate import sampler as tunix_sampler
 from tunix.models.qwen3 import model as qwen3
 

@@ -3,13 +3,13 @@
 `data` replicates parameters and splits the batch, `fsdp` splits parameters and the batch, `tensor` splits heads, ffn
 and vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without one, everything here is the one-device case.
 """
-from collections.abc import Callable, Mapping, Sequence
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 

@@ -3,12 +3,12 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.data.show_rows import use_colour
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run.show_rows import use_colour
-from dcore_jax.run.worlds import WORLDS
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import DTYPES, load_model
 from dcore_jax.serve.terminal import Chat, Speaker
+from dcore_jax.worlds.registry import WORLDS
 from dcore_jax.worlds.toolworld.tasks import KINDS
 
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')

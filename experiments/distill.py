@@ -12,13 +12,13 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.data.seed_sources import config_seeds
+from dcore_jax.distill.stage import BACKENDS, run_distillation
+from dcore_jax.files import write_json_atomic
+from dcore_jax.progress import progress, stage
+from dcore_jax.rollout.policy import local_backend
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.distillation import BACKENDS, run_distillation
-from dcore_jax.run.metrics import write_json_atomic
-from dcore_jax.run.progress import progress, stage
-from dcore_jax.run.seed_sources import config_seeds
-from dcore_jax.run.sources import local_backend
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Results are in its folder distill.')

@@ -13,13 +13,13 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.distill.stage import endpoint, prices
+from dcore_jax.evaluate.held_out import evaluate_backend
+from dcore_jax.files import write_json_atomic
+from dcore_jax.progress import stage
+from dcore_jax.rollout.policy import load_tokenizer, local_backend
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.distillation import endpoint, prices
-from dcore_jax.run.evaluation import evaluate_backend
-from dcore_jax.run.metrics import write_json_atomic
-from dcore_jax.run.progress import stage
-from dcore_jax.run.sources import load_tokenizer, local_backend
 
 _CONFIG = define_config('configs/nano.py')
 _OUT = flags.DEFINE_string('out', None, 'Folder of the results.', required=True)

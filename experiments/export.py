@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags, logging
 
-from dcore_jax.run import distributed
+from dcore_jax import distributed
 from dcore_jax.run.export import export
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A run, a stage or checkpoint in it, or a Hugging Face directory.',

@@ -7,7 +7,7 @@ import sys
 
 from absl import app, flags
 
-from dcore_jax.run import plan
+from dcore_jax.plan import plan
 from dcore_jax.run.config import define_config
 
 _CONFIG = define_config('configs/qwen3_8b.py')

@@ -4,8 +4,8 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.organism.pretrain import pretrain
 from dcore_jax.run.config import define_config
-from dcore_jax.run.pretrain import pretrain
 
 _CONFIG = define_config('configs/nano_base.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Checkpoints and metrics; a second run resumes from here.')

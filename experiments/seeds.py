@@ -4,7 +4,7 @@
     python -m experiments.seeds --source=bfcl --count=500 --source=taubench --source=Team-ACE/ToolACE --out=seeds.jsonl
 
 Sources: toolworld, bfcl, tau2, taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL
-rows by path or hub name (run/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is
+rows by path or hub name (data/seed_sources.py). A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is
 refused with its whole dialogue. Both packages must be there for that; --allow_unchecked writes seeds that were compared with
 what there is.
 Prints counts by scenario as JSON, `unchecked` being how many seeds were not compared with which test; refusals are on stderr.
@@ -17,11 +17,11 @@ import sys
 
 from absl import app, flags, logging
 
-from dcore_jax.distill.overlap import Overlap, fingerprint
-from dcore_jax.distill.seeds import KINDS, Seed
-from dcore_jax.run.benchmark_tasks import TESTS
-from dcore_jax.run.metrics import replace_text
-from dcore_jax.run.seed_sources import load_seeds
+from dcore_jax.data.benchmark_tasks import TESTS
+from dcore_jax.data.overlap import Overlap, fingerprint
+from dcore_jax.data.seed_sources import load_seeds
+from dcore_jax.data.seeds import KINDS, Seed
+from dcore_jax.files import replace_text
 
 _SOURCES = flags.DEFINE_multi_string('source', [], 'Where seeds come from; may be given several times.')
 _OUT = flags.DEFINE_string('out', None, 'JSON-lines file to write.')

@@ -6,11 +6,11 @@ import sys
 from absl import app, flags
 
 from dcore_jax import tokentree
+from dcore_jax.data.rows import encode_rows, training_rows
+from dcore_jax.data.show_rows import RowView, find_query, summary_line, use_colour
+from dcore_jax.rollout.policy import load_tokenizer
 from dcore_jax.run.config import check_config, define_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.rows import encode_rows, training_rows
-from dcore_jax.run.show_rows import RowView, find_query, summary_line, use_colour
-from dcore_jax.run.sources import load_tokenizer
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Of a run with distilled rows; not read where the config names files.')

@@ -4,10 +4,10 @@ import sys
 
 from absl import app, flags, logging
 
-from dcore_jax.run import distributed
+from dcore_jax import distributed
+from dcore_jax.report.summary import format_changes
 from dcore_jax.run.config import define_config
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.run.summary import format_changes
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.')

@@ -16,6 +16,10 @@ import hypothesis
 import jax
 import pytest
 
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.organism.tokenizer import build_tokenizer
+from dcore_jax.organism.vocabulary import sample_texts
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The same examples in every run, however slow the machine is: a test that fails here fails everywhere.
 hypothesis.settings.register_profile('deterministic', derandomize=True, deadline=None,
@@ -35,3 +39,18 @@ def data_dir() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f'no third-party data at {folder} (set DCORE_DATA)')
   return folder
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+  """Reads ToolWorld's words."""
+  return build_tokenizer(sample_texts(), 640)
+
+
+@pytest.fixture(scope='session')
+def model(tokenizer):
+  """The configuration of a decoder of a few thousand parameters that reads `tokenizer`'s tokens."""
+  return DecoderConfig.from_hf(dict(
+      model_type='qwen3', vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+      num_key_value_heads=1, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=256,
+      eos_token_id=tokenizer.eos_token_id))

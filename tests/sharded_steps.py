@@ -12,14 +12,11 @@ import jax
 import numpy as np
 import optax
 
-from dcore_jax import sharding
-from dcore_jax import tokentree
-from dcore_jax.learn import grpo
-from dcore_jax.learn import optimizer
-from dcore_jax.learn import sft
+from dcore_jax import sharding, tokentree
+from dcore_jax.learn import grpo, optimizer, sft
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.run.collectives import collectives
+from dcore_jax.plan.collectives import collectives
 
 CONFIG = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.2)

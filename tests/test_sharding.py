@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_importing_asks_for_no_device():
   """`jax.distributed` and flags must be set before the first device is asked for, and after the imports."""
   environment = os.environ | {'JAX_PLATFORMS': 'no_such_platform'}
-  subprocess.run([sys.executable, '-c', 'import dcore_jax.run.pipeline, dcore_jax.run.pretrain, experiments.train'], check=True,
+  subprocess.run([sys.executable, '-c', 'import dcore_jax.run.pipeline, dcore_jax.organism.pretrain, experiments.train'], check=True,
                  env=environment)
 
 
@@ -119,7 +119,7 @@ def test_a_gather_of_all_parameters_would_be_seen():
     from dcore_jax import sharding
     from dcore_jax.models import decoder
     from dcore_jax.models.config import DecoderConfig
-    from dcore_jax.run.collectives import collectives
+    from dcore_jax.plan.collectives import collectives
     config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
                            num_attention_heads=4, num_key_value_heads=2)
     mesh = sharding.make_mesh(fsdp=8)

@@ -1,10 +1,9 @@
 """Token trees: what a token sees, what is kept, and how rows are filled."""
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dcore_jax import tokentree
 

@@ -7,7 +7,13 @@ import ast
 import operator
 from typing import Any
 
-from dcore_jax.chat.tool_calls import MAX_DEPTH, MAX_INT_BITS, ToolCallError, describe, parse_expression
+from dcore_jax.chat.tool_calls import (
+  MAX_DEPTH,
+  MAX_INT_BITS,
+  ToolCallError,
+  describe,
+  parse_expression,
+)
 
 
 def parse_lenient(text: str) -> Any:

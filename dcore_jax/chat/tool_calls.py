@@ -13,9 +13,9 @@ import json
 import keyword
 import math
 import re
-from typing import Any, Callable, Iterator, Sequence
 import unicodedata
 import warnings
+from typing import Any, Callable, Iterator, Sequence
 
 from dcore_jax.chat.messages import ToolCall
 

@@ -4,10 +4,10 @@ import dataclasses
 
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.tool_calls import calls_equal, print_calls, tool_response
+from dcore_jax.data.seeds import Seed
 from dcore_jax.distill import verify
-from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Ask, Dropped
-from dcore_jax.rollout.backends import Reply, TOO_LONG
+from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.sandbox import open_sandbox
 
 MAX_STEPS = 12  # responses of one sample

@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.labels import pseudo_labelled
-from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.solve import Ask, Distiller, Dropped
 from dcore_jax.rollout.backends import Backend, ChatRequest, Reply
 from dcore_jax.rollout.sampling import SamplingParams

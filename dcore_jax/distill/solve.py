@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import calls_equal, parse_calls, print_calls, tool_response
+from dcore_jax.data.seeds import Seed
 from dcore_jax.distill import compose, decompose, verify
 from dcore_jax.distill.compose import Solved
-from dcore_jax.distill.seeds import Seed
 from dcore_jax.distill.wording import ORGANISM, Wording
 from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.sandbox import open_sandbox

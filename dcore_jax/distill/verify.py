@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.tool_calls import parse_calls, print_calls
+from dcore_jax.data.leakage import leaked_facts
+from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.decompose import Subtasks, own_calls
-from dcore_jax.distill.leakage import leaked_facts
-from dcore_jax.distill.seeds import Seed
 from dcore_jax.worlds.sandbox import open_sandbox
 
 _FOREIGN = 0.1  # share of a reasoning's letters from which a script that its conversation lacks is another language

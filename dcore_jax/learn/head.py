@@ -11,14 +11,14 @@ that are not a sum over tokens.
 
 Letters: M loss tokens, N chunks of C tokens, D hidden, V vocabulary (of one device).
 """
-from collections.abc import Callable
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from dcore_jax import sharding
 

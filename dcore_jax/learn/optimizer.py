@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from dcore_jax.models.decoder import ParamSpec
 

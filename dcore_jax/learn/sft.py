@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dcore_jax import sharding
-from dcore_jax import tokentree
-from dcore_jax.learn import head
-from dcore_jax.learn import optimizer
+from dcore_jax import sharding, tokentree
+from dcore_jax.learn import head, optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution

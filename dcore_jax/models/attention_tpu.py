@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dcore_jax.models import tree_blocks
-from dcore_jax.models import tree_kernels
+from dcore_jax.models import tree_blocks, tree_kernels
 from dcore_jax.models.tree_kernels import dot
 
 _LANES = 128  # of a register; what a query has one number of is kept in a whole row of them

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dcore_jax.models import tree_blocks
-from dcore_jax.models import tree_kernels
+from dcore_jax.models import tree_blocks, tree_kernels
 from dcore_jax.models.tree_kernels import dot
 
 _LOG2_E = math.log2(math.e)  # the hardware has 2^x only

@@ -9,8 +9,8 @@ of C = Q keys, R = G * Q.
 import functools
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dcore_jax.models import tree_blocks
 from dcore_jax.models.attention import MASKED_SCORE

@@ -3,8 +3,8 @@
 Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L num_hidden_layers,
 N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key positions.
 """
-from collections.abc import Mapping
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

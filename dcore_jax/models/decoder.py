@@ -10,14 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from dcore_jax import sharding
-from dcore_jax.models import attention
-from dcore_jax.models import rotary
-from dcore_jax.models import tree_attention
+from dcore_jax.models import attention, rotary, tree_attention
 from dcore_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]

@@ -5,18 +5,18 @@ their own, and all layers stacked. Both directions are permutations of the numbe
 stored dtype gives back the same bits. Everything is checked before anything is built or written, and reported in one
 error. No process holds more of a model than its own devices' part and one tensor.
 """
-from collections.abc import Callable
 import functools
 import json
 import math
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dcore_jax.models import tensor_files
 from dcore_jax.models.config import DecoderConfig

@@ -4,11 +4,11 @@ The format is a length, a JSON header and the bytes of all tensors. The library 
 dictionaries of whole tensors; here a slice of a file is a numpy view that costs no memory, and what is written need not
 exist before its turn. Files are byte for byte those of the library.
 """
-from collections.abc import Iterator, Mapping
 import json
 import math
 import mmap
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes

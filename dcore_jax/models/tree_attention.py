@@ -14,11 +14,7 @@ from collections.abc import Callable
 import jax
 
 from dcore_jax import sharding
-from dcore_jax.models import attention
-from dcore_jax.models import attention_tpu
-from dcore_jax.models import attention_triton
-from dcore_jax.models import blockwise
-from dcore_jax.models import tree_kernels
+from dcore_jax.models import attention, attention_tpu, attention_triton, blockwise, tree_kernels
 
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 

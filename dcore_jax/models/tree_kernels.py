@@ -6,15 +6,15 @@ the blocks, and walk over the lists of `tree_blocks`; the log-sum-exp is theirs 
     backward(launch, q, k, v, end, lse_BNT, delta_BNT, dout) -> dq_BTNH, dk_BTKH, dv_BTKH
 Letters: B rows, T tokens, N query heads, K key heads, G = N / K, H head size, X query blocks, Y key blocks.
 """
-from collections.abc import Callable
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 # A score that is not seen, and the running maximum of a query that has seen nothing yet. The maximum starts above what is
 # hidden: the weight of a hidden key is then exp(-1e30 + 1e29) = 0 and not exp(0) = 1, even in a block that hides all.

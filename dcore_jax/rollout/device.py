@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dcore_jax.models import decoder
 from dcore_jax.models.attention import Sharing

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dcore_jax import sharding
 from dcore_jax.models import decoder
@@ -33,7 +33,15 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device
 from dcore_jax.rollout import sampling as sampling_lib
 from dcore_jax.rollout.device import LaneInputs
-from dcore_jax.rollout.lanes import Fill, Tile, TrunkTable, bucket, bucket_ladder, plan_tiles, span_ladder
+from dcore_jax.rollout.lanes import (
+  Fill,
+  Tile,
+  TrunkTable,
+  bucket,
+  bucket_ladder,
+  plan_tiles,
+  span_ladder,
+)
 from dcore_jax.rollout.sampling import TOP, Alternatives, Rule, SamplingParams
 
 Tag = Any

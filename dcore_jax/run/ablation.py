@@ -16,11 +16,12 @@ import numpy as np
 import scipy.stats
 
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
+from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.learn.advantages import uses_entropy
-from dcore_jax.run.metrics import read_json, read_metrics, write_json_atomic
+from dcore_jax.progress import stage
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.run.progress import stage
-from dcore_jax.run.summary import format_difference, paired_difference, standard_error
+from dcore_jax.statistics import format_difference, paired_difference, standard_error
+from dcore_jax.train.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

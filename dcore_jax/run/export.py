@@ -6,13 +6,13 @@ import jax
 import ml_collections
 
 from dcore_jax import sharding
+from dcore_jax.files import data_path, read_json
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import check_target, load_config, load_params, save_checkpoint
-from dcore_jax.run.checkpoint import STATE, read_part
-from dcore_jax.run.metrics import read_json
-from dcore_jax.run.model_card import model_card
-from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids, load_tokenizer
+from dcore_jax.report.model_card import model_card
+from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_tokenizer
+from dcore_jax.train.checkpoint import STATE, read_part
 
 
 class Weights(NamedTuple):

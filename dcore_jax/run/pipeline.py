@@ -2,7 +2,7 @@
 
     W/config.json                   what was asked for; another config needs another W
     W/evaluate_<stage>/             result.json, trajectories.jsonl
-    W/distill/                      rows-*.jsonl and more (run/distillation.py), result.json
+    W/distill/                      rows-*.jsonl and more (distill/stage.py), result.json
     W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json
     W/export/                       the final Hugging Face directory
     W/summary.json, W/report.html   what other programs, and people, read
@@ -16,31 +16,32 @@ from typing import Any
 import jax
 import ml_collections
 
-from dcore_jax import sharding
-from dcore_jax.distill.seeds import decision_points
+from dcore_jax import distributed, sharding
+from dcore_jax.data.records import rl_points
+from dcore_jax.data.rows import training_rows
+from dcore_jax.data.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
+from dcore_jax.data.seeds import decision_points
+from dcore_jax.distill.stage import check_rows, run_distillation
+from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.evaluate.rollouts import act
+from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.progress import progress, stage
+from dcore_jax.report.model_card import model_card
+from dcore_jax.report.report import write_report
 from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run import distributed
+from dcore_jax.rollout.policy import load_policy, make_engine
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import STAGES, default_config
-from dcore_jax.run.distillation import check_rows, run_distillation
-from dcore_jax.run.evaluation import evaluate
 from dcore_jax.run.export import generation_config
-from dcore_jax.run.grpo_loop import run_rl
-from dcore_jax.run.metrics import Metrics, read_json, read_metrics, write_json_atomic
-from dcore_jax.run.model_card import model_card
-from dcore_jax.run.progress import progress, stage
-from dcore_jax.run.report import write_report
-from dcore_jax.run.rollout_batch import Episodes, Questions, Source, encode_prompts, short_tasks
-from dcore_jax.run.rows import training_rows
-from dcore_jax.run.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
-from dcore_jax.run.sft_loop import run_sft
-from dcore_jax.run.sources import load_policy, make_engine, rl_points
-from dcore_jax.run.summary import paired_difference
+from dcore_jax.statistics import paired_difference
+from dcore_jax.train.grpo_loop import run_rl
+from dcore_jax.train.metrics import Metrics, read_metrics
+from dcore_jax.train.rollout_batch import Episodes, Questions, Source, encode_prompts, short_tasks
+from dcore_jax.train.sft_loop import run_sft
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 
@@ -234,7 +235,7 @@ class Pipeline:
     return read_json(path) if path.exists() else None
 
   def summary(self) -> dict[str, Any]:
-    """Everything the stages have left, in the shape of `run.summary`."""
+    """Everything the stages have left, in the shape of `report.summary`."""
     names = ('base', 'sft', self.final)
     found = {name: self._result(f'evaluate_{name}') for name in names}
     parameters = self.policy.config.param_count

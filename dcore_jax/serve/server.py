@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import transformers
 import uvicorn
 
-from dcore_jax import sharding
+from dcore_jax import distributed, sharding
+from dcore_jax.files import data_path
 from dcore_jax.models import decoder
 from dcore_jax.models.hf_checkpoint import load_config, load_params
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run import distributed
-from dcore_jax.run.sources import ORGANISM, data_path, find_stop_ids
+from dcore_jax.rollout.policy import ORGANISM, find_stop_ids
 from dcore_jax.serve.openai_api import Service
 
 _MAX_LEN = 4096

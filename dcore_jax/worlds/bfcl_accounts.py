@@ -2,7 +2,17 @@
 from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.bfcl_writer import FIRST, LINES, NOTHING, PLACES, Clause, Move, Output, Repertoire, Writer
+from dcore_jax.worlds.bfcl_writer import (
+  FIRST,
+  LINES,
+  NOTHING,
+  PLACES,
+  Clause,
+  Move,
+  Output,
+  Repertoire,
+  Writer,
+)
 
 _SYMBOLS = ('HRBR', 'ORCD', 'LGTH', 'QURY', 'MRKT', 'OBSV', 'GRNH', 'FNDY', 'FERY', 'ARCV')
 _PENDING = ('Open', 'Pending')

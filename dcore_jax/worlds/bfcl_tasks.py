@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, function_docs
 from dcore_jax.worlds import bfcl_accounts, bfcl_moves, bfcl_trips
+from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, function_docs
 from dcore_jax.worlds.bfcl_writer import Clause, Writer
 from dcore_jax.worlds.environment import Turn
 

@@ -2,7 +2,18 @@
 from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.bfcl_writer import FIRST, LAST, LINES, NOTHING, PLACES, Clause, Move, Output, Repertoire, Writer
+from dcore_jax.worlds.bfcl_writer import (
+  FIRST,
+  LAST,
+  LINES,
+  NOTHING,
+  PLACES,
+  Clause,
+  Move,
+  Output,
+  Repertoire,
+  Writer,
+)
 
 _DOORS = {'driver': 'driver door', 'passenger': 'passenger door', 'rear_left': 'rear left door',
           'rear_right': 'rear right door'}

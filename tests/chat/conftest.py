@@ -1,8 +1,8 @@
 """A tokenizer of another family than Qwen's."""
 import pytest
 
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
-from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+from dcore_jax.organism.tokenizer import build_tokenizer
+from dcore_jax.organism.vocabulary import sample_texts
 
 # What Llama 3.1 writes: other delimiters, nothing behind an end of turn, content stripped, the role of tools by another name.
 LLAMA = ("{{- '<|begin_of_text|>' -}}{%- for m in messages -%}"

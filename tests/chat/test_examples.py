@@ -6,8 +6,8 @@ from dcore_jax.chat import examples
 from dcore_jax.chat.examples import cut_example, encode_example, encode_pieces
 from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import qwen3_template, render_prompt, turn_format
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
-from dcore_jax.worlds.toolworld.vocabulary import sample_texts
+from dcore_jax.organism.tokenizer import build_tokenizer
+from dcore_jax.organism.vocabulary import sample_texts
 
 CHAT = [Message('system', 'Be brief.'), Message('user', 'Weather?'), Message('assistant', "[weather(city='Rome')]"),
         Message('tool', 'sunny'), Message('assistant', 'Sunny.'), Message('user', 'So?'),

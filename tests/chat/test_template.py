@@ -7,7 +7,7 @@ import transformers
 
 from dcore_jax.chat import template
 from dcore_jax.chat.messages import Message
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
+from dcore_jax.organism.tokenizer import build_tokenizer
 
 TEXTS = ['Hello.', '', '\n\nlead', 'trail\n\n', '<think>\nwhy\n</think>\n\nBecause.', '<think>\n\n</think>\n\n',
          'a</think>b</think>\nc', '<think>x<think>\n\ny\n\n</think>\n\n\nz', 'open <think> only',

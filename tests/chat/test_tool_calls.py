@@ -1,13 +1,22 @@
 """Reading, writing and comparing tool calls, hostile text included."""
 
 import hypothesis
-from hypothesis import strategies as st
 import pytest
+from hypothesis import strategies as st
 
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.chat.tool_calls import MAX_CHARS, ToolCallError, calls_equal, parse_calls, parse_hermes, parse_python
-from dcore_jax.chat.tool_calls import parse_reference, print_calls, tool_response
+from dcore_jax.chat.tool_calls import (
+  MAX_CHARS,
+  ToolCallError,
+  calls_equal,
+  parse_calls,
+  parse_hermes,
+  parse_python,
+  parse_reference,
+  print_calls,
+  tool_response,
+)
 
 
 @pytest.mark.parametrize('text, calls', [

@@ -4,12 +4,12 @@ import collections
 import pytest
 
 from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.data.toolworld_seeds import task_seeds
 from dcore_jax.distill.decompose import print_subtasks
 from dcore_jax.distill.pipeline import by_length, distill, label, summarise
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.rollout.backends import Reply
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 THINK = '<think>\nreasoning.\n</think>\n\n'

@@ -6,15 +6,15 @@ import pytest
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
+from dcore_jax.data.seeds import Seed, decision_points
+from dcore_jax.data.toolworld_seeds import task_seeds
 from dcore_jax.distill import verify
 from dcore_jax.distill.decompose import print_subtasks
 from dcore_jax.distill.labels import pseudo_labelled
-from dcore_jax.distill.seeds import Seed, decision_points
 from dcore_jax.distill.solve import Distiller, Dropped
 from dcore_jax.distill.wording import ENGLISH
 from dcore_jax.learn.rewards import toolrl_reward
 from dcore_jax.rollout.backends import TOO_LONG, Reply
-from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 THINK = '<think>\nreasoning.\n</think>\n\n'

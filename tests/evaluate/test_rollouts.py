@@ -7,9 +7,9 @@ import pytest
 
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.evaluate.rollouts import act, act_through, measure
+from dcore_jax.organism.tokenizer import build_tokenizer
+from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout.backends import TOO_LONG, Reply
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
-from dcore_jax.worlds.toolworld.vocabulary import sample_texts
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')

@@ -2,12 +2,11 @@
 import math
 
 import hypothesis
-from hypothesis import strategies as st
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from dcore_jax.learn import advantages
-from dcore_jax.learn import grpo
+from dcore_jax.learn import advantages, grpo
 
 MIXED = [4, 4, 4, 4, -2, -2, 1, 1]
 ENTROPY = (1, 10, 0, 2, 3, 4)

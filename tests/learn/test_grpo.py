@@ -10,10 +10,7 @@ import optax
 import pytest
 
 from dcore_jax import tokentree
-from dcore_jax.learn import advantages
-from dcore_jax.learn import grpo
-from dcore_jax.learn import objectives
-from dcore_jax.learn import optimizer
+from dcore_jax.learn import advantages, grpo, objectives, optimizer
 
 REWARDS = np.float32([[4, 4, -2, 1], [-3, -3, -3, -3]])  # the second group has no variance
 DA_GRPO = functools.partial(advantages.da_grpo_advantages, alpha=0.1, delta=0.5)

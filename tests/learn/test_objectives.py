@@ -1,10 +1,10 @@
 """Objectives and the terms beside them against plain transcripts in float64, values and gradients."""
 import hypothesis
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from dcore_jax.learn import objectives
 from dcore_jax.learn.objectives import PolicyLoss

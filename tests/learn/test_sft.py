@@ -7,8 +7,7 @@ import optax
 import pytest
 
 from dcore_jax import tokentree
-from dcore_jax.learn import optimizer
-from dcore_jax.learn import sft
+from dcore_jax.learn import optimizer, sft
 
 
 def dialogues(count=6, seed=0):

@@ -11,11 +11,11 @@ import json
 import sys
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dcore_jax import sharding
-from dcore_jax import topology
+from dcore_jax.plan import topology
 
 
 def main(kernel: str, target: str, lengths: list[int]) -> None:

@@ -5,12 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from published import DEEPSEEK_CODER, LLAMA3_1_8B, PUBLISHED, QWEN2_5_14B, QWEN3_8B
+from torch_reference import TINY, make_model
 
 from dcore_jax.models import rotary
 from dcore_jax.models.config import DecoderConfig, RopeScaling
 from dcore_jax.models.decoder import abstract_params
-from published import DEEPSEEK_CODER, LLAMA3_1_8B, PUBLISHED, QWEN2_5_14B, QWEN3_8B
-from torch_reference import TINY, make_model
 
 
 def test_qwen3_8b_numbers():

@@ -1,14 +1,13 @@
 """The decoder against itself: cache against rows, packed forests against separate rows, NNX shell against functions."""
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dcore_jax.models import attention
-from dcore_jax.models import decoder
+from dcore_jax.models import attention, decoder
 from dcore_jax.models.config import DecoderConfig
 
 CONFIG = DecoderConfig(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import PUBLISHED
 
 from benchmarks import import_export
 from dcore_jax.models import decoder, hf_checkpoint
-from published import PUBLISHED
 
 torch = pytest.importorskip('torch', reason='torch is not installed: no reference to compare with')
 pytestmark = pytest.mark.slow

@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch_reference import FAMILIES, TIED, TINY, make_model, save_model
 
 from dcore_jax.models import hf_checkpoint
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
-from torch_reference import FAMILIES, TIED, TINY, make_model, save_model
 
 torch = pytest.importorskip('torch', reason='torch is not installed: no reference to compare with')
 

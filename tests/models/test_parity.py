@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch_reference import FAMILIES, TINY, make_model, save_model
 
 from dcore_jax import tokentree
 from dcore_jax.models import decoder, hf_checkpoint, rotary
-from torch_reference import FAMILIES, TINY, make_model, save_model
 
 torch = pytest.importorskip('torch', reason='torch is not installed: no reference to compare with')
 

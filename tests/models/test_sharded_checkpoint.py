@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from torch_reference import TINY, save_model
 
 pytest.importorskip('torch', reason='torch is not installed: no checkpoint to read')
@@ -104,8 +103,8 @@ def test_slices_go_to_eight_devices_and_come_back(tmp_path, name):
 
 def test_two_processes_write_one_directory(tmp_path):
   """Each reads its slices and writes its files; where one fails both say so, and what was there stays."""
-  import transformers
   import torch
+  import transformers
   save_model(tmp_path / 'in', hidden_size=32, vocab_size=64)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcore_jax.models import blockwise
-from dcore_jax.models import tree_attention
-from dcore_jax.models import tree_blocks
+from dcore_jax.models import blockwise, tree_attention, tree_blocks
 from tests.models.test_tree_blocks import random_ends
 
 

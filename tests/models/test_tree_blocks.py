@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcore_jax.models import attention
-from dcore_jax.models import tree_blocks
+from dcore_jax.models import attention, tree_blocks
 
 
 def random_ends(rng: np.random.Generator, T: int) -> np.ndarray:

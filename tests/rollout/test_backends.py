@@ -10,12 +10,12 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolSpec
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.organism.tokenizer import build_tokenizer
+from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout import backends
 from dcore_jax.rollout.backends import ChatRequest, LocalBackend, OpenAIBackend
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.worlds.toolworld.tokenizer import build_tokenizer
-from dcore_jax.worlds.toolworld.vocabulary import sample_texts
 
 
 def ask(number, text='find'):

@@ -12,7 +12,7 @@ from dcore_jax.learn import advantages
 from dcore_jax.run import ablation
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.metrics import Metrics
+from dcore_jax.train.metrics import Metrics
 from experiments import ablate
 
 

@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from configs import nano
 from dcore_jax.learn.optimizer import init_state, make_optimizer
 from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.report.model_card import model_card
+from dcore_jax.rollout.policy import ORGANISM
 from dcore_jax.run import export
-from dcore_jax.run.checkpoint import STATE, Checkpoints
 from dcore_jax.run.config import check_config, to_json
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.model_card import model_card
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.run.sources import ORGANISM
-from tests.run.example_run import a_summary
+from dcore_jax.train.checkpoint import STATE, Checkpoints
+from tests.report.example_run import a_summary
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -4,11 +4,11 @@ import importlib
 import pytest
 
 from configs.paper import SFT_ONLY
-from dcore_jax.distill.seeds import decision_points
+from dcore_jax.data.seed_sources import RL, toolworld_seeds
+from dcore_jax.data.seeds import decision_points
 from dcore_jax.models import presets
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.seed_sources import RL, toolworld_seeds
 
 SFT_ROWS = {'qwen3_8b': 16, 'llama3_1_8b': 16, 'qwen3_14b': 8, 'qwen2_5_14b': 8}
 

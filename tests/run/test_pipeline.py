@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from configs import nano, nano_base, qwen3_smoke
+from dcore_jax.data.seed_sources import DISTILL, RL, load_seeds
+from dcore_jax.rollout.policy import local_backend
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.run.seed_sources import DISTILL, RL, load_seeds
-from dcore_jax.run.sources import local_backend
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 ROOT = pathlib.Path(__file__).parents[2]

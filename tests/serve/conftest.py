@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from dcore_jax.run.sources import ORGANISM
+from dcore_jax.rollout.policy import ORGANISM
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import load_model

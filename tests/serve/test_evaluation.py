@@ -4,11 +4,11 @@ import json
 import pytest
 
 from configs import nano
+from dcore_jax.evaluate.held_out import evaluate, evaluate_backend
 from dcore_jax.evaluate.rollouts import act
 from dcore_jax.rollout.backends import LocalBackend, OpenAIBackend
 from dcore_jax.run.config import check_config
 from dcore_jax.run.defaults import default_config
-from dcore_jax.run.evaluation import evaluate, evaluate_backend
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import load_model

@@ -4,9 +4,9 @@ import json
 import openai
 import pytest
 
-from tests.serve.servers import SIGNATURES, engine_like, running
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
+from tests.serve.servers import SIGNATURES, engine_like, running
 
 FIND, LIST = ({'type': 'function', 'function': {
     'name': name, 'parameters': {'type': 'object', 'properties': {'customer': {'type': 'string'}}}}}

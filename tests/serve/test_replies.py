@@ -1,8 +1,9 @@
 """Thoughts, content and calls: the same for any cut of the text, and what the readers of whole texts say."""
 import json
 
-from hypothesis import example, given, strategies as st
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dcore_jax.chat.messages import ToolCall, ToolSpec, split_reasoning
 from dcore_jax.chat.tool_calls import print_calls

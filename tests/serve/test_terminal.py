@@ -7,9 +7,9 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run.worlds import WORLDS
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.terminal import Cancelled, Chat, Speaker
+from dcore_jax.worlds.registry import WORLDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
 from tests.serve.servers import ScriptedEngine, engine_like, until
 

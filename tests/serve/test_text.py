@@ -1,5 +1,6 @@
 """Text in pieces: whatever the cuts, their sum is the text, no character comes in halves, and no stop string leaks."""
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dcore_jax.serve.text import Detokenizer, StopScanner, TextReader
 

@@ -7,10 +7,10 @@ import pytest
 
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.data.benchmark_tasks import bfcl_tests
+from dcore_jax.data.overlap import Overlap
+from dcore_jax.data.seed_sources import bfcl_seeds
 from dcore_jax.distill import verify
-from dcore_jax.distill.overlap import Overlap
-from dcore_jax.run.benchmark_tasks import bfcl_tests
-from dcore_jax.run.seed_sources import bfcl_seeds
 from dcore_jax.worlds import bfcl, bfcl_tasks
 from dcore_jax.worlds.sandbox import open_sandbox
 from tests.distill.test_solve import THINK, run

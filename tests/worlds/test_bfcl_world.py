@@ -3,10 +3,10 @@ import pytest
 
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.run.seed_sources import bfcl_seeds
-from dcore_jax.run.worlds import WORLDS
+from dcore_jax.data.seed_sources import bfcl_seeds
 from dcore_jax.worlds.bfcl_tasks import KINDS
 from dcore_jax.worlds.bfcl_world import ONE_RESPONSE
+from dcore_jax.worlds.registry import WORLDS
 
 THINK = '<think>\nhm\n</think>\n\n'
 

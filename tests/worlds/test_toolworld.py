@@ -6,9 +6,9 @@ import pytest
 
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.worlds.toolworld.corpus import asked_tool
+from dcore_jax.data.toolworld_seeds import task_seeds
+from dcore_jax.organism.corpus import asked_tool
 from dcore_jax.worlds.toolworld.entities import split_of
-from dcore_jax.worlds.toolworld.seeds import task_seeds
 from dcore_jax.worlds.toolworld.tasks import KINDS, NO_TOOL, make_task
 from dcore_jax.worlds.toolworld.tools import TOOLS, execute
 from dcore_jax.worlds.toolworld.world import ToolWorld

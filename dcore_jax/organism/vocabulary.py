@@ -1,0 +1,34 @@
+"""Samples of everything the organism will read or write: what its tokenizer's vocabulary is built from."""
+import dataclasses
+import json
+import string
+from collections.abc import Iterator
+
+from dcore_jax.chat.messages import ToolSpec
+from dcore_jax.distill.wording import ORGANISM
+from dcore_jax.organism import corpus
+from dcore_jax.worlds.toolworld.entities import FIRST_SYLLABLES, ID_LETTER, SECOND_SYLLABLES
+from dcore_jax.worlds.toolworld.tools import TOOLS
+
+DOCUMENTS = 60  # of each kind: every phrasing occurs
+
+
+def sample_texts() -> Iterator[str]:
+  """Texts that between them hold every word, syllable, digit and merged punctuation mark in use."""
+  yield 'system\nuser\nassistant\n\n ' + string.punctuation
+  yield ' '.join(a + b for a, b in zip(FIRST_SYLLABLES, SECOND_SYLLABLES))
+  yield ' '.join(ID_LETTER.values()) + string.digits
+  yield from dataclasses.asdict(ORGANISM.templates).values()
+  yield from (ORGANISM.prompts.decompose, ORGANISM.prompts.explain)
+  for tool in TOOLS.values():
+    spec: ToolSpec = tool.spec
+    yield json.dumps(spec.to_json())
+    yield from tool.phrasings
+    yield from (' ' + text for text in tool.phrasings)
+    yield from (text for text, _ in tool.partials)
+    yield ' '.join(tool.parameters) + ' ' + ' '.join(p + ' not given' for p in tool.parameters)
+  for kind in corpus.WRITERS:
+    for index in range(DOCUMENTS):
+      document = corpus.write_document(kind, index, seed=0)
+      yield from (m.content for m in document.prompt)
+      yield document.text

@@ -1,0 +1,306 @@
+"""Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all, kept to the newest few.
+
+A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays to the host and writes
+them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see
+is a bit that flips afterwards (its compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it
+casts), or numpy scalars and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype
+and the sum of the bits of each leaf (`train.checksum`: of arrays on devices computed there), compared on the way back.
+"""
+import collections
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dcore_jax import distributed
+from dcore_jax.learn import optimizer
+from dcore_jax.train import checksum
+
+PyTree = Any
+
+
+class _Keep:
+  """Which steps survive: the newest few and the best one (an Orbax preservation policy)."""
+
+  def __init__(self, newest: int):
+    self.newest = newest
+    self.scores: dict[int, float] = {}
+
+  @property
+  def best(self) -> int | None:
+    """The step with the highest score, of equal ones the newest."""
+    return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*sorted(steps)[-self.newest:], self.best}
+    return [step in kept for step in steps]
+
+
+STATE = 'state'  # a stage's folder of steps, where it keeps other things beside them
+
+
+class Checkpoints:
+  """The steps of one directory; the newest `keep` of them survive, and the one saved with the highest score.
+
+  Leaves may be jax arrays (typed keys included), numpy arrays or scalars, Python ints, floats and bools. Each comes
+  back as the kind of leaf that stands in the example tree, bit for bit, jax arrays with the example's sharding.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+    if keep < 1:
+      raise ValueError(f'keep={keep}: at least one checkpoint must stay')
+    # Orbax takes absolute paths only.
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep = _Keep(keep)
+    options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True, create=True)
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
+    for step in self.all_steps():
+      try:
+        score = self._read_record(step)['score']
+      except Exception:  # damaged: `restore` says so when it comes to it
+        continue
+      if score is not None:
+        self._keep.scores[step] = score
+
+  def latest_step(self) -> int | None:
+    """The newest complete step, or None in an empty directory."""
+    return self._manager.latest_step()
+
+  def all_steps(self) -> list[int]:
+    """Complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  @property
+  def best_step(self) -> int | None:
+    """The step that was saved with the highest score; None where none had one."""
+    return self._keep.best
+
+  def save(self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, score: float | None = None) -> None:
+    """Starts to write `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
+
+    On return the values are copied, and their arrays may be donated. `wait`, `close` and the next save wait for the disk.
+
+    Raises:
+      ValueError: a newer step is there already (a run must not go back in its own directory), or a leaf is no number.
+    """
+    latest = self.latest_step()
+    if latest is not None and step < latest:
+      raise ValueError(f'{self._directory} already holds step {latest}; refusing to save the older step {step}')
+    leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
+    sums = _sums(leaves)
+    described = {path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'sum': sums[path]} for path, leaf in leaves.items()}
+    record = {'extra': extra or {}, 'score': score, 'leaves': described}
+    # Orbax stores no empty array; the manifest alone says how to make one again.
+    stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
+    self.wait()
+    if step == latest:
+      self._manager.delete(step)
+    if score is not None:
+      self._keep.scores[step] = score
+    arguments = {'record': ocp.args.JsonSave(record)}
+    if stored:
+      arguments['tree'] = ocp.args.StandardSave(stored)
+    self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+
+  def restore(self, example: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int] | None:
+    """(tree, extra, step) of `step`, or of the newest step that can be read; None where there is none.
+
+    Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a warning and the one
+    before it is taken, down to starting afresh: the work since then is done again, and gives the same numbers. One that some
+    host cannot read is read by none.
+
+    Args:
+      example: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`; no value in it is used.
+      step: this step and no other; then a damaged checkpoint raises.
+
+    Raises:
+      ValueError: the checkpoint is sound but is not of the example's structure, shapes or dtypes; all differences are
+        named. (An edited config must never silently restart a run.) Or `step` is not there, or is damaged.
+    """
+    self.wait()
+    if step is not None and step not in self.all_steps():
+      raise ValueError(f'{self._directory} has no step {step}; it has {self.all_steps()}')
+    for candidate in [step] if step is not None else self.all_steps()[::-1]:
+      record, error = _attempt(self._read_record, candidate)
+      if error is None:
+        _check_structure(record['leaves'], example, f'{self._directory}/{candidate}')
+        tree, error = _attempt(self._read_tree, candidate, record['leaves'], example)
+      if error is None:
+        return tree, record['extra'], candidate
+      self._give_up_on(candidate, error, explicit=step is not None)
+    return None
+
+  def wait(self) -> None:
+    """Returns when all that was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _read_record(self, step: int) -> dict[str, Any]:
+    restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = restored['record']
+    if not {'extra', 'score', 'leaves'} <= record.keys():
+      raise ValueError(f'the record of step {step} has the fields {sorted(record)}')
+    return record
+
+  def _read_tree(self, step: int, described: dict[str, dict], example: PyTree) -> PyTree:
+    examples = dict(_flatten(example))
+    targets = {path: _target(leaf) for path, leaf in examples.items()}
+    wanted = {path: target for path, target in targets.items() if 0 not in target.shape}
+    values = {}
+    if wanted:
+      restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted)))
+      values = restored['tree']
+    _check_sums(values, described)
+    empty = {path: np.zeros(t.shape, t.dtype) for path, t in targets.items() if path not in wanted}
+    leaves = [_decode((values | empty)[path], leaf) for path, leaf in examples.items()]
+    return jax.tree.unflatten(jax.tree.structure(example), leaves)
+
+  def _give_up_on(self, step: int, error: Exception, *, explicit: bool) -> None:
+    reason = f'checkpoint {self._directory}/{step} cannot be read ({type(error).__name__}: {str(error)[:300]})'
+    if explicit:
+      raise ValueError(reason) from error
+    earlier = [s for s in self.all_steps() if s < step]
+    warnings.warn(f'{reason}; ' + (f'going back to step {earlier[-1]}' if earlier else 'starting afresh'), stacklevel=3)
+    # Out of the way, so that the step can be saved again; kept, so that a person can look at it.
+    if jax.process_index() == 0:
+      aside = self._directory / f'{step}.unreadable'
+      shutil.rmtree(aside, ignore_errors=True)
+      (self._directory / str(step)).rename(aside)
+    distributed.wait_for_others(f'without {step}')
+    self._keep.scores.pop(step, None)
+    self._manager.reload()
+
+
+def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
+  """Those leaves of one checkpoint that `example` has, at the same paths; the others are not read. Nothing is changed there.
+
+  Raises:
+    ValueError: a leaf is missing or of another shape or dtype (all are named), or the checkpoint is damaged.
+  """
+  targets = {path: _target(leaf) for path, leaf in _flatten(example)}
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      described = reader.restore(step_dir / 'record')['leaves']
+  except Exception as error:  # damage shows as any of a dozen types
+    raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
+  _check_structure({path: leaf for path, leaf in described.items() if path in targets}, example, str(step_dir))
+  try:
+    with ocp.PyTreeCheckpointer() as reader:
+      arguments = ocp.args.PyTreeRestore(targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True)
+      values = reader.restore(step_dir / 'tree', args=arguments)
+  except Exception as error:
+    raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
+  try:
+    _check_sums(values, described)
+  except ValueError as error:
+    raise ValueError(f'checkpoint {step_dir}: {error}') from error
+  return jax.tree.unflatten(jax.tree.structure(example), [values[path] for path in targets])
+
+
+def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+  """(what was read, None), or (None, why it cannot be read by this host or by another)."""
+  value, error = None, None
+  try:
+    value = read(*arguments)
+  except Exception as found:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
+    error = found
+  if not distributed.everywhere(error is None):
+    error = error or ValueError('another host cannot read it')
+  return value, error
+
+
+def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
+  return [(jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
+  """The leaf as an array that Orbax stores as it is."""
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  if isinstance(leaf, jax.Array):
+    return leaf
+  array = np.asarray(leaf)
+  if array.dtype.kind in 'OUSMm':
+    raise ValueError(f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers (text belongs into `extra`)')
+  return array
+
+
+def _decode(value: Any, example: Any) -> Any:
+  """The stored array as the kind of leaf that the example is."""
+  if _is_key(example):
+    return jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(example)))
+  if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
+    return jax.numpy.asarray(value)
+  value = np.asarray(value)
+  if isinstance(example, np.ndarray):
+    return value
+  return value[()] if isinstance(example, np.generic) else value.item()
+
+
+def _target(example: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+  """What Orbax is asked for: shape and dtype, and for a jax array the sharding."""
+  if _is_key(example):
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(example.shape, example.dtype))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_default_sharding())
+  if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
+    return jax.ShapeDtypeStruct(example.shape, example.dtype, sharding=example.sharding or _default_sharding())
+  return np.empty_like(np.asarray(example))
+
+
+def _default_sharding() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
+  """The checksum of each leaf. Those that lie in host memory for want of room go to their devices one by one."""
+  sums, groups = {}, collections.defaultdict(dict)
+  for path, leaf in leaves.items():
+    if not isinstance(leaf, jax.Array):
+      sums[path] = checksum.host_sum(np.asarray(leaf))
+    elif leaf.sharding.memory_kind == optimizer.HOST:
+      sums[path] = int(checksum.array_sums(jax.device_put(leaf, leaf.sharding.with_memory_kind('device'))))
+    else:
+      groups[frozenset(leaf.sharding.device_set)][path] = leaf
+  for group in groups.values():
+    sums |= {path: int(value) for path, value in jax.device_get(checksum.array_sums(group)).items()}
+  return sums
+
+
+def _check_sums(values: dict[str, Any], described: dict[str, dict]) -> None:
+  """ValueError for a leaf that is not the one that was saved. Manifests from before there were sums cannot tell."""
+  for path, found in _sums({path: value for path, value in values.items() if 'sum' in described[path]}).items():
+    if found != described[path]['sum']:
+      raise ValueError(f'the bytes of {path} are not those that were saved')
+
+
+def _check_structure(described: dict[str, dict], example: PyTree, where: str) -> None:
+  targets = {path: _target(leaf) for path, leaf in _flatten(example)}
+  problems = [f'{path} is missing' for path in sorted(targets.keys() - described.keys())]
+  problems += [f'{path} is not expected' for path in sorted(described.keys() - targets.keys())]
+  for path in sorted(targets.keys() & described.keys()):
+    found = (tuple(described[path]['shape']), described[path]['dtype'])
+    wanted = (tuple(targets[path].shape), str(targets[path].dtype))
+    if found != wanted:
+      problems.append(f'{path} is {found[1]}{list(found[0])}, expected {wanted[1]}{list(wanted[0])}')
+  if problems:
+    raise ValueError(f'{where} does not fit this run: ' + '; '.join(problems))
