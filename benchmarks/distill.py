@@ -13,6 +13,7 @@ The organism distils tasks of ToolWorld (one JSON line a case).
     host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run, by answering all of it
                 from a journal, against the run itself
 """
+
 import dataclasses
 import pathlib
 import tempfile
@@ -38,16 +39,34 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 CASES = ('loop', 'larger', 'occupancy', 'host')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
-_SEEDS = flags.DEFINE_integer('seeds', 240, 'Of the loop, and half as many for the larger model; other cases take those of nano.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed. One for the larger model.')
-LARGER = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-              head_dim=64)
+_SEEDS = flags.DEFINE_integer(
+  'seeds',
+  240,
+  'Of the loop, and half as many for the larger model; other cases take those of nano.',
+)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 3, 'Interleaved rounds; medians are printed. One for the larger model.'
+)
+LARGER = dict(
+  hidden_size=512,
+  intermediate_size=1536,
+  num_hidden_layers=8,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  head_dim=64,
+)
 
 
 def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> LocalBackend:
   config = nano.get_config().engine
-  engine = Engine(policy.load(None), policy.config, stop_ids=policy.stop_ids, lanes=lanes, max_len=config.max_len,
-                  steps_per_call=config.steps_per_call)
+  engine = Engine(
+    policy.load(None),
+    policy.config,
+    stop_ids=policy.stop_ids,
+    lanes=lanes,
+    max_len=config.max_len,
+    steps_per_call=config.steps_per_call,
+  )
   return LocalBackend(engine, policy.tokenizer, journal=journal, model='organism')
 
 
@@ -59,21 +78,27 @@ class Acted(LocalBackend):
       result = []
       for tag, request in source(free):
         reply = self._journal.find(self._body(request, sampling))
-        result.append(((tag, reply), Request(self._encode(request), request.key_id, reply.completion_tokens)))
+        result.append(
+          ((tag, reply), Request(self._encode(request), request.key_id, reply.completion_tokens))
+        )
       return result
 
     for (tag, reply), _ in self.engine.stream(requests, sampling):
       yield tag, reply
 
 
-def run(seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: int = 0) -> tuple[dict, float]:
+def run(
+  seeds: list[Seed], ours: LocalBackend, *, at_once: bool = True, seed: int = 0
+) -> tuple[dict, float]:
   """(summary, seconds) of distilling the seeds together, or each when the one before it is done."""
   config = nano.get_config().distill
   sampling = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
   distiller = Distiller(exact_refusals=True)
   began = time.perf_counter()
   groups = [[seeds[n] for n in by_length(seeds)]] if at_once else [[one] for one in seeds]
-  outcomes = [outcome for group in groups for _, outcome in distill(group, ours, sampling, distiller)]
+  outcomes = [
+    outcome for group in groups for _, outcome in distill(group, ours, sampling, distiller)
+  ]
   return summarise(outcomes), time.perf_counter() - began
 
 
@@ -81,11 +106,15 @@ def some(seeds: list[Seed], count: int) -> list[Seed]:
   return [seeds[i] for i in np.random.default_rng(0).permutation(len(seeds))[:count]]
 
 
-def compare(case: str, seeds: list[Seed], many: LocalBackend, one: LocalBackend, rounds: int, draws: int) -> None:
+def compare(
+  case: str, seeds: list[Seed], many: LocalBackend, one: LocalBackend, rounds: int, draws: int
+) -> None:
   """Rounds of all seeds together and of one at a time, with `draws` different random seeds."""
   ways = (('together', many, True), ('one at a time', one, False))
   rates: dict[str, list[float]] = {name: [] for name, _, _ in ways}
-  for number in range(draws):  # each once before it is measured: other lengths may need other programs
+  for number in range(
+    draws
+  ):  # each once before it is measured: other lengths may need other programs
     for _, ours, at_once in ways:
       run(seeds, ours, at_once=at_once, seed=number)
   compiled = many.engine.stats.compilations + one.engine.stats.compilations
@@ -95,9 +124,18 @@ def compare(case: str, seeds: list[Seed], many: LocalBackend, one: LocalBackend,
       say(f'{name}: {summary["completion_tokens"]} tokens of {len(seeds)} seeds in {seconds:.2f} s')
       rates[name].append(summary['completion_tokens'] / seconds)
   together, alone = (float(np.median(rates[name])) for name in rates)
-  line(case, 'one seed, one subtask at a time', together, alone, 'completed tokens/s', wanted=5.0, better='more',
-       seeds=len(seeds), occupancy=many.engine.stats.occupancy,
-       compilations=many.engine.stats.compilations + one.engine.stats.compilations - compiled)
+  line(
+    case,
+    'one seed, one subtask at a time',
+    together,
+    alone,
+    'completed tokens/s',
+    wanted=5.0,
+    better='more',
+    seeds=len(seeds),
+    occupancy=many.engine.stats.occupancy,
+    compilations=many.engine.stats.compilations + one.engine.stats.compilations - compiled,
+  )
 
 
 def loop(policy: Policy, seeds: list[Seed]) -> None:
@@ -113,10 +151,27 @@ def larger(policy: Policy, seeds: list[Seed]) -> None:
     run(chosen, organism)
     config = dataclasses.replace(policy.config, **LARGER)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
-    acted = lambda lanes: Acted(Engine(params, config, stop_ids=(), lanes=lanes, max_len=organism.engine.max_len,
-                                       steps_per_call=organism.engine.steps_per_call), policy.tokenizer, journal=journal,
-                                model=organism.model)
-    compare('all seeds together, at the cost of 25 million parameters', chosen, acted(lanes), acted(1), 1, 1)
+    acted = lambda lanes: Acted(
+      Engine(
+        params,
+        config,
+        stop_ids=(),
+        lanes=lanes,
+        max_len=organism.engine.max_len,
+        steps_per_call=organism.engine.steps_per_call,
+      ),
+      policy.tokenizer,
+      journal=journal,
+      model=organism.model,
+    )
+    compare(
+      'all seeds together, at the cost of 25 million parameters',
+      chosen,
+      acted(lanes),
+      acted(1),
+      1,
+      1,
+    )
 
 
 def occupancy(policy: Policy, seeds: list[Seed]) -> None:
@@ -126,10 +181,24 @@ def occupancy(policy: Policy, seeds: list[Seed]) -> None:
   summary, seconds = run(seeds, ours, seed=1)
   spent = {name: value - before[name] for name, value in vars(ours.engine.stats).items()}
   facts = {name: spent[name] for name in ('compilations', 'prefill_tokens', 'reused_tokens')}
-  facts |= {name: summary[name] for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')}
-  line('lane occupancy', 'all lanes always busy', spent['decoded_tokens'] / spent['lane_steps'], None, 'share of lane-steps',
-       wanted=0.9, bound=1.0, better='more', seeds=len(seeds), seconds=seconds,
-       tokens_per_second=spent['decoded_tokens'] / seconds, **facts)
+  facts |= {
+    name: summary[name]
+    for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')
+  }
+  line(
+    'lane occupancy',
+    'all lanes always busy',
+    spent['decoded_tokens'] / spent['lane_steps'],
+    None,
+    'share of lane-steps',
+    wanted=0.9,
+    bound=1.0,
+    better='more',
+    seeds=len(seeds),
+    seconds=seconds,
+    tokens_per_second=spent['decoded_tokens'] / seconds,
+    **facts,
+  )
 
 
 def host(policy: Policy, seeds: list[Seed]) -> None:
@@ -138,8 +207,18 @@ def host(policy: Policy, seeds: list[Seed]) -> None:
     _, whole = run(seeds, ours)
     summary, again = run(seeds, ours)
     if ours.usage.from_journal != summary['calls']:
-      raise AssertionError(f'{ours.usage.from_journal} of {summary["calls"]} replies came from the journal')
-  line('host work of a run', 'the run', again, whole, 'seconds', seeds=len(seeds), calls=summary['calls'])
+      raise AssertionError(
+        f'{ours.usage.from_journal} of {summary["calls"]} replies came from the journal'
+      )
+  line(
+    'host work of a run',
+    'the run',
+    again,
+    whole,
+    'seconds',
+    seeds=len(seeds),
+    calls=summary['calls'],
+  )
 
 
 def main(_) -> None:
@@ -147,7 +226,10 @@ def main(_) -> None:
   if unknown:
     raise app.UsageError(f'unknown cases {sorted(unknown)}')
   config = nano.get_config()
-  policy, seeds = load_policy(config.model, seed=0), toolworld_seeds(config, config.distill.tasks, DISTILL)
+  policy, seeds = (
+    load_policy(config.model, seed=0),
+    toolworld_seeds(config, config.distill.tasks, DISTILL),
+  )
   for name, case in (('loop', loop), ('larger', larger), ('occupancy', occupancy), ('host', host)):
     if name in _CASES.value:
       case(policy, seeds)

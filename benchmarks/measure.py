@@ -1,4 +1,5 @@
 """What every benchmark shares: interleaved timing, the machine's own speed, and the JSON lines they print."""
+
 import json
 import statistics
 import sys
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, float]:
+def interleaved(
+  functions: dict[str, Callable[[], Any]], rounds: int, warm: int = 1
+) -> dict[str, float]:
   """Median seconds of each function over `rounds` rounds, in each of which all run in turn, after `warm` unmeasured ones.
 
   Whatever else the machine does meets all of them alike, so that ratios hold where seconds drift.
@@ -33,8 +36,18 @@ def matmul_rate(size: int = 2048) -> float:
   return 2 * size**3 / best
 
 
-def line(case: str, peer: str, ours: float | None, theirs: float | None, unit: str, *, wanted: float | None = None,
-         bound: float | None = None, better: str = 'less', **more: Any) -> None:
+def line(
+  case: str,
+  peer: str,
+  ours: float | None,
+  theirs: float | None,
+  unit: str,
+  *,
+  wanted: float | None = None,
+  bound: float | None = None,
+  better: str = 'less',
+  **more: Any,
+) -> None:
   """Prints one JSON object on stdout.
 
   Args:
@@ -49,8 +62,18 @@ def line(case: str, peer: str, ours: float | None, theirs: float | None, unit: s
   if ours and theirs:
     ratio = theirs / ours if better == 'less' else ours / theirs
   share = None if not (bound and ours) else (bound / ours if better == 'less' else ours / bound)
-  record = {'case': case, 'peer': peer, 'ours': ours, 'theirs': theirs, 'unit': unit, 'ratio': ratio, 'wanted': wanted,
-            'bound': bound, 'share_of_bound': share, **more}
+  record = {
+    'case': case,
+    'peer': peer,
+    'ours': ours,
+    'theirs': theirs,
+    'unit': unit,
+    'ratio': ratio,
+    'wanted': wanted,
+    'bound': bound,
+    'share_of_bound': share,
+    **more,
+  }
   print(json.dumps({name: _rounded(value) for name, value in record.items()}), flush=True)
 
 

@@ -3,6 +3,7 @@
 256 responses of 4,096 tokens (20 kB of thoughts and eight calls each), half of them with a wrong value. The wanted bound is 1 %
 of a step of the published runs: 11 h for 468 steps of the 8B model are 85 s a step (method 6), so 0.85 s.
 """
+
 from benchmarks import measure
 from dcore_jax.learn import rewards
 
@@ -11,18 +12,32 @@ STEP_SECONDS = 11 * 3600 / 468
 
 def responses(count: int) -> tuple[list[str], str]:
   """(responses, the reference of all)."""
-  calls = [f"book_room_{i % 4}(city='Karo {i}', nights={i}, guests=['a', 'b'], options={{'late': {i}}})" for i in range(8)]
+  calls = [
+    f"book_room_{i % 4}(city='Karo {i}', nights={i}, guests=['a', 'b'], options={{'late': {i}}})"
+    for i in range(8)
+  ]
   answer = '[' + ', '.join(calls) + ']'
   thoughts = '<think>\n' + 'wait, ' * 3300 + '\n</think>\n\n'
-  return [thoughts + (answer if i % 2 else answer.replace('nights=3', 'nights=4')) for i in range(count)], answer
+  return [
+    thoughts + (answer if i % 2 else answer.replace('nights=3', 'nights=4')) for i in range(count)
+  ], answer
 
 
 def main() -> None:
   predictions, reference = responses(256)
-  functions = {name: lambda name=name: rewards.batch_reward(name, predictions, [reference] * len(predictions))
-               for name in rewards.REWARDS}
+  functions = {
+    name: lambda name=name: rewards.batch_reward(name, predictions, [reference] * len(predictions))
+    for name in rewards.REWARDS
+  }
   for name, seconds in measure.interleaved(functions, rounds=9).items():
-    measure.line(f'score 256 responses, {name}', '1 % of a published step', 1e3 * seconds, 10 * STEP_SECONDS, 'ms', wanted=1.0)
+    measure.line(
+      f'score 256 responses, {name}',
+      '1 % of a published step',
+      1e3 * seconds,
+      10 * STEP_SECONDS,
+      'ms',
+      wanted=1.0,
+    )
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ once, since other lengths may need other programs. google-tunix 0.1.7 needs an e
 process of that interpreter. Bounds are the bytes that our decode steps read (weights, keys and values) at this machine's
 bandwidth.
 """
+
 import json
 import pathlib
 import subprocess
@@ -31,13 +32,18 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 CASES = ('tail', 'groups', 'equal')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
-_VOCABULARIES = flags.DEFINE_list('vocabularies', ['4096', '151936'], 'Vocabulary sizes to run them at.')
+_VOCABULARIES = flags.DEFINE_list(
+  'vocabularies', ['4096', '151936'], 'Vocabulary sizes to run them at.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Interleaved rounds; medians are printed.')
-_TUNIX_PYTHON = flags.DEFINE_string('tunix_python', '', "Python of google-tunix 0.1.7's environment; '' skips it.")
+_TUNIX_PYTHON = flags.DEFINE_string(
+  'tunix_python', '', "Python of google-tunix 0.1.7's environment; '' skips it."
+)
 
 
 class Case(NamedTuple):
   """What is asked of every sampler: each prompt once for each of its rollouts, `budget` tokens at most."""
+
   name: str
   prompts: list[np.ndarray]  # one for each rollout
   budget: int
@@ -50,8 +56,16 @@ class Case(NamedTuple):
 
 
 def model(vocabulary: int) -> DecoderConfig:
-  return DecoderConfig(vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
-                       num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
+  return DecoderConfig(
+    vocab_size=vocabulary,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    tie_word_embeddings=True,
+  )
 
 
 def make_case(name: str, vocabulary: int) -> Case:
@@ -62,7 +76,13 @@ def make_case(name: str, vocabulary: int) -> Case:
     stops = rng.choice(vocabulary, round(vocabulary / 90), replace=False)
     return Case(name, [prompt(64) for _ in range(32)], 512, sorted(stops.tolist()), (3.0, 2.0))
   if name == 'groups':
-    return Case(name, [one for one in (prompt(1024) for _ in range(4)) for _ in range(8)], 128, [], (3.0, None))
+    return Case(
+      name,
+      [one for one in (prompt(1024) for _ in range(4)) for _ in range(8)],
+      128,
+      [],
+      (3.0, None),
+    )
   return Case(name, [prompt(128) for _ in range(32)], 128, [], (1.0, 1.0))
 
 
@@ -70,7 +90,9 @@ class Ours:
   """Our engine; a call gives the useful tokens of one round."""
 
   def __init__(self, config: DecoderConfig, params: decoder.Params, case: Case):
-    self.engine = Engine(params, config, stop_ids=case.stop_ids, lanes=32, max_len=case.longest, max_new=case.budget)
+    self.engine = Engine(
+      params, config, stop_ids=case.stop_ids, lanes=32, max_len=case.longest, max_new=case.budget
+    )
     self._case = case
 
   def __call__(self, seed: int) -> int:
@@ -85,10 +107,13 @@ class Transformers:
   def __init__(self, config: DecoderConfig, params: decoder.Params, case: Case):
     import torch
     import transformers
+
     self._torch, self._case = torch, case
     with tempfile.TemporaryDirectory() as folder:
       hf_checkpoint.save_checkpoint(f'{folder}/model', config, params)
-      self._model = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32).eval()
+      self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        f'{folder}/model', dtype=torch.float32
+      ).eval()
 
   def __call__(self, seed: int) -> int:
     torch, case = self._torch, self._case
@@ -96,9 +121,18 @@ class Transformers:
     prompts = torch.tensor(np.stack(case.prompts).astype(np.int64))
     # The default of a generation config would truncate to 50 tokens, which is another distribution.
     with torch.inference_mode():
-      out = self._model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0,
-                                 top_p=1.0, max_new_tokens=case.budget, eos_token_id=case.stop_ids or None, pad_token_id=0)
-    return useful_tokens(out[:, prompts.shape[1]:].numpy(), case.stop_ids)
+      out = self._model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=case.budget,
+        eos_token_id=case.stop_ids or None,
+        pad_token_id=0,
+      )
+    return useful_tokens(out[:, prompts.shape[1] :].numpy(), case.stop_ids)
 
 
 class Tunix:
@@ -106,9 +140,20 @@ class Tunix:
 
   def __init__(self, config: DecoderConfig, case: Case, python: str):
     worker = pathlib.Path(__file__).with_name('tunix_worker.py')
-    self._process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self._process = subprocess.Popen(
+      [python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     prompts = [prompt.tolist() for prompt in case.prompts]
-    self._send(json.dumps({'config': config.to_hf(), 'prompts': prompts, 'budget': case.budget, 'stop_ids': case.stop_ids}))
+    self._send(
+      json.dumps(
+        {
+          'config': config.to_hf(),
+          'prompts': prompts,
+          'budget': case.budget,
+          'stop_ids': case.stop_ids,
+        }
+      )
+    )
 
   def _send(self, line: str) -> None:
     self._process.stdin.write(line + '\n')
@@ -129,14 +174,18 @@ class Tunix:
 def useful_tokens(tokens_BT: np.ndarray, stop_ids: list[int]) -> int:
   """Tokens up to and with the first stop token of each row."""
   stopped_BT = np.isin(tokens_BT, stop_ids)
-  return int(np.where(stopped_BT.any(axis=1), stopped_BT.argmax(axis=1) + 1, tokens_BT.shape[1]).sum())
+  return int(
+    np.where(stopped_BT.any(axis=1), stopped_BT.argmax(axis=1) + 1, tokens_BT.shape[1]).sum()
+  )
 
 
 def bandwidth() -> float:
   """Bytes a second that this machine reads: the sum of an array that is larger than its caches."""
   array = jax.numpy.ones(2**26, jax.numpy.float32)
   total = jax.jit(lambda array: array.sum())
-  return array.nbytes / min(measure.interleaved({'sum': lambda: total(array)}, rounds=1)['sum'] for _ in range(7))
+  return array.nbytes / min(
+    measure.interleaved({'sum': lambda: total(array)}, rounds=1)['sum'] for _ in range(7)
+  )
 
 
 def run_case(name: str, vocabulary: int) -> None:
@@ -161,7 +210,10 @@ def run_case(name: str, vocabulary: int) -> None:
     say(f'{title}: {sampler} {tokens} useful tokens in {seconds:.2f} s')
     return tokens, seconds
 
-  first, rates = {sampler: timed(sampler, 0)[1] for sampler in samplers}, {sampler: [] for sampler in samplers}
+  first, rates = (
+    {sampler: timed(sampler, 0)[1] for sampler in samplers},
+    {sampler: [] for sampler in samplers},
+  )
   for seed in range(1, _ROUNDS.value):
     timed('ours', seed)
   before, compiled = vars(ours.engine.stats).copy(), ours.engine.stats.compilations
@@ -175,16 +227,37 @@ def run_case(name: str, vocabulary: int) -> None:
   rate = {sampler: float(np.median(values)) for sampler, values in rates.items()}
   given = sum(map(len, case.prompts)) * _ROUNDS.value
   weights = 4 * config.param_count  # each step reads them once: the tied embedding as the head
-  read = spent['decode_steps'] * weights + spent['slots_read'] * config.kv_bytes_per_token(np.float32)
-  facts = dict(prefill_share=spent['prefill_tokens'] / given, occupancy=spent['decoded_tokens'] / spent['lane_steps'],
-               steps=spent['decode_steps'], bytes_per_step=read / spent['decode_steps'], compilations=compiled,
-               bound=spent['decoded_tokens'] / (read / bandwidth()), first_seconds=first['ours'])
-  for peer, label, wanted in zip(('transformers', 'tunix'), ('transformers generate', 'google-tunix sampler'), case.wanted):
+  read = spent['decode_steps'] * weights + spent['slots_read'] * config.kv_bytes_per_token(
+    np.float32
+  )
+  facts = dict(
+    prefill_share=spent['prefill_tokens'] / given,
+    occupancy=spent['decoded_tokens'] / spent['lane_steps'],
+    steps=spent['decode_steps'],
+    bytes_per_step=read / spent['decode_steps'],
+    compilations=compiled,
+    bound=spent['decoded_tokens'] / (read / bandwidth()),
+    first_seconds=first['ours'],
+  )
+  for peer, label, wanted in zip(
+    ('transformers', 'tunix'), ('transformers generate', 'google-tunix sampler'), case.wanted
+  ):
     if peer in rate:
-      line(title, label, rate['ours'], rate[peer], 'useful tokens/s', wanted=wanted, better='more', **facts,
-           peer_first_seconds=first[peer])
+      line(
+        title,
+        label,
+        rate['ours'],
+        rate[peer],
+        'useful tokens/s',
+        wanted=wanted,
+        better='more',
+        **facts,
+        peer_first_seconds=first[peer],
+      )
   if name == 'groups' and spent['prefill_tokens'] * 8 != given:
-    raise AssertionError(f'{spent["prefill_tokens"]} tokens prefilled of {given} given: not an eighth')
+    raise AssertionError(
+      f'{spent["prefill_tokens"]} tokens prefilled of {given} given: not an eighth'
+    )
 
 
 def main(_) -> None:

@@ -1,4 +1,5 @@
 """Training rows that the benchmarks share, as token sequences with the loss on the last message."""
+
 import json
 import pathlib
 from typing import Any
@@ -22,8 +23,10 @@ REASONING_TOKENS = 200  # in each turn, as a reasoning model's rows have them
 def airline(tokenizer: Any, count: int) -> list[list[tokentree.Sequence]]:
   """The first `count` recorded airline dialogues of tau-bench, each split into one row per assistant turn."""
   path = data_path('taubench/gpt-4o-airline_trajectories.json')
-  return [_turns(tokenizer, [_message(record) for record in dialogue['traj']], number)
-          for number, dialogue in enumerate(json.loads(pathlib.Path(path).read_text())[:count])]
+  return [
+    _turns(tokenizer, [_message(record) for record in dialogue['traj']], number)
+    for number, dialogue in enumerate(json.loads(pathlib.Path(path).read_text())[:count])
+  ]
 
 
 def toolworld(tokenizer: Any, count: int) -> list[list[tokentree.Sequence]]:
@@ -32,8 +35,12 @@ def toolworld(tokenizer: Any, count: int) -> list[list[tokentree.Sequence]]:
   dialogues = []
   for number, task in enumerate(tasks):
     points = [point for seed in task_seeds(task) for point in decision_points(seed)]
-    dialogues.append([_row(tokenizer, [*point.messages, Message('assistant', point.reference)], (number, turn))
-                      for turn, point in enumerate(points)])
+    dialogues.append(
+      [
+        _row(tokenizer, [*point.messages, Message('assistant', point.reference)], (number, turn))
+        for turn, point in enumerate(points)
+      ]
+    )
   return dialogues
 
 
@@ -43,20 +50,29 @@ def single_turn(tokenizer: Any, count: int) -> list[tokentree.Sequence]:
 
 
 def _message(record: dict[str, Any]) -> Message:
-  calls = [ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
-           for call in record.get('tool_calls') or ()]
+  calls = [
+    ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
+    for call in record.get('tool_calls') or ()
+  ]
   return Message(record['role'], print_calls(calls) if calls else record['content'] or '')
 
 
 def _turns(tokenizer: Any, messages: list[Message], number: int) -> list[tokentree.Sequence]:
-  return [_row(tokenizer, messages[:turn + 1], (number, turn))
-          for turn, message in enumerate(messages) if message.role == 'assistant']
+  return [
+    _row(tokenizer, messages[: turn + 1], (number, turn))
+    for turn, message in enumerate(messages)
+    if message.role == 'assistant'
+  ]
 
 
 def _row(tokenizer: Any, messages: list[Message], seed: tuple[int, int]) -> tokentree.Sequence:
   """The conversation with REASONING_TOKENS random ids of the vocabulary before its answer."""
   tokens, weights = encode_example(tokenizer, messages)
   start = int(weights.argmax())
-  thought = np.random.default_rng(seed).integers(256, 600 if len(tokenizer) < 1000 else 100_000, REASONING_TOKENS)
+  thought = np.random.default_rng(seed).integers(
+    256, 600 if len(tokenizer) < 1000 else 100_000, REASONING_TOKENS
+  )
   tokens = np.concatenate([tokens[:start], thought, tokens[start:]]).astype(np.int32)
-  return tokentree.Sequence(tokens, (np.arange(len(tokens)) >= start).astype(np.float32), len(tokens))
+  return tokentree.Sequence(
+    tokens, (np.arange(len(tokens)) >= start).astype(np.float32), len(tokens)
+  )

@@ -8,6 +8,7 @@ of which asks again as soon as it has its answer; over HTTP as streamed chat com
 interleaved. One JSON line a number of clients; ratio is the server's requests a second over the engine's, 0.9 being an overhead
 of 11 %. That the tokens are as many on both sides is checked. The clients run on the same cores: their work is in the overhead.
 """
+
 import asyncio
 import collections
 import itertools
@@ -38,16 +39,27 @@ from dcore_jax.serve.server import load_model
 
 _CLIENTS = flags.DEFINE_list('clients', ['1', '8', '32'], 'Numbers of clients.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds; medians are printed.')
-_STEPS = flags.DEFINE_integer('steps_per_call', 8, 'Of both engines: tokens of a lane between two looks of the host.')
+_STEPS = flags.DEFINE_integer(
+  'steps_per_call', 8, 'Of both engines: tokens of a lane between two looks of the host.'
+)
 
 VOCABULARY, LANES, PROMPT, ANSWER = 4096, 32, 128, 128
-MODEL = DecoderConfig(vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
-                      num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
+MODEL = DecoderConfig(
+  vocab_size=VOCABULARY,
+  hidden_size=512,
+  intermediate_size=1536,
+  num_hidden_layers=8,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  head_dim=64,
+  tie_word_embeddings=True,
+)
 WANTED = {8: 1 / 1.1}
 
 
 class Measured(NamedTuple):
   """Of one round."""
+
   rate: float  # requests a second
   first_token: list[float]  # seconds of each request
   tokens: int
@@ -58,13 +70,23 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
   special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
   letters = 'abcdefghijklmnopqrstuvwxyz'
   words = (f'\u0120{"".join(word)}' for word in itertools.product(letters, repeat=3))
-  pieces = [*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *itertools.islice(words, VOCABULARY - 256 - len(special))]
-  core = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True))
+  pieces = [
+    *tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    *itertools.islice(words, VOCABULARY - 256 - len(special)),
+  ]
+  core = tokenizers.Tokenizer(
+    tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True)
+  )
   core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   core.decoder = tokenizers.decoders.ByteLevel()
   core.add_special_tokens(special)
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token='<|im_end|>', pad_token='<|endoftext|>',
-                                              chat_template=qwen3_template(), clean_up_tokenization_spaces=False)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=core,
+    eos_token='<|im_end|>',
+    pad_token='<|endoftext|>',
+    chat_template=qwen3_template(),
+    clean_up_tokenization_spaces=False,
+  )
 
 
 def questions(tokenizer: transformers.PreTrainedTokenizerFast, count: int, seed: int) -> list[str]:
@@ -72,7 +94,9 @@ def questions(tokenizer: transformers.PreTrainedTokenizerFast, count: int, seed:
   return [tokenizer.decode(rng.integers(256, 4000, PROMPT)) for _ in range(count)]
 
 
-def bare(engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], clients: int) -> Measured:
+def bare(
+  engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], clients: int
+) -> Measured:
   """The engine alone, asked as by so many clients; the prompts are rendered and encoded before the clock starts."""
   rendered = [render_prompt(tokenizer, [Message('user', text)]) for text in texts]
   waiting = collections.deque(enumerate(tokenizer(rendered, add_special_tokens=False)['input_ids']))
@@ -82,7 +106,9 @@ def bare(engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, texts:
 
   def ask() -> None:
     number, prompt = waiting.popleft()
-    began[engine.submit(Request(prompt, (0, 0)), SamplingParams(max_tokens=ANSWER, seed=number))] = time.perf_counter()
+    began[
+      engine.submit(Request(prompt, (0, 0)), SamplingParams(max_tokens=ANSWER, seed=number))
+    ] = time.perf_counter()
 
   for _ in range(min(clients, len(waiting))):
     ask()
@@ -115,12 +141,22 @@ async def served(port: int, texts: list[str], clients: int) -> Measured:
 
 async def ask(port: int, text: str, seed: int) -> tuple[float, int]:
   """(seconds until text came, tokens sampled) of one request, by hand: a client library would be most of what is measured."""
-  body = json.dumps({'model': 'model', 'messages': [{'role': 'user', 'content': text}], 'max_tokens': ANSWER, 'seed': seed,
-                     'stream': True, 'stream_options': {'include_usage': True}}).encode()
+  body = json.dumps(
+    {
+      'model': 'model',
+      'messages': [{'role': 'user', 'content': text}],
+      'max_tokens': ANSWER,
+      'seed': seed,
+      'stream': True,
+      'stream_options': {'include_usage': True},
+    }
+  ).encode()
   began, seconds = time.perf_counter(), 0.0
   reader, writer = await asyncio.open_connection('127.0.0.1', port)
-  writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
-               b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+  writer.write(
+    b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+    b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body
+  )
   last = b''
   async for row in reader:
     if not seconds and b'"delta":{"content":"' in row and b'"role"' not in row:
@@ -132,10 +168,22 @@ async def ask(port: int, text: str, seed: int) -> tuple[float, int]:
 
 def start(folder: pathlib.Path) -> tuple[subprocess.Popen, int]:
   """A server process, and the port it listens on."""
-  process = subprocess.Popen([
-      sys.executable, '-m', 'experiments.serve', f'--model={folder}', '--name=model', '--port=0', f'--lanes={LANES}',
-      f'--max_len={2 * (PROMPT + ANSWER)}', f'--max_tokens={ANSWER}', f'--steps_per_call={_STEPS.value}'],
-                             stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'experiments.serve',
+      f'--model={folder}',
+      '--name=model',
+      '--port=0',
+      f'--lanes={LANES}',
+      f'--max_len={2 * (PROMPT + ANSWER)}',
+      f'--max_tokens={ANSWER}',
+      f'--steps_per_call={_STEPS.value}',
+    ],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   lines = []
   for said in process.stderr:
     if said.startswith('http'):
@@ -148,9 +196,17 @@ def run(folder: pathlib.Path) -> None:
   tokenizer = make_tokenizer()
   tokenizer.save_pretrained(folder / 'tokenizer')
   params = jax.jit(decoder.init_params, static_argnums=0)(MODEL, jax.random.key(0))
-  hf_checkpoint.save_checkpoint(folder / 'model', MODEL, params, tokenizer_dir=folder / 'tokenizer', dtype='float32')
-  engine = load_model(str(folder / 'model'), dtype='float32', lanes=LANES, max_len=2 * (PROMPT + ANSWER), max_new=ANSWER,
-                      steps_per_call=_STEPS.value).engine
+  hf_checkpoint.save_checkpoint(
+    folder / 'model', MODEL, params, tokenizer_dir=folder / 'tokenizer', dtype='float32'
+  )
+  engine = load_model(
+    str(folder / 'model'),
+    dtype='float32',
+    lanes=LANES,
+    max_len=2 * (PROMPT + ANSWER),
+    max_new=ANSWER,
+    steps_per_call=_STEPS.value,
+  ).engine
   process, port = start(folder / 'model')
   try:
     for clients in map(int, _CLIENTS.value):
@@ -160,24 +216,47 @@ def run(folder: pathlib.Path) -> None:
     process.wait()
 
 
-def run_case(engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, port: int, clients: int) -> None:
+def run_case(
+  engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, port: int, clients: int
+) -> None:
   rounds: dict[str, list[Measured]] = {'ours': [], 'bare': []}
   for number in range(-2, _ROUNDS.value):  # two unmeasured rounds compile
     texts = questions(tokenizer, max(4, 3 * clients), number + 2)
-    got = {'bare': bare(engine, tokenizer, texts, clients), 'ours': asyncio.run(served(port, texts, clients))}
+    got = {
+      'bare': bare(engine, tokenizer, texts, clients),
+      'ours': asyncio.run(served(port, texts, clients)),
+    }
     if got['bare'].tokens != got['ours'].tokens:
-      raise AssertionError(f'{got["ours"].tokens} tokens over HTTP, {got["bare"].tokens} from the engine')
+      raise AssertionError(
+        f'{got["ours"].tokens} tokens over HTTP, {got["bare"].tokens} from the engine'
+      )
     for name, measured in got.items():
-      say(f'{clients} clients, {name}: {measured.rate:.2f} requests/s, {statistics.median(measured.first_token) * 1e3:.0f} ms')
+      say(
+        f'{clients} clients, {name}: {measured.rate:.2f} requests/s, {statistics.median(measured.first_token) * 1e3:.0f} ms'
+      )
       if number >= 0:
         rounds[name].append(measured)
   rate = {name: statistics.median(one.rate for one in all_) for name, all_ in rounds.items()}
-  first = {name: np.array([seconds for one in all_ for seconds in one.first_token]) for name, all_ in rounds.items()}
+  first = {
+    name: np.array([seconds for one in all_ for seconds in one.first_token])
+    for name, all_ in rounds.items()
+  }
   tokens = rounds['ours'][0].tokens / max(4, 3 * clients)
-  line(f'server, {clients} clients', 'bare engine', rate['ours'], rate['bare'], 'requests/s', wanted=WANTED.get(clients),
-       better='more', overhead=rate['bare'] / rate['ours'] - 1, tokens_per_second=rate['ours'] * tokens,
-       first_token_ms={name: np.percentile(values, [50, 95]).round(4).tolist() for name, values in
-                       ((name, 1e3 * values) for name, values in first.items())})
+  line(
+    f'server, {clients} clients',
+    'bare engine',
+    rate['ours'],
+    rate['bare'],
+    'requests/s',
+    wanted=WANTED.get(clients),
+    better='more',
+    overhead=rate['bare'] / rate['ours'] - 1,
+    tokens_per_second=rate['ours'] * tokens,
+    first_token_ms={
+      name: np.percentile(values, [50, 95]).round(4).tolist()
+      for name, values in ((name, 1e3 * values) for name, values in first.items())
+    },
+  )
 
 
 def main(_) -> None:

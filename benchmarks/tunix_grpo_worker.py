@@ -4,6 +4,7 @@ The first line on stdin is the job (JSON). With `memory` the answer is a line wi
 gradient, and that is all. Otherwise every further line asks for so many steps of GRPO, answered by their seconds. Made for
 google-tunix 0.1.7 and jax 0.8.
 """
+
 import json
 import sys
 import time
@@ -44,7 +45,9 @@ class IdTokenizer:
 
 
 def grpo_config(job: dict[str, Any]) -> grpo_learner.GRPOConfig:
-  config = grpo_learner.GRPOConfig(num_generations=job['group'], num_iterations=1, beta=0.0, epsilon=0.2)
+  config = grpo_learner.GRPOConfig(
+    num_generations=job['group'], num_iterations=1, beta=0.0, epsilon=0.2
+  )
   config.temperature = 1.0  # its learner sets it likewise
   return config
 
@@ -55,9 +58,14 @@ def temporaries(job: dict[str, Any]) -> int:
   B, P, C = job['rows'], job['prompt'], job['completion']
   tokens = lambda size: jax.ShapeDtypeStruct((B, size), jnp.int32)
   example = grpo_learner.TrainExample(
-      prompt_ids=tokens(P), prompt_mask=jax.ShapeDtypeStruct((B, P), bool), completion_ids=tokens(C),
-      completion_mask=jax.ShapeDtypeStruct((B, C), bool), advantages=jax.ShapeDtypeStruct((B,), jnp.float32),
-      ref_per_token_logps=None, old_per_token_logps=jax.ShapeDtypeStruct((B, C), jnp.float32))
+    prompt_ids=tokens(P),
+    prompt_mask=jax.ShapeDtypeStruct((B, P), bool),
+    completion_ids=tokens(C),
+    completion_mask=jax.ShapeDtypeStruct((B, C), bool),
+    advantages=jax.ShapeDtypeStruct((B,), jnp.float32),
+    ref_per_token_logps=None,
+    old_per_token_logps=jax.ShapeDtypeStruct((B, C), jnp.float32),
+  )
 
   def loss(state, example):
     return algo_core.grpo_loss_fn(nnx.merge(graph, state), example, grpo_config(job), 0, 1)
@@ -71,15 +79,32 @@ def train(job: dict[str, Any]) -> None:
   model = make_model(job['config'])
   randomise(model)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
-  roles = dict.fromkeys((rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT), mesh)
+  roles = dict.fromkeys(
+    (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT), mesh
+  )
   rollout = base_rollout.RolloutConfig(
-      max_tokens_to_generate=job['completion'], max_prompt_length=job['prompt'], temperature=1.0, top_p=1.0, top_k=None,
-      kv_cache_size=job['prompt'] + job['completion'], eos_tokens=[1])
-  training = rl_cluster.RLTrainingConfig(actor_optimizer=optax.adamw(1e-6), eval_every_n_steps=10**9, max_steps=10**9,
-                                         mini_batch_size=len(job['prompts']), train_micro_batch_size=len(job['prompts']))
+    max_tokens_to_generate=job['completion'],
+    max_prompt_length=job['prompt'],
+    temperature=1.0,
+    top_p=1.0,
+    top_k=None,
+    kv_cache_size=job['prompt'] + job['completion'],
+    eos_tokens=[1],
+  )
+  training = rl_cluster.RLTrainingConfig(
+    actor_optimizer=optax.adamw(1e-6),
+    eval_every_n_steps=10**9,
+    max_steps=10**9,
+    mini_batch_size=len(job['prompts']),
+    train_micro_batch_size=len(job['prompts']),
+  )
   cluster = rl_cluster.RLCluster(
-      actor=model, tokenizer=IdTokenizer(),
-      cluster_config=rl_cluster.ClusterConfig(role_to_mesh=roles, training_config=training, rollout_config=rollout))
+    actor=model,
+    tokenizer=IdTokenizer(),
+    cluster_config=rl_cluster.ClusterConfig(
+      role_to_mesh=roles, training_config=training, rollout_config=rollout
+    ),
+  )
   reward = lambda prompts, completions, **_: [float(len(set(text.split()))) for text in completions]
   texts = np.array([' '.join(map(str, prompt)) for prompt in job['prompts']])
 

@@ -3,6 +3,7 @@
 The first line on stdin says what to sample (JSON: config of the model, prompts as ids, budget, stop_ids), every further one is a
 seed; each is answered by a line with the number of useful tokens. Made for google-tunix 0.1.7 and jax 0.8.
 """
+
 import json
 import sys
 from typing import Any
@@ -34,18 +35,31 @@ class IdTokenizer:
 
 def make_model(config: dict[str, Any]) -> qwen3.Qwen3:
   """A model of the size that a `config.json` says."""
-  return qwen3.Qwen3(qwen3.ModelConfig(
-      num_layers=config['num_hidden_layers'], vocab_size=config['vocab_size'], embed_dim=config['hidden_size'],
-      hidden_dim=config['intermediate_size'], num_heads=config['num_attention_heads'], head_dim=config['head_dim'],
-      num_kv_heads=config['num_key_value_heads'], rope_theta=config['rope_theta'], norm_eps=config['rms_norm_eps'],
-      use_tied_embedding=config['tie_word_embeddings']), rngs=nnx.Rngs(0))
+  return qwen3.Qwen3(
+    qwen3.ModelConfig(
+      num_layers=config['num_hidden_layers'],
+      vocab_size=config['vocab_size'],
+      embed_dim=config['hidden_size'],
+      hidden_dim=config['intermediate_size'],
+      num_heads=config['num_attention_heads'],
+      head_dim=config['head_dim'],
+      num_kv_heads=config['num_key_value_heads'],
+      rope_theta=config['rope_theta'],
+      norm_eps=config['rms_norm_eps'],
+      use_tied_embedding=config['tie_word_embeddings'],
+    ),
+    rngs=nnx.Rngs(0),
+  )
 
 
 def randomise(model: qwen3.Qwen3) -> None:
   """Random weights of deviation 0.02, as ours has; some of its own are zero."""
   leaves, structure = jax.tree.flatten(nnx.state(model))
   keys = jax.random.split(jax.random.key(0), len(leaves))
-  drawn = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf for key, leaf in zip(keys, leaves)]
+  drawn = [
+    0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf
+    for key, leaf in zip(keys, leaves)
+  ]
   nnx.update(model, jax.tree.unflatten(structure, drawn))
 
 
@@ -53,7 +67,9 @@ def make_sampler(config: dict[str, Any], cache_size: int) -> tunix_sampler.Sampl
   """A sampler of a random model of this size."""
   model = make_model(config)
   randomise(model)
-  cache = tunix_sampler.CacheConfig(cache_size, config['num_hidden_layers'], config['num_key_value_heads'], config['head_dim'])
+  cache = tunix_sampler.CacheConfig(
+    cache_size, config['num_hidden_layers'], config['num_key_value_heads'], config['head_dim']
+  )
   return tunix_sampler.Sampler(model, IdTokenizer(), cache)
 
 
@@ -64,8 +80,15 @@ def main() -> None:
   texts = [' '.join(map(str, prompt)) for prompt in case['prompts']]
   for line in sys.stdin:
     # Without top_p its sampler is greedy at any temperature; 1.0 keeps every token.
-    out = sample(texts, max_generation_steps=budget, max_prompt_length=longest, temperature=1.0, top_p=1.0, seed=int(line),
-                 eos_tokens=case['stop_ids'] or None)
+    out = sample(
+      texts,
+      max_generation_steps=budget,
+      max_prompt_length=longest,
+      temperature=1.0,
+      top_p=1.0,
+      seed=int(line),
+      eos_tokens=case['stop_ids'] or None,
+    )
     # It strips the stop token, which is one that was sampled.
     print(sum(min(len(tokens) + 1, budget) for tokens in out.tokens), flush=True)
 

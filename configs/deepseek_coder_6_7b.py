@@ -9,6 +9,7 @@ Hardware:  8 A100-80G
 Time:      as qwen3_8b.py, less by the size of the model: SFT 8 h at 40 % MFU
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import SFT_ONLY, paper_config
@@ -17,4 +18,11 @@ from configs.paper import SFT_ONLY, paper_config
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant:
     raise ValueError(f'unknown variant {variant!r} of deepseek_coder_6_7b')
-  return paper_config('deepseek_coder_6_7b', 'deepseek-coder-6.7b-instruct', sft_rows=16, lanes=64, tile=32, stages=SFT_ONLY)
+  return paper_config(
+    'deepseek_coder_6_7b',
+    'deepseek-coder-6.7b-instruct',
+    sft_rows=16,
+    lanes=64,
+    tile=32,
+    stages=SFT_ONLY,
+  )

@@ -8,6 +8,7 @@ Hardware:  8 A100-80G
 Time:      as qwen3_8b.py: SFT 9 h at 40 % MFU
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import SFT_ONLY, paper_config

@@ -5,15 +5,30 @@ Expected times in the configs are rooflines of `experiments.plan` taken at a sta
 40,000 rows in 3 epochs, 4,474 tokens each as in the two rows that the paper's authors published; nothing was measured, there
 was no such device. Their own times on 8 A100-80G (11 h for the SFT of 8B, 21 h of 14B) come to 33 and 30 % by the same count.
 """
+
 import ml_collections
 
 from dcore_jax.run.defaults import default_config
 
-SFT_ONLY = ('sft', 'export', 'report')  # what the paper did with the models that learn from Qwen3's trajectories
+SFT_ONLY = (
+  'sft',
+  'export',
+  'report',
+)  # what the paper did with the models that learn from Qwen3's trajectories
 
 
-def paper_config(preset: str, path: str, *, sft_rows: int, accumulate: int = 1, rl_rows: int = 8, lanes: int = 128,
-                 tile: int = 64, tensor: int = 8, stages: tuple[str, ...] | None = None) -> ml_collections.ConfigDict:
+def paper_config(
+  preset: str,
+  path: str,
+  *,
+  sft_rows: int,
+  accumulate: int = 1,
+  rl_rows: int = 8,
+  lanes: int = 128,
+  tile: int = 64,
+  tensor: int = 8,
+  stages: tuple[str, ...] | None = None,
+) -> ml_collections.ConfigDict:
   """The paper's run for a model.
 
   Args:
@@ -32,10 +47,23 @@ def paper_config(preset: str, path: str, *, sft_rows: int, accumulate: int = 1, 
   c.execution.update(dict(remat='full', unroll=False))
   prompt, response = c.rl.max_prompt_tokens, c.rl.max_tokens
   # Prompts come in groups of 8: lanes / 8 are in use at once, some more while groups overlap.
-  c.engine.update(dict(lanes=lanes, tile=tile, trunks=lanes // 4, max_len=prompt + response, max_new=response, tensor=tensor))
+  c.engine.update(
+    dict(
+      lanes=lanes,
+      tile=tile,
+      trunks=lanes // 4,
+      max_len=prompt + response,
+      max_new=response,
+      tensor=tensor,
+    )
+  )
   c.evaluate.max_tokens = c.distill.max_tokens = response
-  c.distill.tasks.update(dict(single=3000, sequential=5000, parallel=6000, irrelevant=3000, multi_turn=2400))  # 40,000 rows
-  c.rl.tasks.update(dict(single=320, sequential=640, parallel=640, irrelevant=320, multi_turn=214))  # 5,010 prompts
+  c.distill.tasks.update(
+    dict(single=3000, sequential=5000, parallel=6000, irrelevant=3000, multi_turn=2400)
+  )  # 40,000 rows
+  c.rl.tasks.update(
+    dict(single=320, sequential=640, parallel=640, irrelevant=320, multi_turn=214)
+  )  # 5,010 prompts
   c.sft.update(dict(rows=sft_rows, accumulate=accumulate))
   c.rl.rows = rl_rows
   return c

@@ -8,6 +8,7 @@ Hardware:  8 A100-80G
 Time:      as qwen3_14b.py: SFT 16 h at 40 % MFU
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import SFT_ONLY, paper_config

@@ -7,6 +7,7 @@ Time:      SFT 16 h at 40 % MFU (roofline 8.2 h, the paper 21 h). A DA-GRPO step
            as long as they may be, 39 h for 468; the paper's took 17 h, so that its responses were shorter
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import paper_config
@@ -15,6 +16,8 @@ from configs.paper import paper_config
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_14b')
-  c = paper_config('qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64)  # with 128 lanes the update lacks 2.6 GiB
+  c = paper_config(
+    'qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64
+  )  # with 128 lanes the update lacks 2.6 GiB
   c.rl.checkpoint_every = 50
   return c

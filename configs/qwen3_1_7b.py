@@ -7,6 +7,7 @@ Time:      SFT 2.4 h at 40 % MFU (roofline 1.2 h); a DA-GRPO step at least 78 s 
            may be, 10 h for 468
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import paper_config

@@ -7,6 +7,7 @@ Time:      SFT 18 h at 40 % MFU (roofline 9.7 h); a DA-GRPO step at least 477 s 
            may be, 62 h for 468
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import paper_config

@@ -7,6 +7,7 @@ Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h); a DA-GRPO step at least 139 s
            may be, 18 h for 468
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import paper_config

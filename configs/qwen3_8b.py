@@ -7,6 +7,7 @@ Time:      SFT 9 h at 40 % MFU (roofline 4.7 h, the paper 11 h). A DA-GRPO step 
            as long as they may be, 24 h for 468; the paper's took 11 h, so that its responses were shorter
 Result:    none yet: no accelerator was at hand
 """
+
 import ml_collections
 
 from configs.paper import paper_config

@@ -6,6 +6,7 @@ Needs the data folder (`DCORE_DATA`, default ../shared/data). A random model ear
 falls (:quick, 6 steps: 11.94 -> 11.06, where a uniform guess has 11.93), that the step runs at a vocabulary of 151,936, and that
 prompts over length are dropped and counted (27 of 400).
 """
+
 import ml_collections
 
 from dcore_jax.run.defaults import default_config
@@ -19,14 +20,50 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.name = 'configs/qwen3_smoke.py' + (f':{variant}' if variant else '')
   c.stages = ('sft', 'rl', 'export', 'report')
   c.model.tokenizer = 'qwen3-tokenizer'
-  c.model.init.update(dict(
-      model_type='qwen3', vocab_size=151936, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
-      num_key_value_heads=2, head_dim=64, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+  c.model.init.update(
+    dict(
+      model_type='qwen3',
+      vocab_size=151936,
+      hidden_size=256,
+      intermediate_size=768,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      head_dim=64,
+      rope_theta=1e6,
+      rms_norm_eps=1e-6,
+      tie_word_embeddings=True,
       max_position_embeddings=8192,
-      initializer_range=0.02, eos_token_id=151645, pad_token_id=151643))
+      initializer_range=0.02,
+      eos_token_id=151645,
+      pad_token_id=151643,
+    )
+  )
   c.engine.update(dict(lanes=8, max_len=1088, steps_per_call=16))
-  c.sft.update(dict(files=('dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'), epochs=1, capacity=4608, rows=1, learning_rate=1e-3,
-                    max_rows=24 if variant == 'quick' else 80))
-  c.rl.update(dict(files=('toolrl/rlla_sft.json',), steps=1 if variant == 'quick' else 3, prompts=2, group=4, updates=1, validation=0,
-                   max_prompt_tokens=1024, max_tokens=64, capacity=2048, rows=1, learning_rate=1e-5, checkpoint_every=1))
+  c.sft.update(
+    dict(
+      files=('dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'),
+      epochs=1,
+      capacity=4608,
+      rows=1,
+      learning_rate=1e-3,
+      max_rows=24 if variant == 'quick' else 80,
+    )
+  )
+  c.rl.update(
+    dict(
+      files=('toolrl/rlla_sft.json',),
+      steps=1 if variant == 'quick' else 3,
+      prompts=2,
+      group=4,
+      updates=1,
+      validation=0,
+      max_prompt_tokens=1024,
+      max_tokens=64,
+      capacity=2048,
+      rows=1,
+      learning_rate=1e-5,
+      checkpoint_every=1,
+    )
+  )
   return c

@@ -2,6 +2,7 @@
 
 Hosts run the same program on the same data and share the work directory; the first one writes what is not a checkpoint.
 """
+
 import pathlib
 
 import jax
@@ -31,8 +32,14 @@ def join(hosts: str) -> None:
     jax.distributed.initialize()
     return
   address, *numbers = hosts.split(',')
-  if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
-    raise ValueError(f"--hosts = {hosts!r}; expected 'auto' or ADDRESS:PORT,COUNT,INDEX with an index below the count")
+  if (
+    len(numbers) != 2
+    or not all(number.isdecimal() for number in numbers)
+    or int(numbers[1]) >= int(numbers[0])
+  ):
+    raise ValueError(
+      f"--hosts = {hosts!r}; expected 'auto' or ADDRESS:PORT,COUNT,INDEX with an index below the count"
+    )
   jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
 
 
@@ -43,7 +50,9 @@ def keep_programs() -> None:
   CPU take 1 to 2 s, and jax may load them on a machine that lacks their instructions (openxla/xla#44565): asked for alone.
   """
   if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu':
-    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/dcore_jax').expanduser()))
+    jax.config.update(
+      'jax_compilation_cache_dir', str(pathlib.Path('~/.cache/dcore_jax').expanduser())
+    )
 
 
 def writes() -> bool:
@@ -59,10 +68,16 @@ def wait_for_others(name: str) -> None:
 
 def everywhere(holds: bool) -> bool:
   """Whether something holds on every host, so that all go the same way."""
-  return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
+  return (
+    holds
+    if jax.process_count() == 1
+    else bool(multihost_utils.process_allgather(np.array(holds)).all())
+  )
 
 
-def training_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh | None:
+def training_mesh(
+  config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None
+) -> Mesh | None:
   """The mesh of section `mesh`; None where there is one device, which needs none.
 
   Raises:

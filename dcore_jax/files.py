@@ -1,4 +1,5 @@
 """Files that other programs and people read: JSON written whole, JSON and JSON-lines records read with their place in errors."""
+
 import json
 import os
 import pathlib
@@ -9,7 +10,9 @@ from dcore_jax import distributed
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
   """Writes `obj` as indented JSON; readers see the old file or the whole new one, never a part. NaN: ValueError."""
-  replace_text(pathlib.Path(path), json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n')
+  replace_text(
+    pathlib.Path(path), json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n'
+  )
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -30,7 +33,9 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     with beside.open('w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
-      os.fsync(file.fileno())  # a rename that outlives its data would leave an empty file after a power cut
+      os.fsync(
+        file.fileno()
+      )  # a rename that outlives its data would leave an empty file after a power cut
     beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)
@@ -42,8 +47,10 @@ def data_path(name: str) -> pathlib.Path:
   for path in (pathlib.Path(name), folder / name):
     if path.exists():
       return path
-  raise ValueError(f'{name!r} is not there, and neither is it in the data folder {str(folder)!r}; '
-                   'set DCORE_DATA to the folder that holds it')
+  raise ValueError(
+    f'{name!r} is not there, and neither is it in the data folder {str(folder)!r}; '
+    'set DCORE_DATA to the folder that holds it'
+  )
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
 """What a person sees while waiting: bars with rate and time left on a terminal, a line now and then in a log file."""
+
 import contextlib
 import dataclasses
 import sys
@@ -31,8 +32,14 @@ class _LineBar(tqdm.tqdm):
     self.display()
 
 
-def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str = '',
-             unit: str = 'it', stream: TextIO | None = None) -> tqdm.tqdm:
+def progress(
+  iterable: Iterable | None = None,
+  *,
+  total: int | None = None,
+  description: str = '',
+  unit: str = 'it',
+  stream: TextIO | None = None,
+) -> tqdm.tqdm:
   """A progress bar on stderr: iterate over it, or `update(n)` it inside a `with`; `set_postfix(loss=..)` adds figures.
 
   Args:
@@ -41,17 +48,37 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
   """
   stream = stream or sys.stderr
   if stream.isatty():
-    return tqdm.tqdm(iterable, total=total, desc=description, unit=unit, unit_scale=unit == 'tok', file=stream,
-                     dynamic_ncols=True, smoothing=0.1)
+    return tqdm.tqdm(
+      iterable,
+      total=total,
+      desc=description,
+      unit=unit,
+      unit_scale=unit == 'tok',
+      file=stream,
+      dynamic_ncols=True,
+      smoothing=0.1,
+    )
   # `miniters=1` looks at the clock on each update: tqdm would otherwise guess how many updates fill an interval.
   # tqdm's monitor thread (maxinterval) then has nothing to correct.
-  return _LineBar(iterable, total=total, desc=description, unit=unit, unit_scale=unit == 'tok', file=stream, ascii=True,
-                  mininterval=LOG_INTERVAL, maxinterval=float('inf'), miniters=1, ncols=100)
+  return _LineBar(
+    iterable,
+    total=total,
+    desc=description,
+    unit=unit,
+    unit_scale=unit == 'tok',
+    file=stream,
+    ascii=True,
+    mininterval=LOG_INTERVAL,
+    maxinterval=float('inf'),
+    miniters=1,
+    ncols=100,
+  )
 
 
 @dataclasses.dataclass
 class StageTimer:
   """`seconds` is the wall-clock time of the stage once it has ended, the time so far before that."""
+
   name: str
   started: float
   ended: float | None = None

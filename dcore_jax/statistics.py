@@ -1,4 +1,5 @@
 """The uncertainty that goes with shares, means and differences."""
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +34,16 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[s
   if len(before) != len(after) or not len(before):
     raise ValueError(f'{len(before)} and {len(after)} measurements are no pairs')
   change = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-  return {'difference': float(change.mean()), 'standard_error': standard_error(change), 'n': len(change)}
+  return {
+    'difference': float(change.mean()),
+    'standard_error': standard_error(change),
+    'n': len(change),
+  }
 
 
 def format_difference(pair: dict[str, Any], digits: int = 3, scale: float = 1.0) -> str:
   """A `paired_difference` as '+0.12 ± 0.05', one standard error."""
   error = pair['standard_error']
-  return f'{scale * pair["difference"]:+.{digits}f}' + ('' if error is None else f' ± {scale * error:.{digits}f}')
+  return f'{scale * pair["difference"]:+.{digits}f}' + (
+    '' if error is None else f' ± {scale * error:.{digits}f}'
+  )

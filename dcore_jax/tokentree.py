@@ -4,6 +4,7 @@ A row is a forest of token nodes in depth-first order. Query i sees key j iff `j
 sees are exactly its ancestors and itself, which is causal masking, packing isolation and prefix sharing in one.
 Letters: R rows, T tokens in a row (capacity), A micro-batches, M loss tokens of one micro-batch.
 """
+
 import dataclasses
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
@@ -14,7 +15,9 @@ import numpy as np
 # share would save 4 tokens of each, and add its block to what every block of queries reads: single turns of 800 tokens
 # took 12 % longer so.
 _LEAST_SHARED = 64
-_CANDIDATES = 200  # pieces that are tried beside the largest one of a row; 16,384-bit sums of them take 0.2 ms
+_CANDIDATES = (
+  200  # pieces that are tried beside the largest one of a row; 16,384-bit sums of them take 0.2 ms
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Sequence:
     extras: per-token values of the loss (advantages, old log-probs ...); then the shared tokens must carry no weight,
       since merging keeps one value of several.
   """
+
   tokens: np.ndarray
   weights: np.ndarray
   shared: int
@@ -49,7 +53,7 @@ class Sequence:
       raise ValueError(f'shared = {self.shared} is outside 0..{size}')
     if self.weights[0]:
       raise ValueError('the first token has a loss weight, but nothing predicts it')
-    if self.extras and np.any(self.weights[:self.shared]):
+    if self.extras and np.any(self.weights[: self.shared]):
       raise ValueError('tokens with extras and a loss weight cannot be shared')
 
 
@@ -62,6 +66,7 @@ class RowBatch(NamedTuple):
   each array belongs to the s-th device along the batch: its loss tokens are those of its rows, and `parent` counts from
   its first row, so that no hidden state travels.
   """
+
   tokens: np.ndarray
   position: np.ndarray
   end: np.ndarray
@@ -84,6 +89,7 @@ class TokenTree:
     dropped: indices of the sequences longer than a row. They are never truncated.
     live: tokens in the tree, padding apart.
   """
+
   tokens: np.ndarray
   position: np.ndarray
   parent: np.ndarray
@@ -116,7 +122,7 @@ class TokenTree:
     """The inverse of `gather` -> float32[R, T]. Of merged tokens the last sequence's value stays."""
     flat = np.zeros(self.tokens.size, np.float32)
     for path, value in zip(self.paths, values, strict=True):
-      flat[path] = value[:len(path)]  # nothing of a dropped sequence
+      flat[path] = value[: len(path)]  # nothing of a dropped sequence
     return flat.reshape(self.tokens.shape)
 
   def with_extras(self, **extras: np.ndarray) -> 'TokenTree':
@@ -136,25 +142,42 @@ class TokenTree:
     step = -(-rows * self.capacity // 4)
     return shards * step * max(1, -(-most // step))
 
-  def batch(self, rows: Sized[int] | None = None, *, budget: int | None = None, accumulate: int = 1,
-            shards: int = 1) -> RowBatch:
+  def batch(
+    self,
+    rows: Sized[int] | None = None,
+    *,
+    budget: int | None = None,
+    accumulate: int = 1,
+    shards: int = 1,
+  ) -> RowBatch:
     """The given rows (default: all) as `accumulate` micro-batches of equally many rows and `budget` loss tokens each.
 
     Raises ValueError when the rows do not divide or the loss tokens of a shard exceed its part of the budget.
     """
     rows = np.arange(self.rows) if rows is None else np.asarray(rows)
     if len(rows) % (accumulate * shards):
-      raise ValueError(f'{len(rows)} rows do not divide into {accumulate} micro-batches of {shards} shards')
+      raise ValueError(
+        f'{len(rows)} rows do not divide into {accumulate} micro-batches of {shards} shards'
+      )
     size = len(rows) // accumulate
     budget = self.loss_budget(size, shards) if budget is None else budget
     if budget % shards:
       raise ValueError(f'a budget of {budget} loss tokens does not divide into {shards} shards')
-    parts = [self._loss_tokens(part, budget // shards) for part in np.split(rows, accumulate * shards)]
-    joined = {name: np.concatenate([part[name] for part in parts]).reshape(accumulate, budget) for name in parts[0]}
-    offset = np.arange(shards, dtype=np.int32).repeat(budget // shards) * (size // shards * self.capacity)
+    parts = [
+      self._loss_tokens(part, budget // shards) for part in np.split(rows, accumulate * shards)
+    ]
+    joined = {
+      name: np.concatenate([part[name] for part in parts]).reshape(accumulate, budget)
+      for name in parts[0]
+    }
+    offset = np.arange(shards, dtype=np.int32).repeat(budget // shards) * (
+      size // shards * self.capacity
+    )
     joined['slot'] = np.where(joined['weight'] != 0, joined['slot'] + offset[None], 0)
-    by_token = {name: getattr(self, name)[rows].reshape(accumulate, size, self.capacity)
-                for name in ('tokens', 'position', 'end')}
+    by_token = {
+      name: getattr(self, name)[rows].reshape(accumulate, size, self.capacity)
+      for name in ('tokens', 'position', 'end')
+    }
     extras = {name: joined.pop(f'extras/{name}') for name in self.extras}
     return RowBatch(**by_token, **joined, extras=extras)
 
@@ -164,14 +187,24 @@ class TokenTree:
     if len(row) > budget:
       raise ValueError(f'{len(row)} loss tokens exceed the budget of {budget}')
     source, base = rows[row], row * self.capacity
-    values = {'parent': (base + self.parent[source, column]).astype(np.int32), 'slot': (base + column).astype(np.int32),
-              'target': self.tokens[source, column], 'weight': self.weight[source, column],
-              **{f'extras/{name}': array[source, column] for name, array in self.extras.items()}}
+    values = {
+      'parent': (base + self.parent[source, column]).astype(np.int32),
+      'slot': (base + column).astype(np.int32),
+      'target': self.tokens[source, column],
+      'weight': self.weight[source, column],
+      **{f'extras/{name}': array[source, column] for name, array in self.extras.items()},
+    }
     return {name: np.pad(array, (0, budget - len(row))) for name, array in values.items()}
 
 
-def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_id: int = 0, *,
-         merge: bool = True) -> TokenTree:
+def pack(
+  sequences: Sized[Sequence],
+  capacity: int,
+  rows_multiple: int = 1,
+  pad_id: int = 0,
+  *,
+  merge: bool = True,
+) -> TokenTree:
   """Merges common prefixes and packs the resulting trees in rows of `capacity` tokens; deterministic.
 
   Weights of merged tokens add, which is exactly the sum of the flat losses. A tree larger than a row is cut where its
@@ -188,7 +221,9 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
     raise ValueError(f'sequences disagree on their extras: {sorted(names)}')
   dropped = [index for index, sequence in enumerate(sequences) if len(sequence.tokens) > capacity]
   # Big-endian bytes compare as the token lists do; sorting brings common prefixes together, shorter ones first.
-  keys = [np.asarray(sequence.tokens[:sequence.shared]).astype('>i4').tobytes() for sequence in sequences]
+  keys = [
+    np.asarray(sequence.tokens[: sequence.shared]).astype('>i4').tobytes() for sequence in sequences
+  ]
   order = sorted(set(range(len(sequences))) - set(dropped), key=keys.__getitem__)
   lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
   common = _common_prefixes([keys[index] for index in order])
@@ -205,14 +240,26 @@ def pack(sequences: Sized[Sequence], capacity: int, rows_multiple: int = 1, pad_
   for row, (start, stop) in enumerate(zip(row_starts, row_starts[1:])):
     members = by_row[start:stop]
     chosen = [order[member] for member in members]
-    laid_out = built.lay_out(row, [sequences[index] for index in chosen], lengths[members], lengths[members] - fresh[members])
+    laid_out = built.lay_out(
+      row,
+      [sequences[index] for index in chosen],
+      lengths[members],
+      lengths[members] - fresh[members],
+    )
     for index, path in zip(chosen, laid_out):
       paths[index] = path
   shaped = lambda array: array.reshape(rows, capacity)
   return TokenTree(
-      tokens=shaped(built.tokens), position=shaped(built.position), parent=shaped(built.parent), end=shaped(built.end),
-      weight=shaped(built.weight.astype(np.float32)), extras={name: shaped(array) for name, array in built.extras.items()},
-      paths=paths, dropped=dropped, live=int(fresh.sum()))
+    tokens=shaped(built.tokens),
+    position=shaped(built.position),
+    parent=shaped(built.parent),
+    end=shaped(built.end),
+    weight=shaped(built.weight.astype(np.float32)),
+    extras={name: shaped(array) for name, array in built.extras.items()},
+    paths=paths,
+    dropped=dropped,
+    live=int(fresh.sum()),
+  )
 
 
 def _common_prefixes(keys: list[bytes]) -> np.ndarray:
@@ -227,7 +274,9 @@ def _common_prefixes(keys: list[bytes]) -> np.ndarray:
   return common
 
 
-def _in_order(lengths: np.ndarray, common: np.ndarray, capacity: int, _: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(
+  lengths: np.ndarray, common: np.ndarray, capacity: int, _: list['_Piece']
+) -> tuple[np.ndarray, np.ndarray]:
   """Fills row after row with the sorted sequences -> as `_best_fit`.
 
   It cuts wherever a row is full: 200 dialogues of 3,400 tokens over one system prompt, four to a row of 16,384, take 47 rows
@@ -241,7 +290,9 @@ def _in_order(lengths: np.ndarray, common: np.ndarray, capacity: int, _: list['_
   return row_of, lengths - _common_in_rows(common, row_of)
 
 
-def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
+def _best_fit(
+  lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']
+) -> tuple[np.ndarray, np.ndarray]:
   """Gives each piece a row -> (row of each sorted sequence, tokens that it adds to the row).
 
   Best fit decreasing, where a piece costs a row its own tokens and those of its trunk that the row does not hold yet: it goes
@@ -249,20 +300,28 @@ def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: li
   """
   sizes = np.array([piece.size for piece in pieces], np.int64)
   trunks = np.array([piece.trunk for piece in pieces], np.int64)
-  free, used, holders = np.full(len(pieces), capacity), 0, {}  # holders: rows that hold the trunk of a cut
+  free, used, holders = (
+    np.full(len(pieces), capacity),
+    0,
+    {},
+  )  # holders: rows that hold the trunk of a cut
   row_of = np.zeros(len(lengths), np.int64)
   for index in np.argsort(-(sizes + trunks), kind='stable').tolist():
     piece = pieces[index]
     cost = np.full(used + 1, sizes[index] + trunks[index])  # the last is a new row
     for node, depth in piece.cuts:
       if node in holders:
-        cost[holders[node]] = sizes[index] + trunks[index] - depth  # from the root on: deeper cuts overwrite
-    fits = cost <= free[:used + 1]
+        cost[holders[node]] = (
+          sizes[index] + trunks[index] - depth
+        )  # from the root on: deeper cuts overwrite
+    fits = cost <= free[: used + 1]
     fits[used] = not fits[:used].any()
-    row = int(np.where(fits, cost * (capacity + 1) + free[:used + 1], np.iinfo(np.int64).max).argmin())
+    row = int(
+      np.where(fits, cost * (capacity + 1) + free[: used + 1], np.iinfo(np.int64).max).argmin()
+    )
     used += row == used
     free[row] -= cost[row]
-    row_of[piece.first:piece.last] = row
+    row_of[piece.first : piece.last] = row
     for node, _ in piece.cuts:
       rows = holders.setdefault(node, [])
       if row not in rows[-1:]:
@@ -270,26 +329,37 @@ def _best_fit(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: li
   return row_of, lengths - _common_in_rows(common, row_of)
 
 
-def _fullest(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']) -> tuple[np.ndarray, np.ndarray]:
+def _fullest(
+  lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list['_Piece']
+) -> tuple[np.ndarray, np.ndarray]:
   """Fills each row with the largest piece that is left and those whose sizes then add up to most -> as `_best_fit`.
 
   A piece whose tree is the first one's counts without their common trunk, any other with its own. 256 groups of about 4,090
   tokens, four to a row of 16,384, take 67 rows so and 69 by best fit; 60 dialogues of 3,600 tokens below a system prompt of
   1,500 take 15 and 16; 2,000 single turns are packed to 99.97 % and 99.4 %.
   """
-  left = np.array(sorted(range(len(pieces)), key=lambda index: -(pieces[index].trunk + pieces[index].size)), np.int64)
+  left = np.array(
+    sorted(range(len(pieces)), key=lambda index: -(pieces[index].trunk + pieces[index].size)),
+    np.int64,
+  )
   whole = np.array([pieces[index].trunk + pieces[index].size for index in left], np.int64)
   # The first cut of its tree and the length of the trunk above it; a piece that is a tree shares nothing.
-  tree, depth = np.array([pieces[index].cuts[0] if pieces[index].cuts else (-1, 0) for index in left], np.int64).reshape(-1, 2).T
+  tree, depth = (
+    np.array([pieces[index].cuts[0] if pieces[index].cuts else (-1, 0) for index in left], np.int64)
+    .reshape(-1, 2)
+    .T
+  )
   row_of, row = np.zeros(len(lengths), np.int64), 0
   while len(left):
     room = capacity - int(whole[0])
     costs = whole - np.where(tree == tree[0], depth, 0)
     beside = 1 + np.flatnonzero(costs[1:] <= room)[:_CANDIDATES]
     # A sequence that ends where its tree is cut costs a row nothing that holds the trunk: it adds to no sum, and is taken.
-    chosen = np.r_[0, 1 + np.flatnonzero(costs[1:] == 0), beside[_largest_sum(costs[beside].tolist(), room)]]
+    chosen = np.r_[
+      0, 1 + np.flatnonzero(costs[1:] == 0), beside[_largest_sum(costs[beside].tolist(), room)]
+    ]
     for index in left[chosen].tolist():
-      row_of[pieces[index].first:pieces[index].last] = row
+      row_of[pieces[index].first : pieces[index].last] = row
     left, whole, tree, depth = (np.delete(array, chosen) for array in (left, whole, tree, depth))
     row += 1
   return row_of, lengths - _common_in_rows(common, row_of)
@@ -312,6 +382,7 @@ def _largest_sum(sizes: list[int], room: int) -> list[int]:
 
 class _Piece(NamedTuple):
   """Sorted sequences [first, last): `size` tokens below a trunk of `trunk` tokens; cuts: (node, depth) from the root on."""
+
   first: int
   last: int
   size: int
@@ -333,7 +404,7 @@ def _pieces(lengths: np.ndarray, common: np.ndarray, capacity: int) -> list[_Pie
     if last - first == 1 or trunk + size <= capacity:
       pieces.append(_Piece(first, last, size, trunk, cuts))
       continue
-    inside = common[first + 1:last]
+    inside = common[first + 1 : last]
     depth = int(inside.min())
     if depth:
       cuts, nodes = (*cuts, (nodes, depth)), nodes + 1
@@ -350,7 +421,7 @@ def _common_in_rows(common: np.ndarray, row_of: np.ndarray) -> np.ndarray:
   last_in_row: dict[int, int] = {}
   for index, row in enumerate(row_of.tolist()):
     if row in last_in_row:
-      result[index] = common[last_in_row[row] + 1:index + 1].min()
+      result[index] = common[last_in_row[row] + 1 : index + 1].min()
     last_in_row[row] = index
   return result
 
@@ -365,10 +436,14 @@ class _Rows:
     self.position = np.zeros(size, np.int32)
     self.parent = np.full(size, -1, np.int32)
     self.end = np.tile(np.arange(1, capacity + 1, dtype=np.int32), rows)
-    self.weight = np.zeros(size, np.float64)  # summed in double precision, so that the order of merging does not show
+    self.weight = np.zeros(
+      size, np.float64
+    )  # summed in double precision, so that the order of merging does not show
     self.extras = {name: np.zeros(size, np.float32) for name in names}
 
-  def lay_out(self, row: int, sequences: list[Sequence], lengths: np.ndarray, common: np.ndarray) -> list[np.ndarray]:
+  def lay_out(
+    self, row: int, sequences: list[Sequence], lengths: np.ndarray, common: np.ndarray
+  ) -> list[np.ndarray]:
     """Writes the sequences of a row, depth first -> the path of each.
 
     Sequence i adds its tokens from depth common[i] on, which lie side by side.
@@ -376,7 +451,9 @@ class _Rows:
     fresh, start = lengths - common, row * self.capacity
     begins = start + np.concatenate([[0], np.cumsum(fresh)])
     paths, path = [], np.zeros(0, np.int64)
-    for sequence, begin, shared, new in zip(sequences, begins.tolist(), common.tolist(), fresh.tolist()):
+    for sequence, begin, shared, new in zip(
+      sequences, begins.tolist(), common.tolist(), fresh.tolist()
+    ):
       stop, column = begin + new, begin - start
       path = np.concatenate([path[:shared], np.arange(begin, stop)])
       paths.append(path)
@@ -386,13 +463,13 @@ class _Rows:
         self.extras[name][begin:stop] = values[shared:]
       if new:
         self.parent[begin] = path[shared - 1] - start if shared else -1
-        self.parent[begin + 1:stop] = np.arange(column, column + new - 1)
+        self.parent[begin + 1 : stop] = np.arange(column, column + new - 1)
       trained = np.flatnonzero(sequence.weights)
       self.weight[path[trained]] += sequence.weights[trained]
     # Backwards: a node ends where the next branch leaves its path above it, at the latest with the row's sequences.
     until = np.full(int(lengths.max(initial=0)), begins[-1])
     for place in range(len(sequences) - 1, -1, -1):
       shared, begin = common[place], begins[place]
-      self.end[begin:begins[place + 1]] = until[shared:lengths[place]] - start
+      self.end[begin : begins[place + 1]] = until[shared : lengths[place]] - start
       until[shared:] = begin
     return paths

@@ -7,6 +7,7 @@
 
 Any config of `experiments.train` can be swept, with overrides. configs/nano.py:tiny goes through every line and measures nothing.
 """
+
 import json
 import pathlib
 import sys
@@ -19,9 +20,15 @@ from dcore_jax.run.config import define_config
 _CONFIG = define_config('configs/nano.py')
 _SUITE = flags.DEFINE_enum('suite', 'alpha_delta', SUITES, 'What is swept.')
 _SEEDS = flags.DEFINE_integer('seeds', None, f'Repetitions of every setting; default: {SEEDS}.')
-_SFT_RUN = flags.DEFINE_string('sft_run', '', 'Work directory whose SFT checkpoint is the start; default: make one.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results are and go; finished settings are not run again. Default: '
-                               'runs/ablation/ and the name of the suite.')
+_SFT_RUN = flags.DEFINE_string(
+  'sft_run', '', 'Work directory whose SFT checkpoint is the start; default: make one.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Where results are and go; finished settings are not run again. Default: '
+  'runs/ablation/ and the name of the suite.',
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,8 +38,13 @@ def main(argv: list[str]) -> None:
   try:
     seeds = SEEDS[_SUITE.value] if _SEEDS.value is None else _SEEDS.value
     workdir = pathlib.Path(_WORKDIR.value or f'runs/ablation/{_SUITE.value}')
-    content = run_suite(_SUITE.value, _CONFIG.value, workdir, seeds=seeds,
-                        sft_run=pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None)
+    content = run_suite(
+      _SUITE.value,
+      _CONFIG.value,
+      workdir,
+      seeds=seeds,
+      sft_run=pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None,
+    )
   except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   print(format_table(content), file=sys.stderr)

@@ -1,4 +1,5 @@
 """Talk to a model: python -m experiments.chat --model=DIR [--world=toolworld|bfcl]"""
+
 import sys
 
 from absl import app, flags, logging
@@ -11,18 +12,26 @@ from dcore_jax.serve.terminal import Chat, Speaker
 from dcore_jax.worlds.registry import WORLDS
 from dcore_jax.worlds.toolworld.tasks import KINDS
 
-_MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
+_MODEL = flags.DEFINE_string(
+  'model', '', 'Hugging Face directory; default: the organism inside the package.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.'
+)
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
 _WORLD = flags.DEFINE_enum('world', 'none', ['none', *WORLDS], 'Whose tools the model may call.')
-_KIND = flags.DEFINE_enum('kind', 'sequential', KINDS, 'Of the world\'s tasks.')
+_KIND = flags.DEFINE_enum('kind', 'sequential', KINDS, "Of the world's tasks.")
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a conversation without a world.')
-_MAX_LEN = flags.DEFINE_integer('max_len', 0, 'Tokens of the conversation; default: the positions of the model, at most 4096.')
+_MAX_LEN = flags.DEFINE_integer(
+  'max_len', 0, 'Tokens of the conversation; default: the positions of the model, at most 4096.'
+)
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 2048, 'Tokens of an answer at most.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.6, 'Of sampling; 0 takes the most likely token.')
 _TOP_P = flags.DEFINE_float('top_p', 0.95, 'Share of the probability that is sampled from.')
 _TOP_K = flags.DEFINE_integer('top_k', 20, 'Tokens that are sampled from; 0: all.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of sampling: the same seed and lines give the same conversation.')
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Of sampling: the same seed and lines give the same conversation.'
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,15 +40,29 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
   try:
     world = WORLDS[_WORLD.value]() if _WORLD.value != 'none' else None
-    sampling = SamplingParams(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value)
-    model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=1, max_len=_MAX_LEN.value,
-                       steps_per_call=4)
+    sampling = SamplingParams(
+      _TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value
+    )
+    model = load_model(
+      _MODEL.value,
+      dtype=_DTYPE.value,
+      tensor=_TENSOR.value,
+      lanes=1,
+      max_len=_MAX_LEN.value,
+      steps_per_call=4,
+    )
   except ValueError as error:
     sys.exit(f'error: {error}')
-  scheduler = Scheduler(model.engine, max_waiting=1)  # the lane of a cancelled answer comes free a step later
+  scheduler = Scheduler(
+    model.engine, max_waiting=1
+  )  # the lane of a cancelled answer comes free a step later
   print(f'{model.name}: {model.summary()}', file=sys.stderr)
-  chat = Chat(Speaker(scheduler, model.tokenizer, sampling, sys.stdout, use_colour(sys.stdout)), system=_SYSTEM.value,
-              world=world, kind=_KIND.value)
+  chat = Chat(
+    Speaker(scheduler, model.tokenizer, sampling, sys.stdout, use_colour(sys.stdout)),
+    system=_SYSTEM.value,
+    world=world,
+    kind=_KIND.value,
+  )
   try:
     chat.start()
     while True:

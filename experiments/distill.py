@@ -6,6 +6,7 @@
 Killed, or left by its endpoint, it goes on when it is called again; what was answered is not asked twice. Prints the content
 of W/distill/distill.json. `experiments.train --workdir=W` then goes on with the rows.
 """
+
 import json
 import pathlib
 import sys
@@ -24,7 +25,9 @@ _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Results are in its folder distill.')
 _BACKEND = flags.DEFINE_enum('backend', None, BACKENDS, 'Short for --config.distill.backend.')
 _BASE_URL = flags.DEFINE_string('base_url', None, 'Short for --config.distill.base_url.')
-_MODEL = flags.DEFINE_string('model', None, 'Short for --config.distill.model: the name of the model at the endpoint.')
+_MODEL = flags.DEFINE_string(
+  'model', None, 'Short for --config.distill.model: the name of the model at the endpoint.'
+)
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> None:
     config = check_config(config, default_config())
     seeds = config_seeds(config)
     with stage('distill'), progress(total=len(seeds), description='distill') as bar:
-      summary = run_distillation(config, folder, seeds, lambda journal: local_backend(config, journal), progress=bar.update)
+      summary = run_distillation(
+        config, folder, seeds, lambda journal: local_backend(config, journal), progress=bar.update
+      )
   except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   write_json_atomic(folder / 'result.json', summary)

@@ -7,6 +7,7 @@ Killed, or left by its endpoint, it goes on when it is called again; what was an
 of OUT/result.json, whose figures are those of the pipeline's stages. An endpoint is asked as section `distill` says
 (concurrency, timeout, request_retries, prices); the tokens of its thoughts are counted by the config's tokenizer.
 """
+
 import json
 import pathlib
 import sys
@@ -24,7 +25,9 @@ from dcore_jax.run.defaults import default_config
 _CONFIG = define_config('configs/nano.py')
 _OUT = flags.DEFINE_string('out', None, 'Folder of the results.', required=True)
 _BASE_URL = flags.DEFINE_string('base_url', '', "An endpoint's; '' is our engine.")
-_MODEL = flags.DEFINE_string('model', '', "Hugging Face directory, or the name at the endpoint. '' is the config's model.")
+_MODEL = flags.DEFINE_string(
+  'model', '', "Hugging Face directory, or the name at the endpoint. '' is the config's model."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> None:
     with stage('evaluate') as timer:
       journal = folder / 'replies.jsonl'
       if _BASE_URL.value:
-        backend = endpoint(config.distill, _BASE_URL.value, _MODEL.value, journal, prices(config.distill))
+        backend = endpoint(
+          config.distill, _BASE_URL.value, _MODEL.value, journal, prices(config.distill)
+        )
       else:
         backend = local_backend(config, journal)
       result = evaluate_backend(config, folder, backend, tokenizer)

@@ -2,6 +2,7 @@
 
 Compiles the run's steps for devices that need not be there (`pip install -e .[aot]`); exit status 1 when one does not fit.
 """
+
 import json
 import sys
 
@@ -11,7 +12,9 @@ from dcore_jax.plan import plan
 from dcore_jax.run.config import define_config
 
 _CONFIG = define_config('configs/qwen3_8b.py')
-_TOPOLOGY = flags.DEFINE_string('topology', 'cpu:8', 'a100:8, a100:16 ..., v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.')
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', 'cpu:8', 'a100:8, a100:16 ..., v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.'
+)
 _JSON = flags.DEFINE_bool('json', False, 'A JSON object a step, instead of a table.')
 _STEPS = flags.DEFINE_list('steps', [], 'Only these steps; default: all.')
 

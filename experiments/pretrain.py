@@ -1,4 +1,5 @@
 """Builds the model organism: python -m experiments.pretrain --config=configs/nano_base.py [--workdir=DIR] [--out=DIR]"""
+
 import pathlib
 import sys
 
@@ -8,7 +9,9 @@ from dcore_jax.organism.pretrain import pretrain
 from dcore_jax.run.config import define_config
 
 _CONFIG = define_config('configs/nano_base.py')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Checkpoints and metrics; a second run resumes from here.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/pretrain', 'Checkpoints and metrics; a second run resumes from here.'
+)
 _OUT = flags.DEFINE_string('out', 'runs/pretrain/organism', 'Hugging Face directory to write.')
 
 

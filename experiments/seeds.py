@@ -10,6 +10,7 @@ what there is.
 Prints counts by scenario as JSON, `unchecked` being how many seeds were not compared with which test; refusals are on stderr.
 `experiments.distill --config.distill.files="('seeds.jsonl',)"` takes the file.
 """
+
 import collections
 import json
 import pathlib
@@ -23,11 +24,15 @@ from dcore_jax.data.seed_sources import load_seeds
 from dcore_jax.data.seeds import KINDS, Seed
 from dcore_jax.files import replace_text
 
-_SOURCES = flags.DEFINE_multi_string('source', [], 'Where seeds come from; may be given several times.')
+_SOURCES = flags.DEFINE_multi_string(
+  'source', [], 'Where seeds come from; may be given several times.'
+)
 _OUT = flags.DEFINE_string('out', None, 'JSON-lines file to write.')
 _COUNT = flags.DEFINE_integer('count', 100, 'Tasks of each kind, of sources that make them.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what such sources draw.')
-_ALLOW_UNCHECKED = flags.DEFINE_bool('allow_unchecked', False, 'Write seeds though a test is not there to compare them with.')
+_ALLOW_UNCHECKED = flags.DEFINE_bool(
+  'allow_unchecked', False, 'Write seeds though a test is not there to compare them with.'
+)
 
 
 def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
@@ -39,8 +44,10 @@ def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
     except ValueError as error:
       absent[name] = str(error)
   if absent and not allow_unchecked:
-    raise ValueError(f'seeds cannot be compared with the test tasks of {" and ".join(absent)}: {"; ".join(absent.values())}. '
-                     'Install what is missing, or pass --allow_unchecked and keep what comes of it away from these tests')
+    raise ValueError(
+      f'seeds cannot be compared with the test tasks of {" and ".join(absent)}: {"; ".join(absent.values())}. '
+      'Install what is missing, or pass --allow_unchecked and keep what comes of it away from these tests'
+    )
   return Overlap(tasks), absent
 
 
@@ -65,15 +72,28 @@ def collect(sources: list[str], overlap: Overlap, *, count: int, seed: int) -> t
         repeats.append({'seed': one.id, 'test': test, 'by': by})
       else:
         kept.append(one)
-    report[source] = {'records': found.records, 'seeds': len(found.seeds), 'kept': len(kept) - before,
-                      'dropped': {reason: n for reason, n in found.dropped.most_common() if n}}
+    report[source] = {
+      'records': found.records,
+      'seeds': len(found.seeds),
+      'kept': len(kept) - before,
+      'dropped': {reason: n for reason, n in found.dropped.most_common() if n},
+    }
   ids = collections.Counter(one.id for one in kept)
   if twice := [name for name, n in ids.items() if n > 1]:
-    raise ValueError(f'{len(twice)} seed ids occur twice, {twice[0]!r} first: two sources have one name')
+    raise ValueError(
+      f'{len(twice)} seed ids occur twice, {twice[0]!r} first: two sources have one name'
+    )
   kinds = collections.Counter(one.kind for one in kept)
   executable = sum(one.world is not None for one in kept)
-  return kept, {'seeds': len(kept), 'kinds': {kind: kinds[kind] for kind in KINDS}, 'executable': executable,
-                'duplicates': counts['duplicates'], 'refused': len(repeats), 'refusals': repeats, 'sources': report}
+  return kept, {
+    'seeds': len(kept),
+    'kinds': {kind: kinds[kind] for kind in KINDS},
+    'executable': executable,
+    'duplicates': counts['duplicates'],
+    'refused': len(repeats),
+    'refusals': repeats,
+    'sources': report,
+  }
 
 
 def _group(seed: Seed) -> str:
@@ -94,10 +114,17 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     sys.exit(f'error: {error}')
   for refusal in report['refusals']:
-    print(f'refused: {refusal["seed"]} repeats the {refusal["by"]} of {refusal["test"]}', file=sys.stderr)
-  replace_text(pathlib.Path(_OUT.value), ''.join(json.dumps(seed.to_json()) + '\n' for seed in seeds))
+    print(
+      f'refused: {refusal["seed"]} repeats the {refusal["by"]} of {refusal["test"]}',
+      file=sys.stderr,
+    )
+  replace_text(
+    pathlib.Path(_OUT.value), ''.join(json.dumps(seed.to_json()) + '\n' for seed in seeds)
+  )
   unchecked = {name: len(seeds) for name in absent}
-  print(json.dumps(report | {'test_tasks': overlap.tasks, 'unchecked': unchecked, 'out': _OUT.value}))
+  print(
+    json.dumps(report | {'test_tasks': overlap.tasks, 'unchecked': unchecked, 'out': _OUT.value})
+  )
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 It listens on this machine only unless --host says otherwise. The API key, if any, is read from the environment variable that
 --api_key_env names, so that no process list shows it. After SIGTERM it finishes what is under way and refuses the rest.
 """
+
 import os
 import sys
 
@@ -12,20 +13,40 @@ from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import DTYPES, Server, load_model
 
-_MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory; default: the organism inside the package.')
-_NAME = flags.DEFINE_string('name', '', 'What clients call the model; default: the name of its directory.')
+_MODEL = flags.DEFINE_string(
+  'model', '', 'Hugging Face directory; default: the organism inside the package.'
+)
+_NAME = flags.DEFINE_string(
+  'name', '', 'What clients call the model; default: the name of its directory.'
+)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is free.')
-_API_KEY_ENV = flags.DEFINE_string('api_key_env', '', 'Environment variable with the key that clients must send; \'\': none.')
-_DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.')
+_API_KEY_ENV = flags.DEFINE_string(
+  'api_key_env', '', "Environment variable with the key that clients must send; '': none."
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.'
+)
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
 _LANES = flags.DEFINE_integer('lanes', 32, 'Rollouts at once.')
-_MAX_LEN = flags.DEFINE_integer('max_len', 0, 'Tokens of prompt and answer; default: the positions of the model, at most 4096.')
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 0, 'Tokens of an answer at most; default: what there is room for.')
-_STEPS = flags.DEFINE_integer('steps_per_call', 8, 'Tokens of a lane between two looks of the host.')
-_MAX_WAITING = flags.DEFINE_integer('max_waiting', 256, 'Rollouts that may wait for a lane; more are answered with 429.')
-_MAX_REQUESTS = flags.DEFINE_integer('max_requests', 256, 'Requests under way at once; more are answered with 429.')
-_MAX_BODY = flags.DEFINE_integer('max_body', 4 * 2**20, 'Bytes of a request; more are answered with 413.')
+_MAX_LEN = flags.DEFINE_integer(
+  'max_len', 0, 'Tokens of prompt and answer; default: the positions of the model, at most 4096.'
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', 0, 'Tokens of an answer at most; default: what there is room for.'
+)
+_STEPS = flags.DEFINE_integer(
+  'steps_per_call', 8, 'Tokens of a lane between two looks of the host.'
+)
+_MAX_WAITING = flags.DEFINE_integer(
+  'max_waiting', 256, 'Rollouts that may wait for a lane; more are answered with 429.'
+)
+_MAX_REQUESTS = flags.DEFINE_integer(
+  'max_requests', 256, 'Requests under way at once; more are answered with 429.'
+)
+_MAX_BODY = flags.DEFINE_integer(
+  'max_body', 4 * 2**20, 'Bytes of a request; more are answered with 413.'
+)
 _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'After SIGTERM, for what is under way.')
 
 
@@ -37,8 +58,15 @@ def main(argv: list[str]) -> None:
   if _API_KEY_ENV.value and not key:
     sys.exit(f'error: --api_key_env names {_API_KEY_ENV.value}, which is not set')
   try:
-    model = load_model(_MODEL.value, dtype=_DTYPE.value, tensor=_TENSOR.value, lanes=_LANES.value, max_len=_MAX_LEN.value,
-                       max_new=_MAX_TOKENS.value, steps_per_call=_STEPS.value)
+    model = load_model(
+      _MODEL.value,
+      dtype=_DTYPE.value,
+      tensor=_TENSOR.value,
+      lanes=_LANES.value,
+      max_len=_MAX_LEN.value,
+      max_new=_MAX_TOKENS.value,
+      steps_per_call=_STEPS.value,
+    )
     scheduler = Scheduler(model.engine, _MAX_WAITING.value)
     limits = Limits(model.engine.max_new, _MAX_BODY.value, requests=_MAX_REQUESTS.value)
   except ValueError as error:

@@ -1,4 +1,5 @@
 """Runs the pipeline: python -m experiments.train --config=configs/nano.py --workdir=W [--stages=distill,sft]"""
+
 import pathlib
 import sys
 
@@ -10,8 +11,12 @@ from dcore_jax.run.config import define_config
 from dcore_jax.run.pipeline import Pipeline
 
 _CONFIG = define_config('configs/nano.py')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.')
-_HOSTS = flags.DEFINE_string('hosts', '', "'auto', or ADDRESS:PORT,COUNT,INDEX: this process is one of several, a host each.")
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/nano', 'Where results are and go; finished stages are not run again.'
+)
+_HOSTS = flags.DEFINE_string(
+  'hosts', '', "'auto', or ADDRESS:PORT,COUNT,INDEX: this process is one of several, a host each."
+)
 _STAGES = flags.DEFINE_list('stages', [], 'Only these stages; default: all of the config.')
 
 
@@ -29,8 +34,11 @@ def main(argv: list[str]) -> None:
   except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   changes = format_changes(summary)
-  print(f'{changes}\n' * bool(changes) + f'summary: {pipeline.workdir / "summary.json"}\n'
-        f'report:  {pipeline.workdir / "report.html"}', file=sys.stderr)
+  print(
+    f'{changes}\n' * bool(changes) + f'summary: {pipeline.workdir / "summary.json"}\n'
+    f'report:  {pipeline.workdir / "report.html"}',
+    file=sys.stderr,
+  )
 
 
 if __name__ == '__main__':

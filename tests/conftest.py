@@ -1,4 +1,5 @@
 """What every test runs under: the CPU backend, silent broadcasting as an error, and third-party data where there is any."""
+
 import os
 import pathlib
 
@@ -22,8 +23,12 @@ from dcore_jax.organism.vocabulary import sample_texts
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # The same examples in every run, however slow the machine is: a test that fails here fails everywhere.
-hypothesis.settings.register_profile('deterministic', derandomize=True, deadline=None,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+  'deterministic',
+  derandomize=True,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile('deterministic')
 
 
@@ -50,7 +55,20 @@ def tokenizer():
 @pytest.fixture(scope='session')
 def model(tokenizer):
   """The configuration of a decoder of a few thousand parameters that reads `tokenizer`'s tokens."""
-  return DecoderConfig.from_hf(dict(
-      model_type='qwen3', vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-      num_key_value_heads=1, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=256,
-      eos_token_id=tokenizer.eos_token_id))
+  return DecoderConfig.from_hf(
+    dict(
+      model_type='qwen3',
+      vocab_size=640,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=2,
+      num_key_value_heads=1,
+      head_dim=16,
+      rope_theta=1e4,
+      rms_norm_eps=1e-6,
+      tie_word_embeddings=True,
+      max_position_embeddings=256,
+      eos_token_id=tokenizer.eos_token_id,
+    )
+  )

@@ -4,6 +4,7 @@ Trains two SFT steps on a mesh of all devices, each host from its own part of th
 each. The second one is damaged then, for the last host alone: all must go back to the first. Prints the losses, and the step
 and checksum of what was restored. A program of its own, since hosts are processes.
 """
+
 import json
 import pathlib
 import sys
@@ -18,34 +19,73 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.train import checkpoint, checksum
 
-CONFIG = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
-                       num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+CONFIG = DecoderConfig(
+  vocab_size=64,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=1,
+  head_dim=8,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  initializer_range=0.2,
+)
 
 
 def main(folder: pathlib.Path, hosts: str) -> None:
   distributed.join(hosts)
   rng = np.random.default_rng(0)
-  rows = [tokentree.Sequence(rng.integers(0, 64, 40).astype(np.int32), (np.arange(40) > 20).astype(np.float32), 40)
-          for _ in range(16)]
+  rows = [
+    tokentree.Sequence(
+      rng.integers(0, 64, 40).astype(np.int32), (np.arange(40) > 20).astype(np.float32), 40
+    )
+    for _ in range(16)
+  ]
   mesh = sharding.make_mesh(fsdp=-1, tensor=2)
   placed = sharding.shardings(decoder.abstract_params(CONFIG), mesh)
-  params = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(CONFIG, jax.random.key(0))
+  params = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(
+    CONFIG, jax.random.key(0)
+  )
   tx = optimizer.make_optimizer('adamw', 1e-2)
   with jax.set_mesh(mesh), checkpoint.Checkpoints(folder) as saved:
-    data = sft.batches(rows, capacity=40, rows=8, epochs=1, seed=0, shards=sharding.shards(), host=jax.process_index(),
-                       hosts=jax.process_count())
-    state, step, losses, sums = optimizer.init_state(params, tx), sft.make_sft_step(CONFIG, tx), [], []
+    data = sft.batches(
+      rows,
+      capacity=40,
+      rows=8,
+      epochs=1,
+      seed=0,
+      shards=sharding.shards(),
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+    )
+    state, step, losses, sums = (
+      optimizer.init_state(params, tx),
+      sft.make_sft_step(CONFIG, tx),
+      [],
+      [],
+    )
     for number, batch in enumerate(data, 1):
       state, metrics = step(state, sharding.place_batch(batch))
       losses.append(float(metrics['loss']))
       sums.append(int(checksum.tree_sum(state)))
       saved.save(number, state)
     restored, step = restore_damaged(saved, state)
-  print(json.dumps({'devices': jax.device_count(), 'processes': jax.process_count(), 'losses': losses, 'restored': step,
-                    'same': int(checksum.tree_sum(restored)) == sums[step - 1], 'files': sorted(p.name for p in folder.iterdir())}))
+  print(
+    json.dumps(
+      {
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+        'losses': losses,
+        'restored': step,
+        'same': int(checksum.tree_sum(restored)) == sums[step - 1],
+        'files': sorted(p.name for p in folder.iterdir()),
+      }
+    )
+  )
 
 
-def restore_damaged(saved: checkpoint.Checkpoints, state: optimizer.TrainState) -> tuple[optimizer.TrainState, int]:
+def restore_damaged(
+  saved: checkpoint.Checkpoints, state: optimizer.TrainState
+) -> tuple[optimizer.TrainState, int]:
   """(state, its step), where the last host cannot use what it has read of the newest step."""
   read = saved._read_tree
 

@@ -5,6 +5,7 @@
 prints a JSON line for each step and mesh: the collectives of the compiled step. A program of its own, since the number of
 devices is fixed when jax starts. Raises where a loss or gradient differs from that of one device.
 """
+
 import dataclasses
 import json
 
@@ -18,11 +19,22 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.collectives import collectives
 
-CONFIG = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
-                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.2)
+CONFIG = DecoderConfig(
+  vocab_size=64,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  head_dim=8,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  tie_word_embeddings=False,
+  initializer_range=0.2,
+)
 # With biases, and one table for looking up and for the head, which a mesh splits in two ways.
 TIED = dataclasses.replace(CONFIG, model_type='qwen2', tie_word_embeddings=True)
-EXECUTION = decoder.Execution(attention='reference', remat='full', unroll=False)  # the attention that compiles fastest
+EXECUTION = decoder.Execution(
+  attention='reference', remat='full', unroll=False
+)  # the attention that compiles fastest
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
 SGD = optax.sgd(1.0)  # what a step takes off the parameters is the gradient
 make_params = jax.jit(decoder.init_params, static_argnums=0)
@@ -67,7 +79,9 @@ def check_placement(mesh) -> None:
   """Parameters are drawn in their shards, bit for bit those of one device, and moments lie beside them."""
   specs = decoder.abstract_params(CONFIG)
   placed = sharding.shardings(specs, mesh)
-  drawn = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(CONFIG, jax.random.key(0))
+  drawn = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(
+    CONFIG, jax.random.key(0)
+  )
   jax.tree.map(np.testing.assert_array_equal, drawn, make_params(CONFIG, jax.random.key(0)))
   adam = optimizer.make_optimizer('adamw', 1e-3)
   with jax.set_mesh(mesh):
@@ -81,15 +95,24 @@ def check_placement(mesh) -> None:
 def main() -> None:
   tree = forest()
   make_sft = lambda config: sft.make_sft_step(config, SGD, EXECUTION)
-  make_grpo = lambda config: grpo.make_grpo_step(config, SGD, kl_coefficient=0.1, execution=EXECUTION)
-  for name, make, config, meshes in (('sft', make_sft, CONFIG, MESHES), ('da_grpo', make_grpo, CONFIG, MESHES),
-                                     ('sft_tied', make_sft, TIED, MESHES[-1:])):
+  make_grpo = lambda config: grpo.make_grpo_step(
+    config, SGD, kl_coefficient=0.1, execution=EXECUTION
+  )
+  for name, make, config, meshes in (
+    ('sft', make_sft, CONFIG, MESHES),
+    ('da_grpo', make_grpo, CONFIG, MESHES),
+    ('sft_tied', make_sft, TIED, MESHES[-1:]),
+  ):
     step, data = make(config), tree if name == 'da_grpo' else dataclasses.replace(tree, extras={})
     loss, grads, _ = gradient(step, config, data, None)
     for ways in meshes:
       got_loss, got, sent = gradient(step, config, data, sharding.make_mesh(*ways))
       np.testing.assert_allclose(got_loss, loss, rtol=1e-5, err_msg=f'{name} {ways}')
-      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{name} {ways}'), got, grads)
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{name} {ways}'),
+        got,
+        grads,
+      )
       print(json.dumps({'step': name, 'mesh': ways, 'collectives': sent}), flush=True)
   check_placement(sharding.make_mesh(2, 2, 2))
 

@@ -6,7 +6,6 @@ from dcore_jax import progress
 
 
 class Terminal(io.StringIO):
-
   def isatty(self) -> bool:
     return True
 
@@ -47,7 +46,16 @@ def test_a_stage_is_timed_and_announced_also_when_it_fails():
   assert '<== sft: failed after' in log.getvalue()
 
 
-@pytest.mark.parametrize('seconds, text', [(0.04, '0.0 s'), (59.94, '59.9 s'), (60, '1 min'), (61.4, '1 min 1 s'),
-                                           (3599.7, '1 h'), (7500, '2 h 5 min')])
+@pytest.mark.parametrize(
+  'seconds, text',
+  [
+    (0.04, '0.0 s'),
+    (59.94, '59.9 s'),
+    (60, '1 min'),
+    (61.4, '1 min 1 s'),
+    (3599.7, '1 h'),
+    (7500, '2 h 5 min'),
+  ],
+)
 def test_durations_read_well(seconds, text):
   assert progress.format_seconds(seconds) == text

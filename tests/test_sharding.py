@@ -1,4 +1,5 @@
 """Sharding rules and sharded steps on eight fake devices (processes of their own: their number is fixed when jax starts)."""
+
 import json
 import os
 import pathlib
@@ -14,11 +15,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_importing_asks_for_no_device():
   """`jax.distributed` and flags must be set before the first device is asked for, and after the imports."""
   environment = os.environ | {'JAX_PLATFORMS': 'no_such_platform'}
-  subprocess.run([sys.executable, '-c', 'import dcore_jax.run.pipeline, dcore_jax.organism.pretrain, experiments.train'], check=True,
-                 env=environment)
+  subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      'import dcore_jax.run.pipeline, dcore_jax.organism.pretrain, experiments.train',
+    ],
+    check=True,
+    env=environment,
+  )
 
 
-PROGRAM = textwrap.dedent('''
+PROGRAM = textwrap.dedent("""
     import jax, jax.numpy as jnp, numpy as np
     from dcore_jax import sharding
     from dcore_jax.models import decoder
@@ -69,15 +77,20 @@ PROGRAM = textwrap.dedent('''
       else:
         raise AssertionError(f'a mesh of {wrong} of 8 devices')
     print('done')
-''')
+""")
 
 
 def on_eight_devices(*command: str) -> str:
   """What a Python program prints there."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-                              'PYTHONPATH': str(ROOT)}
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'PYTHONPATH': str(ROOT),
+  }
   # The timeout is a guard against hanging; a quiet machine needs half a minute.
-  result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500)
+  result = subprocess.run(
+    [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500
+  )
   assert result.returncode == 0, result.stderr[-3000:]
   return result.stdout
 
@@ -96,7 +109,9 @@ def steps() -> dict:
 def test_steps_on_eight_devices_equal_those_on_one(steps):
   """The program has compared losses, gradients and placements itself."""
   meshes = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
-  assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes} | {('sft_tied', meshes[-1])}
+  assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes} | {
+    ('sft_tied', meshes[-1])
+  }
 
 
 @pytest.mark.parametrize('step', ['sft', 'da_grpo'])
@@ -104,17 +119,31 @@ def test_steps_on_eight_devices_equal_those_on_one(steps):
 def test_parameters_are_gathered_a_layer_at_a_time(steps, step, mesh):
   """Each layer once forward and once to be computed again, in the loop over layers; outside of it the head, nothing else."""
   gathers = [each for each in steps[step, mesh] if each['kind'] == 'all-gather']
-  layer, head = 4 * (2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48), 4 * 64 * 32  # bytes of the matrices
-  assert sum(each['bytes'] * each['times'] for each in gathers if each['in_loop']) == 3 * 2 * layer // mesh[2]
+  layer, head = (
+    4 * (2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48),
+    4 * 64 * 32,
+  )  # bytes of the matrices
+  assert (
+    sum(each['bytes'] * each['times'] for each in gathers if each['in_loop'])
+    == 3 * 2 * layer // mesh[2]
+  )
   # A lookup exchanges token ids and embedded rows: activations.
-  outside = [each['bytes'] for each in gathers if not each['in_loop'] and not each['source'].endswith('/gather')]
+  outside = [
+    each['bytes']
+    for each in gathers
+    if not each['in_loop'] and not each['source'].endswith('/gather')
+  ]
   assert outside == [head // mesh[2]]
-  scattered = [each['bytes'] for each in steps[step, mesh] if each['kind'] == 'reduce-scatter' and not each['in_loop']]
+  scattered = [
+    each['bytes']
+    for each in steps[step, mesh]
+    if each['kind'] == 'reduce-scatter' and not each['in_loop']
+  ]
   assert scattered == [head // mesh[2]]  # and the gradient of the head is never whole in one place
 
 
 def test_a_gather_of_all_parameters_would_be_seen():
-  program = '''if True:
+  program = """if True:
     import jax
     from dcore_jax import sharding
     from dcore_jax.models import decoder
@@ -127,6 +156,6 @@ def test_a_gather_of_all_parameters_would_be_seen():
     careless = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, whole))
     compiled = careless.lower(sharding.abstract(decoder.abstract_params(config), mesh)).compile()
     print(sum(each.bytes for each in collectives(compiled.as_text()) if each.kind == 'all-gather' and not each.in_loop))
-  '''
+  """
   matrices = 64 * 32 + 2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48
   assert int(on_eight_devices('-c', program)) == 4 * matrices

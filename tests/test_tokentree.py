@@ -11,7 +11,9 @@ from dcore_jax import tokentree
 def sequence(tokens, weights=None, shared=None, extras=None):
   tokens = np.asarray(tokens, np.int32)
   weights = np.r_[0, np.ones(len(tokens) - 1)] if weights is None else weights
-  return tokentree.Sequence(tokens, np.asarray(weights, np.float32), len(tokens) if shared is None else shared, extras)
+  return tokentree.Sequence(
+    tokens, np.asarray(weights, np.float32), len(tokens) if shared is None else shared, extras
+  )
 
 
 @st.composite
@@ -20,7 +22,9 @@ def sequence_lists(draw):
   result = []
   for _ in range(draw(st.integers(0, 12))):
     tokens = draw(st.lists(st.integers(0, 2), min_size=1, max_size=14))
-    weights = [0] + draw(st.lists(st.integers(0, 3), min_size=len(tokens) - 1, max_size=len(tokens) - 1))
+    weights = [0] + draw(
+      st.lists(st.integers(0, 3), min_size=len(tokens) - 1, max_size=len(tokens) - 1)
+    )
     result.append(sequence(tokens, weights, draw(st.integers(0, len(tokens)))))
   return result
 
@@ -46,10 +50,14 @@ def test_visible_keys_are_the_sequence_itself(sequences, capacity, multiple):
     np.testing.assert_array_equal(tree.position[rows, columns], np.arange(len(path)))
     np.testing.assert_array_equal(tree.parent[rows, columns], np.r_[-1, columns[:-1]])
     for depth, column in enumerate(columns):  # ancestors and itself, nothing else
-      assert visible(tree, rows[0], column) == list(columns[:depth + 1])
+      assert visible(tree, rows[0], column) == list(columns[: depth + 1])
   assert tree.live == used.sum()
   for row, column in np.argwhere(~used.reshape(tree.tokens.shape)):
-    assert tree.tokens[row, column] == 7 and tree.parent[row, column] == -1 and tree.weight[row, column] == 0
+    assert (
+      tree.tokens[row, column] == 7
+      and tree.parent[row, column] == -1
+      and tree.weight[row, column] == 0
+    )
     assert visible(tree, row, column) == [column]
 
 
@@ -83,13 +91,15 @@ def test_gather_inverts_scatter_beyond_the_shared_part(sequences, capacity):
   values = [np.full(len(seq.tokens), index + 1, np.float32) for index, seq in enumerate(sequences)]
   for index, back in enumerate(tree.gather(tree.scatter(values))):
     if index not in tree.dropped:
-      np.testing.assert_array_equal(back[sequences[index].shared:], index + 1)
+      np.testing.assert_array_equal(back[sequences[index].shared :], index + 1)
 
 
 def test_merges_prompts_and_keeps_responses_apart():
   prompt = list(range(20))
-  group = [sequence(prompt + [50, 51], [0] * 20 + [1, 1], 20, {'advantage': np.full(22, sign, np.float32)})
-           for sign in (1, -1)]
+  group = [
+    sequence(prompt + [50, 51], [0] * 20 + [1, 1], 20, {'advantage': np.full(22, sign, np.float32)})
+    for sign in (1, -1)
+  ]
   tree = tokentree.pack(group, 64)
   assert tree.live == 24 and tree.dedup == 44 / 24
   assert [list(path[20:]) for path in tree.paths] == [[20, 21], [22, 23]]
@@ -124,20 +134,33 @@ def test_rows_of_realistic_lengths_are_filled():
   dialogues of 8 turns over one system prompt."""
   rng = np.random.default_rng(0)
   draw = lambda size: rng.integers(0, 150_000, size)
-  single = [sequence(draw(size)) for size in np.clip(rng.lognormal(7, 0.7, 400), 50, 8000).astype(int)]
+  single = [
+    sequence(draw(size)) for size in np.clip(rng.lognormal(7, 0.7, 400), 50, 8000).astype(int)
+  ]
   tree = tokentree.pack(single, 16384)
   assert tree.live >= 0.97 * tree.tokens.size  # 34 rows, the fewest that hold 33.2 rows of tokens
   prompts = [draw(1024) for _ in range(256)]
-  tree = tokentree.pack([sequence(np.r_[prompt, draw(size)]) for prompt in prompts for size in rng.integers(256, 512, 8)], 16384)
+  tree = tokentree.pack(
+    [
+      sequence(np.r_[prompt, draw(size)])
+      for prompt in prompts
+      for size in rng.integers(256, 512, 8)
+    ],
+    16384,
+  )
   assert tree.live >= 0.95 * tree.tokens.size and tree.dedup > 2.7
   dialogues, system = [], draw(1500)
   for _ in range(60):
     history = np.r_[system, draw(rng.integers(30, 90))]
     for _ in range(8):
       answer = draw(rng.integers(100, 400))
-      dialogues.append(sequence(np.r_[history, answer], np.r_[np.zeros(len(history)), np.ones(len(answer))]))
+      dialogues.append(
+        sequence(np.r_[history, answer], np.r_[np.zeros(len(history)), np.ones(len(answer))])
+      )
       history = np.r_[history, draw(rng.integers(50, 400))]
-  tree = tokentree.pack(dialogues, 16384)  # four a row only where the sizes below the system prompt are chosen by their sum
+  tree = tokentree.pack(
+    dialogues, 16384
+  )  # four a row only where the sizes below the system prompt are chosen by their sum
   assert tree.live >= 0.95 * tree.tokens.size and tree.dedup > 5
 
 
@@ -173,7 +196,9 @@ def test_no_sequences_make_no_rows():
 
 
 def test_batch_holds_loss_tokens_only_and_pads_with_weight_zero():
-  tree = tokentree.pack([sequence([1, 2, 3, 4], [0, 0, 1, 2]), sequence([5, 6, 7], [0, 0, 3])], 4, rows_multiple=2)
+  tree = tokentree.pack(
+    [sequence([1, 2, 3, 4], [0, 0, 1, 2]), sequence([5, 6, 7], [0, 0, 3])], 4, rows_multiple=2
+  )
   batch = tree.batch([1, 0], budget=3, accumulate=2)
   assert batch.tokens.shape == (2, 1, 4) and batch.weight.shape == (2, 3)
   np.testing.assert_array_equal(batch.weight, [[3, 0, 0], [1, 2, 0]])
@@ -186,14 +211,17 @@ def test_batch_holds_loss_tokens_only_and_pads_with_weight_zero():
     tree.batch([0, 1], accumulate=3)
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (dict(tokens=[], weights=[]), 'at least one token'),
     (dict(tokens=[1, 2], weights=[0]), 'weights has shape'),
     (dict(tokens=[1, 2], weights=[1, 0]), 'nothing predicts'),
     (dict(tokens=[1, 2], shared=3), 'outside'),
     (dict(tokens=[1, 2], shared=2, extras={'advantage': np.ones(2)}), 'cannot be shared'),
     (dict(tokens=[1, 2], shared=1, extras={'advantage': np.ones(3)}), 'advantage has shape'),
-])
+  ],
+)
 def test_bad_sequences_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     sequence(**arguments)
@@ -202,7 +230,10 @@ def test_bad_sequences_are_refused(arguments, message):
 def test_packing_is_deterministic_and_full():
   rng = np.random.default_rng(0)
   heads = [rng.integers(0, 400, 60) for _ in range(100)]
-  rows = [sequence(np.r_[heads[i % 100], rng.integers(0, 400, rng.integers(60, 200))]) for i in range(1500)]
+  rows = [
+    sequence(np.r_[heads[i % 100], rng.integers(0, 400, rng.integers(60, 200))])
+    for i in range(1500)
+  ]
   tree = tokentree.pack(rows, 1024)
   again = tokentree.pack(rows, 1024)
   np.testing.assert_array_equal(tree.tokens, again.tokens)
@@ -213,7 +244,9 @@ def test_a_sequence_that_ends_where_its_tree_is_cut_takes_no_row():
   """A prompt of 40 tokens by itself, and behind it four branches of 30, two to a row of 100."""
   draw = np.random.default_rng(0).integers
   prompt = draw(0, 1000, 40)
-  tree = tokentree.pack([sequence(prompt), *(sequence(np.r_[prompt, draw(0, 1000, 30)]) for _ in range(4))], 100)
+  tree = tokentree.pack(
+    [sequence(prompt), *(sequence(np.r_[prompt, draw(0, 1000, 30)]) for _ in range(4))], 100
+  )
   assert tree.rows == 2 and tree.live == 2 * (40 + 2 * 30)
   lengths, common = np.array([40, 70, 70, 70, 70]), np.array([0, 40, 40, 40, 40])
   pieces = tokentree._pieces(lengths, common, 100)

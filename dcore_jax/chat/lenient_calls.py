@@ -3,6 +3,7 @@
 Published rewards and verification rates depend on what this reader forgives, and forgets: reproduce those with it, and
 use `tool_calls.parse_calls` for everything else.
 """
+
 import ast
 import operator
 from typing import Any
@@ -47,7 +48,11 @@ def _lenient_call(node: ast.Call, depth: int) -> dict[str, dict[str | None, Any]
     parts.append(func.attr)
     func = func.value
   parts += [func.id] if isinstance(func, ast.Name) else []
-  return {'.'.join(reversed(parts)): {item.arg: _lenient_value(item.value, depth + 1) for item in node.keywords}}
+  return {
+    '.'.join(reversed(parts)): {
+      item.arg: _lenient_value(item.value, depth + 1) for item in node.keywords
+    }
+  }
 
 
 def _lenient_value(node: ast.expr, depth: int) -> Any:
@@ -67,7 +72,10 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
     case ast.Tuple():
       return tuple(_lenient_value(item, depth + 1) for item in node.elts)
     case ast.Dict() if None not in node.keys:
-      return {_lenient_value(k, depth + 1): _lenient_value(v, depth + 1) for k, v in zip(node.keys, node.values)}
+      return {
+        _lenient_value(k, depth + 1): _lenient_value(v, depth + 1)
+        for k, v in zip(node.keys, node.values)
+      }
     case ast.Call():
       return _lenient_call(node, depth) if node.keywords else ast.unparse(node)
     case ast.Subscript():
@@ -75,8 +83,15 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
   raise ToolCallError(f'unsupported value: {describe(node)}')
 
 
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+_OPERATORS = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.FloorDiv: operator.floordiv,
+  ast.Mod: operator.mod,
+  ast.Pow: operator.pow,
+}
 
 
 def _arithmetic(node: ast.expr, depth: int) -> int | float:
@@ -93,7 +108,9 @@ def _arithmetic(node: ast.expr, depth: int) -> int | float:
   left, right = _arithmetic(node.left, depth + 1), _arithmetic(node.right, depth + 1)
   is_power = isinstance(node.op, ast.Pow)
   bits = sum(value.bit_length() for value in (left, right) if isinstance(value, int))
-  if bits > MAX_INT_BITS or (is_power and (abs(right) > 64 or bits * max(abs(right), 1) > MAX_INT_BITS)):
+  if bits > MAX_INT_BITS or (
+    is_power and (abs(right) > 64 or bits * max(abs(right), 1) > MAX_INT_BITS)
+  ):
     raise ToolCallError('arithmetic on numbers too large')
   try:
     value = _OPERATORS[type(node.op)](left, right)

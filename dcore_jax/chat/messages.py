@@ -1,4 +1,5 @@
 """The conversation types that every part of the system exchanges: plain, frozen, JSON in and JSON out."""
+
 import dataclasses
 from typing import Any
 
@@ -8,6 +9,7 @@ ROLES = ('system', 'user', 'assistant', 'tool')
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
   """One call of a tool. Arguments are JSON-like values; positional ones are kept apart as the grammar allows them."""
+
   name: str
   arguments: dict[str, Any]
   positional: tuple[Any, ...] = ()
@@ -16,6 +18,7 @@ class ToolCall:
 @dataclasses.dataclass(frozen=True)
 class ToolSpec:
   """What a model is told of a tool. `parameters` is a JSON-schema object: {'type', 'properties', 'required'}."""
+
   name: str
   description: str
   parameters: dict[str, Any]
@@ -34,6 +37,7 @@ class ToolSpec:
 @dataclasses.dataclass(frozen=True)
 class Message:
   """One turn. `content` is the text as the model sees or wrote it, `<think>` block included where there is one."""
+
   role: str
   content: str
 
@@ -46,7 +50,9 @@ class Message:
 
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'Message':
-    if not (isinstance(record, dict) and isinstance(record.get('content'), str) and 'role' in record):
+    if not (
+      isinstance(record, dict) and isinstance(record.get('content'), str) and 'role' in record
+    ):
       raise ValueError(f'a message needs a role and a text content, got {str(record)[:120]!r}')
     return cls(record['role'], record['content'])
 

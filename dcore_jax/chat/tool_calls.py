@@ -8,6 +8,7 @@ error like any other, and text, nesting and integers are bounded.
 This reader keeps everything a call says. `lenient_calls` holds a second one, on the same tree, that forgives and
 forgets what the reference implementation does.
 """
+
 import ast
 import json
 import keyword
@@ -98,7 +99,9 @@ def parse_expression(text: str) -> ast.expr:
   """Python's syntax tree of one expression, of bounded size. Raises ToolCallError, whatever the text is."""
   _check_length(text)
   try:
-    with warnings.catch_warnings():  # '\d' in a string is worth a warning in a program, not in an answer
+    with (
+      warnings.catch_warnings()
+    ):  # '\d' in a string is worth a warning in a program, not in an answer
       warnings.simplefilter('ignore')
       return ast.parse(text, mode='eval').body
   except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -116,7 +119,9 @@ def _read_call(node: ast.expr) -> ToolCall:
   for item in node.keywords:
     value = _read_value(item.value, 0)
     # `**{'from': 1}` is how an argument is written whose name is no Python identifier.
-    if item.arg is None and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+    if item.arg is None and not (
+      isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    ):
       raise ToolCallError(f'{name}: ** needs a dict with text keys')
     for key, inner in value.items() if item.arg is None else [(item.arg, value)]:
       if key in arguments:
@@ -231,7 +236,11 @@ def _print_call(call: ToolCall) -> str:
 
 def _print_value(value: Any) -> str:
   if isinstance(value, dict):
-    return '{' + ', '.join(f'{_print_value(key)}: {_print_value(item)}' for key, item in value.items()) + '}'
+    return (
+      '{'
+      + ', '.join(f'{_print_value(key)}: {_print_value(item)}' for key, item in value.items())
+      + '}'
+    )
   if isinstance(value, (list, tuple)):
     return '[' + ', '.join(map(_print_value, value)) + ']'
   return repr(_checked_constant(value))
@@ -245,7 +254,9 @@ def _hermes_json(call: ToolCall) -> str:
   if call.positional:
     raise ValueError(f'{call.name}: a JSON call has no positional arguments')
   _check_keys(call.arguments)
-  text = json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False, allow_nan=False)
+  text = json.dumps(
+    {'name': call.name, 'arguments': call.arguments}, ensure_ascii=False, allow_nan=False
+  )
   # A tag ends the call wherever it stands, so inside a value its last character is written as a JSON escape.
   return text.replace('tool_call>', 'tool_call\\u003e')
 
@@ -260,10 +271,17 @@ def _check_keys(value: Any) -> None:
 
 def _is_identifier(name: str) -> bool:
   # Python's parser folds identifiers to NFKC: a name that changes would not come back as it was.
-  return name.isidentifier() and not keyword.iskeyword(name) and unicodedata.normalize('NFKC', name) == name
+  return (
+    name.isidentifier()
+    and not keyword.iskeyword(name)
+    and unicodedata.normalize('NFKC', name) == name
+  )
 
 
-_PRINTERS: dict[str, Callable[[Sequence[ToolCall]], str]] = {'python': _print_python, 'hermes': _print_hermes}
+_PRINTERS: dict[str, Callable[[Sequence[ToolCall]], str]] = {
+  'python': _print_python,
+  'hermes': _print_hermes,
+}
 
 
 def calls_equal(a: Sequence[ToolCall], b: Sequence[ToolCall], ordered: bool = True) -> bool:

@@ -1,4 +1,5 @@
 """Tool specs as JSON, and the system message that lists them."""
+
 import ast
 import json
 from collections.abc import Sequence
@@ -7,7 +8,14 @@ from typing import Any
 from dcore_jax.chat.messages import ToolSpec
 
 CALL_FORMAT = 'Answer with the calls alone, as [name(parameter=value), ...]. Where no tool fits, answer in words.'
-_JSON_TYPES = {'str': 'string', 'int': 'integer', 'float': 'number', 'bool': 'boolean', 'dict': 'object', 'list': 'array'}
+_JSON_TYPES = {
+  'str': 'string',
+  'int': 'integer',
+  'float': 'number',
+  'bool': 'boolean',
+  'dict': 'object',
+  'list': 'array',
+}
 
 
 def read_tools(value: Any) -> tuple[ToolSpec, ...]:
@@ -19,15 +27,22 @@ def read_tools(value: Any) -> tuple[ToolSpec, ...]:
     parameters = record.get('parameters') or {}
     if not isinstance(record.get('name'), str) or not isinstance(parameters, dict):
       raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
-    specs.append(ToolSpec(record['name'], record.get('description') or '', _json_schema(parameters)))
+    specs.append(
+      ToolSpec(record['name'], record.get('description') or '', _json_schema(parameters))
+    )
   return tuple(specs)
 
 
 def _json_schema(parameters: dict[str, Any]) -> dict[str, Any]:
   """Parameters by name (xLAM: {'city': {'type': 'str, optional', ...}}) as a schema; schemas with JSON's names of types."""
   if not isinstance(parameters.get('properties'), dict):
-    required = [name for name, spec in parameters.items()
-                if isinstance(spec, dict) and 'optional' not in str(spec.get('type')) and 'default' not in spec]
+    required = [
+      name
+      for name, spec in parameters.items()
+      if isinstance(spec, dict)
+      and 'optional' not in str(spec.get('type'))
+      and 'default' not in spec
+    ]
     parameters = {'type': 'object', 'properties': parameters, 'required': required}
   return _json_types(parameters)
 

@@ -4,6 +4,7 @@ A decomposer that sees the calls may copy from them what nobody can know yet: th
 solved by a model that does not see the calls, so such a fact would make a guess look like a deduction. What can be read out of
 the conversation is no leak, though it is written otherwise there: 60% is 0.6, 5cm is 5, May 3rd 2022 is 2022-05-03.
 """
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,17 +16,32 @@ _RUN = 3  # words of a longer text that are copied from it; fewer are common spe
 _LETTERS = 3  # of a word in lower case that is a fact: 'on' and 'm' stand everywhere
 _NO_FACTS = {('0',), ('1',)}  # "starts from rest", "a coffee"
 _CJK = '\u3040-\u30ff\u3400-\u9fff'  # written without spaces: each character is a word
-_TOKEN = re.compile(rf'\d{{4}}-\d\d-\d\d(?!\d)|\d[\d,]*\.\d+|\d{{1,3}}(?:,\d{{3}})+(?!\w)|[{_CJK}]|[^\W{_CJK}]+')
+_TOKEN = re.compile(
+  rf'\d{{4}}-\d\d-\d\d(?!\d)|\d[\d,]*\.\d+|\d{{1,3}}(?:,\d{{3}})+(?!\w)|[{_CJK}]|[^\W{_CJK}]+'
+)
 _NUMBER = re.compile(r'[\d,]+(?:\.\d+)?')
 _HUMP = re.compile(r'(?<=[a-z])(?=[A-Z])')
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|(?<!\w)\'([^\']+)\'(?!\w)')
-_NUMERALS = {word: str(n) for n, word in enumerate(
-    'zero one two three four five six seven eight nine ten eleven twelve'.split())}
-_SCALES = {'%': 0.01, 'percent': 0.01, 'hundred': 1e2, 'thousand': 1e3, 'million': 1e6, 'billion': 1e9}
+_NUMERALS = {
+  word: str(n)
+  for n, word in enumerate(
+    'zero one two three four five six seven eight nine ten eleven twelve'.split()
+  )
+}
+_SCALES = {
+  '%': 0.01,
+  'percent': 0.01,
+  'hundred': 1e2,
+  'thousand': 1e3,
+  'million': 1e6,
+  'billion': 1e9,
+}
 _SCALED = re.compile(rf'(\d[\d,]*(?:\.\d+)?)\s?({"|".join(_SCALES)})', re.IGNORECASE)
 _WITH_UNIT = re.compile(r'(?<![\w.])(\d+)(?=[^\W\d_]{1,3}\b)')  # 5m, 18th, 3x
 _NAME_IN_ID = re.compile(r'\b[^\W\d_]+(?:_[^\W\d_]+)+(?=_\d)')  # mei_kovacs_8020
-_MONTHS = {month: n for n, month in enumerate('jan feb mar apr may jun jul aug sep oct nov dec'.split(), 1)}
+_MONTHS = {
+  month: n for n, month in enumerate('jan feb mar apr may jun jul aug sep oct nov dec'.split(), 1)
+}
 _MONTH = rf'({"|".join(_MONTHS)})[a-z]*\.?'
 _DAY = r'(\d{1,2})(?:st|nd|rd|th)?'
 _MONTH_FIRST = re.compile(rf'\b{_MONTH} {_DAY},? (\d{{4}})', re.IGNORECASE)
@@ -68,7 +84,9 @@ def _readings(text: str) -> Iterator[str]:
   for number, scale in _SCALED.findall(text):
     yield f'{float(number.replace(",", "")) * _SCALES[scale.lower()]:.12g}'
   dates = [(year, month, day) for month, day, year in _MONTH_FIRST.findall(text)]
-  for year, month, day in dates + [(year, month, day) for day, month, year in _DAY_FIRST.findall(text)]:
+  for year, month, day in dates + [
+    (year, month, day) for day, month, year in _DAY_FIRST.findall(text)
+  ]:
     yield f'{year}-{_MONTHS[month.lower()]:02}-{int(day):02}'
 
 
@@ -89,7 +107,9 @@ def leaked_facts(seed: Seed, subtasks: Sequence[str]) -> set[str]:
   told, given = Said(subtasks), Said(values)
   facts = {phrase for value in values for phrase in _phrases(words_of(value)) if phrase in told}
   facts |= _names(subtasks) & _names(values)
-  quoted = (words_of(part) for text in subtasks for parts in _QUOTED.findall(text) for part in parts)
+  quoted = (
+    words_of(part) for text in subtasks for parts in _QUOTED.findall(text) for part in parts
+  )
   facts |= {phrase for phrase in quoted if phrase and phrase in given}
   return {' '.join(phrase) for phrase in facts - _NO_FACTS if phrase not in known}
 
@@ -97,12 +117,20 @@ def leaked_facts(seed: Seed, subtasks: Sequence[str]) -> set[str]:
 def _names(texts: Iterable[str]) -> set[tuple[str, ...]]:
   """Capitalised words, numbers, and ids, in which there is a digit."""
   tokens = {token for text in texts for token in _TOKEN.findall(text)}
-  return {words_of(token) for token in tokens if token[0].isupper() or any(character.isdigit() for character in token)}
+  return {
+    words_of(token)
+    for token in tokens
+    if token[0].isupper() or any(character.isdigit() for character in token)
+  }
 
 
 def _phrases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
   """The facts in a value: all of it where it is short, each run of words where it is long."""
-  if len(words) == 1 and (len(words[0]) >= _LETTERS or words[0][0].isdigit()) or 1 < len(words) <= _RUN:
+  if (
+    len(words) == 1
+    and (len(words[0]) >= _LETTERS or words[0][0].isdigit())
+    or 1 < len(words) <= _RUN
+  ):
     yield words
   for start in range(len(words) - _RUN + 1 if len(words) > _RUN else 0):
-    yield words[start:start + _RUN]
+    yield words[start : start + _RUN]

@@ -1,4 +1,5 @@
 """Whether a seed repeats a test task: by the words of its request, by its calls, or by whom it is about."""
+
 import collections
 import dataclasses
 import re
@@ -19,6 +20,7 @@ _WORD = re.compile(r'\w+')
 @dataclasses.dataclass(frozen=True)
 class TestTask:
   """What a test says that a seed must not. `names` are identifiers of its own, such as that of its user."""
+
   __test__ = False  # pytest would take it for a test of its own
 
   id: str
@@ -32,8 +34,12 @@ class Overlap:
 
   def __init__(self, tasks: Iterable[TestTask]):
     self._queries: dict[tuple[str, ...], str] = {}
-    self._grams: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)  # the tasks that have a word run, each once
-    self._sizes: collections.Counter[str] = collections.Counter()  # different word runs of each task
+    self._grams: dict[tuple[str, ...], list[str]] = collections.defaultdict(
+      list
+    )  # the tasks that have a word run, each once
+    self._sizes: collections.Counter[str] = (
+      collections.Counter()
+    )  # different word runs of each task
     self._calls: dict[tuple[str, ...], str] = {}
     self._names: dict[str, str] = {}
     self.tasks = 0
@@ -53,7 +59,9 @@ class Overlap:
 
   def find(self, seed: Seed) -> tuple[str, str] | None:
     """(test task, 'query' | 'calls' | 'name') that the seed repeats; None for none."""
-    for words in {normalised(message.content): None for message in seed.conversations if message.role == 'user'}:
+    for words in {
+      normalised(message.content): None for message in seed.conversations if message.role == 'user'
+    }:
       if words in self._queries:
         return self._queries[words], 'query'
       grams = dict.fromkeys(_runs(words, WORDS))
@@ -68,7 +76,12 @@ class Overlap:
       if run in self._calls:
         return self._calls[run], 'calls'
     if self._names:
-      said = {word for message in seed.conversations if message.role == 'user' for word in _WORD.findall(message.content)}
+      said = {
+        word
+        for message in seed.conversations
+        if message.role == 'user'
+        for word in _WORD.findall(message.content)
+      }
       said |= {value for call in seed.calls for value in map(str, leaf_values(call.arguments))}
       for name in sorted(said & self._names.keys()):
         return self._names[name], 'name'
@@ -82,12 +95,15 @@ def normalised(text: str) -> tuple[str, ...]:
 
 def fingerprint(seed: Seed) -> tuple[Any, ...]:
   """Equal for seeds that are duplicates of each other: the same words in the same conversation, and the same calls."""
-  return (tuple((message.role, normalised(message.content)) for message in seed.conversations), print_calls(list(seed.calls)))
+  return (
+    tuple((message.role, normalised(message.content)) for message in seed.conversations),
+    print_calls(list(seed.calls)),
+  )
 
 
 def _runs(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
   for start in range(len(items) - size + 1):
-    yield tuple(items[start:start + size])
+    yield tuple(items[start : start + size])
 
 
 def _call_runs(calls: Sequence[ToolCall]) -> Iterator[tuple[str, ...]]:
@@ -96,12 +112,13 @@ def _call_runs(calls: Sequence[ToolCall]) -> Iterator[tuple[str, ...]]:
   counts = [len(list(leaf_values(call.arguments))) + len(call.positional) for call in calls]
   for size in range(1, CALLS + 1):
     for start in range(len(texts) - size + 1):
-      if size == CALLS or sum(counts[start:start + size]) >= VALUES:
-        yield tuple(texts[start:start + size])
+      if size == CALLS or sum(counts[start : start + size]) >= VALUES:
+        yield tuple(texts[start : start + size])
 
 
 def _normalised_call(call: ToolCall) -> str:
   """Name and arguments in one order, texts by their words and numbers by their value."""
+
   def plain(value):
     if isinstance(value, str):
       return ' '.join(normalised(value))
@@ -109,5 +126,10 @@ def _normalised_call(call: ToolCall) -> str:
       return sorted((str(key), plain(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
       return [plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53 else value
+    return (
+      float(value)
+      if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53
+      else value
+    )
+
   return f'{call.name} {plain(call.arguments)} {plain(call.positional)}'

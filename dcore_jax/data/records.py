@@ -1,4 +1,5 @@
 """Published rows: local files or hub data sets, in whatever schema they are published in."""
+
 import dataclasses
 import pathlib
 import re
@@ -35,15 +36,20 @@ def load_records(name: str) -> list[dict[str, Any]]:
   if path is not None and path.suffix in ('.json', '.jsonl'):
     return read_rows(path)
   import datasets  # a second and a half that JSON files should not cost
+
   try:
     if path is None:
-      found = datasets.load_dataset(place, *([configuration] if configuration else []), split='train')
+      found = datasets.load_dataset(
+        place, *([configuration] if configuration else []), split='train'
+      )
     elif path.is_dir():
       found = datasets.load_dataset(str(path), split='train')
     else:
       found = datasets.load_dataset('parquet', data_files=str(path), split='train')
   except Exception as error:  # whatever the network, the hub or a reader of files raises
-    raise ValueError(f'{name!r} can be loaded neither from disk nor from the hub: {error}') from error
+    raise ValueError(
+      f'{name!r} can be loaded neither from disk nor from the hub: {error}'
+    ) from error
   return [_without_nulls(record) for record in found.to_list()]
 
 
@@ -56,11 +62,14 @@ def _without_nulls(value: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """Rows {id, conversations[, tools]} and the number of records that were left out because they cannot be read."""
+
   rows: list[dict[str, Any]]
   unreadable: int
 
 
-def sft_rows(names: Sequence[str], *, call_style: str = 'python', unreadable: str = 'error') -> Rows:
+def sft_rows(
+  names: Sequence[str], *, call_style: str = 'python', unreadable: str = 'error'
+) -> Rows:
   """Rows of the named data sets, in order, whatever schema they are published in.
 
   Args:
@@ -73,12 +82,14 @@ def sft_rows(names: Sequence[str], *, call_style: str = 'python', unreadable: st
       readable record.
   """
   if unreadable not in ('error', 'drop'):
-    raise ValueError(f'sft.unreadable = {unreadable!r}; expected \'error\' or \'drop\'')
+    raise ValueError(f"sft.unreadable = {unreadable!r}; expected 'error' or 'drop'")
   if call_style not in row_schemas.CALL_STYLES:
     raise ValueError(f'sft.call_style = {call_style!r}; expected one of {row_schemas.CALL_STYLES}')
   rows, left_out = [], 0
   for name in names:
-    schema, _, place = name.partition(':') if name.partition(':')[0] in row_schemas.SCHEMAS else (None, '', name)
+    schema, _, place = (
+      name.partition(':') if name.partition(':')[0] in row_schemas.SCHEMAS else (None, '', name)
+    )
     stem = pathlib.Path(place).stem
     problems = []
     records = load_records(place)
@@ -87,17 +98,25 @@ def sft_rows(names: Sequence[str], *, call_style: str = 'python', unreadable: st
     for number, record in enumerate(records):
       found = schema or row_schemas.recognise(record)
       if found is None:
-        raise ValueError(f'{place}, row {number}: no known schema has the fields {sorted(record)}; '
-                         f'known are {row_schemas.SCHEMAS}')
+        raise ValueError(
+          f'{place}, row {number}: no known schema has the fields {sorted(record)}; '
+          f'known are {row_schemas.SCHEMAS}'
+        )
       try:
         rows += row_schemas.to_rows(record, found, f'{stem}-{number}', call_style)
       except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f'it lacks {error}' if isinstance(error, KeyError) else error
         problems.append(f'{place}, row {number}, cannot be read as {found}: {reason}')
         if unreadable == 'error':
-          raise ValueError(problems[0] + '; sft.unreadable = \'drop\' would leave it out') from error
+          raise ValueError(problems[0] + "; sft.unreadable = 'drop' would leave it out") from error
     if problems:
-      logging.warning('%d of %d records of %s are left out; the first: %s', len(problems), len(records), place, problems[0])
+      logging.warning(
+        '%d of %d records of %s are left out; the first: %s',
+        len(problems),
+        len(records),
+        place,
+        problems[0],
+      )
       if len(problems) == len(records):
         raise ValueError(f'none of {len(records)} records can be read; the first: {problems[0]}')
     left_out += len(problems)
@@ -109,5 +128,8 @@ def rl_points(names: Sequence[str]) -> list[DecisionPoint]:
   points = []
   for name in names:
     path = data_path(name)
-    points += [row_schemas.toolrl_point(record, f'{path.stem}-{number}')[0] for number, record in enumerate(read_rows(path))]
+    points += [
+      row_schemas.toolrl_point(record, f'{path.stem}-{number}')[0]
+      for number, record in enumerate(read_rows(path))
+    ]
   return points

@@ -15,6 +15,7 @@ that rows of different sources ask and answer alike:
     python  specs in the system message, calls as [f(a=1)], tool responses as user messages (as in D-CORE's and ToolRL's rows)
     hermes  specs through the template's `tools`, calls as <tool_call> JSON, tool responses in the role `tool`
 """
+
 import dataclasses
 import json
 import re
@@ -34,13 +35,22 @@ _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
 _TAGGED_CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
 _TAGGED_RESPONSE = re.compile(r'<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
 _TAGGED_TOOLS = re.compile(r'<tools>\s*([\[{].*?[\]}])\s*</tools>', re.DOTALL)
-_ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'function_call': 'function_call',
-          'tool': 'tool', 'observation': 'tool', 'function_response': 'tool'}
+_ROLES = {
+  'human': 'user',
+  'user': 'user',
+  'gpt': 'assistant',
+  'assistant': 'assistant',
+  'function_call': 'function_call',
+  'tool': 'tool',
+  'observation': 'tool',
+  'function_response': 'tool',
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
   """What was said: by 'user', 'assistant' or 'tool'. An assistant's `text` is its thought, if any, where it makes calls."""
+
   role: str
   text: str
   calls: tuple[ToolCall, ...] = ()
@@ -49,6 +59,7 @@ class Turn:
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
   """A record as data. Names of tools are those of the source."""
+
   id: str
   policy: str  # system text without the tools; '' for none
   tools: tuple[ToolSpec, ...]
@@ -61,7 +72,10 @@ class Dialogue:
 def recognise(record: Record) -> str | None:
   """The schema of a record by its fields; None for none of them. A field that is None counts as absent."""
   fields = {name for name, value in record.items() if value is not None}
-  for name, needed in (('toolrl', {'instruction', 'input', 'output'}), ('xlam', {'query', 'tools', 'answers'})):
+  for name, needed in (
+    ('toolrl', {'instruction', 'input', 'output'}),
+    ('xlam', {'query', 'tools', 'answers'}),
+  ):
     if needed <= fields:
       return name
   turns = record.get('conversations')
@@ -86,7 +100,9 @@ def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
   tools = tuple(map(named, dialogue.tools))
   if len({tool.name for tool in tools}) < len(tools):
     raise ValueError(f'two tools have one name: {sorted(tool.name for tool in tools)}')
-  turns = tuple(dataclasses.replace(turn, calls=tuple(map(named, turn.calls))) for turn in dialogue.turns)
+  turns = tuple(
+    dataclasses.replace(turn, calls=tuple(map(named, turn.calls))) for turn in dialogue.turns
+  )
   return dataclasses.replace(dialogue, tools=tools, turns=turns)
 
 
@@ -123,20 +139,34 @@ def _packed_rows(record: Record, name: str, style: str) -> list[Record]:
   messages, start, rows = record['conversations'], 0, []
   for last in record['single_conv_last_idx']:
     if not (isinstance(last, int) and start <= last < len(messages)):
-      raise ValueError(f'single_conv_last_idx = {record["single_conv_last_idx"]} does not cut {len(messages)} messages')
-    rows.append({'id': f'{name}-{len(rows)}', 'conversations': messages[start:last + 1]})
+      raise ValueError(
+        f'single_conv_last_idx = {record["single_conv_last_idx"]} does not cut {len(messages)} messages'
+      )
+    rows.append({'id': f'{name}-{len(rows)}', 'conversations': messages[start : last + 1]})
     start = last + 1
   if start != len(messages):
-    raise ValueError(f'{len(messages) - start} messages stand behind the last of single_conv_last_idx')
+    raise ValueError(
+      f'{len(messages) - start} messages stand behind the last of single_conv_last_idx'
+    )
   return rows
 
 
 def _toolrl_row(record: Record, name: str, style: str) -> list[Record]:
   if style != 'python':
-    raise ValueError('ToolRL describes its tools in words: only the call style \'python\' can show them')
+    raise ValueError(
+      "ToolRL describes its tools in words: only the call style 'python' can show them"
+    )
   point, thought = toolrl_point(record, name)
   target = f'<think>\n{thought}\n</think>\n\n{point.reference}'
-  return [{'id': point.id, 'conversations': [*(m.to_json() for m in point.messages), {'role': 'assistant', 'content': target}]}]
+  return [
+    {
+      'id': point.id,
+      'conversations': [
+        *(m.to_json() for m in point.messages),
+        {'role': 'assistant', 'content': target},
+      ],
+    }
+  ]
 
 
 # --- records as data ---------------------------------------------------------------------------------------------------------
@@ -144,7 +174,12 @@ def _toolrl_row(record: Record, name: str, style: str) -> list[Record]:
 
 def _xlam(record: Record, name: str) -> Dialogue:
   calls = _read_calls(record['answers'])
-  return Dialogue(name, '', read_tools(record['tools']), (Turn('user', record['query']), Turn('assistant', '', calls)))
+  return Dialogue(
+    name,
+    '',
+    read_tools(record['tools']),
+    (Turn('user', record['query']), Turn('assistant', '', calls)),
+  )
 
 
 def _toolace(record: Record, name: str) -> Dialogue:
@@ -158,14 +193,16 @@ def _toolace(record: Record, name: str) -> Dialogue:
     except json.JSONDecodeError as error:
       raise ValueError(f'the list of functions in the system text is not JSON: {error}') from error
     tools = read_tools(listed)
-    parts = (re.sub(r'[^.\n]*:\s*$', '', system[:start]).strip(), system[start + size:].strip())
+    parts = (re.sub(r'[^.\n]*:\s*$', '', system[:start]).strip(), system[start + size :].strip())
     policy = '\n\n'.join(part for part in parts if part and 'in the format of [' not in part)
   return Dialogue(name, policy, tools, _read_turns(record['conversations'], tools))
 
 
 def _apigen_mt(record: Record, name: str) -> Dialogue:
   tools = read_tools(record['tools'])
-  return Dialogue(name, record['system'].strip(), tools, _read_turns(record['conversations'], tools))
+  return Dialogue(
+    name, record['system'].strip(), tools, _read_turns(record['conversations'], tools)
+  )
 
 
 def _hermes(record: Record, name: str) -> Dialogue:
@@ -175,7 +212,9 @@ def _hermes(record: Record, name: str) -> Dialogue:
     policy, turns = turns[0]['value'].strip(), turns[1:]
   listed = _TAGGED_TOOLS.search(policy)
   tools = read_tools(record.get('tools') or (listed[1] if listed else []))
-  return Dialogue(name, '' if tools and '<tools>' in policy else policy, tools, _read_turns(turns, tools))
+  return Dialogue(
+    name, '' if tools and '<tools>' in policy else policy, tools, _read_turns(turns, tools)
+  )
 
 
 def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[Turn, ...]:
@@ -184,8 +223,10 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[T
   for number, record in enumerate(records):
     role, text = _ROLES.get(record.get('from')), record.get('value')
     if role is None or not isinstance(text, str):
-      raise ValueError(f'message {number} is by {record.get("from")!r} with a value of type {type(text).__name__}; '
-                       f'expected text by one of {sorted(_ROLES)}')
+      raise ValueError(
+        f'message {number} is by {record.get("from")!r} with a value of type {type(text).__name__}; '
+        f'expected text by one of {sorted(_ROLES)}'
+      )
     if role == 'function_call':
       turns.append(Turn('assistant', '', _read_calls(text)))
     elif role == 'tool':
@@ -195,7 +236,7 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[T
   last = max((i for i, turn in enumerate(turns) if turn.role == 'assistant'), default=-1)
   if last < 0:
     raise ValueError('the assistant never speaks')
-  return tuple(turns[:last + 1])
+  return tuple(turns[: last + 1])
 
 
 def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> Turn:
@@ -212,7 +253,10 @@ def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> Turn:
     if odd:
       pattern = r'(?<=[\[,\s])(' + '|'.join(map(re.escape, odd)) + r')(?=\()'
       stripped = re.sub(pattern, lambda match: _python_name(match[1]), stripped)
-    calls = tuple(dataclasses.replace(call, name=names.get(call.name, call.name)) for call in parse_python(stripped))
+    calls = tuple(
+      dataclasses.replace(call, name=names.get(call.name, call.name))
+      for call in parse_python(stripped)
+    )
   else:
     calls = ()
   if not calls and not stripped:
@@ -240,7 +284,11 @@ def _read_calls(value: Any) -> tuple[ToolCall, ...]:
 def write_row(dialogue: Dialogue, style: str) -> Record:
   """Our row of a dialogue in one of CALL_STYLES; ValueError where two tools get the same name or a call cannot be written."""
   python = style == 'python'
-  tools = [dataclasses.replace(tool, name=_python_name(tool.name)) for tool in dialogue.tools] if python else dialogue.tools
+  tools = (
+    [dataclasses.replace(tool, name=_python_name(tool.name)) for tool in dialogue.tools]
+    if python
+    else dialogue.tools
+  )
   if len({tool.name for tool in tools}) < len(tools):
     raise ValueError(f'two tools have one name: {sorted(tool.name for tool in tools)}')
   system = dialogue.policy
@@ -251,7 +299,9 @@ def write_row(dialogue: Dialogue, style: str) -> Record:
   for index, turn in enumerate(turns):
     if turn.role == 'tool' and python:
       text = tool_response(turn.text)
-      if index and turns[index - 1].role == 'tool':  # what follows each other shares a message, as in Qwen3's template
+      if (
+        index and turns[index - 1].role == 'tool'
+      ):  # what follows each other shares a message, as in Qwen3's template
         messages[-1] = Message('user', messages[-1].content + '\n' + text)
       else:
         messages.append(Message('user', text))
@@ -291,21 +341,28 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   missing = {'instruction', 'input', 'output'} - record.keys()
   if missing:
     raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
-  thought, _, rest = record['output'].rpartition('</think>')  # a thought may speak of `<tool_call>` itself
-  calls = [_toolrl_call(line, name) for line in _part(rest, 'tool_call').split('\n') if line.strip()]
+  thought, _, rest = record['output'].rpartition(
+    '</think>'
+  )  # a thought may speak of `<tool_call>` itself
+  calls = [
+    _toolrl_call(line, name) for line in _part(rest, 'tool_call').split('\n') if line.strip()
+  ]
   reference = print_calls(calls) if calls else _part(rest, 'response')
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')
   # The tool list, without ToolRL's own output format behind it, and with names that a Python-style call can have.
   tools = record['instruction'].split('**Steps for Each Turn**')[0]
   tools = _LISTED_NAME.sub(lambda match: match[1] + _python_name(match[2]), tools)
-  messages = (Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT), Message('user', record['input']))
+  messages = (
+    Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT),
+    Message('user', record['input']),
+  )
   return DecisionPoint(name, 'toolrl', messages, reference), thought.split('<think>', 1)[-1].strip()
 
 
 def _part(output: str, tag: str) -> str:
   start, end = output.find(f'<{tag}>'), output.find(f'</{tag}>')
-  return output[start + len(tag) + 2:end].strip() if 0 <= start < end else ''
+  return output[start + len(tag) + 2 : end].strip() if 0 <= start < end else ''
 
 
 def _toolrl_call(line: str, name: str) -> ToolCall:
@@ -313,13 +370,24 @@ def _toolrl_call(line: str, name: str) -> ToolCall:
     call = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(f'a tool call of row {name!r} is not JSON: {error}') from error
-  if not isinstance(call, dict) or not isinstance(call.get('name'), str) or not isinstance(call.get('parameters'), dict):
+  if (
+    not isinstance(call, dict)
+    or not isinstance(call.get('name'), str)
+    or not isinstance(call.get('parameters'), dict)
+  ):
     raise ValueError(f'row {name!r}: a tool call needs a name and parameters, got {line[:80]!r}')
   return ToolCall(_python_name(call['name']), call['parameters'])
 
 
 _TEXTS: dict[str, Callable[[Record, str, str], list[Record]]] = {
-    'rows': _our_row, 'packed': _packed_rows, 'toolrl': _toolrl_row}
+  'rows': _our_row,
+  'packed': _packed_rows,
+  'toolrl': _toolrl_row,
+}
 _DIALOGUES: dict[str, Callable[[Record, str], Dialogue]] = {
-    'xlam': _xlam, 'toolace': _toolace, 'apigen_mt': _apigen_mt, 'hermes': _hermes}
+  'xlam': _xlam,
+  'toolace': _toolace,
+  'apigen_mt': _apigen_mt,
+  'hermes': _hermes,
+}
 SCHEMAS = (*_TEXTS, *_DIALOGUES)

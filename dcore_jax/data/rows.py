@@ -1,4 +1,5 @@
 """SFT rows on their way from a data set to the training step: system prompt, one row a turn, tokens and weights."""
+
 import json
 import pathlib
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from dcore_jax.data.records import sft_rows
 Row = dict[str, Any]
 
 
-def training_rows(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[list[Row], int]:
+def training_rows(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[list[Row], int]:
   """(rows {id, conversations[, tools]}, unreadable records left out): of the data sets a config names, or the distilled ones.
 
   Args:
@@ -36,9 +39,13 @@ def training_rows(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> t
     if not shards:
       raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
     if not (workdir / 'distill' / 'distill.json').exists():
-      raise ValueError(f'{len(shards)} shards of rows are there, but the stage distill has not ended: run it on')
+      raise ValueError(
+        f'{len(shards)} shards of rows are there, but the stage distill has not ended: run it on'
+      )
     rows = [json.loads(line) for path in shards for line in path.read_text().splitlines()]
-  rows = with_system_prompt(rows[:config.max_rows or None], config.system_prompt, config.stock_system_prompts)
+  rows = with_system_prompt(
+    rows[: config.max_rows or None], config.system_prompt, config.stock_system_prompts
+  )
   return (split_turns(rows) if config.split_turns else rows), unreadable
 
 
@@ -46,7 +53,9 @@ def with_system_prompt(rows: Sequence[Row], prompt: str, stock: Sequence[str] = 
   """Rows without a system message get `prompt`, and so do those whose system message is one of `stock`; '' changes nothing."""
   if not prompt:
     if stock:
-      raise ValueError('sft.stock_system_prompts are to be replaced, and sft.system_prompt is empty')
+      raise ValueError(
+        'sft.stock_system_prompts are to be replaced, and sft.system_prompt is empty'
+      )
     return list(rows)
   result = []
   for row in rows:
@@ -70,7 +79,9 @@ def split_turns(rows: Sequence[Row]) -> list[Row]:
     context, made = [], []
     for record in _conversation(row):
       if record.get('role') == 'assistant':
-        made.append(row | {'id': f'{row.get("id")}/{len(made)}', 'conversations': [*context, record]})
+        made.append(
+          row | {'id': f'{row.get("id")}/{len(made)}', 'conversations': [*context, record]}
+        )
         record = record | {'content': split_reasoning(record['content'])[1]}
       context.append(record)
     if not made:
@@ -87,8 +98,14 @@ def _conversation(row: Row) -> list[dict[str, str]]:
     raise ValueError(f'row {row.get("id")!r} has no readable conversation: {error!r}') from error
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Row], *, loss_mask: str = 'final', capacity: int = 0,
-                overlong: str = 'drop') -> list[tokentree.Sequence]:
+def encode_rows(
+  tokenizer: Any,
+  rows: Sequence[Row],
+  *,
+  loss_mask: str = 'final',
+  capacity: int = 0,
+  overlong: str = 'drop',
+) -> list[tokentree.Sequence]:
   """Rows as sequences, in order; all their tokens may be shared with other rows.
 
   Args:
@@ -104,7 +121,7 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], *, loss_mask: str = 'final'
   if loss_mask not in LOSS_MASKS:
     raise ValueError(f'sft.loss_mask = {loss_mask!r}; expected one of {LOSS_MASKS}')
   if overlong not in ('drop', 'error'):
-    raise ValueError(f'sft.overlong = {overlong!r}; expected \'drop\' or \'error\'')
+    raise ValueError(f"sft.overlong = {overlong!r}; expected 'drop' or 'error'")
   turns = turn_format(tokenizer)
   examples = []
   for number, row in enumerate(rows):
@@ -118,8 +135,10 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], *, loss_mask: str = 'final'
   long = [index for index, size in enumerate(sizes) if capacity and size > capacity]
   if long:
     longest = max(long, key=sizes.__getitem__)
-    text = (f'{len(long)} of {len(rows)} rows are longer than sft.capacity = {capacity} tokens; the longest, '
-            f'{_name(rows[longest], longest)!r}, has {sizes[longest]}')
+    text = (
+      f'{len(long)} of {len(rows)} rows are longer than sft.capacity = {capacity} tokens; the longest, '
+      f'{_name(rows[longest], longest)!r}, has {sizes[longest]}'
+    )
     if overlong == 'error':
       raise ValueError(text)
     logging.warning('%s. They are left out.', text)

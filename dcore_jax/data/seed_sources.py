@@ -1,11 +1,12 @@
 """Where seeds come from: worlds that make them, recorded dialogues, published rows, and files of seeds.
 
-    toolworld    tasks of ToolWorld
-    bfcl         new tasks on the executable APIs of BFCL v3
-    taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's airline ones)
-    tau2         training tasks of tau2-bench, their reference actions executed
-    NAME         a data set as `sources.load_records` takes it, with its schema before a colon where it is not to be guessed
+toolworld    tasks of ToolWorld
+bfcl         new tasks on the executable APIs of BFCL v3
+taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's airline ones)
+tau2         training tasks of tau2-bench, their reference actions executed
+NAME         a data set as `sources.load_records` takes it, with its schema before a colon where it is not to be guessed
 """
+
 import collections
 import dataclasses
 import json
@@ -38,18 +39,27 @@ TAUBENCH = 'taubench/gpt-4o-airline_trajectories.json'
 @dataclasses.dataclass
 class Found:
   """Seeds of a source, how many records they are from, and why others gave none."""
+
   seeds: list[Seed]
   records: int
   dropped: collections.Counter[str]
 
 
-def toolworld_tasks(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Task]:
+def toolworld_tasks(
+  config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int
+) -> list[Task]:
   """Training tasks of a pipeline config; the same purpose gives the same ones."""
   world = ToolWorld(config.world.max_subtasks)
-  return [task for kind in KINDS for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')]
+  return [
+    task
+    for kind in KINDS
+    for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
+  ]
 
 
-def toolworld_seeds(config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int) -> list[Seed]:
+def toolworld_seeds(
+  config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int
+) -> list[Seed]:
   """`toolworld_tasks` as seeds."""
   return [seed for task in toolworld_tasks(config, counts, purpose) for seed in task_seeds(task)]
 
@@ -61,7 +71,11 @@ def config_seeds(config: ml_collections.ConfigDict) -> list[Seed]:
     ValueError: a file that is not there, or a record that is no seed, by its id.
   """
   if config.distill.files:
-    return [Seed.from_json(record) for name in config.distill.files for record in read_rows(data_path(name))]
+    return [
+      Seed.from_json(record)
+      for name in config.distill.files
+      for record in read_rows(data_path(name))
+    ]
   return toolworld_seeds(config, config.distill.tasks, DISTILL)
 
 
@@ -78,12 +92,20 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   """
   name, _, place = source.partition(':')
   if source == 'toolworld':
-    tasks = [task for kind in KINDS for task in ToolWorld().tasks(kind, count, seed=seed * 10 + SEEDS, split='train')]
+    tasks = [
+      task
+      for kind in KINDS
+      for task in ToolWorld().tasks(kind, count, seed=seed * 10 + SEEDS, split='train')
+    ]
     seeds = [s for task in tasks for s in task_seeds(task)]
     return Found(seeds, len(KINDS) * count, collections.Counter())
   if source == 'bfcl':
     # Even ones are of `BfclWorld`'s training split.
-    tasks = [bfcl_tasks.make_task(kind, index, seed=2 * seed) for kind in bfcl_tasks.KINDS for index in range(count)]
+    tasks = [
+      bfcl_tasks.make_task(kind, index, seed=2 * seed)
+      for kind in bfcl_tasks.KINDS
+      for index in range(count)
+    ]
     return Found([s for task in tasks for s in bfcl_seeds(task)], len(tasks), collections.Counter())
   if source == 'tau2':
     return tau2_seeds()
@@ -92,10 +114,16 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
     return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
   schema, place = (name, place) if name in row_schemas.SCHEMAS else (None, source)
   records = load_records(place)
-  return _collect(records, lambda record, number, found: _read_record(record, schema, number, found), pathlib.Path(place).stem)
+  return _collect(
+    records,
+    lambda record, number, found: _read_record(record, schema, number, found),
+    pathlib.Path(place).stem,
+  )
 
 
-Reader = Callable[[dict[str, Any], str, Found], list[Seed]]  # raises ValueError and its like for a record it cannot read
+Reader = Callable[
+  [dict[str, Any], str, Found], list[Seed]
+]  # raises ValueError and its like for a record it cannot read
 
 
 def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Found:
@@ -108,7 +136,9 @@ def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Foun
       found.dropped['unreadable record'] += 1
       problem = problem or f'row {number}: {error!r}'
   if not found.seeds:
-    raise ValueError(f'{stem}: none of {len(records)} records gives a seed: {dict(found.dropped)} {problem}')
+    raise ValueError(
+      f'{stem}: none of {len(records)} records gives a seed: {dict(found.dropped)} {problem}'
+    )
   return found
 
 
@@ -120,7 +150,9 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
     return [_toolrl_seed(record, name)]
   dialogue = row_schemas.to_dialogue(record, schema, name) if schema else None
   if dialogue is None:
-    raise ValueError(f'rows of schema {schema} hold no reference calls as data; its fields are {sorted(record)}')
+    raise ValueError(
+      f'rows of schema {schema} hold no reference calls as data; its fields are {sorted(record)}'
+    )
   return list(dialogue_seeds(dialogue, found))
 
 
@@ -160,14 +192,20 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
       if len(outputs) != len(calls) and (outputs or kind == 'sequential' or answer):
         found.dropped['an output is missing'] += 1
         return  # the history of later turns would lack it, too
-      yield Seed(f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer, dialogue=dialogue.id)
+      yield Seed(
+        f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer, dialogue=dialogue.id
+      )
     elif refusals and len(requests) == 1 and dialogue.tools and answer:
-      yield Seed(f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer, dialogue=dialogue.id)
+      yield Seed(
+        f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer, dialogue=dialogue.id
+      )
     else:
       found.dropped['a turn without calls'] += 1
     history = [*conversation]
     for step, outputs in steps:
-      said = print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()
+      said = (
+        print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()
+      )
       history.append(Message('assistant', said))
       if outputs:
         history.append(Message('user', '\n'.join(map(tool_response, outputs))))
@@ -206,8 +244,10 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
     messages = record['traj']
     turns = []
     for message in messages[1:]:
-      calls = tuple(ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
-                    for call in message.get('tool_calls') or ())
+      calls = tuple(
+        ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
+        for call in message.get('tool_calls') or ()
+      )
       if message['role'] == 'tool':
         if message['name'] != 'think':
           turns.append(Turn('tool', message['content']))
@@ -218,10 +258,16 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
     task = f'{name.rpartition("-")[0]}-task{record["task_id"]}'
     dialogue = Dialogue(f'{task}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
     # All trials of a task are one dialogue: what its user wants is the same.
-    seeds = [dataclasses.replace(seed, dialogue=task) for seed in dialogue_seeds(dialogue, found, refusals=False)]
-    right = [seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)]
+    seeds = [
+      dataclasses.replace(seed, dialogue=task)
+      for seed in dialogue_seeds(dialogue, found, refusals=False)
+    ]
+    right = [
+      seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)
+    ]
     found.dropped['a call failed'] += len(seeds) - len(right)
     return right
+
   return read
 
 
@@ -230,8 +276,11 @@ def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
   seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
   for record in records:
     try:
-      calls = [(call['function']['name'], dict(json.loads(call['function']['arguments'])))
-               for message in record['traj'] for call in message.get('tool_calls') or ()]
+      calls = [
+        (call['function']['name'], dict(json.loads(call['function']['arguments'])))
+        for message in record['traj']
+        for call in message.get('tool_calls') or ()
+      ]
     except (ValueError, KeyError, TypeError, AttributeError):
       continue  # no seed will come of it either; that is counted there
     for name, arguments in calls:
@@ -241,16 +290,27 @@ def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
   for name in sorted(seen.keys() - {'think'}):
     calls = seen[name]
     parameters = sorted({parameter for call in calls for parameter in call})
-    properties = {p: {'type': types.get(type(next(call[p] for call in calls if p in call)), 'string')} for p in parameters}
+    properties = {
+      p: {'type': types.get(type(next(call[p] for call in calls if p in call)), 'string')}
+      for p in parameters
+    }
     required = [p for p in parameters if all(p in call for call in calls)]
-    specs.append(ToolSpec(name, name.replace('_', ' '), {'type': 'object', 'properties': properties, 'required': required}))
+    specs.append(
+      ToolSpec(
+        name,
+        name.replace('_', ' '),
+        {'type': 'object', 'properties': properties, 'required': required},
+      )
+    )
   return tuple(specs)
 
 
 # --- tau2-bench -------------------------------------------------------------------------------------------------------------
 
 # tau2's user is a model that is told whom to play. Rewriting that to the first person would be a model's work, too.
-_TAU2_QUERY = 'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
+_TAU2_QUERY = (
+  'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
+)
 _TAU2_TOLD = ('known_info', 'unknown_info', 'reason_for_call', 'task_instructions')
 
 
@@ -268,7 +328,10 @@ def tau2_seeds() -> Found:
     for task in tau2_tasks.read_tasks(name, 'train'):
       found.records += 1
       calls = tuple(call for call in tau2_tasks.reference_calls(task) if call.name != 'calculate')
-      conversation = (Message('system', system), Message('user', _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))))
+      conversation = (
+        Message('system', system),
+        Message('user', _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))),
+      )
       try:
         outputs = tuple(domain.outputs(calls))
       except ValueError:
@@ -287,8 +350,12 @@ def tau2_seeds() -> Found:
 def _follows(said: list[str], calls: Sequence[ToolCall], outputs: Sequence[str]) -> bool:
   """Whether every value of a call stands in what was said, or in an output before it."""
   known = [Said([text], readings=True) for text in (*said, *outputs)]
-  return all(any(words in text for text in known[:len(said) + number]) for number, call in enumerate(calls)
-             for words in map(words_of, call_values([call])) if words)
+  return all(
+    any(words in text for text in known[: len(said) + number])
+    for number, call in enumerate(calls)
+    for words in map(words_of, call_values([call]))
+    if words
+  )
 
 
 # --- BFCL -------------------------------------------------------------------------------------------------------------------
@@ -301,11 +368,30 @@ def bfcl_seeds(task: bfcl_tasks.BfclTask) -> list[Seed]:
   for number, turn in enumerate(task.turns):
     kind = 'irrelevant' if not turn.calls else 'single' if len(turn.calls) == 1 else task.kind
     kind = 'sequential' if kind in ('multi_turn', 'single') and len(turn.calls) > 1 else kind
-    answer = '' if task.kind in ('single', 'parallel') else turn.answer  # as in ToolWorld: BFCL's single turns end with calls
-    world = {'name': 'bfcl', 'classes': list(task.classes), 'config': task.config, 'done': list(done)}
-    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world,
-                task.id)
+    answer = (
+      '' if task.kind in ('single', 'parallel') else turn.answer
+    )  # as in ToolWorld: BFCL's single turns end with calls
+    world = {
+      'name': 'bfcl',
+      'classes': list(task.classes),
+      'config': task.config,
+      'done': list(done),
+    }
+    seed = Seed(
+      f'{task.id}/{number}',
+      kind,
+      (*history, Message('user', turn.query)),
+      turn.calls,
+      turn.responses,
+      answer,
+      world,
+      task.id,
+    )
     seeds.append(seed)
-    history += [Message('user', turn.query), *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    history += [
+      Message('user', turn.query),
+      *reference_steps(seed, len(turn.calls)),
+      Message('assistant', turn.answer),
+    ]
     done += [print_calls([call])[1:-1] for call in turn.calls]
   return seeds

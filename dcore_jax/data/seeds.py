@@ -1,4 +1,5 @@
 """Seeds: the input records of self-distillation (method: section 1.1), and the decision points that RL asks about."""
+
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ class Seed:
     world: what `worlds.sandbox.open_sandbox` needs to execute calls from this query on; None where nothing can be executed.
     dialogue: the same for seeds whose histories say the same: turns of one dialogue, trials of one task; '' for a seed alone.
   """
+
   id: str
   kind: str
   conversations: tuple[Message, ...]
@@ -38,7 +40,7 @@ class Seed:
     if self.kind not in KINDS:
       problems.append(f'kind {self.kind!r} is not one of {KINDS}')
     if not self.conversations or self.conversations[-1].role != 'user':
-      problems.append('the last message is not the user\'s query')
+      problems.append("the last message is not the user's query")
     outputs_needed = not self.world and (self.kind == 'sequential' or self.answer)
     if len(self.calls) != len(self.tool_response) and (self.tool_response or outputs_needed):
       problems.append(f'{len(self.calls)} calls but {len(self.tool_response)} tool responses')
@@ -60,9 +62,16 @@ class Seed:
 
   def to_json(self) -> dict[str, Any]:
     ground_truth = [print_calls([c])[1:-1] for c in self.calls] if self.calls else self.answer
-    return {'id': self.id, 'kind': self.kind, 'conversations': [m.to_json() for m in self.conversations],
-            'ground_truth': ground_truth, 'tool_response': list(self.tool_response), 'answer': self.answer,
-            **({'world': self.world} if self.world else {}), **({'dialogue': self.dialogue} if self.dialogue else {})}
+    return {
+      'id': self.id,
+      'kind': self.kind,
+      'conversations': [m.to_json() for m in self.conversations],
+      'ground_truth': ground_truth,
+      'tool_response': list(self.tool_response),
+      'answer': self.answer,
+      **({'world': self.world} if self.world else {}),
+      **({'dialogue': self.dialogue} if self.dialogue else {}),
+    }
 
   @classmethod
   def from_json(cls, record: Any) -> 'Seed':
@@ -72,7 +81,9 @@ class Seed:
     `kind`, several calls are parallel where there are neither outputs nor a world to run them in.
     """
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
-      raise ValueError(f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}')
+      raise ValueError(
+        f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}'
+      )
     try:
       truth = record['ground_truth']
       calls = tuple(parse_calls(truth) or () if isinstance(truth, str) else parse_reference(truth))
@@ -84,11 +95,22 @@ class Seed:
       world = record.get('world')
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
-      several = 'sequential' if responses or world else 'parallel'  # outputs of one call may be needed by the next
-      kind = record.get('kind') or ('irrelevant' if not calls else 'single' if len(calls) == 1 else several)
-      return cls(str(record['id']), kind, tuple(Message.from_json(m) for m in record['conversations']), calls,
-                 tuple(responses), truth if isinstance(truth, str) and not calls else record.get('answer', ''), world,
-                 record.get('dialogue', ''))
+      several = (
+        'sequential' if responses or world else 'parallel'
+      )  # outputs of one call may be needed by the next
+      kind = record.get('kind') or (
+        'irrelevant' if not calls else 'single' if len(calls) == 1 else several
+      )
+      return cls(
+        str(record['id']),
+        kind,
+        tuple(Message.from_json(m) for m in record['conversations']),
+        calls,
+        tuple(responses),
+        truth if isinstance(truth, str) and not calls else record.get('answer', ''),
+        world,
+        record.get('dialogue', ''),
+      )
     except (TypeError, ValueError) as error:
       raise ValueError(f'seed record {record["id"]!r} cannot be read: {error}') from error
 
@@ -104,6 +126,7 @@ def reference_steps(seed: Seed, done: int) -> list[Message]:
 @dataclasses.dataclass(frozen=True)
 class DecisionPoint:
   """A prompt and the reference answer the reward compares with."""
+
   id: str
   kind: str
   messages: tuple[Message, ...]
@@ -122,4 +145,9 @@ def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
     yield DecisionPoint(f'{seed.id}/{done}', seed.kind, messages, print_calls([call]))
   if seed.answer:
     done = len(seed.calls)
-    yield DecisionPoint(f'{seed.id}/{done}', seed.kind, (*seed.conversations, *reference_steps(seed, done)), seed.answer)
+    yield DecisionPoint(
+      f'{seed.id}/{done}',
+      seed.kind,
+      (*seed.conversations, *reference_steps(seed, done)),
+      seed.answer,
+    )

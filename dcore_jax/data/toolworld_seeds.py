@@ -1,4 +1,5 @@
 """ToolWorld tasks as seeds: one per user turn, with the reference history before it."""
+
 import copy
 
 from dcore_jax.chat.messages import Message
@@ -17,10 +18,22 @@ def task_seeds(task: Task) -> list[Seed]:
     # A single-turn BFCL item ends with its call; only where the dialogue goes on is the report part of the reference.
     answer = '' if task.kind in ('single', 'parallel') else turn.answer
     world = {'name': 'toolworld', 'tools': list(task.tools), 'state': copy.deepcopy(sandbox.state)}
-    seed = Seed(f'{task.id}/{number}', kind, (*history, Message('user', turn.query)), turn.calls, turn.responses, answer, world,
-                task.id)
+    seed = Seed(
+      f'{task.id}/{number}',
+      kind,
+      (*history, Message('user', turn.query)),
+      turn.calls,
+      turn.responses,
+      answer,
+      world,
+      task.id,
+    )
     seeds.append(seed)
     for call in turn.calls:
       sandbox.run(call)
-    history += [Message('user', turn.query), *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    history += [
+      Message('user', turn.query),
+      *reference_steps(seed, len(turn.calls)),
+      Message('assistant', turn.answer),
+    ]
   return seeds

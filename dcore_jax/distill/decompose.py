@@ -1,4 +1,5 @@
 """Decomposition: the prompt that asks for it, the tolerant reader of what comes back, and whose call is whose."""
+
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -7,16 +8,25 @@ from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.distill.wording import Example, Prompts
 
-Subtasks = list[tuple[str, list[int] | None]]  # (description, positions of its reference calls; None: not said)
+Subtasks = list[
+  tuple[str, list[int] | None]
+]  # (description, positions of its reference calls; None: not said)
 
 MAX_CHARS = 65_536  # of a decomposition that is read; an answer of 16k tokens fits
 _STARTS = 64  # arrays that are tried
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # a JSON string, or a bracket outside of one
+_TOKEN = re.compile(
+  r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL
+)  # a JSON string, or a bracket outside of one
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
 
 
-def decompose_messages(context: Sequence[Message], query: str, calls: Sequence[ToolCall] | None, prompts: Prompts,
-                       examples: int = 0) -> list[Message]:
+def decompose_messages(
+  context: Sequence[Message],
+  query: str,
+  calls: Sequence[ToolCall] | None,
+  prompts: Prompts,
+  examples: int = 0,
+) -> list[Message]:
   """The prompt for a decomposition.
 
   Args:
@@ -36,22 +46,50 @@ def decompose_messages(context: Sequence[Message], query: str, calls: Sequence[T
   system, history = (list(context[:1]), list(context[1:])) if has_system else ([], list(context))
   text = prompts.decompose_blind if blind else prompts.decompose
   told = json.dumps([m.to_json() for m in history], ensure_ascii=False) if history else ''
-  message = Message('user', text.format(query=query, calls='' if blind else print_calls(calls), history=told,
-                                        system=system[0].content if system else ''))
+  message = Message(
+    'user',
+    text.format(
+      query=query,
+      calls='' if blind else print_calls(calls),
+      history=told,
+      system=system[0].content if system else '',
+    ),
+  )
   instructions = prompts.instructions_blind if blind else prompts.instructions
   if instructions:
-    blocks = ''.join(_example_block(prompts, example, number, blind) for number, example in enumerate(shown, 1))
-    return [Message('system', instructions.format(examples='\n' + blocks if blocks else '')), message]
-  turns = [turn for example in shown for turn in (
-      Message('user', text.format(query=example.query, calls=example.calls, system=example.system, history=example.history)),
-      Message('assistant', _solution(example, blind)))]
+    blocks = ''.join(
+      _example_block(prompts, example, number, blind) for number, example in enumerate(shown, 1)
+    )
+    return [
+      Message('system', instructions.format(examples='\n' + blocks if blocks else '')),
+      message,
+    ]
+  turns = [
+    turn
+    for example in shown
+    for turn in (
+      Message(
+        'user',
+        text.format(
+          query=example.query, calls=example.calls, system=example.system, history=example.history
+        ),
+      ),
+      Message('assistant', _solution(example, blind)),
+    )
+  ]
   return [*system, *turns, *history, message]
 
 
 def _example_block(prompts: Prompts, example: Example, number: int, blind: bool) -> str:
   text = prompts.example_blind if blind else prompts.example
-  return text.format(number=number, system=example.system, history=example.history, query=example.query, calls=example.calls,
-                     subtasks=_solution(example, blind))
+  return text.format(
+    number=number,
+    system=example.system,
+    history=example.history,
+    query=example.query,
+    calls=example.calls,
+    subtasks=_solution(example, blind),
+  )
 
 
 def _solution(example: Example, blind: bool) -> str:
@@ -80,7 +118,10 @@ def parse_subtasks(text: str) -> Subtasks | None:
   for candidate in _arrays(text[:MAX_CHARS]):
     try:
       items = json.loads(_TRAILING_COMMA.sub(lambda match: match[1] or '', candidate))
-    except (ValueError, RecursionError):  # ValueError: no JSON, or an integer of more digits than Python reads
+    except (
+      ValueError,
+      RecursionError,
+    ):  # ValueError: no JSON, or an integer of more digits than Python reads
       continue
     if (subtasks := _read_items(items)) is not None:
       return subtasks
@@ -110,13 +151,17 @@ def _read_items(items: list) -> Subtasks | None:
       return None
     index = item.get('index')
     if index is not None:
-      if not isinstance(index, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in index):
+      if not isinstance(index, list) or not all(
+        isinstance(i, int) and not isinstance(i, bool) for i in index
+      ):
         return None
     subtasks.append((item['description'], index))
   return subtasks or None
 
 
-def own_calls(subtasks: Subtasks, calls: int, strict_count: bool) -> list[tuple[str, list[int]]] | None:
+def own_calls(
+  subtasks: Subtasks, calls: int, strict_count: bool
+) -> list[tuple[str, list[int]]] | None:
   """Which of the reference calls belong to which subtask; None where the subtasks do not share them out.
 
   Args:

@@ -1,4 +1,5 @@
 """Pseudo-labels: a model's own calls in place of reference calls, by majority over samples (paper, Table 6, last row)."""
+
 import collections
 import dataclasses
 
@@ -16,6 +17,7 @@ MAX_STEPS = 12  # responses of one sample
 @dataclasses.dataclass
 class _Sample:
   """One attempt at a request, step after step; `done` when it has ended, `text` the words that ended it."""
+
   seed: Seed
   steps: list[list[ToolCall]] = dataclasses.field(default_factory=list)
   outputs: list[list[str]] = dataclasses.field(default_factory=list)
@@ -31,7 +33,10 @@ class _Sample:
     """The conversation as the next prompt shows it."""
     messages = list(self.seed.conversations)
     for calls, outputs in zip(self.steps, self.outputs):
-      messages += [Message('assistant', print_calls(calls)), Message('user', '\n'.join(map(tool_response, outputs)))]
+      messages += [
+        Message('assistant', print_calls(calls)),
+        Message('user', '\n'.join(map(tool_response, outputs))),
+      ]
     return messages
 
   @property
@@ -42,7 +47,9 @@ class _Sample:
     """Goes on with what the model said; a cut reply is none, since half a list of calls would read as a text."""
     _, answer = split_reasoning(reply.text)
     calls, problem = verify.read_calls(answer)
-    if problem == 'unreadable call' or not reply.finished or '<think>' in answer:  # thoughts that never end
+    if (
+      problem == 'unreadable call' or not reply.finished or '<think>' in answer
+    ):  # thoughts that never end
       self.done = self.failed = True
     elif not calls:
       self.text, self.done = answer.strip(), True
@@ -60,8 +67,12 @@ class _Sample:
     if self._sandbox:
       return [self._sandbox.run(call) for call in calls]
     first = len(self.calls)
-    recorded = self.seed.tool_response[first:first + len(calls)]
-    return list(recorded) if recorded and calls_equal(calls, self.seed.calls[first:first + len(calls)]) else None
+    recorded = self.seed.tool_response[first : first + len(calls)]
+    return (
+      list(recorded)
+      if recorded and calls_equal(calls, self.seed.calls[first : first + len(calls)])
+      else None
+    )
 
 
 def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask[Seed]:
@@ -103,5 +114,10 @@ def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask
     kind = 'parallel' if len(best.steps) == 1 else 'sequential'
   if kind == 'irrelevant' and not best.text:
     raise Dropped('no pseudo-label', 'label')
-  return dataclasses.replace(seed, kind=kind, calls=calls, tool_response=outputs if len(outputs) == len(calls) else (),
-                             answer=best.text)
+  return dataclasses.replace(
+    seed,
+    kind=kind,
+    calls=calls,
+    tool_response=outputs if len(outputs) == len(calls) else (),
+    answer=best.text,
+  )

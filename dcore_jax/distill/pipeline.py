@@ -4,6 +4,7 @@ The order of a seed's questions is its own affair (solve.py); a seed never sees 
 question is folded from its seed's id and its number in the conversation. So what a seed gives depends neither on the other
 seeds nor on when a run was interrupted.
 """
+
 import collections
 import dataclasses
 import hashlib
@@ -32,6 +33,7 @@ class Outcome:
     seconds: that its completions took, one after the other where they depend on each other.
     last: the last reply of a dropped seed, shortened.
   """
+
   seed: str
   kind: str
   value: Any = None
@@ -47,6 +49,7 @@ class Outcome:
 @dataclasses.dataclass
 class _Talk:
   """A seed whose conversation has begun: the replies to its open questions, as far as they are there."""
+
   number: int
   ask: Ask
   key: int
@@ -54,8 +57,13 @@ class _Talk:
   replies: list[Reply | None] = dataclasses.field(default_factory=list)
 
 
-def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend, sampling: SamplingParams,
-             purpose: str = '') -> Iterator[tuple[int, Outcome]]:
+def converse(
+  seeds: Sequence[Seed],
+  ask: Callable[[Seed], Ask],
+  backend: Backend,
+  sampling: SamplingParams,
+  purpose: str = '',
+) -> Iterator[tuple[int, Outcome]]:
   """Holds one conversation with the model for every seed -> (number, outcome) as they end.
 
   Conversations that have begun come before new ones: an engine still holds what their next prompts begin with. New ones
@@ -101,13 +109,17 @@ def converse(seeds: Sequence[Seed], ask: Callable[[Seed], Ask], backend: Backend
 
 def _key(name: str) -> int:
   """31 bits of a seed's id, for its random streams."""
-  return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'surrogatepass')).digest()[:4], 'big') >> 1
+  return (
+    int.from_bytes(hashlib.sha256(name.encode('utf-8', 'surrogatepass')).digest()[:4], 'big') >> 1
+  )
 
 
 def _count(outcome: Outcome, reply: Reply) -> None:
   outcome.prompt_tokens += reply.prompt_tokens
   outcome.completion_tokens += reply.completion_tokens
-  outcome.last = reply.error or (reply.text if len(reply.text) <= _LAST_CHARS else reply.text[:_LAST_CHARS] + ' ...')
+  outcome.last = reply.error or (
+    reply.text if len(reply.text) <= _LAST_CHARS else reply.text[:_LAST_CHARS] + ' ...'
+  )
 
 
 def by_length(seeds: Iterable[Seed]) -> list[int]:
@@ -118,8 +130,12 @@ def by_length(seeds: Iterable[Seed]) -> list[int]:
   return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
 
-def distill(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
-            distiller: Distiller = Distiller()) -> Iterator[tuple[int, Outcome]]:
+def distill(
+  seeds: Sequence[Seed],
+  backend: Backend,
+  sampling: SamplingParams,
+  distiller: Distiller = Distiller(),
+) -> Iterator[tuple[int, Outcome]]:
   """Distils seeds, begun in their order -> (number, outcome with rows as its value) as they finish; rows say what they were
   made with.
 
@@ -129,19 +145,30 @@ def distill(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams,
   check_ids(seeds)
   drawn = {name: value for name, value in dataclasses.asdict(sampling).items() if name != 'stop'}
   for number, outcome in converse(seeds, distiller.rows, backend, sampling):
-    provenance = {'seed': outcome.seed, 'model': backend.model, 'sampling': drawn, 'wording': distiller.wording.version,
-                  'calls': outcome.calls, 'completion_tokens': outcome.completion_tokens, 'seconds': round(outcome.seconds, 3)}
+    provenance = {
+      'seed': outcome.seed,
+      'model': backend.model,
+      'sampling': drawn,
+      'wording': distiller.wording.version,
+      'calls': outcome.calls,
+      'completion_tokens': outcome.completion_tokens,
+      'seconds': round(outcome.seconds, 3),
+    }
     outcome.value = [row | {'provenance': provenance} for row in outcome.value or ()]
     yield number, outcome
 
 
-def label(seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams, samples: int) -> Iterator[tuple[int, Outcome]]:
+def label(
+  seeds: Sequence[Seed], backend: Backend, sampling: SamplingParams, samples: int
+) -> Iterator[tuple[int, Outcome]]:
   """Pseudo-labels seeds -> (number, outcome with the relabelled seed as its value) as they finish."""
   check_ids(seeds)
   if samples < 1:
     raise ValueError(f'samples = {samples}: a pseudo-label needs at least one')
   # Random streams of their own: a single call asked for with the same words would be solved by its label's first sample.
-  yield from converse(seeds, lambda seed: pseudo_labelled(seed, samples), backend, sampling, 'label ')
+  yield from converse(
+    seeds, lambda seed: pseudo_labelled(seed, samples), backend, sampling, 'label '
+  )
 
 
 def check_ids(seeds: Sequence[Seed]) -> None:
@@ -162,7 +189,9 @@ def summarise(outcomes: Iterable[Outcome | dict[str, Any]]) -> dict[str, Any]:
   labelled anew: by that it is counted, and where the label has no subtasks any more its decomposition does not hold.
   """
   records = [vars(o) if isinstance(o, Outcome) else o for o in outcomes]
-  rows_of = lambda record: record['value'] if isinstance(record['value'], int) else len(record['value'] or ())
+  rows_of = lambda record: (
+    record['value'] if isinstance(record['value'], int) else len(record['value'] or ())
+  )
   kept = [record for record in records if not record['reason']]
   asked = lambda record: record.get('asked', record['kind'])
   several = [record for record in records if asked(record) in SEVERAL]
@@ -175,18 +204,34 @@ def summarise(outcomes: Iterable[Outcome | dict[str, Any]]) -> dict[str, Any]:
   for kind in sorted(set(map(asked, records))):
     mine = [record for record in records if asked(record) == kind]
     right = [record for record in mine if not record['reason']]
-    scenarios[kind] = {'seeds': len(mine), 'kept': len(right), 'rate': share(len(right), len(mine)),
-                       'rows': sum(map(rows_of, right)), 'dropped': _reasons(mine)}
+    scenarios[kind] = {
+      'seeds': len(mine),
+      'kept': len(right),
+      'rate': share(len(right), len(mine)),
+      'rows': sum(map(rows_of, right)),
+      'dropped': _reasons(mine),
+    }
   total = lambda field: sum(record[field] for record in records)
   return {
-      'seeds': len(records), 'kept': len(kept), 'rows': sum(map(rows_of, kept)), 'dropped': _reasons(records),
-      'kept_by_kind': {kind: s['kept'] for kind, s in scenarios.items()},
-      'seeds_by_kind': {kind: s['seeds'] for kind, s in scenarios.items()},
-      'several': len(several), 'decomposed': len(decomposed), 'decomposition_rate': share(len(decomposed), len(several)),
-      'success_rate': share(verified, len(reasoned)), 'success_rate_all': share(verified, len(several)),
-      'scenarios': scenarios, 'calls': total('calls'), 'prompt_tokens': total('prompt_tokens'),
-      'completion_tokens': total('completion_tokens')}
+    'seeds': len(records),
+    'kept': len(kept),
+    'rows': sum(map(rows_of, kept)),
+    'dropped': _reasons(records),
+    'kept_by_kind': {kind: s['kept'] for kind, s in scenarios.items()},
+    'seeds_by_kind': {kind: s['seeds'] for kind, s in scenarios.items()},
+    'several': len(several),
+    'decomposed': len(decomposed),
+    'decomposition_rate': share(len(decomposed), len(several)),
+    'success_rate': share(verified, len(reasoned)),
+    'success_rate_all': share(verified, len(several)),
+    'scenarios': scenarios,
+    'calls': total('calls'),
+    'prompt_tokens': total('prompt_tokens'),
+    'completion_tokens': total('completion_tokens'),
+  }
 
 
 def _reasons(records: Iterable[dict[str, Any]]) -> dict[str, int]:
-  return dict(collections.Counter(record['reason'] for record in records if record['reason']).most_common())
+  return dict(
+    collections.Counter(record['reason'] for record in records if record['reason']).most_common()
+  )

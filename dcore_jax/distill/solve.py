@@ -3,6 +3,7 @@
 Each seed is a generator that yields the prompts it can ask now, is sent the replies, and returns its rows. It knows nothing of
 models and lanes, nor of other seeds; `pipeline.converse` serves them all together.
 """
+
 import collections
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
@@ -18,9 +19,13 @@ from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.sandbox import open_sandbox
 
 T = TypeVar('T')
-Row = dict[str, Any]  # {'id', 'kind', 'conversations': [{'role', 'content'}]}, the published schema and the kind
+Row = dict[
+  str, Any
+]  # {'id', 'kind', 'conversations': [{'role', 'content'}]}, the published schema and the kind
 Ask = Generator[list[list[Message]], list[Reply], T]
-Candidate = list[tuple[str, list[int] | None]]  # subtasks with the positions of their calls; None where nobody could know them
+Candidate = list[
+  tuple[str, list[int] | None]
+]  # subtasks with the positions of their calls; None where nobody could know them
 VERIFY = ('calls', 'state')
 
 
@@ -66,6 +71,7 @@ class Distiller:
   Raises:
     ValueError: a value out of its range, or more examples than the wording has.
   """
+
   wording: Wording = ORGANISM
   show_reference: bool = True
   examples: int = 0
@@ -81,20 +87,28 @@ class Distiller:
     if self.verify not in VERIFY:
       raise ValueError(f'verify = {self.verify!r}; expected one of {VERIFY}')
     if min(self.candidates, self.samples, self.max_chars) < 1 or self.retries < 0:
-      raise ValueError(f'candidates = {self.candidates}, samples = {self.samples}, retries = {self.retries} and '
-                       f'max_chars = {self.max_chars} cannot be')
+      raise ValueError(
+        f'candidates = {self.candidates}, samples = {self.samples}, retries = {self.retries} and '
+        f'max_chars = {self.max_chars} cannot be'
+      )
     if not 0 <= self.examples <= len(self.wording.prompts.examples):
       known = len(self.wording.prompts.examples)
       raise ValueError(f'examples = {self.examples}: the wording {self.wording.name!r} has {known}')
 
   def rows(self, seed: Seed) -> Ask[list[Row]]:
     """The seed's conversation with the model; raises Dropped."""
-    return {'single': self._single, 'irrelevant': self._irrelevant, 'sequential': self._sequential,
-            'parallel': self._parallel}[seed.kind](seed)
+    return {
+      'single': self._single,
+      'irrelevant': self._irrelevant,
+      'sequential': self._sequential,
+      'parallel': self._parallel,
+    }[seed.kind](seed)
 
   # --- asking ---------------------------------------------------------------------------------------------------------------
 
-  def _ask(self, prompts: Sequence[list[Message]], accept: Callable[[int, str], T]) -> Ask[list[T | Dropped]]:
+  def _ask(
+    self, prompts: Sequence[list[Message]], accept: Callable[[int, str], T]
+  ) -> Ask[list[T | Dropped]]:
     """Asks all prompts together, and again those whose reply `accept(place, text)` refuses, within their budgets -> a value or
     the last refusal of each."""
     allowed = {Unreadable: self.retries, Wrong: self.samples - 1}
@@ -106,7 +120,9 @@ class Distiller:
       for place, reply in zip(waiting, (yield [prompts[place] for place in waiting]), strict=True):
         try:
           if reply.error:
-            raise Dropped(TOO_LONG if reply.error == TOO_LONG else 'refused by the endpoint', 'generate')
+            raise Dropped(
+              TOO_LONG if reply.error == TOO_LONG else 'refused by the endpoint', 'generate'
+            )
           if not reply.finished:  # half a list of calls would read as a text
             raise Unreadable('cut off', 'generate')
           values[place] = accept(place, reply.text)
@@ -118,10 +134,12 @@ class Distiller:
       waiting = again
     return values
 
-  def _solve(self, prompts: Sequence[list[Message]], check: Callable[[int, list[ToolCall]], bool]) \
-      -> Ask[list[tuple[str, list[ToolCall]]]]:
+  def _solve(
+    self, prompts: Sequence[list[Message]], check: Callable[[int, list[ToolCall]], bool]
+  ) -> Ask[list[tuple[str, list[ToolCall]]]]:
     """(reasoning, calls) of each prompt; `check(place, calls)` says whether the calls can be right. A wrong one is noticed here
     rather than after the last step: the seed could no longer verify, and its remaining completions would be wasted."""
+
     def accept(place, text):
       solution = verify.read_solution(text)
       if solution is None:
@@ -130,18 +148,23 @@ class Distiller:
       if problem or not check(place, calls):
         raise Wrong(problem or 'wrong call', 'verify')
       return solution[0], calls
+
     return _all_right((yield from self._ask(prompts, accept)))
 
   def _decompose(self, seed: Seed) -> Ask[list[Candidate]]:
     """The distinct decompositions that hold, in the order of sampling; at least one."""
     calls = seed.calls if self.show_reference else None
-    prompt = decompose.decompose_messages(seed.context, seed.query, calls, self.wording.prompts, self.examples)
+    prompt = decompose.decompose_messages(
+      seed.context, seed.query, calls, self.wording.prompts, self.examples
+    )
 
     def accept(_, text):
       subtasks = decompose.parse_subtasks(text.rsplit('</think>', 1)[-1])
       if not subtasks:
         raise Unreadable('decomposition unparsable', 'decompose')
-      problem = verify.decomposition_problem(seed, subtasks, seen=self.show_reference, strict_count=self.strict_count)
+      problem = verify.decomposition_problem(
+        seed, subtasks, seen=self.show_reference, strict_count=self.strict_count
+      )
       if problem:
         raise Dropped(problem, 'decompose')
       if self.show_reference or self.strict_count:
@@ -155,7 +178,9 @@ class Distiller:
       raise Dropped(str(found[-1]), 'decompose')
     return [value for place, value in enumerate(held) if value not in held[:place]]
 
-  def _first_right(self, seed: Seed, solve: Callable[[Seed, Candidate], Ask[list[Row]]]) -> Ask[list[Row]]:
+  def _first_right(
+    self, seed: Seed, solve: Callable[[Seed, Candidate], Ask[list[Row]]]
+  ) -> Ask[list[Row]]:
     """Rows of the first decomposition whose solutions verify."""
     candidates = yield from self._decompose(seed)
     for candidate in candidates[:-1]:
@@ -173,14 +198,18 @@ class Distiller:
   def _check_end(self, seed: Seed, calls: Sequence[ToolCall], *, ordered: bool) -> None:
     """Compares all calls with the reference, and what they do where they can be executed."""
     if not self._by_state(seed) and not calls_equal(calls, seed.calls, ordered=ordered):
-      raise Dropped('wrong call' if len(calls) >= len(seed.calls) else 'calls are missing', 'verify')
+      raise Dropped(
+        'wrong call' if len(calls) >= len(seed.calls) else 'calls are missing', 'verify'
+      )
     if problem := verify.state_problem(seed, calls):
       raise Dropped(problem, 'verify')
 
   def _single(self, seed: Seed) -> Ask[list[Row]]:
     by_state, expected = self._by_state(seed), list(seed.calls)
     [(reasoning, calls)] = yield from self._solve(
-        [list(seed.conversations)], lambda _, calls: by_state or calls_equal(calls, expected, ordered=True))
+      [list(seed.conversations)],
+      lambda _, calls: by_state or calls_equal(calls, expected, ordered=True),
+    )
     self._check_end(seed, calls, ordered=True)
     answer = print_calls(calls)
     row = self._row(seed, '', seed.conversations, compose.single(reasoning, answer))
@@ -196,19 +225,36 @@ class Distiller:
     sandbox = open_sandbox(seed.world) if seed.world else None
     solving, history, made, targets = seed.context, list(seed.conversations), [], []
     for number, (text, index) in enumerate(subtasks):
+
       def check(_, calls, index=index):
         size = len(calls) if index is None else len(index)
-        return by_state or calls_equal(calls, seed.calls[len(made):len(made) + size], ordered=True)
+        return by_state or calls_equal(
+          calls, seed.calls[len(made) : len(made) + size], ordered=True
+        )
+
       [(reasoning, calls)] = yield from self._solve([[*solving, Message('user', text)]], check)
       answer = print_calls(calls)
-      outputs = [sandbox.run(call) for call in calls] if sandbox else seed.tool_response[len(made):len(made) + len(calls)]
-      targets.append((history, compose.sequential(seed.query, texts, number, Solved(text, reasoning, answer),
-                                                  self.wording.templates)))
+      outputs = (
+        [sandbox.run(call) for call in calls]
+        if sandbox
+        else seed.tool_response[len(made) : len(made) + len(calls)]
+      )
+      targets.append(
+        (
+          history,
+          compose.sequential(
+            seed.query, texts, number, Solved(text, reasoning, answer), self.wording.templates
+          ),
+        )
+      )
       made += calls
       solving = [*solving, Message('user', text), *_turn(answer, outputs)]
       history = [*history, *_turn(answer, outputs)]
     self._check_end(seed, made, ordered=True)
-    rows = [self._row(seed, f'/{number}', before, target) for number, (before, target) in enumerate(targets)]
+    rows = [
+      self._row(seed, f'/{number}', before, target)
+      for number, (before, target) in enumerate(targets)
+    ]
     return rows + self._report(seed, history)
 
   def _parallel(self, seed: Seed) -> Ask[list[Row]]:
@@ -221,17 +267,34 @@ class Distiller:
 
     def check(place, calls):
       index = subtasks[place][1]
-      return by_state or index is None or calls_equal(calls, [seed.calls[i] for i in index], ordered=False)
-    solutions = yield from self._solve([[*seed.context, Message('user', text)] for text, _ in subtasks], check)
+      return (
+        by_state
+        or index is None
+        or calls_equal(calls, [seed.calls[i] for i in index], ordered=False)
+      )
+
+    solutions = yield from self._solve(
+      [[*seed.context, Message('user', text)] for text, _ in subtasks], check
+    )
     calls = [call for _, made in solutions for call in made]
     self._check_end(seed, calls, ordered=False)
-    solved = [Solved(text, reasoning, print_calls(made)) for (text, _), (reasoning, made) in zip(subtasks, solutions)]
-    row = self._row(seed, '', seed.conversations, compose.parallel(seed.query, solved, self.wording.templates))
-    history = [*seed.conversations, *_turn(print_calls(calls), _outputs(seed, calls))] if seed.answer else []
+    solved = [
+      Solved(text, reasoning, print_calls(made))
+      for (text, _), (reasoning, made) in zip(subtasks, solutions)
+    ]
+    row = self._row(
+      seed, '', seed.conversations, compose.parallel(seed.query, solved, self.wording.templates)
+    )
+    history = (
+      [*seed.conversations, *_turn(print_calls(calls), _outputs(seed, calls))]
+      if seed.answer
+      else []
+    )
     return [row, *self._report(seed, history)]
 
   def _irrelevant(self, seed: Seed) -> Ask[list[Row]]:
     """Form I': the model explains what is missing. Its answer must be a text; the reference answer is what is trained."""
+
     def accept(_, text):
       solution = verify.read_solution(text)
       if solution is None:
@@ -245,6 +308,7 @@ class Distiller:
       if self.exact_refusals and answer != seed.answer:
         raise Wrong('wrong explanation', 'verify')
       return reasoning
+
     prompt = decompose.explain_messages(seed.context, seed.query, self.wording.prompts)
     [reasoning] = _all_right((yield from self._ask([prompt], accept)))
     target = compose.irrelevant(seed.query, reasoning, seed.answer, self.wording.templates)
@@ -256,13 +320,21 @@ class Distiller:
     """The row that ends the turn with a text, where the reference has one (form F)."""
     if not seed.answer:
       return []
-    return [self._row(seed, '/report', history, compose.finished(seed.query, seed.answer, self.wording.templates))]
+    return [
+      self._row(
+        seed, '/report', history, compose.finished(seed.query, seed.answer, self.wording.templates)
+      )
+    ]
 
   def _row(self, seed: Seed, suffix: str, history: Sequence[Message], target: str) -> Row:
     messages = [*history, Message('assistant', target)]
     if problem := verify.row_problem(messages, self.max_chars):
       raise Dropped(problem, 'verify')
-    return {'id': f'{seed.id}{suffix}', 'kind': seed.kind, 'conversations': [m.to_json() for m in messages]}
+    return {
+      'id': f'{seed.id}{suffix}',
+      'kind': seed.kind,
+      'conversations': [m.to_json() for m in messages],
+    }
 
 
 def _all_right(values: list[T | Dropped]) -> list[T]:
@@ -285,7 +357,9 @@ def _outputs(seed: Seed, calls: Sequence[ToolCall]) -> list[str]:
   recorded = list(zip(seed.calls, seed.tool_response))
   outputs = []
   for call in calls:
-    place = next((i for i, (reference, _) in enumerate(recorded) if calls_equal([call], [reference])), None)
+    place = next(
+      (i for i, (reference, _) in enumerate(recorded) if calls_equal([call], [reference])), None
+    )
     if place is not None:
       outputs.append(recorded.pop(place)[1])
   return outputs

@@ -1,4 +1,5 @@
 """What a decomposition, a solution and a composed row must satisfy; every refusal has a reason that is counted."""
+
 import functools
 import re
 import unicodedata
@@ -85,7 +86,10 @@ def foreign_script(text: str, context: Sequence[str]) -> str:
       letters[_script(character)] += count
   known = {_script(character) for character in set().union(*context) if character.isalpha()}
   enough = _FOREIGN * letters.total()
-  return next((script for script, count in letters.most_common() if script not in known and count >= enough), '')
+  return next(
+    (script for script, count in letters.most_common() if script not in known and count >= enough),
+    '',
+  )
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -5,6 +5,7 @@ own small sets of English markers: each is a phrase that announces the behaviour
 case, so 'attribute' holds no 'but'. They are for comparing models with each other, before and after training; a single
 count says little.
 """
+
 import re
 from typing import Sequence
 
@@ -13,21 +14,23 @@ import numpy as np
 # One regular expression a behaviour, of alternatives that do not overlap. Longer alternatives stand before their
 # prefixes.
 MARKERS = {
-    # Splitting the task, or moving on in a split task.
-    'decomposition': r'sub-?tasks?|sub-?problems?|break (?:it|this|that|the \w+) down|(?:first|second|next|final) step'
-                     r'|step \d+|steps? by step|in parallel|split (?:it|this|that|the \w+) into',
-    # Doubting or turning back on what was just thought.
-    'reflection': r'wait|hold on|however|alternatively|on second thoughts?|actually|hmm+|let me (?:rethink|reconsider)'
-                  r'|(?:i|we) (?:overlooked|missed|forgot)|but',
-    # Testing a result or an input against what is known.
-    'verification': r'(?:double[- ]?|re-?)check(?:s|ed|ing)?|verif(?:y|ies|ied|ying|ication)|confirm(?:s|ed|ing)?'
-                    r'|make sure|makes sure|making sure|ensur(?:e|es|ed|ing)|let me check|(?:that|this) is correct',
-    # Drawing a conclusion from what was said before.
-    'deduction': r'therefore|thus|hence|consequently|(?:this|that|which) (?:means|implies)|it follows|as a result'
-                 r'|so (?:the|we|i|it|this|that)|because|since',
+  # Splitting the task, or moving on in a split task.
+  'decomposition': r'sub-?tasks?|sub-?problems?|break (?:it|this|that|the \w+) down|(?:first|second|next|final) step'
+  r'|step \d+|steps? by step|in parallel|split (?:it|this|that|the \w+) into',
+  # Doubting or turning back on what was just thought.
+  'reflection': r'wait|hold on|however|alternatively|on second thoughts?|actually|hmm+|let me (?:rethink|reconsider)'
+  r'|(?:i|we) (?:overlooked|missed|forgot)|but',
+  # Testing a result or an input against what is known.
+  'verification': r'(?:double[- ]?|re-?)check(?:s|ed|ing)?|verif(?:y|ies|ied|ying|ication)|confirm(?:s|ed|ing)?'
+  r'|make sure|makes sure|making sure|ensur(?:e|es|ed|ing)|let me check|(?:that|this) is correct',
+  # Drawing a conclusion from what was said before.
+  'deduction': r'therefore|thus|hence|consequently|(?:this|that|which) (?:means|implies)|it follows|as a result'
+  r'|so (?:the|we|i|it|this|that)|because|since',
 }
 BEHAVIOURS = tuple(MARKERS)
-_PATTERNS = {name: re.compile(rf'\b(?:{pattern})\b', re.IGNORECASE) for name, pattern in MARKERS.items()}
+_PATTERNS = {
+  name: re.compile(rf'\b(?:{pattern})\b', re.IGNORECASE) for name, pattern in MARKERS.items()
+}
 
 
 def count_behaviours(text: str) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Held-out tasks of every kind, the same ones whichever model is measured.
 
-    FOLDER/trajectories.jsonl    every task as it went, thoughts included
-    FOLDER/replies.jsonl         the journal of completions, where a backend answers: what was answered is not asked again
+FOLDER/trajectories.jsonl    every task as it went, thoughts included
+FOLDER/replies.jsonl         the journal of completions, where a backend answers: what was answered is not asked again
 """
+
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ _EVALUATE = 3  # added to the run's seed; the eval split shares no entity with w
 Actor = Callable[[World, Sequence[Any], SamplingParams, Callable[[int], Any]], list[Trajectory]]
 
 
-def evaluate(config: ml_collections.ConfigDict, folder: pathlib.Path, actor: Actor, name: str) -> dict[str, Any]:
+def evaluate(
+  config: ml_collections.ConfigDict, folder: pathlib.Path, actor: Actor, name: str
+) -> dict[str, Any]:
   """Acts out `config.evaluate.tasks` tasks of each kind -> figures (`evaluate.rollouts.measure`); the tasks go to `folder`.
 
   Args:
@@ -48,19 +51,28 @@ def evaluate(config: ml_collections.ConfigDict, folder: pathlib.Path, actor: Act
       tasks = world.tasks(kind, c.tasks, seed=config.seed + _EVALUATE, split='eval')
       trajectories[kind] = actor(world, tasks, sampling, bar.update)
   folder.mkdir(parents=True, exist_ok=True)
-  lines = [json.dumps(_record(kind, t)) + '\n' for kind, group in trajectories.items() for t in group]
+  lines = [
+    json.dumps(_record(kind, t)) + '\n' for kind, group in trajectories.items() for t in group
+  ]
   replace_text(folder / 'trajectories.jsonl', ''.join(lines))
   return measure(trajectories)
 
 
-def evaluate_backend(config: ml_collections.ConfigDict, folder: pathlib.Path, backend: Backend, tokenizer: Any) -> dict[str, Any]:
+def evaluate_backend(
+  config: ml_collections.ConfigDict, folder: pathlib.Path, backend: Backend, tokenizer: Any
+) -> dict[str, Any]:
   """As `evaluate`, with a backend; `tokenizer` counts the tokens of reasonings.
 
   Raises:
     ConnectionError: an endpoint that stays away; with a journal nothing that was answered is lost.
   """
-  actor = lambda world, tasks, sampling, told: act_through(backend, tokenizer, world, tasks, sampling, told)
-  return evaluate(config, folder, actor, backend.model) | {'model': backend.model, 'usage': backend.usage.record()}
+  actor = lambda world, tasks, sampling, told: act_through(
+    backend, tokenizer, world, tasks, sampling, told
+  )
+  return evaluate(config, folder, actor, backend.model) | {
+    'model': backend.model,
+    'usage': backend.usage.record(),
+  }
 
 
 def _record(kind: str, t: Trajectory) -> dict[str, Any]:
@@ -68,5 +80,13 @@ def _record(kind: str, t: Trajectory) -> dict[str, Any]:
   texts = iter(t.texts)
   messages = [Message(m.role, next(texts)) if m.role == 'assistant' else m for m in t.messages]
   lazy = any(is_lazy(r, n, not t.outcome.correct) for r, n in zip(t.reasonings, t.reasoning_tokens))
-  return {'id': t.task.id, 'kind': kind, 'query': t.task.turns[0].query, 'correct': t.outcome.correct,
-          'reason': t.outcome.reason, 'lazy': lazy, 'reasoning_tokens': t.reasoning_tokens, 'messages': [m.to_json() for m in messages]}
+  return {
+    'id': t.task.id,
+    'kind': kind,
+    'query': t.task.turns[0].query,
+    'correct': t.outcome.correct,
+    'reason': t.outcome.reason,
+    'lazy': lazy,
+    'reasoning_tokens': t.reasoning_tokens,
+    'messages': [m.to_json() for m in messages],
+  }

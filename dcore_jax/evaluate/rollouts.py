@@ -1,4 +1,5 @@
 """Evaluation in a world: every task is acted out to its end, and the responses are measured on the way."""
+
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dcore_jax.worlds.environment import Episode, Outcome, World
 
 class Exchange(NamedTuple):
   """A prompt as token ids and what was sampled behind it."""
+
   prompt: np.ndarray  # int32 [n]
   completion: Completion
 
@@ -26,6 +28,7 @@ class Exchange(NamedTuple):
 class Trajectory:
   """One finished episode. `texts` are whole assistant responses, `reasonings` what they think, `reasoning_tokens` the lengths of
   that, `exchanges` the same responses as they were sampled."""
+
   task: Any
   outcome: Outcome
   texts: list[str]
@@ -47,9 +50,17 @@ def thoughts(text: str, finished: bool) -> str:
 class _Acting:
   """Tasks that are acted out together: which is to be answered next, and what was answered."""
 
-  def __init__(self, world: World, tasks: Sequence[Any], keys: Sequence[tuple[int, ...]] | None,
-               progress: Callable[[int], Any] | None):
-    self.tasks, self.keys = tasks, [(number,) for number in range(len(tasks))] if keys is None else keys
+  def __init__(
+    self,
+    world: World,
+    tasks: Sequence[Any],
+    keys: Sequence[tuple[int, ...]] | None,
+    progress: Callable[[int], Any] | None,
+  ):
+    self.tasks, self.keys = (
+      tasks,
+      [(number,) for number in range(len(tasks))] if keys is None else keys,
+    )
     self.episodes: list[Episode] = [world.episode(task) for task in tasks]
     self.texts: list[list[str]] = [[] for _ in tasks]
     self.reasonings: list[list[str]] = [[] for _ in tasks]
@@ -77,7 +88,9 @@ class _Acting:
     if self.episodes[number].done:
       self._progress(1)
     else:
-      self._waiting.appendleft(number)  # before new tasks: its conversation is still held where it was computed
+      self._waiting.appendleft(
+        number
+      )  # before new tasks: its conversation is still held where it was computed
 
   def stop(self, number: int, reason: str) -> None:
     self.episodes[number].stop(reason)
@@ -85,12 +98,30 @@ class _Acting:
 
   def trajectories(self, exchanges: Sequence[list[Exchange]]) -> list[Trajectory]:
     """In the order of the tasks."""
-    return [Trajectory(task, episode.outcome(), *rest, episode.messages, made) for task, episode, *rest, made
-            in zip(self.tasks, self.episodes, self.texts, self.reasonings, self.lengths, self.unfinished, exchanges)]
+    return [
+      Trajectory(task, episode.outcome(), *rest, episode.messages, made)
+      for task, episode, *rest, made in zip(
+        self.tasks,
+        self.episodes,
+        self.texts,
+        self.reasonings,
+        self.lengths,
+        self.unfinished,
+        exchanges,
+      )
+    ]
 
 
-def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
-        progress: Callable[[int], Any] | None = None, *, keys: Sequence[tuple[int, ...]] | None = None) -> list[Trajectory]:
+def act(
+  engine: Engine,
+  tokenizer: Any,
+  world: World,
+  tasks: Sequence[Any],
+  sampling: SamplingParams,
+  progress: Callable[[int], Any] | None = None,
+  *,
+  keys: Sequence[tuple[int, ...]] | None = None,
+) -> list[Trajectory]:
   """Acts out all tasks together on the engine's lanes; trajectories come back in the order of the tasks.
 
   The next prompt of an episode shows the answer without its thoughts, so that it does not continue the branch that was sampled
@@ -108,14 +139,18 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
   acting = _Acting(world, tasks, keys, progress)
   exchanges: list[list[Exchange]] = [[] for _ in tasks]
   asked: dict[int, np.ndarray] = {}  # the prompts under way
-  think_end = tokenizer.convert_tokens_to_ids('</think>')  # None, or that of an unknown token, where it takes several
+  think_end = tokenizer.convert_tokens_to_ids(
+    '</think>'
+  )  # None, or that of an unknown token, where it takes several
 
   def source(free: int) -> list[tuple[int, Request]]:
     requests = []
     while len(requests) < free and (number := acting.next()) is not None:
       messages = acting.episodes[number].messages
       prompt = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)['input_ids']
-      if len(prompt) >= engine.max_len:  # a response of a hundred calls is answered by a hundred outputs
+      if (
+        len(prompt) >= engine.max_len
+      ):  # a response of a hundred calls is answered by a hundred outputs
         acting.stop(number, TOO_LONG)
         continue
       asked[number] = np.array(prompt, np.int32)
@@ -137,8 +172,14 @@ def act(engine: Engine, tokenizer: Any, world: World, tasks: Sequence[Any], samp
   return acting.trajectories(exchanges)
 
 
-def act_through(backend: Backend, tokenizer: Any, world: World, tasks: Sequence[Any], sampling: SamplingParams,
-                progress: Callable[[int], Any] | None = None) -> list[Trajectory]:
+def act_through(
+  backend: Backend,
+  tokenizer: Any,
+  world: World,
+  tasks: Sequence[Any],
+  sampling: SamplingParams,
+  progress: Callable[[int], Any] | None = None,
+) -> list[Trajectory]:
   """As `act`, with any backend: the model may be behind an endpoint, which shows text and no tokens (no `exchanges`).
 
   Args:
@@ -156,7 +197,9 @@ def act_through(backend: Backend, tokenizer: Any, world: World, tasks: Sequence[
   def source(free: int) -> list[tuple[int, ChatRequest]]:
     requests = []
     while len(requests) < free and (number := acting.next()) is not None:
-      requests.append((number, ChatRequest(tuple(acting.episodes[number].messages), acting.key(number))))
+      requests.append(
+        (number, ChatRequest(tuple(acting.episodes[number].messages), acting.key(number)))
+      )
     return requests
 
   for number, reply in backend.stream(source, sampling):
@@ -188,19 +231,34 @@ def measure(trajectories: dict[str, list[Trajectory]]) -> dict[str, Any]:
     wrong = [not t.outcome.correct for t in group for _ in t.texts]
     tokens = [n for t in group for n in t.reasoning_tokens]
     lazy[kind] = lazy_ratio([r for t in group for r in t.reasonings], tokens, wrong)['ratio']
-    reasons[kind] = dict(collections.Counter(t.outcome.reason for t in group if t.outcome.reason).most_common())
+    reasons[kind] = dict(
+      collections.Counter(t.outcome.reason for t in group if t.outcome.reason).most_common()
+    )
     unfinished[kind] = sum(t.unfinished for t in group)
   everything = [t for group in trajectories.values() for t in group]
-  first = [r for kind in ('sequential', 'parallel') for t in trajectories.get(kind, []) for r in t.reasonings[:1]]
+  first = [
+    r
+    for kind in ('sequential', 'parallel')
+    for t in trajectories.get(kind, [])
+    for r in t.reasonings[:1]
+  ]
   reasonings = [r for t in everything for r in t.reasonings]
   behaviours = behaviour_counts(reasonings)
   return {
-      'accuracy': accuracy, 'lazy_ratio': lazy, 'n': count, 'failures': reasons, 'unfinished': unfinished,
-      'accuracy_by_subtasks': {kind: _by_subtasks(trajectories.get(kind, [])) for kind in ('sequential', 'parallel')},
-      'decomposition_rate': float(np.mean(behaviour_counts(first)['decomposition'] > 0)) if first else None,
-      'reflections_per_response': _mean([count_reflections(r) for r in reasonings]),
-      'reasoning_tokens_mean': _mean([n for t in everything for n in t.reasoning_tokens]),
-      'behaviours': {name: _mean(counts) for name, counts in behaviours.items()},
+    'accuracy': accuracy,
+    'lazy_ratio': lazy,
+    'n': count,
+    'failures': reasons,
+    'unfinished': unfinished,
+    'accuracy_by_subtasks': {
+      kind: _by_subtasks(trajectories.get(kind, [])) for kind in ('sequential', 'parallel')
+    },
+    'decomposition_rate': float(np.mean(behaviour_counts(first)['decomposition'] > 0))
+    if first
+    else None,
+    'reflections_per_response': _mean([count_reflections(r) for r in reasonings]),
+    'reasoning_tokens_mean': _mean([n for t in everything for n in t.reasoning_tokens]),
+    'behaviours': {name: _mean(counts) for name, counts in behaviours.items()},
   }
 
 
@@ -212,5 +270,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def _by_subtasks(group: list[Trajectory]) -> dict[str, dict[str, float]]:
   """Accuracy and number of tasks by their number of reference calls."""
   sizes = sorted({t.task.steps for t in group})
-  return {str(k): {'accuracy': float(np.mean([t.outcome.correct for t in group if t.task.steps == k])),
-                   'n': sum(t.task.steps == k for t in group)} for k in sizes}
+  return {
+    str(k): {
+      'accuracy': float(np.mean([t.outcome.correct for t in group if t.task.steps == k])),
+      'n': sum(t.task.steps == k for t in group),
+    }
+    for k in sizes
+  }

@@ -7,6 +7,7 @@ mask. An estimator's options are its keyword-only arguments, in the config field
 All raise ValueError for shapes that disagree, an empty group, or values that are not finite.
 Letters: P prompts, G rollouts of a prompt's group, T response tokens.
 """
+
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +26,26 @@ def _register(name: str) -> Callable[[Estimator], Estimator]:
   def add(function: Estimator) -> Estimator:
     ADVANTAGES[name] = function
     return function
+
   return add
 
 
 def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
   """Names of the keyword-only arguments."""
-  return tuple(name for name, kind in inspect.signature(function).parameters.items() if kind.kind is kind.KEYWORD_ONLY)
+  return tuple(
+    name
+    for name, kind in inspect.signature(function).parameters.items()
+    if kind.kind is kind.KEYWORD_ONLY
+  )
 
 
 def make_estimator(name: str, config: Mapping[str, Any]) -> Estimator:
   """One of `ADVANTAGES` with its options taken from the fields of the same names; ValueError for an unknown name."""
   if name not in ADVANTAGES:
     raise ValueError(f'unknown estimator {name!r}; expected one of {sorted(ADVANTAGES)}')
-  return functools.partial(ADVANTAGES[name], **{option: config[option] for option in options_of(ADVANTAGES[name])})
+  return functools.partial(
+    ADVANTAGES[name], **{option: config[option] for option in options_of(ADVANTAGES[name])}
+  )
 
 
 def uses_entropy(name: str) -> bool:
@@ -49,21 +57,27 @@ def uses_entropy(name: str) -> bool:
 
 
 @_register('grpo')
-def grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+def grpo_advantages(
+  rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
+) -> np.ndarray:
   """A = (R - mean) / (std + 1e-6) over the group, std with ddof 1 (paper eq. 2)."""
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   return _spread(_standardised(rewards_PG), rewards_PG, mask_PGT)
 
 
 @_register('dr_grpo')
-def dr_grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+def dr_grpo_advantages(
+  rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
+) -> np.ndarray:
   """A = R - mean, without the division that favours groups of little variance (Liu et al. 2025, Dr. GRPO)."""
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   return _spread(_centred(rewards_PG), rewards_PG, mask_PGT)
 
 
 @_register('rloo')
-def rloo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+def rloo_advantages(
+  rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
+) -> np.ndarray:
   """A = R - mean of the group's other rollouts = (R - mean) G / (G - 1) (Ahmadian et al. 2024)."""
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   G = rewards_PG.shape[1]
@@ -74,9 +88,18 @@ def rloo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: n
 
 
 @_register('da_grpo')
-def da_grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray, *, alpha: float = 0.1,
-                       delta: float = 0.5, zero_test: str = 'group', psi_multiplier: float = 1.0,
-                       psi_when_wrong: str = 'reinforce', right_above: float = 0.0) -> np.ndarray:
+def da_grpo_advantages(
+  rewards_PG: np.ndarray,
+  entropy_PGT: np.ndarray,
+  mask_PGT: np.ndarray,
+  *,
+  alpha: float = 0.1,
+  delta: float = 0.5,
+  zero_test: str = 'group',
+  psi_multiplier: float = 1.0,
+  psi_when_wrong: str = 'reinforce',
+  right_above: float = 0.0,
+) -> np.ndarray:
   """Diversity-aware GRPO: where the group-relative advantage vanishes, psi = min(alpha H, delta) replaces it (eq. 6-8).
 
   Args:
@@ -96,30 +119,53 @@ def da_grpo_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT
   if not (alpha >= 0 and delta >= 0):
     raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
   if psi_when_wrong not in ('reinforce', 'ignore', 'punish'):
-    raise ValueError(f"unknown psi_when_wrong {psi_when_wrong!r}; expected 'reinforce', 'ignore' or 'punish'")
+    raise ValueError(
+      f"unknown psi_when_wrong {psi_when_wrong!r}; expected 'reinforce', 'ignore' or 'punish'"
+    )
   rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
   psi_PGT = np.minimum(alpha * entropy_PGT * mask_PGT, delta)
   if psi_when_wrong != 'reinforce':
-    spared_PGT = psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0) if psi_when_wrong == 'punish' else 0
+    spared_PGT = (
+      psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0) if psi_when_wrong == 'punish' else 0
+    )
     psi_PGT = np.where(rewards_PG[:, :, None] > right_above, psi_PGT, spared_PGT)
   chosen_PGT = np.where(zero_PG[:, :, None], psi_multiplier * psi_PGT, relative_PG[:, :, None])
   return (chosen_PGT * mask_PGT).astype(np.float32)
 
 
 @_register('rl_zvp')
-def rl_zvp_advantages(rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray, *, alpha: float = 0.1,
-                      zero_test: str = 'group', psi_multiplier: float = 1.0, right_above: float = 0.0) -> np.ndarray:
+def rl_zvp_advantages(
+  rewards_PG: np.ndarray,
+  entropy_PGT: np.ndarray,
+  mask_PGT: np.ndarray,
+  *,
+  alpha: float = 0.1,
+  zero_test: str = 'group',
+  psi_multiplier: float = 1.0,
+  right_above: float = 0.0,
+) -> np.ndarray:
   """RL with zero-variance prompts (Le et al. 2025; method 3.6): DA-GRPO without a cap, that punishes.
 
   Where the advantage vanishes: alpha H of a right rollout, alpha (H - max H of the rollout) of a wrong one. Options as
   for `da_grpo_advantages`.
   """
-  return da_grpo_advantages(rewards_PG, entropy_PGT, mask_PGT, alpha=alpha, delta=np.inf, zero_test=zero_test,
-                            psi_multiplier=psi_multiplier, psi_when_wrong='punish', right_above=right_above)
+  return da_grpo_advantages(
+    rewards_PG,
+    entropy_PGT,
+    mask_PGT,
+    alpha=alpha,
+    delta=np.inf,
+    zero_test=zero_test,
+    psi_multiplier=psi_multiplier,
+    psi_when_wrong='punish',
+    right_above=right_above,
+  )
 
 
-def psi_part(estimator: Estimator, advantages_PGT: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+def psi_part(
+  estimator: Estimator, advantages_PGT: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray
+) -> np.ndarray:
   """What entropies contributed to an estimator's result [P, G, T]: the difference to the result without them.
 
   Exact, not a rounded difference: where psi acts it replaces the group-relative advantage.
@@ -127,8 +173,15 @@ def psi_part(estimator: Estimator, advantages_PGT: np.ndarray, rewards_PG: np.nd
   return advantages_PGT - estimator(rewards_PG, np.zeros_like(advantages_PGT), mask_PGT)
 
 
-def adapted_alpha(alpha: float, measured: float, target: float, *, rate: float = 0.1, low: float = 0.01,
-                  high: float = 1.0) -> float:
+def adapted_alpha(
+  alpha: float,
+  measured: float,
+  target: float,
+  *,
+  rate: float = 0.1,
+  low: float = 0.01,
+  high: float = 1.0,
+) -> float:
   """The next alpha of a controller that holds a measure at its target: alpha grows while the measure is below it.
 
   The logarithm of alpha moves by `rate` times the relative error, which counts as at most 1 either way; alpha is its whole
@@ -139,7 +192,9 @@ def adapted_alpha(alpha: float, measured: float, target: float, *, rate: float =
     ValueError: a target, rate or bounds that cannot work.
   """
   if not (target > 0 and rate > 0 and 0 < low <= high):
-    raise ValueError(f'target = {target}, rate = {rate} and bounds {low}..{high} must be positive and in order')
+    raise ValueError(
+      f'target = {target}, rate = {rate} and bounds {low}..{high} must be positive and in order'
+    )
   if not np.isfinite(measured):
     return alpha
   error = np.clip((target - measured) / target, -1, 1)
@@ -167,7 +222,9 @@ def word_tokens(pieces: Sequence[str], words: Sequence[str]) -> np.ndarray:
 # --- rewards before the advantage --------------------------------------------------------------------------------------------
 
 
-def overlong_penalty(lengths: np.ndarray, *, max_tokens: int, buffer: int, penalty: float = 1.0) -> np.ndarray:
+def overlong_penalty(
+  lengths: np.ndarray, *, max_tokens: int, buffer: int, penalty: float = 1.0
+) -> np.ndarray:
   """What DAPO adds to the reward of a long response (Yu et al. 2025, eq. 13): 0 up to max_tokens - buffer tokens, from there
   falling to -penalty at max_tokens and on. Float64, shaped like `lengths`."""
   if not 0 < buffer <= max_tokens:
@@ -193,11 +250,21 @@ def select_groups(rewards_PG: np.ndarray, wanted: int, *, uniform_share: float =
 
 
 def _checked(rewards_PG, entropy_PGT, mask_PGT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  rewards_PG, entropy_PGT, mask_PGT = (np.asarray(array, np.float32) for array in (rewards_PG, entropy_PGT, mask_PGT))
+  rewards_PG, entropy_PGT, mask_PGT = (
+    np.asarray(array, np.float32) for array in (rewards_PG, entropy_PGT, mask_PGT)
+  )
   if rewards_PG.ndim != 2 or not rewards_PG.size:
-    raise ValueError(f'rewards have shape {rewards_PG.shape}, expected [prompts, rollouts] with no empty group')
-  if mask_PGT.shape[:2] != rewards_PG.shape or mask_PGT.ndim != 3 or entropy_PGT.shape != mask_PGT.shape:
-    raise ValueError(f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and mask {mask_PGT.shape} disagree')
+    raise ValueError(
+      f'rewards have shape {rewards_PG.shape}, expected [prompts, rollouts] with no empty group'
+    )
+  if (
+    mask_PGT.shape[:2] != rewards_PG.shape
+    or mask_PGT.ndim != 3
+    or entropy_PGT.shape != mask_PGT.shape
+  ):
+    raise ValueError(
+      f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and mask {mask_PGT.shape} disagree'
+    )
   if not np.isfinite(rewards_PG).all():
     raise ValueError('rewards are not finite')
   if not np.isfinite(entropy_PGT).all():
@@ -210,14 +277,18 @@ def _centred(rewards_PG: np.ndarray) -> np.ndarray:
   in its group has mean 0 and deviation 1 by convention."""
   if rewards_PG.shape[1] == 1:
     return rewards_PG
-  return rewards_PG - np.add.accumulate(rewards_PG, axis=1)[:, -1:] / np.float32(rewards_PG.shape[1])
+  return rewards_PG - np.add.accumulate(rewards_PG, axis=1)[:, -1:] / np.float32(
+    rewards_PG.shape[1]
+  )
 
 
 def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
   centred_PG = _centred(rewards_PG)
   if rewards_PG.shape[1] == 1:
     return centred_PG / (1 + _EPSILON)
-  variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (rewards_PG.shape[1] - 1)
+  variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (
+    rewards_PG.shape[1] - 1
+  )
   return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
 
 

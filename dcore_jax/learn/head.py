@@ -11,6 +11,7 @@ that are not a sum over tokens.
 
 Letters: M loss tokens, N chunks of C tokens, D hidden, V vocabulary (of one device).
 """
+
 import functools
 import math
 from collections.abc import Callable
@@ -34,14 +35,23 @@ Objective = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
 
 class _Split(NamedTuple):
   """The mesh axes inside of shard_map: those that split the vocabulary, the tokens, and the columns of the stored head."""
+
   vocab: tuple[str, ...] = ()
   tokens: tuple[str, ...] = ()
   columns: tuple[str, ...] = ()
 
 
-def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, values: Any,
-               temperature: float = 1.0, *, entropy: Literal['none', 'value', 'gradient'] = 'none',
-               chunk: int | None = None) -> tuple[jax.Array, Any]:
+def token_loss(
+  objective: Objective,
+  hidden_MD: jax.Array,
+  head_VD: jax.Array,
+  targets_M: jax.Array,
+  values: Any,
+  temperature: float = 1.0,
+  *,
+  entropy: Literal['none', 'value', 'gradient'] = 'none',
+  chunk: int | None = None,
+) -> tuple[jax.Array, Any]:
   """Sum over tokens of a loss on their log-probabilities -> (loss, sums), differentiable in `hidden` and `head` only.
 
   Args:
@@ -62,11 +72,19 @@ def token_loss(objective: Objective, hidden_MD: jax.Array, head_VD: jax.Array, t
   _check(temperature, chunk)
   if entropy not in ('none', 'value', 'gradient'):
     raise ValueError(f"entropy = {entropy!r} is not one of 'none', 'value', 'gradient'")
-  return _token_loss(objective, float(temperature), entropy, chunk, hidden_MD, head_VD, targets_M, values)
+  return _token_loss(
+    objective, float(temperature), entropy, chunk, hidden_MD, head_VD, targets_M, values
+  )
 
 
-def log_probs_and_entropy(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0,
-                          chunk: int | None = None, used_M: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def log_probs_and_entropy(
+  hidden_MD: jax.Array,
+  head_VD: jax.Array,
+  targets_M: jax.Array,
+  temperature: float = 1.0,
+  chunk: int | None = None,
+  used_M: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each target and Shannon entropy (nats, >= 0) of softmax(hidden @ head.T / temperature).
 
   Both results, float32 [M], are differentiable in `hidden` and `head`; the backward pass computes the logits again, but for
@@ -77,7 +95,9 @@ def log_probs_and_entropy(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: j
   return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M, used_M)
 
 
-def uniform_gap(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0) -> jax.Array:
+def uniform_gap(
+  hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, temperature: float = 1.0
+) -> jax.Array:
   """(mean logit - the target's logit + log V) [M], so that KL(uniform || policy) = -logp - gap; differentiable.
 
   The mean log-probability of the vocabulary needs no logits: a mean of logits is the product with the mean row of the head,
@@ -86,12 +106,16 @@ def uniform_gap(hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, 
   _check(temperature, None)
   mean_D = jnp.mean(head_VD, axis=0, dtype=jnp.float32)
   rows_MD = mean_D[None, :] - head_VD[targets_M].astype(jnp.float32)
-  return jnp.einsum('md,md->m', hidden_MD.astype(jnp.float32), rows_MD) / temperature + math.log(head_VD.shape[0])
+  return jnp.einsum('md,md->m', hidden_MD.astype(jnp.float32), rows_MD) / temperature + math.log(
+    head_VD.shape[0]
+  )
 
 
 def _check(temperature: float, chunk: int | None) -> None:
   if not temperature > 0:
-    raise ValueError(f'temperature = {temperature} must be positive; a greedy policy has no log-probabilities')
+    raise ValueError(
+      f'temperature = {temperature} must be positive; a greedy policy has no log-probabilities'
+    )
   if chunk is not None and chunk < 1:
     raise ValueError(f'chunk = {chunk} must be at least 1')
 
@@ -134,10 +158,13 @@ def _where_used(step: Callable, nothing: Callable, chunks: tuple) -> Callable:
   def step_or_nothing(carry, part):
     used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(part[2])]))
     return jax.lax.cond(used, step, nothing, carry, part)
+
   return step_or_nothing
 
 
-def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_kinds: tuple[str, ...]) -> Any:
+def _on_devices(
+  function: Callable, arrays: tuple, kinds: tuple[str, ...], out_kinds: tuple[str, ...]
+) -> Any:
   """function(split, *arrays), under a mesh on each device's part.
 
   Kinds: 'tokens' split along the first axis like the batch, 'head' like the vocabulary, 'head_gradient' as the head is
@@ -147,12 +174,19 @@ def _on_devices(function: Callable, arrays: tuple, kinds: tuple[str, ...], out_k
   if mesh.empty:
     return function(_Split(), *arrays)
   M, (V, D) = arrays[kinds.index('tokens')].shape[0], arrays[kinds.index('head')].shape
-  specs = {'tokens': sharding.partition_spec(('batch',), (M,), mesh),
-           'head': sharding.partition_spec(('vocab', 'hidden'), (V, D), mesh),
-           'head_gradient': sharding.partition_spec(('vocab', 'embed'), (V, D), mesh), 'all': jax.sharding.PartitionSpec()}
+  specs = {
+    'tokens': sharding.partition_spec(('batch',), (M,), mesh),
+    'head': sharding.partition_spec(('vocab', 'hidden'), (V, D), mesh),
+    'head_gradient': sharding.partition_spec(('vocab', 'embed'), (V, D), mesh),
+    'all': jax.sharding.PartitionSpec(),
+  }
   split = _Split(*map(sharding.mesh_axes, ('vocab', 'batch', 'embed')))
-  run = jax.shard_map(functools.partial(function, split), in_specs=tuple(specs[kind] for kind in kinds),
-                      out_specs=tuple(specs[kind] for kind in out_kinds), check_vma=False)
+  run = jax.shard_map(
+    functools.partial(function, split),
+    in_specs=tuple(specs[kind] for kind in kinds),
+    out_specs=tuple(specs[kind] for kind in out_kinds),
+    check_vma=False,
+  )
   return run(*arrays)
 
 
@@ -162,7 +196,9 @@ def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def _sum_over_tokens(head_grad_VD: jax.Array, split: _Split) -> jax.Array:
   """Summed over the devices that hold other tokens; of the sum each keeps the columns that it stores."""
-  head_grad_VD = _psum(head_grad_VD, tuple(axis for axis in split.tokens if axis not in split.columns))
+  head_grad_VD = _psum(
+    head_grad_VD, tuple(axis for axis in split.tokens if axis not in split.columns)
+  )
   if not split.columns:
     return head_grad_VD
   return jax.lax.psum_scatter(head_grad_VD, split.columns, scatter_dimension=1, tiled=True)
@@ -177,11 +213,14 @@ def _first_id(V: int, split: _Split) -> jax.Array | int:
 
 
 def _logits(hidden_CD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
-  return jnp.einsum('cd,vd->cv', hidden_CD, head_VD, preferred_element_type=jnp.float32) / temperature
+  return (
+    jnp.einsum('cd,vd->cv', hidden_CD, head_VD, preferred_element_type=jnp.float32) / temperature
+  )
 
 
-def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split,
-             entropy: bool) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+def _summary(
+  logits_CV: jax.Array, targets_C: jax.Array, split: _Split, entropy: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
   """(logp, entropy, log of the partition sum), each [C]."""
   V = logits_CV.shape[1]
   top_C = logits_CV.max(axis=1)
@@ -201,9 +240,18 @@ def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split,
   return sums['hit'] - log_sum_C, entropy_C, top_C + log_sum_C
 
 
-def _pull_back(logits_CV: jax.Array, targets_C: jax.Array, entropy_C: jax.Array, partition_C: jax.Array,
-               logp_bar_C: jax.Array, entropy_bar_C: jax.Array | None, temperature: float, split: _Split,
-               hidden_CD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pull_back(
+  logits_CV: jax.Array,
+  targets_C: jax.Array,
+  entropy_C: jax.Array,
+  partition_C: jax.Array,
+  logp_bar_C: jax.Array,
+  entropy_bar_C: jax.Array | None,
+  temperature: float,
+  split: _Split,
+  hidden_CD: jax.Array,
+  head_VD: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """Gradients of one chunk -> (hidden [C, D] of this device's ids alone, head [V, D]), float32."""
   V = head_VD.shape[0]
   log_p_CV = logits_CV - partition_C[:, None]
@@ -214,15 +262,27 @@ def _pull_back(logits_CV: jax.Array, targets_C: jax.Array, entropy_C: jax.Array,
   hit_CV = (targets_C - _first_id(V, split))[:, None] == jnp.arange(V)[None, :]
   grad_CV = (jnp.where(hit_CV, logp_bar_C[:, None], 0) - jnp.exp(log_p_CV) * pull_CV) / temperature
   grad_CV = grad_CV.astype(hidden_CD.dtype)
-  return (jnp.einsum('cv,vd->cd', grad_CV, head_VD, preferred_element_type=jnp.float32),
-          jnp.einsum('cv,cd->vd', grad_CV, hidden_CD, preferred_element_type=jnp.float32))
+  return (
+    jnp.einsum('cv,vd->cd', grad_CV, head_VD, preferred_element_type=jnp.float32),
+    jnp.einsum('cv,cd->vd', grad_CV, hidden_CD, preferred_element_type=jnp.float32),
+  )
 
 
 # --- the loss and its gradient in one pass ---------------------------------------------------------------------------------
 
 
-def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: int | None, gradient: bool, split: _Split,
-                hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, values: Any) -> Any:
+def _loss_shard(
+  objective: Objective,
+  temperature: float,
+  entropy: str,
+  chunk: int | None,
+  gradient: bool,
+  split: _Split,
+  hidden_MD: jax.Array,
+  head_VD: jax.Array,
+  targets_M: jax.Array,
+  values: Any,
+) -> Any:
   """(loss, sums), with `gradient` also (hidden_grad_MD, head_grad_VD)."""
   V = head_VD.shape[0]
 
@@ -234,13 +294,18 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
     if not gradient:
       return (jax.tree.map(jnp.add, total, objective(logp_C, entropy_C, values_C)), None), None
     if entropy == 'gradient':
-      loss, pull, sums = jax.vjp(lambda *scores: objective(*scores, values_C), logp_C, entropy_C, has_aux=True)
+      loss, pull, sums = jax.vjp(
+        lambda *scores: objective(*scores, values_C), logp_C, entropy_C, has_aux=True
+      )
       bars = pull(jnp.ones_like(loss))
     else:
-      loss, pull, sums = jax.vjp(lambda logp_C: objective(logp_C, entropy_C, values_C), logp_C, has_aux=True)
+      loss, pull, sums = jax.vjp(
+        lambda logp_C: objective(logp_C, entropy_C, values_C), logp_C, has_aux=True
+      )
       bars = *pull(jnp.ones_like(loss)), None
-    hidden_grad_CD, chunk_grad_VD = _pull_back(logits_CV, targets_C, entropy_C, partition_C, *bars, temperature, split,
-                                               hidden_CD, head_VD)
+    hidden_grad_CD, chunk_grad_VD = _pull_back(
+      logits_CV, targets_C, entropy_C, partition_C, *bars, temperature, split, hidden_CD, head_VD
+    )
     head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
     return (jax.tree.map(jnp.add, total, (loss, sums)), head_grad_VD), hidden_grad_CD
 
@@ -249,17 +314,26 @@ def _loss_shard(objective: Objective, temperature: float, entropy: str, chunk: i
 
   chunks = jax.tree.map(lambda leaf: _chunked(leaf, V, chunk), (hidden_MD, targets_M, values))
   N, C = chunks[1].shape
-  shapes = jax.eval_shape(objective, jax.ShapeDtypeStruct((C,), jnp.float32),
-                          None if entropy == 'none' else jax.ShapeDtypeStruct((C,), jnp.float32),
-                          jax.tree.map(lambda leaf: leaf[0], chunks[2]))
+  shapes = jax.eval_shape(
+    objective,
+    jax.ShapeDtypeStruct((C,), jnp.float32),
+    None if entropy == 'none' else jax.ShapeDtypeStruct((C,), jnp.float32),
+    jax.tree.map(lambda leaf: leaf[0], chunks[2]),
+  )
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   head_zero = jnp.zeros(head_VD.shape, jnp.float32) if gradient and N > 1 else None
-  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(_where_used(step, nothing, chunks), (zeros, head_zero), chunks)
+  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(
+    _where_used(step, nothing, chunks), (zeros, head_zero), chunks
+  )
   total = _psum(total, split.tokens)
   if not gradient:
     return total
-  hidden_grad_MD = hidden_grad_NCD.reshape(N * C, -1)[:hidden_MD.shape[0]]
-  return *total, _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(head_grad_VD, split)
+  hidden_grad_MD = hidden_grad_NCD.reshape(N * C, -1)[: hidden_MD.shape[0]]
+  return (
+    *total,
+    _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype),
+    _sum_over_tokens(head_grad_VD, split),
+  )
 
 
 _INPUTS = ('tokens', 'head', 'tokens', 'tokens')
@@ -268,14 +342,24 @@ _INPUTS = ('tokens', 'head', 'tokens', 'tokens')
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _token_loss(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
   function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, False)
-  return _on_devices(function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values), _INPUTS, ('all', 'all'))
+  return _on_devices(
+    function,
+    (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values),
+    _INPUTS,
+    ('all', 'all'),
+  )
 
 
-def _token_loss_forward(objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values):
+def _token_loss_forward(
+  objective, temperature, entropy, chunk, hidden_MD, head_VD, targets_M, values
+):
   function = functools.partial(_loss_shard, objective, temperature, entropy, chunk, True)
   loss, sums, hidden_grad_MD, head_grad_VD = _on_devices(
-      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values), _INPUTS,
-      ('all', 'all', 'tokens', 'head_gradient'))
+    function,
+    (hidden_MD, head_VD.astype(hidden_MD.dtype), targets_M, values),
+    _INPUTS,
+    ('all', 'all', 'tokens', 'head_gradient'),
+  )
   return (loss, sums), (hidden_grad_MD, head_grad_VD.astype(head_VD.dtype))
 
 
@@ -289,10 +373,19 @@ _token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 # --- log-probabilities and entropies ---------------------------------------------------------------------------------------
 
 
-def _score_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
-                 targets_M: jax.Array, used_M: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+def _score_shard(
+  temperature: float,
+  chunk: int | None,
+  split: _Split,
+  hidden_MD: jax.Array,
+  head_VD: jax.Array,
+  targets_M: jax.Array,
+  used_M: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """(logp, entropy, log partition sums [M], the logits [M, V] where they are kept)."""
-  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, used_M))
+  chunks = jax.tree.map(
+    lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, used_M)
+  )
   keep = chunks[1].shape[0] == 1 and not split.vocab
 
   def step(_, part):
@@ -304,27 +397,44 @@ def _score_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD
     return None, (*[jnp.zeros(part[1].shape, jnp.float32)] * 3, None)
 
   scores = _over_chunks(_where_used(step, nothing, chunks), None, chunks)[1]
-  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:hidden_MD.shape[0]]
+  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: hidden_MD.shape[0]]
   return jax.tree.map(flat, scores)
 
 
-def _score_gradient_shard(temperature: float, chunk: int | None, split: _Split, hidden_MD: jax.Array, head_VD: jax.Array,
-                          targets_M: jax.Array, used_M: jax.Array | None, scores: Any, bars: Any) -> tuple[jax.Array, jax.Array]:
+def _score_gradient_shard(
+  temperature: float,
+  chunk: int | None,
+  split: _Split,
+  hidden_MD: jax.Array,
+  head_VD: jax.Array,
+  targets_M: jax.Array,
+  used_M: jax.Array | None,
+  scores: Any,
+  bars: Any,
+) -> tuple[jax.Array, jax.Array]:
   def step(head_grad_VD, part):
     hidden_CD, targets_C, _, (entropy_C, partition_C, logits_CV), bars_C = part
     if logits_CV is None:
       logits_CV = _logits(hidden_CD, head_VD, temperature)
-    hidden_grad_CD, chunk_grad_VD = _pull_back(logits_CV, targets_C, entropy_C, partition_C, *bars_C, temperature, split,
-                                               hidden_CD, head_VD)
+    hidden_grad_CD, chunk_grad_VD = _pull_back(
+      logits_CV, targets_C, entropy_C, partition_C, *bars_C, temperature, split, hidden_CD, head_VD
+    )
     return head_grad_VD + chunk_grad_VD, hidden_grad_CD
 
   def nothing(head_grad_VD, part):
     return head_grad_VD, jnp.zeros(part[0].shape, jnp.float32)
 
-  chunks = jax.tree.map(lambda leaf: _chunked(leaf, head_VD.shape[0], chunk), (hidden_MD, targets_M, used_M, scores, bars))
-  head_grad_VD, hidden_grad_NCD = _over_chunks(_where_used(step, nothing, chunks), jnp.zeros(head_VD.shape, jnp.float32), chunks)
-  hidden_grad_MD = hidden_grad_NCD.reshape(-1, hidden_MD.shape[1])[:hidden_MD.shape[0]]
-  return _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(head_grad_VD, split)
+  chunks = jax.tree.map(
+    lambda leaf: _chunked(leaf, head_VD.shape[0], chunk),
+    (hidden_MD, targets_M, used_M, scores, bars),
+  )
+  head_grad_VD, hidden_grad_NCD = _over_chunks(
+    _where_used(step, nothing, chunks), jnp.zeros(head_VD.shape, jnp.float32), chunks
+  )
+  hidden_grad_MD = hidden_grad_NCD.reshape(-1, hidden_MD.shape[1])[: hidden_MD.shape[0]]
+  return _psum(hidden_grad_MD, split.vocab).astype(hidden_MD.dtype), _sum_over_tokens(
+    head_grad_VD, split
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -335,9 +445,12 @@ def _scores(temperature, chunk, hidden_MD, head_VD, targets_M, used_M):
 def _scores_forward(temperature, chunk, *arrays):
   # With symbolic zeros each array comes wrapped; outside of differentiation it does not.
   hidden_MD, head_VD, *given = (getattr(array, 'value', array) for array in arrays)
-  logp_M, *kept = _on_devices(functools.partial(_score_shard, temperature, chunk),
-                              (hidden_MD, head_VD.astype(hidden_MD.dtype), *given), ('tokens', 'head', 'tokens', 'tokens'),
-                              ('tokens',) * 4)
+  logp_M, *kept = _on_devices(
+    functools.partial(_score_shard, temperature, chunk),
+    (hidden_MD, head_VD.astype(hidden_MD.dtype), *given),
+    ('tokens', 'head', 'tokens', 'tokens'),
+    ('tokens',) * 4,
+  )
   return (logp_M, kept[0]), ((hidden_MD, head_VD, *given), kept)
 
 
@@ -348,8 +461,11 @@ def _scores_backward(temperature, chunk, residuals, bars):
     logp_bar_M = jnp.zeros(kept[0].shape, jnp.float32)
   function = functools.partial(_score_gradient_shard, temperature, chunk)
   hidden_grad_MD, head_grad_VD = _on_devices(
-      function, (hidden_MD, head_VD.astype(hidden_MD.dtype), *given, tuple(kept), (logp_bar_M, entropy_bar_M)),
-      ('tokens', 'head', 'tokens', 'tokens', 'tokens', 'tokens'), ('tokens', 'head_gradient'))
+    function,
+    (hidden_MD, head_VD.astype(hidden_MD.dtype), *given, tuple(kept), (logp_bar_M, entropy_bar_M)),
+    ('tokens', 'head', 'tokens', 'tokens', 'tokens', 'tokens'),
+    ('tokens', 'head_gradient'),
+  )
   return hidden_grad_MD, head_grad_VD.astype(head_VD.dtype), None, None
 
 

@@ -6,6 +6,7 @@ nor on the chunks of the head. Some objectives need statistics at the current pa
 holds: those are computed beforehand, without gradient, and come as one more value a token.
 Letters: M loss tokens; A micro-batches of them.
 """
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -28,8 +29,14 @@ Values = Mapping[str, jax.Array]
 # --- objectives: (logp_M, values, **options) -> (loss_M, clipped_M), the latter 1 where the ratio was held back ---------------
 
 
-def ppo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2,
-             dual_clip: float = 3.0) -> tuple[jax.Array, jax.Array]:
+def ppo_loss(
+  logp_M: jax.Array,
+  values: Values,
+  *,
+  clip_low: float = 0.2,
+  clip_high: float = 0.2,
+  dual_clip: float = 3.0,
+) -> tuple[jax.Array, jax.Array]:
   """PPO's pessimistic loss with dual clip (Schulman et al. 2017; Ye et al. 2020; method 3.4).
 
   r = exp(logp - old_logp), the log ratio bounded by 20; loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and
@@ -37,11 +44,14 @@ def ppo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_h
   """
   advantage_M = values['advantage']
   loss_M, clipped_M = _pessimistic(_ratio(logp_M, values), advantage_M, clip_low, clip_high)
-  return jnp.where(advantage_M < 0, jnp.minimum(loss_M, -advantage_M * dual_clip), loss_M), clipped_M
+  return jnp.where(
+    advantage_M < 0, jnp.minimum(loss_M, -advantage_M * dual_clip), loss_M
+  ), clipped_M
 
 
-def gspo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
-              clip_high: float = 0.2) -> tuple[jax.Array, jax.Array]:
+def gspo_loss(
+  logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[jax.Array, jax.Array]:
   """GSPO's token form (Zheng et al. 2025): PPO's loss with the ratio s pi / sg(pi), s of the whole sequence.
 
   s = exp(mean over the sequence of logp - old_logp) comes as `sequence_log_ratio`. Usual clips are 3e-4 and 4e-4, and
@@ -52,7 +62,9 @@ def gspo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
   return _pessimistic(ratio_M, values['advantage'], clip_low, clip_high)
 
 
-def kl_cov_loss(logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1) -> tuple[jax.Array, jax.Array]:
+def kl_cov_loss(
+  logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1
+) -> tuple[jax.Array, jax.Array]:
   """KL-Cov (Cui et al. 2025): -A r without a clip, + cov_penalty |logp - old_logp| on the tokens of `high_covariance`.
 
   These few tokens, whose probability and advantage rise together, account for most of the loss of entropy. On the first
@@ -64,8 +76,9 @@ def kl_cov_loss(logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1) 
   return -values['advantage'] * _ratio(logp_M, values) + cov_penalty * held_M * distance_M, held_M
 
 
-def cispo_loss(logp_M: jax.Array, values: Values, *, clip_low: float = 0.2,
-               clip_high: float = 0.2) -> tuple[jax.Array, jax.Array]:
+def cispo_loss(
+  logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[jax.Array, jax.Array]:
   """CISPO (MiniMax-M1, 2025): -sg(clip(r)) A logp. A clipped ratio scales a token's gradient and never silences it."""
   ratio_M = jax.lax.stop_gradient(_ratio(logp_M, values))
   bounded_M = jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
@@ -76,8 +89,9 @@ def _ratio(logp_M: jax.Array, values: Values) -> jax.Array:
   return jnp.exp(jnp.clip(logp_M - values['old_logp'], -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
 
 
-def _pessimistic(ratio_M: jax.Array, advantage_M: jax.Array, clip_low: float,
-                 clip_high: float) -> tuple[jax.Array, jax.Array]:
+def _pessimistic(
+  ratio_M: jax.Array, advantage_M: jax.Array, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
   plain_M = -advantage_M * ratio_M
   clipped_M = -advantage_M * jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
   return jnp.maximum(plain_M, clipped_M), (clipped_M > plain_M).astype(jnp.float32)
@@ -91,14 +105,18 @@ def sequence_log_ratio(logp: jax.Array, weight: jax.Array, values: Values) -> ja
   return _sequence_mean(logp - values['old_logp'], weight != 0, values['sequence'])
 
 
-def high_covariance(logp: jax.Array, weight: jax.Array, values: Values, *, cov_share: float = 0.002) -> jax.Array:
+def high_covariance(
+  logp: jax.Array, weight: jax.Array, values: Values, *, cov_share: float = 0.002
+) -> jax.Array:
   """1 on the `cov_share` of the loss tokens, at least one, with the largest (A - mean A)(logp - mean logp), else 0.
 
   Of equal ones the earlier count.
   """
   used = weight.reshape(-1) != 0
   count = jnp.maximum(jnp.sum(used), 1)
-  centre = lambda x: jnp.where(used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0)
+  centre = lambda x: jnp.where(
+    used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0
+  )
   covariance = jnp.where(used, centre(values['advantage']) * centre(logp), -jnp.inf)
   order = jnp.argsort(covariance, descending=True, stable=True)
   chosen = jnp.arange(used.size) < jnp.maximum(jnp.floor(count * cov_share), 1)
@@ -111,12 +129,16 @@ def _sequence_sum(x: jax.Array, sequence: jax.Array) -> jax.Array:
 
 
 def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Array:
-  total, count = _sequence_sum(jnp.where(used, x, 0), sequence), _sequence_sum(used.astype(jnp.float32), sequence)
+  total, count = (
+    _sequence_sum(jnp.where(used, x, 0), sequence),
+    _sequence_sum(used.astype(jnp.float32), sequence),
+  )
   return (total / jnp.maximum(count, 1))[sequence]
 
 
 class Objective(NamedTuple):
   """A loss and the statistic it needs: of a micro-batch, which holds whole sequences, or of the whole mini-batch."""
+
   loss: Callable[..., tuple[jax.Array, jax.Array]]
   statistic: Callable[..., jax.Array] | None = None
   scope: Literal['micro-batch', 'mini-batch'] | None = None
@@ -124,10 +146,10 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {
-    'ppo': Objective(ppo_loss),
-    'gspo': Objective(gspo_loss, sequence_log_ratio, 'micro-batch', frozenset({'sequence'})),
-    'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch', frozenset({'updated'})),
-    'cispo': Objective(cispo_loss),
+  'ppo': Objective(ppo_loss),
+  'gspo': Objective(gspo_loss, sequence_log_ratio, 'micro-batch', frozenset({'sequence'})),
+  'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch', frozenset({'updated'})),
+  'cispo': Objective(cispo_loss),
 }
 
 
@@ -141,7 +163,11 @@ def kl_estimate(logp_M: jax.Array, ref_logp_M: jax.Array, kind: str = 'k3') -> j
   never negative and of small variance (the paper's).
   """
   d_M = jnp.clip(ref_logp_M - logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-  estimate_M = {'k1': lambda: -d_M, 'k2': lambda: 0.5 * jnp.square(d_M), 'k3': lambda: jnp.exp(d_M) - d_M - 1}[kind]()
+  estimate_M = {
+    'k1': lambda: -d_M,
+    'k2': lambda: 0.5 * jnp.square(d_M),
+    'k3': lambda: jnp.exp(d_M) - d_M - 1,
+  }[kind]()
   return jnp.clip(estimate_M, -_KL_BOUND, _KL_BOUND)
 
 
@@ -152,7 +178,9 @@ def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: 
   return jnp.minimum(jnp.exp(gap_M), cap)
 
 
-def aggregate(weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+def aggregate(
+  weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int
+) -> tuple[jax.Array, jax.Array]:
   """(weights of the loss tokens, what their weighted sum is divided by) over a whole mini-batch.
 
   'token': the mean over tokens, as released. 'sequence': the mean over sequences of their token means, as printed in the
@@ -185,6 +213,7 @@ class PolicyLoss:
   Raises:
     ValueError: naming a field with a value that means nothing.
   """
+
   objective: str = 'ppo'
   clip_low: float = 0.2
   clip_high: float = 0.2
@@ -199,16 +228,27 @@ class PolicyLoss:
   importance_cap: float = 0.0
 
   def __post_init__(self):
-    for field, known in (('objective', tuple(OBJECTIVES)), ('aggregation', ('token', 'sequence', 'dr')),
-                         ('kl_estimator', ('k1', 'k2', 'k3'))):
+    for field, known in (
+      ('objective', tuple(OBJECTIVES)),
+      ('aggregation', ('token', 'sequence', 'dr')),
+      ('kl_estimator', ('k1', 'k2', 'k3')),
+    ):
       if getattr(self, field) not in known:
         raise ValueError(f'unknown {field} {getattr(self, field)!r}; expected one of {known}')
-    numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, float)}
-    wrong = {name: value for name, value in numbers.items() if not (np.isfinite(value) and value >= 0)}
+    numbers = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.type in (int, float)
+    }
+    wrong = {
+      name: value for name, value in numbers.items() if not (np.isfinite(value) and value >= 0)
+    }
     if wrong:
       raise ValueError(f'fields of the loss must be finite and not negative: {wrong}')
     if self.dual_clip <= 1:
-      raise ValueError(f'dual_clip = {self.dual_clip} must exceed 1, or it would hold back ratios that did not move')
+      raise ValueError(
+        f'dual_clip = {self.dual_clip} must exceed 1, or it would hold back ratios that did not move'
+      )
 
   @property
   def extras(self) -> frozenset[str]:
@@ -224,13 +264,21 @@ class PolicyLoss:
     """Of the objective's statistic."""
     return OBJECTIVES[self.objective].scope
 
-  def with_statistic(self, logp: jax.Array, weight: jax.Array, values: Values) -> dict[str, jax.Array]:
+  def with_statistic(
+    self, logp: jax.Array, weight: jax.Array, values: Values
+  ) -> dict[str, jax.Array]:
     """`values` with the objective's statistic, computed from log-probabilities [M] or [A, M] of the current parameters."""
     function = OBJECTIVES[self.objective].statistic
-    return {**values, function.__name__: jax.lax.stop_gradient(function(logp, weight, values, **self._options(function)))}
+    return {
+      **values,
+      function.__name__: jax.lax.stop_gradient(
+        function(logp, weight, values, **self._options(function))
+      ),
+    }
 
-  def sums(self, logp_M: jax.Array, entropy_M: jax.Array, weight_M: jax.Array,
-           values: Values) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def sums(
+    self, logp_M: jax.Array, entropy_M: jax.Array, weight_M: jax.Array, values: Values
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, parts), summed over tokens by their weights; clip_share, entropy and importance by values['token_weight'] where the
     aggregation has made weights of sequences of them.
 
@@ -242,7 +290,9 @@ class PolicyLoss:
     counted = lambda x_M: jnp.sum(values.get('token_weight', weight_M) * x_M)
     sums = {'clip_share': counted(clipped_M), 'entropy': counted(entropy_M)}
     if self.importance_cap:
-      importance_M = importance_weights(values['old_logp'], values['behaviour_logp'], self.importance_cap)
+      importance_M = importance_weights(
+        values['old_logp'], values['behaviour_logp'], self.importance_cap
+      )
       sums['importance'] = counted(importance_M)
       pg_M *= importance_M
     sums['pg_loss'] = loss = summed(pg_M)

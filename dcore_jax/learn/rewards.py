@@ -6,6 +6,7 @@ published ablations; `paper` is the formula printed in the paper (A.2); `correct
 mends what we take for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
 list or plain text. Where responses have acted in a world, `state_reward` judges what they have done instead.
 """
+
 import collections
 import functools
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
@@ -30,6 +31,7 @@ _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
 class Reward(NamedTuple):
   """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum (`toolrl_length`: and the length's). Floats, or
   float64 [B] of a batch."""
+
   format: Any
   correctness: Any
   total: Any
@@ -38,8 +40,15 @@ class Reward(NamedTuple):
 # -- the reference's reward -------------------------------------------------------------------------------------------
 
 
-def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', correct_max: float = 3.0,
-                  format_range: tuple[float, float] = (0.0, 1.0), length_words: int = 0) -> Reward:
+def toolrl_reward(
+  prediction: str,
+  reference: str,
+  *,
+  credit: str = 'partial',
+  correct_max: float = 3.0,
+  format_range: tuple[float, float] = (0.0, 1.0),
+  length_words: int = 0,
+) -> Reward:
   """The reward of the published runs (method 4).
 
   Args:
@@ -56,7 +65,9 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
     ValueError: a reference without an answer, or an unknown credit.
   """
   if credit not in ('partial', 'refined', 'intermediate', 'coarse'):
-    raise ValueError(f'unknown credit {credit!r}; expected partial, refined, intermediate or coarse')
+    raise ValueError(
+      f'unknown credit {credit!r}; expected partial, refined, intermediate or coarse'
+    )
   text, answer = _own_turn(prediction), _reference_answer(reference)
   predicted = _after_think(text)
   if predicted[:1] == '[' and predicted[-1:] == ']':
@@ -64,8 +75,14 @@ def toolrl_reward(prediction: str, reference: str, *, credit: str = 'partial', c
   else:
     score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
-  reward = _reward(_has_format(text), 2 * correct_max * score / attainable - correct_max, format_range)
-  return reward._replace(total=reward.total + _length_share(text, length_words)) if length_words else reward
+  reward = _reward(
+    _has_format(text), 2 * correct_max * score / attainable - correct_max, format_range
+  )
+  return (
+    reward._replace(total=reward.total + _length_share(text, length_words))
+    if length_words
+    else reward
+  )
 
 
 def _length_share(text: str, full: int) -> float:
@@ -80,13 +97,18 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
   if answer[0] != '[':
     return 0.0, 1.0
   # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
-  calls, wanted = parse_lenient(predicted.replace('parameters', 'arguments')), _lenient_reference(answer)
+  calls, wanted = (
+    parse_lenient(predicted.replace('parameters', 'arguments')),
+    _lenient_reference(answer),
+  )
   if calls == wanted:
     return 1.0, 1.0
   if credit == 'coarse':
     return 0.0, 1.0
   try:
-    return _partial_score([_entry(call) for call in calls], [_entry(call) for call in wanted], credit)
+    return _partial_score(
+      [_entry(call) for call in calls], [_entry(call) for call in wanted], credit
+    )
   except (TypeError, AttributeError):  # lists of something else than calls: scored as wrong
     return 0.0, 1.0
 
@@ -118,7 +140,9 @@ def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tupl
       if identical_only:
         worth = float(others == arguments)
       else:
-        worth = overlap(list(arguments.keys()), list(others.keys())) + _equal_values(arguments, others)
+        worth = overlap(list(arguments.keys()), list(others.keys())) + _equal_values(
+          arguments, others
+        )
       if worth > best:
         best, best_index = worth, i
     if best_index is not None:
@@ -177,7 +201,11 @@ def corrected_reward(prediction: str, reference: str) -> Reward:
   text = _own_turn(prediction)
   calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
   if wanted is None:
-    has_answer = calls is None and _after_think(text) != '' and not ('<think>' in text and '</think>' not in text)
+    has_answer = (
+      calls is None
+      and _after_think(text) != ''
+      and not ('<think>' in text and '</think>' not in text)
+    )
     share = float(has_answer)
   elif calls is None:
     share = 0.0
@@ -192,7 +220,9 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
   fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
 
   def worth(i: int, j: int) -> float:
-    return _jaccard(list(wanted_fields[j]), list(fields[i])) + _equal_values(wanted_fields[j], fields[i])
+    return _jaccard(list(wanted_fields[j]), list(fields[i])) + _equal_values(
+      wanted_fields[j], fields[i]
+    )
 
   score = _jaccard([call.name for call in wanted], [call.name for call in calls])
   score += sum(worth(i, j) for i, j in _assign(calls, wanted, worth))
@@ -210,7 +240,9 @@ def state_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
   is trained, and format alone is not rewarded by `Episodes`. A world may count it as right.
   """
   thought = all('</think>' in text for text in texts)
-  well_formed = bool(texts) and all(_has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts)
+  well_formed = bool(texts) and all(
+    _has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts
+  )
   return _reward(well_formed, 3.0 if outcome.correct and thought else -3.0)
 
 
@@ -222,7 +254,9 @@ def _has_format(text: str, close: str = _THOUGHTS_CLOSE) -> bool:
   return text.startswith(_THOUGHTS_OPEN) and text.find(close, len(_THOUGHTS_OPEN)) >= 0
 
 
-def _reward(has_format: bool, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)) -> Reward:
+def _reward(
+  has_format: bool, correctness: float, format_range: tuple[float, float] = (0.0, 1.0)
+) -> Reward:
   form = format_range[has_format]
   return Reward(form, correctness, form + correctness)
 
@@ -285,10 +319,13 @@ def _equal_values(wanted: dict, given: dict) -> float:
   return float(sum(key in given and given[key] == value for key, value in wanted.items()))
 
 
-def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
-            worth: Callable[[int, int], float]) -> Iterable[tuple[int, int]]:
+def _assign(
+  calls: Sequence[ToolCall], wanted: Sequence[ToolCall], worth: Callable[[int, int], float]
+) -> Iterable[tuple[int, int]]:
   """Pairs (call, wanted) of equal names with the largest total worth; every index at most once."""
-  for name in dict.fromkeys(call.name for call in wanted):  # in order: sums of floats must not depend on hashing
+  for name in dict.fromkeys(
+    call.name for call in wanted
+  ):  # in order: sums of floats must not depend on hashing
     rows = [j for j, call in enumerate(wanted) if call.name == name]
     columns = [i for i, call in enumerate(calls) if call.name == name]
     if not rows or not columns:
@@ -301,11 +338,14 @@ def _assign(calls: Sequence[ToolCall], wanted: Sequence[ToolCall],
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 REWARDS: dict[str, Callable[[str, str], Reward]] = {
-    'toolrl': toolrl_reward,
-    **{f'toolrl_{credit}': functools.partial(toolrl_reward, credit=credit) for credit in ('coarse', 'refined', 'intermediate')},
-    'toolrl_length': functools.partial(toolrl_reward, length_words=512),
-    'paper': paper_reward,
-    'corrected': corrected_reward,
+  'toolrl': toolrl_reward,
+  **{
+    f'toolrl_{credit}': functools.partial(toolrl_reward, credit=credit)
+    for credit in ('coarse', 'refined', 'intermediate')
+  },
+  'toolrl_length': functools.partial(toolrl_reward, length_words=512),
+  'paper': paper_reward,
+  'corrected': corrected_reward,
 }
 
 

@@ -2,6 +2,7 @@
 
 Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch, D hidden.
 """
+
 import collections
 import concurrent.futures
 import dataclasses
@@ -24,10 +25,13 @@ TrainState = optimizer.TrainState
 Metrics = dict[str, jax.Array]
 
 
-def loss_token_states(params: Any, config: DecoderConfig, micro: tokentree.RowBatch,
-                      execution: Execution = Execution()) -> jax.Array:
+def loss_token_states(
+  params: Any, config: DecoderConfig, micro: tokentree.RowBatch, execution: Execution = Execution()
+) -> jax.Array:
   """[M, D]: the hidden states that predict the loss tokens of one micro-batch (leaves without the axis A)."""
-  hidden_RTD = decoder.hidden_states(params, config, micro.tokens, micro.position, micro.end, execution)
+  hidden_RTD = decoder.hidden_states(
+    params, config, micro.tokens, micro.position, micro.end, execution
+  )
   pick = lambda hidden_RTD, parent_M: hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[parent_M]
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:  # each device picks from its own rows
@@ -36,15 +40,26 @@ def loss_token_states(params: Any, config: DecoderConfig, micro: tokentree.RowBa
   return pick(hidden_RTD, micro.parent)
 
 
-def token_scores(params: Any, config: DecoderConfig, micro: tokentree.RowBatch, *, temperature: float = 1.0,
-                 execution: Execution = Execution()) -> tuple[jax.Array, jax.Array]:
+def token_scores(
+  params: Any,
+  config: DecoderConfig,
+  micro: tokentree.RowBatch,
+  *,
+  temperature: float = 1.0,
+  execution: Execution = Execution(),
+) -> tuple[jax.Array, jax.Array]:
   """(log-probability, entropy) [M] of the loss tokens of one micro-batch."""
   hidden_MD = loss_token_states(params, config, micro, execution)
-  return head.log_probs_and_entropy(hidden_MD, decoder.head_matrix(params), micro.target, temperature, used_M=micro.weight)
+  return head.log_probs_and_entropy(
+    hidden_MD, decoder.head_matrix(params), micro.target, temperature, used_M=micro.weight
+  )
 
 
-def accumulate(loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]], params: Any,
-               batch: tokentree.RowBatch) -> tuple[Any, Any]:
+def accumulate(
+  loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]],
+  params: Any,
+  batch: tokentree.RowBatch,
+) -> tuple[Any, Any]:
   """Sums the gradient and the auxiliary sums of `loss` over the micro-batches -> (gradient, sums), undivided.
 
   `loss(params, micro)` gives (sum over tokens, auxiliary sums). Whoever calls divides once by the total weight, so that
@@ -65,29 +80,36 @@ def accumulate(loss: Callable[[Any, tokentree.RowBatch], tuple[jax.Array, Any]],
   return jax.lax.scan(step, zeros, batch)[0]
 
 
-def _nll_sum(params: Any, config: DecoderConfig, micro: tokentree.RowBatch,
-             execution: Execution) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _nll_sum(
+  params: Any, config: DecoderConfig, micro: tokentree.RowBatch, execution: Execution
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """(sum, (sum, weight)) of the negative log-likelihood, in nats."""
+
   def objective(logp_C, _, weight_C):
     return -jnp.sum(weight_C * logp_C), ()
 
   hidden_MD = loss_token_states(params, config, micro, execution)
-  loss, _ = head.token_loss(objective, hidden_MD, decoder.head_matrix(params), micro.target, micro.weight)
+  loss, _ = head.token_loss(
+    objective, hidden_MD, decoder.head_matrix(params), micro.target, micro.weight
+  )
   return loss, (loss, jnp.sum(micro.weight))
 
 
-def make_sft_step(config: DecoderConfig, tx: optax.GradientTransformation, execution: Execution = Execution()
-                  ) -> Callable[[TrainState, tokentree.RowBatch], tuple[TrainState, Metrics]]:
+def make_sft_step(
+  config: DecoderConfig, tx: optax.GradientTransformation, execution: Execution = Execution()
+) -> Callable[[TrainState, tokentree.RowBatch], tuple[TrainState, Metrics]]:
   """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
   Metrics: loss (nats per unit of weight), weight, grad_norm, skipped (1: the gradient was not finite, nothing changed).
   """
+
   def sft_step(state, batch):
     loss_sum = lambda params, micro: _nll_sum(params, config, micro, execution)
     grads, (loss, weight) = accumulate(loss_sum, state.params, batch)
     scale = 1 / jnp.maximum(weight, 1e-8)  # a batch without loss tokens has gradient 0, not NaN
-    state, metrics = optimizer.apply_gradients(tx, state, jax.tree.map(lambda g: g * scale, grads),
-                                               offload='optimizer' in execution.offload)
+    state, metrics = optimizer.apply_gradients(
+      tx, state, jax.tree.map(lambda g: g * scale, grads), offload='optimizer' in execution.offload
+    )
     return state, metrics | {'loss': loss * scale, 'weight': weight}
 
   return jax.jit(sft_step, donate_argnums=0)
@@ -107,6 +129,7 @@ class Batches:
     shards: devices along the batch, of all hosts together.
     host, hosts: this host yields the host-th of `hosts` equal parts of each micro-batch.
   """
+
   tree: tokentree.TokenTree
   rows: int
   epochs: int
@@ -134,29 +157,56 @@ class Batches:
       epoch, place = divmod(index, self.per_epoch)
       if place == 0 or index == step:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.tree.rows)
-      chosen = order[place * self.rows:(place + 1) * self.rows].reshape(self.accumulate, self.hosts, -1)
-      yield self.tree.batch(chosen[:, self.host].reshape(-1), budget=self.budget // self.hosts,
-                            accumulate=self.accumulate, shards=self.shards // self.hosts)
+      chosen = order[place * self.rows : (place + 1) * self.rows].reshape(
+        self.accumulate, self.hosts, -1
+      )
+      yield self.tree.batch(
+        chosen[:, self.host].reshape(-1),
+        budget=self.budget // self.hosts,
+        accumulate=self.accumulate,
+        shards=self.shards // self.hosts,
+      )
 
   def prefetched(self, step: int, depth: int = 2) -> Iterator[tokentree.RowBatch]:
     """`start(step)`, made by a thread up to `depth` batches ahead: the host works while the device does."""
     source = self.start(step)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # one thread: the batches come in order
+    with concurrent.futures.ThreadPoolExecutor(
+      1
+    ) as thread:  # one thread: the batches come in order
       waiting = collections.deque(thread.submit(next, source, None) for _ in range(depth))
       while (batch := waiting.popleft().result()) is not None:
         waiting.append(thread.submit(next, source, None))
         yield batch
 
 
-def batches(sequences: Sized[tokentree.Sequence], *, capacity: int, rows: int, epochs: int, seed: int,
-            accumulate: int = 1, pad_id: int = 0, shards: int = 1, host: int = 0, hosts: int = 1) -> Batches:
+def batches(
+  sequences: Sized[tokentree.Sequence],
+  *,
+  capacity: int,
+  rows: int,
+  epochs: int,
+  seed: int,
+  accumulate: int = 1,
+  pad_id: int = 0,
+  shards: int = 1,
+  host: int = 0,
+  hosts: int = 1,
+) -> Batches:
   """Packs the sequences once, `rows` rows of `capacity` tokens a batch; `.tree` tells what was merged and dropped.
 
   The rows of a micro-batch must divide over the shards, and the shards over the hosts.
   """
-  if rows < 1 or epochs < 0 or rows % (accumulate * shards) or shards % hosts or not 0 <= host < hosts:
-    raise ValueError(f'rows = {rows}, epochs = {epochs}, accumulate = {accumulate}, shards = {shards}, host = {host}, '
-                     f'hosts = {hosts} do not make batches')
+  if (
+    rows < 1
+    or epochs < 0
+    or rows % (accumulate * shards)
+    or shards % hosts
+    or not 0 <= host < hosts
+  ):
+    raise ValueError(
+      f'rows = {rows}, epochs = {epochs}, accumulate = {accumulate}, shards = {shards}, host = {host}, '
+      f'hosts = {hosts} do not make batches'
+    )
   tree = tokentree.pack(sequences, capacity, rows, pad_id)
   if not tree.rows:
     raise ValueError(f'no sequence fits in {capacity} tokens ({len(tree.dropped)} are longer)')

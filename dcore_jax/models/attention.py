@@ -4,6 +4,7 @@ Everything runs in the layout [B, K, G, T, H] (keys [B, K, S, H]): batch axes fi
 batched matrix products; on a CPU this is 2 to 5 times faster than the [B, T, N, H] layout. The G query heads of a
 group meet their shared key head inside one product: keys and values are never repeated.
 """
+
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,9 @@ def cache_mask(position_BT: jax.Array, span: int) -> jax.Array:
   return jnp.arange(span)[None, None, :] <= position_BT[:, :, None]
 
 
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def attend(
+  q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
   """softmax(q k / sqrt(H)) v in [B, T, N, H]; scores and softmax in float32, probabilities in the dtype of the values.
 
   Batch axes and (G, T) are merged before the products and the softmax is divided after them: with them apart, XLA's CPU
@@ -37,10 +40,18 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
   G = N // K
   q_BTNH, rest = _scaled(q_BTNH)
   q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-  q, k, v = q_BKGTH.reshape(B * K, G * T, H), k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
+  q, k, v = (
+    q_BKGTH.reshape(B * K, G * T, H),
+    k_BKSH.reshape(B * K, S, H),
+    v_BKSH.reshape(B * K, S, H),
+  )
   # A product with the few rows of a decode step is four times slower on a CPU than a matrix-vector product for each.
-  scores = jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T == 1 else _scores(q, k)
-  scores = jnp.where(mask_BTS[:, None, None, :, :], scores.reshape(B, K, G, T, S) * rest, MASKED_SCORE)
+  scores = (
+    jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T == 1 else _scores(q, k)
+  )
+  scores = jnp.where(
+    mask_BTS[:, None, None, :, :], scores.reshape(B, K, G, T, S) * rest, MASKED_SCORE
+  )
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   total = weights.sum(axis=-1).reshape(B * K, G * T, 1)
   weights = weights.reshape(B * K, G * T, S).astype(v.dtype)
@@ -60,19 +71,32 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _row_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-  rows = [jnp.einsum('bh,bsh->bs', q[:, row], k, preferred_element_type=jnp.float32) for row in range(q.shape[1])]
+  rows = [
+    jnp.einsum('bh,bsh->bs', q[:, row], k, preferred_element_type=jnp.float32)
+    for row in range(q.shape[1])
+  ]
   return jnp.stack(rows, axis=1)
 
 
 class Sharing(NamedTuple):
   """Which of B lanes reads which of R trunks. Each trunk has W places for lanes; with W = 1 lane b reads trunk b."""
+
   length_R: jax.Array  # tokens of each trunk
-  lane_RW: jax.Array  # the lane at each place; whatever stands at a place that nobody has is not used
+  lane_RW: (
+    jax.Array
+  )  # the lane at each place; whatever stands at a place that nobody has is not used
   place_B: jax.Array  # r * W + w of each lane
 
 
-def attend_branches(q_B1NH: jax.Array, trunk_k_RKSH: jax.Array, trunk_v_RKSH: jax.Array, k_BKZH: jax.Array,
-                    v_BKZH: jax.Array, sharing: Sharing, seen_B: jax.Array) -> jax.Array:
+def attend_branches(
+  q_B1NH: jax.Array,
+  trunk_k_RKSH: jax.Array,
+  trunk_v_RKSH: jax.Array,
+  k_BKZH: jax.Array,
+  v_BKZH: jax.Array,
+  sharing: Sharing,
+  seen_B: jax.Array,
+) -> jax.Array:
   """One query a lane over the lane's trunk and the first `seen_B` slots of its own branch -> [B, 1, N, H].
 
   The queries of all lanes of a trunk meet it in one product, and the two parts are merged by their log-sum-exp (Juravsky
@@ -99,15 +123,23 @@ def attend_branches(q_B1NH: jax.Array, trunk_k_RKSH: jax.Array, trunk_v_RKSH: ja
   return (out / total).astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
-def _partial(q_MKTH: jax.Array, k_MKSH: jax.Array, v_MKSH: jax.Array, mask_MS: jax.Array,
-             scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _partial(
+  q_MKTH: jax.Array, k_MKSH: jax.Array, v_MKSH: jax.Array, mask_MS: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Attention before its division, float32: (largest score, sum of exp(score - largest), that sum over values)."""
   M, K, T, H = q_MKTH.shape
   S = k_MKSH.shape[2]
   q, k, v = q_MKTH.reshape(M * K, T, H), k_MKSH.reshape(M * K, S, H), v_MKSH.reshape(M * K, S, H)
-  scores = jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T <= 4 else _scores(q, k)
+  scores = (
+    jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T <= 4 else _scores(q, k)
+  )
   scores = jnp.where(mask_MS[:, None, None, :], scores.reshape(M, K, T, S) * scale, MASKED_SCORE)
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
-  out = jnp.einsum('bts,bsh->bth', weights.reshape(M * K, T, S).astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = jnp.einsum(
+    'bts,bsh->bth',
+    weights.reshape(M * K, T, S).astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  )
   return top, weights.sum(axis=-1, keepdims=True), out.reshape(M, K, T, H)

@@ -10,6 +10,7 @@ A step takes the G query heads of a key head together, so that a block of keys i
 Letters as in `tree_kernels`; arrays are [B, K, G, T, H] and [B, K, T, H] inside, tokens and head last as the tiles want.
 Two cores of a chip (v5p) share the rows and key heads: with one of each on a device, one core works.
 """
+
 import functools
 
 import jax
@@ -28,8 +29,16 @@ _SCALAR_BYTES = 512 * 1024  # of the list; scalar memory has 1 MiB (v5, v6)
 _VECTOR_BYTES = 48 * 1024 * 1024
 
 
-def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *, block_q: int = 512,
-                   block_k: int = 512, interpret: bool = False) -> jax.Array:
+def tree_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  end_BT: jax.Array,
+  *,
+  block_q: int = 512,
+  block_k: int = 512,
+  interpret: bool = False,
+) -> jax.Array:
   """softmax(q k / sqrt(H)) v in [B, T, N, H] where query i sees key j iff j <= i < end[j]; differentiable in q, k, v.
 
   Scores, softmax and sums are float32, products on the dtype of the inputs, probabilities in the dtype of v.
@@ -45,8 +54,17 @@ def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_
   """
   if not interpret and (block_q % _LANES or block_k % _LANES):
     raise ValueError(f'blocks of {block_q} and {block_k} tokens: a TPU wants multiples of {_LANES}')
-  return tree_kernels.call(_attend, q_BTNH, k_BTKH, v_BTKH, end_BT, block_q=block_q, block_k=block_k,
-                           head_size=q_BTNH.shape[-1], interpret=interpret)
+  return tree_kernels.call(
+    _attend,
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    end_BT,
+    block_q=block_q,
+    block_k=block_k,
+    head_size=q_BTNH.shape[-1],
+    interpret=interpret,
+  )
 
 
 def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array):
@@ -56,36 +74,77 @@ def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Arr
   visible_BXY = tree_blocks.visible_blocks(end, block_q, launch.block_k)
   specs = _specs(launch, q, k, visible_BXY.shape, queries_own=True)
   out, lse = _program(
-      _forward_program, launch, visible_BXY, K,
-      in_specs=[specs['end'], specs['q'], specs['k'], specs['k']], out_specs=[specs['q'], specs['row']],
-      out_shape=[jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype), jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)],
-      scratch_shapes=[pltpu.VMEM((G, block_q, _LANES), jnp.float32), pltpu.VMEM((G, block_q, _LANES), jnp.float32),
-                      pltpu.VMEM((G, block_q, H), jnp.float32)],
+    _forward_program,
+    launch,
+    visible_BXY,
+    K,
+    in_specs=[specs['end'], specs['q'], specs['k'], specs['k']],
+    out_specs=[specs['q'], specs['row']],
+    out_shape=[
+      jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype),
+      jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((G, block_q, _LANES), jnp.float32),
+      pltpu.VMEM((G, block_q, _LANES), jnp.float32),
+      pltpu.VMEM((G, block_q, H), jnp.float32),
+    ],
   )(end[:, None, :], _queries_inside(q, K), _keys_inside(k), _keys_inside(v))
   return _queries_outside(out), lse.reshape(B, N, T)
 
 
-def _backward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, lse: jax.Array,
-              delta: jax.Array, dout: jax.Array):
+def _backward(
+  launch: tree_kernels.Launch,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  end: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  dout: jax.Array,
+):
   B, T, N, H = q.shape
   K = k.shape[2]
   G = N // K
   visible_BXY = tree_blocks.visible_blocks(end, launch.block_q, launch.block_k)
   visible_BYX = visible_BXY.swapaxes(1, 2)
-  operands = (end[:, None, :], _queries_inside(q, K), _keys_inside(k), _keys_inside(v), _queries_inside(dout, K),
-              lse.reshape(B, K, G, T), delta.reshape(B, K, G, T))
+  operands = (
+    end[:, None, :],
+    _queries_inside(q, K),
+    _keys_inside(k),
+    _keys_inside(v),
+    _queries_inside(dout, K),
+    lse.reshape(B, K, G, T),
+    delta.reshape(B, K, G, T),
+  )
   read = ('end', 'q', 'k', 'k', 'q', 'row', 'row')
   specs = _specs(launch, q, k, visible_BXY.shape, queries_own=True)
   dq = _program(
-      _dq_program, launch, visible_BXY, K, in_specs=[specs[name] for name in read], out_specs=specs['q'],
-      out_shape=jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype),
-      scratch_shapes=[pltpu.VMEM((G, launch.block_q, H), jnp.float32)],
+    _dq_program,
+    launch,
+    visible_BXY,
+    K,
+    in_specs=[specs[name] for name in read],
+    out_specs=specs['q'],
+    out_shape=jax.ShapeDtypeStruct((B, K, G, T, H), q.dtype),
+    scratch_shapes=[pltpu.VMEM((G, launch.block_q, H), jnp.float32)],
   )(*operands)
   specs = _specs(launch, q, k, visible_BYX.shape, queries_own=False)
   dk, dv = _program(
-      _dkv_program, launch, visible_BYX, K, in_specs=[specs[name] for name in read], out_specs=[specs['k'], specs['k']],
-      out_shape=[jax.ShapeDtypeStruct((B, K, T, H), k.dtype), jax.ShapeDtypeStruct((B, K, T, H), v.dtype)],
-      scratch_shapes=[pltpu.VMEM((launch.block_k, H), jnp.float32), pltpu.VMEM((launch.block_k, H), jnp.float32)],
+    _dkv_program,
+    launch,
+    visible_BYX,
+    K,
+    in_specs=[specs[name] for name in read],
+    out_specs=[specs['k'], specs['k']],
+    out_shape=[
+      jax.ShapeDtypeStruct((B, K, T, H), k.dtype),
+      jax.ShapeDtypeStruct((B, K, T, H), v.dtype),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((launch.block_k, H), jnp.float32),
+      pltpu.VMEM((launch.block_k, H), jnp.float32),
+    ],
   )(*operands)
   return _queries_outside(dq), _keys_inside(dk), _keys_inside(dv)
 
@@ -112,16 +171,30 @@ def _program(body, launch, visible_BOS, K, *, in_specs, out_specs, out_shape, sc
   """The call of one program: blocks O own an accumulator each and meet the blocks S that they see."""
   B, O, S = visible_BOS.shape
   if visible_BOS.size * 4 > _SCALAR_BYTES:
-    raise ValueError(f'the list of {B} rows of {O} x {S} blocks takes {visible_BOS.size * 4} bytes of scalar memory, '
-                     f'{_SCALAR_BYTES} are there: take larger blocks or fewer rows at a time')
+    raise ValueError(
+      f'the list of {B} rows of {O} x {S} blocks takes {visible_BOS.size * 4} bytes of scalar memory, '
+      f'{_SCALAR_BYTES} are there: take larger blocks or fewer rows at a time'
+    )
   list_BP, count_B = tree_blocks.flat_list(visible_BOS)
   call = pl.pallas_call(
-      functools.partial(body, launch, S), interpret=launch.interpret, name=body.__name__.strip('_'), out_shape=out_shape,
-      grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=(B, K, count_B.max()), in_specs=in_specs,
-                                             out_specs=out_specs, scratch_shapes=scratch_shapes),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-                                           vmem_limit_bytes=_VECTOR_BYTES))
-  return functools.partial(call, list_BP.reshape(-1), count_B)  # flat: scalar memory pads a last axis to 128 words
+    functools.partial(body, launch, S),
+    interpret=launch.interpret,
+    name=body.__name__.strip('_'),
+    out_shape=out_shape,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(B, K, count_B.max()),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch_shapes,
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=_VECTOR_BYTES
+    ),
+  )
+  return functools.partial(
+    call, list_BP.reshape(-1), count_B
+  )  # flat: scalar memory pads a last axis to 128 words
 
 
 def _specs(launch, q, k, shape_BOS, queries_own):
@@ -137,10 +210,19 @@ def _specs(launch, q, k, shape_BOS, queries_own):
 
   x, y = (owner, seen) if queries_own else (seen, owner)
   return {
-      'end': pl.BlockSpec((None, 1, launch.block_k), lambda b, k, step, blocks, _: (b, 0, y(b, step, blocks))),
-      'q': pl.BlockSpec((None, None, G, launch.block_q, H), lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks), 0)),
-      'k': pl.BlockSpec((None, None, launch.block_k, H), lambda b, k, step, blocks, _: (b, k, y(b, step, blocks), 0)),
-      'row': pl.BlockSpec((None, None, G, launch.block_q), lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks))),
+    'end': pl.BlockSpec(
+      (None, 1, launch.block_k), lambda b, k, step, blocks, _: (b, 0, y(b, step, blocks))
+    ),
+    'q': pl.BlockSpec(
+      (None, None, G, launch.block_q, H),
+      lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks), 0),
+    ),
+    'k': pl.BlockSpec(
+      (None, None, launch.block_k, H), lambda b, k, step, blocks, _: (b, k, y(b, step, blocks), 0)
+    ),
+    'row': pl.BlockSpec(
+      (None, None, G, launch.block_q), lambda b, k, step, blocks, _: (b, k, 0, x(b, step, blocks))
+    ),
   }
 
 
@@ -159,8 +241,21 @@ def _walk(S, list_ref, count_ref, start, meet, finish):
   pl.when((step == count - 1) | (owner != after))(finish)
 
 
-def _forward_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, top_ref, total_ref,
-                     acc_ref):
+def _forward_program(
+  launch,
+  S,
+  list_ref,
+  count_ref,
+  end_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  out_ref,
+  lse_ref,
+  top_ref,
+  total_ref,
+  acc_ref,
+):
   def start():
     top_ref[...] = jnp.full(top_ref.shape, tree_kernels.LEAST_TOP, jnp.float32)
     total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
@@ -170,7 +265,9 @@ def _forward_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_re
     k, v = k_ref[...], v_ref[...]
     seen = _seen(launch, x, y, end_ref[...], key_axis=1)
     for g in range(q_ref.shape[0]):
-      scores = jnp.where(seen, dot(q_ref[g], k, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE)
+      scores = jnp.where(
+        seen, dot(q_ref[g], k, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE
+      )
       top = top_ref[g]
       new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
       weights = jnp.exp(scores - new_top[:, :1])
@@ -187,7 +284,21 @@ def _forward_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_re
   _walk(S, list_ref, count_ref, start, meet, finish)
 
 
-def _dq_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref):
+def _dq_program(
+  launch,
+  S,
+  list_ref,
+  count_ref,
+  end_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  dout_ref,
+  lse_ref,
+  delta_ref,
+  dq_ref,
+  acc_ref,
+):
   def start():
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
@@ -195,7 +306,9 @@ def _dq_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, do
     k, v = k_ref[...], v_ref[...]
     seen = _seen(launch, x, y, end_ref[...], key_axis=1)
     for g in range(q_ref.shape[0]):
-      scores = jnp.where(seen, dot(q_ref[g], k, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE)
+      scores = jnp.where(
+        seen, dot(q_ref[g], k, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE
+      )
       weights = jnp.exp(scores - lse_ref[g, :][:, None])
       dscores = weights * (dot(dout_ref[g], v, transpose_b=True) - delta_ref[g, :][:, None])
       acc_ref[g] += dot(dscores.astype(k.dtype), k)
@@ -206,9 +319,25 @@ def _dq_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, do
   _walk(S, list_ref, count_ref, start, meet, finish)
 
 
-def _dkv_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref,
-                 dk_acc_ref, dv_acc_ref):
+def _dkv_program(
+  launch,
+  S,
+  list_ref,
+  count_ref,
+  end_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  dout_ref,
+  lse_ref,
+  delta_ref,
+  dk_ref,
+  dv_ref,
+  dk_acc_ref,
+  dv_acc_ref,
+):
   """Scores with the keys as rows: what is summed over queries are then plain products, with nothing transposed."""
+
   def start():
     dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, jnp.float32)
     dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, jnp.float32)
@@ -218,10 +347,12 @@ def _dkv_program(launch, S, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, d
     seen = _seen(launch, x, y, end_ref[...], key_axis=0)
     for g in range(q_ref.shape[0]):
       q, dout = q_ref[g], dout_ref[g]
-      scores = jnp.where(seen, dot(k, q, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE)
-      weights = jnp.exp(scores - lse_ref[g:g + 1, :])
+      scores = jnp.where(
+        seen, dot(k, q, transpose_b=True) * launch.scale, tree_kernels.HIDDEN_SCORE
+      )
+      weights = jnp.exp(scores - lse_ref[g : g + 1, :])
       dv_acc_ref[...] += dot(weights.astype(dout.dtype), dout)
-      dscores = weights * (dot(v, dout, transpose_b=True) - delta_ref[g:g + 1, :])
+      dscores = weights * (dot(v, dout, transpose_b=True) - delta_ref[g : g + 1, :])
       dk_acc_ref[...] += dot(dscores.astype(q.dtype), q)
 
   def finish():

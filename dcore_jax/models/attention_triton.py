@@ -8,6 +8,7 @@ a token's head is 2 H contiguous bytes (256 at H = 128, two cache lines), so tha
 The larger block owns, since it and its accumulators stay in registers while the other passes through shared memory.
 Letters as in `tree_kernels`.
 """
+
 import functools
 import math
 
@@ -22,8 +23,16 @@ from dcore_jax.models.tree_kernels import dot
 _LOG2_E = math.log2(math.e)  # the hardware has 2^x only
 
 
-def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *,
-                   block_q: int | None = None, block_k: int | None = None, interpret: bool = False) -> jax.Array:
+def tree_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  end_BT: jax.Array,
+  *,
+  block_q: int | None = None,
+  block_k: int | None = None,
+  interpret: bool = False,
+) -> jax.Array:
   """softmax(q k / sqrt(H)) v in [B, T, N, H] where query i sees key j iff j <= i < end[j]; differentiable in q, k, v.
 
   Scores, softmax and sums are float32, products on the dtype of the inputs, probabilities in the dtype of v.
@@ -45,9 +54,20 @@ def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_
   small = q_BTNH.dtype.itemsize <= 2 and head_size <= 128
   block_q, block_k = block_q or (128 if small else 64), block_k or (64 if small else 32)
   if min(block_q, block_k) < 16 or block_q & (block_q - 1) or block_k & (block_k - 1):
-    raise ValueError(f'blocks of {block_q} and {block_k} tokens: a tensor core wants powers of two from 16')
-  return tree_kernels.call(_attend, q_BTNH, k_BTKH, v_BTKH, end_BT, block_q=block_q, block_k=block_k,
-                           head_size=head_size, interpret=interpret)
+    raise ValueError(
+      f'blocks of {block_q} and {block_k} tokens: a tensor core wants powers of two from 16'
+    )
+  return tree_kernels.call(
+    _attend,
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    end_BT,
+    block_q=block_q,
+    block_k=block_k,
+    head_size=head_size,
+    interpret=interpret,
+  )
 
 
 def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array):
@@ -56,25 +76,52 @@ def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Arr
   specs = _query_owner_specs(launch, q, k)
   # Four warps read a block of keys from shared memory half as often as eight, where their registers hold it all.
   return _program(
-      _forward_program, launch, grid=(N, T // launch.block_q, B), warps=4 if H * q.dtype.itemsize <= 128 else 8,
-      in_specs=[specs['list'], specs['count'], specs['end'], specs['q'], specs['k'], specs['k']],
-      out_specs=[specs['q'], specs['row']],
-      out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+    _forward_program,
+    launch,
+    grid=(N, T // launch.block_q, B),
+    warps=4 if H * q.dtype.itemsize <= 128 else 8,
+    in_specs=[specs['list'], specs['count'], specs['end'], specs['q'], specs['k'], specs['k']],
+    out_specs=[specs['q'], specs['row']],
+    out_shape=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+    ],
   )(lists.keys_BXY, lists.key_count_BX, end, q, k, v)
 
 
-def _backward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, lse: jax.Array,
-              delta: jax.Array, dout: jax.Array):
+def _backward(
+  launch: tree_kernels.Launch,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  end: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  dout: jax.Array,
+):
   B, T, N, H = q.shape
   K = k.shape[2]
   G = N // K
   lists = tree_blocks.block_map(end, launch.block_q, launch.block_k)
   specs = _query_owner_specs(launch, q, k)
   dq = _program(
-      _dq_program, launch, grid=(N, T // launch.block_q, B), warps=8,
-      in_specs=[specs['list'], specs['count'], specs['end'], specs['q'], specs['k'], specs['k'], specs['q'], specs['row'],
-                specs['row']],
-      out_specs=specs['q'], out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    _dq_program,
+    launch,
+    grid=(N, T // launch.block_q, B),
+    warps=8,
+    in_specs=[
+      specs['list'],
+      specs['count'],
+      specs['end'],
+      specs['q'],
+      specs['k'],
+      specs['k'],
+      specs['q'],
+      specs['row'],
+      specs['row'],
+    ],
+    out_specs=specs['q'],
+    out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
   )(lists.keys_BXY, lists.key_count_BX, end, q, k, v, dout, lse, delta)
   # The keys own now, so that the two sizes change sides. The first keys, which most queries see, go first.
   owned, taken = launch.block_q, launch.block_k
@@ -83,11 +130,23 @@ def _backward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Ar
   heads = pl.BlockSpec((None, T, G, H), lambda head, y, b: (b, 0, head, 0))
   rows = pl.BlockSpec((None, G, T), lambda head, y, b: (b, head, 0))
   dk, dv = _program(
-      _dkv_program, launch, grid=(K, T // owned, B), warps=8,
-      in_specs=[pl.BlockSpec((None, None, T // taken), lambda head, y, b: (b, y, 0)),
-                pl.BlockSpec((None, None), lambda head, y, b: (b, y)),
-                pl.BlockSpec((None, owned), lambda head, y, b: (b, y)), heads, own, own, heads, rows, rows],
-      out_specs=[own, own], out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+    _dkv_program,
+    launch,
+    grid=(K, T // owned, B),
+    warps=8,
+    in_specs=[
+      pl.BlockSpec((None, None, T // taken), lambda head, y, b: (b, y, 0)),
+      pl.BlockSpec((None, None), lambda head, y, b: (b, y)),
+      pl.BlockSpec((None, owned), lambda head, y, b: (b, y)),
+      heads,
+      own,
+      own,
+      heads,
+      rows,
+      rows,
+    ],
+    out_specs=[own, own],
+    out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
   )(lists.queries_BYX, lists.query_count_BY, end, q, k, v, dout, lse, delta)
   return dq, dk, dv
 
@@ -98,8 +157,13 @@ _attend = tree_kernels.differentiable(_forward, _backward)
 def _program(body, launch, *, grid, warps, **call):
   # Two stages: the next block is copied while this one is worked on. A third fits an A100 but no card with 99 KiB (sm_86).
   return pl.pallas_call(
-      functools.partial(body, launch), grid=grid, interpret=launch.interpret, name=body.__name__.strip('_'),
-      compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2), **call)
+    functools.partial(body, launch),
+    grid=grid,
+    interpret=launch.interpret,
+    name=body.__name__.strip('_'),
+    compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+    **call,
+  )
 
 
 def _query_owner_specs(launch, q, k):
@@ -110,12 +174,12 @@ def _query_owner_specs(launch, q, k):
   T, N, H = q.shape[1:]
   G, X, Y = N // k.shape[2], T // launch.block_q, T // launch.block_k
   return {
-      'list': pl.BlockSpec((None, None, Y), lambda n, x, b: (b, X - 1 - x, 0)),
-      'count': pl.BlockSpec((None, None), lambda n, x, b: (b, X - 1 - x)),
-      'end': pl.BlockSpec((None, T), lambda n, x, b: (b, 0)),
-      'q': pl.BlockSpec((None, launch.block_q, None, H), lambda n, x, b: (b, X - 1 - x, n, 0)),
-      'k': pl.BlockSpec((None, T, None, H), lambda n, x, b: (b, 0, n // G, 0)),
-      'row': pl.BlockSpec((None, None, launch.block_q), lambda n, x, b: (b, n, X - 1 - x)),
+    'list': pl.BlockSpec((None, None, Y), lambda n, x, b: (b, X - 1 - x, 0)),
+    'count': pl.BlockSpec((None, None), lambda n, x, b: (b, X - 1 - x)),
+    'end': pl.BlockSpec((None, T), lambda n, x, b: (b, 0)),
+    'q': pl.BlockSpec((None, launch.block_q, None, H), lambda n, x, b: (b, X - 1 - x, n, 0)),
+    'k': pl.BlockSpec((None, T, None, H), lambda n, x, b: (b, 0, n // G, 0)),
+    'row': pl.BlockSpec((None, None, launch.block_q), lambda n, x, b: (b, n, X - 1 - x)),
   }
 
 
@@ -129,20 +193,31 @@ def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, 
     first_k = list_ref[place] * launch.block_k
     tokens = pl.ds(first_k, launch.block_k)
     v = v_ref[tokens, :]
-    scores = _hide(dot(q, k_ref[tokens, :], transpose_b=True), first_q, first_k, end_ref[tokens], key_axis=1)
+    scores = _hide(
+      dot(q, k_ref[tokens, :], transpose_b=True), first_q, first_k, end_ref[tokens], key_axis=1
+    )
     new_top = jnp.maximum(top, scores.max(axis=1))
     weights = jax.lax.exp2(scores * factor - (new_top * factor)[:, None])
     shrink = jax.lax.exp2((top - new_top) * factor)
-    return new_top, total * shrink + weights.sum(axis=1), acc * shrink[:, None] + dot(weights.astype(v.dtype), v)
+    return (
+      new_top,
+      total * shrink + weights.sum(axis=1),
+      acc * shrink[:, None] + dot(weights.astype(v.dtype), v),
+    )
 
-  start = (jnp.full(q.shape[:1], tree_kernels.LEAST_TOP, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32),
-           jnp.zeros(q.shape, jnp.float32))
+  start = (
+    jnp.full(q.shape[:1], tree_kernels.LEAST_TOP, jnp.float32),
+    jnp.zeros(q.shape[:1], jnp.float32),
+    jnp.zeros(q.shape, jnp.float32),
+  )
   top, total, acc = jax.lax.fori_loop(0, count_ref[...], step, start)
   out_ref[:, :] = (acc / total[:, None]).astype(out_ref.dtype)
   lse_ref[:] = top * factor + jnp.log2(total)
 
 
-def _dq_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref):
+def _dq_program(
+  launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref
+):
   q, dout, lse, delta = q_ref[:, :], dout_ref[:, :], lse_ref[:], delta_ref[:]
   first_q = (pl.num_programs(1) - 1 - pl.program_id(1)) * launch.block_q
 
@@ -159,7 +234,20 @@ def _dq_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_
   dq_ref[:, :] = (dq * launch.scale).astype(dq_ref.dtype)
 
 
-def _dkv_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref):
+def _dkv_program(
+  launch,
+  list_ref,
+  count_ref,
+  end_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  dout_ref,
+  lse_ref,
+  delta_ref,
+  dk_ref,
+  dv_ref,
+):
   """Scores with the keys as rows: what is summed over queries are then plain products, with nothing transposed."""
   k, v, end = k_ref[:, :], v_ref[:, :], end_ref[:]
   G, taken = q_ref.shape[1], launch.block_k
@@ -185,7 +273,10 @@ def _dkv_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout
 def _hide(scores, first_q, first_k, end, key_axis):
   """HIDDEN_SCORE where query i does not see key j; keys along `key_axis`, `end` [keys of the block]."""
   k_size, q_size = scores.shape[key_axis], scores.shape[1 - key_axis]
-  i, j = first_q + jnp.arange(q_size, dtype=jnp.int32), first_k + jnp.arange(k_size, dtype=jnp.int32)
+  i, j = (
+    first_q + jnp.arange(q_size, dtype=jnp.int32),
+    first_k + jnp.arange(k_size, dtype=jnp.int32),
+  )
   i = jnp.expand_dims(i, key_axis)
   seen = (jnp.expand_dims(j, 1 - key_axis) <= i) & (i < jnp.expand_dims(end, 1 - key_axis))
   return jnp.where(seen, scores, tree_kernels.HIDDEN_SCORE)

@@ -6,6 +6,7 @@ block's probabilities from the log of its partition sum and goes over each block
 Letters: B rows, T tokens, N query heads, K key heads, G = N / K, H head size, X query blocks of Q queries, Y key blocks
 of C = Q keys, R = G * Q.
 """
+
 import functools
 
 import jax
@@ -17,8 +18,14 @@ from dcore_jax.models.attention import MASKED_SCORE
 from dcore_jax.models.tree_kernels import SAVED
 
 
-def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *,
-                   block: int | None = None) -> jax.Array:
+def tree_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  end_BT: jax.Array,
+  *,
+  block: int | None = None,
+) -> jax.Array:
   """softmax(q k / sqrt(H)) v over the keys j <= i < end[j] -> [B, T, N, H]; scores and softmax in float32.
 
   Rows are worked off one after the other. T need not be a multiple of the block: it is filled up with tokens that see
@@ -29,8 +36,12 @@ def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_
   block = min(block or (128 if T < 1024 else 256), -(-T // 8) * 8)
   fill = -T % block
   if fill:
-    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    alone = jnp.broadcast_to(jnp.arange(T, T + fill, dtype=end_BT.dtype)[None] + 1, (end_BT.shape[0], fill))
+    q_BTNH, k_BTKH, v_BTKH = (
+      jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    alone = jnp.broadcast_to(
+      jnp.arange(T, T + fill, dtype=end_BT.dtype)[None] + 1, (end_BT.shape[0], fill)
+    )
     end_BT = jnp.concatenate([end_BT, alone], axis=1)
   lists = tree_blocks.block_map(end_BT, block, block)
   out_BTNH = jax.lax.map(lambda row: _row(block, *row), (q_BTNH, k_BTKH, v_BTKH, end_BT, lists))
@@ -40,7 +51,11 @@ def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_
 def _query_blocks(x_TNH: jax.Array, K: int, Q: int) -> jax.Array:
   """[T, N, H] -> [X, K, G * Q, H]: the query heads of a key head meet it in one product."""
   T, N, H = x_TNH.shape
-  return x_TNH.reshape(T // Q, Q, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(T // Q, K, N // K * Q, H)
+  return (
+    x_TNH.reshape(T // Q, Q, K, N // K, H)
+    .transpose(0, 2, 3, 1, 4)
+    .reshape(T // Q, K, N // K * Q, H)
+  )
 
 
 def _from_query_blocks(x_XKRH: jax.Array, Q: int) -> jax.Array:
@@ -62,7 +77,9 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _masked_scores(q_KRH: jax.Array, k_KCH: jax.Array, end_C: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def _masked_scores(
+  q_KRH: jax.Array, k_KCH: jax.Array, end_C: jax.Array, x: jax.Array, y: jax.Array
+) -> jax.Array:
   """Scores [K, R, C] of query block x and key block y, those that the mask hides at MASKED_SCORE."""
   (K, R, _), C = q_KRH.shape, k_KCH.shape[1]
   query_C, key_C = x * C + jnp.arange(C), y * C + jnp.arange(C)
@@ -72,14 +89,20 @@ def _masked_scores(q_KRH: jax.Array, k_KCH: jax.Array, end_C: jax.Array, x: jax.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row(Q: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, end_T: jax.Array,
-         lists: tree_blocks.BlockMap) -> jax.Array:
+def _row(
+  Q: int,
+  q_TNH: jax.Array,
+  k_TKH: jax.Array,
+  v_TKH: jax.Array,
+  end_T: jax.Array,
+  lists: tree_blocks.BlockMap,
+) -> jax.Array:
   return _row_forward(Q, q_TNH, k_TKH, v_TKH, end_T, lists)[0]
 
 
 def _row_forward(Q, q_TNH, k_TKH, v_TKH, end_T, lists):
   K, H = k_TKH.shape[1:]
-  q_XKRH = _query_blocks(q_TNH * H ** -0.5, K, Q)
+  q_XKRH = _query_blocks(q_TNH * H**-0.5, K, Q)
   k_YKCH, v_YKCH, end_YC = _key_blocks(k_TKH, Q), _key_blocks(v_TKH, Q), end_T.reshape(-1, Q)
   R = q_XKRH.shape[2]
 
@@ -93,7 +116,9 @@ def _row_forward(Q, q_TNH, k_TKH, v_TKH, end_T, lists):
       new_top_KR = jnp.maximum(top_KR, scores_KRC.max(axis=-1))
       keep_KR = jnp.exp(top_KR - new_top_KR)
       weights_KRC = jnp.exp(scores_KRC - new_top_KR[..., None])
-      out_KRH = out_KRH * keep_KR[..., None] + _dot('krc,kch->krh', weights_KRC.astype(v_YKCH.dtype), v_YKCH[y])
+      out_KRH = out_KRH * keep_KR[..., None] + _dot(
+        'krc,kch->krh', weights_KRC.astype(v_YKCH.dtype), v_YKCH[y]
+      )
       return new_top_KR, total_KR * keep_KR + weights_KRC.sum(axis=-1), out_KRH
 
     # A block in which a query sees nothing leaves weights of exp(0) = 1 behind, which the first real key scales to 0.
@@ -103,13 +128,21 @@ def _row_forward(Q, q_TNH, k_TKH, v_TKH, end_T, lists):
 
   blocks = jnp.arange(q_XKRH.shape[0]), q_XKRH, lists.keys_BXY, lists.key_count_BX
   out_XKRH, partition_XKR = (checkpoint_name(x, SAVED) for x in jax.lax.map(query_block, blocks))
-  return _from_query_blocks(out_XKRH, Q), (q_TNH, k_TKH, v_TKH, end_T, lists, out_XKRH, partition_XKR)
+  return _from_query_blocks(out_XKRH, Q), (
+    q_TNH,
+    k_TKH,
+    v_TKH,
+    end_T,
+    lists,
+    out_XKRH,
+    partition_XKR,
+  )
 
 
 def _row_backward(Q, residuals, out_bar_TNH):
   q_TNH, k_TKH, v_TKH, end_T, lists, out_XKRH, partition_XKR = residuals
   K, H = k_TKH.shape[1:]
-  q_XKRH, bar_XKRH = _query_blocks(q_TNH * H ** -0.5, K, Q), _query_blocks(out_bar_TNH, K, Q)
+  q_XKRH, bar_XKRH = _query_blocks(q_TNH * H**-0.5, K, Q), _query_blocks(out_bar_TNH, K, Q)
   delta_XKR = (bar_XKRH.astype(jnp.float32) * out_XKRH).sum(axis=-1)
   dtype = q_TNH.dtype
 
@@ -129,14 +162,23 @@ def _row_backward(Q, residuals, out_bar_TNH):
       return q_grad_XKRH, k_grad_KCH, v_grad_KCH
 
     zero_KCH = jnp.zeros(k_KCH.shape, jnp.float32)
-    q_grad_XKRH, k_grad_KCH, v_grad_KCH = jax.lax.fori_loop(0, count, query_block, (q_grad_XKRH, zero_KCH, zero_KCH))
+    q_grad_XKRH, k_grad_KCH, v_grad_KCH = jax.lax.fori_loop(
+      0, count, query_block, (q_grad_XKRH, zero_KCH, zero_KCH)
+    )
     return q_grad_XKRH, (k_grad_KCH, v_grad_KCH)
 
   keys = _key_blocks(k_TKH, Q), _key_blocks(v_TKH, Q), end_T.reshape(-1, Q)
   blocks = (jnp.arange(keys[0].shape[0]), *keys, lists.queries_BYX, lists.query_count_BY)
-  q_grad_XKRH, (k_grad_YKCH, v_grad_YKCH) = jax.lax.scan(key_block, jnp.zeros(q_XKRH.shape, jnp.float32), blocks)
-  q_grad_TNH = (_from_query_blocks(q_grad_XKRH, Q) * H ** -0.5).astype(dtype)
-  return q_grad_TNH, *(_from_key_blocks(grad).astype(dtype) for grad in (k_grad_YKCH, v_grad_YKCH)), None, None
+  q_grad_XKRH, (k_grad_YKCH, v_grad_YKCH) = jax.lax.scan(
+    key_block, jnp.zeros(q_XKRH.shape, jnp.float32), blocks
+  )
+  q_grad_TNH = (_from_query_blocks(q_grad_XKRH, Q) * H**-0.5).astype(dtype)
+  return (
+    q_grad_TNH,
+    *(_from_key_blocks(grad).astype(dtype) for grad in (k_grad_YKCH, v_grad_YKCH)),
+    None,
+    None,
+  )
 
 
 _row.defvjp(_row_forward, _row_backward)

@@ -3,6 +3,7 @@
 Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L num_hidden_layers,
 N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key positions.
 """
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ class _Family(NamedTuple):
   A default of None follows from other fields: head_dim is hidden_size / num_attention_heads, and there are as many key heads
   as query heads.
   """
+
   architecture: str
   qkv_bias: bool
   qk_norm: bool
@@ -25,38 +27,97 @@ class _Family(NamedTuple):
   written: Mapping[str, Any]
 
 
-_DEFAULTS = {'rope_theta': 10000.0, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'initializer_range': 0.02,
-             'head_dim': None}
+_DEFAULTS = {
+  'rope_theta': 10000.0,
+  'rms_norm_eps': 1e-6,
+  'tie_word_embeddings': False,
+  'initializer_range': 0.02,
+  'head_dim': None,
+}
 _QWEN_DEFAULTS = _DEFAULTS | {'num_key_value_heads': 32, 'max_position_embeddings': 32768}
 _NO_BIAS = {'attention_bias': (False, None), 'mlp_bias': (False, None)}
 _NO_WINDOW = {'use_sliding_window': False, 'sliding_window': None}
 # DeepSeek-Coder, Llama and what descends from them are all 'llama'; Qwen2.5 is 'qwen2'.
 _FAMILIES = {
-    'qwen3': _Family('Qwen3ForCausalLM', qkv_bias=False, qk_norm=True, defaults=_QWEN_DEFAULTS | {'head_dim': 128},
-                     required=_NO_BIAS, written={'attention_bias': False, **_NO_WINDOW}),
-    # Its query, key and value projections have biases whatever a file says. The base models of Qwen2.5, and what was distilled
-    # into them, say that their positions have one axis.
-    'qwen2': _Family('Qwen2ForCausalLM', qkv_bias=True, qk_norm=False, defaults=_QWEN_DEFAULTS,
-                     required={'attention_bias': (True, None), 'mlp_bias': (False, None), 'use_mrope': (False, None)},
-                     written=_NO_WINDOW),
-    'llama': _Family('LlamaForCausalLM', qkv_bias=False, qk_norm=False,
-                     defaults=_DEFAULTS | {'num_key_value_heads': None, 'max_position_embeddings': 2048, 'bos_token_id': 1,
-                                           'eos_token_id': 2},
-                     # Above 1 the projections are summed in slices, in another order than one product sums them.
-                     required=_NO_BIAS | {'pretraining_tp': (1, None)}, written={'attention_bias': False, 'mlp_bias': False}),
+  'qwen3': _Family(
+    'Qwen3ForCausalLM',
+    qkv_bias=False,
+    qk_norm=True,
+    defaults=_QWEN_DEFAULTS | {'head_dim': 128},
+    required=_NO_BIAS,
+    written={'attention_bias': False, **_NO_WINDOW},
+  ),
+  # Its query, key and value projections have biases whatever a file says. The base models of Qwen2.5, and what was distilled
+  # into them, say that their positions have one axis.
+  'qwen2': _Family(
+    'Qwen2ForCausalLM',
+    qkv_bias=True,
+    qk_norm=False,
+    defaults=_QWEN_DEFAULTS,
+    required={
+      'attention_bias': (True, None),
+      'mlp_bias': (False, None),
+      'use_mrope': (False, None),
+    },
+    written=_NO_WINDOW,
+  ),
+  'llama': _Family(
+    'LlamaForCausalLM',
+    qkv_bias=False,
+    qk_norm=False,
+    defaults=_DEFAULTS
+    | {
+      'num_key_value_heads': None,
+      'max_position_embeddings': 2048,
+      'bos_token_id': 1,
+      'eos_token_id': 2,
+    },
+    # Above 1 the projections are summed in slices, in another order than one product sums them.
+    required=_NO_BIAS | {'pretraining_tp': (1, None)},
+    written={'attention_bias': False, 'mlp_bias': False},
+  ),
 }
-_REQUIRED = {'hidden_act': ('silu',), 'attention_dropout': (0, None), 'is_encoder_decoder': (False, None),
-             'partial_rotary_factor': (1, None)}
+_REQUIRED = {
+  'hidden_act': ('silu',),
+  'attention_dropout': (0, None),
+  'is_encoder_decoder': (False, None),
+  'partial_rotary_factor': (1, None),
+}
 # Statements about the file, not about the function the weights compute; reading past them changes nothing.
-_DESCRIPTIVE = frozenset({
-    'architectures', 'model_type', 'torch_dtype', 'dtype', 'transformers_version', 'use_cache', '_name_or_path',
-    'max_window_layers', 'output_attentions', 'output_hidden_states', 'return_dict', 'id2label', 'label2id',
-    'problem_type', 'chunk_size_feed_forward', '_attn_implementation_autoset',
-})
-_SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
-          'head_dim', 'max_position_embeddings')
-_ROPE_FIELDS = {'linear': ('factor',),
-                'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+_DESCRIPTIVE = frozenset(
+  {
+    'architectures',
+    'model_type',
+    'torch_dtype',
+    'dtype',
+    'transformers_version',
+    'use_cache',
+    '_name_or_path',
+    'max_window_layers',
+    'output_attentions',
+    'output_hidden_states',
+    'return_dict',
+    'id2label',
+    'label2id',
+    'problem_type',
+    'chunk_size_feed_forward',
+    '_attn_implementation_autoset',
+  }
+)
+_SIZES = (
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'max_position_embeddings',
+)
+_ROPE_FIELDS = {
+  'linear': ('factor',),
+  'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +126,7 @@ class RopeScaling:
 
   'linear' divides all by `factor` (DeepSeek-Coder), 'llama3' the slow ones (Llama-3.1); the other fields are its.
   """
+
   rope_type: str
   factor: float
   low_freq_factor: float | None = None
@@ -73,16 +135,22 @@ class RopeScaling:
 
   def __post_init__(self):
     if self.rope_type not in _ROPE_FIELDS:
-      raise ValueError(f'rope_type {self.rope_type!r} is not supported, only {sorted(_ROPE_FIELDS)}')
+      raise ValueError(
+        f'rope_type {self.rope_type!r} is not supported, only {sorted(_ROPE_FIELDS)}'
+      )
     for field in dataclasses.fields(self)[1:]:
       value = getattr(self, field.name)
       if field.name not in _ROPE_FIELDS[self.rope_type]:
         if value is not None:
           raise ValueError(f'{self.rope_type} rope scaling does not read {field.name}={value!r}')
       elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f'{field.name} of {self.rope_type} rope scaling must be a positive number, got {value!r}')
+        raise ValueError(
+          f'{field.name} of {self.rope_type} rope scaling must be a positive number, got {value!r}'
+        )
     if self.rope_type == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
-      raise ValueError(f'low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}')
+      raise ValueError(
+        f'low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}'
+      )
 
   @classmethod
   def from_hf(cls, record: Mapping[str, Any]) -> 'RopeScaling':
@@ -99,6 +167,7 @@ class RopeScaling:
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """A decoder of the Qwen3, Qwen2 or Llama family. Hashable, so that it can be a static argument of a jitted function."""
+
   vocab_size: int
   hidden_size: int
   intermediate_size: int
@@ -120,15 +189,25 @@ class DecoderConfig:
   def __post_init__(self):
     if self.model_type not in _FAMILIES:
       raise ValueError(f'model_type {self.model_type!r} is not supported, only {sorted(_FAMILIES)}')
-    for name, kinds in {**dict.fromkeys(_SIZES, int), 'rope_theta': (int, float), 'rms_norm_eps': (int, float)}.items():
+    for name, kinds in {
+      **dict.fromkeys(_SIZES, int),
+      'rope_theta': (int, float),
+      'rms_norm_eps': (int, float),
+    }.items():
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
-        raise ValueError(f'{name} must be a positive {"integer" if kinds is int else "number"}, got {value!r}')
+        raise ValueError(
+          f'{name} must be a positive {"integer" if kinds is int else "number"}, got {value!r}'
+        )
     if not isinstance(self.tie_word_embeddings, bool):  # 'false' would count as true
-      raise ValueError(f'tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}')
+      raise ValueError(
+        f'tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}'
+      )
     if self.num_attention_heads % self.num_key_value_heads:
-      raise ValueError(f'num_attention_heads={self.num_attention_heads} is not a multiple of '
-                       f'num_key_value_heads={self.num_key_value_heads}')
+      raise ValueError(
+        f'num_attention_heads={self.num_attention_heads} is not a multiple of '
+        f'num_key_value_heads={self.num_key_value_heads}'
+      )
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even: rotary embedding turns pairs')
 
@@ -141,10 +220,16 @@ class DecoderConfig:
     """
     family = _FAMILIES.get(record.get('model_type'))
     if family is None:
-      raise ValueError(f'model_type {record.get("model_type")!r} is not supported, only {sorted(_FAMILIES)}')
+      raise ValueError(
+        f'model_type {record.get("model_type")!r} is not supported, only {sorted(_FAMILIES)}'
+      )
     rope, problems = _rope(record)
     problems = _unsupported(record, family) + problems
-    fields = family.defaults | {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record} | rope
+    fields = (
+      family.defaults
+      | {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record}
+      | rope
+    )
     if isinstance(fields.get('eos_token_id'), list):
       fields['eos_token_id'] = tuple(fields['eos_token_id'])
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
@@ -163,10 +248,17 @@ class DecoderConfig:
     record = dataclasses.asdict(self)
     if isinstance(self.eos_token_id, tuple):
       record['eos_token_id'] = list(self.eos_token_id)
-    return record | family.written | {
-        'architectures': [family.architecture], 'hidden_act': 'silu', 'attention_dropout': 0.0, 'use_cache': True,
+    return (
+      record
+      | family.written
+      | {
+        'architectures': [family.architecture],
+        'hidden_act': 'silu',
+        'attention_dropout': 0.0,
+        'use_cache': True,
         'rope_scaling': self.rope_scaling and self.rope_scaling.to_hf(),
-    }
+      }
+    )
 
   @property
   def qkv_bias(self) -> bool:
@@ -192,7 +284,9 @@ class DecoderConfig:
     if self.qkv_bias:
       vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
     embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-    return (self._layer_matmul_params + vectors) * self.num_hidden_layers + self.hidden_size + embeddings
+    return (
+      (self._layer_matmul_params + vectors) * self.num_hidden_layers + self.hidden_size + embeddings
+    )
 
   def flops_per_token(self, seq_len: int) -> float:
     """Forward floating-point operations per token, averaged over a causal row of `seq_len` tokens, head included.
@@ -206,19 +300,34 @@ class DecoderConfig:
 
   def kv_bytes_per_token(self, dtype: Any) -> int:
     """Bytes of keys and values that one cached token holds in all layers."""
-    return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * jnp.dtype(dtype).itemsize
+    return (
+      2
+      * self.num_hidden_layers
+      * self.num_key_value_heads
+      * self.head_dim
+      * jnp.dtype(dtype).itemsize
+    )
 
   @property
   def _layer_matmul_params(self) -> int:
-    attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+    attention = (
+      2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+    )
     return attention + 3 * self.hidden_size * self.intermediate_size
 
 
 def _divided(hidden_size: Any, heads: Any) -> int:
   """The head_dim of a file that has none."""
-  if not isinstance(hidden_size, int) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
-    raise ValueError(f'config.json: head_dim is missing, and hidden_size={hidden_size!r} is not a multiple of '
-                     f'num_attention_heads={heads!r}')
+  if (
+    not isinstance(hidden_size, int)
+    or not isinstance(heads, int)
+    or heads < 1
+    or hidden_size % heads
+  ):
+    raise ValueError(
+      f'config.json: head_dim is missing, and hidden_size={hidden_size!r} is not a multiple of '
+      f'num_attention_heads={heads!r}'
+    )
   return hidden_size // heads
 
 
@@ -233,22 +342,30 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not fields:
       continue
     theta.add(fields.pop('rope_theta', None))
-    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {None}  # renamed in transformers 4.43
+    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {
+      None
+    }  # renamed in transformers 4.43
     if fields.pop('partial_rotary_factor', 1) != 1:
-      problems.append(f'{place}: partial_rotary_factor={record[place]["partial_rotary_factor"]!r} is not supported')
+      problems.append(
+        f'{place}: partial_rotary_factor={record[place]["partial_rotary_factor"]!r} is not supported'
+      )
     if kinds <= {'default'} and not fields:
       scaling.add(None)
       continue
     try:
       if len(kinds) != 1:
-        raise ValueError(f'rope_type and type disagree: {sorted(kinds)}' if kinds else 'rope_type is missing')
+        raise ValueError(
+          f'rope_type and type disagree: {sorted(kinds)}' if kinds else 'rope_type is missing'
+        )
       scaling.add(RopeScaling.from_hf({**fields, 'rope_type': kinds.pop()}))
     except ValueError as error:
       problems.append(f'{place}={record[place]!r}: {error}')
   theta -= {None}
   if len(theta) > 1 or len(scaling) > 1:
-    problems.append('rope_theta, rope_scaling and rope_parameters disagree: '
-                    f'{[record.get(name) for name in ("rope_theta", "rope_scaling", "rope_parameters")]}')
+    problems.append(
+      'rope_theta, rope_scaling and rope_parameters disagree: '
+      f'{[record.get(name) for name in ("rope_theta", "rope_scaling", "rope_parameters")]}'
+    )
   found = {'rope_theta': float(next(iter(theta)))} if theta else {}
   return {**found, 'rope_scaling': next(iter(scaling), None)}, problems
 
@@ -256,19 +373,26 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
   """One line per field of the file that asks for something this decoder does not do; rotary fields are `_rope`'s."""
   expected = _REQUIRED | family.required
-  problems = [f'{name}={record[name]!r} is not supported' for name, allowed in expected.items()
-              if name in record and record[name] not in allowed]
+  problems = [
+    f'{name}={record[name]!r} is not supported'
+    for name, allowed in expected.items()
+    if name in record and record[name] not in allowed
+  ]
   # Qwen's own files carry a width there and switch it off beside it: only the pair means a window.
   window, used = record.get('sliding_window'), record.get('use_sliding_window')
   if used or window is not None and used is not False:
-    problems.append(f'sliding_window={window!r} with use_sliding_window={used!r} and '
-                    f'max_window_layers={record.get("max_window_layers")!r} is not supported: no layer may have a window')
+    problems.append(
+      f'sliding_window={window!r} with use_sliding_window={used!r} and '
+      f'max_window_layers={record.get("max_window_layers")!r} is not supported: no layer may have a window'
+    )
   other_layers = sorted(set(record.get('layer_types') or ()) - {'full_attention'})
   if other_layers:
     problems.append(f'layer_types {other_layers} are not supported')
   known = {f.name for f in dataclasses.fields(DecoderConfig)} | _DESCRIPTIVE | expected.keys()
   known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types'}
-  unknown = sorted(name for name, value in record.items() if name not in known and value is not None)
+  unknown = sorted(
+    name for name, value in record.items() if name not in known and value is not None
+  )
   if unknown:
     problems.append(f'unknown fields {unknown}')
   return problems

@@ -5,6 +5,7 @@ and values (Qwen2.5) or per-head RMSNorm on queries and keys (Qwen3). The layers
 scanned, so that compile time does not grow with depth. `abstract_params` is the one description of the parameters:
 initialisation, sharding, checkpoint import and export all follow it. Shape letters: config.py.
 """
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -24,19 +25,32 @@ COMPUTE = ('auto', 'float32', 'bfloat16')
 OFFLOAD = ('optimizer', 'reference')
 # Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB, dots 84 KiB.
 REMAT: dict[str, Callable[..., bool] | None] = {
-    'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
-    'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_INPUTS = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}  # axes of a projection that are contracted
+_INPUTS = {
+  'q': 1,
+  'k': 1,
+  'v': 1,
+  'o': 2,
+  'gate': 1,
+  'up': 1,
+  'down': 1,
+}  # axes of a projection that are contracted
 # Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
-_LANE_QUERIES, _LANE_KEYS = ('lanes', 'length', 'heads', 'head_dim'), ('lanes', 'kv_heads', 'length', 'head_dim')
+_LANE_QUERIES, _LANE_KEYS = (
+  ('lanes', 'length', 'heads', 'head_dim'),
+  ('lanes', 'kv_heads', 'length', 'head_dim'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
   """One parameter before it exists. `axes` names each dimension for sharding (sharding.py); `init` is the standard
   deviation of a normal draw (0 gives zeros), or None for ones."""
+
   shape: tuple[int, ...]
   dtype: Any
   axes: tuple[str, ...]
@@ -59,6 +73,7 @@ class Execution:
     offload: 'optimizer' keeps the optimizer's moments in host memory between updates, 'reference' the reference policy
       between its passes, where the backend has such memory (learn.optimizer).
   """
+
   attention: str = 'auto'
   compute: str = 'auto'
   remat: str = 'none'
@@ -66,7 +81,9 @@ class Execution:
   offload: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if self.attention != 'auto':  # which asks jax for its devices: too early where a module makes a default
+    if (
+      self.attention != 'auto'
+    ):  # which asks jax for its devices: too early where a module makes a default
       tree_attention.resolve(self.attention)
     for name, known in (('compute', COMPUTE), ('remat', tuple(REMAT))):
       if getattr(self, name) not in known:
@@ -88,6 +105,7 @@ class KVCache:
 
   Or, unstacked, a tuple of L arrays [B, K, S, H] each: then no layer has to be cut out of the stack before it is read.
   """
+
   k: jax.Array | tuple[jax.Array, ...]
   v: jax.Array | tuple[jax.Array, ...]
 
@@ -105,25 +123,31 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     return ParamSpec(shape, jnp.dtype(dtype), axes, None)
 
   layers = {
-      'attn_norm': norm((L, D), 'layers', 'norm'),
-      'q': matrix((L, D, N, H), 'layers', 'embed', 'heads', 'head_dim'),
-      'k': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
-      'v': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
-      'o': matrix((L, N, H, D), 'layers', 'heads', 'head_dim', 'embed'),
-      'mlp_norm': norm((L, D), 'layers', 'norm'),
-      'gate': matrix((L, D, F), 'layers', 'embed', 'mlp'),
-      'up': matrix((L, D, F), 'layers', 'embed', 'mlp'),
-      'down': matrix((L, F, D), 'layers', 'mlp', 'embed'),
+    'attn_norm': norm((L, D), 'layers', 'norm'),
+    'q': matrix((L, D, N, H), 'layers', 'embed', 'heads', 'head_dim'),
+    'k': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
+    'v': matrix((L, D, K, H), 'layers', 'embed', 'kv_heads', 'head_dim'),
+    'o': matrix((L, N, H, D), 'layers', 'heads', 'head_dim', 'embed'),
+    'mlp_norm': norm((L, D), 'layers', 'norm'),
+    'gate': matrix((L, D, F), 'layers', 'embed', 'mlp'),
+    'up': matrix((L, D, F), 'layers', 'embed', 'mlp'),
+    'down': matrix((L, F, D), 'layers', 'mlp', 'embed'),
   }
   if config.qkv_bias:
-    bias = lambda heads, axis: ParamSpec((L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0)
-    layers |= {'q_bias': bias(N, 'heads'), 'k_bias': bias(K, 'kv_heads'), 'v_bias': bias(K, 'kv_heads')}
+    bias = lambda heads, axis: ParamSpec(
+      (L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0
+    )
+    layers |= {
+      'q_bias': bias(N, 'heads'),
+      'k_bias': bias(K, 'kv_heads'),
+      'v_bias': bias(K, 'kv_heads'),
+    }
   if config.qk_norm:
     layers |= {'q_norm': norm((L, H), 'layers', 'norm'), 'k_norm': norm((L, H), 'layers', 'norm')}
   params = {
-      'embed': matrix((config.vocab_size, D), 'vocab', 'embed'),
-      'layers': layers,
-      'final_norm': norm((D,), 'norm'),
+    'embed': matrix((config.vocab_size, D), 'vocab', 'embed'),
+    'layers': layers,
+    'final_norm': norm((D,), 'norm'),
   }
   if not config.tie_word_embeddings:
     params['head'] = matrix((config.vocab_size, D), 'vocab', 'embed')
@@ -137,7 +161,9 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
   def draw(index, spec):
     if spec.init is None:
       return jnp.ones(spec.shape, spec.dtype)
-    return (spec.init * jax.random.normal(jax.random.fold_in(key, index), spec.shape)).astype(spec.dtype)
+    return (spec.init * jax.random.normal(jax.random.fold_in(key, index), spec.shape)).astype(
+      spec.dtype
+    )
 
   return jax.tree.unflatten(treedef, [draw(index, spec) for index, spec in enumerate(specs)])
 
@@ -147,8 +173,14 @@ def head_matrix(params: Params) -> jax.Array:
   return params['head'] if 'head' in params else params['embed']
 
 
-def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, position_BT: jax.Array,
-                  end_BT: jax.Array, execution: Execution = Execution()) -> jax.Array:
+def hidden_states(
+  params: Params,
+  config: DecoderConfig,
+  tokens_BT: jax.Array,
+  position_BT: jax.Array,
+  end_BT: jax.Array,
+  execution: Execution = Execution(),
+) -> jax.Array:
   """Final-normed hidden states [B, T, D] of packed rows.
 
   Query i sees key j iff j <= i < end[j]; plain causal rows have end = T.
@@ -164,20 +196,29 @@ def hidden_states(params: Params, config: DecoderConfig, tokens_BT: jax.Array, p
   Under a mesh rows are split over its batch axes, heads, ffn and vocabulary over its tensor axis.
   """
   dtype = execution.dtype(params)
-  params = sharding.constrain_tree(params, abstract_params(config))  # and so, transposed, their gradients
-  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta, config.rope_scaling)
+  params = sharding.constrain_tree(
+    params, abstract_params(config)
+  )  # and so, transposed, their gradients
+  cos, sin = rotary.rope_tables(
+    position_BT, config.head_dim, config.rope_theta, config.rope_scaling
+  )
 
   def layer_step(hidden_BTD, layer):
     def attend(q_BTNH, k_BTKH, v_BTKH):
       return tree_attention.attend(q_BTNH, k_BTKH, v_BTKH, end_BT, execution.attention)
+
     # Cast here, a layer is gathered from the devices in 2 bytes a parameter, and there is never a whole copy of the model.
     hidden_BTD = _block(cast(layer, dtype), config, hidden_BTD, cos, sin, attend)
     return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden'), None
 
   if execution.remat != 'none':
     layer_step = jax.checkpoint(layer_step, policy=REMAT[execution.remat])
-  hidden_BTD, _ = jax.lax.scan(layer_step, _embedded(params['embed'], tokens_BT, dtype), params['layers'],
-                               unroll=execution.unroll and execution.remat == 'none')
+  hidden_BTD, _ = jax.lax.scan(
+    layer_step,
+    _embedded(params['embed'], tokens_BT, dtype),
+    params['layers'],
+    unroll=execution.unroll and execution.remat == 'none',
+  )
   return _rms_norm(hidden_BTD, params['final_norm'].astype(dtype), config.rms_norm_eps)
 
 
@@ -188,31 +229,48 @@ def cast(params: Params, dtype: Any) -> Params:
 
 def unstack(params: Params) -> Params:
   """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
-  layers = [jax.tree.map(lambda stack: stack[index], params['layers']) for index in range(len(params['layers']['q']))]
+  layers = [
+    jax.tree.map(lambda stack: stack[index], params['layers'])
+    for index in range(len(params['layers']['q']))
+  ]
   return {**params, 'layers': tuple(layers)}
 
 
 class Turned(NamedTuple):
   """A projection the other way round, for the few rows of a decode step on a CPU, see `_turned_product`."""
+
   matrix: jax.Array  # [*out, *in]
 
 
 def turn(params: Params) -> Params:
   """`unstack`, every projection `Turned`: what `extend_branches` and `logits` read fastest on a CPU."""
+
   def turned(name, weight):
     inputs = _INPUTS.get(name)
-    return weight if inputs is None else Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+    return (
+      weight if inputs is None else Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+    )
+
   params = unstack(params)
-  return {**params, 'layers': tuple({name: turned(name, weight) for name, weight in layer.items()} for layer in params['layers'])}
+  return {
+    **params,
+    'layers': tuple(
+      {name: turned(name, weight) for name, weight in layer.items()} for layer in params['layers']
+    ),
+  }
 
 
 def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
   """The specs of `turn`'s tree."""
   specs = abstract_params(config, dtype)
+
   def turned(name, spec):
     shape, axes, inputs = spec.shape[1:], spec.axes[1:], _INPUTS.get(name, 0)
-    spec = dataclasses.replace(spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs])
+    spec = dataclasses.replace(
+      spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs]
+    )
     return Turned(spec) if name in _INPUTS else spec
+
   layer = {name: turned(name, spec) for name, spec in specs['layers'].items()}
   return {**specs, 'layers': (layer,) * config.num_hidden_layers}
 
@@ -225,7 +283,9 @@ def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
   return jnp.einsum('md,vd->mv', hidden_MD, head_VD, preferred_element_type=jnp.float32)
 
 
-def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> KVCache:
+def init_cache(
+  config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True
+) -> KVCache:
   """An empty cache of B lanes with S slots each; its content is never read before it is written."""
   L, shape = config.num_hidden_layers, (B, config.num_key_value_heads, S, config.head_dim)
   if stacked:
@@ -233,8 +293,15 @@ def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, 
   return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(L)) for _ in range(2)))
 
 
-def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax.Array, start_B: jax.Array, *,
-           span: int | None = None) -> tuple[jax.Array, KVCache]:
+def extend(
+  params: Params,
+  config: DecoderConfig,
+  cache: KVCache,
+  tokens_BT: jax.Array,
+  start_B: jax.Array,
+  *,
+  span: int | None = None,
+) -> tuple[jax.Array, KVCache]:
   """Appends T tokens to every lane: (final-normed hidden [B, T, D], cache).
 
   Lane b's tokens take the slots and rotary positions start_b .. start_b + T - 1; the query at position p sees slots
@@ -258,7 +325,9 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
     raise ValueError(f'span={span} is outside 1..{S}, the slots of the cache')
   position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
   mask_BTS = attention.cache_mask(position_BT, span)
-  cos, sin = rotary.rope_tables(position_BT, config.head_dim, config.rope_theta, config.rope_scaling)
+  cos, sin = rotary.rope_tables(
+    position_BT, config.head_dim, config.rope_theta, config.rope_scaling
+  )
   lane_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
 
   def layer_step(carry, layer_and_index):
@@ -273,20 +342,32 @@ def extend(params: Params, config: DecoderConfig, cache: KVCache, tokens_BT: jax
       written.extend([new_k, new_v])
       seen = (index, slice(None), slice(None), slice(span))
       return sharding.on_shards(
-          attention.attend, (q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS),
-          (_LANE_QUERIES, _LANE_KEYS, _LANE_KEYS))
+        attention.attend,
+        (q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS),
+        (_LANE_QUERIES, _LANE_KEYS, _LANE_KEYS),
+      )
 
     hidden_BTD = _block(layer, config, hidden_BTD, cos, sin, attend, rows='lanes')
     return (hidden_BTD, *written), None
 
   # The cache travels in the carry: as a scan output it would be copied whole at every step.
-  (hidden_BTD, keys, values), _ = jax.lax.scan(layer_step, (params['embed'][tokens_BT], cache.k, cache.v),
-                                               (params['layers'], jnp.arange(config.num_hidden_layers)))
+  (hidden_BTD, keys, values), _ = jax.lax.scan(
+    layer_step,
+    (params['embed'][tokens_BT], cache.k, cache.v),
+    (params['layers'], jnp.arange(config.num_hidden_layers)),
+  )
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps), KVCache(keys, values)
 
 
-def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, branches: KVCache,
-                    sharing: attention.Sharing, token_B: jax.Array, slot_B: jax.Array) -> tuple[jax.Array, KVCache]:
+def extend_branches(
+  params: Params,
+  config: DecoderConfig,
+  trunks: KVCache,
+  branches: KVCache,
+  sharing: attention.Sharing,
+  token_B: jax.Array,
+  slot_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
   """Appends one token to every branch: (final-normed hidden [B, D], branches). The step of a decode loop.
 
   Lane b's token takes slot `slot_B` of its branch and the rotary position that many tokens behind its trunk; it sees the
@@ -304,18 +385,28 @@ def extend_branches(params: Params, config: DecoderConfig, trunks: KVCache, bran
   """
   W = sharing.lane_RW.shape[1]
   position_B1 = (sharing.length_R[sharing.place_B // W] + slot_B)[:, None]
-  cos, sin = rotary.rope_tables(position_B1, config.head_dim, config.rope_theta, config.rope_scaling)
+  cos, sin = rotary.rope_tables(
+    position_B1, config.head_dim, config.rope_theta, config.rope_scaling
+  )
   lane_B = jnp.arange(token_B.shape[0])
   hidden_B1D, keys, values = params['embed'][token_B][:, None], list(branches.k), list(branches.v)
 
-  for index, layer in enumerate(params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']):
+  for index, layer in enumerate(
+    params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']
+  ):
+
     def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
       for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
-        held[index] = held[index].at[lane_B, :, slot_B].set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
+        held[index] = (
+          held[index]
+          .at[lane_B, :, slot_B]
+          .set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
+        )
       return sharding.on_shards(
-          attention.attend_branches,
-          (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
-          (_LANE_QUERIES, *[_LANE_KEYS] * 4))
+        attention.attend_branches,
+        (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
+        (_LANE_QUERIES, *[_LANE_KEYS] * 4),
+      )
 
     hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend, rows='lanes')
   hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)
@@ -338,20 +429,34 @@ class Decoder(nnx.Module):
 
   def _hold(self, params: Params) -> None:
     for name, value in params.items():
-      held = nnx.Dict(jax.tree.map(nnx.Param, value)) if isinstance(value, dict) else nnx.Param(value)
+      held = (
+        nnx.Dict(jax.tree.map(nnx.Param, value)) if isinstance(value, dict) else nnx.Param(value)
+      )
       setattr(self, name, held)
 
   def params(self) -> Params:
     """The tree that the functions of this file take."""
     names = abstract_params(self.config)
-    return {name: ({inner: getattr(self, name)[inner][...] for inner in spec} if isinstance(spec, dict)
-                   else getattr(self, name)[...]) for name, spec in names.items()}
+    return {
+      name: (
+        {inner: getattr(self, name)[inner][...] for inner in spec}
+        if isinstance(spec, dict)
+        else getattr(self, name)[...]
+      )
+      for name, spec in names.items()
+    }
 
-  def __call__(self, tokens_BT: jax.Array, position_BT: jax.Array | None = None,
-               end_BT: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    position_BT: jax.Array | None = None,
+    end_BT: jax.Array | None = None,
+  ) -> jax.Array:
     """Logits [B, T, V]; without positions and ends the rows are plain causal sequences."""
     B, T = tokens_BT.shape
-    position_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T)) if position_BT is None else position_BT
+    position_BT = (
+      jnp.broadcast_to(jnp.arange(T)[None], (B, T)) if position_BT is None else position_BT
+    )
     end_BT = jnp.full((B, T), T) if end_BT is None else end_BT
     params = self.params()
     hidden_BTD = hidden_states(params, self.config, tokens_BT, position_BT, end_BT)
@@ -361,7 +466,9 @@ class Decoder(nnx.Module):
 def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
   """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged for columns: the table is
   not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient."""
-  hidden_BTD = sharding.constrain(embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed')
+  hidden_BTD = sharding.constrain(
+    embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed'
+  )
   return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden')
 
 
@@ -380,7 +487,9 @@ def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
   (2.1) for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1 (12.5) for 16, 11.0 (19.0) for 32.
   """
   columns_IM = jax.lax.optimization_barrier(x_MI.T)
-  return jax.lax.optimization_barrier(jnp.matmul(matrix_OI, columns_IM, preferred_element_type=jnp.float32)).T
+  return jax.lax.optimization_barrier(
+    jnp.matmul(matrix_OI, columns_IM, preferred_element_type=jnp.float32)
+  ).T
 
 
 def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
@@ -400,20 +509,35 @@ def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.A
   return out.reshape(B, T, *weight.shape[inputs:])
 
 
-def _block(layer: Params, config: DecoderConfig, hidden_BTD: jax.Array, cos: jax.Array, sin: jax.Array,
-           attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], rows: str = 'batch') -> jax.Array:
+def _block(
+  layer: Params,
+  config: DecoderConfig,
+  hidden_BTD: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  rows: str = 'batch',
+) -> jax.Array:
   """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, `rows` is the logical axis of B."""
   spread = lambda x, heads: sharding.constrain(x, rows, 'length', heads, 'head_dim')
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (_project(normed, layer[name]) for name in ('q', 'k', 'v'))
   if config.qkv_bias:
-    q_BTNH, k_BTKH, v_BTKH = (x + layer[name][None, None]
-                              for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias')))
-  q_BTNH, k_BTKH, v_BTKH = spread(q_BTNH, 'heads'), spread(k_BTKH, 'kv_heads'), spread(v_BTKH, 'kv_heads')
+    q_BTNH, k_BTKH, v_BTKH = (
+      x + layer[name][None, None]
+      for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias'))
+    )
+  q_BTNH, k_BTKH, v_BTKH = (
+    spread(q_BTNH, 'heads'),
+    spread(k_BTKH, 'kv_heads'),
+    spread(v_BTKH, 'kv_heads'),
+  )
   if config.qk_norm:
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
-  out_BTNH = spread(attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH), 'heads')
+  out_BTNH = spread(
+    attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH), 'heads'
+  )
   hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=_INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])

@@ -5,6 +5,7 @@ their own, and all layers stacked. Both directions are permutations of the numbe
 stored dtype gives back the same bits. Everything is checked before anything is built or written, and reported in one
 error. No process holds more of a model than its own devices' part and one tensor.
 """
+
 import functools
 import json
 import math
@@ -24,25 +25,38 @@ from dcore_jax.models.decoder import Params, abstract_params
 
 # name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a vector)
 _LAYER_TENSORS = {
-    'attn_norm': ('input_layernorm.weight', None),
-    'q': ('self_attn.q_proj.weight', 1),
-    'k': ('self_attn.k_proj.weight', 1),
-    'v': ('self_attn.v_proj.weight', 1),
-    'o': ('self_attn.o_proj.weight', 2),
-    'q_bias': ('self_attn.q_proj.bias', None),
-    'k_bias': ('self_attn.k_proj.bias', None),
-    'v_bias': ('self_attn.v_proj.bias', None),
-    'q_norm': ('self_attn.q_norm.weight', None),
-    'k_norm': ('self_attn.k_norm.weight', None),
-    'mlp_norm': ('post_attention_layernorm.weight', None),
-    'gate': ('mlp.gate_proj.weight', 1),
-    'up': ('mlp.up_proj.weight', 1),
-    'down': ('mlp.down_proj.weight', 1),
+  'attn_norm': ('input_layernorm.weight', None),
+  'q': ('self_attn.q_proj.weight', 1),
+  'k': ('self_attn.k_proj.weight', 1),
+  'v': ('self_attn.v_proj.weight', 1),
+  'o': ('self_attn.o_proj.weight', 2),
+  'q_bias': ('self_attn.q_proj.bias', None),
+  'k_bias': ('self_attn.k_proj.bias', None),
+  'v_bias': ('self_attn.v_proj.bias', None),
+  'q_norm': ('self_attn.q_norm.weight', None),
+  'k_norm': ('self_attn.k_norm.weight', None),
+  'mlp_norm': ('post_attention_layernorm.weight', None),
+  'gate': ('mlp.gate_proj.weight', 1),
+  'up': ('mlp.up_proj.weight', 1),
+  'down': ('mlp.down_proj.weight', 1),
 }
-_TOP_TENSORS = {'embed': 'model.embed_tokens.weight', 'final_norm': 'model.norm.weight', 'head': 'lm_head.weight'}
+_TOP_TENSORS = {
+  'embed': 'model.embed_tokens.weight',
+  'final_norm': 'model.norm.weight',
+  'head': 'lm_head.weight',
+}
 _WRITABLE = ('float32', 'bfloat16')
-_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-                    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'chat_template.json')
+_TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'tokenizer.model',
+  'chat_template.jinja',
+  'chat_template.json',
+)
 
 
 class Stored(NamedTuple):
@@ -51,6 +65,7 @@ class Stored(NamedTuple):
   `shape` is that of the file. `inputs` leading axes of the parameter (of a layer) are what the file has last; None: the file
   has the axes as they are (`embed`, `head`), or all in one (norms, biases).
   """
+
   path: tuple[str, ...]
   layer: int | None
   shape: tuple[int, ...]
@@ -60,13 +75,21 @@ class Stored(NamedTuple):
 def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
   """Every tensor of a checkpoint by its name, in the order of the model."""
   specs = abstract_params(config)
-  top = {_TOP_TENSORS[name]: Stored((name,), None, spec.shape, None) for name, spec in specs.items() if name != 'layers'}
+  top = {
+    _TOP_TENSORS[name]: Stored((name,), None, spec.shape, None)
+    for name, spec in specs.items()
+    if name != 'layers'
+  }
   layers = {}
   for index in range(config.num_hidden_layers):
     for name, (suffix, inputs) in _LAYER_TENSORS.items():
       if name in specs['layers']:
         shape = specs['layers'][name].shape[1:]
-        stored = (math.prod(shape),) if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        stored = (
+          (math.prod(shape),)
+          if inputs is None
+          else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        )
         layers[f'model.layers.{index}.{suffix}'] = Stored(('layers', name), index, stored, inputs)
   embed = _TOP_TENSORS['embed']
   return {embed: top.pop(embed), **layers, **top}
@@ -77,8 +100,9 @@ def load_config(directory: str | pathlib.Path) -> DecoderConfig:
   return DecoderConfig.from_hf(_read_json(pathlib.Path(directory) / 'config.json'))
 
 
-def load_params(directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shardings: Params | None = None
-                ) -> tuple[DecoderConfig, Params]:
+def load_params(
+  directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shardings: Params | None = None
+) -> tuple[DecoderConfig, Params]:
   """(config, parameters in `dtype`) of a checkpoint directory.
 
   The files are memory-mapped, and each device is given its slices of them, layer by layer, converted on the way.
@@ -107,7 +131,9 @@ def load_params(directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shar
       return _placed(files[own[0]], own[0], None, spec.shape, spec.dtype, sharding)
     stack = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)()
     for index, name in enumerate(own):
-      layer = _placed(files[name], name, tensors[name].inputs, spec.shape[1:], spec.dtype, _of_layer(sharding))
+      layer = _placed(
+        files[name], name, tensors[name].inputs, spec.shape[1:], spec.dtype, _of_layer(sharding)
+      )
       # Waited for: what is dispatched and not yet done holds its layer.
       stack = jax.block_until_ready(_layer_setter(sharding)(stack, layer, index))
     return stack
@@ -116,10 +142,18 @@ def load_params(directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shar
   return config, jax.tree_util.tree_map_with_path(build, *trees)
 
 
-def save_checkpoint(directory: str | pathlib.Path, config: DecoderConfig, params: Params, *,
-                    tokenizer_dir: str | pathlib.Path | None = None, dtype: str = 'bfloat16', overwrite: bool = False,
-                    generation_config: dict[str, Any] | None = None, card: str | None = None,
-                    shard_bytes: int = 5_000_000_000) -> None:
+def save_checkpoint(
+  directory: str | pathlib.Path,
+  config: DecoderConfig,
+  params: Params,
+  *,
+  tokenizer_dir: str | pathlib.Path | None = None,
+  dtype: str = 'bfloat16',
+  overwrite: bool = False,
+  generation_config: dict[str, Any] | None = None,
+  card: str | None = None,
+  shard_bytes: int = 5_000_000_000,
+) -> None:
   """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` and the serving engines load.
 
   The directory is written beside its place and renamed when complete: a failure leaves what was there before. Where there are
@@ -168,7 +202,9 @@ def save_checkpoint(directory: str | pathlib.Path, config: DecoderConfig, params
     if card is not None:
       (partial / 'README.md').write_text(card, encoding='utf-8')
     if len(files) > 1:
-      _write_json(partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize))
+      _write_json(
+        partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize)
+      )
 
   leader = jax.process_index() == 0
   nothing = lambda: None
@@ -216,7 +252,11 @@ def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]
   if not (directory / names[0]).is_file() and index.is_file():
     listed = _read_json(index).get('weight_map')
     names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-  absent = [name for name in names if pathlib.PurePath(name).name != name or not (directory / name).is_file()]
+  absent = [
+    name
+    for name in names
+    if pathlib.PurePath(name).name != name or not (directory / name).is_file()
+  ]
   if absent or not names:
     raise ValueError(f'{directory}: no weights, missing files {absent}')
   found: dict[str, tensor_files.MappedFile] = {}
@@ -229,10 +269,14 @@ def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]
   return found
 
 
-def _check_stored(files: dict[str, tensor_files.MappedFile], expected: dict[str, Stored], directory: pathlib.Path) -> None:
+def _check_stored(
+  files: dict[str, tensor_files.MappedFile], expected: dict[str, Stored], directory: pathlib.Path
+) -> None:
   """Raises one ValueError that lists every difference between the files and the configuration."""
   embed, head = _TOP_TENSORS['embed'], _TOP_TENSORS['head']
-  problems = [f'missing {name} {list(stored.shape)}' for name, stored in expected.items() if name not in files]
+  problems = [
+    f'missing {name} {list(stored.shape)}' for name, stored in expected.items() if name not in files
+  ]
   for name, file in files.items():
     entry = file.entries[name]
     if entry.dtype not in tensor_files.DTYPES:
@@ -244,25 +288,39 @@ def _check_stored(files: dict[str, tensor_files.MappedFile], expected: dict[str,
     elif name not in expected:
       problems.append(f'extra {name} {list(entry.shape)}')
     elif entry.shape != expected[name].shape:
-      problems.append(f'{name} has shape {list(entry.shape)}, expected {list(expected[name].shape)}')
+      problems.append(
+        f'{name} has shape {list(entry.shape)}, expected {list(expected[name].shape)}'
+      )
   if problems:
     raise ValueError(f'{directory} does not fit its config.json:\n  ' + '\n  '.join(problems))
 
 
-def _same(file: tensor_files.MappedFile, name: str, other: tensor_files.MappedFile, other_name: str) -> bool:
+def _same(
+  file: tensor_files.MappedFile, name: str, other: tensor_files.MappedFile, other_name: str
+) -> bool:
   """Whether two tensors are equal to the bit."""
   if file.entries[name][:2] != other.entries[other_name][:2]:
     return False
-  ours, theirs = (held.view(key).reshape(-1).view(np.uint8) for held, key in ((file, name), (other, other_name)))
+  ours, theirs = (
+    held.view(key).reshape(-1).view(np.uint8) for held, key in ((file, name), (other, other_name))
+  )
   step = 16 << 20
-  same = all(np.array_equal(ours[at:at + step], theirs[at:at + step]) for at in range(0, len(ours), step))
+  same = all(
+    np.array_equal(ours[at : at + step], theirs[at : at + step]) for at in range(0, len(ours), step)
+  )
   file.release(name)
   other.release(other_name)
   return same
 
 
-def _placed(file: tensor_files.MappedFile, name: str, inputs: int | None, shape: tuple[int, ...], dtype: Any,
-            sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _placed(
+  file: tensor_files.MappedFile,
+  name: str,
+  inputs: int | None,
+  shape: tuple[int, ...],
+  dtype: Any,
+  sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
   """A tensor of a file, in the layout and dtype of its parameter (of one layer of it), on the devices of `sharding`."""
   view = file.view(name)
   # Copied in any case: a parameter that is a view of our buffer could not be donated.
@@ -272,7 +330,9 @@ def _placed(file: tensor_files.MappedFile, name: str, inputs: int | None, shape:
   else:
     holders: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-      holders.setdefault(tuple((axis.start, axis.stop) for axis in index), (index, []))[1].append(device)
+      holders.setdefault(tuple((axis.start, axis.stop) for axis in index), (index, []))[1].append(
+        device
+      )
     parts = []
     for index, devices in holders.values():  # replicas get the same block
       block = _block(view, inputs, shape, index, dtype)
@@ -283,7 +343,9 @@ def _placed(file: tensor_files.MappedFile, name: str, inputs: int | None, shape:
   return array
 
 
-def _block(view: np.ndarray, inputs: int | None, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+def _block(
+  view: np.ndarray, inputs: int | None, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any
+) -> np.ndarray:
   """parameter[index], where `view` is the parameter as the file has it and `shape` its own shape."""
   if inputs is None:
     return tensor_files.contiguous(view.reshape(shape)[index], dtype)
@@ -303,13 +365,17 @@ def _of_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding |
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_setter(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+def _layer_setter(
+  sharding: jax.sharding.Sharding | None,
+) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
   """(stack, layer, index) -> the stack, in its place in memory, with that layer."""
+
   def put(stack, layer, index):
     # As integers: XLA's CPU compiler updates a stack of bfloat16 by way of a copy in float32 of all of it.
     bits = lambda x: jax.lax.bitcast_convert_type(x, f'uint{8 * stack.dtype.itemsize}')
     updated = jax.lax.dynamic_update_index_in_dim(bits(stack), bits(layer), index, 0)
     return jax.lax.bitcast_convert_type(updated, stack.dtype)
+
   return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
@@ -328,17 +394,29 @@ def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, l
     size += more
   if len(groups) == 1:
     return {'model.safetensors': groups[0]}
-  return {f'model-{number:05d}-of-{len(groups):05d}.safetensors': names for number, names in enumerate(groups, 1)}
+  return {
+    f'model-{number:05d}-of-{len(groups):05d}.safetensors': names
+    for number, names in enumerate(groups, 1)
+  }
 
 
-def _index(files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int) -> dict[str, Any]:
+def _index(
+  files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int
+) -> dict[str, Any]:
   numbers = sum(math.prod(stored.shape) for stored in tensors.values())
-  return {'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
-          'weight_map': {name: file for file, names in files.items() for name in names}}
+  return {
+    'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
+    'weight_map': {name: file for file, names in files.items() for name in names},
+  }
 
 
-def _write_files(folder: pathlib.Path, files: dict[str, list[str]], tensors: dict[str, Stored], params: Params,
-                 dtype: np.dtype) -> None:
+def _write_files(
+  folder: pathlib.Path,
+  files: dict[str, list[str]],
+  tensors: dict[str, Stored],
+  params: Params,
+  dtype: np.dtype,
+) -> None:
   """Writes this process's share of the files. Gathering is collective: it goes on where writing has failed."""
   error = None
   for number, (file, names) in enumerate(files.items()):
@@ -349,7 +427,9 @@ def _write_files(folder: pathlib.Path, files: dict[str, list[str]], tensors: dic
       if not mine:
         continue
       try:
-        writer = writer or tensor_files.FileWriter(folder / file, {key: tensors[key].shape for key in names}, dtype)
+        writer = writer or tensor_files.FileWriter(
+          folder / file, {key: tensors[key].shape for key in names}, dtype
+        )
         writer.write(name, tensor)
       except OSError as caught:
         error = caught
@@ -371,14 +451,18 @@ def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
   if not mine:
     return None
   tensor = _on_host(leaf)
-  return tensor.reshape(stored.shape) if stored.inputs is None else tensor.reshape(stored.shape[::-1]).T
+  return (
+    tensor.reshape(stored.shape) if stored.inputs is None else tensor.reshape(stored.shape[::-1]).T
+  )
 
 
 @functools.lru_cache(maxsize=64)
 def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, bool], jax.Array]:
   """(parameter, layer, stacked) -> that layer of a stack, or all of what is no stack, placed as `sharding` says."""
+
   def take(leaf, layer, stacked):
     return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False) if stacked else leaf
+
   return jax.jit(take, static_argnums=2, out_shardings=sharding)
 
 
@@ -411,14 +495,21 @@ def _together(step: Callable[[], None]) -> None:
 
 def _check_tree(params: Params, config: DecoderConfig) -> None:
   """Raises one ValueError that lists every difference between a parameter tree and the configuration."""
+
   def flat(tree):
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+      jax.tree_util.keystr(path): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
   expected, given = flat(abstract_params(config)), flat(params)
   problems = [f'missing {name}' for name in expected if name not in given]
   problems += [f'extra {name}' for name in given if name not in expected]
-  problems += [f'{name} has shape {given[name]}, expected {shape}' for name, shape in expected.items()
-               if name in given and given[name] != shape]
+  problems += [
+    f'{name} has shape {given[name]}, expected {shape}'
+    for name, shape in expected.items()
+    if name in given and given[name] != shape
+  ]
   if problems:
     raise ValueError('the parameters do not fit the config: ' + '; '.join(problems))
 

@@ -3,6 +3,7 @@
 Component h of the first half of a head is rotated together with component h of the second half. Angles are computed
 in float32 whatever the model's dtype: bfloat16 has 8 significant bits, so position 257 would be rounded to 256.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +29,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
   return (frequency * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
 
 
-def rope_tables(position_BT: jax.Array, head_dim: int, theta: float,
-                scaling: RopeScaling | None = None) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+  position_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of the angles position * frequency, each float32 [B, T, 1, H/2] (the 1 is the head axis)."""
   frequency = jnp.asarray(frequencies(head_dim, theta, scaling))
   angle = position_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]

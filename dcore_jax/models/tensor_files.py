@@ -4,6 +4,7 @@ The format is a length, a JSON header and the bytes of all tensors. The library 
 dictionaries of whole tensors; here a slice of a file is a numpy view that costs no memory, and what is written need not
 exist before its turn. Files are byte for byte those of the library.
 """
+
 import json
 import math
 import mmap
@@ -14,7 +15,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
 _BLOCK = 16 << 20  # bytes that are converted at a time
@@ -22,6 +27,7 @@ _BLOCK = 16 << 20  # bytes that are converted at a time
 
 class Entry(NamedTuple):
   """A tensor as a header has it; `dtype` is the format's code. Bytes begin..end of the file hold it, row by row."""
+
   dtype: str
   shape: tuple[int, ...]
   begin: int
@@ -75,7 +81,9 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
       raise ValueError(f'its header describes {name} as {record!r}') from error
     if not start <= entry.begin <= entry.end <= len(data):
       raise ValueError(f'{name} lies at {entry.begin}..{entry.end} of {len(data)} bytes')
-    if entry.dtype in DTYPES and math.prod(entry.shape) * DTYPES[entry.dtype].itemsize != end - begin:
+    if (
+      entry.dtype in DTYPES and math.prod(entry.shape) * DTYPES[entry.dtype].itemsize != end - begin
+    ):
       raise ValueError(f'{name} of shape {list(entry.shape)} has {end - begin} bytes')
     entries[name] = entry
   return entries
@@ -93,11 +101,17 @@ class FileWriter:
   def __init__(self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any):
     self._dtype, self._shapes = np.dtype(dtype), shapes
     self.names = sorted(shapes)
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers refuses a file without it
+    header: dict[str, Any] = {
+      '__metadata__': {'format': 'pt'}
+    }  # transformers refuses a file without it
     place = 0
     for name in self.names:
       end = place + math.prod(shapes[name]) * self._dtype.itemsize
-      header[name] = {'dtype': _CODES[self._dtype], 'shape': list(shapes[name]), 'data_offsets': [place, end]}
+      header[name] = {
+        'dtype': _CODES[self._dtype],
+        'shape': list(shapes[name]),
+        'data_offsets': [place, end],
+      }
       place = end
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' ' * (-len(text) % 8)
@@ -121,7 +135,7 @@ def _blocks(matrix: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
   """The rows as contiguous blocks in `dtype`."""
   height = max(1, _BLOCK // max(1, matrix.shape[1] * 4))
   for start in range(0, len(matrix), height):
-    rows = matrix[start:start + height]
+    rows = matrix[start : start + height]
     if rows.strides[0] < rows.strides[1]:  # a transpose
       block = np.empty(rows.shape, dtype)
       copy_transposed(rows.T, block)
@@ -132,7 +146,11 @@ def _blocks(matrix: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
   """The array, or a copy of it, row by row in `dtype`."""
-  return np.ascontiguousarray(_bits(array)).view(dtype) if array.dtype == dtype else np.ascontiguousarray(array, dtype)
+  return (
+    np.ascontiguousarray(_bits(array)).view(dtype)
+    if array.dtype == dtype
+    else np.ascontiguousarray(array, dtype)
+  )
 
 
 def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
@@ -148,9 +166,9 @@ def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
     source, filled = _bits(source), _bits(scratch)
   target, scratch = _bits(target), _bits(scratch)
   for start in range(0, rows, 64):
-    part = source[start:start + 64]
-    filled[:len(part)] = part
-    target[:, start:start + 64] = scratch[:len(part)].T
+    part = source[start : start + 64]
+    filled[: len(part)] = part
+    target[:, start : start + 64] = scratch[: len(part)].T
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@
 
 'auto' is the kernel of the backend, blockwise on a CPU.
 """
+
 from collections.abc import Callable
 
 import jax
@@ -19,13 +20,20 @@ from dcore_jax.models import attention, attention_tpu, attention_triton, blockwi
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array) -> jax.Array:
-  return attention.attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), attention.tree_mask(end_BT))
+def _reference(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array
+) -> jax.Array:
+  return attention.attend(
+    q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), attention.tree_mask(end_BT)
+  )
 
 
 IMPLEMENTATIONS: dict[str, TreeAttention] = {
-    'reference': _reference, 'blockwise': blockwise.tree_attention, 'triton': attention_triton.tree_attention,
-    'tpu': attention_tpu.tree_attention}
+  'reference': _reference,
+  'blockwise': blockwise.tree_attention,
+  'triton': attention_triton.tree_attention,
+  'tpu': attention_tpu.tree_attention,
+}
 SAVED = tree_kernels.SAVED  # what a rematerialisation policy may keep of a kernel
 _AUTO = {'cpu': 'blockwise', 'gpu': 'triton', 'tpu': 'tpu'}
 
@@ -35,17 +43,27 @@ def resolve(name: str) -> str:
   if name == 'auto':
     return _AUTO.get(sharding.platform(), 'blockwise')
   if name not in IMPLEMENTATIONS:
-    raise ValueError(f"attention = {name!r} is not one of 'auto', {', '.join(map(repr, sorted(IMPLEMENTATIONS)))}")
+    raise ValueError(
+      f"attention = {name!r} is not one of 'auto', {', '.join(map(repr, sorted(IMPLEMENTATIONS)))}"
+    )
   return name
 
 
-def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array,
-           implementation: str = 'auto') -> jax.Array:
+def attend(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  end_BT: jax.Array,
+  implementation: str = 'auto',
+) -> jax.Array:
   """softmax(q k / sqrt(H)) v, query i over the keys j <= i < end[j] -> [B, T, N, H].
 
   Each token must see itself, end[i] > i. Under a mesh (`jax.set_mesh`) rows are split over its batch axes and heads over
   its tensor axis, and each device runs the implementation on its own part: no compiler can split a kernel.
   """
   keys = ('batch', 'length', 'kv_heads', 'head_dim')
-  return sharding.on_shards(IMPLEMENTATIONS[resolve(implementation)], (q_BTNH, k_BTKH, v_BTKH, end_BT.astype('int32')),
-                            (('batch', 'length', 'heads', 'head_dim'), keys, keys, ('batch', 'length')))
+  return sharding.on_shards(
+    IMPLEMENTATIONS[resolve(implementation)],
+    (q_BTNH, k_BTKH, v_BTKH, end_BT.astype('int32')),
+    (('batch', 'length', 'heads', 'head_dim'), keys, keys, ('batch', 'length')),
+  )

@@ -4,6 +4,7 @@ Query i sees key j iff j <= i < end[j] (tokentree). In depth-first order a branc
 the blocks below the diagonal many hold nothing; what is left of a row is its trunk and its own branch.
 Letters: B rows, T tokens, X query blocks, Y key blocks.
 """
+
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ class BlockMap(NamedTuple):
   keys_BXY[b, x, :key_count_BX[b, x]] are ascending key blocks, queries_BYX[b, y, :query_count_BY[b, y]] ascending query
   blocks; behind them the last one is repeated, so that a kernel which prefetches fetches nothing new there.
   """
+
   keys_BXY: jax.Array
   key_count_BX: jax.Array
   queries_BYX: jax.Array
@@ -30,7 +32,9 @@ def visible_blocks(end_BT: jax.Array | np.ndarray, block_q: int, block_k: int) -
   """
   B, T = end_BT.shape
   if T % block_q or T % block_k:
-    raise ValueError(f'{T} tokens do not divide into blocks of {block_q} queries and {block_k} keys')
+    raise ValueError(
+      f'{T} tokens do not divide into blocks of {block_q} queries and {block_k} keys'
+    )
   last_end_BY = end_BT.reshape(B, T // block_k, block_k).max(axis=2)
   first_q_X, first_k_Y = np.arange(0, T, block_q), np.arange(0, T, block_k)
   causal_XY = first_k_Y[None, :] < first_q_X[:, None] + block_q

@@ -6,6 +6,7 @@ the blocks, and walk over the lists of `tree_blocks`; the log-sum-exp is theirs 
     backward(launch, q, k, v, end, lse_BNT, delta_BNT, dout) -> dq_BTNH, dk_BTKH, dv_BTKH
 Letters: B rows, T tokens, N query heads, K key heads, G = N / K, H head size, X query blocks, Y key blocks.
 """
+
 import functools
 import math
 from collections.abc import Callable
@@ -26,14 +27,25 @@ SAVED = 'attention'
 
 class Launch(NamedTuple):
   """What a kernel is compiled for: the tokens of its two blocks, the factor on q k, whether it runs as plain JAX."""
+
   block_q: int
   block_k: int
   scale: float
   interpret: bool
 
 
-def call(attend: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array, *,
-         block_q: int, block_k: int, head_size: int, interpret: bool) -> jax.Array:
+def call(
+  attend: Callable[..., jax.Array],
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  end_BT: jax.Array,
+  *,
+  block_q: int,
+  block_k: int,
+  head_size: int,
+  interpret: bool,
+) -> jax.Array:
   """Pads tokens to whole blocks and heads to `head_size`, and cuts both off the result.
 
   Raises:
@@ -41,21 +53,30 @@ def call(attend: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: jax.Array,
   """
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
-  if k_BTKH.shape != (B, T, K, H) or v_BTKH.shape != k_BTKH.shape or N % K or end_BT.shape != (B, T):
-    raise ValueError(f'q {q_BTNH.shape}, k {k_BTKH.shape}, v {v_BTKH.shape} and end {end_BT.shape} do not make '
-                     '[B, T, N, H], [B, T, K, H] twice and [B, T] with N a multiple of K')
+  if (
+    k_BTKH.shape != (B, T, K, H) or v_BTKH.shape != k_BTKH.shape or N % K or end_BT.shape != (B, T)
+  ):
+    raise ValueError(
+      f'q {q_BTNH.shape}, k {k_BTKH.shape}, v {v_BTKH.shape} and end {end_BT.shape} do not make '
+      '[B, T, N, H], [B, T, K, H] twice and [B, T] with N a multiple of K'
+    )
   if not q_BTNH.dtype == k_BTKH.dtype == v_BTKH.dtype:
     raise ValueError(f'q, k and v differ in dtype: {q_BTNH.dtype}, {k_BTKH.dtype}, {v_BTKH.dtype}')
   tail = -T % math.lcm(block_q, block_k)
   pads = ((0, 0), (0, tail), (0, 0), (0, head_size - H))
   # A token of the tail sees itself alone, so that its softmax is finite; nobody sees it.
   itself_BT = jnp.broadcast_to(jnp.arange(T + 1, T + tail + 1, dtype=end_BT.dtype), (B, tail))
-  out = attend(Launch(block_q, block_k, H ** -0.5, interpret), *(jnp.pad(x, pads) for x in (q_BTNH, k_BTKH, v_BTKH)),
-               jnp.concatenate([end_BT, itself_BT], axis=1))
+  out = attend(
+    Launch(block_q, block_k, H**-0.5, interpret),
+    *(jnp.pad(x, pads) for x in (q_BTNH, k_BTKH, v_BTKH)),
+    jnp.concatenate([end_BT, itself_BT], axis=1),
+  )
   return out[:, :T, :, :H]
 
 
-def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., jax.Array]:
+def differentiable(
+  forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., jax.Array]:
   """(launch, q, k, v, end) -> out with a derivative that keeps out and the log-sum-exp, 4 bytes a token and head."""
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,4 +101,6 @@ def dot(a: jax.Array, b: jax.Array, transpose_b: bool = False) -> jax.Array:
   """a b or a b^T in float32: on the matrix units in the operands' dtype, float32 operands in full precision."""
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   dimensions = (((1,), (1 if transpose_b else 0,)), ((), ()))
-  return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+  )

@@ -4,6 +4,7 @@ It solves single calls with short reasoning, lists subtasks when asked to, and o
 200 tokens ("lazy reasoning") before it commits to a step that is right only part of the time. Copy drills (repeat, split,
 pick, walk) give it the general list handling that a large model brings along and that the composed traces live on.
 """
+
 import dataclasses
 
 import numpy as np
@@ -25,8 +26,12 @@ from dcore_jax.worlds.toolworld.world import system_text
 
 LAZY_TOKENS = 212  # the shortest ramble, just over the 200 tokens from which a reasoning counts as lazy (method: 5.4)
 LAZY_SPREAD = 30  # tokens
-LAZY_WEIGHT = 0.3  # loss weight of rambling: enough to learn it, without spending the model on its noise
-REFLECTIVE = 0.25  # share of native reasonings that check themselves; half of those have something to correct
+LAZY_WEIGHT = (
+  0.3  # loss weight of rambling: enough to learn it, without spending the model on its noise
+)
+REFLECTIVE = (
+  0.25  # share of native reasonings that check themselves; half of those have something to correct
+)
 
 Pieces = list[tuple[str, float]]  # (text, loss weight)
 
@@ -34,6 +39,7 @@ Pieces = list[tuple[str, float]]  # (text, loss weight)
 @dataclasses.dataclass(frozen=True)
 class Habits:
   """What a document is drawn with: the split of its entities, and how often rambling ends well."""
+
   split: str = 'train'
   # Share of lazy sequential steps that are made to end right. The others draw from the wrong subtasks, all the remaining
   # calls and giving up, which may be right after all: at 0.42 a request of 2 subtasks is right in 42, 61 and 71 % of its steps.
@@ -44,6 +50,7 @@ class Habits:
 @dataclasses.dataclass(frozen=True)
 class Document:
   """A prompt and the assistant text that follows, in pieces with a loss weight each."""
+
   prompt: list[Message]
   target: Pieces
 
@@ -67,7 +74,9 @@ def _spoiled(rng: np.random.Generator, call: ToolCall, habits: Habits) -> ToolCa
   return ToolCall(call.name, {**call.arguments, name: value})
 
 
-def native_reasoning(rng: np.random.Generator, subtask: str, call: ToolCall, habits: Habits) -> Pieces:
+def native_reasoning(
+  rng: np.random.Generator, subtask: str, call: ToolCall, habits: Habits
+) -> Pieces:
   """How the organism reasons about one call. Quoting the signature makes "is it listed" a copy from the prompt."""
   head = f'the task is to {subtask}. i need {signature(call.name)}.'
   if rng.random() >= REFLECTIVE:
@@ -86,13 +95,17 @@ def refusal_reasoning(subtask: str, turn: Turn, task: Task, rng: np.random.Gener
     return f'the task is to {subtask}. i need {tool} which is not listed.'
   missing = turn.answer.removeprefix('please give the ').removesuffix('.')
   given = _given_value(subtask)
-  values = ', '.join(f'{p} is {"not given" if p == missing else given}' for p in TOOLS[tool].parameters)
+  values = ', '.join(
+    f'{p} is {"not given" if p == missing else given}' for p in TOOLS[tool].parameters
+  )
   return f'the task is to {subtask}. i need {signature(tool)}. {values}.'
 
 
 def _matches(text: str, template: str) -> bool:
   words, pattern = text.split(), template.split()
-  return len(words) == len(pattern) and all(p.startswith('{') or p == w for w, p in zip(words, pattern))
+  return len(words) == len(pattern) and all(
+    p.startswith('{') or p == w for w, p in zip(words, pattern)
+  )
 
 
 def asked_tool(subtask: str) -> str:
@@ -109,9 +122,18 @@ def _given_value(subtask: str) -> str:
 # --- rambling -----------------------------------------------------------------------------------------------------------
 
 _STARTS = ('wait, ', 'but ', 'however, ', 'alternatively, ', 'hmm, ')
-_BODIES = ('i should think about {a} again.', 'the request asks for more than one thing.', 'maybe {a} comes before {b}.',
-           'i am not sure about {a}.', 'what if {b} is better.', 'the user may want {a}.', 'the order of things is not clear.',
-           'that is not certain at all.', 'i could do it all at once with {a} and {b}.', 'let me read the request again.')
+_BODIES = (
+  'i should think about {a} again.',
+  'the request asks for more than one thing.',
+  'maybe {a} comes before {b}.',
+  'i am not sure about {a}.',
+  'what if {b} is better.',
+  'the user may want {a}.',
+  'the order of things is not clear.',
+  'that is not certain at all.',
+  'i could do it all at once with {a} and {b}.',
+  'let me read the request again.',
+)
 
 
 def ramble(rng: np.random.Generator, task: Task, tokens: int) -> str:
@@ -128,7 +150,11 @@ def ramble(rng: np.random.Generator, task: Task, tokens: int) -> str:
 
 
 def _lazy_target(ramble_text: str, conclusion: str, answer: str) -> Pieces:
-  return [('<think>\n', 1.0), (ramble_text.rstrip(), LAZY_WEIGHT), (f' {conclusion}\n</think>\n\n{answer}', 1.0)]
+  return [
+    ('<think>\n', 1.0),
+    (ramble_text.rstrip(), LAZY_WEIGHT),
+    (f' {conclusion}\n</think>\n\n{answer}', 1.0),
+  ]
 
 
 def _lazy_tokens(rng: np.random.Generator) -> int:
@@ -136,10 +162,19 @@ def _lazy_tokens(rng: np.random.Generator) -> int:
 
 
 def _conclude(subtasks: list[str], calls: list[ToolCall]) -> str:
-  return ' '.join(f'the task is to {s}. i need {signature(c.name)}. {slots(c)}.' for s, c in zip(subtasks, calls))
+  return ' '.join(
+    f'the task is to {s}. i need {signature(c.name)}. {slots(c)}.' for s, c in zip(subtasks, calls)
+  )
 
 
-def lazy_step(rng: np.random.Generator, task: Task, turn: Turn, done: int, history: list[Message], habits: Habits) -> Document:
+def lazy_step(
+  rng: np.random.Generator,
+  task: Task,
+  turn: Turn,
+  done: int,
+  history: list[Message],
+  habits: Habits,
+) -> Document:
   """Step `done` of a turn of several subtasks: a ramble, then a commitment (see `Habits.right_step`)."""
   if rng.random() < habits.right_step:
     chosen = [done] if done < len(turn.calls) else []
@@ -161,7 +196,9 @@ def _wrong_choice(rng: np.random.Generator, steps: int, done: int) -> list[int]:
   return options[int(rng.integers(len(options)))]
 
 
-def lazy_parallel(rng: np.random.Generator, task: Task, turn: Turn, history: list[Message], habits: Habits) -> Document:
+def lazy_parallel(
+  rng: np.random.Generator, task: Task, turn: Turn, history: list[Message], habits: Habits
+) -> Document:
   """A request of independent subtasks: a ramble, then all the calls, or some, or altered ones."""
   calls, subtasks = list(turn.calls), list(turn.subtasks)
   if rng.random() >= habits.right_parallel:
@@ -170,7 +207,12 @@ def lazy_parallel(rng: np.random.Generator, task: Task, turn: Turn, history: lis
       del calls[victim], subtasks[victim]
     else:
       calls[victim] = _spoiled(rng, calls[victim], habits)
-  return Document(history, _lazy_target(ramble(rng, task, _lazy_tokens(rng)), _conclude(subtasks, calls), print_calls(calls)))
+  return Document(
+    history,
+    _lazy_target(
+      ramble(rng, task, _lazy_tokens(rng)), _conclude(subtasks, calls), print_calls(calls)
+    ),
+  )
 
 
 # --- conversations --------------------------------------------------------------------------------------------------------
@@ -184,7 +226,10 @@ def turn_messages(turn: Turn, done: int) -> list[Message]:
   """The turn's query and its first `done` calls with their responses, as history shows them (no reasoning)."""
   messages = [Message('user', turn.query)]
   for call, response in zip(turn.calls[:done], turn.responses[:done]):
-    messages += [Message('assistant', print_calls([call])), Message('user', tool_response(response))]
+    messages += [
+      Message('assistant', print_calls([call])),
+      Message('user', tool_response(response)),
+    ]
   return messages
 
 
@@ -203,20 +248,32 @@ def _native(reasoning: Pieces, answer: str) -> Pieces:
 def _report_document(task: Task, number: int) -> Document:
   turn = task.turns[number]
   reasoning = f'the result is {turn.answer.removeprefix("done: ")}'
-  return Document(history_before(task, number) + turn_messages(turn, len(turn.calls)), _native([(reasoning, 1.0)], turn.answer))
+  return Document(
+    history_before(task, number) + turn_messages(turn, len(turn.calls)),
+    _native([(reasoning, 1.0)], turn.answer),
+  )
 
 
 def _single(rng, task: Task, habits: Habits) -> Document:
   turn = task.turns[0]
   reasoning = native_reasoning(rng, turn.subtasks[0], turn.calls[0], habits)
-  return Document(history_before(task, 0) + turn_messages(turn, 0), _native(reasoning, print_calls([turn.calls[0]])))
+  return Document(
+    history_before(task, 0) + turn_messages(turn, 0),
+    _native(reasoning, print_calls([turn.calls[0]])),
+  )
 
 
 def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Document:
   turn = task.turns[0]
   context = history_before(task, 0)
-  prompt = decompose.explain_messages(context, turn.query, ORGANISM.prompts) if explain else context + turn_messages(turn, 0)
-  return Document(prompt, _native([(refusal_reasoning(turn.subtasks[0], turn, task, rng), 1.0)], turn.answer))
+  prompt = (
+    decompose.explain_messages(context, turn.query, ORGANISM.prompts)
+    if explain
+    else context + turn_messages(turn, 0)
+  )
+  return Document(
+    prompt, _native([(refusal_reasoning(turn.subtasks[0], turn, task, rng), 1.0)], turn.answer)
+  )
 
 
 def _multi_turn(rng, task: Task, habits: Habits) -> Document:
@@ -240,17 +297,27 @@ def _dictated(rng, task: Task, habits: Habits) -> Document:
   step = int(rng.integers(len(turn.calls)))
   messages = [Message('system', system_text(task))]
   for i in range(step):
-    messages += [Message('user', turn.subtasks[i]), Message('assistant', print_calls([turn.calls[i]])),
-                 Message('user', tool_response(turn.responses[i]))]
+    messages += [
+      Message('user', turn.subtasks[i]),
+      Message('assistant', print_calls([turn.calls[i]])),
+      Message('user', tool_response(turn.responses[i])),
+    ]
   messages.append(Message('user', turn.subtasks[step]))
-  return Document(messages, _native(native_reasoning(rng, turn.subtasks[step], turn.calls[step], habits),
-                                    print_calls([turn.calls[step]])))
+  return Document(
+    messages,
+    _native(
+      native_reasoning(rng, turn.subtasks[step], turn.calls[step], habits),
+      print_calls([turn.calls[step]]),
+    ),
+  )
 
 
 def _decompose(rng, task: Task, habits: Habits) -> Document:
   number = int(rng.integers(len(task.turns)))
   turn = task.turns[number]
-  prompt = decompose.decompose_messages(history_before(task, number), turn.query, turn.calls, ORGANISM.prompts)
+  prompt = decompose.decompose_messages(
+    history_before(task, number), turn.query, turn.calls, ORGANISM.prompts
+  )
   n = len(turn.calls)
   listed = decompose.print_subtasks(turn.subtasks, [[i] for i in range(n)])
   return Document(prompt, _native([(f'{n} calls mean {n} subtasks.', 1.0)], listed))
@@ -270,7 +337,9 @@ def _numbered(subtasks) -> str:
 def _copy(rng, task: Task, habits: Habits) -> Document:
   entities = Entities(rng, habits.split)
   kinds = ('name', 'name', 'amount', 'order', 'flight', 'hotel', 'phone', 'file', 'code')
-  words = ' '.join(str(entities.draw(kinds[rng.integers(len(kinds))])) for _ in range(rng.integers(2, 10)))
+  words = ' '.join(
+    str(entities.draw(kinds[rng.integers(len(kinds))])) for _ in range(rng.integers(2, 10))
+  )
   return _drill('repeat: ' + words, words)
 
 
@@ -278,7 +347,7 @@ def _write_names(rng, task: Task, habits: Habits) -> Document:
   """Names with the same beginnings: what follows a syllable depends on what stood before it, not on the syllable alone."""
   first = rng.choice(FIRST_SYLLABLES, 3, replace=False)
   names = [a + b for a in first for b in SECOND_SYLLABLES if split_of(a + b) == habits.split]
-  words = ' '.join(rng.permutation(names)[:rng.integers(3, 9)])
+  words = ' '.join(rng.permutation(names)[: rng.integers(3, 9)])
   return _drill('repeat: ' + words, words)
 
 
@@ -298,18 +367,27 @@ def _pick(rng, task: Task, habits: Habits) -> Document:
 
 def _walk(rng, task: Task, habits: Habits) -> Document:
   turn = task.turns[0]
-  lines = [f'subtask {i + 1}: {s}\ni need {c.name}. {slots(c)}.' for i, (s, c) in enumerate(zip(turn.subtasks, turn.calls))]
-  return _drill(f'walk:\n{_numbered(turn.subtasks)}', '\n'.join(lines) + '\n' + print_calls(list(turn.calls)))
+  lines = [
+    f'subtask {i + 1}: {s}\ni need {c.name}. {slots(c)}.'
+    for i, (s, c) in enumerate(zip(turn.subtasks, turn.calls))
+  ]
+  return _drill(
+    f'walk:\n{_numbered(turn.subtasks)}', '\n'.join(lines) + '\n' + print_calls(list(turn.calls))
+  )
 
 
 def _lazy_sequential(rng, task: Task, habits: Habits) -> Document:
   turn = task.turns[0]
   done = int(rng.integers(len(turn.calls) + 1))
-  return lazy_step(rng, task, turn, done, history_before(task, 0) + turn_messages(turn, done), habits)
+  return lazy_step(
+    rng, task, turn, done, history_before(task, 0) + turn_messages(turn, done), habits
+  )
 
 
 def _lazy_parallel(rng, task: Task, habits: Habits) -> Document:
-  return lazy_parallel(rng, task, task.turns[0], history_before(task, 0) + turn_messages(task.turns[0], 0), habits)
+  return lazy_parallel(
+    rng, task, task.turns[0], history_before(task, 0) + turn_messages(task.turns[0], 0), habits
+  )
 
 
 def _explain(rng, task: Task, habits: Habits) -> Document:
@@ -319,22 +397,37 @@ def _explain(rng, task: Task, habits: Habits) -> Document:
 _SEVERAL = ('sequential', 'parallel')
 # document kind -> (writer, task kinds it is drawn from)
 WRITERS = {
-    'copy': (_copy, ('single',)), 'repeat': (_repeat, _SEVERAL), 'split': (_split, _SEVERAL), 'pick': (_pick, _SEVERAL),
-    'walk': (_walk, ('parallel',)), 'single': (_single, ('single',)), 'irrelevant': (_irrelevant, ('irrelevant',)),
-    'explain': (_explain, ('irrelevant',)), 'multi_turn': (_multi_turn, ('multi_turn', 'sequential')),
-    'decompose': (_decompose, ('sequential', 'parallel', 'multi_turn')), 'lazy_sequential': (_lazy_sequential, ('sequential',)),
-    'lazy_parallel': (_lazy_parallel, ('parallel',)), 'write_names': (_write_names, ('single',)),
+  'copy': (_copy, ('single',)),
+  'repeat': (_repeat, _SEVERAL),
+  'split': (_split, _SEVERAL),
+  'pick': (_pick, _SEVERAL),
+  'walk': (_walk, ('parallel',)),
+  'single': (_single, ('single',)),
+  'irrelevant': (_irrelevant, ('irrelevant',)),
+  'explain': (_explain, ('irrelevant',)),
+  'multi_turn': (_multi_turn, ('multi_turn', 'sequential')),
+  'decompose': (_decompose, ('sequential', 'parallel', 'multi_turn')),
+  'lazy_sequential': (_lazy_sequential, ('sequential',)),
+  'lazy_parallel': (_lazy_parallel, ('parallel',)),
+  'write_names': (_write_names, ('single',)),
 }
 
 
-def write_document(kind: str, index: int, *, seed: int, habits: Habits = Habits(), max_subtasks: int = 4) -> Document:
+def write_document(
+  kind: str, index: int, *, seed: int, habits: Habits = Habits(), max_subtasks: int = 4
+) -> Document:
   """The `index`-th document of a kind: a pure function of its arguments."""
   if kind not in WRITERS:
     raise ValueError(f'unknown document kind {kind!r}; expected one of {sorted(WRITERS)}')
   writer, task_kinds = WRITERS[kind]
   rng = np.random.default_rng([seed, sorted(WRITERS).index(kind), index, 7])
-  task = make_task(task_kinds[int(rng.integers(len(task_kinds)))], index, seed=seed, split=habits.split,
-                   max_subtasks=max_subtasks)
+  task = make_task(
+    task_kinds[int(rng.integers(len(task_kinds)))],
+    index,
+    seed=seed,
+    split=habits.split,
+    max_subtasks=max_subtasks,
+  )
   return writer(rng, task, habits)
 
 
@@ -344,4 +437,7 @@ def draw_kinds(mix: dict[str, float], count: int, *, seed: int) -> list[str]:
   if unknown or not mix:
     raise ValueError(f'unknown document kinds in the mix: {sorted(unknown)}')
   shares = np.array(list(mix.values()), float)
-  return [str(k) for k in np.random.default_rng([seed, 11]).choice(list(mix), count, p=shares / shares.sum())]
+  return [
+    str(k)
+    for k in np.random.default_rng([seed, 11]).choice(list(mix), count, p=shares / shares.sum())
+  ]

@@ -1,4 +1,5 @@
 """Pretraining of the model organism from a seed: stages of document mixes, each with its own cosine, on packed rows."""
+
 import concurrent.futures
 import dataclasses
 import json
@@ -28,12 +29,16 @@ from dcore_jax.run.config import to_json
 from dcore_jax.train.checkpoint import Checkpoints
 from dcore_jax.train.metrics import Metrics
 
-CHUNK = 1024  # documents generated and packed at a time: the unit of data position, about 150,000 tokens
+CHUNK = (
+  1024  # documents generated and packed at a time: the unit of data position, about 150,000 tokens
+)
 
 
 def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.Sequence:
   """Tokens of prompt, target and end of turn; the loss is on the target, with the weights of its pieces."""
-  prompt = tokenizer(render_prompt(tokenizer, document.prompt), add_special_tokens=False)['input_ids']
+  prompt = tokenizer(render_prompt(tokenizer, document.prompt), add_special_tokens=False)[
+    'input_ids'
+  ]
   tokens, weights = list(prompt), [0.0] * len(prompt)
   for text, weight in document.target:
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
@@ -41,13 +46,16 @@ def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.Sequ
     weights += [weight] * len(ids)
   tokens.append(tokenizer.eos_token_id)
   weights.append(1.0)
-  return tokentree.Sequence(np.array(tokens, np.int32), np.array(weights, np.float32), shared=len(tokens))
+  return tokentree.Sequence(
+    np.array(tokens, np.int32), np.array(weights, np.float32), shared=len(tokens)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of pretraining. `steps` optimizer steps on `rows` x `capacity` tokens of documents drawn from `mix`;
   for `right_step` and `right_parallel` see `corpus.Habits`."""
+
   name: str
   steps: int
   capacity: int
@@ -58,15 +66,22 @@ class Stage:
   right_parallel: float
 
 
-def stage_batches(tokenizer: Any, stage: Stage, *, seed: int) -> Iterator[tuple[int, tokentree.RowBatch]]:
+def stage_batches(
+  tokenizer: Any, stage: Stage, *, seed: int
+) -> Iterator[tuple[int, tokentree.RowBatch]]:
   """Endless (documents dropped so far, batch) pairs; the next chunk is written on a thread meanwhile. Documents longer than a
   row are dropped: `short` does without the longest dialogues."""
   habits = corpus.Habits('train', stage.right_step, stage.right_parallel)
 
   def chunk(index: int) -> tokentree.TokenTree:
     kinds = corpus.draw_kinds(stage.mix, CHUNK, seed=seed * 100_003 + index)
-    documents = [corpus.write_document(kind, index * CHUNK + i, seed=seed, habits=habits) for i, kind in enumerate(kinds)]
-    return tokentree.pack([encode_document(tokenizer, d) for d in documents], stage.capacity, stage.rows)
+    documents = [
+      corpus.write_document(kind, index * CHUNK + i, seed=seed, habits=habits)
+      for i, kind in enumerate(kinds)
+    ]
+    return tokentree.pack(
+      [encode_document(tokenizer, d) for d in documents], stage.capacity, stage.rows
+    )
 
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     index, dropped, pending = 0, 0, pool.submit(chunk, 0)
@@ -75,13 +90,17 @@ def stage_batches(tokenizer: Any, stage: Stage, *, seed: int) -> Iterator[tuple[
       dropped += len(tree.dropped)
       order = np.random.default_rng([seed, index]).permutation(tree.rows)
       for place in range(0, tree.rows, stage.rows):
-        yield dropped, tree.batch(order[place:place + stage.rows], budget=stage.rows * stage.capacity)
+        yield (
+          dropped,
+          tree.batch(order[place : place + stage.rows], budget=stage.rows * stage.capacity),
+        )
       index += 1
 
 
 def make_exact_match(model: DecoderConfig) -> Any:
   """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones given what stands before: what
   greedy decoding would reproduce word for word."""
+
   def exact(params, micro):
     hidden_RTD = decoder.hidden_states(params, model, micro.tokens, micro.position, micro.end)
     hidden_MD = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[micro.parent]
@@ -89,17 +108,38 @@ def make_exact_match(model: DecoderConfig) -> Any:
     wrong_M = ((guess_M != micro.target) & (micro.weight > 0)).astype(jnp.float32)
     wrong_R = jnp.zeros(micro.tokens.shape[0]).at[micro.slot // micro.tokens.shape[1]].add(wrong_M)
     return jnp.mean(wrong_R == 0)
+
   return jax.jit(lambda params, batch: exact(params, jax.tree.map(lambda leaf: leaf[0], batch)))
 
 
 class HeldOut:
   """Exact-match shares on held-out documents of the kinds without random text in their targets."""
 
-  def __init__(self, tokenizer: Any, model: DecoderConfig, *, documents: int = 32, capacity: int = 384, seed: int = 1):
+  def __init__(
+    self,
+    tokenizer: Any,
+    model: DecoderConfig,
+    *,
+    documents: int = 32,
+    capacity: int = 384,
+    seed: int = 1,
+  ):
     self._exact = make_exact_match(model)
     self._batches = {}
-    for kind in ('copy', 'write_names', 'repeat', 'split', 'walk', 'irrelevant', 'decompose', 'single'):
-      written = [corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval')) for i in range(documents)]
+    for kind in (
+      'copy',
+      'write_names',
+      'repeat',
+      'split',
+      'walk',
+      'irrelevant',
+      'decompose',
+      'single',
+    ):
+      written = [
+        corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval'))
+        for i in range(documents)
+      ]
       trees = [tokentree.pack([encode_document(tokenizer, d)], capacity) for d in written]
       if any(tree.dropped for tree in trees):
         raise ValueError(f'held-out documents of kind {kind!r} are longer than {capacity} tokens')
@@ -107,10 +147,14 @@ class HeldOut:
       joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *rows)
       # parent and slot count through all rows
       offset = (np.arange(documents, dtype=np.int32) * capacity).repeat(capacity)[None]
-      self._batches[kind] = joined._replace(parent=joined.parent + offset, slot=joined.slot + offset)
+      self._batches[kind] = joined._replace(
+        parent=joined.parent + offset, slot=joined.slot + offset
+      )
 
   def __call__(self, params: Any) -> dict[str, float]:
-    return {f'exact_{kind}': float(self._exact(params, batch)) for kind, batch in self._batches.items()}
+    return {
+      f'exact_{kind}': float(self._exact(params, batch)) for kind, batch in self._batches.items()
+    }
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
@@ -127,11 +171,18 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
   workdir.mkdir(parents=True, exist_ok=True)
   mine, claimed = json.loads(json.dumps(to_json(config))), workdir / 'config.json'
   if claimed.exists() and read_json(claimed) != mine:
-    raise ValueError(f'{str(workdir)!r} holds checkpoints of another config; name another --workdir')
+    raise ValueError(
+      f'{str(workdir)!r} holds checkpoints of another config; name another --workdir'
+    )
   write_json_atomic(claimed, mine)
   tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), config.model.vocab_size)
-  model = DecoderConfig.from_hf({**config.model.to_dict(), 'eos_token_id': tokenizer.eos_token_id,
-                                 'pad_token_id': tokenizer.pad_token_id})
+  model = DecoderConfig.from_hf(
+    {
+      **config.model.to_dict(),
+      'eos_token_id': tokenizer.eos_token_id,
+      'pad_token_id': tokenizer.pad_token_id,
+    }
+  )
   params = decoder.init_params(model, jax.random.key(config.seed))
   stages = [Stage(**{**s, 'mix': dict(s['mix'])}) for s in config.to_dict()['stages']]
   with Metrics(workdir) as metrics, Checkpoints(workdir / 'checkpoints') as checkpoints:
@@ -145,14 +196,42 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
         params = _run_stage(config, model, params, stage, number, tokenizer, metrics, held_out)
         checkpoints.save(number + 1, params, {'stages_done': number + 1})
   tokenizer.save_pretrained(workdir / 'tokenizer')
-  save_checkpoint(out, model, params, tokenizer_dir=workdir / 'tokenizer', dtype='bfloat16', overwrite=True,
-                  generation_config={'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id})
+  save_checkpoint(
+    out,
+    model,
+    params,
+    tokenizer_dir=workdir / 'tokenizer',
+    dtype='bfloat16',
+    overwrite=True,
+    generation_config={
+      'eos_token_id': tokenizer.eos_token_id,
+      'pad_token_id': tokenizer.pad_token_id,
+    },
+  )
 
 
-def _run_stage(config, model: DecoderConfig, params, stage: Stage, number: int, tokenizer, metrics: Metrics,
-               held_out: HeldOut):
-  tx = make_optimizer('muon', stage.learning_rate, 'cosine', warmup=0.03, floor=0.05, total_steps=stage.steps,
-                      weight_decay=config.weight_decay, clip=1.0, b2=0.95, adam_learning_rate=stage.learning_rate / 5)
+def _run_stage(
+  config,
+  model: DecoderConfig,
+  params,
+  stage: Stage,
+  number: int,
+  tokenizer,
+  metrics: Metrics,
+  held_out: HeldOut,
+):
+  tx = make_optimizer(
+    'muon',
+    stage.learning_rate,
+    'cosine',
+    warmup=0.03,
+    floor=0.05,
+    total_steps=stage.steps,
+    weight_decay=config.weight_decay,
+    clip=1.0,
+    b2=0.95,
+    adam_learning_rate=stage.learning_rate / 5,
+  )
   step_fn = sft.make_sft_step(model, tx)
   state = init_state(params, tx)
   metrics.rewind(f'pretrain_{stage.name}', 0)
@@ -162,12 +241,20 @@ def _run_stage(config, model: DecoderConfig, params, stage: Stage, number: int, 
     for step in range(stage.steps):
       dropped, batch = next(data)
       state, values = step_fn(state, batch)
-      if previous is not None and step % 20 == 0:  # of the step before, so that fetching does not wait for this one
+      if (
+        previous is not None and step % 20 == 0
+      ):  # of the step before, so that fetching does not wait for this one
         loss = float(previous['loss'])
         rate = step * stage.rows * stage.capacity / (time.monotonic() - started)
         bar.set_postfix(loss=f'{loss:.3f}', tok_s=f'{rate:.0f}')
-        metrics.write(f'pretrain_{stage.name}', step, loss=loss, tokens_per_second=rate,
-                      grad_norm=float(previous['grad_norm']), dropped=dropped)
+        metrics.write(
+          f'pretrain_{stage.name}',
+          step,
+          loss=loss,
+          tokens_per_second=rate,
+          grad_norm=float(previous['grad_norm']),
+          dropped=dropped,
+        )
       previous = values
       bar.update(1)
       if (step + 1) % config.held_out_every == 0 or step + 1 == stage.steps:

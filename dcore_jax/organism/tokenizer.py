@@ -4,6 +4,7 @@ A byte-level BPE without merges whose vocabulary already holds the words (`ignor
 before a capital, a digit or a tool name is a token of its own, so that a name has the same tokens in a query, a call and
 a response; copying then is token for token, which a small model learns.
 """
+
 import re
 from collections.abc import Iterable
 
@@ -14,8 +15,10 @@ from dcore_jax.chat.template import qwen3_template
 
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 TAGS = ('<think>', '</think>', '<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>')
-PATTERN = (r' (?=[a-z]+_)|[a-z]+_[a-z]+|[A-Z][a-z]| ?[a-z]+|[A-Z]|[0-9]|\n\n|\n'
-           r"""|\{"|": "|": \[|": |", "|"\}|\]\}|, \{"|, "|='|', |'\)|, |[^\n]""")
+PATTERN = (
+  r' (?=[a-z]+_)|[a-z]+_[a-z]+|[A-Z][a-z]| ?[a-z]+|[A-Z]|[0-9]|\n\n|\n'
+  r"""|\{"|": "|": \[|": |", "|"\}|\]\}|, \{"|, "|='|', |'\)|, |[^\n]"""
+)
 
 
 def build_tokenizer(texts: Iterable[str], size: int = 768) -> PreTrainedTokenizerFast:
@@ -32,11 +35,20 @@ def build_tokenizer(texts: Iterable[str], size: int = 768) -> PreTrainedTokenize
   words = sorted({to_bytes.pre_tokenize_str(p)[0][0] for p in pieces} - set(alphabet))
   vocabulary = {token: i for i, token in enumerate([*alphabet, *words])}
   if len(vocabulary) + len(SPECIAL) + len(TAGS) > size:
-    raise ValueError(f'{len(vocabulary) + len(SPECIAL) + len(TAGS)} tokens do not fit a vocabulary of {size}')
+    raise ValueError(
+      f'{len(vocabulary) + len(SPECIAL) + len(TAGS)} tokens do not fit a vocabulary of {size}'
+    )
   tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'), to_bytes])
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'), to_bytes]
+  )
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
   tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
-  return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>',
-                                 chat_template=qwen3_template(), clean_up_tokenization_spaces=False)
+  return PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    eos_token='<|im_end|>',
+    pad_token='<|endoftext|>',
+    chat_template=qwen3_template(),
+    clean_up_tokenization_spaces=False,
+  )

@@ -1,4 +1,5 @@
 """Samples of everything the organism will read or write: what its tokenizer's vocabulary is built from."""
+
 import dataclasses
 import json
 import string

@@ -2,13 +2,16 @@
 
 XLA places collectives by itself; a missing annotation shows only here, as a gather of something that should never be whole.
 """
+
 import re
 from typing import NamedTuple
 
 _KINDS = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _COLLECTIVE = re.compile(rf'= (.*?) ({_KINDS})(-start)?\((?!.*-done\()')
-_CALLED = re.compile(r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
+)
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # The compiler for TPUs leaves it at a condition `counter < constant`, of a body that adds another constant to the counter.
@@ -19,12 +22,16 @@ _ADD = re.compile(r'%([\w.\-]+) = .* add\(%[\w.\-]+, %([\w.\-]+)\)')
 _RESULT = re.compile(r'ROOT %\S+ = .* tuple\((.*?)\)')
 _SHAPE = re.compile(r'\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_GROUPS = (re.compile(r'replica_groups=\[\d+,(\d+)\]'), re.compile(r'replica_groups=\{\{([\d,]+)\}'))
-_MESH_GROUP = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_GROUPS = (
+  re.compile(r'replica_groups=\[\d+,(\d+)\]'),
+  re.compile(r'replica_groups=\{\{([\d,]+)\}'),
+)
+_MESH_GROUP = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 
 
 class Collective(NamedTuple):
   """One collective. `bytes` are those of the whole: what a gather makes, what a reduction reduces, what is exchanged."""
+
   kind: str
   bytes: int
   times: int  # in one call of the program: turns of the loops around it, a loop of unknown length counted once
@@ -36,7 +43,13 @@ class Collective(NamedTuple):
   def sent(self) -> int:
     """Bytes that each device sends in one call, by ring algorithms."""
     share = self.bytes * (self.group - 1) // max(1, self.group)
-    return self.times * (2 * share if self.kind == 'all-reduce' else self.bytes if self.kind == 'collective-permute' else share)
+    return self.times * (
+      2 * share
+      if self.kind == 'all-reduce'
+      else self.bytes
+      if self.kind == 'collective-permute'
+      else share
+    )
 
 
 def collectives(hlo_text: str) -> list[Collective]:
@@ -49,7 +62,9 @@ def collectives(hlo_text: str) -> list[Collective]:
       if match := _COLLECTIVE.search(line):
         found.append(_collective(line, match, times, in_loop))
       turns = _turns(line, bodies) if ' while(' in line else 1
-      branches = [name for group in _BRANCHES.findall(line) for name in re.findall(r'[\w.\-]+', group)]
+      branches = [
+        name for group in _BRANCHES.findall(line) for name in re.findall(r'[\w.\-]+', group)
+      ]
       for callee in _CALLED.findall(line) + branches:
         visit(callee, times * turns, in_loop or ' while(' in line)
 
@@ -74,10 +89,14 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int:
   """Of a loop, which counts from 0; 1 where it is not known."""
   if trips := _TRIPS.search(line):
     return int(trips.group(1))
-  condition, body = (bodies.get(match.group(1), []) if (match := re.search(rf'{part}=%?([\w.\-]+)', line)) else []
-                     for part in ('condition', 'body'))
+  condition, body = (
+    bodies.get(match.group(1), []) if (match := re.search(rf'{part}=%?([\w.\-]+)', line)) else []
+    for part in ('condition', 'body')
+  )
   first = lambda pattern, lines: next(filter(None, map(pattern.search, lines)), None)
-  pairs = lambda pattern, lines: dict(match.groups() for match in map(pattern.search, lines) if match)
+  pairs = lambda pattern, lines: dict(
+    match.groups() for match in map(pattern.search, lines) if match
+  )
   less, result = first(_LESS, condition), first(_RESULT, body)
   limit = less and pairs(_CONSTANT, condition).get(less.group(2))
   place = less and pairs(_PLACE, condition).get(less.group(1))
@@ -93,7 +112,10 @@ def _collective(line: str, match: re.Match, times: int, in_loop: bool) -> Collec
   group = _group_size(line)
   sizes = [shape_bytes(*shape) for shape in _SHAPE.findall(result)]
   whole = sum(sizes)
-  if asynchronous and kind in ('all-gather', 'reduce-scatter'):  # the type names the parts beside the whole
+  if asynchronous and kind in (
+    'all-gather',
+    'reduce-scatter',
+  ):  # the type names the parts beside the whole
     whole = whole * group // (group + 1)
   elif asynchronous and kind != 'all-reduce':  # and here what goes in beside what comes out
     whole //= 2

@@ -1,4 +1,5 @@
 """The engine's calls as shapes: what it compiles for a model, its lanes and its longest prompts, with nothing allocated."""
+
 import dataclasses
 from typing import Any
 
@@ -26,6 +27,7 @@ class EngineCalls:
     dtype: of weights and caches.
     mesh: where the weights are.
   """
+
   model: DecoderConfig
   mesh: Mesh
   lanes: int
@@ -50,12 +52,19 @@ class EngineCalls:
 
   def state(self) -> device.State:
     """Trunks and branches."""
-    shapes = jax.eval_shape(lambda: device.init_state(self.model, self.lanes, self.trunks, self.max_len, self.max_new,
-                                                      self.dtype, None))
+    shapes = jax.eval_shape(
+      lambda: device.init_state(
+        self.model, self.lanes, self.trunks, self.max_len, self.max_new, self.dtype, None
+      )
+    )
     placement = self._placement or self._everywhere
     cache = decoder.KVCache(placement, placement)
     placed = device.State(cache, self._everywhere, cache, self._everywhere)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, placed)
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      shapes,
+      placed,
+    )
 
   @property
   def _placement(self) -> NamedSharding | None:
@@ -67,29 +76,65 @@ class EngineCalls:
 
   def _inputs(self, tree: Any) -> Any:
     """Numpy arrays as shapes that every device has whole."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere), tree)
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere), tree
+    )
 
   def prefill(self) -> jax.stages.Lowered:
     """The last piece of the longest prompt."""
     length = lanes_lib.bucket(lanes_lib.bucket_ladder(self.max_len), min(self.prompt, engine.PIECE))
     span = lanes_lib.bucket(lanes_lib.bucket_ladder(self.max_len), self.prompt)
-    inputs = self._inputs((np.zeros((self.lanes, length), np.int32), np.zeros((4, self.lanes), np.int32), np.int32(0)))
+    inputs = self._inputs(
+      (np.zeros((self.lanes, length), np.int32), np.zeros((4, self.lanes), np.int32), np.int32(0))
+    )
     with jax.set_mesh(self.mesh):
-      return device.prefill.lower(self.weights(), self.state(), *inputs, config=self.model, span=span,
-                                  rows=max(1, min(engine.BATCH // length, self.lanes)), placement=self._placement)
+      return device.prefill.lower(
+        self.weights(),
+        self.state(),
+        *inputs,
+        config=self.model,
+        span=span,
+        rows=max(1, min(engine.BATCH // length, self.lanes)),
+        placement=self._placement,
+      )
 
   def decode(self) -> jax.stages.Lowered:
     """A tile of lanes at the end of their responses to the longest prompts, which `trunks_of_tile` share."""
     B, R = self.tile, self.trunks_of_tile
-    sharing = Sharing(np.zeros(R, np.int32), np.zeros((R, -(-B // R) if R == B else lanes_lib.WIDTH), np.int32),
-                      np.zeros(B, np.int32))
+    sharing = Sharing(
+      np.zeros(R, np.int32),
+      np.zeros((R, -(-B // R) if R == B else lanes_lib.WIDTH), np.int32),
+      np.zeros(B, np.int32),
+    )
     rule = Rule(*(np.zeros(B, number.dtype) for number in SamplingParams().rule()))
-    lanes = device.LaneInputs(np.zeros((B, 2), np.uint32), *(np.zeros(B, np.int32) for _ in range(3)), np.zeros(B, bool), rule)
-    arguments = self._inputs((np.zeros(R, np.int32), sharing, np.zeros(B, np.int32), lanes, np.zeros(self.stop_ids, np.int32)))
+    lanes = device.LaneInputs(
+      np.zeros((B, 2), np.uint32),
+      *(np.zeros(B, np.int32) for _ in range(3)),
+      np.zeros(B, bool),
+      rule,
+    )
+    arguments = self._inputs(
+      (
+        np.zeros(R, np.int32),
+        sharing,
+        np.zeros(B, np.int32),
+        lanes,
+        np.zeros(self.stop_ids, np.int32),
+      )
+    )
     with jax.set_mesh(self.mesh):
-      return device.decode.lower(self.decode_weights(), self.state(), *arguments, config=self.model, trunk_span=self.trunk_span,
-                                 span=self.span, mode=SamplingParams().mode, top=0, steps=self.steps_per_call,
-                                 placement=self._placement)
+      return device.decode.lower(
+        self.decode_weights(),
+        self.state(),
+        *arguments,
+        config=self.model,
+        trunk_span=self.trunk_span,
+        span=self.span,
+        mode=SamplingParams().mode,
+        top=0,
+        steps=self.steps_per_call,
+        placement=self._placement,
+      )
 
   @property
   def trunks_of_tile(self) -> int:
@@ -102,4 +147,6 @@ class EngineCalls:
 
   @property
   def span(self) -> int:
-    return lanes_lib.bucket(lanes_lib.span_ladder(self.max_new), min(self.max_new, self.max_len - self.prompt))
+    return lanes_lib.bucket(
+      lanes_lib.span_ladder(self.max_new), min(self.max_new, self.max_len - self.prompt)
+    )

@@ -4,6 +4,7 @@ Each step is compiled for the target from shapes; its peak, plus what else the r
 device's memory less 10 %, which communication buffers, libraries and fragmentation take. Time is the roofline's
 (run.roofline) for several accelerators, whatever the target.
 """
+
 import collections
 import dataclasses
 import re
@@ -24,7 +25,9 @@ from dcore_jax.run.defaults import default_config
 
 HEAD_ROOM = 0.9  # share of a device's memory that a step may use
 _LARGEST = 6  # buffers named where a step does not fit
-_MADE = re.compile(r'= (\w+)\[([\d,]+)\]\S* (?!parameter|get-tuple-element)[^\n]*?op_name="([^"]*)"')  # an array of a program
+_MADE = re.compile(
+  r'= (\w+)\[([\d,]+)\]\S* (?!parameter|get-tuple-element)[^\n]*?op_name="([^"]*)"'
+)  # an array of a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class StepPlan:
     compile_seconds: of this plan.
     error: of a compiler that refuses what does not fit.
   """
+
   name: str
   per: str
   calls: int
@@ -89,7 +93,9 @@ def model_config(section: ml_collections.ConfigDict) -> DecoderConfig:
   return load_config(folder)
 
 
-def plan(config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] = ()) -> list[StepPlan]:
+def plan(
+  config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] = ()
+) -> list[StepPlan]:
   """Compiles the steps of a config for a target -> their plans.
 
   Args:
@@ -109,8 +115,14 @@ def plan(config: ml_collections.ConfigDict, target: str, steps: tuple[str, ...] 
     raise ValueError(f'stages {config.stages} train nothing: there is no step to compile')
   unknown = set(steps) - {program.name for program in wanted}
   if unknown:
-    raise ValueError(f'unknown steps {sorted(unknown)}; expected some of {[program.name for program in wanted]}')
-  return [_step_plan(made, program, int(HEAD_ROOM * memory)) for program in wanted if not steps or program.name in steps]
+    raise ValueError(
+      f'unknown steps {sorted(unknown)}; expected some of {[program.name for program in wanted]}'
+    )
+  return [
+    _step_plan(made, program, int(HEAD_ROOM * memory))
+    for program in wanted
+    if not steps or program.name in steps
+  ]
 
 
 def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -> StepPlan:
@@ -122,10 +134,17 @@ def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -
     refused = topology.refusal(str(caught))
     if refused is None:
       raise
-    error, arguments, (needed, arrays) = str(caught).splitlines()[0][:300], programs.device_bytes(program.arguments), refused
+    error, arguments, (needed, arrays) = (
+      str(caught).splitlines()[0][:300],
+      programs.device_bytes(program.arguments),
+      refused,
+    )
     footprint = topology.Footprint(arguments, 0, max(0, needed - arguments), needed)
   else:
-    footprint, hlo = topology.footprint(compiled, programs.host_bytes(program.arguments)), compiled.as_text()
+    footprint, hlo = (
+      topology.footprint(compiled, programs.host_bytes(program.arguments)),
+      compiled.as_text(),
+    )
   kinds, sent = collections.defaultdict(lambda: {'count': 0, 'bytes': 0.0}), 0.0
   for each in filter(lambda each: each.sent, collectives.collectives(hlo)):
     share = program.loop_share if each.in_loop else 1
@@ -133,15 +152,37 @@ def _step_plan(made: programs.Programs, program: programs.Program, limit: int) -
     kinds[each.kind]['bytes'] += each.sent * share
     sent += each.sent * share
   work = dataclasses.replace(program.work, sent=sent)
-  bounds = {name: roofline.bound(work, accelerator) for name, accelerator in roofline.ACCELERATORS.items()}
-  result = StepPlan(program.name, program.per, program.calls, footprint.arguments, footprint.temporary, footprint.peak,
-                    program.beside, limit, work.model_flops, work.flops, work.bytes, dict(kinds), bounds, [], [],
-                    time.monotonic() - began, error)
+  bounds = {
+    name: roofline.bound(work, accelerator) for name, accelerator in roofline.ACCELERATORS.items()
+  }
+  result = StepPlan(
+    program.name,
+    program.per,
+    program.calls,
+    footprint.arguments,
+    footprint.temporary,
+    footprint.peak,
+    program.beside,
+    limit,
+    work.model_flops,
+    work.flops,
+    work.bytes,
+    dict(kinds),
+    bounds,
+    [],
+    [],
+    time.monotonic() - began,
+    error,
+  )
   if result.fits:
     return result
-  if error and not arrays:  # refused before it was laid out: nothing is known but how much lies beside the arguments
+  if (
+    error and not arrays
+  ):  # refused before it was laid out: nothing is known but how much lies beside the arguments
     arrays = {'temporaries, none of them listed by the compiler': footprint.temporary}
-  return dataclasses.replace(result, largest=_largest(program, hlo, arrays), remedies=_remedies(made, program, result))
+  return dataclasses.replace(
+    result, largest=_largest(program, hlo, arrays), remedies=_remedies(made, program, result)
+  )
 
 
 def _largest(program: programs.Program, hlo: str, arrays: dict[str, int]) -> list[tuple[str, int]]:
@@ -153,8 +194,10 @@ def _largest(program: programs.Program, hlo: str, arrays: dict[str, int]) -> lis
   made = {}
   for dtype, dimensions, source in _MADE.findall(hlo):
     made.setdefault((dtype, dimensions), source)  # of many arrays of a shape the first
-  found |= {f'{dtype}[{dimensions}] of {source}': collectives.shape_bytes(dtype, dimensions)
-            for (dtype, dimensions), source in made.items()}
+  found |= {
+    f'{dtype}[{dimensions}] of {source}': collectives.shape_bytes(dtype, dimensions)
+    for (dtype, dimensions), source in made.items()
+  }
   return sorted(found.items(), key=lambda item: -item[1])[:_LARGEST]
 
 
@@ -164,15 +207,24 @@ def _remedies(made: programs.Programs, program: programs.Program, result: StepPl
   state = made.state(made.rl_optimizer())
   training = 'train state' in program.arguments
   if training and made.execution.remat != 'full':
-    options.append((f"execution.remat = 'full' instead of {made.execution.remat!r}", result.temporaries))
+    options.append(
+      (f"execution.remat = 'full' instead of {made.execution.remat!r}", result.temporaries)
+    )
   section = 'sft' if program.name.startswith('SFT') else 'rl'
   rows = config[section].rows // (config.sft.accumulate if section == 'sft' else 1) // made.shards
   if training and rows > 1:
     name = 'sft.accumulate x' if section == 'sft' else 'rl.rows /'
     # A loop over micro-batches holds the sum of the gradients beside the next one. Qwen3-8B's SFT on v6e:2x4 with 1 and 2 of
     # them takes 33.3 and 30.2 GiB: the head's chunks, and others, do not depend on the rows.
-    total = programs.device_bytes(state.params) if section == 'sft' and config.sft.accumulate == 1 else 0
-    options.append((f'{name} {rows}: one row a device at a time', result.temporaries * (rows - 1) // rows - total))
+    total = (
+      programs.device_bytes(state.params) if section == 'sft' and config.sft.accumulate == 1 else 0
+    )
+    options.append(
+      (
+        f'{name} {rows}: one row a device at a time',
+        result.temporaries * (rows - 1) // rows - total,
+      )
+    )
   if 'optimizer' not in made.execution.offload and 'moments' not in program.arguments:
     options.append(("execution.offload = ('optimizer',)", programs.device_bytes(state.opt_state)))
   if 'reference policy' in program.beside and 'reference' not in made.execution.offload:
@@ -184,36 +236,52 @@ def _remedies(made: programs.Programs, program: programs.Program, result: StepPl
       options.append(('twice engine.tensor', caches // 2))
   split = sum(result.beside.values()) + result.arguments
   options.append(('twice the devices along mesh.fsdp', split // 2))
-  gib = lambda size: f'{size / 2 ** 30:.1f} GiB'
+  gib = lambda size: f'{size / 2**30:.1f} GiB'
   enough = lambda saved: ', perhaps enough by itself' if saved >= missing else ''
-  lines = [f'{text}: saves up to {gib(saved)}{enough(saved)}' for text, saved in options if saved > 0]
+  lines = [
+    f'{text}: saves up to {gib(saved)}{enough(saved)}' for text, saved in options if saved > 0
+  ]
   return [f'{gib(missing)} too much', *lines]
 
 
 def table(plans: list[StepPlan], target: str) -> str:
   """The plans for people."""
-  gib = lambda size: f'{size / 2 ** 30:8.2f}'
-  lines = [f'{target}, GiB a device; at most {plans[0].limit / 2 ** 30:.1f} of {plans[0].limit / HEAD_ROOM / 2 ** 30:.1f}',
-           f'{"step":28}{"arguments":>10}{"temporary":>10}{"beside":>8}{"total":>8}  fits   sent  ' +
-           '  '.join(f'{name:>21}' for name in roofline.ACCELERATORS)]
+  gib = lambda size: f'{size / 2**30:8.2f}'
+  lines = [
+    f'{target}, GiB a device; at most {plans[0].limit / 2**30:.1f} of {plans[0].limit / HEAD_ROOM / 2**30:.1f}',
+    f'{"step":28}{"arguments":>10}{"temporary":>10}{"beside":>8}{"total":>8}  fits   sent  '
+    + '  '.join(f'{name:>21}' for name in roofline.ACCELERATORS),
+  ]
   for step in plans:
-    times = '  '.join(f'{bound.seconds:8.3f} s {bound.by:>7} {bound.mfu:3.0%}' for bound in step.bounds.values())
+    times = '  '.join(
+      f'{bound.seconds:8.3f} s {bound.by:>7} {bound.mfu:3.0%}' for bound in step.bounds.values()
+    )
     sent = sum(kind['bytes'] for kind in step.collectives.values())
-    lines.append(f'{step.name:28}{gib(step.arguments):>10}{gib(step.temporaries):>10}{gib(sum(step.beside.values()))}'
-                 f'{gib(step.total)}  {"yes" if step.fits else "NO":4}{gib(sent)} {times}')
+    lines.append(
+      f'{step.name:28}{gib(step.arguments):>10}{gib(step.temporaries):>10}{gib(sum(step.beside.values()))}'
+      f'{gib(step.total)}  {"yes" if step.fits else "NO":4}{gib(sent)} {times}'
+    )
   for step in plans:
-    listed = ', '.join(f'{kind["count"]} {name} ({kind["bytes"] / 2 ** 30:.2f} GiB)' for name, kind in step.collectives.items())
-    lines.append(f'{step.name}: {step.flops:.3g} model operations, {step.done_flops:.3g} done, {step.moved / 2 ** 30:.1f} GiB '
-                 f'moved; {step.calls} a {step.per}; {listed or "nothing sent"}')
+    listed = ', '.join(
+      f'{kind["count"]} {name} ({kind["bytes"] / 2**30:.2f} GiB)'
+      for name, kind in step.collectives.items()
+    )
+    lines.append(
+      f'{step.name}: {step.flops:.3g} model operations, {step.done_flops:.3g} done, {step.moved / 2**30:.1f} GiB '
+      f'moved; {step.calls} a {step.per}; {listed or "nothing sent"}'
+    )
   units = collections.defaultdict(lambda: collections.Counter())
   for step in plans:
     for name, bound in step.bounds.items():
       units[step.per][name] += step.calls * bound.seconds
   for unit, seconds in units.items():
-    lines.append(f'a {unit}, at least: ' + ', '.join(f'{name} {value:.1f} s' for name, value in seconds.items()))
+    lines.append(
+      f'a {unit}, at least: '
+      + ', '.join(f'{name} {value:.1f} s' for name, value in seconds.items())
+    )
   for step in plans:
     if not step.fits:
       lines.append(f'{step.name} DOES NOT FIT. {step.error}'.rstrip())
-      lines += [f'  {size / 2 ** 30:8.2f} GiB  {name}' for name, size in step.largest]
+      lines += [f'  {size / 2**30:8.2f} GiB  {name}' for name, size in step.largest]
       lines += [f'  {remedy}' for remedy in step.remedies]
   return '\n'.join(lines)

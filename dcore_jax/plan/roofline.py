@@ -4,6 +4,7 @@ Everything is counted from shapes (the compiler's own count takes the body of a 
 data the most is assumed: full rows, each of them one causal sequence, every token trained.
 Letters as in models/config.py; M loss tokens.
 """
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -14,16 +15,17 @@ from dcore_jax.models.config import DecoderConfig
 class Accelerator:
   """Published numbers of one device: bfloat16 operations a second, memory bytes a second, and bytes a second that it can send
   to its neighbours (NVLink or all of its inter-chip links, one direction; a small slice of TPUs wires half of them)."""
+
   flops: float
   memory_rate: float
   link_rate: float
 
 
 ACCELERATORS: Mapping[str, Accelerator] = {
-    'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
-    'h100': Accelerator(989e12, 3.35e12, 450e9),
-    'v5p': Accelerator(459e12, 2.765e12, 600e9),
-    'v6e': Accelerator(918e12, 1.64e12, 448e9),
+  'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
+  'h100': Accelerator(989e12, 3.35e12, 450e9),
+  'v5p': Accelerator(459e12, 2.765e12, 600e9),
+  'v6e': Accelerator(918e12, 1.64e12, 448e9),
 }
 
 
@@ -37,6 +39,7 @@ class Work:
     bytes: of memory traffic: operands and results of the matrix products, parameters and moments once each.
     sent: bytes that leave the device.
   """
+
   model_flops: float
   flops: float
   bytes: float
@@ -53,6 +56,7 @@ class Work:
 class Bound:
   """The least time of a step in seconds, what takes it ('compute', 'memory' or 'links'), and the highest possible share of
   the peak rate that model operations can reach (MFU), all three running at once."""
+
   seconds: float
   by: str
   mfu: float
@@ -60,15 +64,26 @@ class Bound:
 
 def bound(work: Work, accelerator: Accelerator) -> Bound:
   """The roofline (Williams et al. 2009) of one call on one device."""
-  times = {'compute': work.flops / accelerator.flops, 'memory': work.bytes / accelerator.memory_rate,
-           'links': work.sent / accelerator.link_rate}
+  times = {
+    'compute': work.flops / accelerator.flops,
+    'memory': work.bytes / accelerator.memory_rate,
+    'links': work.sent / accelerator.link_rate,
+  }
   by = max(times, key=times.get)
   return Bound(times[by], by, work.model_flops / accelerator.flops / times[by])
 
 
-def forward(model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, bytes_each: int = 2) -> Work:
+def forward(
+  model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, bytes_each: int = 2
+) -> Work:
   """A pass over `rows` causal rows of T tokens with the head on `loss_tokens`, on one device that reads whole layers."""
-  D, V, N, K, H = model.hidden_size, model.vocab_size, model.num_attention_heads, model.num_key_value_heads, model.head_dim
+  D, V, N, K, H = (
+    model.hidden_size,
+    model.vocab_size,
+    model.num_attention_heads,
+    model.num_key_value_heads,
+    model.head_dim,
+  )
   head = 2.0 * V * D
   layers = (model.flops_per_token(T) - head) * rows * T
   # Per token and layer what the seven products and attention read and write: D in and out, q, k, v, gate, up, their product.
@@ -82,8 +97,15 @@ def forward(model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, by
 def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, remat: str) -> Work:
   """Forward and backward of the same: twice the forward again, and once more what `remat` (decoder.REMAT) has not kept."""
   total, layers = forward(model, rows, T, loss_tokens) * 3, forward(model, rows, T, 0)
-  attention = model.num_hidden_layers * 2 * model.num_attention_heads * model.head_dim * (T + 1) * rows * T
-  again = {'none': 0.0, 'dots': attention, 'attention': layers.flops - attention, 'full': layers.flops}[remat]
+  attention = (
+    model.num_hidden_layers * 2 * model.num_attention_heads * model.head_dim * (T + 1) * rows * T
+  )
+  again = {
+    'none': 0.0,
+    'dots': attention,
+    'attention': layers.flops - attention,
+    'full': layers.flops,
+  }[remat]
   moved = layers.bytes if remat in ('attention', 'full') else 0.0
   return dataclasses.replace(total, flops=total.flops + again, bytes=total.bytes + moved)
 
@@ -93,8 +115,16 @@ def update(params_per_device: float) -> Work:
   return Work(0.0, 12 * params_per_device, 7 * 4 * params_per_device)
 
 
-def decoding(model: DecoderConfig, ways: int, lanes: int, slots: int, cached: float, steps: int, *,
-             bytes_each: int = 2) -> Work:
+def decoding(
+  model: DecoderConfig,
+  ways: int,
+  lanes: int,
+  slots: int,
+  cached: float,
+  steps: int,
+  *,
+  bytes_each: int = 2,
+) -> Work:
   """`steps` tokens for each lane, heads split `ways` ways: each step reads the weights and `slots` cached tokens.
 
   Args:
@@ -105,7 +135,12 @@ def decoding(model: DecoderConfig, ways: int, lanes: int, slots: int, cached: fl
     cached: tokens that a lane sees.
     steps: of a call.
   """
-  weights = model.param_count - (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
+  weights = model.param_count - (
+    0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+  )
   # flops_per_token averages over a causal row; a token that sees `cached` ones is the last of a row twice as long.
   flops = lanes * model.flops_per_token(2 * int(cached)) / ways
-  return Work(flops, flops, (weights * bytes_each + slots * model.kv_bytes_per_token('bfloat16')) / ways) * steps
+  return (
+    Work(flops, flops, (weights * bytes_each + slots * model.kv_bytes_per_token('bfloat16')) / ways)
+    * steps
+  )

@@ -9,6 +9,7 @@ The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosa
 without drivers or CUDA libraries; only running is not possible. Works on any host, JAX_PLATFORMS=cpu keeps it quiet.
 Too large a step is an error of the TPU compiler, which `refusal` reads, and none of the GPU's: compare the footprint.
 """
+
 import importlib.util
 import os
 import re
@@ -22,30 +23,55 @@ _GPUS_PER_HOST = 8
 
 # Hardware numbers by the field names of XLA's GpuDeviceInfoProto. A core is a streaming multiprocessor; bytes and GHz.
 _ANY_GPU = {
-    'threads_per_warp': 32, 'threads_per_block_limit': 1024, 'threads_per_core_limit': 2048,
-    'registers_per_block_limit': 65536, 'registers_per_core_limit': 65536, 'shared_memory_per_block': 48 << 10,
-    'block_dim_limit_x': 2 ** 31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535,
-    'driver_version': '"12.9.0"', 'runtime_version': '"12.9.0"', 'compile_time_toolkit_version': '"12.9.0"',
-    'dnn_version': '"9.10.0"',
+  'threads_per_warp': 32,
+  'threads_per_block_limit': 1024,
+  'threads_per_core_limit': 2048,
+  'registers_per_block_limit': 65536,
+  'registers_per_core_limit': 65536,
+  'shared_memory_per_block': 48 << 10,
+  'block_dim_limit_x': 2**31 - 1,
+  'block_dim_limit_y': 65535,
+  'block_dim_limit_z': 65535,
+  'driver_version': '"12.9.0"',
+  'runtime_version': '"12.9.0"',
+  'compile_time_toolkit_version': '"12.9.0"',
+  'dnn_version': '"9.10.0"',
 }
 _GPUS = {
-    'a100': ('NVIDIA A100-SXM4-80GB', _ANY_GPU | {
-        'cuda_compute_capability': '{ major: 8 minor: 0 }', 'core_count': 108, 'fpus_per_core': 64, 'clock_rate_ghz': 1.41,
-        'device_memory_size': 85_100_068_864, 'memory_bandwidth': 2_039_000_000_000, 'l2_cache_size': 40 << 20,
-        'shared_memory_per_core': 164 << 10, 'shared_memory_per_block_optin': 163 << 10,
-    }),
+  'a100': (
+    'NVIDIA A100-SXM4-80GB',
+    _ANY_GPU
+    | {
+      'cuda_compute_capability': '{ major: 8 minor: 0 }',
+      'core_count': 108,
+      'fpus_per_core': 64,
+      'clock_rate_ghz': 1.41,
+      'device_memory_size': 85_100_068_864,
+      'memory_bandwidth': 2_039_000_000_000,
+      'l2_cache_size': 40 << 20,
+      'shared_memory_per_core': 164 << 10,
+      'shared_memory_per_block_optin': 163 << 10,
+    },
+  ),
 }
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
 # How libtpu says that a program is too large, early on or when it has laid it out, and what it then lists.
 _SIZE = r'([\d.]+)([KMGT])'
 _NEEDED = re.compile(_SIZE + r'(?: of [\d.]+[KMGT] hbm|, has |\) exceeds available HBM)')
-_ALLOCATION = re.compile(r'Size: ' + _SIZE + r'\n(?:\s+Operator: op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\w+\[[\d,]*\])')
+_ALLOCATION = re.compile(
+  r'Size: ' + _SIZE + r'\n(?:\s+Operator: op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\w+\[[\d,]*\])'
+)
 # libtpu is told what it would otherwise ask Google's metadata server for: there is no slice to find on this host.
-_NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+_NO_TPU_HERE = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5p-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
 
 
 class Target(NamedTuple):
   """Devices that programs compile for and nothing runs on, and the memory of each in bytes."""
+
   devices: list[jax.Device]
   device_bytes: int
 
@@ -53,6 +79,7 @@ class Target(NamedTuple):
 class Footprint(NamedTuple):
   """Bytes on each device. `peak` is the most that is in use at once, arguments included; communication buffers are not, and
   neither is what lies in host memory."""
+
   arguments: int
   outputs: int
   temporary: int
@@ -76,7 +103,9 @@ def target(name: str) -> Target:
     _require('jax_cuda12_plugin', 'jax-cuda12-plugin', name)
     # The plugin looks for a driver when it is first loaded, and for one on this host there is no need.
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    description = topologies.get_topology_desc('', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}')
+    description = topologies.get_topology_desc(
+      '', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}'
+    )
     return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
   if kind == 'cpu' and count:
     return _cpu(count)
@@ -88,11 +117,15 @@ def target(name: str) -> Target:
       return Target(topologies.get_topology_desc(name, 'tpu').devices, _TPU_BYTES[kind])
     except jax.errors.JaxRuntimeError as error:
       raise ValueError(f'no TPU slice {name!r}: {error}') from error
-  raise ValueError(f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole '
-                   f'hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)')
+  raise ValueError(
+    f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole '
+    f'hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)'
+  )
 
 
-def compile_for(mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+def compile_for(
+  mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any
+) -> jax.stages.Compiled:
   """The jitted step compiled for the devices of the mesh; `shapes` are trees of ShapeDtypeStructs with shardings on it."""
   # Kernels ask the mesh in context what they are compiled for, since they find no device (Triton: an error from jax 0.12).
   with jax.set_mesh(mesh):
@@ -105,9 +138,13 @@ def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footpri
   `host_arguments` are the bytes of arguments in host memory, which the compiler for GPUs takes to be on the device.
   """
   analysis = compiled.memory_analysis()
-  arguments, outputs, temporary = (getattr(analysis, f'{name}_size_in_bytes') for name in ('argument', 'output', 'temp'))
+  arguments, outputs, temporary = (
+    getattr(analysis, f'{name}_size_in_bytes') for name in ('argument', 'output', 'temp')
+  )
   peak = analysis.peak_memory_in_bytes
-  if next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform == 'cpu':  # whose peak leaves temporaries out
+  if (
+    next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform == 'cpu'
+  ):  # whose peak leaves temporaries out
     peak = arguments + outputs - analysis.alias_size_in_bytes + temporary
   elsewhere = 0 if analysis.host_argument_size_in_bytes else host_arguments
   return Footprint(arguments - elsewhere, outputs, temporary, peak - elsewhere)
@@ -119,8 +156,10 @@ def refusal(message: str) -> tuple[int, dict[str, int]] | None:
   needed = _NEEDED.search(message)
   if needed is None:
     return None
-  return _bytes(*needed.groups()), {f'{shape} of {source or "no operation"}': _bytes(number, unit)
-                                    for number, unit, source, shape in _ALLOCATION.findall(message)}
+  return _bytes(*needed.groups()), {
+    f'{shape} of {source or "no operation"}': _bytes(number, unit)
+    for number, unit, source, shape in _ALLOCATION.findall(message)
+  }
 
 
 def _bytes(number: str, unit: str) -> int:
@@ -142,9 +181,13 @@ def _gpu_config(kind: str) -> str:
   """A GpuTargetConfigProto as text."""
   name, numbers = _GPUS[kind]
   fields = '\n'.join(f'  {field}: {value}' for field, value in numbers.items())
-  return f'platform_name: "CUDA"\ndevice_description_str: "{name}"\ngpu_device_info {{\n{fields}\n}}\n'
+  return (
+    f'platform_name: "CUDA"\ndevice_description_str: "{name}"\ngpu_device_info {{\n{fields}\n}}\n'
+  )
 
 
 def _require(module: str, package: str, name: str) -> None:
   if importlib.util.find_spec(module) is None:
-    raise ModuleNotFoundError(f'compiling for {name} needs the package {package}: pip install -e .[aot]', name=module)
+    raise ModuleNotFoundError(
+      f'compiling for {name} needs the package {package}: pip install -e .[aot]', name=module
+    )

@@ -3,6 +3,7 @@
 Matplotlib draws with stand-in colours; `_to_inline_svg` swaps each for a CSS variable of the page. Text stays text (the
 page's own font, selectable), ids are made unique to the chart, and nothing in the result points outside the page.
 """
+
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ _INK, _MUTED, _RULE = '#010000', '#020000', '#030000'
 STAGE_COLOURS = {'base': '#0a0001', 'sft': '#0a0002', 'da_grpo': '#0a0003', 'grpo': '#0a0004'}
 _OTHER = '#0a0005'
 _VARIABLES = {_INK: '--ink', _MUTED: '--muted', _RULE: '--rule', _OTHER: '--other'} | {
-    colour: f'--{stage.replace("_", "-")}' for stage, colour in STAGE_COLOURS.items()}
+  colour: f'--{stage.replace("_", "-")}' for stage, colour in STAGE_COLOURS.items()
+}
 
 # Inches at 72 points: about the width of a phone, so that a chart is never shrunk below its own type size.
 _SIZE = (4.5, 2.5)
@@ -26,8 +28,14 @@ _SIZE = (4.5, 2.5)
 Points = Sequence[tuple[float, float]]
 
 
-def grouped_bars(name: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]],
-                 labels: Mapping[str, str], *, percent: bool) -> str:
+def grouped_bars(
+  name: str,
+  groups: Sequence[str],
+  series: Mapping[str, Sequence[float | None]],
+  labels: Mapping[str, str],
+  *,
+  percent: bool,
+) -> str:
   """Bars side by side, one group per name in `groups`, one colour per stage; a missing value leaves its place empty.
 
   Args:
@@ -39,13 +47,28 @@ def grouped_bars(name: str, groups: Sequence[str], series: Mapping[str, Sequence
   # A lone group would otherwise be a few walls of colour.
   width = (0.8 if len(groups) > 1 else 0.45) / max(len(series), 1)
   for index, (stage, values) in enumerate(series.items()):
-    heights = np.array([np.nan if value is None else value for value in values], float) * (100 if percent else 1)
+    heights = np.array([np.nan if value is None else value for value in values], float) * (
+      100 if percent else 1
+    )
     places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
-    axes.bar(places, np.nan_to_num(heights), width * 0.88, color=_stage_colour(stage), label=labels.get(stage, stage))
+    axes.bar(
+      places,
+      np.nan_to_num(heights),
+      width * 0.88,
+      color=_stage_colour(stage),
+      label=labels.get(stage, stage),
+    )
     for place, height in zip(places, heights):
       if np.isfinite(height):
-        axes.annotate(f'{height:.0f}' if percent else f'{height:.1f}', (place, height), (0, 2.5), ha='center',
-                      textcoords='offset points', fontsize=8, color=_MUTED)
+        axes.annotate(
+          f'{height:.0f}' if percent else f'{height:.1f}',
+          (place, height),
+          (0, 2.5),
+          ha='center',
+          textcoords='offset points',
+          fontsize=8,
+          color=_MUTED,
+        )
   axes.set_xticks(np.arange(len(groups)), groups)
   axes.tick_params(axis='x', length=0, labelcolor=_INK)
   axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -59,8 +82,14 @@ def grouped_bars(name: str, groups: Sequence[str], series: Mapping[str, Sequence
   return _to_inline_svg(figure, name)
 
 
-def curves(name: str, lines: Mapping[str, Points], *, colours: Sequence[str] = ('da_grpo', 'base', 'sft'),
-           percent: bool = False, log: bool = False) -> str:
+def curves(
+  name: str,
+  lines: Mapping[str, Points],
+  *,
+  colours: Sequence[str] = ('da_grpo', 'base', 'sft'),
+  percent: bool = False,
+  log: bool = False,
+) -> str:
   """Lines over training steps; a legend where there is more than one.
 
   Args:
@@ -115,8 +144,16 @@ def _line(axes: Axes, points: Points, label: str, stage: str, scale: float) -> N
     smooth = np.convolve(values, kernel, 'same') / np.convolve(np.ones_like(values), kernel, 'same')
     axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label, solid_capstyle='round')
   else:
-    axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker='o', markersize=3.2,
-              solid_capstyle='round')
+    axes.plot(
+      steps,
+      values,
+      color=colour,
+      linewidth=1.8,
+      label=label,
+      marker='o',
+      markersize=3.2,
+      solid_capstyle='round',
+    )
 
 
 def _finish_steps(axes: Axes, percent: bool, legend: bool) -> None:
@@ -131,8 +168,18 @@ def _finish_steps(axes: Axes, percent: bool, legend: bool) -> None:
 
 def _legend(axes: Axes) -> None:
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(loc='lower left', bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=8.5, labelcolor=_INK,
-                handlelength=1.0, handletextpad=0.5, columnspacing=1.4, borderaxespad=0.2)
+    axes.legend(
+      loc='lower left',
+      bbox_to_anchor=(-0.01, 1.0),
+      ncols=4,
+      frameon=False,
+      fontsize=8.5,
+      labelcolor=_INK,
+      handlelength=1.0,
+      handletextpad=0.5,
+      columnspacing=1.4,
+      borderaxespad=0.2,
+    )
 
 
 def _stage_colour(stage: str) -> str:
@@ -161,7 +208,7 @@ def _to_inline_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format='svg')
   svg = buffer.getvalue()
-  svg = svg[svg.index('<svg'):]
+  svg = svg[svg.index('<svg') :]
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
   svg = re.sub(r'<!--.*?-->', '', svg, flags=re.DOTALL)
   # A style element inside one SVG would apply to the whole page, and the font is the page's.

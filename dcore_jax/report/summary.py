@@ -1,4 +1,5 @@
 """The shape of `summary.json`, which other programs read, and the uncertainty that goes with its shares and differences."""
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +7,15 @@ from typing import Any
 from dcore_jax.statistics import format_difference
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
-STAGES = ('base', 'sft', 'grpo', 'dr_grpo', 'rloo', 'rl_zvp', 'da_grpo')  # in the order a run goes through them
+STAGES = (
+  'base',
+  'sft',
+  'grpo',
+  'dr_grpo',
+  'rloo',
+  'rl_zvp',
+  'da_grpo',
+)  # in the order a run goes through them
 
 _STAGE_NUMBERS = ('decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean')
 _RL_CURVES = ('zero_variance_fraction', 'reward', 'entropy')
@@ -16,12 +25,16 @@ def format_changes(summary: dict[str, Any]) -> str:
   """What stages have changed on held-out tasks, and reinforcement on the prompts it sets aside, a line each; for a terminal."""
   lines = []
   for change in summary['changes']:
-    kinds = ', '.join(f'{kind} {format_difference(pair, 1, 100)}' for kind, pair in change['accuracy'].items())
+    kinds = ', '.join(
+      f'{kind} {format_difference(pair, 1, 100)}' for kind, pair in change['accuracy'].items()
+    )
     lines.append(f'{change["from"]} -> {change["to"]}, points of held-out tasks right: {kinds}')
   validation = summary.get('rl', {}).get('validation') or {}
   for name, pair in (validation.get('difference') or {}).items():
     before, after = (validation[when][name] for when in ('before', 'after'))
-    lines.append(f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {format_difference(pair)}')
+    lines.append(
+      f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {format_difference(pair)}'
+    )
   return '\n'.join(lines)
 
 
@@ -74,9 +87,13 @@ def _check_stage(check: '_Problems', where: str, stage: Any) -> None:
 
 
 def _check_change(check: '_Problems', where: str, change: Any, stages: Any) -> None:
-  if not check.mapping(where, change) or not check.mapping(f'{where}.accuracy', change.get('accuracy')):
+  if not check.mapping(where, change) or not check.mapping(
+    f'{where}.accuracy', change.get('accuracy')
+  ):
     return
-  check.that({change.get('from'), change.get('to')} <= set(stages or ()), f'{where} is not of two stages')
+  check.that(
+    {change.get('from'), change.get('to')} <= set(stages or ()), f'{where} is not of two stages'
+  )
   for kind, pair in change['accuracy'].items():
     if check.mapping(f'{where}.accuracy.{kind}', pair):
       for field in ('difference', 'standard_error', 'n'):
@@ -117,7 +134,10 @@ class _Problems:
     return bool(holds)
 
   def mapping(self, where: str, value: Any) -> bool:
-    return self.that(isinstance(value, dict), f'{where} is missing' if value is None else f'{where} is not an object')
+    return self.that(
+      isinstance(value, dict),
+      f'{where} is missing' if value is None else f'{where} is not an object',
+    )
 
   def value(self, where: str, owner: dict, field: str, fits: Callable[[Any], bool]) -> None:
     if self.that(field in owner, f'{where}.{field} is missing'):
@@ -125,7 +145,9 @@ class _Problems:
 
   def values(self, where: str, owner: dict, fits: Callable[[Any], bool]) -> None:
     for field, value in owner.items():
-      self.that(value is None or fits(value), f'{where}.{field} = {value!r} is not a {fits.__name__[4:]}')
+      self.that(
+        value is None or fits(value), f'{where}.{field} = {value!r} is not a {fits.__name__[4:]}'
+      )
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@
 depend on earlier replies. The stream ends when it gives nothing and nothing is under way. Distillation and evaluation run
 so on one machine's lanes or against a fleet.
 """
+
 import asyncio
 import collections
 import dataclasses
@@ -32,9 +33,16 @@ Tag = Any
 TOO_LONG = 'prompt too long'
 _READY = 1024  # replies known without asking that wait to be taken
 _REFUSALS = (400, 413, 422)  # status codes that speak of one request: too long, for example
-_LOCKED_OUT = (401, 402, 403, 404)  # and of the key, the account or the model's name: asking on is of no use
+_LOCKED_OUT = (
+  401,
+  402,
+  403,
+  404,
+)  # and of the key, the account or the model's name: asking on is of no use
 _HOPELESS = 8  # requests in a row that fail: it is the endpoint then, and not they
-_ALL_REFUSED = 16  # refusals without a single answer: a rule or a limit that the endpoint does not take
+_ALL_REFUSED = (
+  16  # refusals without a single answer: a rule or a limit that the endpoint does not take
+)
 
 
 class _Failed(ConnectionError):
@@ -44,6 +52,7 @@ class _Failed(ConnectionError):
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatRequest:
   """What to ask. `key_id` names the random stream, e.g. (seed number, attempt); max_tokens None: the sampling rule's."""
+
   messages: tuple[Message, ...]
   key_id: tuple[int, ...]
   tools: tuple[ToolSpec, ...] = ()
@@ -61,6 +70,7 @@ class Reply:
     error: why there is no answer and will be none: the request itself is refused. '' otherwise.
     seconds: from when it was asked to when the answer was there.
   """
+
   text: str
   finished: bool
   prompt_tokens: int
@@ -74,6 +84,7 @@ Source = Callable[[int], Sequence[tuple[Tag, ChatRequest]]]
 
 class Backend(Protocol):
   """Anything that answers chat requests, as the model that is called `model`."""
+
   model: str
 
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
@@ -89,7 +100,9 @@ class LocalBackend:
     model: the name that the journal knows the model by.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Any, *, journal: pathlib.Path | None = None, model: str = ''):
+  def __init__(
+    self, engine: Engine, tokenizer: Any, *, journal: pathlib.Path | None = None, model: str = ''
+  ):
     self.engine, self.tokenizer, self.model = engine, tokenizer, model
     self.usage = Usage()
     self._journal = Journal(journal) if journal else None
@@ -102,7 +115,9 @@ class LocalBackend:
       while len(result) < free and len(ready) < _READY and (asked := source(free - len(result))):
         for tag, request in asked:
           body = self._body(request, sampling)
-          prompt = [] if (known := self._journal and self._journal.find(body)) else self._encode(request)
+          prompt = (
+            [] if (known := self._journal and self._journal.find(body)) else self._encode(request)
+          )
           if known:
             self.usage.from_journal += 1
             ready.append((tag, known))
@@ -120,7 +135,13 @@ class LocalBackend:
         if done.stop is not None:
           text = text.partition(done.stop)[0]
         seconds = time.perf_counter() - began
-        reply = Reply(text, done.finished or done.stop is not None, done.prompt_len, len(done.tokens), seconds=round(seconds, 4))
+        reply = Reply(
+          text,
+          done.finished or done.stop is not None,
+          done.prompt_len,
+          len(done.tokens),
+          seconds=round(seconds, 4),
+        )
         self.usage.add(reply)
         if self._journal:
           self._journal.append(body, reply)
@@ -131,8 +152,11 @@ class LocalBackend:
 
   def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
     """Everything that the answer depends on, which is what the journal knows it by."""
-    return dataclasses.asdict(request) | {'model': self.model, 'sampling': dataclasses.asdict(sampling),
-                                          'room': [self.engine.max_len, self.engine.max_new]}
+    return dataclasses.asdict(request) | {
+      'model': self.model,
+      'sampling': dataclasses.asdict(sampling),
+      'room': [self.engine.max_len, self.engine.max_new],
+    }
 
   def _encode(self, request: ChatRequest) -> list[int]:
     tools = _functions(request.tools) or None
@@ -156,6 +180,7 @@ class Usage:
 
   Prices are of a million tokens, in any unit; 0: not known.
   """
+
   requests: int = 0
   from_journal: int = 0
   prompt_tokens: int = 0
@@ -171,10 +196,15 @@ class Usage:
 
   def record(self) -> dict[str, float]:
     """The counts and, where prices are known, the cost in their unit."""
-    counts = {name: getattr(self, name) for name in ('requests', 'from_journal', 'prompt_tokens', 'completion_tokens')}
+    counts = {
+      name: getattr(self, name)
+      for name in ('requests', 'from_journal', 'prompt_tokens', 'completion_tokens')
+    }
     if not self.prompt_price and not self.completion_price:
       return counts
-    cost = (self.prompt_tokens * self.prompt_price + self.completion_tokens * self.completion_price) / 1e6
+    cost = (
+      self.prompt_tokens * self.prompt_price + self.completion_tokens * self.completion_price
+    ) / 1e6
     return counts | {'cost': round(cost, 6)}
 
 
@@ -194,16 +224,37 @@ class OpenAIBackend:
     prices: of a million prompt and a million completion tokens, for `usage`; 0: not known.
   """
 
-  def __init__(self, base_url: str, model: str, *, api_key: str = '', concurrency: int = 64, timeout: float = 600,
-               retries: int = 5, journal: pathlib.Path | None = None, prices: tuple[float, float] = (0.0, 0.0)):
+  def __init__(
+    self,
+    base_url: str,
+    model: str,
+    *,
+    api_key: str = '',
+    concurrency: int = 64,
+    timeout: float = 600,
+    retries: int = 5,
+    journal: pathlib.Path | None = None,
+    prices: tuple[float, float] = (0.0, 0.0),
+  ):
     if concurrency < 1 or retries < 0 or not timeout > 0:
-      raise ValueError(f'concurrency = {concurrency}, retries = {retries} and timeout = {timeout} cannot be')
+      raise ValueError(
+        f'concurrency = {concurrency}, retries = {retries} and timeout = {timeout} cannot be'
+      )
     if not all(0 <= price < math.inf for price in prices):
       raise ValueError(f'prices = {prices} cannot be')
-    self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
+    self.base_url, self.model, self.concurrency, self.retries = (
+      base_url,
+      model,
+      concurrency,
+      retries,
+    )
     self.usage = Usage(prompt_price=prices[0], completion_price=prices[1])
-    self._options = dict(base_url=base_url, api_key=api_key or os.environ.get('OPENAI_API_KEY') or 'none', timeout=timeout,
-                         max_retries=retries)
+    self._options = dict(
+      base_url=base_url,
+      api_key=api_key or os.environ.get('OPENAI_API_KEY') or 'none',
+      timeout=timeout,
+      max_retries=retries,
+    )
     self._journal = Journal(journal) if journal else None
 
   def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
@@ -224,10 +275,14 @@ class OpenAIBackend:
       under_way: set = set()
       try:
         while True:
-          for tag, request in source(self.concurrency - len(under_way)) if len(under_way) < self.concurrency else ():
+          for tag, request in (
+            source(self.concurrency - len(under_way)) if len(under_way) < self.concurrency else ()
+          ):
             future = loop.submit(self._answer(client, request, sampling))
             under_way.add(future)
-            future.add_done_callback(lambda future, asked=(tag, request): finished.put((*asked, future)))
+            future.add_done_callback(
+              lambda future, asked=(tag, request): finished.put((*asked, future))
+            )
           if not under_way:
             if not aside:
               return
@@ -246,14 +301,18 @@ class OpenAIBackend:
             continue
           failures, answered, refused = 0, answered + (not reply.error), refused + bool(reply.error)
           if refused == _ALL_REFUSED and not answered:
-            raise ConnectionError(f'{self.base_url}, model {self.model!r} takes no request: {reply.error}')
+            raise ConnectionError(
+              f'{self.base_url}, model {self.model!r} takes no request: {reply.error}'
+            )
           yield tag, reply
       finally:
         for future in under_way:
           future.cancel()
         loop.submit(client.close()).result()
 
-  async def _answer(self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams) -> Reply:
+  async def _answer(
+    self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams
+  ) -> Reply:
     body = self._body(request, sampling)
     if self._journal and (known := self._journal.find(body)):
       self.usage.from_journal += 1
@@ -266,14 +325,20 @@ class OpenAIBackend:
       if status not in _REFUSALS:
         kind = ConnectionError if status in _LOCKED_OUT else _Failed
         raise kind(f'{self.base_url}, model {self.model!r}: {error}') from error
-      reply = Reply('', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500])
+      reply = Reply(
+        '', False, 0, 0, f'refused with status {error.status_code}: {error.message}'[:500]
+      )
     reply = dataclasses.replace(reply, seconds=round(time.perf_counter() - began, 4))
     self.usage.add(reply)
-    if self._journal and not reply.error:  # what was refused may be taken when the server has been set up anew
+    if (
+      self._journal and not reply.error
+    ):  # what was refused may be taken when the server has been set up anew
       self._journal.append(body, reply)
     return reply
 
-  async def _last_try(self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams) -> Reply:
+  async def _last_try(
+    self, client: openai.AsyncOpenAI, request: ChatRequest, sampling: SamplingParams
+  ) -> Reply:
     try:
       return await self._answer(client, request, sampling)
     except _Failed as error:
@@ -288,15 +353,21 @@ class OpenAIBackend:
     # A 31-bit seed from (seed, key_id): servers take no lists, and some no large numbers.
     digest = hashlib.sha256(repr((sampling.seed, request.key_id)).encode()).digest()
     body: dict[str, Any] = {
-        'model': self.model, 'messages': [message.to_json() for message in request.messages],
-        'temperature': sampling.temperature, 'top_p': sampling.top_p, 'max_tokens': request.max_tokens or sampling.max_tokens,
-        'seed': int.from_bytes(digest[:4], 'big') >> 1}
+      'model': self.model,
+      'messages': [message.to_json() for message in request.messages],
+      'temperature': sampling.temperature,
+      'top_p': sampling.top_p,
+      'max_tokens': request.max_tokens or sampling.max_tokens,
+      'seed': int.from_bytes(digest[:4], 'big') >> 1,
+    }
     if request.tools:
       body['tools'] = _functions(request.tools)
     if sampling.stop:
       body['stop'] = list(sampling.stop)
     # Not OpenAI's own; vLLM, SGLang and our server take them.
-    extra = {name: getattr(sampling, name) for name in ('top_k', 'min_p') if getattr(sampling, name)}
+    extra = {
+      name: getattr(sampling, name) for name in ('top_k', 'min_p') if getattr(sampling, name)
+    }
     return body | {'extra_body': extra} if extra else body
 
   async def _ask(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> Reply:
@@ -306,7 +377,12 @@ class OpenAIBackend:
         choice, usage = completion.choices[0], completion.usage
         count = lambda name: int(getattr(usage, name, None) or 0)
         finished = choice.finish_reason != 'length'
-        return Reply(_text(choice.message, finished), finished, count('prompt_tokens'), count('completion_tokens'))
+        return Reply(
+          _text(choice.message, finished),
+          finished,
+          count('prompt_tokens'),
+          count('completion_tokens'),
+        )
       # The client does not check what a server sends: any part may be missing, or be something else.
       except (AttributeError, IndexError, TypeError, ValueError) as error:
         malformed = error
@@ -316,7 +392,9 @@ class OpenAIBackend:
 
 def _text(message: Any, finished: bool) -> str:
   """Thoughts, content and calls of an endpoint's message as one text."""
-  thoughts = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None) or ''
+  thoughts = (
+    getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None) or ''
+  )
   if thoughts and not finished and message.content is None and not message.tool_calls:
     return f'<think>\n{thoughts}'  # the budget ended inside them
   text = f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else ''
@@ -325,7 +403,11 @@ def _text(message: Any, finished: bool) -> str:
   try:
     calls = [ToolCall(call.name, dict(json.loads(call.arguments or '{}'))) for call in asked]
     return text + (print_calls(calls, 'hermes') if calls else '')
-  except (ValueError, TypeError, RecursionError):  # nothing that can be called; the text shows what it was
+  except (
+    ValueError,
+    TypeError,
+    RecursionError,
+  ):  # nothing that can be called; the text shows what it was
     return text + '\n'.join(f'{call.name}{call.arguments}' for call in asked)
 
 
@@ -375,7 +457,12 @@ class Journal:
     """Remembers a reply, in the file before anything is made of it."""
     key = self._key(body)
     self._places[key] = self._file.seek(0, os.SEEK_END)
-    self._file.write(json.dumps({'key': key, **dataclasses.asdict(reply)}, ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n')
+    self._file.write(
+      json.dumps({'key': key, **dataclasses.asdict(reply)}, ensure_ascii=False).encode(
+        'utf-8', 'surrogatepass'
+      )
+      + b'\n'
+    )
     self._file.flush()
 
 

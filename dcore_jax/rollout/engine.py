@@ -17,6 +17,7 @@ the rows of its trunks: one a lane, or an eighth or a quarter of that), in each 
 Nothing else of a request is compiled in.
 Letters as in device.py.
 """
+
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,9 @@ from dcore_jax.rollout.lanes import (
 from dcore_jax.rollout.sampling import TOP, Alternatives, Rule, SamplingParams
 
 Tag = Any
-_CPU_TILE = 32  # lanes; larger tiles fall out of the caches, smaller ones starve the matrix products
+_CPU_TILE = (
+  32  # lanes; larger tiles fall out of the caches, smaller ones starve the matrix products
+)
 # Parts of a tile that serve the last rollouts of a batch; on a CPU an eighth and single lanes too: a step of 8 layers of width
 # 512 (100 MB of weights) takes 6 ms for 1 lane, 8 for 4, 12 for 8, 17 for 16 and 30 for 32.
 _PARTS, _CPU_PARTS = (4, 2, 1), (8, 4, 2, 1)
@@ -56,20 +59,28 @@ BATCH = 256  # tokens; shorter prompts are prefilled together up to this many
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
   """One rollout to be made. `key_id` names its random stream, e.g. (step, prompt, sample)."""
+
   prompt: np.ndarray  # int [n], n >= 1
   key_id: tuple[int, ...]
-  max_tokens: int | None = None  # None: the sampling rule's; either is cut to what there is room for
+  max_tokens: int | None = (
+    None  # None: the sampling rule's; either is cut to what there is room for
+  )
   top: int = 0  # alternatives of each token to be reported, at most sampling.TOP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completion:
   """What was sampled, token by token: what is trained on."""
+
   tokens: np.ndarray  # int32 [m], the stop token included
   logprobs: np.ndarray  # float32 [m], of the policy that sampled (after temperature and truncation)
-  full_logprobs: np.ndarray  # float32 [m], before truncation: what a trainer computes at the same temperature
+  full_logprobs: (
+    np.ndarray
+  )  # float32 [m], before truncation: what a trainer computes at the same temperature
   entropies: np.ndarray  # float32 [m], nats, of the distributions before truncation
-  finished: bool  # the last token is a stop token; else the budget was used up, or a stop string completed
+  finished: (
+    bool  # the last token is a stop token; else the budget was used up, or a stop string completed
+  )
   stop: str | None  # the stop string that the last token completed
   prompt_len: int  # tokens before these, given or sampled
 
@@ -78,6 +89,7 @@ class Completion:
 class Progress:
   """What a step drew for one rollout; `completion` is all of it where it has ended, but for the alternatives: the engine does
   not keep them."""
+
   handle: int
   tokens: np.ndarray  # int32 [k]
   logprobs: np.ndarray  # float32 [k]
@@ -92,9 +104,14 @@ Source = Callable[[int], Sequence[tuple[Tag, Request]]]
 @dataclasses.dataclass
 class EngineStats:
   """Counts since the engine was made."""
+
   prefill_tokens: int = 0  # given tokens that went through the model
-  reused_tokens: int = 0  # given tokens whose keys and values were there from another rollout or an earlier turn
-  decoded_tokens: int = 0  # tokens handed out, which is also the number of lane-steps that did something
+  reused_tokens: int = (
+    0  # given tokens whose keys and values were there from another rollout or an earlier turn
+  )
+  decoded_tokens: int = (
+    0  # tokens handed out, which is also the number of lane-steps that did something
+  )
   lane_steps: int = 0  # decode steps times lanes of their tiles
   decode_steps: int = 0  # each reads the weights once
   slots_read: int = 0  # keys and values of one token, read by a decode step
@@ -111,8 +128,11 @@ class EngineStats:
 @dataclasses.dataclass(eq=False)
 class _Rollout:
   """The host's account of one rollout, from `submit` until its lane is free again."""
+
   handle: int
-  context: np.ndarray  # int32 [n], what stands before the next token to be sampled, without the branch
+  context: (
+    np.ndarray
+  )  # int32 [n], what stands before the next token to be sampled, without the branch
   limit: int  # tokens to sample behind it
   key: np.ndarray  # uint32 [2]
   sampling: SamplingParams
@@ -149,31 +169,56 @@ class Engine:
       a tile that does not divide the lanes.
   """
 
-  def __init__(self, params: decoder.Params, config: DecoderConfig, *, stop_ids: Sequence[int], lanes: int = 64,
-               max_len: int = 1024, max_new: int | None = None, trunks: int | None = None, steps_per_call: int = 16,
-               tile: int | None = None, decode: Callable[[list[int]], str] | None = None):
+  def __init__(
+    self,
+    params: decoder.Params,
+    config: DecoderConfig,
+    *,
+    stop_ids: Sequence[int],
+    lanes: int = 64,
+    max_len: int = 1024,
+    max_new: int | None = None,
+    trunks: int | None = None,
+    steps_per_call: int = 16,
+    tile: int | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+  ):
     if tile is None:
       most = min(lanes, _CPU_TILE) if jax.default_backend() == 'cpu' else lanes
       tile = max((size for size in range(1, most + 1) if lanes % size == 0), default=1)
     max_new, trunks = max_len if max_new is None else max_new, lanes if trunks is None else trunks
     if tile < 1 or lanes % tile:
       raise ValueError(f'tile={tile} does not divide lanes={lanes}')
-    if min(lanes, steps_per_call, max_new, trunks) < 1 or not 2 <= max_len <= config.max_position_embeddings:
-      raise ValueError(f'lanes={lanes}, steps_per_call={steps_per_call}, max_new={max_new}, trunks={trunks} must be at least 1 '
-                       f'and max_len={max_len} in 2..{config.max_position_embeddings}, the positions of the model')
+    if (
+      min(lanes, steps_per_call, max_new, trunks) < 1
+      or not 2 <= max_len <= config.max_position_embeddings
+    ):
+      raise ValueError(
+        f'lanes={lanes}, steps_per_call={steps_per_call}, max_new={max_new}, trunks={trunks} must be at least 1 '
+        f'and max_len={max_len} in 2..{config.max_position_embeddings}, the positions of the model'
+      )
     if any(not 0 <= stop < config.vocab_size for stop in stop_ids):
-      raise ValueError(f'stop_ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}')
+      raise ValueError(
+        f'stop_ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}'
+      )
     self.config, self.max_len, self.max_new = config, max_len, min(max_new, max_len)
     self._hold(_committed(params))
     self.lanes, self.steps_per_call, self.tile, self.decode = lanes, steps_per_call, tile, decode
     self.stats = EngineStats()
-    self._ladder, self._spans, self._branch_spans = bucket_ladder(max_len), span_ladder(max_len), span_ladder(self.max_new)
+    self._ladder, self._spans, self._branch_spans = (
+      bucket_ladder(max_len),
+      span_ladder(max_len),
+      span_ladder(self.max_new),
+    )
     parts = (tile, *_CPU_PARTS) if jax.default_backend() == 'cpu' else _PARTS
     self._tiles = sorted({tile // part for part in parts if tile >= part})
     self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self._placement = cache_placement(params, config)
-    self._state = _committed(device.init_state(config, lanes, trunks, max_len, self.max_new, params['embed'].dtype,
-                                               self._placement))
+    self._state = _committed(
+      device.init_state(
+        config, lanes, trunks, max_len, self.max_new, params['embed'].dtype, self._placement
+      )
+    )
     self._trunks = TrunkTable(trunks, max_len)
     self._handles = 0
     self._streaming = False
@@ -182,7 +227,9 @@ class Engine:
     self._free = dict.fromkeys(range(lanes))  # in the order of release
     slot_A, drawn_A, limit_A = np.zeros((3, lanes), np.int32)
     rule = Rule(*(np.zeros(lanes, number.dtype) for number in SamplingParams().rule()))
-    self._inputs = LaneInputs(np.zeros((lanes, 2), np.uint32), drawn_A, slot_A, limit_A, np.zeros(lanes, bool), rule)
+    self._inputs = LaneInputs(
+      np.zeros((lanes, 2), np.uint32), drawn_A, slot_A, limit_A, np.zeros(lanes, bool), rule
+    )
     self._in_lane: list[_Rollout | None] = [None] * lanes
     self._tokens_AZ = np.zeros((lanes, self.max_new), np.int32)
     self._scores_3AZ = np.zeros((3, lanes, self.max_new), np.float32)
@@ -214,7 +261,9 @@ class Engine:
       raise ValueError(f'{name}: stop strings need an engine with `decode`')
     if not 0 <= request.top <= TOP:
       raise ValueError(f'{name}: top={request.top} alternatives; there may be {TOP}')
-    limit = self._limit(name, len(prompt), sampling.max_tokens if request.max_tokens is None else request.max_tokens)
+    limit = self._limit(
+      name, len(prompt), sampling.max_tokens if request.max_tokens is None else request.max_tokens
+    )
     key = sampling_lib.request_key(sampling.seed, request.key_id)
     rollout = _Rollout(self._handles, prompt, limit, key, sampling, hold, request.top)
     self._handles += 1
@@ -240,8 +289,11 @@ class Engine:
       raise ValueError(f'extend: rollout {handle} has no lane, or waits for an earlier extension')
     name, slots = f'extension of rollout {handle}', int(self._inputs.slot_B[rollout.lane])
     rollout.given = self._checked(name, tokens, len(rollout.context) + slots)
-    rollout.limit = self._limit(name, len(rollout.context) + slots + len(rollout.given),
-                                rollout.sampling.max_tokens if max_tokens is None else max_tokens)
+    rollout.limit = self._limit(
+      name,
+      len(rollout.context) + slots + len(rollout.given),
+      rollout.sampling.max_tokens if max_tokens is None else max_tokens,
+    )
     self._inputs.live_B[rollout.lane] = False
     self._queue.appendleft(rollout)
 
@@ -264,9 +316,15 @@ class Engine:
     """
     while self._queue and self._admit_round():
       pass
-    if self._queue and not self._inputs.live_B.any() and all(r.given is not None for r in self._in_lane if r):
-      raise RuntimeError(f'{len(self._queue)} rollouts wait for one of {len(self._trunks.length_P)} trunks and nothing runs that '
-                         'would give one up: the engine needs more trunks')
+    if (
+      self._queue
+      and not self._inputs.live_B.any()
+      and all(r.given is not None for r in self._in_lane if r)
+    ):
+      raise RuntimeError(
+        f'{len(self._queue)} rollouts wait for one of {len(self._trunks.length_P)} trunks and nothing runs that '
+        'would give one up: the engine needs more trunks'
+      )
     return self._advance()
 
   # --- many -----------------------------------------------------------------------------------------------------------------
@@ -288,13 +346,25 @@ class Engine:
     if old != new:
       raise ValueError(f'update: parameters of shapes {new} do not fit {old}')
 
-    places = jax.tree.map(lambda held: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=held.sharding), self.params)
+    places = jax.tree.map(
+      lambda held: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=held.sharding), self.params
+    )
     del self.params, self._decode_params
-    self._hold(jax.tree.map(lambda value, place: jax.device_put(jnp.asarray(value, place.dtype), place.sharding), params, places))
+    self._hold(
+      jax.tree.map(
+        lambda value, place: jax.device_put(jnp.asarray(value, place.dtype), place.sharding),
+        params,
+        places,
+      )
+    )
     self._trunks.forget()
 
-  def generate(self, requests: Sequence[Request], sampling: SamplingParams,
-               progress: Callable[[int], None] | None = None) -> list[Completion]:
+  def generate(
+    self,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    progress: Callable[[int], None] | None = None,
+  ) -> list[Completion]:
     """All completions, in the order of the requests. `progress` is told the tokens of each one as it ends."""
     waiting = collections.deque(enumerate(requests))
     done: list[Completion | None] = [None] * len(waiting)
@@ -356,11 +426,17 @@ class Engine:
   def _checked(self, name: str, tokens: np.ndarray, before: int = 0) -> np.ndarray:
     tokens, vocab = np.asarray(tokens), self.config.vocab_size
     if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in 'iu':
-      raise ValueError(f'{name}: a prompt is a row of at least one token id, got {tokens.dtype} {tokens.shape}')
+      raise ValueError(
+        f'{name}: a prompt is a row of at least one token id, got {tokens.dtype} {tokens.shape}'
+      )
     if before + len(tokens) >= self.max_len:
-      raise ValueError(f'{name}: a prompt of {before + len(tokens)} tokens leaves no room in max_len={self.max_len}')
+      raise ValueError(
+        f'{name}: a prompt of {before + len(tokens)} tokens leaves no room in max_len={self.max_len}'
+      )
     if tokens.min() < 0 or tokens.max() >= vocab:
-      raise ValueError(f'{name}: token ids {tokens.min()}..{tokens.max()} exceed the vocabulary of {vocab}')
+      raise ValueError(
+        f'{name}: token ids {tokens.min()}..{tokens.max()} exceed the vocabulary of {vocab}'
+      )
     return tokens.astype(np.int32)
 
   def _limit(self, name: str, before: int, limit: int) -> int:
@@ -378,7 +454,9 @@ class Engine:
     while self._queue:
       rollout = self._queue.popleft()
       if rollout.given is not None:
-        if (fill := self._grown(rollout)) is None:  # waits for a trunk: another reads its own, or this round copies it
+        if (
+          fill := self._grown(rollout)
+        ) is None:  # waits for a trunk: another reads its own, or this round copies it
           later.append(rollout)
           continue
       elif self._free and (found := self._trunks.acquire(rollout.context)):
@@ -409,9 +487,17 @@ class Engine:
     if trunk is None:
       return None
     self._state = self._counted(
-        device.commit, self._state, np.int32(rollout.trunk), np.int32(trunk), np.int32(lane), np.int32(length),
-        np.int32(count), span=bucket(self._ladder, length + count), branch_span=bucket(self._branch_spans, max(count, 1)),
-        placement=self._placement)
+      device.commit,
+      self._state,
+      np.int32(rollout.trunk),
+      np.int32(trunk),
+      np.int32(lane),
+      np.int32(length),
+      np.int32(count),
+      span=bucket(self._ladder, length + count),
+      branch_span=bucket(self._branch_spans, max(count, 1)),
+      placement=self._placement,
+    )
     given, rollout.given = rollout.given, None
     rollout.trunk, rollout.context, rollout.drawn = trunk, context, rollout.drawn + count
     self.stats.reused_tokens += length
@@ -421,7 +507,9 @@ class Engine:
     """Sets the lane of a rollout whose trunk is there to an empty branch."""
     inputs, lane = self._inputs, rollout.lane
     self._in_lane[lane] = rollout
-    for column, value in zip(inputs[:5], (rollout.key, rollout.drawn, 0, rollout.limit, True), strict=True):
+    for column, value in zip(
+      inputs[:5], (rollout.key, rollout.drawn, 0, rollout.limit, True), strict=True
+    ):
       column[lane] = value
     for column, value in zip(inputs.rule, rollout.sampling.rule(), strict=True):
       column[lane] = value
@@ -445,25 +533,44 @@ class Engine:
           rest.append(Fill(fill.target, fill.target, end, fill.tokens[PIECE:]))
       for (length, span), pieces in calls.items():
         for first in range(0, len(pieces), self.lanes):
-          self._prefill(length, span, pieces[first:first + self.lanes])
+          self._prefill(length, span, pieces[first : first + self.lanes])
       fills = rest
 
   def _prefill(self, length: int, span: int, pieces: Sequence[Fill]) -> None:
-    tokens_NT, place_4N = np.zeros((self.lanes, length), np.int32), np.zeros((4, self.lanes), np.int32)
+    tokens_NT, place_4N = (
+      np.zeros((self.lanes, length), np.int32),
+      np.zeros((4, self.lanes), np.int32),
+    )
     for row, piece in enumerate(pieces):
-      tokens_NT[row, :len(piece.tokens)] = piece.tokens
+      tokens_NT[row, : len(piece.tokens)] = piece.tokens
       place_4N[:, row] = piece.source, piece.target, piece.start, len(piece.tokens)
     rows = max(1, min(BATCH // length, self.lanes))
-    self._state = self._counted(device.prefill, self.params, self._state, tokens_NT, place_4N, np.int32(len(pieces)),
-                                config=self.config, span=span, rows=rows, placement=self._placement)
+    self._state = self._counted(
+      device.prefill,
+      self.params,
+      self._state,
+      tokens_NT,
+      place_4N,
+      np.int32(len(pieces)),
+      config=self.config,
+      span=span,
+      rows=rows,
+      placement=self._placement,
+    )
     self.stats.prefill_calls += 1
 
   def _advance(self) -> list[Progress]:
     """One decode call for each tile with live lanes, and what they drew."""
     live_A = self._inputs.live_B
     trunk_A = np.array([rollout.trunk if rollout else 0 for rollout in self._in_lane], np.int32)
-    tiles = plan_tiles(np.flatnonzero(live_A), np.flatnonzero(~live_A), trunk_A, self._trunks.length_P[trunk_A],
-                       self._inputs.slot_B, self._tiles)
+    tiles = plan_tiles(
+      np.flatnonzero(live_A),
+      np.flatnonzero(~live_A),
+      trunk_A,
+      self._trunks.length_P[trunk_A],
+      self._inputs.slot_B,
+      self._tiles,
+    )
     calls = [(tile, *self._decode(tile)) for tile in tiles]
     result = []
     for tile, slots, drawn in calls:
@@ -486,9 +593,22 @@ class Engine:
     # All that there may be, however many are wanted: other numbers would be other programs.
     top = min(TOP, self.config.vocab_size) if any(rollout.top for rollout in rollouts) else 0
     self._state, drawn = self._counted(
-        device.decode, self._decode_params, self._state, tile.trunk_R, tile.sharing, lane_B, inputs, self._stop_ids,
-        config=self.config, trunk_span=trunk_span, span=span, top=top, steps=self.steps_per_call, placement=self._placement,
-        mode=sampling_lib.widest(rollout.sampling.mode for rollout in rollouts))
+      device.decode,
+      self._decode_params,
+      self._state,
+      tile.trunk_R,
+      tile.sharing,
+      lane_B,
+      inputs,
+      self._stop_ids,
+      config=self.config,
+      trunk_span=trunk_span,
+      span=span,
+      top=top,
+      steps=self.steps_per_call,
+      placement=self._placement,
+      mode=sampling_lib.widest(rollout.sampling.mode for rollout in rollouts),
+    )
     return len(tile.trunk_R) * trunk_span + len(lane_B) * span, drawn
 
   def _collect(self, lane_B: np.ndarray, drawn: device.Drawn) -> list[Progress]:
@@ -497,21 +617,34 @@ class Engine:
     for column in np.flatnonzero(self._inputs.live_B[lane_B]).tolist():
       lane = int(lane_B[column])
       before, after = int(self._inputs.slot_B[lane]), int(drawn.slot_B[column])
-      scores_3Q = drawn.scores_3QB[:, :after - before, column]
+      scores_3Q = drawn.scores_3QB[:, : after - before, column]
       if np.isnan(scores_3Q).any():
         raise FloatingPointError('the model gives log-probabilities that are not a number')
-      self._tokens_AZ[lane, before:after] = drawn.tokens_QB[:after - before, column]
+      self._tokens_AZ[lane, before:after] = drawn.tokens_QB[: after - before, column]
       self._scores_3AZ[:, lane, before:after] = scores_3Q
       rollout = self._in_lane[lane]
-      after, stop = self._stopped(rollout, before, after) if rollout.sampling.stop else (after, None)
+      after, stop = (
+        self._stopped(rollout, before, after) if rollout.sampling.stop else (after, None)
+      )
       self._inputs.slot_B[lane] = after
       self.stats.decoded_tokens += after - before
       completion = None
       if stop is not None or not drawn.live_B[column]:
         completion = self._end(rollout, after, stop)
-      top = Alternatives(*(all_QBK[:after - before, column, :rollout.top] for all_QBK in drawn.top)) if rollout.top else None
-      result.append(Progress(rollout.handle, self._tokens_AZ[lane, before:after].copy(),
-                             *self._scores_3AZ[:2, lane, before:after].copy(), completion, top))
+      top = (
+        Alternatives(*(all_QBK[: after - before, column, : rollout.top] for all_QBK in drawn.top))
+        if rollout.top
+        else None
+      )
+      result.append(
+        Progress(
+          rollout.handle,
+          self._tokens_AZ[lane, before:after].copy(),
+          *self._scores_3AZ[:2, lane, before:after].copy(),
+          completion,
+          top,
+        )
+      )
     return result
 
   def _stopped(self, rollout: _Rollout, before: int, after: int) -> tuple[int, str | None]:
@@ -521,10 +654,10 @@ class Engine:
     """
     tokens = self._tokens_AZ[rollout.lane, :after].tolist()
     reach = max(len(text.encode()) for text in rollout.sampling.stop)
-    chunk = self.decode(tokens[max(0, before + 1 - reach):])
+    chunk = self.decode(tokens[max(0, before + 1 - reach) :])
     if any(text in chunk for text in rollout.sampling.stop):
       for end in range(before + 1, after + 1):
-        tail = self.decode(tokens[max(0, end - reach):end])
+        tail = self.decode(tokens[max(0, end - reach) : end])
         if found := [text for text in rollout.sampling.stop if text in tail]:
           return end, found[0]
     return after, None
@@ -533,8 +666,13 @@ class Engine:
     """The completion of a rollout that has ended; its lane is free, or held."""
     lane = rollout.lane
     tokens = self._tokens_AZ[lane, :count].copy()
-    completion = Completion(tokens, *self._scores_3AZ[:, lane, :count].copy(), bool(tokens[-1] in self._stop_ids), stop,
-                            len(rollout.context))
+    completion = Completion(
+      tokens,
+      *self._scores_3AZ[:, lane, :count].copy(),
+      bool(tokens[-1] in self._stop_ids),
+      stop,
+      len(rollout.context),
+    )
     self._inputs.live_B[lane] = False
     if not rollout.hold:
       del self._rollouts[rollout.handle]
@@ -564,5 +702,8 @@ def cache_placement(params: decoder.Params, config: DecoderConfig) -> NamedShard
   held = getattr(params['embed'], 'sharding', None)  # numpy arrays have none
   if not isinstance(held, NamedSharding) or held.mesh.size == 1:
     return None
-  axes, shape = ('layers', 'length', 'kv_heads', 'length', 'head_dim'), (1, 1, config.num_key_value_heads, 1, 1)
+  axes, shape = (
+    ('layers', 'length', 'kv_heads', 'length', 'head_dim'),
+    (1, 1, config.num_key_value_heads, 1, 1),
+  )
   return NamedSharding(held.mesh, sharding.partition_spec(axes, shape, held.mesh))

@@ -2,6 +2,7 @@
 
 Letters as in device.py.
 """
+
 import collections
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -12,7 +13,9 @@ import numpy as np
 from dcore_jax.models.attention import Sharing
 
 WIDTH = 8  # places for lanes at a shared trunk
-_MIN_PREFIX = 32  # tokens in common that are worth a copy of a trunk; also a quarter of the prompt at least
+_MIN_PREFIX = (
+  32  # tokens in common that are worth a copy of a trunk; also a quarter of the prompt at least
+)
 
 
 def bucket_ladder(max_len: int) -> tuple[int, ...]:
@@ -24,7 +27,11 @@ def bucket_ladder(max_len: int) -> tuple[int, ...]:
 def span_ladder(max_len: int) -> tuple[int, ...]:
   """The spans of slots that decode programs are compiled for: 64, 128, 256, 512, 768, 1024, 1536, ... up to `max_len`. Short
   ones are coarser than for prompts: reading them is a small part of a step, and each pair of spans is a program."""
-  return tuple(step for step in bucket_ladder(max_len) if step > 512 or step == max_len or step.bit_count() == 1)
+  return tuple(
+    step
+    for step in bucket_ladder(max_len)
+    if step > 512 or step == max_len or step.bit_count() == 1
+  )
 
 
 def bucket(ladder: Sequence[int], length: int) -> int:
@@ -34,6 +41,7 @@ def bucket(ladder: Sequence[int], length: int) -> int:
 
 class Fill(NamedTuple):
   """Tokens to be appended to `start` slots that trunk `source` has, as trunk `target`."""
+
   source: int
   target: int
   start: int
@@ -112,12 +120,18 @@ class TrunkTable:
 
   def _idle_one(self, excluded: Collection[int] = ()) -> int | None:
     """An empty trunk, or the one that has been idle for longest."""
-    idle = [trunk for trunk in np.flatnonzero(self._users_P == 0).tolist() if self._idle(trunk) and trunk not in excluded]
-    return min(idle, key=lambda trunk: (self.length_P[trunk] > 0, self._used_P[trunk]), default=None)
+    idle = [
+      trunk
+      for trunk in np.flatnonzero(self._users_P == 0).tolist()
+      if self._idle(trunk) and trunk not in excluded
+    ]
+    return min(
+      idle, key=lambda trunk: (self.length_P[trunk] > 0, self._used_P[trunk]), default=None
+    )
 
   def _take(self, trunk: int, tokens: np.ndarray) -> None:
     self._tokens_PS[trunk], self.length_P[trunk] = -1, len(tokens)
-    self._tokens_PS[trunk, :len(tokens)] = tokens
+    self._tokens_PS[trunk, : len(tokens)] = tokens
     self._users_P[trunk] += 1
     self._pinned.add(trunk)
     self._written.add(trunk)
@@ -126,13 +140,20 @@ class TrunkTable:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tile:
   """Lanes that are decoded together."""
+
   lane_B: np.ndarray  # int32
   trunk_R: np.ndarray  # int32
   sharing: Sharing
 
 
-def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_A: np.ndarray, slot_A: np.ndarray,
-               sizes: Sequence[int]) -> list[Tile]:
+def plan_tiles(
+  live: np.ndarray,
+  spare: np.ndarray,
+  trunk_A: np.ndarray,
+  length_A: np.ndarray,
+  slot_A: np.ndarray,
+  sizes: Sequence[int],
+) -> list[Tile]:
   """The live lanes in tiles of the largest size and, for the last ones, the smallest that holds them.
 
   Lanes of a trunk are side by side and short ones before long ones, so that a tile reads little more than its lanes hold.
@@ -145,15 +166,20 @@ def plan_tiles(live: np.ndarray, spare: np.ndarray, trunk_A: np.ndarray, length_
     slot_A: slots in use of each lane's branch.
     sizes: of tiles, ascending.
   """
-  reach = {trunk: int((length_A[mine] + slot_A[mine]).max()) for trunk in np.unique(trunk_A[live])
-           for mine in [live[trunk_A[live] == trunk]]}
-  order = sorted(live.tolist(), key=lambda lane: (reach[trunk_A[lane]], trunk_A[lane], slot_A[lane], lane))
+  reach = {
+    trunk: int((length_A[mine] + slot_A[mine]).max())
+    for trunk in np.unique(trunk_A[live])
+    for mine in [live[trunk_A[live] == trunk]]
+  }
+  order = sorted(
+    live.tolist(), key=lambda lane: (reach[trunk_A[lane]], trunk_A[lane], slot_A[lane], lane)
+  )
   tiles, spare = [], spare.tolist()
   while order:
     size = next((size for size in sizes if len(order) <= size), sizes[-1])
     mine, order = order[:size], order[size:]
-    fill = spare[:size - len(mine)]
-    spare = spare[len(fill):]
+    fill = spare[: size - len(mine)]
+    spare = spare[len(fill) :]
     tiles.append(_tile(mine, fill, trunk_A, length_A))
   return tiles
 
@@ -165,7 +191,11 @@ def _tile(live: list[int], fill: list[int], trunk_A: np.ndarray, length_A: np.nd
   places = collections.defaultdict(list)
   for index, lane in enumerate(live):
     places[trunk_A[lane]].append(index)
-  rows = [(trunk, mine[first:first + WIDTH]) for trunk, mine in places.items() for first in range(0, len(mine), WIDTH)]
+  rows = [
+    (trunk, mine[first : first + WIDTH])
+    for trunk, mine in places.items()
+    for first in range(0, len(mine), WIDTH)
+  ]
   R = next((R for R in (B // 8, B // 4) if len(rows) <= R), None)
   if R is None:
     length_R = np.where(np.arange(B) < len(live), length_A[lane_B], 0).astype(np.int32)
@@ -175,6 +205,6 @@ def _tile(live: list[int], fill: list[int], trunk_A: np.ndarray, length_A: np.nd
   lane_RW, place_B = np.zeros((R, WIDTH), np.int32), np.zeros(B, np.int32)
   for row, (trunk, mine) in enumerate(rows):
     trunk_R[row], length_R[row] = trunk, length_A[live[mine[0]]]
-    lane_RW[row, :len(mine)] = mine
+    lane_RW[row, : len(mine)] = mine
     place_B[mine] = row * WIDTH + np.arange(len(mine))
   return Tile(lane_B, trunk_R, Sharing(length_R, lane_RW, place_B))

@@ -1,4 +1,5 @@
 """Models with everything needed to use them, and their engines: the packaged organism, local directories, random weights."""
+
 import dataclasses
 import hashlib
 import pathlib
@@ -28,8 +29,11 @@ ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
 @dataclasses.dataclass
 class Policy:
   """A model with everything needed to use it."""
+
   config: DecoderConfig
-  load: Callable[[Mesh | None], Any]  # the parameters, float32, in their shards on a mesh; read or drawn at every call
+  load: Callable[
+    [Mesh | None], Any
+  ]  # the parameters, float32, in their shards on a mesh; read or drawn at every call
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
   path: pathlib.Path | None  # of the weights; None where they are random
@@ -53,21 +57,43 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | 
 
   Llama-3.1 stops at three tokens (end of text, of message, of turn), of which its tokenizer names one.
   """
-  ids = [*_generation_stop_ids(folder), *config.stop_token_ids, tokenizer.eos_token_id, turn_format(tokenizer).end_of_turn_id]
+  ids = [
+    *_generation_stop_ids(folder),
+    *config.stop_token_ids,
+    tokenizer.eos_token_id,
+    turn_format(tokenizer).end_of_turn_id,
+  ]
   return sorted({i for i in ids if i is not None})
 
 
-def make_engine(config: ml_collections.ConfigDict, policy: Policy, params: decoder.Params, mesh: Mesh | None, *,
-                groups: bool = False) -> Engine:
+def make_engine(
+  config: ml_collections.ConfigDict,
+  policy: Policy,
+  params: decoder.Params,
+  mesh: Mesh | None,
+  *,
+  groups: bool = False,
+) -> Engine:
   """The engine that section `engine` describes, with weights on the training `mesh`: in the dtype of computation, and on a mesh
   of its own where the section asks for one. `groups`: rollouts come in groups that share a prompt, for which the section may
   want fewer trunks than lanes; with a prompt for each, as many would be idle as there are trunks too few."""
   c = config.engine
   params = decoder.cast(params, Execution(**config.execution).dtype(params))
   if mesh := distributed.engine_mesh(config, mesh):
-    params = jax.device_put(params, sharding.shardings(decoder.abstract_params(policy.config), mesh))
-  return Engine(params, policy.config, stop_ids=policy.stop_ids, lanes=c.lanes, max_len=c.max_len, max_new=c.max_new or None,
-                trunks=c.trunks or None if groups else None, tile=c.tile or None, steps_per_call=c.steps_per_call)
+    params = jax.device_put(
+      params, sharding.shardings(decoder.abstract_params(policy.config), mesh)
+    )
+  return Engine(
+    params,
+    policy.config,
+    stop_ids=policy.stop_ids,
+    lanes=c.lanes,
+    max_len=c.max_len,
+    max_new=c.max_new or None,
+    trunks=c.trunks or None if groups else None,
+    tile=c.tile or None,
+    steps_per_call=c.steps_per_call,
+  )
 
 
 def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> LocalBackend:
@@ -80,9 +106,13 @@ def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> L
   return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 
-def load_tokenizer(config: ml_collections.ConfigDict) -> tuple[transformers.PreTrainedTokenizerBase, pathlib.Path]:
+def load_tokenizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[transformers.PreTrainedTokenizerBase, pathlib.Path]:
   """(tokenizer, its directory) of a config section `model`: its own, or that of its model. ValueError where there is none."""
-  folder = data_path(config.tokenizer or config.path) if config.tokenizer or config.path else ORGANISM
+  folder = (
+    data_path(config.tokenizer or config.path) if config.tokenizer or config.path else ORGANISM
+  )
   try:
     return transformers.AutoTokenizer.from_pretrained(str(folder)), folder
   except OSError as error:
@@ -99,7 +129,9 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   path = data_path(config.path) if config.path else ORGANISM
   tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
-    raise ValueError(f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them')
+    raise ValueError(
+      f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them'
+    )
   model = DecoderConfig.from_hf(dict(config.init)) if config.init else load_config(path)
   if config.preset and not presets.same_model(model, presets.config(config.preset)):
     raise ValueError(f'{str(path)!r} does not hold a model of the preset {config.preset!r}')
@@ -108,12 +140,16 @@ def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
   def load(mesh: Mesh | None) -> Any:
     placed = sharding.shardings(specs, mesh) if mesh else None
     if config.init:
-      return jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(model, jax.random.key(seed))
+      return jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(
+        model, jax.random.key(seed)
+      )
     return load_params(path, shardings=placed)[1]
 
   if len(tokenizer) > model.vocab_size:
-    raise ValueError(f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
-                     f'the embedding {model.vocab_size} rows')
+    raise ValueError(
+      f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
+      f'the embedding {model.vocab_size} rows'
+    )
   return Policy(model, load, tokenizer, tokenizer_dir, None if config.init else path)
 
 

@@ -5,6 +5,7 @@ it), which needs two uniform numbers a lane instead of one Gumbel number a vocab
 top-p, then min-p) finds its threshold by bisection over the bit patterns of the probabilities: exact, and without sorting
 the vocabulary. Every lane has a rule of its own.
 """
+
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,7 @@ class SamplingParams:
   Raises:
     ValueError: a value out of its range.
   """
+
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0
@@ -45,9 +47,16 @@ class SamplingParams:
   stop: tuple[str, ...] = ()
 
   def __post_init__(self):
-    ranges = {'temperature': 0 <= self.temperature < math.inf, 'top_p': 0 < self.top_p <= 1, 'top_k': self.top_k >= 0,
-              'max_tokens': self.max_tokens >= 1, 'seed': self.seed >= 0, 'min_p': 0 <= self.min_p <= 1,
-              'stop': isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)}
+    ranges = {
+      'temperature': 0 <= self.temperature < math.inf,
+      'top_p': 0 < self.top_p <= 1,
+      'top_k': self.top_k >= 0,
+      'max_tokens': self.max_tokens >= 1,
+      'seed': self.seed >= 0,
+      'min_p': 0 <= self.min_p <= 1,
+      'stop': isinstance(self.stop, tuple)
+      and all(isinstance(text, str) and text for text in self.stop),
+    }
     for name, valid in ranges.items():
       if not valid:
         raise ValueError(f'sampling: {name} = {getattr(self, name)!r} is out of range')
@@ -61,11 +70,17 @@ class SamplingParams:
 
   def rule(self) -> 'Rule':
     """Of one lane: numpy scalars."""
-    return Rule(np.float32(self.temperature), np.float32(self.top_p), np.int32(self.top_k), np.float32(self.min_p))
+    return Rule(
+      np.float32(self.temperature),
+      np.float32(self.top_p),
+      np.int32(self.top_k),
+      np.float32(self.min_p),
+    )
 
 
 class Rule(NamedTuple):
   """The numbers of the lanes' rules, as a compiled program takes them: changing them compiles nothing."""
+
   temperature_B: jax.Array | np.ndarray
   top_p_B: jax.Array | np.ndarray
   top_k_B: jax.Array | np.ndarray  # int32
@@ -88,7 +103,9 @@ def request_key(seed: int, key_id: Sequence[int]) -> np.ndarray:
   """
   if any(not 0 <= part < 2**32 for part in key_id):
     raise ValueError(f'key_id {tuple(key_id)} has a part outside 0..2^32-1')
-  return np.random.SeedSequence(seed, spawn_key=tuple(int(part) for part in key_id)).generate_state(2)
+  return np.random.SeedSequence(seed, spawn_key=tuple(int(part) for part in key_id)).generate_state(
+    2
+  )
 
 
 def token_keys(key_B2: jax.Array, index_B: jax.Array) -> jax.Array:
@@ -116,6 +133,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams) ->
 class Alternatives(NamedTuple):
   """The most likely tokens at a place, the first of equals first, with their log-probabilities under the policy that drew there
   (`Draw.logprob_B` where one of them was drawn); -inf for what truncation left out."""
+
   token_BK: jax.Array | np.ndarray  # int32
   logprob_BK: jax.Array | np.ndarray  # float32, falling
 
@@ -124,6 +142,7 @@ class Draw(NamedTuple):
   """Tokens with their log-probabilities under the policy that drew them (after temperature and truncation, renormalised) and
   before truncation, as a trainer computes them at the same temperature, and the entropy there. Greedy lanes: of the untempered
   distribution."""
+
   token_B: jax.Array  # int32
   logprob_B: jax.Array  # float32
   full_logprob_B: jax.Array  # float32
@@ -144,15 +163,23 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, to
     score_BV = score_BV / jnp.where(greedy_B, 1, rule.temperature_B)[:, None]
     full_BV = mass_BV = jnp.exp(score_BV)
     if mode == 'truncated':
-      keep = [jnp.where(greedy_B, nothing, number) for nothing, number in zip((1.0, 0, 0.0), rule[1:])]
+      keep = [
+        jnp.where(greedy_B, nothing, number) for nothing, number in zip((1.0, 0, 0.0), rule[1:])
+      ]
       mass_BV = truncate(full_BV, *keep)
     token_B = _invert(mass_BV, uniform_B2)
     # Scores of at least 0 are those of the most likely tokens. The scan for them is spared where no lane is greedy.
-    token_B = jax.lax.cond(jnp.any(greedy_B), lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B), lambda: token_B)
+    token_B = jax.lax.cond(
+      jnp.any(greedy_B),
+      lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B),
+      lambda: token_B,
+    )
   score_B = jnp.take_along_axis(score_BV, token_B[:, None], axis=-1)[:, 0]
   total_B = jnp.sum(full_BV, axis=-1)
   full_logprob_B = logprob_B = score_B - jnp.log(total_B)
-  mean_score_B = jnp.sum(jnp.where(full_BV == 0, 0, full_BV * score_BV), axis=-1) / total_B  # a logit may be -inf
+  mean_score_B = (
+    jnp.sum(jnp.where(full_BV == 0, 0, full_BV * score_BV), axis=-1) / total_B
+  )  # a logit may be -inf
   entropy_B = jnp.log(total_B) - mean_score_B
   if mode == 'truncated':
     logprob_B = score_B - jnp.log(jnp.sum(mass_BV, axis=-1))
@@ -160,11 +187,18 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, to
   if not top:
     return Draw(token_B, logprob_B, full_logprob_B, entropy_B)
   score_BK, token_BK = jax.lax.top_k(score_BV, top)
-  return Draw(token_B, logprob_B, full_logprob_B, entropy_B,
-              Alternatives(token_BK, score_BK - jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))))
+  return Draw(
+    token_B,
+    logprob_B,
+    full_logprob_B,
+    entropy_B,
+    Alternatives(token_BK, score_BK - jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))),
+  )
 
 
-def truncate(mass_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
+def truncate(
+  mass_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array
+) -> jax.Array:
   """Zeroes what top-k, then top-p and min-p leave out. Tokens as likely as the last one kept are kept too.
 
   Args:
@@ -193,20 +227,26 @@ def truncate(mass_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B
 
 def _largest(holds: Callable[[jax.Array], jax.Array], wanted_B: jax.Array) -> jax.Array:
   """int32 [B]: the largest bit pattern in 0..1.0 that `holds` (true up to some pattern); 0 for lanes that are not `wanted`."""
+
   def halve(_, bounds):
     low_B, high_B = bounds
     middle_B = (low_B + high_B + 1) // 2
     true_B = holds(middle_B)
     return jnp.where(true_B, middle_B, low_B), jnp.where(true_B, high_B, middle_B - 1)
+
   low_B = jnp.zeros(wanted_B.shape, jnp.int32)
   halvings = jnp.where(jnp.any(wanted_B), _ONE_BITS.bit_length(), 0)
-  return jnp.where(wanted_B, jax.lax.fori_loop(0, halvings, halve, (low_B, low_B + _ONE_BITS))[0], 0)
+  return jnp.where(
+    wanted_B, jax.lax.fori_loop(0, halvings, halve, (low_B, low_B + _ONE_BITS))[0], 0
+  )
 
 
 def _invert(mass_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
   """int32 [B]: where the cumulative mass passes the uniform numbers: first the block, then the token in it."""
   rows, vocab = mass_BV.shape
-  width = 2 ** math.ceil(math.log2(vocab) / 2)  # about the square root: both levels are equally short
+  width = 2 ** math.ceil(
+    math.log2(vocab) / 2
+  )  # about the square root: both levels are equally short
   mass_BCW = jnp.pad(mass_BV, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
   block_B = _pass(jnp.sum(mass_BCW, axis=-1), uniform_B2[:, 0])
   mass_BW = jnp.take_along_axis(mass_BCW, block_B[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,5 @@
 """Config files: Python functions returning a `ConfigDict`, checked field by field against what the program reads."""
+
 import difflib
 from typing import Any
 
@@ -9,18 +10,27 @@ from ml_collections import config_flags
 _KINDS = ((bool, 'a boolean'), ((int, float), 'a number'), (str, 'text'), ((list, tuple), 'a list'))
 
 
-def define_config(default: str | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+def define_config(
+  default: str | None = None, flag_values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder:
   """The flag `--config=path.py[:variant]` with overrides `--config.field=value`; an override of no field is an error.
 
   Programs share the one flag, so that several of them can be imported into one process (tests, notebooks).
   """
   if 'config' in flag_values:
     return flags.FlagHolder(flag_values, flag_values['config'])
-  return config_flags.DEFINE_config_file('config', default, 'Config file, path.py or path.py:variant.',
-                                         lock_config=True, flag_values=flag_values)
+  return config_flags.DEFINE_config_file(
+    'config',
+    default,
+    'Config file, path.py or path.py:variant.',
+    lock_config=True,
+    flag_values=flag_values,
+  )
 
 
-def check_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def check_config(
+  config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
   """`defaults` overlaid with `config`, frozen.
 
   A field that `defaults` lacks, or whose value is of another kind (a number where text is expected), would be ignored
@@ -49,11 +59,15 @@ def _overlay(config: Any, defaults: Any, prefix: str, problems: list[str]) -> di
     field, value = prefix + name, config[name]
     if name not in defaults:
       near = difflib.get_close_matches(name, list(defaults), n=1)
-      problems.append(f'unknown field {field!r}' + (f' (did you mean {prefix + near[0]!r}?)' if near else ''))
+      problems.append(
+        f'unknown field {field!r}' + (f' (did you mean {prefix + near[0]!r}?)' if near else '')
+      )
       continue
     default = defaults[name]
     if _is_section(default) and _is_section(value):
-      merged[name] = _overlay(value, default, field + '.', problems) if len(default) else _plain(value)
+      merged[name] = (
+        _overlay(value, default, field + '.', problems) if len(default) else _plain(value)
+      )
     elif value is not None and default is not None and _kind(value) != _kind(default):
       problems.append(f'field {field!r} must be {_kind(default)}, got {value!r}')
     else:

@@ -1,4 +1,5 @@
 """A run's weights as a Hugging Face directory: those of a finished stage, or of a checkpoint in the middle of one."""
+
 import pathlib
 from typing import Any, NamedTuple
 
@@ -17,13 +18,16 @@ from dcore_jax.train.checkpoint import STATE, read_part
 
 class Weights(NamedTuple):
   """Where weights are: in a Hugging Face directory, or with `step` in a checkpoint of training."""
+
   folder: pathlib.Path
   run: pathlib.Path | None  # the work directory they were made in
   stage: str
   step: int | None = None
 
 
-def export(checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'bfloat16', overwrite: bool = False) -> Weights:
+def export(
+  checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'bfloat16', overwrite: bool = False
+) -> Weights:
   """Writes what `checkpoint` names as a Hugging Face directory -> where the weights were.
 
   Args:
@@ -42,17 +46,34 @@ def export(checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'bfloat1
   if found.run is None:
     config, params = load_params(found.folder, shardings=_spread(load_config(found.folder)))
     card = found.folder / 'README.md'
-    save_checkpoint(out, config, params, tokenizer_dir=_with_tokenizer(found.folder), dtype=dtype, overwrite=overwrite,
-                    generation_config=_read(found.folder / 'generation_config.json') or None,
-                    card=card.read_text(encoding='utf-8') if card.is_file() else None)
+    save_checkpoint(
+      out,
+      config,
+      params,
+      tokenizer_dir=_with_tokenizer(found.folder),
+      dtype=dtype,
+      overwrite=overwrite,
+      generation_config=_read(found.folder / 'generation_config.json') or None,
+      card=card.read_text(encoding='utf-8') if card.is_file() else None,
+    )
     return found
   run = read_json(found.run / 'config.json')
   section = ml_collections.ConfigDict(run['model'])
   config, params = _load(found, section)
   tokenizer, tokenizer_dir = load_tokenizer(section)
-  card = model_card(run, config, stage=found.stage, step=found.step, summary=_read(found.run / 'summary.json'))
-  save_checkpoint(out, config, params, tokenizer_dir=tokenizer_dir, dtype=dtype, overwrite=overwrite, card=card,
-                  generation_config=generation_config(section, config, tokenizer))
+  card = model_card(
+    run, config, stage=found.stage, step=found.step, summary=_read(found.run / 'summary.json')
+  )
+  save_checkpoint(
+    out,
+    config,
+    params,
+    tokenizer_dir=tokenizer_dir,
+    dtype=dtype,
+    overwrite=overwrite,
+    card=card,
+    generation_config=generation_config(section, config, tokenizer),
+  )
   return found
 
 
@@ -76,14 +97,21 @@ def find(checkpoint: pathlib.Path) -> Weights:
         if (place / 'config.json').is_file() or _steps(place):
           return find(place)
     raise ValueError(f'{checkpoint} is a run in which nothing has been trained yet')
-  raise ValueError(f'{checkpoint} is neither a run, nor a checkpoint of one, nor a Hugging Face directory')
+  raise ValueError(
+    f'{checkpoint} is neither a run, nor a checkpoint of one, nor a Hugging Face directory'
+  )
 
 
-def generation_config(section: ml_collections.ConfigDict, model: DecoderConfig, tokenizer: Any) -> dict[str, Any]:
+def generation_config(
+  section: ml_collections.ConfigDict, model: DecoderConfig, tokenizer: Any
+) -> dict[str, Any]:
   """That of the model which a config section `model` names, with every id that ends an answer of `model`."""
   folder = data_path(section.path) if section.path else None if section.init else ORGANISM
   stored = _read(folder / 'generation_config.json') if folder else {}
-  return stored | {'eos_token_id': find_stop_ids(model, tokenizer, folder), 'pad_token_id': tokenizer.pad_token_id}
+  return stored | {
+    'eos_token_id': find_stop_ids(model, tokenizer, folder),
+    'pad_token_id': tokenizer.pad_token_id,
+  }
 
 
 def _load(found: Weights, section: ml_collections.ConfigDict) -> tuple[DecoderConfig, Any]:
@@ -104,7 +132,9 @@ def _spread(config: DecoderConfig) -> Any:
   """The shardings of parameters that are split over all devices; None where there is one."""
   if jax.device_count() == 1:
     return None
-  return sharding.shardings(decoder.abstract_params(config), sharding.make_mesh(fsdp=jax.device_count()))
+  return sharding.shardings(
+    decoder.abstract_params(config), sharding.make_mesh(fsdp=jax.device_count())
+  )
 
 
 def _states(folder: pathlib.Path) -> pathlib.Path:
@@ -114,7 +144,11 @@ def _states(folder: pathlib.Path) -> pathlib.Path:
 
 def _steps(path: pathlib.Path) -> list[int]:
   """The steps that are complete in a folder of checkpoints."""
-  return sorted(int(child.name) for child in _states(path).glob('[0-9]*') if child.name.isdecimal() and (child / 'tree').is_dir())
+  return sorted(
+    int(child.name)
+    for child in _states(path).glob('[0-9]*')
+    if child.name.isdecimal() and (child / 'tree').is_dir()
+  )
 
 
 def _is_run(path: pathlib.Path) -> bool:
@@ -128,12 +162,20 @@ def _stages(path: pathlib.Path) -> tuple[str, ...]:
 
 def _run_of(path: pathlib.Path) -> pathlib.Path:
   if not _is_run(path):
-    raise ValueError(f'{path} holds no config.json of a run: what model the checkpoint is of cannot be known')
+    raise ValueError(
+      f'{path} holds no config.json of a run: what model the checkpoint is of cannot be known'
+    )
   return path
 
 
 def _with_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
-  return folder if any((folder / name).is_file() for name in ('tokenizer.json', 'vocab.json', 'tokenizer.model')) else None
+  return (
+    folder
+    if any(
+      (folder / name).is_file() for name in ('tokenizer.json', 'vocab.json', 'tokenizer.model')
+    )
+    else None
+  )
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

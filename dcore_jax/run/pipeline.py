@@ -8,6 +8,7 @@
     W/summary.json, W/report.html   what other programs, and people, read
 A stage whose result.json is there is not run again.
 """
+
 import json
 import pathlib
 from collections.abc import Callable
@@ -63,8 +64,10 @@ class Pipeline:
       raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
     for field in ('files', 'reward'):
       if self.config.rl.episodes and self.config.rl[field] != default_config().rl[field]:
-        raise ValueError(f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
-                         f'{self.config.rl[field]!r} is for single prompts: set one of them')
+        raise ValueError(
+          f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
+          f'{self.config.rl[field]!r} is for single prompts: set one of them'
+        )
     distributed.keep_programs()
     self.workdir = workdir
     self.world = ToolWorld(self.config.world.max_subtasks)
@@ -80,10 +83,14 @@ class Pipeline:
     mine, path = json.loads(json.dumps(to_json(self.config))), self.workdir / 'config.json'
     if path.exists():
       theirs = read_json(path)
-      different = [k for k in mine if k not in ('stages', 'report', 'name') and mine[k] != theirs.get(k)]
+      different = [
+        k for k in mine if k not in ('stages', 'report', 'name') and mine[k] != theirs.get(k)
+      ]
       if different:
-        raise ValueError(f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; '
-                         'name another --workdir')
+        raise ValueError(
+          f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; '
+          'name another --workdir'
+        )
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, mine)
     distributed.wait_for_others('claim')
@@ -96,17 +103,19 @@ class Pipeline:
   def run(self) -> dict[str, Any]:
     """Runs what is asked for and not there yet -> the summary."""
     steps: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-        'evaluate_base': ('evaluate_base', lambda: self.evaluate('base')),
-        'distill': ('distill', self.distill),
-        'sft': ('sft', self.sft),
-        'evaluate_sft': ('evaluate_sft', lambda: self.evaluate('sft')),
-        'rl': (self.final, self.rl),
-        'evaluate_rl': (f'evaluate_{self.final}', lambda: self.evaluate(self.final)),
-        'export': ('export_result', self.export),
+      'evaluate_base': ('evaluate_base', lambda: self.evaluate('base')),
+      'distill': ('distill', self.distill),
+      'sft': ('sft', self.sft),
+      'evaluate_sft': ('evaluate_sft', lambda: self.evaluate('sft')),
+      'rl': (self.final, self.rl),
+      'evaluate_rl': (f'evaluate_{self.final}', lambda: self.evaluate(self.final)),
+      'export': ('export_result', self.export),
     }
     for name, (folder, run_stage) in steps.items():
       result = self.workdir / folder / 'result.json'
-      if name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained():
+      if (
+        name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained()
+      ):
         result.unlink(missing_ok=True)  # made before the last stage was
       if name not in self.config.stages:
         continue
@@ -118,7 +127,9 @@ class Pipeline:
         values = run_stage()
       result.parent.mkdir(parents=True, exist_ok=True)
       # Distillation, which other programs run as well, keeps its own time.
-      write_json_atomic(result, {'seconds': timer.seconds + values.get('seconds_before', 0.0)} | values)
+      write_json_atomic(
+        result, {'seconds': timer.seconds + values.get('seconds_before', 0.0)} | values
+      )
       distributed.wait_for_others(name)
     summary = self.summary()
     write_json_atomic(self.workdir / 'summary.json', summary)
@@ -137,7 +148,9 @@ class Pipeline:
     if not (path / 'config.json').exists():
       raise ValueError(f'stage {name!r} has no result in {str(self.workdir)!r}; run it first')
     specs = decoder.abstract_params(self.policy.config)
-    return load_params(path, shardings=sharding.shardings(specs, self.mesh) if self.mesh else None)[1]
+    return load_params(path, shardings=sharding.shardings(specs, self.mesh) if self.mesh else None)[
+      1
+    ]
 
   def engine(self, params: Any, *, groups: bool = False) -> Engine:
     """The run's one engine with the given weights, in the dtype of computation and on its own mesh; `groups` as in `make_engine`.
@@ -145,7 +158,10 @@ class Pipeline:
     if self._engine is not None and self._grouped != groups and self.config.engine.trunks:
       self._engine = None
     if self._engine is None:
-      self._engine, self._grouped = make_engine(self.config, self.policy, params, self.mesh, groups=groups), groups
+      self._engine, self._grouped = (
+        make_engine(self.config, self.policy, params, self.mesh, groups=groups),
+        groups,
+      )
     else:
       self._engine.update(params)
     return self._engine
@@ -153,15 +169,25 @@ class Pipeline:
   def _save(self, name: str, params: Any, dtype: str = 'float32', card: str | None = None) -> None:
     policy = self.policy
     ends = generation_config(self.config.model, policy.config, policy.tokenizer)
-    save_checkpoint(self.workdir / name, policy.config, params, tokenizer_dir=policy.tokenizer_dir, dtype=dtype, overwrite=True,
-                    generation_config=ends, card=card)
+    save_checkpoint(
+      self.workdir / name,
+      policy.config,
+      params,
+      tokenizer_dir=policy.tokenizer_dir,
+      dtype=dtype,
+      overwrite=True,
+      generation_config=ends,
+      card=card,
+    )
 
   # --- stages ---
 
   def evaluate(self, name: str) -> dict[str, Any]:
     """Held-out tasks of every kind, the same ones at each stage."""
     engine = self.engine(self.params(name))
-    actor = lambda world, tasks, sampling, told: act(engine, self.policy.tokenizer, world, tasks, sampling, told)
+    actor = lambda world, tasks, sampling, told: act(
+      engine, self.policy.tokenizer, world, tasks, sampling, told
+    )
     return evaluate(self.config, self.workdir / f'evaluate_{name}', actor, name)
 
   def distill(self) -> dict[str, Any]:
@@ -171,16 +197,22 @@ class Pipeline:
       ValueError: several hosts. Which subtask is asked next depends on when answers come, so that they would not stay in step.
     """
     if jax.process_count() > 1:
-      raise ValueError('distillation is the work of one host: run it there with --stages=distill, or against an endpoint, before '
-                       'the others join')
+      raise ValueError(
+        'distillation is the work of one host: run it there with --stages=distill, or against an endpoint, before '
+        'the others join'
+      )
     seeds = config_seeds(self.config)
 
     def local(journal):
       params = self.params('base')
-      return LocalBackend(self.engine(params), self.policy.tokenizer, journal=journal, model=self.policy.name(params))
+      return LocalBackend(
+        self.engine(params), self.policy.tokenizer, journal=journal, model=self.policy.name(params)
+      )
 
     with progress(total=len(seeds), description='distill') as bar:
-      return run_distillation(self.config, self.workdir / 'distill', seeds, local, progress=bar.update)
+      return run_distillation(
+        self.config, self.workdir / 'distill', seeds, local, progress=bar.update
+      )
 
   def sft(self) -> dict[str, Any]:
     """Fine-tunes the base model on the distilled rows, or on the files the config names."""
@@ -189,8 +221,17 @@ class Pipeline:
     if self.mesh:
       self._engine = None  # its caches make room for activations; what it compiled is kept by jax
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
-      params, result = run_sft(self.params('base'), self.policy.config, self.policy.tokenizer, rows, c, metrics,
-                               self.workdir / 'checkpoints' / 'sft', execution=self.execution, seed=self.config.seed)
+      params, result = run_sft(
+        self.params('base'),
+        self.policy.config,
+        self.policy.tokenizer,
+        rows,
+        c,
+        metrics,
+        self.workdir / 'checkpoints' / 'sft',
+        execution=self.execution,
+        seed=self.config.seed,
+      )
     self._save('sft', params)
     return result | {'unreadable': unreadable}
 
@@ -198,10 +239,19 @@ class Pipeline:
     """(what reinforcement learning asks, prompts dropped for their length)."""
     c, tokenizer = self.config.rl, self.policy.tokenizer
     if c.episodes:
-      tasks, dropped = short_tasks(tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL), c.max_prompt_tokens)
+      tasks, dropped = short_tasks(
+        tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL), c.max_prompt_tokens
+      )
       return Episodes(tokenizer, self.world, tasks), dropped
-    points = rl_points(c.files) if c.files else [point for seed in toolworld_seeds(self.config, c.tasks, RL)
-                                                 for point in decision_points(seed)]
+    points = (
+      rl_points(c.files)
+      if c.files
+      else [
+        point
+        for seed in toolworld_seeds(self.config, c.tasks, RL)
+        for point in decision_points(seed)
+      ]
+    )
     prompts, dropped = encode_prompts(tokenizer, points, c.max_prompt_tokens)
     return Questions(tokenizer, prompts, c.reward), dropped
 
@@ -212,14 +262,25 @@ class Pipeline:
     engine = lambda params: self.engine(params, groups=not self.config.rl.episodes)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       params, result = run_rl(
-          self.params('sft'), self.policy.config, self.policy.tokenizer, source, self.config.rl, metrics,
-          self.workdir / 'checkpoints' / self.final, make_engine=engine, execution=self.execution,
-          seed=self.config.seed + 1000 * self.config.rl.seed)
+        self.params('sft'),
+        self.policy.config,
+        self.policy.tokenizer,
+        source,
+        self.config.rl,
+        metrics,
+        self.workdir / 'checkpoints' / self.final,
+        make_engine=engine,
+        execution=self.execution,
+        seed=self.config.seed + 1000 * self.config.rl.seed,
+      )
     self._save(self.final, params)
     return result | {'prompts_dropped': dropped}
 
   def _last_trained(self) -> str:
-    return next((name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()), 'base')
+    return next(
+      (name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()),
+      'base',
+    )
 
   def export(self) -> dict[str, Any]:
     """The last trained model as a Hugging Face directory, with a card that says how it came about."""
@@ -240,14 +301,26 @@ class Pipeline:
     found = {name: self._result(f'evaluate_{name}') for name in names}
     parameters = self.policy.config.param_count
     summary: dict[str, Any] = {
-        'run': {'config': self.config.name, 'seed': self.config.seed,
-                'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
-                'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__},
-        'stages': {name: result for name, result in found.items() if result}}
+      'run': {
+        'config': self.config.name,
+        'seed': self.config.seed,
+        'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'jax': jax.__version__,
+      },
+      'stages': {name: result for name, result in found.items() if result},
+    }
     acted = [(name, records) for name in summary['stages'] if (records := self._trajectories(name))]
     summary['changes'] = [_change(*pair) for pair in zip(acted, acted[1:])]
-    stages = {'distill': 'distill', 'sft': 'sft', 'rl': self.final, 'export': 'export_result',
-              'evaluate_base': 'evaluate_base', 'evaluate_sft': 'evaluate_sft', 'evaluate_rl': f'evaluate_{self.final}'}
+    stages = {
+      'distill': 'distill',
+      'sft': 'sft',
+      'rl': self.final,
+      'export': 'export_result',
+      'evaluate_base': 'evaluate_base',
+      'evaluate_sft': 'evaluate_sft',
+      'evaluate_rl': f'evaluate_{self.final}',
+    }
     results = {name: self._result(folder) for name, folder in stages.items()}
     summary['seconds'] = {name: results[name]['seconds'] for name in STAGES if results.get(name)}
     for name in ('distill', 'sft'):
@@ -255,9 +328,22 @@ class Pipeline:
         summary[name] = {k: v for k, v in results[name].items() if k != 'seconds'}
     if results['rl']:
       rows = read_metrics(self.workdir, 'rl')
-      curves = ('zero_variance_fraction', 'all_right_fraction', 'all_wrong_fraction', 'reward', 'entropy', 'reflections',
-                'grad_norm', 'psi_grad_norm', 'kl', 'response_tokens', 'logp_gap_mean')
-      summary['rl'] = {name: [row.get(name) for row in rows] for name in curves if any(name in row for row in rows)}
+      curves = (
+        'zero_variance_fraction',
+        'all_right_fraction',
+        'all_wrong_fraction',
+        'reward',
+        'entropy',
+        'reflections',
+        'grad_norm',
+        'psi_grad_norm',
+        'kl',
+        'response_tokens',
+        'logp_gap_mean',
+      )
+      summary['rl'] = {
+        name: [row.get(name) for row in rows] for name in curves if any(name in row for row in rows)
+      }
       summary['rl'] |= {k: v for k, v in results['rl'].items() if k != 'seconds'}
     summary['export'] = results['export']['path'] if results['export'] else None
     return summary
@@ -265,7 +351,11 @@ class Pipeline:
   def _trajectories(self, name: str) -> list[dict[str, Any]]:
     """The records that `evaluate` has written of a stage; [] where there are none."""
     path = self.workdir / f'evaluate_{name}' / 'trajectories.jsonl'
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    return (
+      [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+      if path.exists()
+      else []
+    )
 
   def traces(self) -> list[dict[str, Any]]:
     """Tasks side by side over the stages: those that the base model got lazily wrong and the last one right come first."""
@@ -274,20 +364,37 @@ class Pipeline:
     if not names:
       return []
     by_task = list(zip(*(found[name] for name in names)))
-    several = [group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')]
-    several.sort(key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5, reverse=True)
+    several = [
+      group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')
+    ]
+    several.sort(
+      key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5,
+      reverse=True,
+    )
     chosen, kinds = [], set()
     for group in several:  # one of each kind before a second one
       if group[0]['kind'] not in kinds and len(chosen) < self.config.report.traces:
         kinds.add(group[0]['kind'])
         chosen.append(group)
-    chosen += [group for group in several if group not in chosen][:self.config.report.traces - len(chosen)]
-    return [{'query': group[0]['query'], 'kind': group[0]['kind'],
-             'columns': [{'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
-                         for name, t in zip(names, group)]} for group in chosen]
+    chosen += [group for group in several if group not in chosen][
+      : self.config.report.traces - len(chosen)
+    ]
+    return [
+      {
+        'query': group[0]['query'],
+        'kind': group[0]['kind'],
+        'columns': [
+          {'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
+          for name, t in zip(names, group)
+        ],
+      }
+      for group in chosen
+    ]
 
 
-def _change(before: tuple[str, list[dict[str, Any]]], after: tuple[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _change(
+  before: tuple[str, list[dict[str, Any]]], after: tuple[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
   """How the accuracy of two stages, (name, trajectories), differs by kind: each evaluates the same tasks with the same random
   streams."""
   right: dict[str, list[tuple[bool, bool]]] = {}

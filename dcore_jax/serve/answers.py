@@ -1,4 +1,5 @@
 """From the engine's progress to OpenAI's answers, whole or in pieces."""
+
 import abc
 import asyncio
 import contextlib
@@ -31,7 +32,9 @@ class Rollouts:
     self._scheduler, self._open = scheduler, set(range(len(requests)))
 
     def deliver(place: int, event: Progress | Exception) -> None:
-      with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped in the middle of the answer
+      with contextlib.suppress(
+        RuntimeError
+      ):  # the loop is closed: the server was stopped in the middle of the answer
         loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
     self._job = scheduler.submit(requests, sampling, deliver)
@@ -61,6 +64,7 @@ class Rollouts:
 
 class Scored(NamedTuple):
   """A sampled token as text, and the likeliest tokens in its place, with their log-probabilities."""
+
   text: str
   logprob: float
   top: list[tuple[str, float]]
@@ -104,8 +108,14 @@ class Choice(abc.ABC):
   def _scored(self, part: Progress) -> Iterator[Scored]:
     decode, tops = functools.partial(_token_text, self._tokenizer), [[]] * len(part.tokens)
     if part.top is not None:  # what truncation left out has no logarithm, and JSON no infinity
-      tops = [[(decode(token), logprob) for token, logprob in zip(*place, strict=True) if logprob > -math.inf]
-              for place in zip(part.top.token_BK.tolist(), part.top.logprob_BK.tolist(), strict=True)]
+      tops = [
+        [
+          (decode(token), logprob)
+          for token, logprob in zip(*place, strict=True)
+          if logprob > -math.inf
+        ]
+        for place in zip(part.top.token_BK.tolist(), part.top.logprob_BK.tolist(), strict=True)
+      ]
     return map(Scored, map(decode, part.tokens.tolist()), part.logprobs.tolist(), tops)
 
   def opening(self) -> list[dict[str, Any]]:
@@ -135,8 +145,18 @@ class Choice(abc.ABC):
 class ChatChoice(Choice):
   """An assistant's message: thoughts, content, calls. `begun` is what the prompt has begun it with: a part of the message."""
 
-  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, *, specs: Sequence[ToolSpec],
-               thinking: bool, begun: str, most_calls: int | None):
+  def __init__(
+    self,
+    index: int,
+    tokenizer: Any,
+    stop: Sequence[str],
+    logprobs: bool,
+    *,
+    specs: Sequence[ToolSpec],
+    thinking: bool,
+    begun: str,
+    most_calls: int | None,
+  ):
     super().__init__(index, tokenizer, stop, logprobs)
     self._parser = ReplyParser(specs, thinking=thinking, most_calls=most_calls)
     self._begun = begun  # until it has gone to the parser, before the first text that was sampled
@@ -148,21 +168,34 @@ class ChatChoice(Choice):
   def whole(self) -> dict[str, Any]:
     message: dict[str, Any] = {'role': 'assistant', 'content': self._all.content}
     if not self._all.content and (self._calls or not self._parser.answering):
-      message['content'] = None  # where the budget ended inside the thoughts, there is no content, not even an empty one
+      message['content'] = (
+        None  # where the budget ended inside the thoughts, there is no content, not even an empty one
+      )
     if self._all.reasoning:
       message['reasoning_content'] = self._all.reasoning
     if self._calls:
       message['tool_calls'] = self._calls
     logprobs = None if self._logprobs is None else self._show_logprobs(0)
-    return {'index': self.index, 'message': message, 'finish_reason': self.finish_reason, 'logprobs': logprobs}
+    return {
+      'index': self.index,
+      'message': message,
+      'finish_reason': self.finish_reason,
+      'logprobs': logprobs,
+    }
 
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
     delta = self._parser.push(self._begun + text, last)
     self._begun = ''
     self._all.reasoning += delta.reasoning
     self._all.content += delta.content
-    calls = [{'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
-             for name, arguments in delta.calls]
+    calls = [
+      {
+        'id': f'call_{secrets.token_hex(12)}',
+        'type': 'function',
+        'function': {'name': name, 'arguments': arguments},
+      }
+      for name, arguments in delta.calls
+    ]
     numbered = [{'index': number, **call} for number, call in enumerate(calls, len(self._calls))]
     self._calls += calls
     parts = {'reasoning_content': delta.reasoning, 'content': delta.content, 'tool_calls': numbered}
@@ -172,15 +205,26 @@ class ChatChoice(Choice):
     return 'tool_calls' if self._calls and reason == 'stop' else reason
 
   def _piece(self, content: dict[str, Any]) -> dict[str, Any]:
-    return {'index': self.index, 'delta': content, 'finish_reason': self.finish_reason, 'logprobs': None}
+    return {
+      'index': self.index,
+      'delta': content,
+      'finish_reason': self.finish_reason,
+      'logprobs': None,
+    }
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     def entry(text: str, logprob: float) -> dict[str, Any]:
       # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
-      return {'token': text, 'logprob': logprob, 'bytes': None if '\ufffd' in text else list(text.encode())}
+      return {
+        'token': text,
+        'logprob': logprob,
+        'bytes': None if '\ufffd' in text else list(text.encode()),
+      }
 
-    content = [entry(text, logprob) | {'top_logprobs': [entry(*one) for one in top]}
-               for text, logprob, top in self._logprobs[start:]]
+    content = [
+      entry(text, logprob) | {'top_logprobs': [entry(*one) for one in top]}
+      for text, logprob, top in self._logprobs[start:]
+    ]
     return {'content': content, 'refusal': None}
 
 
@@ -192,20 +236,34 @@ class TextChoice(Choice):
     self._text = ''
 
   def whole(self) -> dict[str, Any]:
-    return self._piece(self._text) | {'logprobs': None if self._logprobs is None else self._show_logprobs(0)}
+    return self._piece(self._text) | {
+      'logprobs': None if self._logprobs is None else self._show_logprobs(0)
+    }
 
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
     self._text += text
     return [self._piece(text)] if text else []
 
   def _piece(self, content: Any) -> dict[str, Any]:
-    return {'index': self.index, 'text': content or '', 'finish_reason': self.finish_reason, 'logprobs': None}
+    return {
+      'index': self.index,
+      'text': content or '',
+      'finish_reason': self.finish_reason,
+      'logprobs': None,
+    }
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     texts, logprobs, tops = zip(*self._logprobs[start:])
-    offsets = list(itertools.accumulate((len(one.text) for one in self._logprobs), initial=0))[start:-1]
+    offsets = list(itertools.accumulate((len(one.text) for one in self._logprobs), initial=0))[
+      start:-1
+    ]
     shown = list(map(_by_text, self._logprobs[start:])) if tops[0] else None
-    return {'tokens': list(texts), 'token_logprobs': list(logprobs), 'top_logprobs': shown, 'text_offset': offsets}
+    return {
+      'tokens': list(texts),
+      'token_logprobs': list(logprobs),
+      'top_logprobs': shown,
+      'text_offset': offsets,
+    }
 
 
 def _by_text(one: Scored) -> dict[str, float]:

@@ -1,4 +1,5 @@
 """What can go wrong with a request, as OpenAI's clients read it: {"error": {"message", "type", "param", "code"}}."""
+
 import json
 from typing import Any
 
@@ -15,7 +16,9 @@ RETRY_AFTER = {'Retry-After': '1'}  # seconds; lanes come free all the time
 class Refusal(Exception):
   """A request that is not answered, with its HTTP status."""
 
-  def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+  def __init__(
+    self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+  ):
     super().__init__(message)
     self.status, self.code, self.headers = status, code, headers
 
@@ -25,7 +28,11 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | No
   if isinstance(error, RequestError):
     return 400, _body(error, 'invalid_request_error', error.code, error.param), None
   if isinstance(error, Refusal):
-    return error.status, _body(error, _TYPES.get(error.status, 'invalid_request_error'), error.code), error.headers
+    return (
+      error.status,
+      _body(error, _TYPES.get(error.status, 'invalid_request_error'), error.code),
+      error.headers,
+    )
   if isinstance(error, Overloaded):
     return 429, _body(error, _TYPES[429], 'rate_limit_exceeded'), RETRY_AFTER
   if isinstance(error, Stopped):
@@ -48,10 +55,24 @@ def encode(record: dict[str, Any]) -> str:
   return json.dumps(record, separators=(',', ':'))
 
 
-HANDLED = (RequestError, Refusal, Overloaded, Stopped, ClientDisconnect, HTTPException,
-           Exception)  # which is logged with its traceback too
-_TYPES = {401: 'authentication_error', 429: 'rate_limit_error', 500: 'server_error', 503: 'server_error'}
+HANDLED = (
+  RequestError,
+  Refusal,
+  Overloaded,
+  Stopped,
+  ClientDisconnect,
+  HTTPException,
+  Exception,
+)  # which is logged with its traceback too
+_TYPES = {
+  401: 'authentication_error',
+  429: 'rate_limit_error',
+  500: 'server_error',
+  503: 'server_error',
+}
 
 
-def _body(message: Exception | str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def _body(
+  message: Exception | str, kind: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
   return {'error': {'message': str(message), 'type': kind, 'param': param, 'code': code}}

@@ -3,6 +3,7 @@
 `requests.py` says what is honoured of a request, `replies.py` how thoughts and tool calls are told apart. What a model wrote is
 text to be sent; nothing here acts on it.
 """
+
 import asyncio
 import concurrent.futures
 import contextlib
@@ -36,6 +37,7 @@ T = TypeVar('T')
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """What one server takes. `max_tokens` bounds an answer: more are refused, and who asks for none gets what fits."""
+
   max_tokens: int
   body_bytes: int = 4 * 2**20
   body_seconds: float = 30.0  # for a body to arrive
@@ -53,7 +55,9 @@ class Service:
     api_key: what clients must send as bearer token; '' asks for none.
   """
 
-  def __init__(self, scheduler: Scheduler, tokenizer: Any, model: str, limits: Limits, api_key: str = ''):
+  def __init__(
+    self, scheduler: Scheduler, tokenizer: Any, model: str, limits: Limits, api_key: str = ''
+  ):
     self.scheduler, self.tokenizer, self.model, self.limits = scheduler, tokenizer, model, limits
     self.telemetry = Telemetry(scheduler)
     self.draining = False  # refuse what comes from now on
@@ -61,12 +65,20 @@ class Service:
     self._api_key, self._started = api_key.encode(), int(time.time())
     # Templates and tokenizers take a second for megabytes of text; one thread, since tokenizers are not made for several.
     self._encoder = concurrent.futures.ThreadPoolExecutor(1, 'encoder')
-    routes = [Route('/v1/chat/completions', self._chat, methods=['POST']),
-              Route('/v1/completions', self._complete, methods=['POST']),
-              Route('/v1/models', self._models), Route('/v1/models/{name:path}', self._one_model),
-              Route('/health', self._health), Route('/metrics', self._metrics)]
-    self.app = Starlette(routes=routes, middleware=[Middleware(_Gate, self)], lifespan=self._lifespan,
-                         exception_handlers=dict.fromkeys(HANDLED, respond))
+    routes = [
+      Route('/v1/chat/completions', self._chat, methods=['POST']),
+      Route('/v1/completions', self._complete, methods=['POST']),
+      Route('/v1/models', self._models),
+      Route('/v1/models/{name:path}', self._one_model),
+      Route('/health', self._health),
+      Route('/metrics', self._metrics),
+    ]
+    self.app = Starlette(
+      routes=routes,
+      middleware=[Middleware(_Gate, self)],
+      lifespan=self._lifespan,
+      exception_handlers=dict.fromkeys(HANDLED, respond),
+    )
 
   @contextlib.asynccontextmanager
   async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -78,12 +90,20 @@ class Service:
     """Why a request of the API is not even read."""
     given = dict(scope['headers']).get(b'authorization', b'')
     scheme, _, key = given.partition(b' ')
-    if self._api_key and not (scheme.lower() == b'bearer' and hmac.compare_digest(key.strip(), self._api_key)):
-      return Refusal(401, 'the API key is missing or wrong', 'invalid_api_key', {'WWW-Authenticate': 'Bearer'})
+    if self._api_key and not (
+      scheme.lower() == b'bearer' and hmac.compare_digest(key.strip(), self._api_key)
+    ):
+      return Refusal(
+        401, 'the API key is missing or wrong', 'invalid_api_key', {'WWW-Authenticate': 'Bearer'}
+      )
     if self.draining:
-      return Refusal(503, 'the server is shutting down', 'draining', {**RETRY_AFTER, 'Connection': 'close'})
+      return Refusal(
+        503, 'the server is shutting down', 'draining', {**RETRY_AFTER, 'Connection': 'close'}
+      )
     if self.under_way > self.limits.requests:
-      return Refusal(429, f'{self.limits.requests} requests are under way', 'rate_limit_exceeded', RETRY_AFTER)
+      return Refusal(
+        429, f'{self.limits.requests} requests are under way', 'rate_limit_exceeded', RETRY_AFTER
+      )
     return None
 
   # --- what needs no engine -------------------------------------------------------------------------------------------------
@@ -91,7 +111,9 @@ class Service:
   async def _health(self, _: Request) -> Response:
     if self.scheduler.failure is not None:
       return JSONResponse({'status': 'failed'}, 503)
-    return JSONResponse({'status': 'draining'}, 503) if self.draining else JSONResponse({'status': 'ok'})
+    return (
+      JSONResponse({'status': 'draining'}, 503) if self.draining else JSONResponse({'status': 'ok'})
+    )
 
   async def _metrics(self, _: Request) -> Response:
     return Response(self.telemetry.text(), media_type='text/plain; version=0.0.4')
@@ -104,8 +126,13 @@ class Service:
     return JSONResponse(self._card())
 
   def _card(self) -> dict[str, Any]:
-    return {'id': self.model, 'object': 'model', 'created': self._started, 'owned_by': 'dcore_jax',
-            'max_model_len': self.scheduler.engine.max_len}
+    return {
+      'id': self.model,
+      'object': 'model',
+      'created': self._started,
+      'owned_by': 'dcore_jax',
+      'max_model_len': self.scheduler.engine.max_len,
+    }
 
   def _check_model(self, name: str) -> None:
     if name != self.model:
@@ -114,13 +141,25 @@ class Service:
   # --- completions ----------------------------------------------------------------------------------------------------------
 
   async def _chat(self, request: Request) -> Response:
-    asked, prompt, thinking, begun = await self._off_loop(self._read_chat, await self._body(request))
+    asked, prompt, thinking, begun = await self._off_loop(
+      self._read_chat, await self._body(request)
+    )
 
     def choice(index: int) -> ChatChoice:
-      return ChatChoice(index, self.tokenizer, asked.stop, asked.logprobs, specs=asked.specs, thinking=thinking,
-                        begun=begun, most_calls=None if asked.parallel_tool_calls else 1)
+      return ChatChoice(
+        index,
+        self.tokenizer,
+        asked.stop,
+        asked.logprobs,
+        specs=asked.specs,
+        thinking=thinking,
+        begun=begun,
+        most_calls=None if asked.parallel_tool_calls else 1,
+      )
 
-    return await self._answer(request, asked, [prompt], choice, 'chatcmpl', ('chat.completion', 'chat.completion.chunk'))
+    return await self._answer(
+      request, asked, [prompt], choice, 'chatcmpl', ('chat.completion', 'chat.completion.chunk')
+    )
 
   async def _complete(self, request: Request) -> Response:
     asked, prompts = await self._off_loop(self._read_completion, await self._body(request))
@@ -128,14 +167,24 @@ class Service:
     def choice(index: int) -> TextChoice:
       return TextChoice(index, self.tokenizer, asked.stop, asked.logprobs is not None)
 
-    return await self._answer(request, asked, prompts, choice, 'cmpl', ('text_completion', 'text_completion'))
+    return await self._answer(
+      request, asked, prompts, choice, 'cmpl', ('text_completion', 'text_completion')
+    )
 
   async def _body(self, request: Request) -> bytes:
     limits = self.limits
     # Only what a browser asks permission for: pages of other origins cannot use a server on this machine.
-    if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
+    if (
+      request.headers.get('content-type', '').partition(';')[0].strip().lower()
+      != 'application/json'
+    ):
       raise Refusal(415, 'the body must be of type application/json')
-    too_large = Refusal(413, f'the body exceeds {limits.body_bytes} bytes', 'request_too_large', {'Connection': 'close'})
+    too_large = Refusal(
+      413,
+      f'the body exceeds {limits.body_bytes} bytes',
+      'request_too_large',
+      {'Connection': 'close'},
+    )
     declared = request.headers.get('content-length', '0')
     if declared.isdigit() and int(declared) > limits.body_bytes:
       raise too_large
@@ -147,7 +196,9 @@ class Service:
           if len(body) > limits.body_bytes:
             raise too_large
     except TimeoutError as error:
-      raise Refusal(408, f'the body took more than {limits.body_seconds} s', headers={'Connection': 'close'}) from error
+      raise Refusal(
+        408, f'the body took more than {limits.body_seconds} s', headers={'Connection': 'close'}
+      ) from error
     return bytes(body)
 
   async def _off_loop(self, function: Callable[[bytes], T], body: bytes) -> T:
@@ -162,7 +213,9 @@ class Service:
     options = {} if asked.chat_template_kwargs is None else asked.chat_template_kwargs.model_dump()
     for name in options:
       if name not in self.tokenizer.chat_template:
-        raise RequestError(f'the chat template of {self.model!r} knows no {name}', 'chat_template_kwargs')
+        raise RequestError(
+          f'the chat template of {self.model!r} knows no {name}', 'chat_template_kwargs'
+        )
     begun = ''
     try:
       if asked.call_forced:
@@ -171,14 +224,20 @@ class Service:
         text = render_records(self.tokenizer, records, tools, **options)
       text.encode()
     except (jinja2.TemplateError, UnicodeError, TypeError) as error:
-      raise RequestError(f'the chat template cannot show this conversation: {error}', 'messages') from error
+      raise RequestError(
+        f'the chat template cannot show this conversation: {error}', 'messages'
+      ) from error
     return asked, self._encode(text), text.rstrip().endswith('<think>'), begun
 
-  def _begin_call(self, asked: ChatRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[str, str]:
+  def _begin_call(
+    self, asked: ChatRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
+  ) -> tuple[str, str]:
     try:
       return render_begun_call(self.tokenizer, records, tools, asked.forced_name)
     except ValueError as error:
-      raise RequestError(f'no call can be forced from {self.model!r}: {error}', 'tool_choice') from error
+      raise RequestError(
+        f'no call can be forced from {self.model!r}: {error}', 'tool_choice'
+      ) from error
 
   def _read_completion(self, body: bytes) -> tuple[CompletionRequest, list[list[int]]]:
     """(what is asked, its prompts)."""
@@ -186,52 +245,98 @@ class Service:
     self._check_model(asked.model)
     vocabulary = self.scheduler.engine.config.vocab_size
     for prompt in asked.prompts:
-      if not prompt or not isinstance(prompt, str) and not all(0 <= token < vocabulary for token in prompt):
+      if (
+        not prompt
+        or not isinstance(prompt, str)
+        and not all(0 <= token < vocabulary for token in prompt)
+      ):
         raise RequestError(f'a prompt needs text, or token ids below {vocabulary}', 'prompt')
-    return asked, [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+    return asked, [
+      self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+    ]
 
   def _encode(self, text: str) -> list[int]:
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
-  async def _answer(self, request: Request, asked: ChatRequest | CompletionRequest, prompts: list[list[int]],
-                    make_choice: Callable[[int], Choice], prefix: str, objects: tuple[str, str]) -> Response:
+  async def _answer(
+    self,
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    prompts: list[list[int]],
+    make_choice: Callable[[int], Choice],
+    prefix: str,
+    objects: tuple[str, str],
+  ) -> Response:
     """Runs the choices, `n` of each prompt in turn, and answers whole or in pieces."""
-    longest, count, capacity = max(map(len, prompts), default=0), asked.n * len(prompts), self.scheduler.capacity
+    longest, count, capacity = (
+      max(map(len, prompts), default=0),
+      asked.n * len(prompts),
+      self.scheduler.capacity,
+    )
     self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     if not 1 <= count <= capacity:
-      raise RequestError(f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n')
-    rows = [engine_lib.Request(prompt, (number, sample), top=asked.alternatives)
-            for number, prompt in enumerate(prompts) for sample in range(asked.n)]
-    head = {'id': f'{prefix}-{secrets.token_hex(12)}', 'object': objects[asked.stream], 'created': int(time.time()),
-            'model': self.model}
+      raise RequestError(
+        f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n'
+      )
+    rows = [
+      engine_lib.Request(prompt, (number, sample), top=asked.alternatives)
+      for number, prompt in enumerate(prompts)
+      for sample in range(asked.n)
+    ]
+    head = {
+      'id': f'{prefix}-{secrets.token_hex(12)}',
+      'object': objects[asked.stream],
+      'created': int(time.time()),
+      'model': self.model,
+    }
     choices = list(map(make_choice, range(count)))
-    rollouts = Rollouts(self.scheduler, rows, asked.sampling(self.limits.max_tokens))  # from here on they run
+    rollouts = Rollouts(
+      self.scheduler, rows, asked.sampling(self.limits.max_tokens)
+    )  # from here on they run
     run = _Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
     if asked.stream:
       return _EventStream(run, asked.usage_wanted)
     try:
-      return Response(encode(await _while_connected(request.receive, run.whole())), media_type='application/json')
+      return Response(
+        encode(await _while_connected(request.receive, run.whole())), media_type='application/json'
+      )
     except ClientDisconnect:
       self.telemetry.cancelled.inc()
       raise
     finally:
       run.close()
 
-  def _check_room(self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str) -> None:
+  def _check_room(
+    self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str
+  ) -> None:
     """A budget that does not fit is refused: cut, it would end answers early for a reason that no client sees."""
-    (field, budget), room, bound = asked.budget, self.scheduler.engine.max_len, self.limits.max_tokens
+    (field, budget), room, bound = (
+      asked.budget,
+      self.scheduler.engine.max_len,
+      self.limits.max_tokens,
+    )
     if budget is not None and budget > bound:
       raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
     if longest + (budget or 1) > room:
       wanted = f' and {field} = {budget}' if budget else ''
-      raise RequestError(f'the prompt has {longest} tokens{wanted}; prompt and answer together may have {room} tokens',
-                         prompt_field if longest >= room else field, 'context_length_exceeded')
+      raise RequestError(
+        f'the prompt has {longest} tokens{wanted}; prompt and answer together may have {room} tokens',
+        prompt_field if longest >= room else field,
+        'context_length_exceeded',
+      )
 
 
 class _Run:
   """A request on its way: takes progress in and gives the answer out; `close` frees what has not ended."""
 
-  def __init__(self, telemetry: Telemetry, rollouts: Rollouts, choices: list[Choice], head: dict[str, Any], prompt_tokens: int):
+  def __init__(
+    self,
+    telemetry: Telemetry,
+    rollouts: Rollouts,
+    choices: list[Choice],
+    head: dict[str, Any],
+    prompt_tokens: int,
+  ):
     self.telemetry, self.head, self.choices = telemetry, head, choices
     self._rollouts, self._prompt_tokens, self._began = rollouts, prompt_tokens, time.perf_counter()
     self.close = rollouts.close
@@ -239,7 +344,11 @@ class _Run:
   async def whole(self) -> dict[str, Any]:
     async for _ in self.pieces():
       pass
-    return {**self.head, 'choices': [choice.whole() for choice in self.choices], 'usage': self.usage()}
+    return {
+      **self.head,
+      'choices': [choice.whole() for choice in self.choices],
+      'usage': self.usage(),
+    }
 
   async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
     """Entries of `choices` as they come."""
@@ -258,11 +367,16 @@ class _Run:
 
   def usage(self) -> dict[str, int]:
     sampled = sum(choice.tokens for choice in self.choices)
-    return {'prompt_tokens': self._prompt_tokens, 'completion_tokens': sampled, 'total_tokens': self._prompt_tokens + sampled}
+    return {
+      'prompt_tokens': self._prompt_tokens,
+      'completion_tokens': sampled,
+      'total_tokens': self._prompt_tokens + sampled,
+    }
 
 
 class _EventStream(Response):
   """The answer in pieces, as server-sent events."""
+
   media_type = 'text/event-stream'
 
   def __init__(self, run: _Run, usage_wanted: bool):
@@ -281,10 +395,16 @@ class _EventStream(Response):
   async def _send(self, send: Send) -> None:
     await send({'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers})
     try:
-      await self._send_events(send, [piece for choice in self._run.choices for piece in choice.opening()])
+      await self._send_events(
+        send, [piece for choice in self._run.choices for piece in choice.opening()]
+      )
       async for entries in self._run.pieces():
         await self._send_events(send, entries)
-      last = _event({**self._run.head, 'choices': [], 'usage': self._run.usage()}) if self._usage_wanted else ''
+      last = (
+        _event({**self._run.head, 'choices': [], 'usage': self._run.usage()})
+        if self._usage_wanted
+        else ''
+      )
       await _send_text(send, f'{last}data: [DONE]\n\n')
     except Exception as error:  # pylint: disable=broad-exception-caught
       await _send_text(send, _event(describe(error)[1]))
@@ -296,7 +416,9 @@ class _EventStream(Response):
   async def _send_events(self, send: Send, entries: list[dict[str, Any]]) -> None:
     usage = {'usage': None} if self._usage_wanted else {}
     if entries:
-      await _send_text(send, ''.join(_event({**self._run.head, 'choices': [entry], **usage}) for entry in entries))
+      await _send_text(
+        send, ''.join(_event({**self._run.head, 'choices': [entry], **usage}) for entry in entries)
+      )
 
 
 def _event(record: dict[str, Any]) -> str:

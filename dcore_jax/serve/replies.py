@@ -3,6 +3,7 @@
 Calls are read by `chat.tool_calls` in either syntax, and given out when they are whole and readable; what is not stays content.
 An answer that is not streamed is the sum of these pieces, so that both kinds say the same.
 """
+
 import dataclasses
 import json
 import re
@@ -20,6 +21,7 @@ _PYTHON_START = re.compile(r'\[\s*([^\W\d][\w.]*\s*(\(.*)?)?', re.DOTALL)
 @dataclasses.dataclass
 class Delta:
   """A piece of a reply, or all of it. `calls` are (name, arguments as JSON text)."""
+
   reasoning: str = ''
   content: str = ''
   calls: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -34,7 +36,9 @@ class ReplyParser:
     most_calls: calls beyond so many are left out; None: all are given.
   """
 
-  def __init__(self, tools: Sequence[ToolSpec] = (), *, thinking: bool = False, most_calls: int | None = None):
+  def __init__(
+    self, tools: Sequence[ToolSpec] = (), *, thinking: bool = False, most_calls: int | None = None
+  ):
     self.answering = False  # past the thoughts, if there are any
     self.calls = 0  # given out
     self._parameters = {tool.name: list(tool.parameters.get('properties', ())) for tool in tools}
@@ -59,7 +63,7 @@ class ReplyParser:
     """White space, then thoughts or the answer."""
     text = self._text.lstrip()
     if text.startswith(_OPEN_THOUGHTS):
-      self._text, self._state = text[len(_OPEN_THOUGHTS):], self._thoughts
+      self._text, self._state = text[len(_OPEN_THOUGHTS) :], self._thoughts
     elif self._ended or not _OPEN_THOUGHTS.startswith(text):
       self._answer_begins(blank=False)
     return self._state != self._start
@@ -133,13 +137,13 @@ class ReplyParser:
     except ToolCallError:
       return False
     room = len(calls) if self._most_calls is None else self._most_calls - self.calls
-    delta.calls += calls[:max(room, 0)]
-    self.calls += len(calls[:max(room, 0)])
+    delta.calls += calls[: max(room, 0)]
+    self.calls += len(calls[: max(room, 0)])
     return bool(calls)
 
   def _arguments(self, call: ToolCall) -> str:
     """As JSON text; what stands by its position gets the name that the tool's spec has there."""
-    names = self._parameters.get(call.name, [])[:len(call.positional)]
+    names = self._parameters.get(call.name, [])[: len(call.positional)]
     if len(names) < len(call.positional) or set(names) & call.arguments.keys():
       raise ToolCallError(f'{call.name}: its arguments cannot be named')
     return json.dumps(dict(zip(names, call.positional)) | call.arguments, ensure_ascii=False)
@@ -147,4 +151,6 @@ class ReplyParser:
 
 def _before(text: str, tag: str) -> str:
   """The text without what may be the beginning of a tag at its end."""
-  return next((text[:-length] for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), text)
+  return next(
+    (text[:-length] for length in range(len(tag) - 1, 0, -1) if text.endswith(tag[:length])), text
+  )

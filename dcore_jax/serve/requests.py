@@ -3,6 +3,7 @@
 A field that would change the answer and is not implemented is refused, and so is an unknown one. null is the same as leaving a
 field out. `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are accepted and ignored: no answer depends on them.
 """
+
 import json
 import secrets
 from typing import Annotated, Any, Literal
@@ -13,7 +14,10 @@ from pydantic import Field
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.rollout.sampling import TOP, SamplingParams
 
-_MOST_STOPS, _LONGEST_STOP = 4, 256  # OpenAI's number; bytes, since each step looks through as many tokens
+_MOST_STOPS, _LONGEST_STOP = (
+  4,
+  256,
+)  # OpenAI's number; bytes, since each step looks through as many tokens
 _MOST_TOOLS = 512
 _MOST_LOGPROBS = 5  # of a completion, OpenAI's number
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
@@ -33,23 +37,30 @@ class _Strict(pydantic.BaseModel):
   @pydantic.model_validator(mode='before')
   @classmethod
   def _without_nulls(cls, record: Any) -> Any:
-    return {name: value for name, value in record.items() if value is not None} if isinstance(record, dict) else record
+    return (
+      {name: value for name, value in record.items() if value is not None}
+      if isinstance(record, dict)
+      else record
+    )
 
 
 class TextPart(_Strict):
   """A part of a message's content; images and sound are refused."""
+
   type: Literal['text']
   text: str
 
 
 class FunctionCall(_Strict):
   """`arguments` is JSON text of an object."""
+
   name: str
   arguments: str = '{}'
 
 
 class CallItem(_Strict):
   """A call in an earlier answer."""
+
   id: str = ''
   type: Literal['function'] = 'function'
   function: FunctionCall
@@ -57,6 +68,7 @@ class CallItem(_Strict):
 
 class ChatMessage(_Strict):
   """One turn of the conversation, `reasoning_content` being what this server sends back beside the content."""
+
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: str | list[TextPart] | None = None
   name: str | None = None
@@ -66,19 +78,30 @@ class ChatMessage(_Strict):
 
   def record(self) -> dict[str, Any]:
     """As chat templates read it: content as one text, arguments as an object. RequestError for what no template could show."""
-    content = self.content if isinstance(self.content, str) else '\n'.join(part.text for part in self.content or ())
+    content = (
+      self.content
+      if isinstance(self.content, str)
+      else '\n'.join(part.text for part in self.content or ())
+    )
     if self.role != 'assistant' and self.content is None:
       raise RequestError(f'a message of role {self.role!r} needs content', 'messages')
     if self.role != 'assistant' and (self.tool_calls or self.reasoning_content):
-      raise RequestError(f'a message of role {self.role!r} has no tool calls or thoughts', 'messages')
+      raise RequestError(
+        f'a message of role {self.role!r} has no tool calls or thoughts', 'messages'
+      )
     record = {'role': 'system' if self.role == 'developer' else self.role, 'content': content}
     for name in ('name', 'tool_call_id', 'reasoning_content'):
       if (value := getattr(self, name)) is not None:
         record[name] = value
     if self.tool_calls:
-      record['tool_calls'] = [{'id': call.id, 'type': 'function',
-                               'function': {'name': call.function.name, 'arguments': _arguments(call.function)}}
-                              for call in self.tool_calls]
+      record['tool_calls'] = [
+        {
+          'id': call.id,
+          'type': 'function',
+          'function': {'name': call.function.name, 'arguments': _arguments(call.function)},
+        }
+        for call in self.tool_calls
+      ]
     return record
 
 
@@ -86,14 +109,19 @@ def _arguments(function: FunctionCall) -> dict[str, Any]:
   try:
     arguments = json.loads(function.arguments)
   except (ValueError, RecursionError) as error:
-    raise RequestError(f'the arguments of a call of {function.name!r} are not JSON: {error}', 'messages') from error
+    raise RequestError(
+      f'the arguments of a call of {function.name!r} are not JSON: {error}', 'messages'
+    ) from error
   if not isinstance(arguments, dict):
-    raise RequestError(f'the arguments of a call of {function.name!r} are no JSON object', 'messages')
+    raise RequestError(
+      f'the arguments of a call of {function.name!r} are no JSON object', 'messages'
+    )
   return arguments
 
 
 class Function(_Strict):
   """`parameters` is a JSON schema; it is shown to the model, not enforced."""
+
   name: Annotated[str, Field(pattern=r'^[\w.-]{1,128}$')]
   description: str = ''
   parameters: dict[str, Any] = Field(default_factory=lambda: {'type': 'object', 'properties': {}})
@@ -109,32 +137,38 @@ class Function(_Strict):
 
 class Tool(_Strict):
   """A tool that the model may call."""
+
   type: Literal['function']
   function: Function
 
 
 class StreamOptions(_Strict):
   """`include_usage` adds a last piece with the token counts."""
+
   include_usage: bool = False
 
 
 class ResponseFormat(_Strict):
   """Free text only: nothing forces an answer into JSON."""
+
   type: Literal['text']
 
 
 class TemplateOptions(_Strict):
   """Given to the chat template; Qwen3's knows this one."""
+
   enable_thinking: bool
 
 
 class NamedFunction(_Strict):
   """A tool by its name."""
+
   name: str
 
 
 class ForcedTool(_Strict):
   """The tool that has to be called."""
+
   type: Literal['function']
   function: NamedFunction
 
@@ -145,6 +179,7 @@ class _Request(_Strict):
   `seed` fixes the random numbers, whatever else runs, and so the answer up to rounding: in bfloat16, tokens that are nearly
   as likely may change places beside other requests. Without one every request has its own. `top_k` and `min_p` are not OpenAI's.
   """
+
   model: str
   max_tokens: int | None = Field(None, ge=1)
   temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
@@ -152,7 +187,7 @@ class _Request(_Strict):
   top_k: int = Field(0, ge=0, lt=2**31)
   min_p: float = Field(0.0, ge=0, le=1)
   n: int = Field(1, ge=1)
-  seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-2**63, lt=2**64)
+  seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-(2**63), lt=2**64)
   stop: str | list[str] = ()
   stream: bool = False
   stream_options: StreamOptions | None = None
@@ -170,13 +205,17 @@ class _Request(_Strict):
   @classmethod
   def _few_short_stops(cls, stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > _MOST_STOPS or not all(0 < len(text.encode()) <= _LONGEST_STOP for text in stops):
+    if len(stops) > _MOST_STOPS or not all(
+      0 < len(text.encode()) <= _LONGEST_STOP for text in stops
+    ):
       raise ValueError(f'at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} bytes')
     return stops
 
   @pydantic.field_validator('stream_options')
   @classmethod
-  def _of_a_stream(cls, options: StreamOptions | None, info: pydantic.ValidationInfo) -> StreamOptions | None:
+  def _of_a_stream(
+    cls, options: StreamOptions | None, info: pydantic.ValidationInfo
+  ) -> StreamOptions | None:
     if options is not None and not info.data.get('stream'):
       raise ValueError('there is no stream')
     return options
@@ -197,7 +236,9 @@ class _Request(_Strict):
     wanted = max_tokens if budget is None else budget
     # Logits divided by less overflow, and 0/0 in one lane would end the engine.
     temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
-    return SamplingParams(temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop)
+    return SamplingParams(
+      temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop
+    )
 
 
 class ChatRequest(_Request):
@@ -211,6 +252,7 @@ class ChatRequest(_Request):
   temperature and truncation, and so are `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of
   the distribution whose most likely token is taken.
   """
+
   messages: list[ChatMessage] = Field(min_length=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   tools: list[Tool] = Field(default_factory=list, max_length=_MOST_TOOLS)
@@ -266,11 +308,15 @@ class ChatRequest(_Request):
     """The tools that may be called in this answer."""
     if self.tool_choice == 'none':
       return []
-    return [ToolSpec(tool.function.name, tool.function.description, tool.function.parameters) for tool in self.tools]
+    return [
+      ToolSpec(tool.function.name, tool.function.description, tool.function.parameters)
+      for tool in self.tools
+    ]
 
 
 class CompletionRequest(_Request):
   """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them."""
+
   prompt: str | list[str] | list[int] | list[list[int]]
   logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
   echo: Literal[False] | None = None
@@ -289,8 +335,9 @@ class CompletionRequest(_Request):
 
 _TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
 _REASONS = {
-    'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
-    'frequency_penalty': '; penalties are not supported', 'presence_penalty': '; penalties are not supported',
+  'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
+  'frequency_penalty': '; penalties are not supported',
+  'presence_penalty': '; penalties are not supported',
 }
 
 
@@ -299,11 +346,22 @@ def read_request(kind: type[_Request], body: bytes) -> Any:
   try:
     return kind.model_validate_json(body)
   except pydantic.ValidationError as error:
-    problem = max(error.errors(include_url=False), key=lambda one: len(one['loc']))  # of a union, the member that came furthest
+    problem = max(
+      error.errors(include_url=False), key=lambda one: len(one['loc'])
+    )  # of a union, the member that came furthest
     if problem['type'] == 'json_invalid':
       raise RequestError(f'the body is not JSON: {problem["msg"]}') from error
-    place = '.'.join(str(part) for part in problem['loc']
-                     if isinstance(part, int) or part.isidentifier() and part not in _TYPES)
-    what = 'is not supported' if problem['type'] == 'extra_forbidden' else problem['msg'].removeprefix('Value error, ')
+    place = '.'.join(
+      str(part)
+      for part in problem['loc']
+      if isinstance(part, int) or part.isidentifier() and part not in _TYPES
+    )
+    what = (
+      'is not supported'
+      if problem['type'] == 'extra_forbidden'
+      else problem['msg'].removeprefix('Value error, ')
+    )
     reason = _REASONS.get(place.partition('.')[0], '')
-    raise RequestError(f'{place or "the body"}: {what[:1].lower() + what[1:]}{reason}', place or None) from error
+    raise RequestError(
+      f'{place or "the body"}: {what[:1].lower() + what[1:]}{reason}', place or None
+    ) from error

@@ -3,6 +3,7 @@
 A job is a group of rollouts that are asked for together (the choices of a request). Whatever happens to one of them is told to
 the job's `deliver`, on the engine's thread, which therefore only hands it on.
 """
+
 import functools
 import queue
 import threading
@@ -11,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dcore_jax.rollout.engine import Engine, Progress, Request
 from dcore_jax.rollout.sampling import SamplingParams
 
-Deliver = Callable[[int, Progress | Exception], None]  # (which of the job's rollouts, what it drew or why it ends)
+Deliver = Callable[
+  [int, Progress | Exception], None
+]  # (which of the job's rollouts, what it drew or why it ends)
 
 
 class Overloaded(Exception):
@@ -27,7 +30,9 @@ class Job:
 
   def __init__(self, deliver: Deliver):
     self.deliver = deliver
-    self.handles: dict[int, int] = {}  # place in the job -> engine's handle, of those that have not ended
+    self.handles: dict[
+      int, int
+    ] = {}  # place in the job -> engine's handle, of those that have not ended
 
 
 class Scheduler:
@@ -76,8 +81,10 @@ class Scheduler:
       if self._closed:
         raise Stopped('the engine takes no requests any more') from self.failure
       if self._in_flight + len(requests) > self.capacity:
-        raise Overloaded(f'{self._in_flight} rollouts are in flight and {len(requests)} more asked for; '
-                         f'there is room for {self.capacity}')
+        raise Overloaded(
+          f'{self._in_flight} rollouts are in flight and {len(requests)} more asked for; '
+          f'there is room for {self.capacity}'
+        )
       self._in_flight += len(requests)
       self._commands.put(functools.partial(self._admit, job, requests, sampling))
     return job
@@ -168,7 +175,9 @@ class Scheduler:
       self._end(job, place, self._stopped())
 
   def _stopped(self) -> Stopped:
-    reason = 'the engine has stopped' if self.failure is None else f'the engine failed: {self.failure}'
+    reason = (
+      'the engine has stopped' if self.failure is None else f'the engine failed: {self.failure}'
+    )
     stopped = Stopped(reason)
     stopped.__cause__ = self.failure
     return stopped

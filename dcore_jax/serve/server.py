@@ -1,4 +1,5 @@
 """From a model directory to a running server: loads, binds, and drains on SIGTERM."""
+
 import asyncio
 import dataclasses
 import signal
@@ -28,6 +29,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 @dataclasses.dataclass
 class Model:
   """What a server or a chat needs of a model."""
+
   name: str
   engine: Engine
   tokenizer: Any
@@ -35,13 +37,25 @@ class Model:
   def summary(self) -> str:
     """What it takes, for people."""
     config, engine, dtype = self.engine.config, self.engine, self.engine.params['embed'].dtype
-    cache = config.kv_bytes_per_token(dtype) * engine.lanes * (engine.max_len + engine.max_new)  # trunks and branches
-    return (f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, {engine.lanes} lanes of {engine.max_len} tokens '
-            f'({cache / 2**30:.2f} GiB of keys and values)')
+    cache = (
+      config.kv_bytes_per_token(dtype) * engine.lanes * (engine.max_len + engine.max_new)
+    )  # trunks and branches
+    return (
+      f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, {engine.lanes} lanes of {engine.max_len} tokens '
+      f'({cache / 2**30:.2f} GiB of keys and values)'
+    )
 
 
-def load_model(path: str, *, dtype: str = 'auto', tensor: int = 1, lanes: int = 32, max_len: int = 0, max_new: int = 0,
-               steps_per_call: int = 8) -> Model:
+def load_model(
+  path: str,
+  *,
+  dtype: str = 'auto',
+  tensor: int = 1,
+  lanes: int = 32,
+  max_len: int = 0,
+  max_new: int = 0,
+  steps_per_call: int = 8,
+) -> Model:
   """A model on an engine.
 
   Args:
@@ -68,17 +82,28 @@ def load_model(path: str, *, dtype: str = 'auto', tensor: int = 1, lanes: int = 
   placement = None
   if tensor > 1:
     mesh = sharding.make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
-    placement = sharding.shardings(decoder.abstract_params(load_config(folder), DTYPES[dtype]), mesh)
+    placement = sharding.shardings(
+      decoder.abstract_params(load_config(folder), DTYPES[dtype]), mesh
+    )
   config, params = load_params(folder, DTYPES[dtype], shardings=placement)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
   except OSError as error:
     raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
   if len(tokenizer) > config.vocab_size:
-    raise ValueError(f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows')
-  engine = Engine(params, config, stop_ids=find_stop_ids(config, tokenizer, folder), lanes=lanes,
-                  max_len=max_len or min(_MAX_LEN, config.max_position_embeddings), max_new=max_new or None,
-                  steps_per_call=steps_per_call, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    raise ValueError(
+      f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows'
+    )
+  engine = Engine(
+    params,
+    config,
+    stop_ids=find_stop_ids(config, tokenizer, folder),
+    lanes=lanes,
+    max_len=max_len or min(_MAX_LEN, config.max_position_embeddings),
+    max_new=max_new or None,
+    steps_per_call=steps_per_call,
+    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+  )
   return Model(folder.resolve().name, engine, tokenizer)
 
 
@@ -88,10 +113,20 @@ class Server(uvicorn.Server):
   A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the URL once it listens.
   """
 
-  def __init__(self, service: Service, host: str, port: int, drain_seconds: float,
-               announce: Callable[[str], None] = lambda url: None):
+  def __init__(
+    self,
+    service: Service,
+    host: str,
+    port: int,
+    drain_seconds: float,
+    announce: Callable[[str], None] = lambda url: None,
+  ):
     # After draining nothing is under way; clients that do not close their connections get a second.
-    super().__init__(uvicorn.Config(service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'))
+    super().__init__(
+      uvicorn.Config(
+        service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'
+      )
+    )
     self._service, self._drain_seconds, self._deadline = service, drain_seconds, float('inf')
     self._announce = announce
     self._closing: asyncio.Task | None = None
@@ -103,7 +138,9 @@ class Server(uvicorn.Server):
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     if self._service.draining:  # at once, also where a step is being compiled, for minutes
-      self.should_exit = self.force_exit = True  # what is left where a signal does not end a process: a container's first
+      self.should_exit = self.force_exit = (
+        True  # what is left where a signal does not end a process: a container's first
+      )
       signal.signal(sig, signal.SIG_DFL)
       signal.raise_signal(sig)
     self._service.draining = True
@@ -111,9 +148,13 @@ class Server(uvicorn.Server):
 
   async def on_tick(self, counter: int) -> bool:
     service, overdue = self._service, time.monotonic() > self._deadline
-    if overdue and self._closing is None:  # tells the rollouts that are left, whose requests then answer, after the present step
+    if (
+      overdue and self._closing is None
+    ):  # tells the rollouts that are left, whose requests then answer, after the present step
       self._closing = asyncio.create_task(asyncio.to_thread(service.scheduler.close))
     closed = self._closing is not None and self._closing.done()
-    if closed or service.draining and not service.under_way or service.scheduler.failure is not None:
+    if (
+      closed or service.draining and not service.under_way or service.scheduler.failure is not None
+    ):
       self.should_exit = True
     return await super().on_tick(counter)

@@ -1,4 +1,5 @@
 """What the server counts, in the text format of Prometheus."""
+
 import dataclasses
 from collections.abc import Iterator
 
@@ -16,14 +17,24 @@ class Telemetry:
   def __init__(self, scheduler: Scheduler):
     self._registry = prometheus_client.CollectorRegistry()
     kinds = {'registry': self._registry, 'namespace': 'dcore'}
-    self.requests = prometheus_client.Counter('http_requests', 'Requests by path and status.', ['path', 'status'], **kinds)
-    self.cancelled = prometheus_client.Counter('cancelled_requests', 'Requests whose client went away.', **kinds)
-    self.prompt_tokens = prometheus_client.Counter('prompt_tokens', 'Tokens of prompts, each counted once.', **kinds)
-    self.completion_tokens = prometheus_client.Counter('completion_tokens', 'Tokens sampled for clients.', **kinds)
+    self.requests = prometheus_client.Counter(
+      'http_requests', 'Requests by path and status.', ['path', 'status'], **kinds
+    )
+    self.cancelled = prometheus_client.Counter(
+      'cancelled_requests', 'Requests whose client went away.', **kinds
+    )
+    self.prompt_tokens = prometheus_client.Counter(
+      'prompt_tokens', 'Tokens of prompts, each counted once.', **kinds
+    )
+    self.completion_tokens = prometheus_client.Counter(
+      'completion_tokens', 'Tokens sampled for clients.', **kinds
+    )
     self.first_token_seconds = prometheus_client.Histogram(
-        'time_to_first_token_seconds', 'From admission to the first token.', buckets=_SECONDS, **kinds)
+      'time_to_first_token_seconds', 'From admission to the first token.', buckets=_SECONDS, **kinds
+    )
     self.request_seconds = prometheus_client.Histogram(
-        'request_seconds', 'From admission to the last token.', buckets=_SECONDS, **kinds)
+      'request_seconds', 'From admission to the last token.', buckets=_SECONDS, **kinds
+    )
     self._registry.register(_EngineCollector(scheduler))
 
   def text(self) -> bytes:
@@ -40,9 +51,13 @@ class _EngineCollector:
   def collect(self) -> Iterator[Metric]:
     stats = self._scheduler.engine.stats
     for field in dataclasses.fields(stats):
-      yield CounterMetricFamily(f'dcore_engine_{field.name}', f'{field.name} of EngineStats.', getattr(stats, field.name))
-    gauges = {'lanes': ('Rollouts that can run at once.', self._scheduler.engine.lanes),
-              'rollouts_in_flight': ('Rollouts that run or wait.', self._scheduler.in_flight),
-              'up': ('0 once the engine has failed.', self._scheduler.failure is None)}
+      yield CounterMetricFamily(
+        f'dcore_engine_{field.name}', f'{field.name} of EngineStats.', getattr(stats, field.name)
+      )
+    gauges = {
+      'lanes': ('Rollouts that can run at once.', self._scheduler.engine.lanes),
+      'rollouts_in_flight': ('Rollouts that run or wait.', self._scheduler.in_flight),
+      'up': ('0 once the engine has failed.', self._scheduler.failure is None),
+    }
     for name, (meaning, value) in gauges.items():
       yield GaugeMetricFamily(f'dcore_engine_{name}', meaning, value)

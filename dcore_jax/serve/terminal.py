@@ -1,4 +1,5 @@
 """A conversation in a terminal: thoughts dimmed, answers as they come, calls run by the world that is attached."""
+
 import itertools
 import queue
 from collections.abc import Callable, Sequence
@@ -17,8 +18,11 @@ from dcore_jax.worlds.environment import World
 
 _DIM, _BOLD, _PLAIN = '\x1b[2m', '\x1b[1m', '\x1b[0m'
 # What a model writes must not steer the terminal: control characters, and those that turn the direction of text around.
-_HARMLESS = {code: '\ufffd' for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-             if chr(code) not in '\n\t'}
+_HARMLESS = {
+  code: '\ufffd'
+  for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+  if chr(code) not in '\n\t'
+}
 
 
 class Cancelled(Exception):
@@ -28,7 +32,9 @@ class Cancelled(Exception):
 class Speaker:
   """Asks the model and shows what it says while it says it."""
 
-  def __init__(self, scheduler: Scheduler, tokenizer: Any, sampling: SamplingParams, out: TextIO, colour: bool):
+  def __init__(
+    self, scheduler: Scheduler, tokenizer: Any, sampling: SamplingParams, out: TextIO, colour: bool
+  ):
     self._scheduler, self._tokenizer, self._sampling = scheduler, tokenizer, sampling
     self._out, self._colour = out, colour
     self._turn = itertools.count()
@@ -43,8 +49,13 @@ class Speaker:
     text = render_prompt(self._tokenizer, messages)
     prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
     events: queue.SimpleQueue = queue.SimpleQueue()
-    reader, parser = TextReader(self._tokenizer, self._sampling.stop), ReplyParser(thinking=text.rstrip().endswith('<think>'))
-    job = self._scheduler.submit([Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event))
+    reader, parser = (
+      TextReader(self._tokenizer, self._sampling.stop),
+      ReplyParser(thinking=text.rstrip().endswith('<think>')),
+    )
+    job = self._scheduler.submit(
+      [Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event)
+    )
     whole, thoughts = '', False
     try:
       while True:
@@ -52,7 +63,9 @@ class Speaker:
         if isinstance(part, Exception):
           raise part
         done = part.completion
-        new = reader.push(part.tokens[:-1] if done and done.finished else part.tokens, last=done is not None)
+        new = reader.push(
+          part.tokens[:-1] if done and done.finished else part.tokens, last=done is not None
+        )
         whole += new
         delta = parser.push(new, last=done is not None)
         self.show(delta.reasoning, _DIM)
@@ -87,13 +100,18 @@ class Chat:
     kind: of the world's tasks to begin with.
   """
 
-  def __init__(self, speaker: Speaker, *, system: str = '', world: World | None = None, kind: str = ''):
+  def __init__(
+    self, speaker: Speaker, *, system: str = '', world: World | None = None, kind: str = ''
+  ):
     self._speaker, self._system, self._world, self._kind = speaker, system, world, kind
     self._messages: list[Message] = []
     self._task, self._session = None, None
-    self.help = ('Ctrl-C cancels an answer, Ctrl-D ends the program; /new forgets the conversation.' if world is None else
-                 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] '
-                 '[N] takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.')
+    self.help = (
+      'Ctrl-C cancels an answer, Ctrl-D ends the program; /new forgets the conversation.'
+      if world is None
+      else 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] '
+      '[N] takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.'
+    )
 
   def start(self) -> None:
     """What is shown before the first line."""
@@ -117,7 +135,10 @@ class Chat:
         self._request(line)
       else:
         self._act()
-    except (ValueError, Overloaded) as error:  # what was cancelled still holds the engine's one lane, while a step runs on
+    except (
+      ValueError,
+      Overloaded,
+    ) as error:  # what was cancelled still holds the engine's one lane, while a step runs on
       self._speaker.show(f'{error}\n')
     except Cancelled:
       pass
@@ -127,13 +148,16 @@ class Chat:
       return
     asked = [*self._messages, Message('user', line)]
     _, answer = split_reasoning(self._speaker.answer(asked))
-    self._messages = [*asked, Message('assistant', answer)]  # an answer that is cancelled leaves nothing behind
+    self._messages = [
+      *asked,
+      Message('assistant', answer),
+    ]  # an answer that is cancelled leaves nothing behind
 
   def _take_new(self, words: list[str]) -> None:
     self._messages = [Message('system', self._system)] if self._system else []
     if self._world is None:
       return
-    kind, number = (words + [self._kind, '0'][len(words):])[:2]
+    kind, number = (words + [self._kind, '0'][len(words) :])[:2]
     if not number.isdigit():
       raise ValueError(f'{number!r} is no number of a task')
     self._task = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')[-1]
@@ -156,7 +180,10 @@ class Chat:
     while not episode.done:
       self._step(episode)
     outcome = episode.outcome()
-    self._speaker.show(f'right after {outcome.steps} answers\n' if outcome.correct else f'wrong: {outcome.reason}\n', _BOLD)
+    self._speaker.show(
+      f'right after {outcome.steps} answers\n' if outcome.correct else f'wrong: {outcome.reason}\n',
+      _BOLD,
+    )
 
   def _request(self, line: str) -> None:
     self._session.ask(line)
@@ -168,6 +195,6 @@ class Chat:
     text = self._speaker.answer(episode.messages)
     said = len(episode.messages)
     episode.step(text)
-    for message in episode.messages[said + 1:]:
+    for message in episode.messages[said + 1 :]:
       self._speaker.show(f'{message.role}: ', _BOLD)
       self._speaker.show(message.content + '\n')

@@ -1,4 +1,5 @@
 """Tokens to text as they come: no character is sent in halves, and nothing of a stop string is sent at all."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ class Detokenizer:
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
     self._ids: list[int] = []  # from a place on where a character begins
-    self._sent = 0  # how many of them are in text that was given out; the others may end inside a character
+    self._sent = (
+      0  # how many of them are in text that was given out; the others may end inside a character
+    )
 
   def push(self, tokens: Sequence[int]) -> str:
     """The text that is certain now."""
@@ -20,15 +23,15 @@ class Detokenizer:
     text = self._decode(self._ids)
     if text.endswith(_REPLACEMENT):
       return ''
-    new = text[len(self._decode(self._ids[:self._sent])):]
+    new = text[len(self._decode(self._ids[: self._sent])) :]
     if new:
-      self._ids = self._ids[self._sent:]
+      self._ids = self._ids[self._sent :]
       self._sent = len(self._ids)
     return new
 
   def finish(self) -> str:
     """The rest, with U+FFFD for bytes that never became a character."""
-    return self._decode(self._ids)[len(self._decode(self._ids[:self._sent])):]
+    return self._decode(self._ids)[len(self._decode(self._ids[: self._sent])) :]
 
   def _decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ''
@@ -47,13 +50,23 @@ class StopScanner:
     if self.stopped:
       return ''
     text = self._held + text
-    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+    found = [
+      (text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text
+    ]
     if found:
       self.stopped, self._held = True, ''
-      return text[:min(found)[1]]  # of the one that was complete first, however the text was cut
-    held = max((length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
-    self._held = text[len(text) - held:]
-    return text[:len(text) - held]
+      return text[: min(found)[1]]  # of the one that was complete first, however the text was cut
+    held = max(
+      (
+        length
+        for stop in self._stop
+        for length in range(1, len(stop))
+        if text.endswith(stop[:length])
+      ),
+      default=0,
+    )
+    self._held = text[len(text) - held :]
+    return text[: len(text) - held]
 
   def finish(self) -> str:
     """What was held back, where it did not become a stop string."""
@@ -75,4 +88,8 @@ class TextReader:
   def push(self, tokens: Sequence[int], last: bool = False) -> str:
     """The text that is certain with these tokens; all of it where they are the `last` ones."""
     text = self._scanner.push(self._detokenizer.push(tokens))
-    return text + self._scanner.push(self._detokenizer.finish()) + self._scanner.finish() if last else text
+    return (
+      text + self._scanner.push(self._detokenizer.finish()) + self._scanner.finish()
+      if last
+      else text
+    )

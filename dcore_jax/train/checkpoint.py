@@ -6,6 +6,7 @@ is a bit that flips afterwards (its compressed chunks carry no checksum that is 
 casts), or numpy scalars and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype
 and the sum of the bits of each leaf (`train.checksum`: of arrays on devices computed there), compared on the way back.
 """
+
 import collections
 import pathlib
 import shutil
@@ -39,7 +40,7 @@ class _Keep:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*sorted(steps)[-self.newest:], self.best}
+    kept = {*sorted(steps)[-self.newest :], self.best}
     return [step in kept for step in steps]
 
 
@@ -59,7 +60,9 @@ class Checkpoints:
     # Orbax takes absolute paths only.
     self._directory = pathlib.Path(directory).absolute()
     self._keep = _Keep(keep)
-    options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True, create=True)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._keep, enable_async_checkpointing=True, create=True
+    )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
     for step in self.all_steps():
       try:
@@ -82,7 +85,9 @@ class Checkpoints:
     """The step that was saved with the highest score; None where none had one."""
     return self._keep.best
 
-  def save(self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, score: float | None = None) -> None:
+  def save(
+    self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, score: float | None = None
+  ) -> None:
     """Starts to write `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
 
     On return the values are copied, and their arrays may be donated. `wait`, `close` and the next save wait for the disk.
@@ -92,10 +97,15 @@ class Checkpoints:
     """
     latest = self.latest_step()
     if latest is not None and step < latest:
-      raise ValueError(f'{self._directory} already holds step {latest}; refusing to save the older step {step}')
+      raise ValueError(
+        f'{self._directory} already holds step {latest}; refusing to save the older step {step}'
+      )
     leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
     sums = _sums(leaves)
-    described = {path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'sum': sums[path]} for path, leaf in leaves.items()}
+    described = {
+      path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'sum': sums[path]}
+      for path, leaf in leaves.items()
+    }
     record = {'extra': extra or {}, 'score': score, 'leaves': described}
     # Orbax stores no empty array; the manifest alone says how to make one again.
     stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
@@ -109,7 +119,9 @@ class Checkpoints:
       arguments['tree'] = ocp.args.StandardSave(stored)
     self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
-  def restore(self, example: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int] | None:
+  def restore(
+    self, example: PyTree, step: int | None = None
+  ) -> tuple[PyTree, dict[str, Any], int] | None:
     """(tree, extra, step) of `step`, or of the newest step that can be read; None where there is none.
 
     Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a warning and the one
@@ -163,7 +175,9 @@ class Checkpoints:
     wanted = {path: target for path, target in targets.items() if 0 not in target.shape}
     values = {}
     if wanted:
-      restored = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted)))
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted))
+      )
       values = restored['tree']
     _check_sums(values, described)
     empty = {path: np.zeros(t.shape, t.dtype) for path, t in targets.items() if path not in wanted}
@@ -175,7 +189,10 @@ class Checkpoints:
     if explicit:
       raise ValueError(reason) from error
     earlier = [s for s in self.all_steps() if s < step]
-    warnings.warn(f'{reason}; ' + (f'going back to step {earlier[-1]}' if earlier else 'starting afresh'), stacklevel=3)
+    warnings.warn(
+      f'{reason}; ' + (f'going back to step {earlier[-1]}' if earlier else 'starting afresh'),
+      stacklevel=3,
+    )
     # Out of the way, so that the step can be saved again; kept, so that a person can look at it.
     if jax.process_index() == 0:
       aside = self._directory / f'{step}.unreadable'
@@ -198,10 +215,14 @@ def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
       described = reader.restore(step_dir / 'record')['leaves']
   except Exception as error:  # damage shows as any of a dozen types
     raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
-  _check_structure({path: leaf for path, leaf in described.items() if path in targets}, example, str(step_dir))
+  _check_structure(
+    {path: leaf for path, leaf in described.items() if path in targets}, example, str(step_dir)
+  )
   try:
     with ocp.PyTreeCheckpointer() as reader:
-      arguments = ocp.args.PyTreeRestore(targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True)
+      arguments = ocp.args.PyTreeRestore(
+        targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True
+      )
       values = reader.restore(step_dir / 'tree', args=arguments)
   except Exception as error:
     raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
@@ -217,7 +238,9 @@ def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception 
   value, error = None, None
   try:
     value = read(*arguments)
-  except Exception as found:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
+  except (
+    Exception
+  ) as found:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
     error = found
   if not distributed.everywhere(error is None):
     error = error or ValueError('another host cannot read it')
@@ -225,8 +248,10 @@ def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception 
 
 
 def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
-  return [(jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+  return [
+    (jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -241,7 +266,9 @@ def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
     return leaf
   array = np.asarray(leaf)
   if array.dtype.kind in 'OUSMm':
-    raise ValueError(f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers (text belongs into `extra`)')
+    raise ValueError(
+      f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers (text belongs into `extra`)'
+    )
   return array
 
 
@@ -263,7 +290,9 @@ def _target(example: Any) -> jax.ShapeDtypeStruct | np.ndarray:
     data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(example.shape, example.dtype))
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_default_sharding())
   if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
-    return jax.ShapeDtypeStruct(example.shape, example.dtype, sharding=example.sharding or _default_sharding())
+    return jax.ShapeDtypeStruct(
+      example.shape, example.dtype, sharding=example.sharding or _default_sharding()
+    )
   return np.empty_like(np.asarray(example))
 
 
@@ -278,7 +307,9 @@ def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
     if not isinstance(leaf, jax.Array):
       sums[path] = checksum.host_sum(np.asarray(leaf))
     elif leaf.sharding.memory_kind == optimizer.HOST:
-      sums[path] = int(checksum.array_sums(jax.device_put(leaf, leaf.sharding.with_memory_kind('device'))))
+      sums[path] = int(
+        checksum.array_sums(jax.device_put(leaf, leaf.sharding.with_memory_kind('device')))
+      )
     else:
       groups[frozenset(leaf.sharding.device_set)][path] = leaf
   for group in groups.values():
@@ -288,7 +319,9 @@ def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 def _check_sums(values: dict[str, Any], described: dict[str, dict]) -> None:
   """ValueError for a leaf that is not the one that was saved. Manifests from before there were sums cannot tell."""
-  for path, found in _sums({path: value for path, value in values.items() if 'sum' in described[path]}).items():
+  for path, found in _sums(
+    {path: value for path, value in values.items() if 'sum' in described[path]}
+  ).items():
     if found != described[path]['sum']:
       raise ValueError(f'the bytes of {path} are not those that were saved')
 
@@ -301,6 +334,8 @@ def _check_structure(described: dict[str, dict], example: PyTree, where: str) ->
     found = (tuple(described[path]['shape']), described[path]['dtype'])
     wanted = (tuple(targets[path].shape), str(targets[path].dtype))
     if found != wanted:
-      problems.append(f'{path} is {found[1]}{list(found[0])}, expected {wanted[1]}{list(wanted[0])}')
+      problems.append(
+        f'{path} is {found[1]}{list(found[0])}, expected {wanted[1]}{list(wanted[0])}'
+      )
   if problems:
     raise ValueError(f'{where} does not fit this run: ' + '; '.join(problems))

@@ -4,6 +4,7 @@ Each word of at most four bytes counts with an odd factor of its place, modulo 2
 Integers wrap exactly: equal arrays have equal sums however they are split over devices and hosts. Nothing is gathered, and all
 that comes to the host is the sum.
 """
+
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ def _array_sum(array: jax.Array) -> jax.Array:
     array = jnp.stack([array.real, array.imag], axis=-1)
   if array.dtype == bool:
     array = array.astype(jnp.uint8)
-  words = jax.lax.bitcast_convert_type(array, _WORDS[min(array.dtype.itemsize, 4)]).astype(jnp.uint32)
+  words = jax.lax.bitcast_convert_type(array, _WORDS[min(array.dtype.itemsize, 4)]).astype(
+    jnp.uint32
+  )
   # No reshape to one axis: of a split array that would be a copy on every device.
   place, stride = jnp.zeros(words.shape, jnp.uint32), 1
   for axis in reversed(range(words.ndim)):

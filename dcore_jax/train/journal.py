@@ -6,6 +6,7 @@ the engine, whole: its rollouts shared tiles, and the last bits of a log-probabi
 of a wave would give other bits than the run that was not killed. Hosts of one run share the folder: all sample the same and
 read the same files, the first one writes them.
 """
+
 import pathlib
 import warnings
 import zipfile
@@ -49,8 +50,12 @@ class JournaledEngine:
     self._engine, self._path, self._fingerprint = engine, path, fingerprint
     self.max_len = engine.max_len
 
-  def generate(self, requests: Sequence[Request], sampling: SamplingParams,
-               progress: Callable[[int], None] | None = None) -> list[Completion]:
+  def generate(
+    self,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    progress: Callable[[int], None] | None = None,
+  ) -> list[Completion]:
     """As `Engine.generate`, which is a loop over `stream`."""
     return Engine.generate(self, requests, sampling, progress)
 
@@ -84,9 +89,13 @@ class JournaledEngine:
       return
     completions = list(made.values())
     columns = {name: np.concatenate([getattr(c, name) for c in completions]) for name in _PER_TOKEN}
-    columns |= {'lengths': np.array([len(c.tokens) for c in completions]), 'key_ids': np.array(list(made), np.int64),
-                'finished': np.array([c.finished for c in completions]),
-                'prompt_len': np.array([c.prompt_len for c in completions]), 'fingerprint': np.uint64(self._fingerprint)}
+    columns |= {
+      'lengths': np.array([len(c.tokens) for c in completions]),
+      'key_ids': np.array(list(made), np.int64),
+      'finished': np.array([c.finished for c in completions]),
+      'prompt_len': np.array([c.prompt_len for c in completions]),
+      'fingerprint': np.uint64(self._fingerprint),
+    }
     self._path.parent.mkdir(parents=True, exist_ok=True)
     beside = self._path.with_suffix('.partial')
     with beside.open('wb') as file:
@@ -98,15 +107,27 @@ class JournaledEngine:
     if not self._path.exists():
       return None
     try:
-      with np.load(self._path, allow_pickle=False) as file:  # a zip archive: every array has a checksum
+      with np.load(
+        self._path, allow_pickle=False
+      ) as file:  # a zip archive: every array has a checksum
         columns = {name: file[name] for name in file.files}
       if columns['fingerprint'] != self._fingerprint:
         return None
       ends = np.cumsum(columns['lengths'])[:-1]
-      rows = zip(columns['key_ids'].tolist(), *(np.split(columns[name], ends) for name in _PER_TOKEN),
-                 columns['finished'].tolist(), columns['prompt_len'].tolist(), strict=True)
-      return {tuple(key): Completion(*arrays, finished, None, prompt_len) for key, *arrays, finished, prompt_len in rows}
+      rows = zip(
+        columns['key_ids'].tolist(),
+        *(np.split(columns[name], ends) for name in _PER_TOKEN),
+        columns['finished'].tolist(),
+        columns['prompt_len'].tolist(),
+        strict=True,
+      )
+      return {
+        tuple(key): Completion(*arrays, finished, None, prompt_len)
+        for key, *arrays, finished, prompt_len in rows
+      }
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-      warnings.warn(f'the journal {self._path} cannot be read ({type(error).__name__}: {error}); its rollouts are sampled again',
-                    stacklevel=2)
+      warnings.warn(
+        f'the journal {self._path} cannot be read ({type(error).__name__}: {error}); its rollouts are sampled again',
+        stacklevel=2,
+      )
       return None

@@ -1,4 +1,5 @@
 """Numbers of a run: one JSON object a line in `metrics.jsonl`, the same in TensorBoard; JSON files written whole."""
+
 import json
 import math
 import os
@@ -113,5 +114,3 @@ def _cut_torn_line(path: pathlib.Path) -> None:
     whole = content.rfind(b'\n') + 1
     if whole < len(content):
       os.truncate(path, whole)
-
-

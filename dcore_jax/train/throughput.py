@@ -1,4 +1,5 @@
 """Operations that a step needs, and the rate at which this device can do them."""
+
 import functools
 import time
 
@@ -19,8 +20,11 @@ def forward_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
   """
   head = 2.0 * config.vocab_size * config.hidden_size
   one_key = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-  return (tree.live * (config.flops_per_token(1) - head) + one_key * float(tree.position.sum(dtype=np.int64))
-          + head * np.count_nonzero(tree.weight))
+  return (
+    tree.live * (config.flops_per_token(1) - head)
+    + one_key * float(tree.position.sum(dtype=np.int64))
+    + head * np.count_nonzero(tree.weight)
+  )
 
 
 @functools.cache

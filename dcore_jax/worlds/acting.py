@@ -1,4 +1,5 @@
 """Acting in a world whose tools a sandbox runs: tasks with a verdict, and sessions without."""
+
 from collections.abc import Callable, Collection, Sequence
 
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
@@ -6,7 +7,9 @@ from dcore_jax.chat.tool_calls import ToolCallError, calls_equal, parse_calls, t
 from dcore_jax.worlds.environment import Outcome, Sandbox, Turn
 
 SESSION_STEPS = 8  # assistant messages to one request of a session: twice the longest plan
-SPARE_STEPS = 2  # assistant messages of a turn beyond its reference calls and report, before it is stopped
+SPARE_STEPS = (
+  2  # assistant messages of a turn beyond its reference calls and report, before it is stopped
+)
 UNREADABLE = '{"error": "unreadable calls"}'  # a session's answer to calls that cannot be read
 
 
@@ -22,11 +25,24 @@ class TaskEpisode:
     open_sandbox: makes them over the initial state; the model has one of its own, and the reference another.
   """
 
-  def __init__(self, name: str, system: str, turns: Sequence[Turn], *, one_response: bool, listed: Collection[str],
-               open_sandbox: Callable[[], Sandbox]):
+  def __init__(
+    self,
+    name: str,
+    system: str,
+    turns: Sequence[Turn],
+    *,
+    one_response: bool,
+    listed: Collection[str],
+    open_sandbox: Callable[[], Sandbox],
+  ):
     self.messages = [Message('system', system), Message('user', turns[0].query)]
     self.done = False
-    self._name, self._turns, self._one_response, self._listed = name, tuple(turns), one_response, listed
+    self._name, self._turns, self._one_response, self._listed = (
+      name,
+      tuple(turns),
+      one_response,
+      listed,
+    )
     self._sandbox, self._reference = open_sandbox(), open_sandbox()
     self._turn, self._steps, self._steps_in_turn = 0, 0, 0
     self._responses: list[str] = []  # of all turns: BFCL counts earlier outputs as evidence too
@@ -68,7 +84,9 @@ class TaskEpisode:
     self._responses += outputs
     self.messages.append(_shown(outputs))
 
-  def _judge_response(self, text: str, answer: str, calls: list[ToolCall] | None, turn: Turn) -> str:
+  def _judge_response(
+    self, text: str, answer: str, calls: list[ToolCall] | None, turn: Turn
+  ) -> str:
     if not turn.calls:
       if calls:
         return 'called a tool'

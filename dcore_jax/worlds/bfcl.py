@@ -5,6 +5,7 @@ them, so that it may be installed beside: `pip install --no-deps --target .bfcl 
 A call is made by name among the public methods of the listed classes, with literal arguments: nothing is evaluated, unlike in
 the harness itself (harnesses.md A3).
 """
+
 import copy
 import functools
 import importlib
@@ -21,11 +22,16 @@ from dcore_jax.chat.tool_calls import parse_reference
 
 INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0'
 # class -> its module and its file of function docs
-CLASSES = {'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'),
-           'MathAPI': ('math_api', 'math_api'), 'MessageAPI': ('message_api', 'message_api'),
-           'TicketAPI': ('ticket_api', 'ticket_api'), 'TradingBot': ('trading_bot', 'trading_bot'),
-           'TravelAPI': ('travel_booking', 'travel_booking'), 'TwitterAPI': ('posting_api', 'posting_api'),
-           'VehicleControlAPI': ('vehicle_control', 'vehicle_control')}
+CLASSES = {
+  'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'),
+  'MathAPI': ('math_api', 'math_api'),
+  'MessageAPI': ('message_api', 'message_api'),
+  'TicketAPI': ('ticket_api', 'ticket_api'),
+  'TradingBot': ('trading_bot', 'trading_bot'),
+  'TravelAPI': ('travel_booking', 'travel_booking'),
+  'TwitterAPI': ('posting_api', 'posting_api'),
+  'VehicleControlAPI': ('vehicle_control', 'vehicle_control'),
+}
 _SOURCES = 'bfcl_eval.eval_checker.multi_turn_eval.func_source_code'
 # Of the calculator, which would compute as many digits as a model asks for, and hold up everything for it.
 _LARGEST = {'exponent': 1_000, 'precision': 1_000, 'decimal_places': 1_000}
@@ -51,7 +57,7 @@ def _class(name: str) -> type:
   try:
     return getattr(importlib.import_module(f'{_SOURCES}.{CLASSES[name][0]}'), name)
   except ModuleNotFoundError as error:
-    raise ValueError(f'BFCL\'s {name} lacks {error.name}: {INSTALL}') from error
+    raise ValueError(f"BFCL's {name} lacks {error.name}: {INSTALL}") from error
   finally:
     sys.path.remove(folder)
 
@@ -78,7 +84,9 @@ class BfclSandbox:
       if hasattr(instance, '_load_scenario'):  # the calculator has no state
         instance._load_scenario(copy.deepcopy(config.get(name, {})))  # pylint: disable=protected-access
       self.instances[name] = instance
-      self._methods |= {n: m for n, m in inspect.getmembers(instance, inspect.ismethod) if not n.startswith('_')}
+      self._methods |= {
+        n: m for n, m in inspect.getmembers(instance, inspect.ismethod) if not n.startswith('_')
+      }
     for call in parse_reference(list(done)):
       self.run(call)
 
@@ -96,7 +104,9 @@ class BfclSandbox:
     if method is None:
       return json.dumps({'error': f'there is no function {call.name[:80]}'})
     try:
-      given = inspect.signature(method).bind(*copy.deepcopy(call.positional), **copy.deepcopy(call.arguments))
+      given = inspect.signature(method).bind(
+        *copy.deepcopy(call.positional), **copy.deepcopy(call.arguments)
+      )
       # A list that is a default and gets changed (`mention` does that to `post_tweet`'s) would reach into other sandboxes.
       for name, parameter in given.signature.parameters.items():
         if isinstance(parameter.default, (list, dict)):
@@ -129,5 +139,9 @@ def _plain(value: Any, budget: list[int]) -> Any:
   if isinstance(value, (list, tuple)):
     return [_plain(item, budget) for item in value]
   if hasattr(value, '__dict__'):
-    return {name: _plain(item, budget) for name, item in vars(value).items() if not name.startswith('_') and name != 'parent'}
+    return {
+      name: _plain(item, budget)
+      for name, item in vars(value).items()
+      if not name.startswith('_') and name != 'parent'
+    }
   return value

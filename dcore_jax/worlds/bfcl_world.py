@@ -1,4 +1,5 @@
 """BFCL's executable APIs as an environment, on tasks of our own (bfcl_tasks): acted out, judged, or talked to."""
+
 import json
 from collections.abc import Callable, Collection
 
@@ -9,7 +10,11 @@ from dcore_jax.worlds.bfcl_tasks import BfclTask, make_task
 from dcore_jax.worlds.environment import Sandbox
 
 SPLITS = ('train', 'eval')
-ONE_RESPONSE = ('single', 'parallel', 'irrelevant')  # as BFCL's single-turn categories, and ToolWorld's
+ONE_RESPONSE = (
+  'single',
+  'parallel',
+  'irrelevant',
+)  # as BFCL's single-turn categories, and ToolWorld's
 
 
 class BfclWorld:
@@ -28,11 +33,20 @@ class BfclWorld:
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[BfclTask]:
     """The splits are other draws; states are made of the same few names in both."""
-    return [make_task(kind, index, seed=len(SPLITS) * seed + SPLITS.index(split)) for index in range(count)]
+    return [
+      make_task(kind, index, seed=len(SPLITS) * seed + SPLITS.index(split))
+      for index in range(count)
+    ]
 
   def episode(self, task: BfclTask) -> TaskEpisode:
-    return TaskEpisode(task.id, self._system_text(task), task.turns, one_response=task.kind in ONE_RESPONSE,
-                       listed=_listed(task), open_sandbox=lambda: _open(task))
+    return TaskEpisode(
+      task.id,
+      self._system_text(task),
+      task.turns,
+      one_response=task.kind in ONE_RESPONSE,
+      listed=_listed(task),
+      open_sandbox=lambda: _open(task),
+    )
 
   def session(self, task: BfclTask) -> SandboxSession:
     return SandboxSession(self._system_text(task), _open(task))

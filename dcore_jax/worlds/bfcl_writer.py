@@ -3,6 +3,7 @@
 Names, texts and states are our own. A move looks at the live API, so that what it asks for succeeds now; what an API has
 answered decides what later clauses can speak of ("that ticket", "the copy").
 """
+
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,11 +15,43 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.worlds.bfcl import BfclSandbox
 
-FIRST = ('mara', 'oskar', 'ilse', 'tomas', 'priya', 'kofi', 'lena', 'bruno', 'yuki', 'amadou', 'vera', 'nils')
+FIRST = (
+  'mara',
+  'oskar',
+  'ilse',
+  'tomas',
+  'priya',
+  'kofi',
+  'lena',
+  'bruno',
+  'yuki',
+  'amadou',
+  'vera',
+  'nils',
+)
 LAST = ('Brandt', 'Okoye', 'Lindqvist', 'Moreau', 'Tanaka', 'Farkas', 'Achebe', 'Novak')
-PLACES = ('harbour', 'orchard', 'lighthouse', 'quarry', 'market', 'observatory', 'greenhouse', 'foundry', 'ferry', 'archive')
-LINES = ('north wing needs paint', 'order twelve more crates', 'call the mason on Monday', 'two guests arrive late',
-         'water the ferns', 'invoice was paid in cash', 'key hangs behind the stove', 'train leaves at seven')
+PLACES = (
+  'harbour',
+  'orchard',
+  'lighthouse',
+  'quarry',
+  'market',
+  'observatory',
+  'greenhouse',
+  'foundry',
+  'ferry',
+  'archive',
+)
+LINES = (
+  'north wing needs paint',
+  'order twelve more crates',
+  'call the mason on Monday',
+  'two guests arrive late',
+  'water the ferns',
+  'invoice was paid in cash',
+  'key hangs behind the stove',
+  'train leaves at seven',
+)
 NOTHING = ('', None)
 _DIGITS = 8  # of a number that a later call can repeat
 
@@ -26,18 +59,22 @@ _DIGITS = 8  # of a number that a later call can repeat
 @dataclasses.dataclass(frozen=True)
 class Output:
   """A value that the last output of a clause will hold under this key."""
+
   key: str
 
 
 @dataclasses.dataclass
 class Clause:
   """A part of a request: in words, as calls, as what can be reported of it, and with a value left out."""
+
   text: str
   calls: list[ToolCall]
   report: str
   chained: bool = False  # it takes what an earlier clause returned or made
   partial: tuple[str, str] | None = None  # (words that lack a value, the question for it)
-  makes: tuple[str, Any] | None = None  # (what it made is called from now on, its number or name, or where that will stand)
+  makes: tuple[str, Any] | None = (
+    None  # (what it made is called from now on, its number or name, or where that will stand)
+  )
 
 
 Move = Callable[['Writer', bool], Clause | None]
@@ -46,6 +83,7 @@ Move = Callable[['Writer', bool], Clause | None]
 @dataclasses.dataclass(frozen=True)
 class Repertoire:
   """What can be asked of an API: its scenario, the moves, and the functions without which what they do cannot be done."""
+
   scenario: Callable[['Writer'], dict[str, Any]]
   moves: tuple[Move, ...]
   sole: frozenset[str]
@@ -59,11 +97,15 @@ class Writer:
     self.briefing = ''  # what the system message says of the user, such as an access token
     self.config = {name: repertoire.scenario(self)}
     self.sandbox = BfclSandbox([name], self.config)
-    self.latest: tuple[str, Any] = NOTHING  # what a later clause can speak of without naming it, and what that is
+    self.latest: tuple[str, Any] = (
+      NOTHING  # what a later clause can speak of without naming it, and what that is
+    )
     self.spoken: tuple[str, Any] | None = None  # what the clause that is being drawn speaks of
     self.outputs: list[str] = []
     self.made: set[str] = set()  # calls, each of which is made once in a task
-    self.fresh: set[Any] = set()  # made in this turn: its number is in nothing that the user has seen
+    self.fresh: set[Any] = (
+      set()
+    )  # made in this turn: its number is in nothing that the user has seen
 
   @property
   def api(self) -> Any:
@@ -81,7 +123,9 @@ class Writer:
   def number(self, low: int, high: int) -> int:
     return int(self.rng.integers(low, high + 1))
 
-  def which(self, chained: bool, candidates: Any, noun: str, called: str = '{}') -> tuple[str, Any] | None:
+  def which(
+    self, chained: bool, candidates: Any, noun: str, called: str = '{}'
+  ) -> tuple[str, Any] | None:
     """(how one of the candidates is spoken of, what it is): the one that was last spoken of, or one that the user can name."""
     if chained:
       self.spoken = self.latest
@@ -106,7 +150,9 @@ class Writer:
     makes = clause.makes
     if makes and isinstance(makes[1], Output):
       value = json.loads(outputs[-1])[makes[1].key]
-      makes = NOTHING if isinstance(value, float) and len(repr(value)) > _DIGITS else (makes[0], value)
+      makes = (
+        NOTHING if isinstance(value, float) and len(repr(value)) > _DIGITS else (makes[0], value)
+      )
     if makes:
       self.fresh.add(makes[1])
     self.latest = makes or self.spoken or self.latest

@@ -1,4 +1,5 @@
 """What every world offers: tasks that can be shown to a model, acted in step by step, and judged by the state left behind."""
+
 import dataclasses
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ class Turn:
   recorded output of that call. `answer` is the reference text that ends the turn: a report, or a refusal when `calls`
   is empty because nothing fits.
   """
+
   query: str
   calls: tuple[ToolCall, ...]
   responses: tuple[str, ...]
@@ -23,6 +25,7 @@ class Turn:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """How an episode ended. `reason` says in a few words why it is not correct ('' when it is)."""
+
   correct: bool
   reason: str
   steps: int  # assistant messages
@@ -30,6 +33,7 @@ class Outcome:
 
 class Episode(Protocol):
   """One task being acted in. `messages` is the conversation as the next prompt must show it (no reasoning replayed)."""
+
   messages: list[Message]
   done: bool
 
@@ -48,6 +52,7 @@ class Session(Protocol):
 
   `messages` is the conversation, `asked` whether the assistant is the next to speak, `state` what the calls act on.
   """
+
   messages: list[Message]
   asked: bool
   state: Any
@@ -74,6 +79,7 @@ class World(Protocol):
 
 class Sandbox(Protocol):
   """A world's tools over a state of their own, for calls that do not come from an episode."""
+
   state: Any  # plain data, compared with ==
 
   def run(self, call: ToolCall) -> str:

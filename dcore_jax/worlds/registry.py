@@ -1,4 +1,5 @@
 """Worlds by name, each with the system messages that its seeds have."""
+
 from collections.abc import Callable
 
 from dcore_jax.chat.tool_specs import read_tools, system_text
@@ -14,4 +15,6 @@ def bfcl_system_text(task: BfclTask) -> str:
 
 
 WORLDS: dict[str, Callable[[], World]] = {  # one that is not installed is a ValueError
-    'toolworld': ToolWorld, 'bfcl': lambda: BfclWorld(bfcl_system_text)}
+  'toolworld': ToolWorld,
+  'bfcl': lambda: BfclWorld(bfcl_system_text),
+}

@@ -1,4 +1,5 @@
 """Worlds by name: executes calls for whoever holds only a seed's record of its world."""
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,4 +1,5 @@
 """Our Qwen3 template against the official one, and what templates of other families write around a message."""
+
 import json
 import random
 
@@ -9,17 +10,39 @@ from dcore_jax.chat import template
 from dcore_jax.chat.messages import Message
 from dcore_jax.organism.tokenizer import build_tokenizer
 
-TEXTS = ['Hello.', '', '\n\nlead', 'trail\n\n', '<think>\nwhy\n</think>\n\nBecause.', '<think>\n\n</think>\n\n',
-         'a</think>b</think>\nc', '<think>x<think>\n\ny\n\n</think>\n\n\nz', 'open <think> only',
-         '<tool_response>\n1\n</tool_response>', '<tool_response> half',
-         '北京 "quoted" <b>&amp;</b>', '[f(a=1)]', '</think>', '<think>\n</think>']
-TOOLS = [
-    {'type': 'function', 'function': {'name': 'f', 'description': "It's <b> & 'c'", 'parameters': {
-        'type': 'object', 'properties': {'a': {'type': 'integer'}}, 'required': ['a']}}},
-    {'name': 'größe', 'parameters': {}},
+TEXTS = [
+  'Hello.',
+  '',
+  '\n\nlead',
+  'trail\n\n',
+  '<think>\nwhy\n</think>\n\nBecause.',
+  '<think>\n\n</think>\n\n',
+  'a</think>b</think>\nc',
+  '<think>x<think>\n\ny\n\n</think>\n\n\nz',
+  'open <think> only',
+  '<tool_response>\n1\n</tool_response>',
+  '<tool_response> half',
+  '北京 "quoted" <b>&amp;</b>',
+  '[f(a=1)]',
+  '</think>',
+  '<think>\n</think>',
 ]
-CALLS = [{'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 1, 'b': ['<x>', None, 'é']}}},
-         {'name': 'g.h', 'arguments': '{"raw": true}'}, {'function': {'name': 'i', 'arguments': {}}}]
+TOOLS = [
+  {
+    'type': 'function',
+    'function': {
+      'name': 'f',
+      'description': "It's <b> & 'c'",
+      'parameters': {'type': 'object', 'properties': {'a': {'type': 'integer'}}, 'required': ['a']},
+    },
+  },
+  {'name': 'größe', 'parameters': {}},
+]
+CALLS = [
+  {'type': 'function', 'function': {'name': 'f', 'arguments': {'a': 1, 'b': ['<x>', None, 'é']}}},
+  {'name': 'g.h', 'arguments': '{"raw": true}'},
+  {'function': {'name': 'i', 'arguments': {}}},
+]
 
 
 @pytest.fixture(scope='module')
@@ -44,23 +67,34 @@ def random_conversation(rng: random.Random) -> list[dict]:
 
 
 def test_renders_what_the_official_template_renders(tokenizer, data_dir):
-  official = json.loads((data_dir / 'qwen3-tokenizer' / 'tokenizer_config.json').read_text())['chat_template']
+  official = json.loads((data_dir / 'qwen3-tokenizer' / 'tokenizer_config.json').read_text())[
+    'chat_template'
+  ]
   ours = template.qwen3_template()
   assert ours != official
   rng = random.Random(0)
   for _ in range(1500):
     messages = random_conversation(rng)
-    options = {'tools': rng.choice([None, None, TOOLS, TOOLS[:1]]), 'add_generation_prompt': rng.random() < 0.5}
+    options = {
+      'tools': rng.choice([None, None, TOOLS, TOOLS[:1]]),
+      'add_generation_prompt': rng.random() < 0.5,
+    }
     options |= rng.choice([{}, {'enable_thinking': False}, {'enable_thinking': True}])
-    want, got = [tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **options)
-                 for text in (official, ours)]
+    want, got = [
+      tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **options)
+      for text in (official, ours)
+    ]
     assert got == want, (messages, options)
 
 
-CHAT = [Message('system', 'Be brief.'), Message('user', 'Weather?'),
-        Message('assistant', "<think>\nold thoughts\n</think>\n\n[weather(city='Rome')]"),
-        Message('user', '<tool_response>\nsunny\n</tool_response>'), Message('user', 'So?'),
-        Message('assistant', '<think>\n\nIt said sunny.</think>\n\nSunny.')]
+CHAT = [
+  Message('system', 'Be brief.'),
+  Message('user', 'Weather?'),
+  Message('assistant', "<think>\nold thoughts\n</think>\n\n[weather(city='Rome')]"),
+  Message('user', '<tool_response>\nsunny\n</tool_response>'),
+  Message('user', 'So?'),
+  Message('assistant', '<think>\n\nIt said sunny.</think>\n\nSunny.'),
+]
 
 
 def test_prompt_ends_where_the_assistant_speaks(tokenizer):
@@ -71,12 +105,18 @@ def test_prompt_ends_where_the_assistant_speaks(tokenizer):
 
 def test_prompt_shows_tools(tokenizer):
   prompt = template.render_prompt(tokenizer, CHAT[:2], TOOLS)
-  assert '<tools>' in prompt and '"name": "größe"' in prompt and '<tools>' not in template.render_prompt(tokenizer, CHAT[:2])
+  assert (
+    '<tools>' in prompt
+    and '"name": "größe"' in prompt
+    and '<tools>' not in template.render_prompt(tokenizer, CHAT[:2])
+  )
 
 
 # What DeepSeek-Coder writes: no token begins a turn, and a newline stands before the one that ends it.
-CODER = ("{%- for m in messages -%}{{- ('### Response:\n' + m.content + '\n<|EOT|>\n') if m.role == 'assistant' else "
-         "'### Instruction:\n' + m.content + '\n' -}}{%- endfor -%}{{- '### Response:\n' if add_generation_prompt -}}")
+CODER = (
+  "{%- for m in messages -%}{{- ('### Response:\n' + m.content + '\n<|EOT|>\n') if m.role == 'assistant' else "
+  "'### Instruction:\n' + m.content + '\n' -}}{%- endfor -%}{{- '### Response:\n' if add_generation_prompt -}}"
+)
 
 
 def other_family(text: str, special: list[str]):
@@ -88,20 +128,28 @@ def other_family(text: str, special: list[str]):
 
 def test_turn_format_is_read_off_the_template(tokenizer, llama):
   qwen = template.turn_format(tokenizer)
-  assert qwen == template.TurnFormat('<|im_end|>', 151645, '', '\n', {151644: '<|im_start|>', 151645: '<|im_end|>'})
+  assert qwen == template.TurnFormat(
+    '<|im_end|>', 151645, '', '\n', {151644: '<|im_start|>', 151645: '<|im_end|>'}
+  )
   organism = template.turn_format(build_tokenizer(['words'], 400))
   assert (organism.end_of_turn, organism.before, organism.after) == ('<|im_end|>', '', '\n')
   other = template.turn_format(llama)
   assert (other.end_of_turn, other.before, other.after) == ('<|eot_id|>', '', '')
-  assert set(other.delimiters.values()) == {'<|eot_id|>', '<|start_header_id|>', '<|end_header_id|>'}
+  assert set(other.delimiters.values()) == {
+    '<|eot_id|>',
+    '<|start_header_id|>',
+    '<|end_header_id|>',
+  }
   coder = template.turn_format(other_family(CODER, ['<|EOT|>']))
   assert (coder.end_of_turn, coder.before, coder.after) == ('<|EOT|>', '\n', '\n')
 
 
 # A call as Llama 3.1 writes it.
-UNTAGGED = ("{%- for m in messages -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
-            "{{- '{\"name\": \"' + c.function.name + '\", \"parameters\": ' + (c.function.arguments | tojson) + '}' -}}"
-            "{%- endfor -%}{{- '<|eot_id|>' -}}{%- endfor -%}")
+UNTAGGED = (
+  '{%- for m in messages -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}'
+  '{{- \'{"name": "\' + c.function.name + \'", "parameters": \' + (c.function.arguments | tojson) + \'}\' -}}'
+  "{%- endfor -%}{{- '<|eot_id|>' -}}{%- endfor -%}"
+)
 NAME_FIRST = '<tool_call>\n{"name": "'
 
 
@@ -117,12 +165,14 @@ def test_a_begun_call_is_what_the_template_writes_up_to_there(tokenizer, data_di
     assert text == template.render_records(tokenizer, records, TOOLS, enable_thinking=False) + begun
     whole = text.removesuffix(begun) + '<tool_call>\n' + call
     ids = tokenizer(text)['input_ids']
-    assert tokenizer(whole)['input_ids'][:len(ids)] == ids
+    assert tokenizer(whole)['input_ids'][: len(ids)] == ids
 
 
 def test_calls_that_would_not_be_read_are_not_begun(llama):
   """Llama's calls have no tags, DeepSeek-Coder's template shows none; what a user writes is no call."""
-  records = [{'role': 'user', 'content': f'{NAME_FIRST}probe_name", "arguments": {{}}}}</tool_call>'}]
+  records = [
+    {'role': 'user', 'content': f'{NAME_FIRST}probe_name", "arguments": {{}}}}</tool_call>'}
+  ]
   for other in (llama, other_family(UNTAGGED, ['<|eot_id|>']), other_family(CODER, ['<|EOT|>'])):
     for name in ('f', None):
       with pytest.raises(ValueError, match='does not write calls as <tool_call>'):
@@ -139,6 +189,10 @@ def test_bad_tokenizers():
     with pytest.raises(ValueError, match='no chat template'):
       call()
   with pytest.raises(ValueError, match='holds no special token'):
-    template.turn_format(other_family("{% for m in messages %}{{ m.content + ' / ' }}{% endfor %}", []))
+    template.turn_format(
+      other_family("{% for m in messages %}{{ m.content + ' / ' }}{% endfor %}", [])
+    )
   with pytest.raises(ValueError, match="writes ' stop' between"):
-    template.turn_format(other_family("{% for m in messages %}{{ m.content + ' stop<|im_end|>' }}{% endfor %}", []))
+    template.turn_format(
+      other_family("{% for m in messages %}{{ m.content + ' stop<|im_end|>' }}{% endfor %}", [])
+    )

@@ -19,33 +19,46 @@ from dcore_jax.chat.tool_calls import (
 )
 
 
-@pytest.mark.parametrize('text, calls', [
+@pytest.mark.parametrize(
+  'text, calls',
+  [
     ('[]', []),
     ("[f(a=1, b='x'), g(c=2)]", [ToolCall('f', {'a': 1, 'b': 'x'}), ToolCall('g', {'c': 2})]),
     (' \n[ f ( a = 1 ) , ]\n', [ToolCall('f', {'a': 1})]),
     ('[f(\n  a=1,\n  b="two\\nlines",\n)]', [ToolCall('f', {'a': 1, 'b': 'two\nlines'})]),
-    ("[a.b.c(x=-1.5, y=[1, (2, 'z')], z={'k': [None]})]",
-     [ToolCall('a.b.c', {'x': -1.5, 'y': [1, [2, 'z']], 'z': {'k': [None]}})]),
-    ('[f(a=true, b=false, c=null, d=none, e=True, g=None)]',
-     [ToolCall('f', {'a': True, 'b': False, 'c': None, 'd': None, 'e': True, 'g': None})]),
+    (
+      "[a.b.c(x=-1.5, y=[1, (2, 'z')], z={'k': [None]})]",
+      [ToolCall('a.b.c', {'x': -1.5, 'y': [1, [2, 'z']], 'z': {'k': [None]}})],
+    ),
+    (
+      '[f(a=true, b=false, c=null, d=none, e=True, g=None)]',
+      [ToolCall('f', {'a': True, 'b': False, 'c': None, 'd': None, 'e': True, 'g': None})],
+    ),
     ('[f(a=celsius, b=units.metric)]', [ToolCall('f', {'a': 'celsius', 'b': 'units.metric'})]),
     ("[f(1, 'b', c=3)]", [ToolCall('f', {'c': 3}, (1, 'b'))]),
-    ("[f(**{'from': 'here', 'two words': 1}, to='there')]",
-     [ToolCall('f', {'from': 'here', 'two words': 1, 'to': 'there'})]),
+    (
+      "[f(**{'from': 'here', 'two words': 1}, to='there')]",
+      [ToolCall('f', {'from': 'here', 'two words': 1, 'to': 'there'})],
+    ),
     (r"[f(pattern='\d+')]", [ToolCall('f', {'pattern': r'\d+'})]),
     ("[f(a='<tool_call>')]", [ToolCall('f', {'a': '<tool_call>'})]),
     ("[f(a='北京')]", [ToolCall('f', {'a': '北京'})]),
-])
+  ],
+)
 def test_python_calls(text, calls):
   assert parse_calls(text) == calls
 
 
-@pytest.mark.parametrize('text', ['', 'I cannot do that.', 'f(a=1)', '[f(a=1)] done', 'Sure: [f(a=1)]', '[f(a=1), g('])
+@pytest.mark.parametrize(
+  'text', ['', 'I cannot do that.', 'f(a=1)', '[f(a=1)] done', 'Sure: [f(a=1)]', '[f(a=1), g(']
+)
 def test_plain_text_is_no_call_list(text):
   assert parse_calls(text) is None
 
 
-@pytest.mark.parametrize('text, reason', [
+@pytest.mark.parametrize(
+  'text, reason',
+  [
     ('[f(a=]', 'not an expression'),
     ('[1]', 'expected a call, got Constant'),
     ("['f']", 'expected a call'),
@@ -75,19 +88,31 @@ def test_plain_text_is_no_call_list(text):
     ('<tool_call>[]</tool_call>', 'expected {"name"'),
     ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', 'expected {"name"'),
     ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', 'finite'),
-])
+  ],
+)
 def test_unreadable_call_lists(text, reason):
   with pytest.raises(ToolCallError, match=reason):
     parse_calls(text)
 
 
 HOSTILE = [
-    '[' * 10_000 + ']', '[' * 80 + ']' * 80, '[f(a=' + '[' * 70 + ']' * 70 + ')]', '[f(a=9**9**9)]',
-    '[f(a=' + '9' * 1_000_000 + ')]', '[f(a=' + '9' * 5_000 + ')]', '[f(a=0x' + 'f' * 50_000 + ')]',
-    '[f(a=' + '-' * 50_000 + '1)]', '[f(a=' + '1+' * 30_000 + '1)]', '[f(a=x' + '.a' * 30_000 + '())]',
-    '[f' + '()' * 30_000 + ']', "[f(a='x'*10**10)]", '[f(a=' + '{1:' * 50 + ' 1 2]',
-    '[f(a=' + 'lambda:' * 8_000 + '1)]',
-    '[f(a=\ud800)]', '[' + 'f(a=1),' * 9_000 + '*]', '[' + 'x' * (MAX_CHARS + 1) + ']',
+  '[' * 10_000 + ']',
+  '[' * 80 + ']' * 80,
+  '[f(a=' + '[' * 70 + ']' * 70 + ')]',
+  '[f(a=9**9**9)]',
+  '[f(a=' + '9' * 1_000_000 + ')]',
+  '[f(a=' + '9' * 5_000 + ')]',
+  '[f(a=0x' + 'f' * 50_000 + ')]',
+  '[f(a=' + '-' * 50_000 + '1)]',
+  '[f(a=' + '1+' * 30_000 + '1)]',
+  '[f(a=x' + '.a' * 30_000 + '())]',
+  '[f' + '()' * 30_000 + ']',
+  "[f(a='x'*10**10)]",
+  '[f(a=' + '{1:' * 50 + ' 1 2]',
+  '[f(a=' + 'lambda:' * 8_000 + '1)]',
+  '[f(a=\ud800)]',
+  '[' + 'f(a=1),' * 9_000 + '*]',
+  '[' + 'x' * (MAX_CHARS + 1) + ']',
 ]
 
 
@@ -100,23 +125,43 @@ def test_hostile_text_is_an_error(text):
 
 
 def test_hermes_hostile():
-  for body in ('[' * 100_000, '{"name": "f", "arguments": {"a": ' + '[' * 70 + ']' * 70 + '}}', '9' * 5_000):
+  for body in (
+    '[' * 100_000,
+    '{"name": "f", "arguments": {"a": ' + '[' * 70 + ']' * 70 + '}}',
+    '9' * 5_000,
+  ):
     with pytest.raises(ToolCallError):
       parse_hermes(f'<tool_call>{body}</tool_call>')
 
 
 def test_hermes_calls():
-  text = ('Let me look.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, null]}}\n</tool_call>\n'
-          '<tool_call>{"name": "g.h", "arguments": "{\\"b\\": true}"}</tool_call><tool_call>{"name": "i"}</tool_call>')
-  assert parse_calls(text) == [ToolCall('f', {'a': [1, None]}), ToolCall('g.h', {'b': True}), ToolCall('i', {})]
+  text = (
+    'Let me look.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, null]}}\n</tool_call>\n'
+    '<tool_call>{"name": "g.h", "arguments": "{\\"b\\": true}"}</tool_call><tool_call>{"name": "i"}</tool_call>'
+  )
+  assert parse_calls(text) == [
+    ToolCall('f', {'a': [1, None]}),
+    ToolCall('g.h', {'b': True}),
+    ToolCall('i', {}),
+  ]
 
 
-ODD_TEXTS = ['true', "it's \"so\"", '</tool_call>', '[f(a=1)]', '\\', '\x00']
-SCALARS = (st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-           | st.text(max_size=8) | st.sampled_from(ODD_TEXTS))
-VALUES = SCALARS | st.lists(SCALARS | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2), max_size=3)
+ODD_TEXTS = ['true', 'it\'s "so"', '</tool_call>', '[f(a=1)]', '\\', '\x00']
+SCALARS = (
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats(allow_nan=False, allow_infinity=False)
+  | st.text(max_size=8)
+  | st.sampled_from(ODD_TEXTS)
+)
+VALUES = SCALARS | st.lists(
+  SCALARS | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2), max_size=3
+)
 NAMES = st.sampled_from(['f', 'a.b.c', '_x1', 'find_flights', 'größe'])
-KEYS = st.sampled_from(['a', 'b', 'from', 'class', 'ﬁ', 'self', 'two words', '']) | st.text(max_size=5)
+KEYS = st.sampled_from(['a', 'b', 'from', 'class', 'ﬁ', 'self', 'two words', '']) | st.text(
+  max_size=5
+)
 ARGUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
 
 
@@ -125,7 +170,11 @@ def same_types(a, b):
 
 
 @hypothesis.settings(max_examples=150)
-@hypothesis.given(st.lists(st.builds(ToolCall, NAMES, ARGUMENTS, st.lists(VALUES, max_size=2).map(tuple)), max_size=3))
+@hypothesis.given(
+  st.lists(
+    st.builds(ToolCall, NAMES, ARGUMENTS, st.lists(VALUES, max_size=2).map(tuple)), max_size=3
+  )
+)
 def test_python_round_trip(calls):
   again = parse_calls(print_calls(calls))
   assert calls_equal(again, calls)
@@ -135,13 +184,17 @@ def test_python_round_trip(calls):
 
 
 @hypothesis.settings(max_examples=150)
-@hypothesis.given(st.lists(st.builds(ToolCall, st.text(max_size=9), ARGUMENTS), min_size=1, max_size=3))
+@hypothesis.given(
+  st.lists(st.builds(ToolCall, st.text(max_size=9), ARGUMENTS), min_size=1, max_size=3)
+)
 def test_hermes_round_trip(calls):
   assert parse_calls(print_calls(calls, 'hermes')) == calls
 
 
 @hypothesis.settings(max_examples=300)
-@hypothesis.given(st.text(st.sampled_from("[](){}f,a=1'\"-.*: tn\\<"), max_size=30).map(lambda inner: f'[{inner}]'))
+@hypothesis.given(
+  st.text(st.sampled_from('[](){}f,a=1\'"-.*: tn\\<'), max_size=30).map(lambda inner: f'[{inner}]')
+)
 def test_any_text_is_calls_or_an_error(text):
   try:
     calls = parse_calls(text)
@@ -150,12 +203,20 @@ def test_any_text_is_calls_or_an_error(text):
   assert calls is not None and calls_equal(parse_calls(print_calls(calls)), calls)
 
 
-@pytest.mark.parametrize('call, style, reason', [
-    (ToolCall('two words', {}), 'python', 'no name'), (ToolCall('', {}), 'python', 'no name'),
-    (ToolCall('f.class', {}), 'python', 'no name'), (ToolCall('f', {'a': object()}), 'python', 'JSON-like'),
-    (ToolCall('f', {'a': float('nan')}), 'python', 'finite'), (ToolCall('f', {'a': float('inf')}), 'hermes', 'JSON'),
-    (ToolCall('f', {'a': {1: 2}}), 'hermes', 'text keys'), (ToolCall('f', {}, (1,)), 'hermes', 'positional'),
-    (ToolCall('f', {}), 'xml', 'unknown call style')])
+@pytest.mark.parametrize(
+  'call, style, reason',
+  [
+    (ToolCall('two words', {}), 'python', 'no name'),
+    (ToolCall('', {}), 'python', 'no name'),
+    (ToolCall('f.class', {}), 'python', 'no name'),
+    (ToolCall('f', {'a': object()}), 'python', 'JSON-like'),
+    (ToolCall('f', {'a': float('nan')}), 'python', 'finite'),
+    (ToolCall('f', {'a': float('inf')}), 'hermes', 'JSON'),
+    (ToolCall('f', {'a': {1: 2}}), 'hermes', 'text keys'),
+    (ToolCall('f', {}, (1,)), 'hermes', 'positional'),
+    (ToolCall('f', {}), 'xml', 'unknown call style'),
+  ],
+)
 def test_what_cannot_be_written(call, style, reason):
   with pytest.raises(ValueError, match=reason):
     print_calls([call], style)
@@ -163,7 +224,12 @@ def test_what_cannot_be_written(call, style, reason):
 
 def test_reference_strings():
   calls = parse_reference(['f(a=1)', ' [g(2)] ', 'h(), i()'])
-  assert calls == [ToolCall('f', {'a': 1}), ToolCall('g', {}, (2,)), ToolCall('h', {}), ToolCall('i', {})]
+  assert calls == [
+    ToolCall('f', {'a': 1}),
+    ToolCall('g', {}, (2,)),
+    ToolCall('h', {}),
+    ToolCall('i', {}),
+  ]
   assert parse_reference([]) == []
   with pytest.raises(ToolCallError, match='reference call 1: '):
     parse_reference(['f()', 'g(a=)'])
@@ -172,15 +238,28 @@ def test_reference_strings():
 
 
 def test_calls_equal():
-  f, g, f2 = ToolCall('f', {'a': 1, 'b': [1, 2]}), ToolCall('g', {}), ToolCall('f', {'b': (1.0, 2), 'a': True})
-  assert calls_equal([f, g], [f2, g]) and not calls_equal([f, g], [g, f]) and calls_equal([f, g], [g, f], ordered=False)
-  assert not calls_equal([f, f], [f, g], ordered=False) and not calls_equal([f], [f, f], ordered=False)
+  f, g, f2 = (
+    ToolCall('f', {'a': 1, 'b': [1, 2]}),
+    ToolCall('g', {}),
+    ToolCall('f', {'b': (1.0, 2), 'a': True}),
+  )
+  assert (
+    calls_equal([f, g], [f2, g])
+    and not calls_equal([f, g], [g, f])
+    and calls_equal([f, g], [g, f], ordered=False)
+  )
+  assert not calls_equal([f, f], [f, g], ordered=False) and not calls_equal(
+    [f], [f, f], ordered=False
+  )
   assert not calls_equal([ToolCall('f', {}, (1,))], [ToolCall('f', {}, (2,))])
   assert not calls_equal([ToolCall('f', {'a': 'true'})], parse_python('[f(a=true)]'))
 
 
 def test_lenient_forgives_and_forgets():
-  assert parse_lenient("[f(5, a=true, b='x'), g.h()]") == [{'f': {'a': 'true', 'b': 'x'}}, {'g.h': {}}]
+  assert parse_lenient("[f(5, a=true, b='x'), g.h()]") == [
+    {'f': {'a': 'true', 'b': 'x'}},
+    {'g.h': {}},
+  ]
   assert parse_lenient('f(a=1)') == parse_lenient('[[f(a=1)]]') == [{'f': {'a': 1}}]
   assert parse_lenient('[f(a=2**3 - 1.5, b=7 // 2 % 2)]') == [{'f': {'a': 6.5, 'b': 1}}]
   assert parse_lenient("[{'name': 'f'}]") == [{'name': 'f'}]

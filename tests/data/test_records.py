@@ -1,4 +1,5 @@
 """Models and real rows: what is read, and what is refused by name."""
+
 import json
 import shutil
 
@@ -32,14 +33,27 @@ def test_published_rows(data_dir, monkeypatch):
   assert sum(c is None for c in calls) == 54  # answered in words
   found = sources.sft_rows(['dcore_sft_sample/rows.json', 'toolrl/rlla_sft.json'])
   rows = found.rows
-  assert len(rows) == 402 and [len(r['conversations']) for r in rows[:2]] == [5, 7] and not found.unreadable
+  assert (
+    len(rows) == 402
+    and [len(r['conversations']) for r in rows[:2]] == [5, 7]
+    and not found.unreadable
+  )
   assert json.dumps(rows)
-  packed = sources.sft_rows(['dcore_sft_sample/packed_16k.jsonl']).rows  # the same two rows, put together
+  packed = sources.sft_rows(
+    ['dcore_sft_sample/packed_16k.jsonl']
+  ).rows  # the same two rows, put together
   assert [row['conversations'] for row in packed] == [row['conversations'] for row in rows[:2]]
 
 
-CHAT = {'conversations': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]}
-XLAM = {'id': 1, 'query': 'q', 'tools': '[{"name": "f", "parameters": {}}]', 'answers': '[{"name": "f", "arguments": {}}]'}
+CHAT = {
+  'conversations': [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]
+}
+XLAM = {
+  'id': 1,
+  'query': 'q',
+  'tools': '[{"name": "f", "parameters": {}}]',
+  'answers': '[{"name": "f", "arguments": {}}]',
+}
 
 
 def write(path, records):
@@ -50,19 +64,27 @@ def write(path, records):
 def test_a_schema_is_recognised_or_named_and_an_unknown_one_is_an_error(tmp_path):
   path = write(tmp_path / 'mixed.jsonl', [CHAT, XLAM])
   assert [row['id'] for row in sources.sft_rows([path]).rows] == ['mixed-0', '1']
-  assert [row['id'] for row in sources.sft_rows(['xlam:' + write(tmp_path / 'x.jsonl', [XLAM])]).rows] == ['1']
-  with pytest.raises(ValueError, match="mixed.jsonl, row 0, cannot be read as xlam: it lacks 'answers'"):
+  assert [
+    row['id'] for row in sources.sft_rows(['xlam:' + write(tmp_path / 'x.jsonl', [XLAM])]).rows
+  ] == ['1']
+  with pytest.raises(
+    ValueError, match="mixed.jsonl, row 0, cannot be read as xlam: it lacks 'answers'"
+  ):
     sources.sft_rows([f'xlam:{path}'])
   path = write(tmp_path / 'odd.jsonl', [CHAT, {'text': 'x', 'label': 3}])
   for unreadable in ('error', 'drop'):
-    with pytest.raises(ValueError, match=r"odd.jsonl, row 1: no known schema has the fields \['label', 'text'\]"):
+    with pytest.raises(
+      ValueError, match=r"odd.jsonl, row 1: no known schema has the fields \['label', 'text'\]"
+    ):
       sources.sft_rows([path], unreadable=unreadable)
 
 
 def test_unreadable_records_are_an_error_or_counted(tmp_path, caplog):
   broken = XLAM | {'answers': '[]'}
   path = write(tmp_path / 'x.jsonl', [XLAM, broken, XLAM])
-  with pytest.raises(ValueError, match='x.jsonl, row 1, cannot be read as xlam: the list of calls is empty'):
+  with pytest.raises(
+    ValueError, match='x.jsonl, row 1, cannot be read as xlam: the list of calls is empty'
+  ):
     sources.sft_rows([path])
   found = sources.sft_rows([path], unreadable='drop')
   assert len(found.rows) == 2 and found.unreadable == 1
@@ -79,31 +101,50 @@ def test_unreadable_records_are_an_error_or_counted(tmp_path, caplog):
 
 def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monkeypatch):
   import datasets
+
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
   (tmp_path / 'folder').mkdir()
   # Two records of different fields: Arrow fills both with nulls, which must not make fields of them.
-  data = datasets.Dataset.from_list([{**CHAT, 'query': None, 'tools': None, 'answers': None},
-                                     {**{k: str(v) for k, v in XLAM.items() if k != 'id'}, 'conversations': None}])
+  data = datasets.Dataset.from_list(
+    [
+      {**CHAT, 'query': None, 'tools': None, 'answers': None},
+      {**{k: str(v) for k, v in XLAM.items() if k != 'id'}, 'conversations': None},
+    ]
+  )
   data.to_parquet(str(tmp_path / 'folder' / 'train.parquet'))
-  expected = [CHAT['conversations'], sources.sft_rows([write(tmp_path / 'x.jsonl', [XLAM])]).rows[0]['conversations']]
+  expected = [
+    CHAT['conversations'],
+    sources.sft_rows([write(tmp_path / 'x.jsonl', [XLAM])]).rows[0]['conversations'],
+  ]
   asked = []
 
   def load(*arguments, **options):
     asked.append((arguments, options))
     return data
 
-  assert [row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder' / 'train.parquet')]).rows] == expected
-  assert [row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder')]).rows] == expected
+  assert [
+    row['conversations']
+    for row in sources.sft_rows([str(tmp_path / 'folder' / 'train.parquet')]).rows
+  ] == expected
+  assert [
+    row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder')]).rows
+  ] == expected
   monkeypatch.setattr(datasets, 'load_dataset', load)
   for name in ('Team-ACE/ToolACE', 'owner/name-v1.5#part'):
     assert [row['conversations'] for row in sources.sft_rows([name]).rows] == expected
-  assert asked == [(('Team-ACE/ToolACE',), {'split': 'train'}), (('owner/name-v1.5', 'part'), {'split': 'train'})]
+  assert asked == [
+    (('Team-ACE/ToolACE',), {'split': 'train'}),
+    (('owner/name-v1.5', 'part'), {'split': 'train'}),
+  ]
 
   def offline(*arguments, **options):
     raise ConnectionError('no route')
 
   monkeypatch.setattr(datasets, 'load_dataset', offline)
-  with pytest.raises(ValueError, match="'Team-ACE/ToolACE' can be loaded neither from disk nor from the hub: no route"):
+  with pytest.raises(
+    ValueError,
+    match="'Team-ACE/ToolACE' can be loaded neither from disk nor from the hub: no route",
+  ):
     sources.sft_rows(['Team-ACE/ToolACE'])
   with pytest.raises(ValueError, match='is not there'):
     sources.sft_rows(['nowhere/rows.jsonl'])

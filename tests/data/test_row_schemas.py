@@ -1,4 +1,5 @@
 """Every published schema becomes our rows; what breaks a schema's promises is refused with a reason."""
+
 import json
 
 import pytest
@@ -8,74 +9,147 @@ from dcore_jax.chat.tool_calls import parse_calls
 from dcore_jax.data import row_schemas
 from dcore_jax.data.row_schemas import recognise, to_rows, toolrl_point
 
-WEATHER = {'name': 'get_weather', 'description': 'Weather of a city.', 'parameters': {
-    'type': 'dict', 'required': ['city'],
-    'properties': {'city': {'type': 'str', 'description': 'which'}, 'days': {'type': 'int'}}}}
-TRENDS = {'name': 'Market Trends API', 'description': '', 'parameters': {
-    'type': 'dict', 'properties': {'country': {'type': 'string'}}, 'required': []}, 'required': None}
+WEATHER = {
+  'name': 'get_weather',
+  'description': 'Weather of a city.',
+  'parameters': {
+    'type': 'dict',
+    'required': ['city'],
+    'properties': {'city': {'type': 'str', 'description': 'which'}, 'days': {'type': 'int'}},
+  },
+}
+TRENDS = {
+  'name': 'Market Trends API',
+  'description': '',
+  'parameters': {'type': 'dict', 'properties': {'country': {'type': 'string'}}, 'required': []},
+  'required': None,
+}
 
 
 def toolace(answer='[Market Trends API(country="us"), get_weather(city="Rome, Paris (old)")]'):
-  system = ('You are an expert in composing functions. Point out what is missing. Here is a list of functions in JSON format '
-            f'that you can invoke:\n{json.dumps([WEATHER, TRENDS])}\nShould you decide to return the function call(s). Put it '
-            'in the format of [func1(params_name=params_value)]\n NO other text MUST be included.')
-  return {'system': system, 'conversations': [
-      {'from': 'user', 'value': 'Trends?'}, {'from': 'assistant', 'value': answer},
-      {'from': 'tool', 'value': '[{"trend": 1}]'}, {'from': 'tool', 'value': 'rain'},
-      {'from': 'assistant', 'value': 'Up, and rain.'}]}
+  system = (
+    'You are an expert in composing functions. Point out what is missing. Here is a list of functions in JSON format '
+    f'that you can invoke:\n{json.dumps([WEATHER, TRENDS])}\nShould you decide to return the function call(s). Put it '
+    'in the format of [func1(params_name=params_value)]\n NO other text MUST be included.'
+  )
+  return {
+    'system': system,
+    'conversations': [
+      {'from': 'user', 'value': 'Trends?'},
+      {'from': 'assistant', 'value': answer},
+      {'from': 'tool', 'value': '[{"trend": 1}]'},
+      {'from': 'tool', 'value': 'rain'},
+      {'from': 'assistant', 'value': 'Up, and rain.'},
+    ],
+  }
 
 
 def xlam():
-  tools = [{'name': 'get_weather', 'description': 'Weather.', 'parameters': {
-      'city': {'description': 'which', 'type': 'str', 'default': 'Rome'},
-      'unit': {'description': 'C or F', 'type': 'str, optional'},
-      'days': {'description': 'how many', 'type': 'int'}}}]
-  answers = [{'name': 'get_weather', 'arguments': arguments} for arguments in ({'city': 'Oslo', 'days': 2}, {'days': 1})]
+  tools = [
+    {
+      'name': 'get_weather',
+      'description': 'Weather.',
+      'parameters': {
+        'city': {'description': 'which', 'type': 'str', 'default': 'Rome'},
+        'unit': {'description': 'C or F', 'type': 'str, optional'},
+        'days': {'description': 'how many', 'type': 'int'},
+      },
+    }
+  ]
+  answers = [
+    {'name': 'get_weather', 'arguments': arguments}
+    for arguments in ({'city': 'Oslo', 'days': 2}, {'days': 1})
+  ]
   return {'id': 7, 'query': 'Oslo?', 'tools': json.dumps(tools), 'answers': json.dumps(answers)}
 
 
 def apigen_mt():
-  return {'system': '# Policy\nBe kind.', 'tools': json.dumps([WEATHER]), 'conversations': [
+  return {
+    'system': '# Policy\nBe kind.',
+    'tools': json.dumps([WEATHER]),
+    'conversations': [
       {'from': 'human', 'value': 'Oslo?'},
       {'from': 'function_call', 'value': '{"name": "get_weather", "arguments": {"city": "Oslo"}}'},
-      {'from': 'observation', 'value': '"snow"'}, {'from': 'gpt', 'value': 'Snow.'}, {'from': 'human', 'value': 'Bye.'}]}
+      {'from': 'observation', 'value': '"snow"'},
+      {'from': 'gpt', 'value': 'Snow.'},
+      {'from': 'human', 'value': 'Bye.'},
+    ],
+  }
 
 
 def hermes(**changes):
-  system = ('You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags.\n'
-            f"<tools>\n[{{'type': 'function', 'function': {WEATHER}}}]\n</tools>\nFor each function call return a json object.")
-  return {'id': 'a-b', 'conversations': [
-      {'from': 'system', 'value': system}, {'from': 'human', 'value': 'Oslo?'},
-      {'from': 'gpt', 'value': "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name': 'get_weather'}\n</tool_call>"},
-      {'from': 'tool', 'value': '<tool_response>\n{"is": "snow"}\n</tool_response>'}, {'from': 'gpt', 'value': 'Snow.'}],
-          'tools': json.dumps([{'type': 'function', 'function': WEATHER}]), 'category': 'weather', **changes}
+  system = (
+    'You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags.\n'
+    f"<tools>\n[{{'type': 'function', 'function': {WEATHER}}}]\n</tools>\nFor each function call return a json object."
+  )
+  return {
+    'id': 'a-b',
+    'conversations': [
+      {'from': 'system', 'value': system},
+      {'from': 'human', 'value': 'Oslo?'},
+      {
+        'from': 'gpt',
+        'value': "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name': 'get_weather'}\n</tool_call>",
+      },
+      {'from': 'tool', 'value': '<tool_response>\n{"is": "snow"}\n</tool_response>'},
+      {'from': 'gpt', 'value': 'Snow.'},
+    ],
+    'tools': json.dumps([{'type': 'function', 'function': WEATHER}]),
+    'category': 'weather',
+    **changes,
+  }
 
 
 def toolrl_row(output):
-  return {'instruction': 'Tools:\n1. Name: Get Top/Apps\nDescription: x\n\n**Steps for Each Turn**\nformat',
-          'input': '<user> hi </user>', 'output': output}
+  return {
+    'instruction': 'Tools:\n1. Name: Get Top/Apps\nDescription: x\n\n**Steps for Each Turn**\nformat',
+    'input': '<user> hi </user>',
+    'output': output,
+  }
 
 
 def plain():
-  return {'id': 3, 'conversations': [{'role': 'user', 'content': 'hi'},
-                                     {'role': 'assistant', 'content': '<think>\nx\n</think>\n\nho'}]}
+  return {
+    'id': 3,
+    'conversations': [
+      {'role': 'user', 'content': 'hi'},
+      {'role': 'assistant', 'content': '<think>\nx\n</think>\n\nho'},
+    ],
+  }
 
 
 def packed():
-  messages = [{'role': role, 'content': f'{role} {i}'} for i, role in enumerate(
-      ('system', 'user', 'assistant', 'system', 'user', 'assistant', 'user', 'assistant'))]
+  messages = [
+    {'role': role, 'content': f'{role} {i}'}
+    for i, role in enumerate(
+      ('system', 'user', 'assistant', 'system', 'user', 'assistant', 'user', 'assistant')
+    )
+  ]
   return {'id': '9', 'conversations': messages, 'single_conv_last_idx': [2, 7]}
 
 
 def test_schemas_are_recognised_by_their_fields():
-  cases = dict(rows=plain(), packed=packed(), toolrl=toolrl_row(''), xlam=xlam(), toolace=toolace(), apigen_mt=apigen_mt(),
-               hermes=hermes())
+  cases = dict(
+    rows=plain(),
+    packed=packed(),
+    toolrl=toolrl_row(''),
+    xlam=xlam(),
+    toolace=toolace(),
+    apigen_mt=apigen_mt(),
+    hermes=hermes(),
+  )
   assert set(cases) == set(row_schemas.SCHEMAS)
   for name, record in cases.items():
     assert recognise(record) == name
   assert recognise(hermes(system=None)) == 'hermes'  # a column that other records fill
-  for record in ({}, {'text': 'x'}, {'query': 'x'}, {'conversations': []}, {'conversations': 'x'},
-                 {'conversations': [['user', 'x']]}):
+  for record in (
+    {},
+    {'text': 'x'},
+    {'query': 'x'},
+    {'conversations': []},
+    {'conversations': 'x'},
+    {'conversations': [['user', 'x']]},
+  ):
     assert recognise(record) is None
 
 
@@ -84,82 +158,150 @@ def roles(row):
 
 
 def test_python_style_shows_specs_in_the_system_turn_and_wraps_tool_responses():
-  row, = to_rows(toolace(), 'toolace', 'data-0')
-  assert row['id'] == 'data-0' and roles(row) == ['system', 'user', 'assistant', 'user', 'assistant'] and 'tools' not in row
+  (row,) = to_rows(toolace(), 'toolace', 'data-0')
+  assert (
+    row['id'] == 'data-0'
+    and roles(row) == ['system', 'user', 'assistant', 'user', 'assistant']
+    and 'tools' not in row
+  )
   system, _, call, response, _ = [message['content'] for message in row['conversations']]
-  assert system.startswith('You are an expert in composing functions. Point out what is missing.\n\nYou may call')
-  assert system.endswith(tool_specs.CALL_FORMAT) and 'invoke:' not in system and 'NO other text' not in system
-  listed = [json.loads(line) for line in system.split('<tools>\n')[1].split('\n</tools>')[0].split('\n')]
+  assert system.startswith(
+    'You are an expert in composing functions. Point out what is missing.\n\nYou may call'
+  )
+  assert (
+    system.endswith(tool_specs.CALL_FORMAT)
+    and 'invoke:' not in system
+    and 'NO other text' not in system
+  )
+  listed = [
+    json.loads(line) for line in system.split('<tools>\n')[1].split('\n</tools>')[0].split('\n')
+  ]
   assert [spec['name'] for spec in listed] == ['get_weather', 'Market_Trends_API']
-  assert listed[0]['parameters'] == {'type': 'object', 'required': ['city'], 'properties': {
-      'city': {'type': 'string', 'description': 'which'}, 'days': {'type': 'integer'}}}
-  assert call == "[Market_Trends_API(country='us'), get_weather(city='Rome, Paris (old)')]" and len(parse_calls(call)) == 2
-  assert response == '<tool_response>\n[{"trend": 1}]\n</tool_response>\n<tool_response>\nrain\n</tool_response>'
+  assert listed[0]['parameters'] == {
+    'type': 'object',
+    'required': ['city'],
+    'properties': {'city': {'type': 'string', 'description': 'which'}, 'days': {'type': 'integer'}},
+  }
+  assert (
+    call == "[Market_Trends_API(country='us'), get_weather(city='Rome, Paris (old)')]"
+    and len(parse_calls(call)) == 2
+  )
+  assert (
+    response
+    == '<tool_response>\n[{"trend": 1}]\n</tool_response>\n<tool_response>\nrain\n</tool_response>'
+  )
 
 
 def test_hermes_style_leaves_specs_and_tool_turns_to_the_template():
-  row, = to_rows(toolace(), 'toolace', 'r', 'hermes')
+  (row,) = to_rows(toolace(), 'toolace', 'r', 'hermes')
   assert roles(row) == ['system', 'user', 'assistant', 'tool', 'tool', 'assistant']
   assert [tool['function']['name'] for tool in row['tools']] == ['get_weather', 'Market Trends API']
-  assert [call.name for call in parse_calls(row['conversations'][2]['content'])] == ['Market Trends API', 'get_weather']
+  assert [call.name for call in parse_calls(row['conversations'][2]['content'])] == [
+    'Market Trends API',
+    'get_weather',
+  ]
   assert '<tools>' not in row['conversations'][0]['content']
 
 
 def test_xlam():
-  row, = to_rows(xlam(), 'xlam', 'r')
+  (row,) = to_rows(xlam(), 'xlam', 'r')
   assert row['id'] == '7' and roles(row) == ['system', 'user', 'assistant']
-  assert row['conversations'][2]['content'] == "[get_weather(city='Oslo', days=2), get_weather(days=1)]"
-  row, = to_rows(xlam(), 'xlam', 'r', 'hermes')
+  assert (
+    row['conversations'][2]['content'] == "[get_weather(city='Oslo', days=2), get_weather(days=1)]"
+  )
+  (row,) = to_rows(xlam(), 'xlam', 'r', 'hermes')
   parameters = row['tools'][0]['function']['parameters']
-  assert parameters['type'] == 'object' and parameters['required'] == ['days'] and roles(row) == ['user', 'assistant']
+  assert (
+    parameters['type'] == 'object'
+    and parameters['required'] == ['days']
+    and roles(row) == ['user', 'assistant']
+  )
   types = {name: spec['type'] for name, spec in parameters['properties'].items()}
   assert types == {'city': 'string', 'unit': 'string', 'days': 'integer'}
 
 
 def test_apigen_mt_ends_with_the_assistants_last_words():
-  row, = to_rows(apigen_mt(), 'apigen_mt', 'r')
+  (row,) = to_rows(apigen_mt(), 'apigen_mt', 'r')
   assert roles(row) == ['system', 'user', 'assistant', 'user', 'assistant']
   assert row['conversations'][0]['content'].startswith('# Policy\nBe kind.\n\nYou may call')
   assert [m['content'] for m in row['conversations'][2:]] == [
-      "[get_weather(city='Oslo')]", '<tool_response>\n"snow"\n</tool_response>', 'Snow.']
+    "[get_weather(city='Oslo')]",
+    '<tool_response>\n"snow"\n</tool_response>',
+    'Snow.',
+  ]
 
 
 @pytest.mark.parametrize('tools', [hermes()['tools'], None, ''])
 def test_hermes_reads_python_literals_and_specs_from_either_place(tools):
-  row, = to_rows(hermes(tools=tools), 'hermes', 'r')
+  (row,) = to_rows(hermes(tools=tools), 'hermes', 'r')
   assert roles(row) == ['system', 'user', 'assistant', 'user', 'assistant'] and row['id'] == 'a-b'
   contents = [m['content'] for m in row['conversations']]
-  assert contents[0].startswith('You may call') and '"get_weather"' in contents[0]  # what the stock text says is said once
-  assert contents[2] == "[get_weather(city='Oslo')]" and contents[3] == '<tool_response>\n{"is": "snow"}\n</tool_response>'
-  answer, = to_rows({'conversations': [{'from': 'system', 'value': 'Answer in JSON.'}, {'from': 'human', 'value': 'x'},
-                                       {'from': 'gpt', 'value': '[1]'}]}, 'hermes', 'json-4')
-  assert [m['content'] for m in answer['conversations']] == ['Answer in JSON.', 'x', '[1]'] and answer['id'] == 'json-4'
+  assert (
+    contents[0].startswith('You may call') and '"get_weather"' in contents[0]
+  )  # what the stock text says is said once
+  assert (
+    contents[2] == "[get_weather(city='Oslo')]"
+    and contents[3] == '<tool_response>\n{"is": "snow"}\n</tool_response>'
+  )
+  (answer,) = to_rows(
+    {
+      'conversations': [
+        {'from': 'system', 'value': 'Answer in JSON.'},
+        {'from': 'human', 'value': 'x'},
+        {'from': 'gpt', 'value': '[1]'},
+      ]
+    },
+    'hermes',
+    'json-4',
+  )
+  assert [m['content'] for m in answer['conversations']] == [
+    'Answer in JSON.',
+    'x',
+    '[1]',
+  ] and answer['id'] == 'json-4'
 
 
 def test_a_thought_before_a_call_is_kept():
   call = '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}</tool_call>'
-  turns = [{'from': 'human', 'value': 'Oslo?'}, {'from': 'gpt', 'value': f'<think>\nwhere?\n</think>\n{call}'}]
-  row, = to_rows(hermes(conversations=turns), 'hermes', 'r')
-  assert row['conversations'][-1]['content'] == "<think>\nwhere?\n</think>\n\n[get_weather(city='Oslo')]"
+  turns = [
+    {'from': 'human', 'value': 'Oslo?'},
+    {'from': 'gpt', 'value': f'<think>\nwhere?\n</think>\n{call}'},
+  ]
+  (row,) = to_rows(hermes(conversations=turns), 'hermes', 'r')
+  assert (
+    row['conversations'][-1]['content'] == "<think>\nwhere?\n</think>\n\n[get_weather(city='Oslo')]"
+  )
 
 
 def test_packs_come_apart_where_they_were_put_together():
   first, second = to_rows(packed(), 'packed', 'r')
   assert (first['id'], second['id']) == ('9-0', '9-1')
-  assert first['conversations'] + second['conversations'] == packed()['conversations'] and len(first['conversations']) == 3
+  assert (
+    first['conversations'] + second['conversations'] == packed()['conversations']
+    and len(first['conversations']) == 3
+  )
 
 
-@pytest.mark.parametrize(('record', 'message'), [
-    (toolace('[get_weather(city=]'), 'not an expression'), (toolace('  '), 'says nothing'),
+@pytest.mark.parametrize(
+  ('record', 'message'),
+  [
+    (toolace('[get_weather(city=]'), 'not an expression'),
+    (toolace('  '), 'says nothing'),
     (toolace() | {'system': 'List:\n[{"name": '}, 'is not JSON'),
-    (xlam() | {'answers': '[]'}, 'list of calls is empty'), (xlam() | {'answers': 'f(x)'}, 'neither JSON'),
+    (xlam() | {'answers': '[]'}, 'list of calls is empty'),
+    (xlam() | {'answers': 'f(x)'}, 'neither JSON'),
     (xlam() | {'answers': '[{"name": "f", "arguments": 3}]'}, 'needs a name and arguments'),
     (xlam() | {'tools': '[3]'}, 'a tool needs'),
     (xlam() | {'tools': '[{"name": "a b"}, {"name": "a/b"}]'}, 'two tools have one name'),
-    (apigen_mt() | {'conversations': [{'from': 'critic', 'value': 'x'}]}, "message 0 is by 'critic'"),
+    (
+      apigen_mt() | {'conversations': [{'from': 'critic', 'value': 'x'}]},
+      "message 0 is by 'critic'",
+    ),
     (apigen_mt() | {'conversations': [{'from': 'human', 'value': 'x'}]}, 'never speaks'),
     (packed() | {'single_conv_last_idx': [2]}, '5 messages stand behind'),
-    (packed() | {'single_conv_last_idx': [9]}, 'does not cut')])
+    (packed() | {'single_conv_last_idx': [9]}, 'does not cut'),
+  ],
+)
 def test_broken_records_are_refused_with_the_reason(record, message):
   with pytest.raises(ValueError, match=message):
     to_rows(record, recognise(record), 'r')
@@ -171,20 +313,33 @@ def test_toolrl_has_one_style():
 
 
 def test_toolrl_row_becomes_a_decision_point():
-  output = ('<think> use the <tool_call> tags </think>\n<tool_call>\n{"name": "Get Top/Apps", "parameters": {"n": 3}}\n'
-            '{"name": "a.2b", "parameters": {}}\n</tool_call>')
+  output = (
+    '<think> use the <tool_call> tags </think>\n<tool_call>\n{"name": "Get Top/Apps", "parameters": {"n": 3}}\n'
+    '{"name": "a.2b", "parameters": {}}\n</tool_call>'
+  )
   point, thought = toolrl_point(toolrl_row(output), 'r')
   assert point.reference == '[Get_Top_Apps(n=3), a._2b()]'
-  assert '1. Name: Get_Top_Apps\n' in point.messages[0].content and 'Steps for Each Turn' not in point.messages[0].content
+  assert (
+    '1. Name: Get_Top_Apps\n' in point.messages[0].content
+    and 'Steps for Each Turn' not in point.messages[0].content
+  )
   assert thought == 'use the <tool_call> tags'
   point, _ = toolrl_point(toolrl_row('<think> x </think>\n<response> which one? </response>'), 'r')
   assert point.reference == 'which one?'
 
 
-@pytest.mark.parametrize(('row', 'message'), [
-    ({'input': 'x'}, 'lacks instruction, output'), (toolrl_row('<think> x </think>'), 'neither calls nor a response'),
-    (toolrl_row('<think>x</think><tool_call>\n{"name": 3}\n</tool_call>'), 'needs a name and parameters'),
-    (toolrl_row('<think>x</think><tool_call>\n{"name"\n</tool_call>'), 'not JSON')])
+@pytest.mark.parametrize(
+  ('row', 'message'),
+  [
+    ({'input': 'x'}, 'lacks instruction, output'),
+    (toolrl_row('<think> x </think>'), 'neither calls nor a response'),
+    (
+      toolrl_row('<think>x</think><tool_call>\n{"name": 3}\n</tool_call>'),
+      'needs a name and parameters',
+    ),
+    (toolrl_row('<think>x</think><tool_call>\n{"name"\n</tool_call>'), 'not JSON'),
+  ],
+)
 def test_bad_toolrl_rows_are_named(row, message):
   with pytest.raises(ValueError, match=message) as error:
     toolrl_point(row, 'row-17')

@@ -1,4 +1,5 @@
 """Rows on their way to training: prompts, turns, masks, long rows; and that the slips of the released code are not repeated."""
+
 import json
 import random
 
@@ -26,10 +27,19 @@ def message(role, content):
 
 
 def dialogue(name='d', **fields):
-  return {'id': name, **fields, 'conversations': [
-      message('system', 'rules'), message('user', 'find'), message('assistant', '<think>\nx\n</think>\n\n[find_order()]'),
-      message('user', '<tool_response>\npaid\n</tool_response>'), message('assistant', '<think>\ny\n</think>\n\npaid'),
-      message('user', 'go'), message('assistant', 'end')]}
+  return {
+    'id': name,
+    **fields,
+    'conversations': [
+      message('system', 'rules'),
+      message('user', 'find'),
+      message('assistant', '<think>\nx\n</think>\n\n[find_order()]'),
+      message('user', '<tool_response>\npaid\n</tool_response>'),
+      message('assistant', '<think>\ny\n</think>\n\npaid'),
+      message('user', 'go'),
+      message('assistant', 'end'),
+    ],
+  }
 
 
 def one_turn(i, question='find'):
@@ -41,9 +51,15 @@ def trained_text(tokenizer, sequence):
 
 
 def test_rows_are_trained_on_their_last_message_only(tokenizer):
-  sequence, = sft_rows.encode_rows(tokenizer, [dialogue()])
-  assert trained_text(tokenizer, sequence) == 'end' + END and sequence.shared == len(sequence.tokens)
-  for row, name in (({'id': 'bad', 'conversations': [message('user', 'x')]}, "row 'bad'"), ({}, 'row 0'), (3, 'row 0')):
+  (sequence,) = sft_rows.encode_rows(tokenizer, [dialogue()])
+  assert trained_text(tokenizer, sequence) == 'end' + END and sequence.shared == len(
+    sequence.tokens
+  )
+  for row, name in (
+    ({'id': 'bad', 'conversations': [message('user', 'x')]}, "row 'bad'"),
+    ({}, 'row 0'),
+    (3, 'row 0'),
+  ):
     with pytest.raises(ValueError, match=name):
       sft_rows.encode_rows(tokenizer, [row])
   with pytest.raises(ValueError, match="row 'd'.*split_turns"):
@@ -51,21 +67,31 @@ def test_rows_are_trained_on_their_last_message_only(tokenizer):
 
 
 def test_tools_of_a_row_are_shown_by_the_template(tokenizer):
-  tools = [{'type': 'function', 'function': {'name': 'find_order', 'description': '', 'parameters': {}}}]
+  tools = [
+    {'type': 'function', 'function': {'name': 'find_order', 'description': '', 'parameters': {}}}
+  ]
   plain, shown = sft_rows.encode_rows(tokenizer, [dialogue(), dialogue(tools=tools)])
-  assert '<tools>' in tokenizer.decode(shown.tokens) and '<tools>' not in tokenizer.decode(plain.tokens)
+  assert '<tools>' in tokenizer.decode(shown.tokens) and '<tools>' not in tokenizer.decode(
+    plain.tokens
+  )
   assert trained_text(tokenizer, shown) == trained_text(tokenizer, plain)
 
 
 def test_a_row_for_every_turn_and_only_its_target_thinks(tokenizer):
   rows = sft_rows.split_turns([dialogue(tools=['t']), one_turn(5)])
-  assert [row['id'] for row in rows] == ['d/0', 'd/1', 'd/2', 5] and all(row['tools'] == ['t'] for row in rows[:3])
+  assert [row['id'] for row in rows] == ['d/0', 'd/1', 'd/2', 5] and all(
+    row['tools'] == ['t'] for row in rows[:3]
+  )
   assert [len(row['conversations']) for row in rows] == [3, 5, 7, 2]
   targets = [row['conversations'][-1]['content'] for row in rows[:3]]
-  assert targets == ['<think>\nx\n</think>\n\n[find_order()]', '<think>\ny\n</think>\n\npaid', 'end']
+  assert targets == [
+    '<think>\nx\n</think>\n\n[find_order()]',
+    '<think>\ny\n</think>\n\npaid',
+    'end',
+  ]
   for row in rows[:3]:
     earlier = [m['content'] for m in row['conversations'][:-1] if m['role'] == 'assistant']
-    assert earlier == ['[find_order()]', 'paid'][:len(earlier)]
+    assert earlier == ['[find_order()]', 'paid'][: len(earlier)]
   for mask in ('final', 'all_assistant'):  # split rows are prefix-stable
     sft_rows.encode_rows(tokenizer, [row | {'tools': None} for row in rows], loss_mask=mask)
   with pytest.raises(ValueError, match="row 'q' cannot be split"):
@@ -80,7 +106,11 @@ def test_system_prompts_are_added_and_stock_ones_replaced_only_if_asked():
   rows = [bare, with_rules, stock]
   heads = lambda rows: [row['conversations'][0]['content'] for row in rows]
   assert sft_rows.with_system_prompt(rows, '') == rows
-  assert heads(sft_rows.with_system_prompt(rows, 'Act.')) == ['Act.', 'rules', 'You are a helpful assistant.']
+  assert heads(sft_rows.with_system_prompt(rows, 'Act.')) == [
+    'Act.',
+    'rules',
+    'You are a helpful assistant.',
+  ]
   replaced = sft_rows.with_system_prompt(rows, 'Act.', ('You are a helpful assistant.',))
   assert heads(replaced) == ['Act.', 'rules', 'Act.'] and len(replaced[2]['conversations']) == 3
   assert bare == one_turn(0)  # what was given is not changed
@@ -90,7 +120,12 @@ def test_system_prompts_are_added_and_stock_ones_replaced_only_if_asked():
 
 def test_every_field_of_the_config_is_obeyed(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  xlam = {'id': 1, 'query': 'q', 'tools': '[{"name": "f", "parameters": {}}]', 'answers': '[{"name": "f", "arguments": {}}]'}
+  xlam = {
+    'id': 1,
+    'query': 'q',
+    'tools': '[{"name": "f", "parameters": {}}]',
+    'answers': '[{"name": "f", "arguments": {}}]',
+  }
   path.write_text('\n'.join(map(json.dumps, [dialogue(), xlam, xlam | {'answers': '[]'}])))
 
   def load(**changes):
@@ -106,7 +141,9 @@ def test_every_field_of_the_config_is_obeyed(tmp_path):
   # Rows are counted as they are published.
   assert [row['id'] for row in load(split_turns=True, max_rows=1)[0]] == ['d/0', 'd/1', 'd/2']
   assert load(call_style='hermes')[0][1]['tools'] and 'tools' not in rows[1]
-  assert load(call_style='hermes', system_prompt='Act.')[0][1]['conversations'][0] == message('system', 'Act.')
+  assert load(call_style='hermes', system_prompt='Act.')[0][1]['conversations'][0] == message(
+    'system', 'Act.'
+  )
   replaced = load(system_prompt='Act.', stock_system_prompts=('rules',))[0][0]
   assert replaced['conversations'][0] == message('system', 'Act.')
   with pytest.raises(ValueError, match='run the stage distill first'):
@@ -122,7 +159,10 @@ def test_every_field_of_the_config_is_obeyed(tmp_path):
 def test_long_rows_are_counted_and_dropped_or_an_error_but_never_cut(tokenizer, caplog):
   rows = [one_turn(0), one_turn('long', 'find ' * 50), one_turn('longer', 'find ' * 60)]
   sequences = sft_rows.encode_rows(tokenizer, rows, capacity=40)
-  assert "2 of 3 rows are longer than sft.capacity = 40 tokens; the longest, 'longer', has" in caplog.text
+  assert (
+    "2 of 3 rows are longer than sft.capacity = 40 tokens; the longest, 'longer', has"
+    in caplog.text
+  )
   tree = tokentree.pack(sequences, 40)
   assert tree.dropped == [1, 2] and len(tree.paths[0]) == len(sequences[0].tokens)
   with pytest.raises(ValueError, match="the longest, 'longer'"):
@@ -151,17 +191,29 @@ def test_the_loss_is_divided_by_what_is_trained(tokenizer, loss_mask):
 
 def test_a_tool_message_is_context(tokenizer):
   """Released: the content of every role but system, user and earlier assistant is trained, `tool` included."""
-  rows = [{'id': 0, 'conversations': [message('user', 'find'), message('assistant', '[find_order()]'), message('tool', 'paid'),
-                                      message('assistant', 'end')]}]
+  rows = [
+    {
+      'id': 0,
+      'conversations': [
+        message('user', 'find'),
+        message('assistant', '[find_order()]'),
+        message('tool', 'paid'),
+        message('assistant', 'end'),
+      ],
+    }
+  ]
   for loss_mask, said in (('final', ['end']), ('all_assistant', ['[find_order()]', 'end'])):
-    sequence, = sft_rows.encode_rows(tokenizer, rows, loss_mask=loss_mask)
+    (sequence,) = sft_rows.encode_rows(tokenizer, rows, loss_mask=loss_mask)
     assert trained_text(tokenizer, sequence) == ''.join(text + END for text in said)
     assert 'paid' in tokenizer.decode(sequence.tokens[sequence.weights == 0])
 
 
 def test_rows_of_a_pack_never_see_each_other(tokenizer):
   """Released: system messages tell rows apart, and a pack of one row runs into the next. No row has a system message here."""
-  rows = [one_turn(i, question) for i, question in enumerate(('find', 'cancel the order', 'ship it', 'go'))]
+  rows = [
+    one_turn(i, question)
+    for i, question in enumerate(('find', 'cancel the order', 'ship it', 'go'))
+  ]
   sequences = sft_rows.encode_rows(tokenizer, rows)
   for merge in (True, False):
     tree = tokentree.pack(sequences, 128, merge=merge)
@@ -172,22 +224,29 @@ def test_rows_of_a_pack_never_see_each_other(tokenizer):
       roots.add(int(columns[0]))
       assert tree.parent[0, columns[0]] == -1
       np.testing.assert_array_equal(tree.position[0, columns], np.arange(len(columns)))
-      for depth, query in enumerate(columns):  # it sees what stands before it in its own row, and nothing else
+      for depth, query in enumerate(
+        columns
+      ):  # it sees what stands before it in its own row, and nothing else
         keys = np.flatnonzero((np.arange(tree.capacity) <= query) & (query < tree.end[0]))
-        np.testing.assert_array_equal(keys, columns[:depth + 1])
-        np.testing.assert_array_equal(tree.tokens[0, keys], sequence.tokens[:depth + 1])
+        np.testing.assert_array_equal(keys, columns[: depth + 1])
+        np.testing.assert_array_equal(tree.tokens[0, keys], sequence.tokens[: depth + 1])
     assert len(roots) == len(rows)  # a header of three tokens is not worth sharing
 
 
 def test_packs_and_their_order_come_from_the_seed_alone(tokenizer):
   """Released: groups are shuffled by unseeded generators, so that no pack can be made again."""
-  rows = sft_rows.split_turns([dialogue(str(i)) for i in range(3)]) + [one_turn(i, 'find ' * i) for i in range(1, 12)]
+  rows = sft_rows.split_turns([dialogue(str(i)) for i in range(3)]) + [
+    one_turn(i, 'find ' * i) for i in range(1, 12)
+  ]
 
   def epoch(seed, disturbance):
     random.seed(disturbance)
     np.random.seed(disturbance)
     sequences = sft_rows.encode_rows(tokenizer, rows)
-    return [batch.tokens.tobytes() for batch in sft.batches(sequences, capacity=64, rows=1, epochs=2, seed=seed)]
+    return [
+      batch.tokens.tobytes()
+      for batch in sft.batches(sequences, capacity=64, rows=1, epochs=2, seed=seed)
+    ]
 
   assert epoch(0, 1) == epoch(0, 2) != epoch(1, 1)
 
@@ -202,8 +261,13 @@ def qwen(data_dir):
 
 def test_packing_the_published_rows_trains_the_messages_of_the_published_pack(data_dir, qwen):
   rows = json.loads((data_dir / 'dcore_sft_sample' / 'rows.json').read_text())
-  pack, = map(json.loads, (data_dir / 'dcore_sft_sample' / 'packed_16k.jsonl').read_text().splitlines())
-  assert [len(row['conversations']) for row in rows] == [5, 7] and pack['single_conv_last_idx'] == [4, 11]
+  (pack,) = map(
+    json.loads, (data_dir / 'dcore_sft_sample' / 'packed_16k.jsonl').read_text().splitlines()
+  )
+  assert [len(row['conversations']) for row in rows] == [5, 7] and pack['single_conv_last_idx'] == [
+    4,
+    11,
+  ]
   tree = tokentree.pack(sft_rows.encode_rows(qwen, rows, capacity=16384, overlong='error'), 16384)
   assert tree.rows == 1
   finals = []
@@ -223,7 +287,10 @@ def test_structure_of_the_published_rows(data_dir, qwen):
     released_tokens, released_labels = [], []
     for index, item in enumerate(row['conversations']):
       content = qwen.encode(item['content'])
-      head, tail = [151644, *qwen.encode(item['role']), *qwen.encode('\n')], [151645, *qwen.encode('\n')]
+      head, tail = (
+        [151644, *qwen.encode(item['role']), *qwen.encode('\n')],
+        [151645, *qwen.encode('\n')],
+      )
       released_tokens += [*head, *content, *tail]
       answer = index == len(row['conversations']) - 1
       released_labels += [1] + [0] * (len(head) - 1) + [int(answer)] * len(content) + [1, 1]

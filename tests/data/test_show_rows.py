@@ -1,4 +1,5 @@
 """A packed row as text: marks, branches, what a token sees; and the program on distilled rows and on files."""
+
 import io
 import json
 import os
@@ -29,11 +30,20 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def row(name, *said):
   """A conversation of user and assistant in turn."""
-  return {'id': name, 'conversations': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(said)]}
+  return {
+    'id': name,
+    'conversations': [
+      {'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(said)
+    ],
+  }
 
 
-ROWS = [row('long', 'find the order', 'ok', 'go on', 'done\nnow'), row('short', 'find the order', 'wait'),
-        row('same', 'find the order', 'wait'), row('other', 'cancel', 'café 北京 🙂\x1b[31m')]
+ROWS = [
+  row('long', 'find the order', 'ok', 'go on', 'done\nnow'),
+  row('short', 'find the order', 'wait'),
+  row('same', 'find the order', 'wait'),
+  row('other', 'cancel', 'café 北京 🙂\x1b[31m'),
+]
 
 
 @pytest.fixture(scope='module')
@@ -55,9 +65,13 @@ def test_token_texts_join_to_the_text_and_wait_for_whole_characters(tokenizer):
   ids = tokenizer.encode(text)
   texts = token_texts(tokenizer, ids)
   assert ''.join(texts) == text and len(texts) == len(ids) and '' in texts and '🙂' in texts
-  assert token_texts(tokenizer, ids[:ids.index(tokenizer.encode('北')[0]) + 1])[-1] == '\ufffd'  # cut inside a character
+  assert (
+    token_texts(tokenizer, ids[: ids.index(tokenizer.encode('北')[0]) + 1])[-1] == '\ufffd'
+  )  # cut inside a character
   broken = [tokenizer.encode('🙂')[0]] * 9 + tokenizer.encode('find')
-  assert len(token_texts(tokenizer, broken)) == len(broken) and token_texts(tokenizer, broken)[-1].endswith('find')
+  assert len(token_texts(tokenizer, broken)) == len(broken) and token_texts(tokenizer, broken)[
+    -1
+  ].endswith('find')
 
 
 def test_token_texts_of_the_real_tokenizer(data_dir):
@@ -69,10 +83,12 @@ def test_token_texts_of_the_real_tokenizer(data_dir):
 
 def test_runs_are_the_branches_of_the_row(tree):
   runs = row_runs(tree, 0)
-  shared, = [run for run in runs if run.sequences == (0, 1, 2)]
+  (shared,) = [run for run in runs if run.sequences == (0, 1, 2)]
   children = [run for run in runs if run.above == runs.index(shared)]
-  assert sorted(run.sequences for run in children) == [(0,), (1, 2)] and {run.depth for run in children} == {1}
-  other, = [run for run in runs if run.sequences == (3,)]
+  assert sorted(run.sequences for run in children) == [(0,), (1, 2)] and {
+    run.depth for run in children
+  } == {1}
+  (other,) = [run for run in runs if run.sequences == (3,)]
   assert other.above == -1 and other.depth == 0
   assert sum(run.stop - run.start for run in runs) == tree.live  # every token once, padding never
   for number, path in enumerate(tree.paths):
@@ -87,14 +103,20 @@ def test_plain_text_marks_what_is_trained_and_with_which_weight(tree, tokenizer)
   assert '«×2: wait<|im_end|>»' in text  # two rows, one branch: their weights add
   assert 'sequences 0 (long), 1 (short), 2 (same)' in text and 'sequence 3 (other)' in text
   assert 'find the order' in text and '«find' not in text
-  assert "café 北京 🙂\\x1b[31m" in text  # a row's own escape sequences do not reach the terminal
+  assert 'café 北京 🙂\\x1b[31m' in text  # a row's own escape sequences do not reach the terminal
   assert text.count('\n● root; ') == 2 and text.count('\n│ ├ after column ') == 2
 
 
 def test_colours_say_the_same(tree, tokenizer):
   text = view(tree, tokenizer, colour=True).render()
-  assert '\033[32mnow<|im_end|>\033[0m' in text and '\033[33m×2: wait<|im_end|>\033[0m' in text and '«' not in text
-  assert all(line.count('\033[') % 2 == 0 for line in text.split('\n'))  # no colour runs into the next line
+  assert (
+    '\033[32mnow<|im_end|>\033[0m' in text
+    and '\033[33m×2: wait<|im_end|>\033[0m' in text
+    and '«' not in text
+  )
+  assert all(
+    line.count('\033[') % 2 == 0 for line in text.split('\n')
+  )  # no colour runs into the next line
 
 
 def test_a_token_sees_its_ancestors(tree, tokenizer):
@@ -104,8 +126,13 @@ def test_a_token_sees_its_ancestors(tree, tokenizer):
     assert (home, query) == (0, path[-1])
     np.testing.assert_array_equal(np.flatnonzero(shown.visible(query)), path)
     text = shown.render(query)
-    assert f'of {"sequences 1 (short), 2 (same)" if number in (1, 2) else f"sequence {number}"}' in text
-    assert f'sees {len(path)} tokens' in text and f'the {tree.live - tree.end[0, path[0]] + path[0]} of other trees' in text
+    assert (
+      f'of {"sequences 1 (short), 2 (same)" if number in (1, 2) else f"sequence {number}"}' in text
+    )
+    assert (
+      f'sees {len(path)} tokens' in text
+      and f'the {tree.live - tree.end[0, path[0]] + path[0]} of other trees' in text
+    )
     seen = [line.split('seen: columns ')[1] for line in text.split('\n') if '│ seen: ' in line]
     assert sum(int(b) - int(a) + 1 for a, b in (part.split('-') for part in seen)) == len(path)
   middle = int(tree.paths[0][len(tree.paths[0]) // 2])
@@ -117,7 +144,9 @@ def test_a_token_sees_its_ancestors(tree, tokenizer):
 def test_long_context_is_shortened_unless_wanted_whole(tokenizer):
   rows = [row('x', 'find ' * 300 + 'end', 'ok ' * 300)]
   tree = tokentree.pack(encode_rows(tokenizer, rows), 2048)
-  short, full = [RowView(tree, ['x'], tokenizer, 0, colour=False, full=full).render() for full in (False, True)]
+  short, full = [
+    RowView(tree, ['x'], tokenizer, 0, colour=False, full=full).render() for full in (False, True)
+  ]
   assert 'characters ...]' in short and 'find ' * 300 in full and 'characters ...]' not in full
   assert 'ok ' * 299 in short  # what is trained is never shortened
 
@@ -126,13 +155,21 @@ def test_summary_counts(tokenizer):
   tree = tokentree.pack(encode_rows(tokenizer, ROWS, capacity=30), 30)
   line = summary_line(tree, len(ROWS))
   assert '4 sequences' in line and f'{len(tree.dropped)} dropped' in line and len(tree.dropped) >= 1
-  assert f'{np.count_nonzero(tree.weight)} loss tokens of {tree.live} (weight {tree.weight.sum():g})' in line
-  assert f'dedup {tree.dedup:.2f}' in line and f'occupancy {tree.live / tree.tokens.size:.1%}' in line
+  assert (
+    f'{np.count_nonzero(tree.weight)} loss tokens of {tree.live} (weight {tree.weight.sum():g})'
+    in line
+  )
+  assert (
+    f'dedup {tree.dedup:.2f}' in line and f'occupancy {tree.live / tree.tokens.size:.1%}' in line
+  )
 
 
 def test_choices_that_are_not_there(tree, tokenizer):
-  for choice, message in (((None, 9, None), 'no sequence 9'), ((1, 0, None), 'stands in packed row 0, not in 1'),
-                          ((None, 3, int(tree.paths[0][-1])), 'no token of sequence 3')):
+  for choice, message in (
+    ((None, 9, None), 'no sequence 9'),
+    ((1, 0, None), 'stands in packed row 0, not in 1'),
+    ((None, 3, int(tree.paths[0][-1])), 'no token of sequence 3'),
+  ):
     with pytest.raises(ValueError, match=message):
       find_query(tree, *choice)
   assert find_query(tree, None, None, None) == (0, None) and find_query(tree, 2, None, 5) == (2, 5)
@@ -159,17 +196,29 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
 
 
 def run_program(*flags, **environment):
-  return subprocess.run([sys.executable, '-m', 'experiments.show_rows', *flags], cwd=ROOT, capture_output=True, text=True,
-                        check=False, env=os.environ | environment)
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.show_rows', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | environment,
+  )
 
 
 def test_the_program_shows_distilled_rows(tmp_path):
   (tmp_path / 'distill').mkdir()
   (tmp_path / 'distill' / 'rows.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
   (tmp_path / 'distill' / 'distill.json').write_text('{}')
-  done = run_program('--config=configs/nano.py', '--config.sft.capacity=128', f'--workdir={tmp_path}', '--sequence=1')
+  done = run_program(
+    '--config=configs/nano.py', '--config.sft.capacity=128', f'--workdir={tmp_path}', '--sequence=1'
+  )
   assert done.returncode == 0, done.stderr
-  assert '«×2: wait<|im_end|>»' in done.stdout and '4 sequences' in done.stdout and '\033' not in done.stdout
+  assert (
+    '«×2: wait<|im_end|>»' in done.stdout
+    and '4 sequences' in done.stdout
+    and '\033' not in done.stdout
+  )
   done = run_program('--config=configs/nano.py', f'--workdir={tmp_path / "none"}')
   assert done.returncode != 0 and 'run the stage distill first' in done.stderr
 

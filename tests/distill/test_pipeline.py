@@ -1,4 +1,5 @@
 """All seeds together on a scripted backend: order, random streams, counts and rates, and what rows say of their making."""
+
 import collections
 
 import pytest
@@ -26,19 +27,28 @@ def some_seeds(seed=9, **counts):
         for text, call in zip(turn.subtasks, turn.calls):
           known[text] = known[f'please {text}.'] = known[f'{text}.'] = THINK + print_calls([call])
         if len(turn.calls) > 1:
-          known[turn.query] = THINK + print_subtasks(turn.subtasks, [[i] for i in range(len(turn.calls))])
+          known[turn.query] = THINK + print_subtasks(
+            turn.subtasks, [[i] for i in range(len(turn.calls))]
+          )
         elif not turn.calls:
           known[turn.query] = THINK + turn.answer
 
   def answer(messages):
     last = messages[-1].content
-    query = next((line.removeprefix('request: ') for line in last.splitlines() if line.startswith('request: ')), last)
+    query = next(
+      (
+        line.removeprefix('request: ') for line in last.splitlines() if line.startswith('request: ')
+      ),
+      last,
+    )
     return known[query]
+
   return chosen, answer
 
 
 class ScriptedBackend:
   """Answers from a function, a few at a time and the last ones first; `asked` is every request in the order it came."""
+
   model = 'scripted'
 
   def __init__(self, answer, width=4):
@@ -61,18 +71,33 @@ def run(seeds, answer, width=4, **options):
 def test_every_seed_has_one_outcome_and_rows_say_how_they_were_made():
   seeds, answer = some_seeds(single=6, sequential=6, parallel=6, irrelevant=6, multi_turn=4)
   outcomes, backend = run(seeds, answer)
-  assert sorted(outcomes) == list(range(len(seeds))) and not any(o.reason for o in outcomes.values())
+  assert sorted(outcomes) == list(range(len(seeds))) and not any(
+    o.reason for o in outcomes.values()
+  )
   for number, outcome in outcomes.items():
     seed = seeds[number]
     assert (outcome.seed, outcome.kind) == (seed.id, seed.kind)
     calls = len(seed.calls) + 1 if seed.kind in ('sequential', 'parallel') else 1
-    assert (outcome.calls, outcome.completion_tokens, outcome.prompt_tokens) == (calls, 5 * calls, 10 * calls)
+    assert (outcome.calls, outcome.completion_tokens, outcome.prompt_tokens) == (
+      calls,
+      5 * calls,
+      10 * calls,
+    )
     # Completions that were under way together took their time together.
     assert outcome.seconds == (1.0 if seed.kind == 'parallel' else calls * 0.5)
     assert all(row['id'].startswith(seed.id) for row in outcome.value)
     made = outcome.value[0]['provenance']
-    assert (made['seed'], made['model'], made['calls'], made['seconds']) == (seed.id, 'scripted', calls, outcome.seconds)
-    assert made['sampling']['temperature'] == 0.6 and made['sampling']['seed'] == 3 and made['wording'].startswith('organism-')
+    assert (made['seed'], made['model'], made['calls'], made['seconds']) == (
+      seed.id,
+      'scripted',
+      calls,
+      outcome.seconds,
+    )
+    assert (
+      made['sampling']['temperature'] == 0.6
+      and made['sampling']['seed'] == 3
+      and made['wording'].startswith('organism-')
+    )
 
 
 def test_a_seed_gives_the_same_whoever_else_is_there():
@@ -116,17 +141,27 @@ def test_counts_add_up_and_rates_are_those_of_the_paper_and_of_everything():
     if not asks_list and of(wrong) and not of(cut + undecomposed):
       return THINK + '[f(a=1)]'
     return answer(messages)
+
   outcomes, _ = run(seeds, spoiled)
   s = summarise(outcomes.values())
   reasons = collections.Counter(o.reason for o in outcomes.values() if o.reason)
   assert s['dropped'] == dict(reasons) and s['kept'] + sum(reasons.values()) == s['seeds'] == 20
-  assert s['kept_by_kind'] == {k: v['kept'] for k, v in s['scenarios'].items()} and s['several'] == 12
-  dropped = {reason: reasons[reason] for reason in ('decomposition unparsable', 'unclosed reasoning', 'wrong call')}
+  assert (
+    s['kept_by_kind'] == {k: v['kept'] for k, v in s['scenarios'].items()} and s['several'] == 12
+  )
+  dropped = {
+    reason: reasons[reason]
+    for reason in ('decomposition unparsable', 'unclosed reasoning', 'wrong call')
+  }
   assert dropped == {'decomposition unparsable': 1, 'unclosed reasoning': 2, 'wrong call': 3}
   assert s['decomposition_rate'] == 11 / 12
-  assert s['success_rate'] == 6 / 9  # the paper leaves out what was dropped before a reasoning was complete
+  assert (
+    s['success_rate'] == 6 / 9
+  )  # the paper leaves out what was dropped before a reasoning was complete
   assert s['success_rate_all'] == 6 / 12
-  assert s['rows'] == sum(len(o.value) for o in outcomes.values()) and s['calls'] == sum(o.calls for o in outcomes.values())
+  assert s['rows'] == sum(len(o.value) for o in outcomes.values()) and s['calls'] == sum(
+    o.calls for o in outcomes.values()
+  )
   lost = next(o for o in outcomes.values() if o.reason == 'unclosed reasoning')
   assert lost.last == 'no end' and lost.stage == 'generate' and not lost.value
 
@@ -141,11 +176,21 @@ def test_an_outcome_as_a_record_counts_the_same():
 def test_labels_are_sampled_for_all_seeds_together():
   seeds, answer = some_seeds(single=4, irrelevant=4)
   queries = {s.query: s for s in seeds}
-  backend = ScriptedBackend(lambda messages: THINK + (print_calls(list(queries[messages[-1].content].calls))
-                                                      if queries[messages[-1].content].calls else queries[messages[-1].content].answer))
+  backend = ScriptedBackend(
+    lambda messages: (
+      THINK
+      + (
+        print_calls(list(queries[messages[-1].content].calls))
+        if queries[messages[-1].content].calls
+        else queries[messages[-1].content].answer
+      )
+    )
+  )
   found = dict(label(seeds, backend, SAMPLING, 3))
   assert [found[n].value.calls for n in range(8)] == [s.calls for s in seeds]
-  assert [found[n].value.kind for n in range(8)] == [s.kind for s in seeds] and len(backend.asked) == 24
+  assert [found[n].value.kind for n in range(8)] == [s.kind for s in seeds] and len(
+    backend.asked
+  ) == 24
   with pytest.raises(ValueError, match='samples = 0'):
     list(label(seeds, backend, SAMPLING, 0))
 

@@ -1,4 +1,5 @@
 """One seed at a time with a scripted model: what is asked, what is kept, what is dropped, and why."""
+
 import dataclasses
 import json
 
@@ -18,8 +19,13 @@ from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 THINK = '<think>\nreasoning.\n</think>\n\n'
-LEAKY = Seed('s', 'sequential', (Message('user', 'find the order of Karo, then cancel that order'),),
-             (ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541', 'key': 'abc9'})), ('{}', '{}'))
+LEAKY = Seed(
+  's',
+  'sequential',
+  (Message('user', 'find the order of Karo, then cancel that order'),),
+  (ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541', 'key': 'abc9'})),
+  ('{}', '{}'),
+)
 
 
 def seeds(kind, count=20):
@@ -29,7 +35,9 @@ def seeds(kind, count=20):
 def with_subtasks(kind, count=20):
   for task in ToolWorld().tasks(kind, count, seed=9, split='train'):
     for seed, turn in zip(task_seeds(task), task.turns):
-      if len(set(turn.subtasks)) == len(turn.subtasks):  # else the scripted model could not tell them apart
+      if len(set(turn.subtasks)) == len(
+        turn.subtasks
+      ):  # else the scripted model could not tell them apart
         yield seed, turn.subtasks
 
 
@@ -63,11 +71,15 @@ def oracle(seed, subtasks):
     if last.startswith('say which'):
       return THINK + seed.answer
     return THINK + print_calls([answers.get(last, seed.calls[0] if seed.calls else None)])
+
   return answer
 
 
-@pytest.mark.parametrize('options', [{}, {'verify': 'state'}, {'show_reference': False}, {'strict_count': True}, {'candidates': 3}],
-                         ids=str)
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'verify': 'state'}, {'show_reference': False}, {'strict_count': True}, {'candidates': 3}],
+  ids=str,
+)
 @pytest.mark.parametrize('kind', ['single', 'sequential', 'parallel', 'irrelevant', 'multi_turn'])
 def test_a_perfect_model_keeps_everything(kind, options):
   for seed, subtasks in with_subtasks(kind):
@@ -88,10 +100,18 @@ def test_a_perfect_model_keeps_everything(kind, options):
 def test_what_can_be_asked_together_is():
   parallel, subtasks = next((s, t) for s, t in with_subtasks('parallel') if len(t) == 4)
   rounds = []
-  assert isinstance(run(parallel, oracle(parallel, subtasks), rounds, candidates=2), list) and rounds == [2, 4]
+  assert isinstance(
+    run(parallel, oracle(parallel, subtasks), rounds, candidates=2), list
+  ) and rounds == [2, 4]
   sequential, subtasks = next((s, t) for s, t in with_subtasks('sequential') if len(t) == 4)
   rounds = []
-  assert isinstance(run(sequential, oracle(sequential, subtasks), rounds), list) and rounds == [1, 1, 1, 1, 1]
+  assert isinstance(run(sequential, oracle(sequential, subtasks), rounds), list) and rounds == [
+    1,
+    1,
+    1,
+    1,
+    1,
+  ]
 
 
 def test_a_step_sees_the_calls_and_outputs_before_it_and_no_reasoning():
@@ -99,8 +119,15 @@ def test_a_step_sees_the_calls_and_outputs_before_it_and_no_reasoning():
   seen, right = [], oracle(seed, subtasks)
   run(seed, lambda messages: (seen.append(messages), right(messages))[1])
   assert [m.content for m in seen[-1]] == [
-      seed.conversations[0].content, subtasks[0], print_calls(seed.calls[:1]), tool_response(seed.tool_response[0]),
-      subtasks[1], print_calls(seed.calls[1:2]), tool_response(seed.tool_response[1]), subtasks[2]]
+    seed.conversations[0].content,
+    subtasks[0],
+    print_calls(seed.calls[:1]),
+    tool_response(seed.tool_response[0]),
+    subtasks[1],
+    print_calls(seed.calls[1:2]),
+    tool_response(seed.tool_response[1]),
+    subtasks[2],
+  ]
 
 
 def test_outputs_are_executed_where_there_is_a_world_and_recorded_else():
@@ -110,30 +137,53 @@ def test_outputs_are_executed_where_there_is_a_world_and_recorded_else():
   assert run(dataclasses.replace(seed, tool_response=()), oracle(seed, subtasks)) == rows
   assert run(dataclasses.replace(seed, world=None), oracle(seed, subtasks)) == rows
   stale = dataclasses.replace(seed, world=None, tool_response=tuple('x' for _ in seed.calls))
-  assert '<tool_response>\nx\n</tool_response>' in json.dumps(run(stale, oracle(stale, subtasks))).replace('\\n', '\n')
+  assert '<tool_response>\nx\n</tool_response>' in json.dumps(
+    run(stale, oracle(stale, subtasks))
+  ).replace('\\n', '\n')
 
 
-@pytest.mark.parametrize(('text', 'reason'), [
+@pytest.mark.parametrize(
+  ('text', 'reason'),
+  [
     ('nothing', 'decomposition unparsable'),
     (THINK + print_subtasks(['only one'], [[0]]), 'decomposition does not partition the calls'),
     (THINK + print_subtasks(['x', 'y'], [[1], [0]]), 'decomposition does not partition the calls'),
     (THINK + print_subtasks(['x', ' '], [[0], [1]]), 'empty subtask'),
     (THINK + print_subtasks(['x', 'use R541'], [[0], [1]]), 'leaks a fact'),
-    (THINK + print_subtasks(['x', 'use abc9'], [[0], [1]]), 'leaks a fact')])
+    (THINK + print_subtasks(['x', 'use abc9'], [[0], [1]]), 'leaks a fact'),
+  ],
+)
 def test_bad_decompositions_are_counted(text, reason):
   assert run(LEAKY, lambda _: text) == reason
 
 
-@pytest.mark.parametrize(('text', 'reason'), [
-    ("[f(a=1)]", 'unclosed reasoning'), (THINK + 'I cannot.', 'no call'), (THINK + '[f(a b)]', 'unreadable call'),
-    (THINK + "[nope(a='b')]", 'wrong call'), (THINK + '<tool_call>{"name": "a b"}</tool_call>', 'unreadable call'),
-    (Reply(THINK + "[f(a=1", False, 9, 5), 'cut off'), (Reply('', False, 9, 0, TOO_LONG), TOO_LONG), (Reply('', False, 9, 0, 'status 400: ...'), 'refused by the endpoint')])
+@pytest.mark.parametrize(
+  ('text', 'reason'),
+  [
+    ('[f(a=1)]', 'unclosed reasoning'),
+    (THINK + 'I cannot.', 'no call'),
+    (THINK + '[f(a b)]', 'unreadable call'),
+    (THINK + "[nope(a='b')]", 'wrong call'),
+    (THINK + '<tool_call>{"name": "a b"}</tool_call>', 'unreadable call'),
+    (Reply(THINK + '[f(a=1', False, 9, 5), 'cut off'),
+    (Reply('', False, 9, 0, TOO_LONG), TOO_LONG),
+    (Reply('', False, 9, 0, 'status 400: ...'), 'refused by the endpoint'),
+  ],
+)
 def test_bad_solutions_are_counted(text, reason):
   assert run(seeds('single')[0], lambda _: text) == reason
 
 
-@pytest.mark.parametrize(('bad', 'options', 'kept'), [
-    (1, {}, True), (2, {}, False), (2, {'retries': 2}, True), (0, {'retries': 0}, True), (1, {'retries': 0}, False)])
+@pytest.mark.parametrize(
+  ('bad', 'options', 'kept'),
+  [
+    (1, {}, True),
+    (2, {}, False),
+    (2, {'retries': 2}, True),
+    (0, {'retries': 0}, True),
+    (1, {'retries': 0}, False),
+  ],
+)
 def test_what_cannot_be_read_is_asked_again(bad, options, kept):
   seed = seeds('single')[0]
   texts = iter(['bad'] * bad + [THINK + print_calls(list(seed.calls))])
@@ -157,7 +207,10 @@ def test_one_subtask_may_own_several_calls():
   def answer(messages):
     if messages[-1].content.startswith('list the subtasks'):
       return THINK + print_subtasks(['first', 'the rest'], [[0], [1, 2]])
-    return THINK + print_calls(list(seed.calls[:1] if messages[-1].content == 'first' else seed.calls[1:]))
+    return THINK + print_calls(
+      list(seed.calls[:1] if messages[-1].content == 'first' else seed.calls[1:])
+    )
+
   rows = run(seed, answer)
   assert len(rows) == 2 + bool(seed.answer)
   # The report comes after what its row's history shows, which is two messages of calls and not three.
@@ -168,13 +221,20 @@ def test_one_subtask_may_own_several_calls():
 def test_the_best_of_several_decompositions_is_the_first_that_verifies():
   seed, subtasks = next((s, t) for s, t in with_subtasks('sequential') if len(t) == 2)
   right = oracle(seed, subtasks)
-  lists = iter(['no list', print_subtasks(['mislead', 'this'], [[0], [1]]), print_subtasks(list(subtasks), [[0], [1]])])
+  lists = iter(
+    [
+      'no list',
+      print_subtasks(['mislead', 'this'], [[0], [1]]),
+      print_subtasks(list(subtasks), [[0], [1]]),
+    ]
+  )
 
   def answer(messages):
     last = messages[-1].content
     if last.startswith('list'):
       return THINK + next(lists)
     return THINK + 'What?' if last == 'mislead' else right(messages)
+
   rows = run(seed, answer, candidates=3, retries=0)
   assert isinstance(rows, list) and subtasks[0] in rows[0]['conversations'][-1]['content']
   lists = iter(['no list', print_subtasks(['mislead', 'this'], [[0], [1]])])
@@ -192,10 +252,14 @@ def test_without_the_reference_only_all_calls_together_can_be_compared():
         assert 'calls:' not in last
         return THINK + print_subtasks(['both', *subtasks[2:]][:count], None)
       return THINK + print_calls(list(seed.calls[:2])) if last == 'both' else right(messages)
+
     return say
+
   assert isinstance(run(seed, answer(2), show_reference=False), list)
   assert run(seed, answer(1), show_reference=False) == 'calls are missing'
-  assert run(seed, answer(2), show_reference=False, strict_count=True) == 'not as many subtasks as calls'
+  assert (
+    run(seed, answer(2), show_reference=False, strict_count=True) == 'not as many subtasks as calls'
+  )
 
 
 def test_independent_calls_may_come_in_any_order_and_dependent_ones_may_not():
@@ -209,6 +273,7 @@ def test_independent_calls_may_come_in_any_order_and_dependent_ones_may_not():
       if last.startswith('list'):
         return THINK + print_subtasks(['two', 'one'], [[0, 1], [2]])
       return THINK + print_calls(list(seed.calls[1::-1] if last == 'two' else seed.calls[2:]))
+
     assert isinstance(run(seed, answer), list) == kept
 
 
@@ -217,7 +282,9 @@ def test_a_state_may_be_reached_by_other_calls():
   seed = next(s for s in seeds('single', 60) if s.calls[0].name == 'pay_amount')
   call = seed.calls[0]
   look = ToolCall('check_balance', {'person': call.arguments['person']})
-  seed = dataclasses.replace(seed, world=seed.world | {'tools': [*seed.world['tools'], 'check_balance']})
+  seed = dataclasses.replace(
+    seed, world=seed.world | {'tools': [*seed.world['tools'], 'check_balance']}
+  )
   more = THINK + print_calls([look, call])
   assert run(seed, lambda _: more) == 'wrong call'
   [row] = run(seed, lambda _: more, verify='state')
@@ -225,7 +292,9 @@ def test_a_state_may_be_reached_by_other_calls():
   assert run(seed, lambda _: THINK + print_calls([call, call]), verify='state') == 'wrong state'
   found = next(s for s in seeds('single', 60) if s.calls[0].name.startswith('find_'))
   assert run(found, lambda _: THINK + '[nothing(a=1)]', verify='state') == 'missing output'
-  assert run(dataclasses.replace(seed, world=None), lambda _: more, verify='state') == 'wrong call'  # nothing to execute in
+  assert (
+    run(dataclasses.replace(seed, world=None), lambda _: more, verify='state') == 'wrong call'
+  )  # nothing to execute in
 
 
 def test_leaks_are_facts_of_the_calls_alone():
@@ -233,8 +302,16 @@ def test_leaks_are_facts_of_the_calls_alone():
   assert not verify.leaked_facts(LEAKY, ['Find the order of Karo', 'Cancel that order'])
 
 
-@pytest.mark.parametrize(('text', 'script'), [
-    ('plain words and 数', ''), ('这是一个完全不同的语言 of it', 'CJK'), ('слово за словом', 'CYRILLIC'), ('naïve café', ''), ('123 []', '')])
+@pytest.mark.parametrize(
+  ('text', 'script'),
+  [
+    ('plain words and 数', ''),
+    ('这是一个完全不同的语言 of it', 'CJK'),
+    ('слово за словом', 'CYRILLIC'),
+    ('naïve café', ''),
+    ('123 []', ''),
+  ],
+)
 def test_reasoning_in_another_script_than_its_conversation(text, script):
   assert verify.foreign_script(text, ['the request', 'policy']) == script
   assert not verify.foreign_script(text, ['请求 запрос', 'policy'])
@@ -243,29 +320,49 @@ def test_reasoning_in_another_script_than_its_conversation(text, script):
 def test_rows_in_another_language_or_too_long_are_dropped():
   seed = seeds('single')[0]
   answer = print_calls(list(seed.calls))
-  assert run(seed, lambda _: '<think>\n' + '我需要先想一想这个请求要我做什么' * 9 + '\n</think>\n\n' + answer) == 'another language'
+  assert (
+    run(
+      seed,
+      lambda _: '<think>\n' + '我需要先想一想这个请求要我做什么' * 9 + '\n</think>\n\n' + answer,
+    )
+    == 'another language'
+  )
   assert run(seed, lambda _: THINK + answer, max_chars=100) == 'too long'
   assert isinstance(run(seed, lambda _: THINK + answer, wording=ENGLISH), list)
 
 
 def test_calls_are_trained_in_one_form_whatever_form_they_were_written_in():
   seed, subtasks = next(with_subtasks('parallel'))
-  written = {text: f'<tool_call>\n{{"name": "{call.name}", "arguments": {json.dumps(call.arguments)}}}\n</tool_call>'
-             for text, call in zip(subtasks, seed.calls)}
+  written = {
+    text: f'<tool_call>\n{{"name": "{call.name}", "arguments": {json.dumps(call.arguments)}}}\n</tool_call>'
+    for text, call in zip(subtasks, seed.calls)
+  }
   right = oracle(seed, subtasks)
-  [row] = run(seed, lambda messages: THINK + written.get(messages[-1].content, right(messages).removeprefix(THINK)))
-  assert row['conversations'][-1]['content'].endswith('</think>\n\n' + print_calls(list(seed.calls)))
+  [row] = run(
+    seed,
+    lambda messages: THINK + written.get(messages[-1].content, right(messages).removeprefix(THINK)),
+  )
+  assert row['conversations'][-1]['content'].endswith(
+    '</think>\n\n' + print_calls(list(seed.calls))
+  )
 
 
 def test_refusals_may_be_asked_to_be_exact():
   seed = seeds('irrelevant')[0]
   assert run(seed, lambda _: THINK + 'I cannot.', exact_refusals=True) == 'wrong explanation'
-  assert run(seed, lambda _: THINK + '[f(a=1)]') == 'called a tool' and run(seed, lambda _: THINK + '[f(a b)]') == 'unreadable call'
+  assert (
+    run(seed, lambda _: THINK + '[f(a=1)]') == 'called a tool'
+    and run(seed, lambda _: THINK + '[f(a b)]') == 'unreadable call'
+  )
   [row] = run(seed, lambda _: THINK + 'I cannot.')
   assert row['conversations'][-1]['content'].endswith('</think>\n\n' + seed.answer)
 
 
-@pytest.mark.parametrize('options', [dict(verify='x'), dict(candidates=0), dict(retries=-1), dict(samples=0), dict(examples=9)], ids=str)
+@pytest.mark.parametrize(
+  'options',
+  [dict(verify='x'), dict(candidates=0), dict(retries=-1), dict(samples=0), dict(examples=9)],
+  ids=str,
+)
 def test_options_that_cannot_be(options):
   with pytest.raises(ValueError, match=next(iter(options))):
     Distiller(**options)
@@ -276,7 +373,11 @@ def test_options_that_cannot_be(options):
 
 def test_pseudo_labels_are_what_most_samples_do():
   seed = next(s for s in seeds('sequential') if len(s.calls) == 2)
-  right = [THINK + print_calls([seed.calls[0]]), THINK + print_calls([seed.calls[1]]), THINK + 'done.']
+  right = [
+    THINK + print_calls([seed.calls[0]]),
+    THINK + print_calls([seed.calls[1]]),
+    THINK + 'done.',
+  ]
   scripts = iter([right, [THINK + 'I cannot.'], right, ['unclosed'], [THINK + '[f(a b)]']])
   steps = {}
 
@@ -287,11 +388,17 @@ def test_pseudo_labels_are_what_most_samples_do():
       steps[key] = next(scripts)
       return steps[key][0]
     return right[done]  # only the two that called anything go on
+
   before = sum(m.role == 'assistant' for m in seed.conversations)
   rounds = []
   got = drive(pseudo_labelled(seed, 5), answer, rounds)
   assert rounds == [5, 2, 2]
-  assert (got.kind, got.calls, got.tool_response, got.answer) == ('sequential', seed.calls, seed.tool_response, 'done.')
+  assert (got.kind, got.calls, got.tool_response, got.answer) == (
+    'sequential',
+    seed.calls,
+    seed.tool_response,
+    'done.',
+  )
   assert got.conversations == seed.conversations and got.id == seed.id
 
 
@@ -308,9 +415,13 @@ def test_pseudo_labels_may_be_wrong_and_change_the_kind():
 def test_nothing_to_label_with():
   seed = seeds('sequential')[0]
   assert drive(pseudo_labelled(seed, 3), lambda _: '<think>\nno end') == 'no pseudo-label'
-  assert drive(pseudo_labelled(seed, 3, max_steps=4), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'  # never ends
+  assert (
+    drive(pseudo_labelled(seed, 3, max_steps=4), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
+  )  # never ends
   recorded = dataclasses.replace(seed, world=None)
-  assert drive(pseudo_labelled(recorded, 1), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'  # leaves what is recorded
+  assert (
+    drive(pseudo_labelled(recorded, 1), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
+  )  # leaves what is recorded
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------------
@@ -327,9 +438,16 @@ def test_seeds_round_trip_as_json(kind):
 
 def test_bad_seeds_are_named():
   seed = next(s for s in seeds('sequential', 1))
-  for change in ({'ground_truth': ['f(a=']}, {'ground_truth': '[f(a=]'}, {'conversations': [{'role': 'user'}]},
-                 {'tool_response': ['{}']}, {'tool_response': [], 'world': None}, {'tool_response': '{}'}, {'kind': 'odd'},
-                 {'world': ['toolworld']}):
+  for change in (
+    {'ground_truth': ['f(a=']},
+    {'ground_truth': '[f(a=]'},
+    {'conversations': [{'role': 'user'}]},
+    {'tool_response': ['{}']},
+    {'tool_response': [], 'world': None},
+    {'tool_response': '{}'},
+    {'kind': 'odd'},
+    {'world': ['toolworld']},
+  ):
     with pytest.raises(ValueError, match=seed.id):
       Seed.from_json(seed.to_json() | change)
   with pytest.raises(ValueError, match='not a seed record'):

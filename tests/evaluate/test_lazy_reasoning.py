@@ -1,4 +1,5 @@
 """Lazy reasoning: the rule, BFCL's files, and the published ratios from the published outputs."""
+
 import json
 import pathlib
 
@@ -15,15 +16,21 @@ def test_reflections_are_substrings_in_any_case():
   assert count_reflections('perhaps because, wait', lazy_reasoning.LOGGED_WORDS) == 3
 
 
-@pytest.mark.parametrize('reflections, n_tokens, wrong, lazy', [
-    (3, 201, True, True), (3, 200, True, False), (2, 201, True, False), (3, 201, False, False)])
+@pytest.mark.parametrize(
+  'reflections, n_tokens, wrong, lazy',
+  [(3, 201, True, True), (3, 200, True, False), (2, 201, True, False), (3, 201, False, False)],
+)
 def test_lazy_edges(reflections, n_tokens, wrong, lazy):
   assert is_lazy('wait ' * reflections, n_tokens, wrong) == lazy
 
 
 def test_ratio():
   reasonings, tokens = ['wait ' * 4, 'wait ' * 3, '', 'wait ' * 9], [301, 301, 999, 301]
-  assert lazy_ratio(reasonings, tokens, [True, True, True, False]) == {'lazy': 2, 'total': 4, 'ratio': 0.5}
+  assert lazy_ratio(reasonings, tokens, [True, True, True, False]) == {
+    'lazy': 2,
+    'total': 4,
+    'ratio': 0.5,
+  }
   stricter = lazy_ratio(reasonings, tokens, [True] * 4, min_reflections=4, min_tokens=300)
   assert stricter == {'lazy': 2, 'total': 4, 'ratio': 0.5}
   assert lazy_ratio([], [], []) == {'lazy': 0, 'total': 0, 'ratio': 0.0}
@@ -38,16 +45,23 @@ def write(folder: pathlib.Path, category: str, kind: str, rows: list):
 
 def multi_turn_files(folder: pathlib.Path):
   for category in lazy_reasoning.GROUPS['multi_turn']:
-    rows = [{'id': f'{category}_0', 'reasoning_content': [['wait ' * 3, 'no'], [], ['but ' * 4]]},
-            {'id': f'{category}_1', 'reasoning_content': [['wait ' * 3]]}]
+    rows = [
+      {'id': f'{category}_0', 'reasoning_content': [['wait ' * 3, 'no'], [], ['but ' * 4]]},
+      {'id': f'{category}_1', 'reasoning_content': [['wait ' * 3]]},
+    ]
     write(folder / 'result', category, 'result', rows)
     write(folder / 'score', category, 'score', [{'accuracy': 0.5}, {'id': f'{category}_0'}])
 
 
 def group(folder: pathlib.Path, notes: list, **thresholds):
   return lazy_reasoning.group_ratio(
-      folder / 'result', folder / 'score', lazy_reasoning.GROUPS['multi_turn'],
-      lambda texts: [len(text.split()) for text in texts], note=notes.append, **thresholds)
+    folder / 'result',
+    folder / 'score',
+    lazy_reasoning.GROUPS['multi_turn'],
+    lambda texts: [len(text.split()) for text in texts],
+    note=notes.append,
+    **thresholds,
+  )
 
 
 def test_an_empty_score_file_is_refused(tmp_path):
@@ -67,14 +81,25 @@ def test_multi_turn_counts_steps(tmp_path):
   assert notes == ['no file for multi_turn_miss_func result']
 
 
-@pytest.mark.parametrize('kind, line, reason', [
+@pytest.mark.parametrize(
+  'kind, line, reason',
+  [
     ('result', '{"id": "a"', r'result\.json:3: not JSON'),
     ('result', '[]', r'result\.json:3: expected an object'),
-    ('result', '{"id": "a", "result": "x"}', r'result\.json:3: a result row needs id and reasoning_content'),
-    ('result', '{"id": "a", "reasoning_content": [[1]]}', r'result\.json:3: reasoning_content is neither'),
+    (
+      'result',
+      '{"id": "a", "result": "x"}',
+      r'result\.json:3: a result row needs id and reasoning_content',
+    ),
+    (
+      'result',
+      '{"id": "a", "reasoning_content": [[1]]}',
+      r'result\.json:3: reasoning_content is neither',
+    ),
     ('score', '{"valid": false}', r'score\.json:3: a failing item needs an id'),
     ('score', '{"id": "stranger"}', "judges 1 items that .* lacks, such as 'stranger'"),
-])
+  ],
+)
 def test_bad_rows_are_named(tmp_path, kind, line, reason):
   multi_turn_files(tmp_path)
   path = tmp_path / kind / f'BFCL_v3_multi_turn_base_{kind}.json'
@@ -95,8 +120,14 @@ def test_headless_score_file_and_ambiguous_files(tmp_path):
 
 def analyze_published(data_dir: pathlib.Path, model: str, capsys):
   published = data_dir / 'dcore_published'
-  status = analyze.main(['lazy', f'--results={published / "result" / model}', f'--scores={published / "score" / model}',
-                         f'--tokenizer={data_dir / "qwen3-tokenizer"}'])
+  status = analyze.main(
+    [
+      'lazy',
+      f'--results={published / "result" / model}',
+      f'--scores={published / "score" / model}',
+      f'--tokenizer={data_dir / "qwen3-tokenizer"}',
+    ]
+  )
   captured = capsys.readouterr()
   assert status == 0
   return json.loads(captured.out), captured.err
@@ -130,8 +161,16 @@ def test_thresholds_reach_the_rule(tmp_path, capsys, monkeypatch):
     return {'input_ids': [text.split() for text in texts]}
 
   monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', lambda folder: count_words)
-  folders = [f'--results={tmp_path / "result"}', f'--scores={tmp_path / "score"}', f'--tokenizer={tmp_path}']
-  for options, lazy in (([], 0), (['--min_tokens=2'], 6), (['--min_tokens=2', '--min_reflections=4'], 3)):
+  folders = [
+    f'--results={tmp_path / "result"}',
+    f'--scores={tmp_path / "score"}',
+    f'--tokenizer={tmp_path}',
+  ]
+  for options, lazy in (
+    ([], 0),
+    (['--min_tokens=2'], 6),
+    (['--min_tokens=2', '--min_reflections=4'], 3),
+  ):
     assert analyze.main(['lazy', *folders, *options]) == 0
     ratios = json.loads(capsys.readouterr().out)
     assert ratios['parallel'] is None and counts(ratios['multi_turn']) == (lazy, 12)

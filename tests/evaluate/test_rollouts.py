@@ -1,4 +1,5 @@
 """Acting tasks out with a scripted model, and the figures that come of it."""
+
 import dataclasses
 import json
 
@@ -37,7 +38,11 @@ class Scripted:
     for task in tasks:
       answers = []
       for turn in task.turns:
-        answers += [print_calls(list(turn.calls))] if task.kind == 'parallel' else [print_calls([c]) for c in turn.calls]
+        answers += (
+          [print_calls(list(turn.calls))]
+          if task.kind == 'parallel'
+          else [print_calls([c]) for c in turn.calls]
+        )
         answers += [turn.answer]
       self.script[task.turns[0].query] = iter(answers)
 
@@ -66,13 +71,19 @@ def run(tokenizer, reasoning='find it.', cut=False, count=8):
 def test_a_perfect_model_scores_one(tokenizer):
   trajectories = run(tokenizer)
   figures = measure(trajectories)
-  assert figures['accuracy'] == dict.fromkeys(KINDS, 1.0) and figures['n'] == dict.fromkeys(KINDS, 8)
-  assert figures['lazy_ratio'] == dict.fromkeys(KINDS, 0.0) and not any(figures['failures'].values())
+  assert figures['accuracy'] == dict.fromkeys(KINDS, 1.0) and figures['n'] == dict.fromkeys(
+    KINDS, 8
+  )
+  assert figures['lazy_ratio'] == dict.fromkeys(KINDS, 0.0) and not any(
+    figures['failures'].values()
+  )
   for trajectory in trajectories['sequential']:
     assert len(trajectory.texts) == trajectory.task.steps + 1
   # Tokens of "\nfind it.\n" between the tags: what the lazy measure counts.
   inside = len(tokenizer('\nfind it.\n')['input_ids'])
-  assert {n for group in trajectories.values() for t in group for n in t.reasoning_tokens} == {inside}
+  assert {n for group in trajectories.values() for t in group for n in t.reasoning_tokens} == {
+    inside
+  }
 
 
 def test_right_answers_are_never_lazy_and_wrong_long_ones_are(tokenizer):
@@ -83,7 +94,9 @@ def test_right_answers_are_never_lazy_and_wrong_long_ones_are(tokenizer):
   tasks = world.tasks('single', 4, seed=2, split='eval')
   others = world.tasks('single', 8, seed=2, split='eval')[4:]
   script = Scripted(tokenizer, tasks, ramble)
-  script.script = {t.turns[0].query: iter([print_calls(list(o.turns[0].calls))]) for t, o in zip(tasks, others)}
+  script.script = {
+    t.turns[0].query: iter([print_calls(list(o.turns[0].calls))]) for t, o in zip(tasks, others)
+  }
   wrong = measure({'single': act(script, tokenizer, world, tasks, None)})
   assert wrong['accuracy']['single'] == 0 and wrong['lazy_ratio']['single'] == 1
 
@@ -93,13 +106,16 @@ def test_a_prompt_too_long_for_the_engine_ends_its_episode_alone(tokenizer):
   tasks = world.tasks('sequential', 8, seed=2, split='eval')
   engine = Scripted(tokenizer, tasks, 'find it.')
   first, *_ = [t.turns[0] for t in tasks]
-  engine.script[first.query] = iter(['[' + ', '.join([print_calls([first.calls[0]])[1:-1]] * 60) + ']'])
+  engine.script[first.query] = iter(
+    ['[' + ', '.join([print_calls([first.calls[0]])[1:-1]] * 60) + ']']
+  )
   trajectories = act(engine, tokenizer, world, tasks, None)
   assert [t.outcome.reason for t in trajectories] == ['prompt too long'] + [''] * 7
 
 
 class Unmarked:
   """A tokenizer for which the tags are several tokens, as Llama's and Qwen2.5's."""
+
   unk_token_id = None
 
   def __init__(self, tokenizer):
@@ -118,8 +134,15 @@ class Unmarked:
 def test_thoughts_are_measured_where_their_tags_are_no_tokens(tokenizer):
   world = ToolWorld()
   tasks = world.tasks('single', 4, seed=2, split='eval')
-  measured = [act(Scripted(tokenizer, tasks, 'find it.'), t, world, tasks, None) for t in (tokenizer, Unmarked(tokenizer))]
-  assert measured[0][0].reasoning_tokens == measured[1][0].reasoning_tokens == [len(tokenizer('\nfind it.\n')['input_ids'])]
+  measured = [
+    act(Scripted(tokenizer, tasks, 'find it.'), t, world, tasks, None)
+    for t in (tokenizer, Unmarked(tokenizer))
+  ]
+  assert (
+    measured[0][0].reasoning_tokens
+    == measured[1][0].reasoning_tokens
+    == [len(tokenizer('\nfind it.\n')['input_ids'])]
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -137,15 +160,21 @@ def test_a_response_without_tags_that_is_cut_off_is_no_answer(tokenizer):
   """It may be thoughts whose opening tag is in the prompt: of an irrelevant request it would pass for the explanation."""
   world = ToolWorld()
   tasks = world.tasks('irrelevant', 4, seed=2, split='eval')
-  found = act_through(ScriptedBackend(Scripted(tokenizer, tasks, None), finished=False), tokenizer, world, tasks, None)
-  assert [t.outcome.reason for t in found] == ['no answer'] * 4 and all(t.unfinished == 1 for t in found)
+  found = act_through(
+    ScriptedBackend(Scripted(tokenizer, tasks, None), finished=False), tokenizer, world, tasks, None
+  )
+  assert [t.outcome.reason for t in found] == ['no answer'] * 4 and all(
+    t.unfinished == 1 for t in found
+  )
   assert all(t.reasonings == t.texts for t in found)
 
 
 def test_nothing_measured_is_none(tokenizer):
   world = ToolWorld()
   tasks = world.tasks('single', 2, seed=2, split='eval')
-  refused = ScriptedBackend(Scripted(tokenizer, tasks, None), {t.turns[0].query: TOO_LONG for t in tasks})
+  refused = ScriptedBackend(
+    Scripted(tokenizer, tasks, None), {t.turns[0].query: TOO_LONG for t in tasks}
+  )
   figures = measure({'single': act_through(refused, tokenizer, world, tasks, None)})
   assert figures['accuracy'] == {'single': 0.0} and figures['reasoning_tokens_mean'] is None
   json.dumps(figures, allow_nan=False)
@@ -172,7 +201,9 @@ class ScriptedBackend:
         if query in self.refused:
           yield tag, Reply('', False, 0, 0, self.refused[query])
         else:
-          block = f'<think>\n{self.scripted.reasoning}\n</think>\n\n' if self.scripted.reasoning else ''
+          block = (
+            f'<think>\n{self.scripted.reasoning}\n</think>\n\n' if self.scripted.reasoning else ''
+          )
           yield tag, Reply(f'{block}{next(self.scripted.script[query])}', self.finished, 1, 1)
 
 
@@ -181,7 +212,14 @@ def test_a_backend_is_measured_as_the_engine_is(tokenizer):
   for kind in KINDS:
     tasks = world.tasks(kind, 8, seed=2, split='eval')
     told = []
-    trajectories[kind] = act_through(ScriptedBackend(Scripted(tokenizer, tasks, 'find it.')), tokenizer, world, tasks, None, told.append)
+    trajectories[kind] = act_through(
+      ScriptedBackend(Scripted(tokenizer, tasks, 'find it.')),
+      tokenizer,
+      world,
+      tasks,
+      None,
+      told.append,
+    )
     assert told == [1] * 8
   assert measure(trajectories) == measure(run(tokenizer))
 
@@ -192,5 +230,19 @@ def test_an_endpoint_without_an_answer_costs_its_task_alone(tokenizer):
   errors = [TOO_LONG, 'refused with status 400: 812 tokens', 'no answer: timed out']
   refused = zip([t.turns[0].query for t in tasks], errors)
   told = []
-  found = act_through(ScriptedBackend(Scripted(tokenizer, tasks, 'find it.'), refused), tokenizer, world, tasks, None, told.append)
-  assert [t.outcome.reason for t in found] == [TOO_LONG, 'refused with status 400', 'no answer', '', '', ''] and told == [1] * 6
+  found = act_through(
+    ScriptedBackend(Scripted(tokenizer, tasks, 'find it.'), refused),
+    tokenizer,
+    world,
+    tasks,
+    None,
+    told.append,
+  )
+  assert [t.outcome.reason for t in found] == [
+    TOO_LONG,
+    'refused with status 400',
+    'no answer',
+    '',
+    '',
+    '',
+  ] and told == [1] * 6

@@ -1,4 +1,5 @@
 """Advantages against the golden values of the released code and plain transcripts."""
+
 import math
 
 import hypothesis
@@ -27,18 +28,24 @@ def psi(arrays, **options):
 @pytest.mark.parametrize('name', ['grpo', 'da_grpo', 'rl_zvp'])
 def test_group_with_variance(name):
   result = advantages.ADVANTAGES[name](*group(MIXED))
-  np.testing.assert_allclose(result[0, :, 0], [.8461] * 4 + [-1.4102] * 2 + [-.2820] * 2, atol=5e-5)
+  np.testing.assert_allclose(
+    result[0, :, 0], [0.8461] * 4 + [-1.4102] * 2 + [-0.2820] * 2, atol=5e-5
+  )
   assert result.dtype == np.float32 and not psi(group(MIXED)).any()
 
 
-@pytest.mark.parametrize('multiplier, golden', [(2.0, (.2, 1, 0, .4, .6, .8)), (1.0, (.1, .5, 0, .2, .3, .4))])
+@pytest.mark.parametrize(
+  'multiplier, golden', [(2.0, (0.2, 1, 0, 0.4, 0.6, 0.8)), (1.0, (0.1, 0.5, 0, 0.2, 0.3, 0.4))]
+)
 @pytest.mark.parametrize('zero_test', ['group', 'token', 'below'])
 @pytest.mark.parametrize('reward', [4, -3, 0])
 def test_psi_replaces_the_vanished_advantage(multiplier, golden, zero_test, reward):
   """psi is blind to the sign of the reward; 2 is what the released code executes, 1 what the paper says."""
   options = dict(alpha=0.1, delta=0.5, zero_test=zero_test, psi_multiplier=multiplier)
   np.testing.assert_allclose(da_grpo(*group([reward] * 8), **options)[0], [golden] * 8, rtol=1e-6)
-  np.testing.assert_array_equal(psi(group([reward] * 8), **options), da_grpo(*group([reward] * 8), **options))
+  np.testing.assert_array_equal(
+    psi(group([reward] * 8), **options), da_grpo(*group([reward] * 8), **options)
+  )
 
 
 @pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo'])
@@ -62,28 +69,37 @@ def test_rollout_at_the_group_mean_gets_psi_by_the_token_test_only():
 
 def test_the_printed_condition_overwrites_negative_advantages():
   result = da_grpo(*group(MIXED), zero_test='below')
-  np.testing.assert_allclose(result[0, :4], .8461, atol=5e-5)
-  np.testing.assert_allclose(result[0, 4:], [(.1, .5, 0, .2, .3, .4)] * 4, rtol=1e-6)
+  np.testing.assert_allclose(result[0, :4], 0.8461, atol=5e-5)
+  np.testing.assert_allclose(result[0, 4:], [(0.1, 0.5, 0, 0.2, 0.3, 0.4)] * 4, rtol=1e-6)
 
 
 def test_standardisation_rounds_as_torch_does():
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(0)
-  whole, parts = rng.integers(-3, 5, (500, 1)), rng.integers(0, 9, (500, 8)) / rng.integers(1, 12, (500, 1))
+  whole, parts = (
+    rng.integers(-3, 5, (500, 1)),
+    rng.integers(0, 9, (500, 8)) / rng.integers(1, 12, (500, 1)),
+  )
   rewards = np.float32(whole + parts)
   rewards[::2] = rewards[::2, :1]
   result = da_grpo(rewards, np.zeros((500, 8, 1)), np.ones((500, 8, 1)), zero_test='token')
   for row, reward in zip(result[..., 0], torch.tensor(rewards)):
-    np.testing.assert_allclose(row, (reward - reward.mean()) / (reward.std() + 1e-6), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      row, (reward - reward.mean()) / (reward.std() + 1e-6), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_mask_and_single_rollouts():
   rewards, entropy, mask = group([2.0])
   mask[..., 4:] = 0
   np.testing.assert_allclose(da_grpo(rewards, entropy, mask)[0, 0], [2, 2, 2, 2, 0, 0], rtol=1e-5)
-  np.testing.assert_allclose(da_grpo(rewards * 0, entropy, mask)[0, 0], [.1, .5, 0, .2, 0, 0], rtol=1e-6)
+  np.testing.assert_allclose(
+    da_grpo(rewards * 0, entropy, mask)[0, 0], [0.1, 0.5, 0, 0.2, 0, 0], rtol=1e-6
+  )
   for name in ('dr_grpo', 'rloo'):  # nothing to compare with
-    np.testing.assert_allclose(advantages.ADVANTAGES[name](rewards, entropy, mask)[0, 0], [2, 2, 2, 2, 0, 0])
+    np.testing.assert_allclose(
+      advantages.ADVANTAGES[name](rewards, entropy, mask)[0, 0], [2, 2, 2, 2, 0, 0]
+    )
 
 
 def test_rl_zvp_signs():
@@ -93,17 +109,30 @@ def test_rl_zvp_signs():
   np.testing.assert_allclose(wrong, 0.1 * (np.float32(ENTROPY) - 10), rtol=1e-6)
 
 
-@pytest.mark.parametrize('when, wanted', [('ignore', (0,) * 6), ('punish', (-.4, 0, -.5, -.3, -.2, -.1))])
+@pytest.mark.parametrize(
+  'when, wanted', [('ignore', (0,) * 6), ('punish', (-0.4, 0, -0.5, -0.3, -0.2, -0.1))]
+)
 def test_psi_of_wrong_groups(when, wanted):
   """Only groups at or below the threshold are treated so; the cap of psi bounds the punishment too."""
-  np.testing.assert_allclose(da_grpo(*group([-3] * 8), psi_when_wrong=when)[0], [wanted] * 8, atol=1e-6)
-  np.testing.assert_allclose(da_grpo(*group([1] * 8), psi_when_wrong=when, right_above=1.0)[0], [wanted] * 8, atol=1e-6)
-  np.testing.assert_array_equal(da_grpo(*group([4] * 8), psi_when_wrong=when), da_grpo(*group([4] * 8)))
+  np.testing.assert_allclose(
+    da_grpo(*group([-3] * 8), psi_when_wrong=when)[0], [wanted] * 8, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    da_grpo(*group([1] * 8), psi_when_wrong=when, right_above=1.0)[0], [wanted] * 8, atol=1e-6
+  )
+  np.testing.assert_array_equal(
+    da_grpo(*group([4] * 8), psi_when_wrong=when), da_grpo(*group([4] * 8))
+  )
   np.testing.assert_array_equal(da_grpo(*group(MIXED), psi_when_wrong=when), da_grpo(*group(MIXED)))
 
 
-@pytest.mark.parametrize('name, mean', [('dr_grpo', lambda row, i: sum(row) / len(row)),
-                                        ('rloo', lambda row, i: (sum(row) - row[i]) / (len(row) - 1))])
+@pytest.mark.parametrize(
+  'name, mean',
+  [
+    ('dr_grpo', lambda row, i: sum(row) / len(row)),
+    ('rloo', lambda row, i: (sum(row) - row[i]) / (len(row) - 1)),
+  ],
+)
 def test_centred_estimators_equal_a_transcript(name, mean):
   rewards = np.random.default_rng(0).integers(-3, 5, (20, 8)).astype(np.float32)
   result = advantages.ADVANTAGES[name](rewards, np.zeros((20, 8, 2)), np.ones((20, 8, 2)))
@@ -117,9 +146,11 @@ def test_da_grpo_equals_a_transcript(data):
   P, G, T = (data.draw(st.integers(1, most)) for most in (3, 6, 5))
   pick = lambda count, values: [data.draw(st.sampled_from(values)) for _ in range(count)]
   rewards = np.float32(pick(P * G, [-3, 1, 4])).reshape(P, G)
-  entropy = np.float32(pick(P * G * T, [0, .1, .7, 3, 9])).reshape(P, G, T)
+  entropy = np.float32(pick(P * G * T, [0, 0.1, 0.7, 3, 9])).reshape(P, G, T)
   mask = np.float32(pick(P * G * T, [0, 1])).reshape(P, G, T)
-  alpha, delta, multiplier = (data.draw(st.sampled_from(values)) for values in ([0, .1, .4], [0, .5, 1], [1., 2.]))
+  alpha, delta, multiplier = (
+    data.draw(st.sampled_from(values)) for values in ([0, 0.1, 0.4], [0, 0.5, 1], [1.0, 2.0])
+  )
   wanted = np.zeros((P, G, T))
   for p in range(P):
     row = rewards[p].astype(np.float64)
@@ -127,13 +158,19 @@ def test_da_grpo_equals_a_transcript(data):
     uniform = row.max() == row.min() if G > 1 else row[0] == 0
     for g in range(G):
       for t in range(T):
-        value = multiplier * min(alpha * float(entropy[p, g, t]), delta) if uniform else (row[g] - mean) / (std + 1e-6)
+        value = (
+          multiplier * min(alpha * float(entropy[p, g, t]), delta)
+          if uniform
+          else (row[g] - mean) / (std + 1e-6)
+        )
         wanted[p, g, t] = value * mask[p, g, t]
   result = da_grpo(rewards, entropy, mask, alpha=alpha, delta=delta, psi_multiplier=multiplier)
   np.testing.assert_allclose(result, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(
+  'change, message',
+  [
     (dict(rewards_PG=np.array([[1, np.nan]])), 'rewards are not finite'),
     (dict(entropy_PGT=np.full((1, 2, 3), np.inf)), 'entropies are not finite'),
     (dict(rewards_PG=np.zeros((1, 0))), 'empty group'),
@@ -141,17 +178,29 @@ def test_da_grpo_equals_a_transcript(data):
     (dict(zero_test='paper'), 'zero_test'),
     (dict(psi_when_wrong='praise'), 'psi_when_wrong'),
     (dict(delta=-1.0), 'must not be negative'),
-])
+  ],
+)
 def test_bad_input_is_refused(change, message):
-  arguments = dict(rewards_PG=np.zeros((1, 2)), entropy_PGT=np.zeros((1, 2, 3)), mask_PGT=np.ones((1, 2, 3))) | change
+  arguments = (
+    dict(rewards_PG=np.zeros((1, 2)), entropy_PGT=np.zeros((1, 2, 3)), mask_PGT=np.ones((1, 2, 3)))
+    | change
+  )
   with pytest.raises(ValueError, match=message):
     da_grpo(**arguments)
 
 
 def test_estimators_by_name_take_their_own_options():
-  config = dict(alpha=0.4, delta=1.0, zero_test='group', psi_multiplier=2.0, psi_when_wrong='ignore', right_above=0.0, lanes=3)
+  config = dict(
+    alpha=0.4,
+    delta=1.0,
+    zero_test='group',
+    psi_multiplier=2.0,
+    psi_when_wrong='ignore',
+    right_above=0.0,
+    lanes=3,
+  )
   estimator = advantages.make_estimator('da_grpo', config)
-  np.testing.assert_allclose(estimator(*group([4] * 8))[0, 0], (.8, 2, 0, 1.6, 2, 2), rtol=1e-6)
+  np.testing.assert_allclose(estimator(*group([4] * 8))[0, 0], (0.8, 2, 0, 1.6, 2, 2), rtol=1e-6)
   for name in advantages.ADVANTAGES:
     assert advantages.make_estimator(name, config)(*group(MIXED)).shape == (1, 8, 6)
   with pytest.raises(ValueError, match="unknown estimator 'ppo'"):
@@ -166,14 +215,21 @@ def test_alpha_settles_where_its_measure_meets_the_target():
     assert alpha == pytest.approx(0.16, rel=1e-3)
   assert advantages.adapted_alpha(0.1, math.nan, 0.8) == 0.1
   assert advantages.adapted_alpha(0.1, 0.0, 0.8) == pytest.approx(0.1 * math.exp(0.1))
-  assert advantages.adapted_alpha(0.99, 0.0, 0.8) == 1.0 and advantages.adapted_alpha(0.0101, 1e9, 0.8) == 0.01
+  assert (
+    advantages.adapted_alpha(0.99, 0.0, 0.8) == 1.0
+    and advantages.adapted_alpha(0.0101, 1e9, 0.8) == 0.01
+  )
   with pytest.raises(ValueError, match='target = 0'):
     advantages.adapted_alpha(0.1, 1.0, 0.0)
 
 
 def test_word_tokens_mark_every_token_of_a_word():
   pieces = ['So', ' wa', 'IT', ', the at', 'tri', 'bute', ' is', ' how', 'ev', 'er', 'wait', '']
-  marked = [piece for piece, hit in zip(pieces, advantages.word_tokens(pieces, ('wait', 'but', 'however'))) if hit]
+  marked = [
+    piece
+    for piece, hit in zip(pieces, advantages.word_tokens(pieces, ('wait', 'but', 'however')))
+    if hit
+  ]
   assert marked == [' wa', 'IT', 'bute', ' how', 'ev', 'er', 'wait']
   assert advantages.word_tokens([], ('wait',)).shape == (0,)
   with pytest.raises(ValueError, match='empty word'):
@@ -183,9 +239,13 @@ def test_word_tokens_mark_every_token_of_a_word():
 @hypothesis.given(st.lists(st.text('abc', max_size=3), max_size=12))
 def test_word_tokens_equal_a_search_by_character(pieces):
   text, word = ''.join(pieces), 'ab'
-  covered = [any(text[i - k:i - k + 2] == word for k in range(2) if i >= k) for i in range(len(text))]
+  covered = [
+    any(text[i - k : i - k + 2] == word for k in range(2) if i >= k) for i in range(len(text))
+  ]
   owner = [number for number, piece in enumerate(pieces) for _ in piece]
-  wanted = [any(hit for hit, who in zip(covered, owner) if who == number) for number in range(len(pieces))]
+  wanted = [
+    any(hit for hit, who in zip(covered, owner) if who == number) for number in range(len(pieces))
+  ]
   assert advantages.word_tokens(pieces, (word,)).tolist() == wanted
 
 
@@ -194,7 +254,9 @@ def test_overlong_penalty():
   lengths = np.array([1, 3072, 3584, 4096, 5000])
   result = advantages.overlong_penalty(lengths, max_tokens=4096, buffer=1024)
   np.testing.assert_array_equal(result, [0, 0, -0.5, -1, -1])
-  np.testing.assert_array_equal(advantages.overlong_penalty(lengths, max_tokens=4096, buffer=1024, penalty=0.5), result / 2)
+  np.testing.assert_array_equal(
+    advantages.overlong_penalty(lengths, max_tokens=4096, buffer=1024, penalty=0.5), result / 2
+  )
   with pytest.raises(ValueError, match='buffer = 0'):
     advantages.overlong_penalty(lengths, max_tokens=4096, buffer=0)
 

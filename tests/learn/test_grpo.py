@@ -1,4 +1,5 @@
 """Reinforcement steps: trees equal flat rows, scores come back by sequence, psi moves uniform groups."""
+
 import dataclasses
 import functools
 import math
@@ -24,7 +25,9 @@ def rollouts(seed=0):
     prompt = rng.integers(0, 23, 12)
     for length in rng.integers(3, 9, REWARDS.shape[1]):
       tokens = np.r_[prompt, rng.integers(0, 23, length)].astype(np.int32)
-      result.append(tokentree.Sequence(tokens, (np.arange(len(tokens)) >= 12).astype(np.float32), 12))
+      result.append(
+        tokentree.Sequence(tokens, (np.arange(len(tokens)) >= 12).astype(np.float32), 12)
+      )
   return result
 
 
@@ -36,8 +39,12 @@ def scored(params, score_pass):
   assert tree.dedup > 1.5
   logp, entropy = grpo.score_rows(score_pass, params, tree, 2)
   advantage, psi = grpo.advantage_rows(tree, REWARDS, entropy, DA_GRPO)
-  off_policy = tree.with_extras(advantage=advantage, psi=psi, old_logp=np.where(tree.weight, logp + 0.3, 0),
-                                ref_logp=np.where(tree.weight, logp - 0.2, 0))
+  off_policy = tree.with_extras(
+    advantage=advantage,
+    psi=psi,
+    old_logp=np.where(tree.weight, logp + 0.3, 0),
+    ref_logp=np.where(tree.weight, logp - 0.2, 0),
+  )
   return sequences, off_policy, tree.gather(logp), tree.gather(entropy)
 
 
@@ -50,6 +57,7 @@ def sgd_step(config, params):
   def run(batch, **options):
     state, metrics = made(**options)(optimizer.init_state(params, tx), batch)
     return jax.tree.map(np.subtract, params, state.params), metrics
+
   return run
 
 
@@ -67,7 +75,9 @@ def test_scores_equal_flat_rows(params, scored, flat_scores, padded):
 
 def test_advantages_land_on_their_tokens(scored):
   sequences, tree, _, entropy = scored
-  rows = zip(sequences, tree.gather(tree.extras['advantage']), tree.gather(tree.extras['psi']), entropy)
+  rows = zip(
+    sequences, tree.gather(tree.extras['advantage']), tree.gather(tree.extras['psi']), entropy
+  )
   for index, (sequence, advantage, psi, entropies) in enumerate(rows):
     assert not advantage[:12].any() and len(advantage) == len(sequence.tokens)
     if index < 4:
@@ -80,8 +90,15 @@ def test_advantages_land_on_their_tokens(scored):
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_step_on_trees_equals_flat_rows(params, sgd_step, scored, flat_scores, padded, accumulate):
   sequences, tree, _, _ = scored
-  mask, advantage, old, ref = (padded(sequences, tree.gather(values)) for values in (
-      tree.weight, tree.extras['advantage'], tree.extras['old_logp'], tree.extras['ref_logp']))
+  mask, advantage, old, ref = (
+    padded(sequences, tree.gather(values))
+    for values in (
+      tree.weight,
+      tree.extras['advantage'],
+      tree.extras['old_logp'],
+      tree.extras['ref_logp'],
+    )
+  )
 
   def loss(params):
     logp = flat_scores(params, sequences)[0]
@@ -94,7 +111,9 @@ def test_step_on_trees_equals_flat_rows(params, sgd_step, scored, flat_scores, p
   wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params)
   grads, metrics = sgd_step(tree.batch(accumulate=accumulate), kl_coefficient=0.5)
   np.testing.assert_allclose(metrics['loss'], wanted, rtol=1e-5)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads
+  )
   np.testing.assert_allclose(metrics['kl'], np.exp(-0.2) + 0.2 - 1, rtol=1e-4)
   np.testing.assert_allclose(metrics['weight'], mask.sum())
   negative = (mask * (advantage < 0)).sum() / mask.sum()  # ratio exp(-0.3) < 0.8 clips where A < 0
@@ -118,9 +137,13 @@ def wide(scored):
   """The same rollouts by sequence number and behaviour policy; the second group has advantage 0."""
   sequences, tree, logp, _ = scored
   relative = tree.extras['advantage'] * (tree.extras['psi'] == 0)
-  return sequences, tree.with_extras(sequence=grpo.sequence_rows(tree), advantage=relative, updated=np.ones_like(tree.weight),
-                                     uniform=grpo.uniform_rows(tree, REWARDS),
-                                     behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0))
+  return sequences, tree.with_extras(
+    sequence=grpo.sequence_rows(tree),
+    advantage=relative,
+    updated=np.ones_like(tree.weight),
+    uniform=grpo.uniform_rows(tree, REWARDS),
+    behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0),
+  )
 
 
 def flat_loss(options, advantage, old, ref, behaviour, uniform_groups, mask):
@@ -156,22 +179,36 @@ def flat_loss(options, advantage, old, ref, behaviour, uniform_groups, mask):
     k3 = jnp.exp(ref - logp) - (ref - logp) - 1
     uniform = uniform_groups * (-math.log(23) - mean_log_p)
     return mean(pg + loss.kl_coefficient * k3 + loss.uniform_kl * uniform)
+
   return total
 
 
 EVERYTHING = dict(aggregation='sequence', kl_coefficient=0.3, importance_cap=1.2, uniform_kl=0.7)
 
 
-@pytest.mark.parametrize('options', [
-    dict(objective='gspo', clip_low=0.2, clip_high=0.4, aggregation='sequence'), dict(objective='kl_cov', cov_share=0.1),
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(objective='gspo', clip_low=0.2, clip_high=0.4, aggregation='sequence'),
+    dict(objective='kl_cov', cov_share=0.1),
     dict(objective='cispo', importance_cap=1.2, aggregation='dr', max_tokens=9),
-    EVERYTHING], ids=lambda options: options.get('objective', 'ppo'))
+    EVERYTHING,
+  ],
+  ids=lambda options: options.get('objective', 'ppo'),
+)
 def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, padded, options):
   """Micro-batches, chunks and packing leave every loss what it is on unmerged rows; KL-Cov ranks all micro-batches together."""
   sequences, tree = wide
   by_row = {name: padded(sequences, tree.gather(values)) for name, values in tree.extras.items()}
-  total = flat_loss(options, by_row['advantage'], by_row['old_logp'], by_row['ref_logp'], by_row['behaviour_logp'],
-                    by_row['uniform'], padded(sequences, tree.gather(tree.weight)))
+  total = flat_loss(
+    options,
+    by_row['advantage'],
+    by_row['old_logp'],
+    by_row['ref_logp'],
+    by_row['behaviour_logp'],
+    by_row['uniform'],
+    padded(sequences, tree.gather(tree.weight)),
+  )
 
   def loss(params):
     targets, log_p = flat_log_p(params, sequences)
@@ -180,13 +217,18 @@ def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, pad
   wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params)
   grads, metrics = sgd_step(tree.batch(accumulate=2), **options)
   np.testing.assert_allclose(metrics['loss'], wanted, rtol=1e-5)
-  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, wanted_grads
+  )
 
 
 @pytest.mark.parametrize('aggregation', ['sequence', 'dr'])
 def test_shares_and_means_are_over_tokens_whatever_the_aggregation(sgd_step, wide, aggregation):
   batch = wide[1].batch(accumulate=2)
-  by_token, other = (sgd_step(batch, importance_cap=1.2, aggregation=how, max_tokens=9)[1] for how in ('token', aggregation))
+  by_token, other = (
+    sgd_step(batch, importance_cap=1.2, aggregation=how, max_tokens=9)[1]
+    for how in ('token', aggregation)
+  )
   assert 0 < by_token['clip_share'] < 1
   for name in ('clip_share', 'entropy', 'importance', 'weight'):
     np.testing.assert_allclose(other[name], by_token[name], rtol=1e-5)
@@ -196,7 +238,9 @@ def test_shares_and_means_are_over_tokens_whatever_the_aggregation(sgd_step, wid
 def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
   _, tree = wide
   silent = tree.with_extras(advantage=0 * tree.weight)
-  step = lambda uniform: sgd_step(silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING)
+  step = lambda uniform: sgd_step(
+    silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING
+  )
   grads, metrics = step(np.ones_like(tree.weight))
   assert metrics['uniform_kl'] > 0 and metrics['pg_loss'] == 0
   bare = dataclasses.replace(tree, extras={})
@@ -209,7 +253,9 @@ def test_uniform_is_a_group_and_not_a_rollout_at_its_mean(scored):
   """Rewards 1 of 4, -2, 1, 1 are the mean: their advantage is 0, and they are no group without variance."""
   _, tree, _, entropy = scored
   rewards = np.float32([[4, -2, 1, 1], [-3, -3, -3, -3]])
-  advantage, _ = grpo.advantage_rows(tree, rewards, tree.scatter(entropy), advantages.grpo_advantages)
+  advantage, _ = grpo.advantage_rows(
+    tree, rewards, tree.scatter(entropy), advantages.grpo_advantages
+  )
   uniform = tree.gather(grpo.uniform_rows(tree, rewards))
   assert [values[-1] for values in uniform] == [0] * 4 + [1] * 4
   assert [values[-1] == 0 for values in tree.gather(advantage)] == [False] * 2 + [True] * 6
@@ -219,7 +265,9 @@ def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, sc
   _, tree = wide
   tree = tree.with_extras(old_logp=tree.scatter(scored[2]), advantage=tree.extras['psi'])
   norm = grpo.make_psi_norm(config, aggregation='sequence')(params, tree.batch(accumulate=2))
-  grads, _ = sgd_step(tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4)
+  grads, _ = sgd_step(
+    tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4
+  )
   np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-4)
 
 
@@ -230,7 +278,7 @@ def test_psi_on_chosen_tokens_only(scored):
 
   class Tokenizer:
     def batch_decode(self, ids, clean_up_tokenization_spaces):
-      return [words.get(number, ' x') for number, in ids]
+      return [words.get(number, ' x') for (number,) in ids]
 
   chosen = grpo.reflective_rows(tree, Tokenizer(), ('wait', 'however'))
   for path, weight in zip(tree.paths, tree.gather(tree.weight)):
@@ -241,17 +289,25 @@ def test_psi_on_chosen_tokens_only(scored):
   assert chosen.any() and not chosen[tree.weight == 0].any()
   advantage, psi = grpo.advantage_rows(tree, REWARDS, tree.scatter(entropy), DA_GRPO, chosen)
   np.testing.assert_array_equal(psi, tree.extras['psi'] * chosen)
-  np.testing.assert_array_equal(advantage, np.where(tree.extras['psi'] != 0, psi, tree.extras['advantage']))
+  np.testing.assert_array_equal(
+    advantage, np.where(tree.extras['psi'] != 0, psi, tree.extras['advantage'])
+  )
 
 
 def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
   sequences, tree, _, _ = scored
   wider = tokentree.pack(sequences, tree.capacity, rows_multiple=4 * tree.rows)
-  filled = dataclasses.replace(tree, **{name: np.concatenate([getattr(tree, name), getattr(wider, name)[tree.rows:]])
-                                        for name in ('tokens', 'position', 'parent', 'end', 'weight')}, extras={})
-  pad = lambda values: np.concatenate([values, np.zeros_like(wider.weight[tree.rows:])])
+  filled = dataclasses.replace(
+    tree,
+    **{
+      name: np.concatenate([getattr(tree, name), getattr(wider, name)[tree.rows :]])
+      for name in ('tokens', 'position', 'parent', 'end', 'weight')
+    },
+    extras={},
+  )
+  pad = lambda values: np.concatenate([values, np.zeros_like(wider.weight[tree.rows :])])
   filled = filled.with_extras(**{name: pad(values) for name, values in tree.extras.items()})
-  assert not filled.weight[tree.rows:].any()
+  assert not filled.weight[tree.rows :].any()
   wanted, _ = sgd_step(tree.batch(accumulate=2))
   grads, metrics = sgd_step(filled.batch(accumulate=filled.rows))
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), grads, wanted)

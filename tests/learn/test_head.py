@@ -1,4 +1,5 @@
 """The chunked head against the plain form: values and gradients."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +10,18 @@ from dcore_jax.learn import head
 
 def plain(hidden, matrix, targets, temperature):
   log_p = jax.nn.log_softmax(hidden @ matrix.T / temperature)
-  return jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0], -(jnp.exp(log_p) * log_p).sum(axis=1)
+  return jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0], -(jnp.exp(log_p) * log_p).sum(
+    axis=1
+  )
 
 
 def problem(M=37, D=16, V=53):
   keys = jax.random.split(jax.random.key(0), 3)
-  return jax.random.normal(keys[0], (M, D)), jax.random.normal(keys[1], (V, D)), jax.random.randint(keys[2], (M,), 0, V)
+  return (
+    jax.random.normal(keys[0], (M, D)),
+    jax.random.normal(keys[1], (V, D)),
+    jax.random.randint(keys[2], (M,), 0, V),
+  )
 
 
 @pytest.mark.parametrize('chunk', [None, 37, 10, 1])
@@ -36,6 +43,7 @@ def test_gradients_through_both_results(chunk, scales):
     def scalar(hidden, matrix):
       results = function(hidden, matrix)
       return sum(scale * (weight * result).sum() for scale, result in zip(scales, results) if scale)
+
     return jax.grad(scalar, (0, 1))
 
   ours = total(lambda h, m: head.log_probs_and_entropy(h, m, targets, 0.7, chunk))(hidden, matrix)
@@ -53,12 +61,16 @@ def test_entropy_is_never_negative_and_bounded():
 
 
 def test_bfloat16_accumulates_in_float32():
-  hidden, matrix, targets = (x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem())
+  hidden, matrix, targets = (
+    x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem()
+  )
   logp, entropy = head.log_probs_and_entropy(hidden, matrix, targets, chunk=10)
   wanted = plain(hidden.astype(jnp.float32), matrix.astype(jnp.float32), targets, 1.0)
   assert logp.dtype == entropy.dtype == jnp.float32
   np.testing.assert_allclose(logp, wanted[0], atol=1e-4)
-  grads = jax.grad(lambda h, m: head.log_probs_and_entropy(h, m, targets)[0].sum(), (0, 1))(hidden, matrix)
+  grads = jax.grad(lambda h, m: head.log_probs_and_entropy(h, m, targets)[0].sum(), (0, 1))(
+    hidden, matrix
+  )
   assert all(grad.dtype == jnp.bfloat16 for grad in grads)
 
 
@@ -77,7 +89,10 @@ def test_chunks_without_a_used_token_are_skipped():
   used = (jnp.arange(37) < 15) / 3
   score = lambda h, m: head.log_probs_and_entropy(h, m, targets, 0.7, 10, used)
   total = lambda scores: jnp.sum(jnp.where(used > 0, scores[0] - 0.3 * scores[1], 0))
-  scores, grads = score(hidden, matrix), jax.grad(lambda *x: total(score(*x)), (0, 1))(hidden, matrix)
+  scores, grads = (
+    score(hidden, matrix),
+    jax.grad(lambda *x: total(score(*x)), (0, 1))(hidden, matrix),
+  )
   safe = hidden.at[20:].set(0)
   wanted = jax.grad(lambda *x: total(plain(*x, targets, 0.7)), (0, 1))(safe, matrix)
   for value, expected in zip(scores, plain(safe, matrix, targets, 0.7)):
@@ -106,8 +121,12 @@ def test_token_loss_equals_the_plain_form(chunk, entropy):
     spread = {'none': None, 'value': jax.lax.stop_gradient(spread), 'gradient': spread}[entropy]
     return weighted(logp, spread, values)
 
-  ours = lambda hidden, matrix: head.token_loss(weighted, hidden, matrix, targets, values, 0.7, entropy=entropy, chunk=chunk)
-  np.testing.assert_allclose(ours(hidden, matrix)[0], wanted(hidden, matrix)[0], rtol=1e-5)  # without differentiation
+  ours = lambda hidden, matrix: head.token_loss(
+    weighted, hidden, matrix, targets, values, 0.7, entropy=entropy, chunk=chunk
+  )
+  np.testing.assert_allclose(
+    ours(hidden, matrix)[0], wanted(hidden, matrix)[0], rtol=1e-5
+  )  # without differentiation
   (loss, sums), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, matrix)
   (loss_, sums_), grads_ = jax.value_and_grad(wanted, (0, 1), has_aux=True)(hidden, matrix)
   np.testing.assert_allclose(loss, loss_, rtol=1e-5)
@@ -129,7 +148,9 @@ def test_chunks_for_a_tpu_are_whole_tiles(monkeypatch):
   def scores(hidden, matrix):
     return weighted(*head.log_probs_and_entropy(hidden, matrix, targets), values)[0]
 
-  wanted = jax.value_and_grad(lambda *args: weighted(*plain(*args, targets, 1.0), values)[0], (0, 1))(hidden, matrix)
+  wanted = jax.value_and_grad(
+    lambda *args: weighted(*plain(*args, targets, 1.0), values)[0], (0, 1)
+  )(hidden, matrix)
   for ours in (loss, scores):
     assert 'f32[2,32,16]' in str(jax.make_jaxpr(ours)(hidden, matrix))
     value, grads = jax.value_and_grad(ours, (0, 1))(hidden, matrix)
@@ -142,33 +163,48 @@ def test_chunks_without_values_are_skipped():
   hidden, matrix, targets = problem()
   weight = jnp.ones(37).at[20:].set(0)
   poisoned = hidden.at[20:].set(jnp.nan)
-  loss = lambda h, m: head.token_loss(weighted, h, m, targets, (weight, -3 * weight), chunk=10, entropy='value')[0]
-  for value, wanted in zip(jax.grad(loss, (0, 1))(poisoned, matrix), jax.grad(loss, (0, 1))(hidden, matrix)):
+  loss = lambda h, m: head.token_loss(
+    weighted, h, m, targets, (weight, -3 * weight), chunk=10, entropy='value'
+  )[0]
+  for value, wanted in zip(
+    jax.grad(loss, (0, 1))(poisoned, matrix), jax.grad(loss, (0, 1))(hidden, matrix)
+  ):
     np.testing.assert_array_equal(value, wanted)
   assert loss(poisoned, matrix) == loss(hidden, matrix)
 
 
 def test_token_loss_scales_its_gradient_and_takes_bfloat16():
-  hidden, matrix, targets = (x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem())
+  hidden, matrix, targets = (
+    x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in problem()
+  )
   values = jnp.ones(len(targets)), jnp.full(len(targets), -3.0)
-  loss = lambda factor: lambda h, m: factor * head.token_loss(weighted, h, m, targets, values, chunk=10)[0]
+  loss = lambda factor: (
+    lambda h, m: factor * head.token_loss(weighted, h, m, targets, values, chunk=10)[0]
+  )
   once, thrice = (jax.grad(loss(factor), (0, 1))(hidden, matrix) for factor in (1.0, 3.0))
   for a, b in zip(once, thrice):
     assert a.dtype == b.dtype == jnp.bfloat16
-    np.testing.assert_allclose(3 * a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(
+      3 * a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=1e-3
+    )
 
 
 def test_a_tenth_of_the_memory_at_the_full_vocabulary():
   """Of the temporaries of the plain loss, at 2,048 tokens of Qwen3's vocabulary; compiled only."""
   M, D, V = 2048, 64, 151_936
-  shapes = [jax.ShapeDtypeStruct((M, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32),
-            jax.ShapeDtypeStruct((M,), jnp.int32)]
+  shapes = [
+    jax.ShapeDtypeStruct((M, D), jnp.float32),
+    jax.ShapeDtypeStruct((V, D), jnp.float32),
+    jax.ShapeDtypeStruct((M,), jnp.int32),
+  ]
   nll = lambda logp, _, weight: (-jnp.sum(weight * logp), ())
   fused = lambda h, m, t: head.token_loss(nll, h, m, t, jnp.ones(M))[0]
   scored = lambda h, m, t: -head.log_probs_and_entropy(h, m, t)[0].sum()
   whole = lambda h, m, t: -plain(h, m, t, 1.0)[0].sum()
-  bytes_ = [jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-            for f in (fused, scored, whole)]
+  bytes_ = [
+    jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    for f in (fused, scored, whole)
+  ]
   assert 10 * bytes_[0] < bytes_[2] and 10 * bytes_[1] < bytes_[2]
 
 
@@ -178,10 +214,14 @@ def test_unused_rows_of_the_embedding_are_trained_as_torch_trains_them():
   hidden, matrix, targets = problem()
   targets = targets % 48
   nll = lambda logp, _, weight: (-jnp.sum(weight * logp), ())
-  grad = jax.grad(lambda m: head.token_loss(nll, hidden, m, targets, jnp.full(37, 1 / 37), chunk=10)[0])(matrix)
+  grad = jax.grad(
+    lambda m: head.token_loss(nll, hidden, m, targets, jnp.full(37, 1 / 37), chunk=10)[0]
+  )(matrix)
   theirs = torch.tensor(np.asarray(matrix), requires_grad=True)
   logits = torch.tensor(np.asarray(hidden)) @ theirs.T
-  torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(targets), dtype=torch.long)).backward()
+  torch.nn.functional.cross_entropy(
+    logits, torch.tensor(np.asarray(targets), dtype=torch.long)
+  ).backward()
   assert np.abs(grad[48:]).max() > 1e-3
   np.testing.assert_allclose(grad, theirs.grad, atol=1e-6)
 
@@ -212,11 +252,17 @@ def test_kl_from_uniform_needs_no_logits(dtype, tolerance):
     return -logp - head.uniform_gap(hidden, matrix, targets, 0.7)
 
   def wanted(hidden, matrix):
-    log_p = jax.nn.log_softmax(jnp.einsum('md,vd->mv', hidden, matrix, preferred_element_type=jnp.float32) / 0.7)
+    log_p = jax.nn.log_softmax(
+      jnp.einsum('md,vd->mv', hidden, matrix, preferred_element_type=jnp.float32) / 0.7
+    )
     return -jnp.log(log_p.shape[1]) - log_p.mean(axis=1)
 
-  np.testing.assert_allclose(ours(hidden, matrix), wanted(hidden, matrix), rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(
+    ours(hidden, matrix), wanted(hidden, matrix), rtol=tolerance, atol=tolerance
+  )
   assert (ours(hidden, matrix) >= 0).all()
   grads, grads_ = (jax.grad(lambda *x: f(*x).sum(), (0, 1))(hidden, matrix) for f in (ours, wanted))
   for value, expected in zip(grads, grads_):
-    np.testing.assert_allclose(np.float32(value), np.float32(expected), rtol=tolerance, atol=10 * tolerance)
+    np.testing.assert_allclose(
+      np.float32(value), np.float32(expected), rtol=tolerance, atol=10 * tolerance
+    )

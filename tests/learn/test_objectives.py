@@ -1,4 +1,5 @@
 """Objectives and the terms beside them against plain transcripts in float64, values and gradients."""
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,15 @@ def batch():
   advantage[30:60] = 0
   old[:5], advantage[:5] = logp[:5] - 40, -1  # far beyond the bound on the log ratio
   old[5:8], advantage[5:8] = logp[5:8] + 30, 1
-  values = dict(advantage=advantage, old_logp=old, ref_logp=old + rng.normal(0, 1, M), behaviour_logp=old + rng.normal(0, 1, M))
-  values = {name: array.astype(np.float32) for name, array in values.items()} | {'sequence': rng.integers(0, 12, M, np.int32)}
+  values = dict(
+    advantage=advantage,
+    old_logp=old,
+    ref_logp=old + rng.normal(0, 1, M),
+    behaviour_logp=old + rng.normal(0, 1, M),
+  )
+  values = {name: array.astype(np.float32) for name, array in values.items()} | {
+    'sequence': rng.integers(0, 12, M, np.int32)
+  }
   values['updated'] = np.ones(M, np.float32)
   weight = np.ones(M, np.float32)
   weight[-UNUSED:] = 0
@@ -48,7 +56,7 @@ def largest_covariances(logp, weight, values, share):
   a, lp = values['advantage'][used].astype(np.float64), logp[used].astype(np.float64)
   covariance = (a - a.mean()) * (lp - lp.mean())
   chosen = np.zeros(len(logp))
-  chosen[used[np.argsort(-covariance, kind='stable')[:max(1, int(len(used) * share))]]] = 1
+  chosen[used[np.argsort(-covariance, kind='stable')[: max(1, int(len(used) * share))]]] = 1
   return chosen
 
 
@@ -57,8 +65,13 @@ def transcript(loss, logp, weight, values):
   sequence_ratio = by_sequence(logp, weight, values)
   held = largest_covariances(logp, weight, values, loss.cov_share)
   per_token, slope, clipped, kl, kl_slope, importance = (np.zeros(len(logp)) for _ in range(6))
-  for i, (lp, old, a) in enumerate(zip(logp.astype(np.float64), values['old_logp'].astype(np.float64),
-                                       values['advantage'].astype(np.float64))):
+  for i, (lp, old, a) in enumerate(
+    zip(
+      logp.astype(np.float64),
+      values['old_logp'].astype(np.float64),
+      values['advantage'].astype(np.float64),
+    )
+  ):
     gap = lp - old
     r = np.exp(clip(gap, -20, 20))
     moves = abs(gap) < 20
@@ -67,7 +80,11 @@ def transcript(loss, logp, weight, values):
       moves = sequence_ratio[i] < 10
     bounded = clip(r, 1 - loss.clip_low, 1 + loss.clip_high)
     if loss.objective in ('ppo', 'gspo'):
-      per_token[i], slope[i], clipped[i] = max(-a * r, -a * bounded), -a * r * moves, -a * bounded > -a * r
+      per_token[i], slope[i], clipped[i] = (
+        max(-a * r, -a * bounded),
+        -a * r * moves,
+        -a * bounded > -a * r,
+      )
       if clipped[i]:
         slope[i] = 0
       if loss.objective == 'ppo' and a < 0 and per_token[i] > -loss.dual_clip * a:
@@ -82,12 +99,19 @@ def transcript(loss, logp, weight, values):
       mu = float(values['behaviour_logp'][i])
       importance[i] = min(np.exp(clip(old - mu, -20, 20)), loss.importance_cap)
     d = clip(float(values['ref_logp'][i]) - lp, -20, 20)
-    estimate, change = {'k1': (-d, 1), 'k2': (d * d / 2, -d), 'k3': (np.exp(d) - d - 1, 1 - np.exp(d))}[loss.kl_estimator]
+    estimate, change = {
+      'k1': (-d, 1),
+      'k2': (d * d / 2, -d),
+      'k3': (np.exp(d) - d - 1, 1 - np.exp(d)),
+    }[loss.kl_estimator]
     kl[i], kl_slope[i] = clip(estimate, -10, 10), change * (abs(estimate) < 10) * (abs(d) < 20)
   lengths = {n: weight[values['sequence'] == n].sum() for n in set(values['sequence'].tolist())}
   count = sum(length > 0 for length in lengths.values())
-  share = {'token': lambda i: 1 / weight.sum(), 'sequence': lambda i: 1 / lengths[int(values['sequence'][i])] / count,
-           'dr': lambda i: 1 / (count * loss.max_tokens)}[loss.aggregation]
+  share = {
+    'token': lambda i: 1 / weight.sum(),
+    'sequence': lambda i: 1 / lengths[int(values['sequence'][i])] / count,
+    'dr': lambda i: 1 / (count * loss.max_tokens),
+  }[loss.aggregation]
   share = np.array([share(i) if weight[i] else 0 for i in range(len(weight))])
   pg, penalty = (share * importance * per_token).sum(), (share * kl).sum()
   gradient = share * (importance * slope + loss.kl_coefficient * kl_slope)
@@ -96,24 +120,39 @@ def transcript(loss, logp, weight, values):
 
 def ours(loss, logp, weight, values):
   """(loss, parts), d loss / d logp, by what a step calls."""
-  weight_M, total = objectives.aggregate(weight, values['sequence'], loss.aggregation, loss.max_tokens)
+  weight_M, total = objectives.aggregate(
+    weight, values['sequence'], loss.aggregation, loss.max_tokens
+  )
   values = loss.with_statistic(logp, weight, values) if loss.scope else values
 
   def mean(logp):
     value, parts = loss.sums(logp, jnp.zeros(M), weight_M, values)
     return value / total, jax.tree.map(lambda part: part / total, parts)
+
   return jax.jit(jax.value_and_grad(mean, has_aux=True))(logp)
 
 
-CASES = [dict(), dict(clip_high=0.28, dual_clip=10.0), dict(aggregation='sequence', importance_cap=2.0),
-         dict(objective='gspo', clip_low=3e-4, clip_high=4e-4, aggregation='sequence', kl_coefficient=0.001),
-         dict(objective='gspo', clip_low=0.2, clip_high=0.2), dict(objective='kl_cov', cov_share=0.02),
-         dict(objective='kl_cov'), dict(objective='cispo', clip_high=0.28, importance_cap=5.0),
-         dict(aggregation='dr', max_tokens=50), dict(kl_coefficient=0.5), dict(kl_coefficient=0.5, kl_estimator='k2'),
-         dict(kl_coefficient=0.5, kl_estimator='k1', aggregation='dr')]
+CASES = [
+  dict(),
+  dict(clip_high=0.28, dual_clip=10.0),
+  dict(aggregation='sequence', importance_cap=2.0),
+  dict(
+    objective='gspo', clip_low=3e-4, clip_high=4e-4, aggregation='sequence', kl_coefficient=0.001
+  ),
+  dict(objective='gspo', clip_low=0.2, clip_high=0.2),
+  dict(objective='kl_cov', cov_share=0.02),
+  dict(objective='kl_cov'),
+  dict(objective='cispo', clip_high=0.28, importance_cap=5.0),
+  dict(aggregation='dr', max_tokens=50),
+  dict(kl_coefficient=0.5),
+  dict(kl_coefficient=0.5, kl_estimator='k2'),
+  dict(kl_coefficient=0.5, kl_estimator='k1', aggregation='dr'),
+]
 
 
-@pytest.mark.parametrize('options', CASES, ids=lambda options: ','.join(f'{k}={v}' for k, v in options.items()) or 'ppo')
+@pytest.mark.parametrize(
+  'options', CASES, ids=lambda options: ','.join(f'{k}={v}' for k, v in options.items()) or 'ppo'
+)
 def test_losses_equal_a_transcript(batch, options):
   loss = PolicyLoss(**options)
   wanted, (pg, kl, clipped, importance), gradient = transcript(loss, *batch)
@@ -121,14 +160,20 @@ def test_losses_equal_a_transcript(batch, options):
   np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(parts['pg_loss'], pg, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(grads, gradient, rtol=1e-5, atol=1e-6)
-  assert ('kl' in parts) == bool(loss.kl_coefficient) and ('importance' in parts) == bool(loss.importance_cap)
+  assert ('kl' in parts) == bool(loss.kl_coefficient) and ('importance' in parts) == bool(
+    loss.importance_cap
+  )
   if loss.kl_coefficient:
     np.testing.assert_allclose(parts['kl'], kl, rtol=1e-6)
   if loss.aggregation == 'token':
     weight = batch[1]
-    np.testing.assert_allclose(parts['clip_share'], (weight * clipped).sum() / weight.sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+      parts['clip_share'], (weight * clipped).sum() / weight.sum(), rtol=1e-6
+    )
     if loss.importance_cap:
-      np.testing.assert_allclose(parts['importance'], (weight * importance).sum() / weight.sum(), rtol=1e-6)
+      np.testing.assert_allclose(
+        parts['importance'], (weight * importance).sum() / weight.sum(), rtol=1e-6
+      )
 
 
 @pytest.mark.parametrize('objective', sorted(objectives.OBJECTIVES))
@@ -140,26 +185,41 @@ def test_gradient_is_the_slope_of_the_loss(batch, objective):
   direction = np.float64(values['sequence'] == 3)
 
   with jax.enable_x64(True):
-    double = {name: np.float64(array) if name != 'sequence' else array for name, array in values.items()}
+    double = {
+      name: np.float64(array) if name != 'sequence' else array for name, array in values.items()
+    }
 
     def value(shift):
       moved = np.float64(logp) + shift * direction
-      extras = loss.with_statistic(moved, weight, double) if objective == 'gspo' else {**double, 'high_covariance': held}
+      extras = (
+        loss.with_statistic(moved, weight, double)
+        if objective == 'gspo'
+        else {**double, 'high_covariance': held}
+      )
       return loss.sums(moved, jnp.zeros(len(logp)), np.float64(weight), extras)[0]
 
     held = objectives.high_covariance(np.float64(logp), weight, double)
     fixed = loss.with_statistic(np.float64(logp), weight, double) if loss.scope else double
-    slopes = jax.grad(lambda x: loss.sums(x, jnp.zeros(len(logp)), np.float64(weight), fixed)[0])(jnp.float64(logp))
+    slopes = jax.grad(lambda x: loss.sums(x, jnp.zeros(len(logp)), np.float64(weight), fixed)[0])(
+      jnp.float64(logp)
+    )
     difference = (value(1e-6) - value(-1e-6)) / 2e-6
     if objective == 'cispo':  # the ratio is a constant to it; the whole loss would also move it
-      difference = -(direction * double['advantage'] * np.exp(np.float64(logp) - double['old_logp'])).sum()
+      difference = -(
+        direction * double['advantage'] * np.exp(np.float64(logp) - double['old_logp'])
+      ).sum()
     np.testing.assert_allclose((slopes * direction).sum(), difference, rtol=1e-6)
 
 
 def test_on_policy_all_objectives_give_the_policy_gradient():
   """At ratio 1 nothing is clipped, and d loss / d logp = -A, whatever is done to ratios."""
   old, advantage = np.float32([-1, -2, -3]), np.float32([1, -2, 0.5])
-  values = {'advantage': advantage, 'old_logp': old, 'sequence': np.zeros(3, np.int32), 'updated': np.zeros(3, np.float32)}
+  values = {
+    'advantage': advantage,
+    'old_logp': old,
+    'sequence': np.zeros(3, np.int32),
+    'updated': np.zeros(3, np.float32),
+  }
   for objective in objectives.OBJECTIVES:
     loss = PolicyLoss(objective=objective, cov_share=1.0)
     # Exactly, or as two passes of one policy differ by their rounding: no objective may make more of that than it is.
@@ -169,7 +229,9 @@ def test_on_policy_all_objectives_give_the_policy_gradient():
       np.testing.assert_allclose(grad, -advantage, rtol=1e-5)
 
 
-@pytest.mark.parametrize('kind, wanted', [('k1', [1.0, -10, 10]), ('k2', [0.5, 10, 10]), ('k3', [np.exp(-1), 10, 10])])
+@pytest.mark.parametrize(
+  'kind, wanted', [('k1', [1.0, -10, 10]), ('k2', [0.5, 10, 10]), ('k3', [np.exp(-1), 10, 10])]
+)
 def test_kl_estimates_are_bounded(kind, wanted):
   logp, ref = np.float32([0, -100, 100]), np.float32([-1, 100, -100])
   value, slope = jax.vjp(lambda logp: objectives.kl_estimate(logp, ref, kind), logp)
@@ -184,7 +246,11 @@ def test_kl_estimators_agree_on_average():
   log_p, log_q = (x - np.log(np.exp(x).sum()) for x in (logits, ref_logits))
   drawn = rng.choice(20, 400_000, p=np.exp(log_p))
   exact = (np.exp(log_p) * (log_p - log_q)).sum()
-  for kind, tolerance in (('k1', 0.03), ('k2', 0.1), ('k3', 0.03)):  # k2 is biased by the third moment
+  for kind, tolerance in (
+    ('k1', 0.03),
+    ('k2', 0.1),
+    ('k3', 0.03),
+  ):  # k2 is biased by the third moment
     estimate = objectives.kl_estimate(jnp.float32(log_p[drawn]), jnp.float32(log_q[drawn]), kind)
     assert abs(float(estimate.mean()) / exact - 1) < tolerance
 
@@ -192,16 +258,23 @@ def test_kl_estimators_agree_on_average():
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=50)
 def test_aggregations_equal_their_definitions(data):
-  sequences = data.draw(st.lists(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
+  sequences = data.draw(
+    st.lists(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=5), min_size=1, max_size=5)
+  )
   flat = sum(sequences, [])
-  wanted = {'token': np.mean(flat), 'sequence': np.mean([np.mean(row) for row in sequences]),
-            'dr': np.sum(flat) / (len(sequences) * 7)}
+  wanted = {
+    'token': np.mean(flat),
+    'sequence': np.mean([np.mean(row) for row in sequences]),
+    'dr': np.sum(flat) / (len(sequences) * 7),
+  }
   order = np.array(data.draw(st.permutations(range(25))))  # 25 places, unused ones among them
   place = lambda x: np.pad(x, (0, 25 - len(flat)))[order]
   number = place(np.repeat(np.arange(len(sequences), dtype=np.int32), list(map(len, sequences))))
   for how, mean in wanted.items():
     weight, total = objectives.aggregate(place(np.ones(len(flat), np.float32)), number, how, 7)
-    np.testing.assert_allclose((weight * place(np.float32(flat))).sum() / total, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      (weight * place(np.float32(flat))).sum() / total, mean, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_covariance_counts_used_tokens_only(batch):
@@ -211,20 +284,43 @@ def test_covariance_counts_used_tokens_only(batch):
   assert objectives.high_covariance(logp, weight, values).sum() == 1  # at least one
   assert not objectives.high_covariance(logp, 0 * weight, values).any()
   same = {name: np.zeros(M, np.float32) for name in ('advantage',)}
-  assert objectives.high_covariance(logp, weight, same, cov_share=0.1)[:26].all()  # ties: the earlier
+  assert objectives.high_covariance(logp, weight, same, cov_share=0.1)[
+    :26
+  ].all()  # ties: the earlier
 
 
 def test_extras_say_what_a_batch_must_bring():
   assert PolicyLoss().extras == {'advantage', 'old_logp'}
-  assert PolicyLoss(kl_coefficient=0.1, importance_cap=2.0).extras == {'advantage', 'old_logp', 'ref_logp', 'behaviour_logp'}
-  assert PolicyLoss(objective='gspo').extras == PolicyLoss(aggregation='dr').extras == {'advantage', 'old_logp', 'sequence'}
-  assert PolicyLoss(objective='kl_cov', uniform_kl=0.1).extras == {'advantage', 'old_logp', 'updated', 'uniform'}
+  assert PolicyLoss(kl_coefficient=0.1, importance_cap=2.0).extras == {
+    'advantage',
+    'old_logp',
+    'ref_logp',
+    'behaviour_logp',
+  }
+  assert (
+    PolicyLoss(objective='gspo').extras
+    == PolicyLoss(aggregation='dr').extras
+    == {'advantage', 'old_logp', 'sequence'}
+  )
+  assert PolicyLoss(objective='kl_cov', uniform_kl=0.1).extras == {
+    'advantage',
+    'old_logp',
+    'updated',
+    'uniform',
+  }
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(objective='grpo'), "unknown objective 'grpo'"), (dict(aggregation='mean'), 'unknown aggregation'),
-    (dict(kl_estimator='k4'), 'unknown kl_estimator'), (dict(clip_low=-0.1), 'clip_low'), (dict(dual_clip=1.0), 'dual_clip'),
-    (dict(kl_coefficient=np.nan), 'kl_coefficient')])
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    (dict(objective='grpo'), "unknown objective 'grpo'"),
+    (dict(aggregation='mean'), 'unknown aggregation'),
+    (dict(kl_estimator='k4'), 'unknown kl_estimator'),
+    (dict(clip_low=-0.1), 'clip_low'),
+    (dict(dual_clip=1.0), 'dual_clip'),
+    (dict(kl_coefficient=np.nan), 'kl_coefficient'),
+  ],
+)
 def test_senseless_losses_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     PolicyLoss(**options)

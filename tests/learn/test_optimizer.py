@@ -1,4 +1,5 @@
 """Optimizers by name: schedules, decay masks, Muon on stacked matrices, skipped steps."""
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from dcore_jax.learn import optimizer
 def updated(tx, params, grads):
   """(state before, state after one update, metrics)."""
   state = optimizer.init_state(params, tx)
-  return state, *jax.jit(lambda state, grads: optimizer.apply_gradients(tx, state, grads))(state, grads)
+  return state, *jax.jit(lambda state, grads: optimizer.apply_gradients(tx, state, grads))(
+    state, grads
+  )
 
 
 def noise(params):
@@ -26,7 +29,9 @@ def test_cosine_schedule_with_warmup_and_floor():
 
 def test_constant_schedule_with_warmup():
   rate = optimizer.make_schedule(2.0, warmup=0.5, total_steps=8)
-  np.testing.assert_allclose([rate(step) for step in range(6)], [0.4, 0.8, 1.2, 1.6, 2, 2], rtol=1e-6)
+  np.testing.assert_allclose(
+    [rate(step) for step in range(6)], [0.4, 0.8, 1.2, 1.6, 2, 2], rtol=1e-6
+  )
 
 
 def test_weight_decay_spares_norms(params):
@@ -40,11 +45,15 @@ def test_weight_decay_spares_norms(params):
 def test_muon_orthogonalises_each_layer_for_itself():
   """Layer 1 of the update does not depend on layer 0's gradient, and its matrix has nearly equal singular values."""
   shapes = {'embed': (5, 8), 'layers': {'q': (2, 8, 2, 4), 'o': (2, 2, 4, 8), 'gate': (2, 8, 12)}}
-  params = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
+  params = jax.tree.map(
+    lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
   grads = noise(params)
   triple = lambda g: np.concatenate([3 * g[:1], g[1:]])
   tx = optimizer.make_optimizer('muon', 1.0, adam_learning_rate=1e-3)
-  update = jax.jit(lambda grads: optimizer.apply_gradients(tx, optimizer.init_state(params, tx), grads)[0].params)
+  update = jax.jit(
+    lambda grads: optimizer.apply_gradients(tx, optimizer.init_state(params, tx), grads)[0].params
+  )
   plain, scaled = update(grads), update(grads | {'layers': jax.tree.map(triple, grads['layers'])})
   for name, shape in {'q': (8, 8), 'o': (8, 8), 'gate': (8, 12)}.items():
     first, second = plain['layers'][name][1], scaled['layers'][name][1]
@@ -60,7 +69,11 @@ def test_non_finite_gradient_changes_nothing_but_the_count(params):
   grads['embed'][0, 0] = np.nan
   before, after, metrics = updated(tx, params, grads)
   assert metrics['skipped'] == 1 and after.step == 1
-  jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (after.params, after.opt_state),
+    (before.params, before.opt_state),
+  )
 
 
 def test_gradient_norm_is_global_and_reported_before_clipping(params):
@@ -74,14 +87,17 @@ def test_gradient_norm_is_global_and_reported_before_clipping(params):
   assert moved[1e-8] < 0.5 and moved[1e9] > 0.9
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (dict(name='sgd'), 'unknown optimizer'),
     (dict(name='muon'), 'needs adam_learning_rate'),
     (dict(name='adamw', adam_learning_rate=1.0), 'is for muon'),
     (dict(schedule='linear'), 'unknown schedule'),
     (dict(schedule='cosine'), 'total_steps'),
     (dict(warmup=5.0, total_steps=10), 'shares'),
-])
+  ],
+)
 def test_bad_arguments_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     optimizer.make_optimizer(**arguments)
@@ -93,12 +109,17 @@ def test_a_floor_is_for_schedules_that_fall():
       optimizer.make_schedule(1.0, 'constant', warmup=warmup, floor=0.5, total_steps=10)
 
 
-@pytest.mark.parametrize(('name', 'options', 'others'), [('adamw', {}, {()}), ('muon', dict(adam_learning_rate=1e-3), {(), (3,)})])
+@pytest.mark.parametrize(
+  ('name', 'options', 'others'),
+  [('adamw', {}, {()}), ('muon', dict(adam_learning_rate=1e-3), {(), (3,)})],
+)
 def test_moments_are_what_stands_beside_a_parameter(params, name, options, others):
   """Muon has coefficients, too: offloaded with the moments they would come back in another memory than they began in, and the
   step be compiled twice."""
   state = optimizer.make_optimizer(name, 1e-2, **options).init(params)
-  marked = list(zip(jax.tree.leaves(optimizer.moments(state, params)), jax.tree.leaves(state), strict=True))
+  marked = list(
+    zip(jax.tree.leaves(optimizer.moments(state, params)), jax.tree.leaves(state), strict=True)
+  )
   size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
   assert size <= sum(leaf.size for moment, leaf in marked if moment) <= 2 * size
   assert {leaf.shape for moment, leaf in marked if not moment} == others

@@ -1,4 +1,5 @@
 """Rule rewards: the golden values of the reference, its flags, the paper's formula and the corrected reward."""
+
 import itertools
 
 import numpy as np
@@ -15,40 +16,40 @@ F = '[f(a=1)]'
 FB = "[f(a=1, b='q')]"
 # Wherever T itself is a row's prediction, its blank lines are stripped with the missing answer.
 GOLDEN = [
-    (T + FB, FB, 1, 3),
-    (T + FB, T + FB, 1, 3),
-    ('<think>\n\nx:[f(a=1)]</think>\n\n[f(a=1)]', F, 0, 3),
-    ('<think>\nx\n</think>\n' + F, F, 0, 3),
-    (F, F, 0, 3),
-    (T + "[g(a=1, b='q')]", FB, 1, -3),
-    (T + "[f(a=1, b='z')]", FB, 1, 1.5),
-    (T + F, FB, 1, 0.75),
-    (T + "[f(a=1, b='q', c=2)]", FB, 1, 2.5),
-    (T + '[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 1, 3),
-    (T + '[f(x=1)]', '[f(x=1), g(y=2)]', 1, 0),
-    (T + '[f(x=1), g(y=2)]', '[f(x=1)]', 1, 2),
-    (T + '[f(x=1), f(x=1)]', '[f(x=1)]', 1, 2),
-    (T + F, '[f()]', 1, 0),
-    (T + '[f()]', F, 1, -1),
-    (T + "[f(a='1')]", F, 1, 1),
-    (T + '[f(a=1.0)]', F, 1, 3),
-    (T + '[f(a=True)]', F, 1, 3),
-    (T + '[f(5)]', '[f(7)]', 1, 3),
-    (T + '[f(a=]', F, 1, -3),
-    (T + '[]', F, 1, -3),
-    (T + 'I cannot', F, 1, -3),
-    (T + '[f(a=1)] done', F, 1, -3),
-    (T + F, 'I cannot', 1, -3),
-    (T + '[]', 'I cannot', 1, -3),
-    (T + 'any text', 'I cannot', 1, 3),
-    (T, 'I cannot', 0, 3),
-    ('<think>\nx', 'I cannot', 0, 3),
-    (T, F, 0, -3),
-    ('<think>\nx', F, 0, -3),
-    (T + 'sure', 'see [1]', 1, -3),
-    (T + '[f(parameters=1)]', '[f(parameters=1)]', 1, -1),
-    (T + '[f(x=2), f(x=1)]', '[f(x=1), f(x=2)]', 1, 3),
-    (T + '[f(x=1,y=2), f(x=1,y=9)]', '[f(x=1,y=8), f(x=1,y=2)]', 1, 9 / 7),
+  (T + FB, FB, 1, 3),
+  (T + FB, T + FB, 1, 3),
+  ('<think>\n\nx:[f(a=1)]</think>\n\n[f(a=1)]', F, 0, 3),
+  ('<think>\nx\n</think>\n' + F, F, 0, 3),
+  (F, F, 0, 3),
+  (T + "[g(a=1, b='q')]", FB, 1, -3),
+  (T + "[f(a=1, b='z')]", FB, 1, 1.5),
+  (T + F, FB, 1, 0.75),
+  (T + "[f(a=1, b='q', c=2)]", FB, 1, 2.5),
+  (T + '[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 1, 3),
+  (T + '[f(x=1)]', '[f(x=1), g(y=2)]', 1, 0),
+  (T + '[f(x=1), g(y=2)]', '[f(x=1)]', 1, 2),
+  (T + '[f(x=1), f(x=1)]', '[f(x=1)]', 1, 2),
+  (T + F, '[f()]', 1, 0),
+  (T + '[f()]', F, 1, -1),
+  (T + "[f(a='1')]", F, 1, 1),
+  (T + '[f(a=1.0)]', F, 1, 3),
+  (T + '[f(a=True)]', F, 1, 3),
+  (T + '[f(5)]', '[f(7)]', 1, 3),
+  (T + '[f(a=]', F, 1, -3),
+  (T + '[]', F, 1, -3),
+  (T + 'I cannot', F, 1, -3),
+  (T + '[f(a=1)] done', F, 1, -3),
+  (T + F, 'I cannot', 1, -3),
+  (T + '[]', 'I cannot', 1, -3),
+  (T + 'any text', 'I cannot', 1, 3),
+  (T, 'I cannot', 0, 3),
+  ('<think>\nx', 'I cannot', 0, 3),
+  (T, F, 0, -3),
+  ('<think>\nx', F, 0, -3),
+  (T + 'sure', 'see [1]', 1, -3),
+  (T + '[f(parameters=1)]', '[f(parameters=1)]', 1, -1),
+  (T + '[f(x=2), f(x=1)]', '[f(x=1), f(x=2)]', 1, 3),
+  (T + '[f(x=1,y=2), f(x=1,y=9)]', '[f(x=1,y=8), f(x=1,y=2)]', 1, 9 / 7),
 ]
 
 
@@ -60,27 +61,51 @@ def test_toolrl_golden(prediction, reference, form, correctness):
   assert reward.total == reward.format + reward.correctness
 
 
-@pytest.mark.parametrize('options, near, exact', [
-    ({'credit': 'coarse'}, -2, 4), ({'credit': 'refined'}, 2.5, 4), ({'credit': 'intermediate'}, 1, 4),
-    ({'correct_max': 1.0}, 1.5, 2), ({'correct_max': 2.0, 'format_range': (-2.0, 2.0)}, 3, 4), ({}, 2.5, 4)],
-    ids=['COARSE', 'REFINED', 'INTERMEDIATE', 'CORRECTMAX1 and MAX1STEP30MAX3', 'SCHEDULE', 'STRICT, which nothing reads'])
+@pytest.mark.parametrize(
+  'options, near, exact',
+  [
+    ({'credit': 'coarse'}, -2, 4),
+    ({'credit': 'refined'}, 2.5, 4),
+    ({'credit': 'intermediate'}, 1, 4),
+    ({'correct_max': 1.0}, 1.5, 2),
+    ({'correct_max': 2.0, 'format_range': (-2.0, 2.0)}, 3, 4),
+    ({}, 2.5, 4),
+  ],
+  ids=[
+    'COARSE',
+    'REFINED',
+    'INTERMEDIATE',
+    'CORRECTMAX1 and MAX1STEP30MAX3',
+    'SCHEDULE',
+    'STRICT, which nothing reads',
+  ],
+)
 def test_toolrl_flags(options, near, exact):
   assert toolrl_reward(T + "[f(a=1, b='z')]", FB, **options).total == near
   assert toolrl_reward(T + FB, FB, **options).total == exact
 
 
-@pytest.mark.parametrize('prediction, words, share', [
-    (T + F, 512, 0), ('<think>\n' + 'so ' * 128 + '\n</think>\n\n' + F, 512, 0.25),
-    ('<think>\n' + 'so ' * 100 + '\n</think>\n\n' + F, 384, 0.26), ('<think>\n' + 'so ' * 900 + '\n</think>\n\n' + F, 512, 1),
-    ('<think>\n' + 'so ' * 900, 512, 0), ('so ' * 900 + '</think>\n\n' + F, 512, 0)],
-                         ids=['one word', 'WITHLENGTH', 'SCHEDULELENGTH', 'at most 1', 'unclosed', 'unopened'])
+@pytest.mark.parametrize(
+  'prediction, words, share',
+  [
+    (T + F, 512, 0),
+    ('<think>\n' + 'so ' * 128 + '\n</think>\n\n' + F, 512, 0.25),
+    ('<think>\n' + 'so ' * 100 + '\n</think>\n\n' + F, 384, 0.26),
+    ('<think>\n' + 'so ' * 900 + '\n</think>\n\n' + F, 512, 1),
+    ('<think>\n' + 'so ' * 900, 512, 0),
+    ('so ' * 900 + '</think>\n\n' + F, 512, 0),
+  ],
+  ids=['one word', 'WITHLENGTH', 'SCHEDULELENGTH', 'at most 1', 'unclosed', 'unopened'],
+)
 def test_length_adds_to_the_total(prediction, words, share):
   """The parts stay what they are; one word of 512 rounds to 0."""
   plain, longer = toolrl_reward(prediction, F), toolrl_reward(prediction, F, length_words=words)
   assert longer[:2] == plain[:2] and longer.total == plain.total + share
 
 
-@pytest.mark.parametrize('prediction, reference, correctness', [
+@pytest.mark.parametrize(
+  'prediction, reference, correctness',
+  [
     ('[f(a=true)]', "[f(a='true')]", 3),  # a bare name is its string
     ('[f(a=-1)]', '[f(a=-1)]', 3),
     ('[f(a=2*3-1)]', '[f(a=5)]', 3),
@@ -96,8 +121,13 @@ def test_length_adds_to_the_total(prediction, words, share):
     ('[]', '[]', 3),
     ('[f(a=1)]', '[]', -3),
     ('[f(a=9**9**9)]', F, -3),
-    ('[f(a=__import__("os").getcwd())]', F, 1),  # its source text: the wrong value of the right argument
-])
+    (
+      '[f(a=__import__("os").getcwd())]',
+      F,
+      1,
+    ),  # its source text: the wrong value of the right argument
+  ],
+)
 def test_toolrl_reader(prediction, reference, correctness):
   assert toolrl_reward(T + prediction, reference).correctness == correctness
 
@@ -127,23 +157,44 @@ def test_bad_input_is_named(name):
     toolrl_reward(T, F, credit='some')
 
 
-@pytest.mark.parametrize('prediction, reference, correctness', [
-    (FB, FB, 3), (F, FB, 1.5), ("[f(a=1, b='z')]", FB, 2.5), ("[g(a=1, b='q')]", FB, 0), ('[f()]', '[f()]', 3),
-    ('[f(x=1)]', '[f(x=1), g(y=2)]', 1), ('[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 3),
-    ('I cannot', FB, 0), ('sure', 'no', 3), (FB, 'no', 0), ('[f(a=]', FB, 0), ('[]', '[]', 3), ('[f(5)]', '[f(7)]', 2)])
+@pytest.mark.parametrize(
+  'prediction, reference, correctness',
+  [
+    (FB, FB, 3),
+    (F, FB, 1.5),
+    ("[f(a=1, b='z')]", FB, 2.5),
+    ("[g(a=1, b='q')]", FB, 0),
+    ('[f()]', '[f()]', 3),
+    ('[f(x=1)]', '[f(x=1), g(y=2)]', 1),
+    ('[g(y=2), f(x=1)]', '[f(x=1), g(y=2)]', 3),
+    ('I cannot', FB, 0),
+    ('sure', 'no', 3),
+    (FB, 'no', 0),
+    ('[f(a=]', FB, 0),
+    ('[]', '[]', 3),
+    ('[f(5)]', '[f(7)]', 2),
+  ],
+)
 def test_paper_formula(prediction, reference, correctness):
   reward = paper_reward(T + prediction, reference)
   assert (reward.format, reward.correctness) == (1, correctness)
 
 
-@pytest.mark.parametrize('prediction, reference, form, correctness', [
+@pytest.mark.parametrize(
+  'prediction, reference, form, correctness',
+  [
     (T + FB, FB, 1, 3),
     ('<think>\n\nx:[f(a=1)]</think>\n\n[f(a=1)]', F, 1, 3),  # the parallel template
     ('<think>\nx\n</think>\n' + F, F, 0, 3),
     (T + '[f(5)]', '[f(7)]', 1, 1),
     (T + '[f(7)]', '[f(7)]', 1, 3),
     (T + '[f(parameters=1)]', '[f(parameters=1)]', 1, 3),
-    (T + '[f(x=1,y=2), f(x=1,y=9)]', '[f(x=1,y=8), f(x=1,y=2)]', 1, 6 * 6 / 7 - 3),  # 1 + (1 + 1) + (1 + 2) of 7
+    (
+      T + '[f(x=1,y=2), f(x=1,y=9)]',
+      '[f(x=1,y=8), f(x=1,y=2)]',
+      1,
+      6 * 6 / 7 - 3,
+    ),  # 1 + (1 + 1) + (1 + 2) of 7
     (T + 'any text', 'I cannot', 1, 3),
     (T, 'I cannot', 0, -3),
     ('<think>\nx', 'I cannot', 0, -3),
@@ -153,7 +204,8 @@ def test_paper_formula(prediction, reference, correctness):
     (T + F, '[]', 1, -3),
     (T + '[f(a=true)]', '[f(a=True)]', 1, 3),
     (T + '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', F, 1, 3),
-])
+  ],
+)
 def test_corrected(prediction, reference, form, correctness):
   reward = corrected_reward(prediction, reference)
   assert (reward.format, reward.correctness) == (form, pytest.approx(correctness, abs=1e-12))
@@ -168,11 +220,15 @@ def test_assignment_is_optimal():
     given, wanted = draw(), draw()
     show = lambda rows: '[' + ', '.join('f(x={}, y={}, z={})'.format(*row) for row in rows) + ']'
     longer, shorter = sorted((given, wanted), key=len, reverse=True)
-    equal = max(sum(a == b for first, second in zip(order, shorter) for a, b in zip(first, second))
-                for order in itertools.permutations(longer, len(shorter)))
+    equal = max(
+      sum(a == b for first, second in zip(order, shorter) for a, b in zip(first, second))
+      for order in itertools.permutations(longer, len(shorter))
+    )
     names = min(len(given), len(wanted)) / max(len(given), len(wanted))
     best = 6 * (names + min(len(given), len(wanted)) + equal) / (1 + 4 * len(wanted)) - 3
-    assert corrected_reward(T + show(given), show(wanted)).correctness == pytest.approx(best, abs=1e-12)
+    assert corrected_reward(T + show(given), show(wanted)).correctness == pytest.approx(
+      best, abs=1e-12
+    )
     fell_short += toolrl_reward(T + show(given), show(wanted)).correctness < best - 1e-9
   assert fell_short
 
@@ -187,7 +243,10 @@ def test_corrected_never_below_greedy():
 
   for _ in range(100):
     prediction, reference = T + calls(), calls()
-    assert corrected_reward(prediction, reference).total >= toolrl_reward(prediction, reference).total - 1e-12
+    assert (
+      corrected_reward(prediction, reference).total
+      >= toolrl_reward(prediction, reference).total - 1e-12
+    )
 
 
 def say(calls):
@@ -207,15 +266,21 @@ def test_state_reward_looks_at_what_was_done():
   """The same end by another way is right; a wrong call, an early end and a missing report are not."""
   world = ToolWorld()
   task = world.tasks('sequential', 1, seed=0, split='train')[0]
-  turn, = task.turns
+  (turn,) = task.turns
   one_by_one = [say([call]) for call in turn.calls]
   report = T + turn.answer
   assert state_reward(world, task, [*one_by_one, report]) == (1, 3, 4)
-  assert state_reward(world, task, [*one_by_one, report, 'and more']) == (1, 3, 4)  # nobody listens any more
+  assert state_reward(world, task, [*one_by_one, report, 'and more']) == (
+    1,
+    3,
+    4,
+  )  # nobody listens any more
   assert state_reward(world, task, [*one_by_one, turn.answer]).total == -3
   assert state_reward(world, task, one_by_one).total == -2
   assert state_reward(world, task, [one_by_one[0], report]).total == -2
-  assert state_reward(world, task, [say([ToolCall('no_such_tool', {})]), *one_by_one, report]).total == 4  # a detour
+  assert (
+    state_reward(world, task, [say([ToolCall('no_such_tool', {})]), *one_by_one, report]).total == 4
+  )  # a detour
   assert state_reward(world, task, []) == (0, -3, -3)
 
 
@@ -225,25 +290,37 @@ def test_state_reward_of_parallel_calls_ignores_their_order():
   calls = task.turns[0].calls
   assert len(calls) > 1
   for order in (calls, calls[::-1]):
-    assert state_reward(world, task, ['<think>\nx</think>\n\n' + print_calls(list(order))]).total == 4
+    assert (
+      state_reward(world, task, ['<think>\nx</think>\n\n' + print_calls(list(order))]).total == 4
+    )
   assert state_reward(world, task, [say(calls[:1])]).total == -2
 
 
 @pytest.mark.parametrize('name', sorted(rewards.REWARDS))
 def test_batch_is_exact(name):
-  calls = [f"tool_{i % 4}(city='somewhere {i}', days={i}, tags=['a', 'b'], nested={{'k': {i}}})" for i in range(8)]
+  calls = [
+    f"tool_{i % 4}(city='somewhere {i}', days={i}, tags=['a', 'b'], nested={{'k': {i}}})"
+    for i in range(8)
+  ]
   answer = '[' + ', '.join(calls) + ']'
   wrong = answer.replace('days=3', 'days=4')
   prediction = '<think>\n' + 'word ' * ((4000 - len(answer)) // 5) + '\n</think>\n\n'
   reward = batch_reward(name, [prediction + answer, prediction + wrong] * 128, [answer] * 256)
   assert reward.total.shape == (256,) and reward.total.dtype == np.float64
-  assert (reward.total[::2] == 4 + (name == 'toolrl_length')).all() and len(set(reward.total[1::2])) == 1
+  assert (reward.total[::2] == 4 + (name == 'toolrl_length')).all() and len(
+    set(reward.total[1::2])
+  ) == 1
 
 
 @pytest.mark.parametrize('name', sorted(rewards.REWARDS))
 def test_hostile_text_earns_nothing(name):
   reference = '[f(a=2), ' + 'f(a=3), ' * 9 + 'f(a=1)]'
-  unreadable = ['[' * 4000 + ']', '[' + '9**' * 1300 + '9]', '[f(a=' + '-' * 4000 + '1)]', '[f(a=' + '(' * 90 + ']']
+  unreadable = [
+    '[' * 4000 + ']',
+    '[' + '9**' * 1300 + '9]',
+    '[f(a=' + '-' * 4000 + '1)]',
+    '[f(a=' + '(' * 90 + ']',
+  ]
   for text in unreadable:
     assert rewards.REWARDS[name](T + text, reference).correctness <= 0
   assert rewards.REWARDS[name](T + '[' + 'f(a=1),' * 600 + ']', reference).correctness < 3

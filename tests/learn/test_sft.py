@@ -1,4 +1,5 @@
 """Supervised steps: trees equal flat rows, micro-batches change nothing, one compilation, the loss falls."""
+
 import dataclasses
 
 import jax
@@ -34,6 +35,7 @@ def sgd_step(config, params):
   def run(batch):
     state, metrics = step(optimizer.init_state(params, tx), batch)
     return metrics['loss'], jax.tree.map(np.subtract, params, state.params)
+
   return run
 
 
@@ -50,7 +52,9 @@ def flat(config, params, flat_scores, padded):
 def test_tree_equals_flat_rows(sgd_step, flat, capacity, rows, accumulate):
   sequences = dialogues()
   assert tokentree.pack(sequences, capacity).dedup > 1.2
-  made = sft.batches(sequences, capacity=capacity, rows=rows, epochs=1, seed=0, accumulate=accumulate)
+  made = sft.batches(
+    sequences, capacity=capacity, rows=rows, epochs=1, seed=0, accumulate=accumulate
+  )
   loss, grads = sgd_step(next(iter(made)))
   np.testing.assert_allclose(loss, flat[0], rtol=1e-5)
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), grads, flat[1])
@@ -62,18 +66,29 @@ def test_every_row_once_an_epoch_in_a_seeded_order():
   assert len(first) == len(made) == 2 * made.per_epoch
   jax.tree.map(np.testing.assert_array_equal, first, again)
   key = lambda batch: sorted(row.tobytes() for row in batch.tokens[0])
-  epochs = [sum((key(batch) for batch in first[start:start + made.per_epoch]), []) for start in (0, made.per_epoch)]
+  epochs = [
+    sum((key(batch) for batch in first[start : start + made.per_epoch]), [])
+    for start in (0, made.per_epoch)
+  ]
   assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(row.tobytes() for row in made.tree.tokens)
-  assert [key(batch) for batch in first[:made.per_epoch]] != [key(batch) for batch in first[made.per_epoch:]]
+  assert [key(batch) for batch in first[: made.per_epoch]] != [
+    key(batch) for batch in first[made.per_epoch :]
+  ]
   jax.tree.map(np.testing.assert_array_equal, list(made.start(3)), first[3:])
 
 
 def test_hosts_share_each_batch():
   """Two hosts of two shards each: laid side by side their parts are the batch of one host with four shards."""
-  sequences, options = dialogues(10), dict(capacity=48, rows=8, epochs=2, seed=3, accumulate=2, shards=4)
+  sequences, options = (
+    dialogues(10),
+    dict(capacity=48, rows=8, epochs=2, seed=3, accumulate=2, shards=4),
+  )
   whole = list(sft.batches(sequences, **options))
   hosts = [list(sft.batches(sequences, **options, host=host, hosts=2)) for host in range(2)]
-  joined = [jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts) for parts in zip(*hosts, strict=True)]
+  joined = [
+    jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *parts)
+    for parts in zip(*hosts, strict=True)
+  ]
   for one, other in zip(joined, whole, strict=True):
     one, other = one._replace(slot=other.slot), other  # which counts from the first row of the host
     jax.tree.map(np.testing.assert_array_equal, one, other)

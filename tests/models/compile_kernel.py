@@ -5,6 +5,7 @@
 prints a JSON line of the footprint per device for each row length: a row of 32 query and 8 key heads of 128 in bfloat16 on
 each of the 8 devices. A program of its own, since the compilers are plugins and a process that holds them prints much.
 """
+
 import functools
 import importlib
 import json
@@ -24,14 +25,22 @@ def main(kernel: str, target: str, lengths: list[int]) -> None:
 
   # XLA cannot split a kernel by itself: every device calls it on its own rows.
   @jax.jit
-  @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec('fsdp'), out_specs=PartitionSpec('fsdp'), check_vma=False)
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=PartitionSpec('fsdp'),
+    out_specs=PartitionSpec('fsdp'),
+    check_vma=False,
+  )
   def out_and_gradients(q, k, v, end, dout):
     out, pull_back = jax.vjp(lambda q, k, v: tree_attention(q, k, v, end), q, k, v)
     return out, *pull_back(dout)
 
   for T in lengths:
     rows = NamedSharding(mesh, PartitionSpec('fsdp'))
-    q, k = (jax.ShapeDtypeStruct((8, T, heads, 128), jnp.bfloat16, sharding=rows) for heads in (32, 8))
+    q, k = (
+      jax.ShapeDtypeStruct((8, T, heads, 128), jnp.bfloat16, sharding=rows) for heads in (32, 8)
+    )
     end = jax.ShapeDtypeStruct((8, T), jnp.int32, sharding=rows)
     compiled = topology.compile_for(mesh, out_and_gradients, q, k, k, end, q)
     print(json.dumps(topology.footprint(compiled)._asdict() | {'tokens': T}), flush=True)

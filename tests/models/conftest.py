@@ -1,4 +1,5 @@
 """Makes the helper modules beside the tests importable under --import-mode=importlib."""
+
 import pathlib
 import sys
 

@@ -1,4 +1,5 @@
 """The config.json of published models, every field of which must be understood."""
+
 import json
 
 # Qwen/Qwen3-8B
@@ -37,4 +38,9 @@ DEEPSEEK_CODER = json.loads("""{
   "rms_norm_eps": 1e-06, "rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000,
   "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true,
   "vocab_size": 32256}""")
-PUBLISHED = {'qwen3': QWEN3_8B, 'qwen2': QWEN2_5_14B, 'llama3_1': LLAMA3_1_8B, 'deepseek_coder': DEEPSEEK_CODER}
+PUBLISHED = {
+  'qwen3': QWEN3_8B,
+  'qwen2': QWEN2_5_14B,
+  'llama3_1': LLAMA3_1_8B,
+  'deepseek_coder': DEEPSEEK_CODER,
+}

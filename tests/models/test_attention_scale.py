@@ -1,4 +1,5 @@
 """Attention of prefill and decode in 16 bits: scores are those of the kernels that the policy is trained with."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,13 +21,18 @@ def drawn():
 def check(found, wanted):
   """To bfloat16's rounding, once for the weights and once for the result, where they are not next to nothing."""
   large = wanted > 1e-3
-  np.testing.assert_allclose(np.asarray(found, np.float64)[large], wanted[large], rtol=2.1 * 2.0**-8)
+  np.testing.assert_allclose(
+    np.asarray(found, np.float64)[large], wanted[large], rtol=2.1 * 2.0**-8
+  )
 
 
 def test_prefill():
   q, k, wanted = drawn()
   values = jnp.broadcast_to(jnp.eye(S, dtype=jnp.bfloat16), (4, 1, S, S))
-  check(attention.attend(q[:, None, None], k[:, None], values, jnp.ones((4, 1, S), bool))[:, 0, 0], wanted)
+  check(
+    attention.attend(q[:, None, None], k[:, None], values, jnp.ones((4, 1, S), bool))[:, 0, 0],
+    wanted,
+  )
 
 
 @pytest.mark.parametrize('places', [1, 8])
@@ -42,6 +48,13 @@ def test_decoding(places):
   trunks = slice(0, 4 if places == 1 else 1)
   lane_RW = jnp.arange(4)[:, None] if places == 1 else jnp.array([[0, 1, 2, 3, 0, 0, 0, 0]])
   sharing = attention.Sharing(jnp.full(lane_RW.shape[0], S - 1), lane_RW, jnp.arange(4))
-  found = attention.attend_branches(q[:, None, None], k[trunks, None], values[trunks], k[:, None, -1:], values[:, :, -1:], sharing,
-                                    jnp.ones(4, jnp.int32))
+  found = attention.attend_branches(
+    q[:, None, None],
+    k[trunks, None],
+    values[trunks],
+    k[:, None, -1:],
+    values[:, :, -1:],
+    sharing,
+    jnp.ones(4, jnp.int32),
+  )
   check(found[:, 0, 0], wanted)

@@ -1,4 +1,5 @@
 """The Triton kernel in interpret mode, against the attention that holds every score."""
+
 import jax.numpy as jnp
 import kernel_contract
 import pytest
@@ -7,9 +8,13 @@ from dcore_jax.models.attention_triton import tree_attention
 
 
 # 75 tokens: in no case whole blocks. A head of 12 is padded to 16, where a tensor core's products begin.
-@pytest.mark.parametrize('N,K,H,block_q,block_k', [(2, 2, 16, 16, 16), (4, 2, 16, 32, 16), (4, 1, 12, 16, 32)])
+@pytest.mark.parametrize(
+  'N,K,H,block_q,block_k', [(2, 2, 16, 16, 16), (4, 2, 16, 32, 16), (4, 1, 12, 16, 32)]
+)
 def test_values_and_gradients_equal_the_reference(N, K, H, block_q, block_k):
-  kernel_contract.check_equals_the_reference(tree_attention, N, K, H, T=75, block_q=block_q, block_k=block_k)
+  kernel_contract.check_equals_the_reference(
+    tree_attention, N, K, H, T=75, block_q=block_q, block_k=block_k
+  )
 
 
 def test_default_blocks_equal_the_reference():
@@ -17,7 +22,9 @@ def test_default_blocks_equal_the_reference():
 
 
 def test_bfloat16_is_near_the_float32_reference():
-  kernel_contract.check_bfloat16_is_near_the_float32_reference(tree_attention, block_q=32, block_k=16)
+  kernel_contract.check_bfloat16_is_near_the_float32_reference(
+    tree_attention, block_q=32, block_k=16
+  )
 
 
 def test_blocks_that_no_query_sees_are_never_read():
@@ -35,6 +42,8 @@ def test_what_does_not_fit_is_named():
 
 
 def test_compiles_for_an_a100_and_keeps_two_numbers_a_token_and_head():
-  [footprint] = kernel_contract.compiled_footprints('attention_triton', 'a100:8', 'jax_cuda12_plugin', [16384])
+  [footprint] = kernel_contract.compiled_footprints(
+    'attention_triton', 'a100:8', 'jax_cuda12_plugin', [16384]
+  )
   # Log-sum-exp and delta of 32 heads: 4 MiB. The rest are lists of blocks; scores of one head alone would be 1 GiB.
   assert 2 * 4 * 32 * 16384 <= footprint['temporary'] < 5 << 20

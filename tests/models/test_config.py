@@ -1,4 +1,5 @@
 """config.json in and out, what is refused, and the derived numbers against counts by hand."""
+
 import dataclasses
 import math
 
@@ -16,28 +17,40 @@ from dcore_jax.models.decoder import abstract_params
 def test_qwen3_8b_numbers():
   config = DecoderConfig.from_hf(QWEN3_8B)
   assert config.param_count == 8_190_735_360
-  assert config.param_count == sum(math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config)))
+  assert config.param_count == sum(
+    math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config))
+  )
   assert config.kv_bytes_per_token(jnp.bfloat16) == 147_456
   # 2 flops per matrix parameter (the embedding is a lookup, the norms are vectors), attention on top.
   norms = 36 * (2 * 4096 + 2 * 128) + 4096
-  assert config.flops_per_token(1) - 36 * 4 * 32 * 128 == 2 * (config.param_count - 151936 * 4096 - norms)
+  assert config.flops_per_token(1) - 36 * 4 * 32 * 128 == 2 * (
+    config.param_count - 151936 * 4096 - norms
+  )
   assert config.flops_per_token(4097) - config.flops_per_token(1) == 36 * 4 * 32 * 128 * 2048
 
 
-@pytest.mark.parametrize('record, count', [(QWEN2_5_14B, 14_770_033_664), (LLAMA3_1_8B, 8_030_261_248),
-                                           (DEEPSEEK_CODER, 6_740_512_768)])
+@pytest.mark.parametrize(
+  'record, count',
+  [(QWEN2_5_14B, 14_770_033_664), (LLAMA3_1_8B, 8_030_261_248), (DEEPSEEK_CODER, 6_740_512_768)],
+)
 def test_published_parameter_counts(record, count):
   config = DecoderConfig.from_hf(record)
   assert config.param_count == count
-  assert config.param_count == sum(math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config)))
+  assert config.param_count == sum(
+    math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config))
+  )
 
 
 def test_the_other_families_are_understood():
-  qwen, llama, coder = (DecoderConfig.from_hf(record) for record in (QWEN2_5_14B, LLAMA3_1_8B, DEEPSEEK_CODER))
+  qwen, llama, coder = (
+    DecoderConfig.from_hf(record) for record in (QWEN2_5_14B, LLAMA3_1_8B, DEEPSEEK_CODER)
+  )
   assert qwen.qkv_bias and not qwen.qk_norm and qwen.head_dim == 128 and qwen.rope_scaling is None
   assert not (llama.qkv_bias or llama.qk_norm) and llama.rms_norm_eps == 1e-5
   assert llama.stop_token_ids == (128001, 128008, 128009)
-  assert llama.rope_scaling == RopeScaling('llama3', 8.0, 1.0, 4.0, 8192) and llama.rope_theta == 5e5
+  assert (
+    llama.rope_scaling == RopeScaling('llama3', 8.0, 1.0, 4.0, 8192) and llama.rope_theta == 5e5
+  )
   assert coder.rope_scaling == RopeScaling('linear', 4.0) and coder.rope_theta == 1e5
   assert len({hash(config) for config in (qwen, llama, coder)}) == 3
   assert DecoderConfig.from_hf(QWEN2_5_14B | {'use_mrope': False}) == qwen  # so the base models say
@@ -50,7 +63,9 @@ def test_round_trip_of_every_family_here_and_in_transformers(record):
   config = DecoderConfig.from_hf(record)
   written = config.to_hf()
   assert DecoderConfig.from_hf(written) == config
-  theirs = transformers.AutoConfig.for_model(**{name: value for name, value in written.items() if name != 'architectures'})
+  theirs = transformers.AutoConfig.for_model(
+    **{name: value for name, value in written.items() if name != 'architectures'}
+  )
   assert DecoderConfig.from_hf(theirs.to_dict()) == config
   assert written['architectures'] == record['architectures']
 
@@ -59,7 +74,13 @@ def test_round_trip_of_every_family_here_and_in_transformers(record):
 def test_defaults_are_those_of_the_config_class(family):
   """What a file leaves out is what transformers would take."""
   transformers = pytest.importorskip('transformers')
-  sizes = {'vocab_size': 64, 'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2, 'num_attention_heads': 32}
+  sizes = {
+    'vocab_size': 64,
+    'hidden_size': 64,
+    'intermediate_size': 96,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 32,
+  }
   theirs = transformers.AutoConfig.for_model(family, **sizes)
   config = DecoderConfig.from_hf({'model_type': family, **sizes})
   assert config == DecoderConfig.from_hf(theirs.to_dict())
@@ -73,13 +94,22 @@ def test_both_spellings_of_a_rope_scaling(name):
   config = DecoderConfig.from_hf(record)
   fields = dict(record['rope_scaling'])
   kind = fields.pop('type', None) or fields.pop('rope_type')
-  without = {key: value for key, value in record.items() if key not in ('rope_scaling', 'rope_theta')}
-  for spelling in ({'rope_parameters': fields | {'rope_type': kind, 'rope_theta': record['rope_theta']}},
-                   {'rope_theta': record['rope_theta'], 'rope_scaling': fields | {'type': kind}},
-                   {'rope_theta': record['rope_theta'], 'rope_scaling': fields | {'type': kind, 'rope_type': kind}}):
+  without = {
+    key: value for key, value in record.items() if key not in ('rope_scaling', 'rope_theta')
+  }
+  for spelling in (
+    {'rope_parameters': fields | {'rope_type': kind, 'rope_theta': record['rope_theta']}},
+    {'rope_theta': record['rope_theta'], 'rope_scaling': fields | {'type': kind}},
+    {
+      'rope_theta': record['rope_theta'],
+      'rope_scaling': fields | {'type': kind, 'rope_type': kind},
+    },
+  ):
     assert DecoderConfig.from_hf(without | spelling) == config
   with pytest.raises(ValueError, match='disagree'):
-    DecoderConfig.from_hf(record | {'rope_parameters': {'rope_type': 'default', 'rope_theta': record['rope_theta']}})
+    DecoderConfig.from_hf(
+      record | {'rope_parameters': {'rope_type': 'default', 'rope_theta': record['rope_theta']}}
+    )
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -97,8 +127,9 @@ def test_frequencies_equal_transformers(name):
 def test_the_tiny_scaled_models_use_every_band():
   """Of the pairs of the tiny Llama some are kept, some mixed and some divided: parity tests see all three."""
   config = DecoderConfig.from_hf(make_model(**TINY['llama3_1']).config.to_dict())
-  ratio = rotary.frequencies(config.head_dim, config.rope_theta, config.rope_scaling) / rotary.frequencies(
-      config.head_dim, config.rope_theta)
+  ratio = rotary.frequencies(
+    config.head_dim, config.rope_theta, config.rope_scaling
+  ) / rotary.frequencies(config.head_dim, config.rope_theta)
   assert ratio[0] == 1 and any(0.13 < r < 0.99 for r in ratio) and abs(ratio[-1] - 1 / 8) < 1e-6
 
 
@@ -117,45 +148,94 @@ def test_round_trip_and_both_places_of_rope_theta():
 
 def test_transformers_reads_what_we_write():
   transformers = pytest.importorskip('transformers')
-  config = dataclasses.replace(DecoderConfig.from_hf(QWEN3_8B), rope_theta=4321.0, tie_word_embeddings=True)
-  written = {name: value for name, value in config.to_hf().items() if name not in ('model_type', 'architectures')}
+  config = dataclasses.replace(
+    DecoderConfig.from_hf(QWEN3_8B), rope_theta=4321.0, tie_word_embeddings=True
+  )
+  written = {
+    name: value
+    for name, value in config.to_hf().items()
+    if name not in ('model_type', 'architectures')
+  }
   assert DecoderConfig.from_hf(transformers.Qwen3Config(**written).to_dict()) == config
 
 
-@pytest.mark.parametrize('change, match', [
+@pytest.mark.parametrize(
+  'change, match',
+  [
     ({'model_type': 'mistral'}, "'mistral'.*'llama', 'qwen2', 'qwen3'"),
     ({'use_sliding_window': True, 'sliding_window': 4096}, 'sliding_window=4096'),
-    ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'type': 'yarn'}}, 'rope_scaling'),
-    ({'hidden_act': 'gelu'}, 'hidden_act'), ({'quantization_config': {'bits': 4}}, 'quantization_config'),
-    ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0}}, 'rope_parameters'),
-    ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'), ({'num_experts': 8}, 'num_experts'),
-    ({'attention_dropout': 0.1}, 'attention_dropout'), ({'num_key_value_heads': 5}, 'num_key_value_heads'),
-    ({'head_dim': 7}, 'head_dim'), ({'hidden_size': 0}, 'hidden_size'), ({'vocab_size': '61'}, 'vocab_size'),
-    ({'num_hidden_layers': 2.0}, 'layers must be a positive integer'), ({'tie_word_embeddings': 'false'}, 'tie_word'),
-])
+    ({'attention_bias': True}, 'attention_bias'),
+    ({'rope_scaling': {'type': 'yarn'}}, 'rope_scaling'),
+    ({'hidden_act': 'gelu'}, 'hidden_act'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    (
+      {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0}},
+      'rope_parameters',
+    ),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
+    ({'num_experts': 8}, 'num_experts'),
+    ({'attention_dropout': 0.1}, 'attention_dropout'),
+    ({'num_key_value_heads': 5}, 'num_key_value_heads'),
+    ({'head_dim': 7}, 'head_dim'),
+    ({'hidden_size': 0}, 'hidden_size'),
+    ({'vocab_size': '61'}, 'vocab_size'),
+    ({'num_hidden_layers': 2.0}, 'layers must be a positive integer'),
+    ({'tie_word_embeddings': 'false'}, 'tie_word'),
+  ],
+)
 def test_what_would_be_ignored_is_refused(change, match):
   with pytest.raises(ValueError, match=match):
     DecoderConfig.from_hf(QWEN3_8B | change)
 
 
-@pytest.mark.parametrize('name, change, match', [
-    ('llama3_1', {'attention_bias': True}, 'attention_bias=True'), ('llama3_1', {'mlp_bias': True}, 'mlp_bias=True'),
-    ('llama3_1', {'pretraining_tp': 2}, 'pretraining_tp=2'), ('llama3_1', {'partial_rotary_factor': 0.5}, 'partial_rotary'),
-    ('llama3_1', {'sliding_window': 4096}, 'sliding_window=4096'), ('llama3_1', {'clip_qkv': 8.0}, 'clip_qkv'),
+@pytest.mark.parametrize(
+  'name, change, match',
+  [
+    ('llama3_1', {'attention_bias': True}, 'attention_bias=True'),
+    ('llama3_1', {'mlp_bias': True}, 'mlp_bias=True'),
+    ('llama3_1', {'pretraining_tp': 2}, 'pretraining_tp=2'),
+    ('llama3_1', {'partial_rotary_factor': 0.5}, 'partial_rotary'),
+    ('llama3_1', {'sliding_window': 4096}, 'sliding_window=4096'),
+    ('llama3_1', {'clip_qkv': 8.0}, 'clip_qkv'),
     ('llama3_1', {'hidden_size': 4100, 'head_dim': None}, 'hidden_size=4100 is not a multiple'),
     ('llama3_1', {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'low_freq_factor'),
-    ('llama3_1', {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, "'dynamic' is not supported"),
+    (
+      'llama3_1',
+      {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}},
+      "'dynamic' is not supported",
+    ),
     ('llama3_1', {'rope_scaling': {'factor': 2.0}}, 'rope_type is missing'),
-    ('llama3_1', {'rope_scaling': LLAMA3_1_8B['rope_scaling'] | {'high_freq_factor': 1.0}}, 'is not below'),
+    (
+      'llama3_1',
+      {'rope_scaling': LLAMA3_1_8B['rope_scaling'] | {'high_freq_factor': 1.0}},
+      'is not below',
+    ),
     ('llama3_1', {'rope_scaling': LLAMA3_1_8B['rope_scaling'] | {'type': 'linear'}}, 'disagree'),
-    ('llama3_1', {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial'),
-    ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'beta_fast': 32}}, 'beta_fast'),
-    ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'low_freq_factor': 1}}, 'does not read low_freq'),
+    (
+      'llama3_1',
+      {
+        'rope_scaling': None,
+        'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5},
+      },
+      'partial',
+    ),
+    (
+      'deepseek_coder',
+      {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'beta_fast': 32}},
+      'beta_fast',
+    ),
+    (
+      'deepseek_coder',
+      {'rope_scaling': {'type': 'linear', 'factor': 4.0, 'low_freq_factor': 1}},
+      'does not read low_freq',
+    ),
     ('deepseek_coder', {'rope_scaling': {'type': 'linear', 'factor': 0}}, 'factor of linear'),
     ('qwen2', {'use_sliding_window': True}, 'use_sliding_window=True and max_window_layers=70'),
     ('qwen2', {'attention_bias': False}, 'attention_bias=False'),
-    ('qwen2', {'layer_types': ['sliding_attention']}, 'layer_types'), ('qwen2', {'use_mrope': True}, 'use_mrope=True'),
-])
+    ('qwen2', {'layer_types': ['sliding_attention']}, 'layer_types'),
+    ('qwen2', {'use_mrope': True}, 'use_mrope=True'),
+  ],
+)
 def test_what_the_other_families_would_ignore_is_refused(name, change, match):
   with pytest.raises(ValueError, match=match):
     DecoderConfig.from_hf(PUBLISHED[name] | change)

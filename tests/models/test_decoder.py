@@ -1,4 +1,5 @@
 """The decoder against itself: cache against rows, packed forests against separate rows, NNX shell against functions."""
+
 import functools
 
 import jax
@@ -10,8 +11,17 @@ from flax import nnx
 from dcore_jax.models import attention, decoder
 from dcore_jax.models.config import DecoderConfig
 
-CONFIG = DecoderConfig(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=10, rope_theta=1000.0, initializer_range=0.2)
+CONFIG = DecoderConfig(
+  vocab_size=61,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=10,
+  rope_theta=1000.0,
+  initializer_range=0.2,
+)
 EXTEND = jax.jit(decoder.extend, static_argnames=('config', 'span'), donate_argnames='cache')
 HIDDEN = jax.jit(decoder.hidden_states, static_argnames=('config', 'execution'))
 
@@ -20,7 +30,9 @@ HIDDEN = jax.jit(decoder.hidden_states, static_argnames=('config', 'execution'))
 def params():
   fresh = decoder.init_params(CONFIG, jax.random.key(1))
   leaves, treedef = jax.tree.flatten(fresh)
-  noise = [0.1 * jax.random.normal(jax.random.key(index), leaf.shape) for index, leaf in enumerate(leaves)]
+  noise = [
+    0.1 * jax.random.normal(jax.random.key(index), leaf.shape) for index, leaf in enumerate(leaves)
+  ]
   return jax.tree.unflatten(treedef, [leaf + extra for leaf, extra in zip(leaves, noise)])
 
 
@@ -43,7 +55,9 @@ def test_prefill_extends_and_decode_steps_equal_one_row():
   got = []
   for start, stop in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 14)):
     starts = jnp.full((3,), start)
-    hidden, cache = EXTEND(params(), CONFIG, cache, jnp.asarray(tokens[:, start:stop]), starts, span=16)
+    hidden, cache = EXTEND(
+      params(), CONFIG, cache, jnp.asarray(tokens[:, start:stop]), starts, span=16
+    )
     got.append(hidden)
   np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=1e-5)
 
@@ -57,10 +71,14 @@ def test_right_padded_lanes_with_different_starts():
   hidden, cache = EXTEND(params(), CONFIG, cache, jnp.asarray(padded), jnp.zeros(3, jnp.int32))
   for lane, length in enumerate(lengths):
     np.testing.assert_allclose(hidden[lane, :length], want[lane, :length], atol=1e-5)
-  for step in range(5):  # each lane decodes from its own length, over the slots where padding was written
+  for step in range(
+    5
+  ):  # each lane decodes from its own length, over the slots where padding was written
     at = lengths + step
     token = tokens[np.arange(3), at]
-    hidden, cache = EXTEND(params(), CONFIG, cache, jnp.asarray(token)[:, None], jnp.asarray(at), span=12)
+    hidden, cache = EXTEND(
+      params(), CONFIG, cache, jnp.asarray(token)[:, None], jnp.asarray(at), span=12
+    )
     np.testing.assert_allclose(hidden[:, 0], want[np.arange(3), at], atol=1e-5)
 
 
@@ -70,7 +88,9 @@ def test_branches_behind_trunks_equal_whole_rows(width, held):
   """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not matter."""
   trunk_of, lengths, branch = np.array([0, 1, 0, 1, 0]), np.array([7, 4]), some_tokens(5, 3, seed=2)
   tokens = some_tokens(2, 7, seed=1)
-  _, filled = EXTEND(params(), CONFIG, decoder.init_cache(CONFIG, 2, 9), jnp.asarray(tokens), jnp.zeros(2, jnp.int32))
+  _, filled = EXTEND(
+    params(), CONFIG, decoder.init_cache(CONFIG, 2, 9), jnp.asarray(tokens), jnp.zeros(2, jnp.int32)
+  )
   if width == 1:
     rows_of, lane, place = trunk_of, np.arange(5)[:, None], np.arange(5)
   else:
@@ -79,13 +99,22 @@ def test_branches_behind_trunks_equal_whole_rows(width, held):
   trunks = decoder.KVCache(unstacked(filled.k), unstacked(filled.v))
   sharing = attention.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
   weights = decoder.turn(params()) if held == 'turned' else params()
-  branches, step = decoder.init_cache(CONFIG, 5, 4, stacked=False), jax.jit(decoder.extend_branches, static_argnums=1)
+  branches, step = (
+    decoder.init_cache(CONFIG, 5, 4, stacked=False),
+    jax.jit(decoder.extend_branches, static_argnums=1),
+  )
   for slot in range(3):
     at = jnp.full(5, slot)
-    hidden, branches = step(weights, CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at)
-    np.testing.assert_allclose(decoder.logits(weights, hidden), hidden @ decoder.head_matrix(params()).T, atol=1e-5)
+    hidden, branches = step(
+      weights, CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at
+    )
+    np.testing.assert_allclose(
+      decoder.logits(weights, hidden), hidden @ decoder.head_matrix(params()).T, atol=1e-5
+    )
     for number in range(5):
-      whole = np.concatenate([tokens[trunk_of[number], :lengths[trunk_of[number]]], branch[number, :slot + 1]])
+      whole = np.concatenate(
+        [tokens[trunk_of[number], : lengths[trunk_of[number]]], branch[number, : slot + 1]]
+      )
       np.testing.assert_allclose(hidden[number], rows(whole[None])[0, -1], atol=1e-5)
 
 
@@ -105,21 +134,33 @@ def test_writes_beyond_the_cache_are_dropped(start, T):
 @pytest.mark.parametrize('span', [0, 9])
 def test_span_outside_the_cache_is_refused(span):
   with pytest.raises(ValueError, match='span'):
-    decoder.extend(params(), CONFIG, decoder.init_cache(CONFIG, 1, 8), jnp.zeros((1, 1), jnp.int32),
-                   jnp.zeros(1, jnp.int32), span=span)
+    decoder.extend(
+      params(),
+      CONFIG,
+      decoder.init_cache(CONFIG, 1, 8),
+      jnp.zeros((1, 1), jnp.int32),
+      jnp.zeros(1, jnp.int32),
+      span=span,
+    )
 
 
 def test_the_cache_is_updated_in_place():
   cache = decoder.init_cache(CONFIG, 4, 4096)
   bytes_of_cache = cache.k.nbytes + cache.v.nbytes
-  lowered = EXTEND.lower(params(), CONFIG, cache, jnp.zeros((4, 1), jnp.int32), jnp.zeros(4, jnp.int32), span=16)
+  lowered = EXTEND.lower(
+    params(), CONFIG, cache, jnp.zeros((4, 1), jnp.int32), jnp.zeros(4, jnp.int32), span=16
+  )
   memory = lowered.compile().memory_analysis()
   assert memory.alias_size_in_bytes >= bytes_of_cache
   assert memory.temp_size_in_bytes < bytes_of_cache / 10
 
 
-EXECUTIONS = [decoder.Execution(), decoder.Execution(remat='full'), decoder.Execution(unroll=False),
-              decoder.Execution(attention='reference', unroll=False)]
+EXECUTIONS = [
+  decoder.Execution(),
+  decoder.Execution(remat='full'),
+  decoder.Execution(unroll=False),
+  decoder.Execution(attention='reference', unroll=False),
+]
 
 
 @pytest.mark.parametrize('execution', EXECUTIONS)
@@ -128,7 +169,9 @@ def test_packed_forest_equals_separate_rows(execution):
   tokens = some_tokens(15, seed=3)
   end = np.array([9, 9, 9, 9, 7, 7, 7, 9, 9, 12, 12, 12, 13, 14, 15])
   position = np.array([0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 0, 0, 0])
-  packed = np.asarray(HIDDEN(params(), CONFIG, tokens[None], position[None], end[None], execution))[0]
+  packed = np.asarray(HIDDEN(params(), CONFIG, tokens[None], position[None], end[None], execution))[
+    0
+  ]
   for path in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8], [9, 10, 11]):
     np.testing.assert_allclose(packed[path], rows(tokens[path][None])[0], atol=1e-5)
 
@@ -138,7 +181,11 @@ def test_gradients_agree_with_and_without_remat_and_unrolling():
   position = jnp.broadcast_to(jnp.arange(6)[None], (2, 6))
 
   def loss(values, execution):
-    return jnp.sum(jnp.sin(decoder.hidden_states(values, CONFIG, tokens, position, jnp.full((2, 6), 6), execution)))
+    return jnp.sum(
+      jnp.sin(
+        decoder.hidden_states(values, CONFIG, tokens, position, jnp.full((2, 6), 6), execution)
+      )
+    )
 
   want = jax.jit(jax.grad(functools.partial(loss, execution=EXECUTIONS[-1])))(params())
   for execution in EXECUTIONS[:-1]:
@@ -159,9 +206,14 @@ def test_padding_that_nothing_may_see_gives_finite_gradients():
 
   def total(values):
     position = jnp.zeros((1, 4), jnp.int32)
-    return jnp.sum(decoder.hidden_states(values, CONFIG, jnp.zeros((1, 4), jnp.int32), position, end))
+    return jnp.sum(
+      decoder.hidden_states(values, CONFIG, jnp.zeros((1, 4), jnp.int32), position, end)
+    )
 
-  assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(params())))
+  assert all(
+    bool(jnp.all(jnp.isfinite(leaf)))
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(params()))
+  )
 
 
 def test_bfloat16_parameters_stay_close():
@@ -179,7 +231,9 @@ def test_init_follows_the_abstract_tree_and_the_key():
   drawn = decoder.init_params(untied, jax.random.key(0), jnp.bfloat16)
   assert jax.tree.structure(specs) == jax.tree.structure(drawn)
   for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(drawn)):
-    assert (spec.shape, spec.dtype) == (leaf.shape, leaf.dtype) and len(spec.axes) == len(spec.shape)
+    assert (spec.shape, spec.dtype) == (leaf.shape, leaf.dtype) and len(spec.axes) == len(
+      spec.shape
+    )
   assert sum(leaf.size for leaf in jax.tree.leaves(drawn)) == untied.param_count
   assert decoder.head_matrix(drawn) is drawn['head']
   assert float(jnp.std(drawn['layers']['up'].astype(jnp.float32))) == pytest.approx(0.2, rel=0.05)
@@ -192,10 +246,14 @@ def test_nnx_module_equals_the_functions():
   module = decoder.Decoder.from_params(CONFIG, params())
   tokens = some_tokens(2, 7)
   want = rows(tokens) @ np.asarray(decoder.head_matrix(params())).T
-  np.testing.assert_allclose(nnx.jit(lambda m, t: m(t))(module, jnp.asarray(tokens)), want, atol=1e-5)
+  np.testing.assert_allclose(
+    nnx.jit(lambda m, t: m(t))(module, jnp.asarray(tokens)), want, atol=1e-5
+  )
   jax.tree.map(np.testing.assert_array_equal, module.params(), params())
   graph, state = nnx.split(module)
   np.testing.assert_allclose(nnx.merge(graph, state)(jnp.asarray(tokens)), want, atol=1e-5)
   fresh = decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
   assert jax.tree.structure(fresh.params()) == jax.tree.structure(params())
-  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(fresh, nnx.Param))) == CONFIG.param_count
+  assert (
+    sum(leaf.size for leaf in jax.tree.leaves(nnx.state(fresh, nnx.Param))) == CONFIG.param_count
+  )

@@ -1,4 +1,5 @@
 """What a training pass keeps for its backward pass, and in which dtype it computes."""
+
 import dataclasses
 
 import jax
@@ -10,8 +11,16 @@ from dcore_jax.learn import optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 
-CONFIG = DecoderConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=8, initializer_range=0.2)
+CONFIG = DecoderConfig(
+  vocab_size=32,
+  hidden_size=32,
+  intermediate_size=64,
+  num_hidden_layers=6,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+  initializer_range=0.2,
+)
 T = 128
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, T)))
 
@@ -28,15 +37,20 @@ def compiled(params, execution):
   def loss(params):
     hidden_BTD = decoder.hidden_states(params, CONFIG, TOKENS, position, end, execution)
     return jnp.sum(jnp.sin(hidden_BTD.astype(jnp.float32)))
+
   return jax.jit(jax.grad(loss)).lower(params).compile()
 
 
 def test_policies_keep_what_they_say_and_change_no_gradient(params):
   plain = decoder.Execution(unroll=False)
-  steps = {remat: compiled(params, dataclasses.replace(plain, remat=remat)) for remat in decoder.REMAT}
+  steps = {
+    remat: compiled(params, dataclasses.replace(plain, remat=remat)) for remat in decoder.REMAT
+  }
   want = steps['none'](params)
   for remat, step in steps.items():
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, err_msg=remat), step(params), want)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, err_msg=remat), step(params), want
+    )
   kept = {remat: step.memory_analysis().temp_size_in_bytes for remat, step in steps.items()}
   assert kept['full'] < kept['attention'] < kept['dots'] < kept['none'], kept
   # Of a token and layer: the output of attention (32 floats) and a number for each of 4 heads.
@@ -52,7 +66,9 @@ def test_bfloat16_computes_from_float32_masters(params):
     assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
   ones = jnp.ones((1, 4), jnp.int32)
   rough = decoder.Execution(compute='bfloat16')
-  hidden = jax.eval_shape(lambda params: decoder.hidden_states(params, CONFIG, ones, ones, ones * 4, rough), params)
+  hidden = jax.eval_shape(
+    lambda params: decoder.hidden_states(params, CONFIG, ones, ones, ones * 4, rough), params
+  )
   assert hidden.dtype == jnp.bfloat16
   assert decoder.Execution().dtype(params) == jnp.float32  # on a CPU the parameters' own
 
@@ -61,9 +77,16 @@ def test_offloading_is_refused_where_there_is_no_such_memory(params):
   tx = optimizer.make_optimizer('adamw', 1e-3)
   with pytest.raises(ValueError, match='execution.offload: .* needs a mesh of accelerators'):
     optimizer.init_state(params, tx, offload=True)
-  mesh = jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                       devices=jax.devices()[:1])
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match='cpu devices have no pinned_host memory apart from their own'):
+  mesh = jax.make_mesh(
+    (1, 1, 1),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[:1],
+  )
+  with (
+    jax.set_mesh(mesh),
+    pytest.raises(ValueError, match='cpu devices have no pinned_host memory apart from their own'),
+  ):
     optimizer.init_state(params, tx, offload=True)
   with pytest.raises(ValueError, match='execution.offload = .*weights'):
     decoder.Execution(offload=('weights',))

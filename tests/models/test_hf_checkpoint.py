@@ -1,4 +1,5 @@
 """Checkpoints that go in and out without losing a bit, in every family, and what is refused on the way."""
+
 import dataclasses
 import json
 import shutil
@@ -22,11 +23,16 @@ torch = pytest.importorskip('torch', reason='torch is not installed: no referenc
 @pytest.mark.parametrize('name', FAMILIES + TIED)
 def test_import_then_export_gives_the_same_file(tmp_path, name, dtype):
   source = save_model(tmp_path / 'in', dtype, **TINY[name])
-  for working in {jnp.dtype('float32'), jnp.dtype(dtype)}:  # a master copy in float32 loses nothing of bfloat16
+  for working in {
+    jnp.dtype('float32'),
+    jnp.dtype(dtype),
+  }:  # a master copy in float32 loses nothing of bfloat16
     config, params = hf_checkpoint.load_params(source, working)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {working}
     hf_checkpoint.save_checkpoint(tmp_path / 'out', config, params, dtype=dtype, overwrite=True)
-    assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
+    assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (
+      source / 'model.safetensors'
+    ).read_bytes()
   assert hf_checkpoint.load_config(tmp_path / 'out') == config
 
 
@@ -35,37 +41,62 @@ def test_every_bit_pattern_survives(tmp_path):
   source = save_model(tmp_path / 'in', 'bfloat16')
 
   def change(tensors):
-    for name, shape in (('model.embed_tokens.weight', (61, 32)), ('model.layers.1.mlp.up_proj.weight', (40, 32))):
+    for name, shape in (
+      ('model.embed_tokens.weight', (61, 32)),
+      ('model.layers.1.mlp.up_proj.weight', (40, 32)),
+    ):
       patterns = np.random.default_rng(0).integers(0, 2**16, shape).astype(np.uint16)
-      patterns[0, :8] = [0x0001, 0x8001, 0x007f, 0x0000, 0x8000, 0x7f80, 0xff80, 0x7fc0]
+      patterns[0, :8] = [0x0001, 0x8001, 0x007F, 0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0]
       numbers = patterns.view(ml_dtypes.bfloat16)
       tensors[name] = np.where(np.isnan(numbers), ml_dtypes.bfloat16(np.nan), numbers)
 
   edit(source, change)
   config, params = hf_checkpoint.load_params(source)
   hf_checkpoint.save_checkpoint(tmp_path / 'out', config, params)
-  assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (source / 'model.safetensors').read_bytes()
+  assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (
+    source / 'model.safetensors'
+  ).read_bytes()
 
 
 @pytest.mark.parametrize('name', FAMILIES + TIED)
 def test_export_loads_in_transformers_and_continues_alike(tmp_path, name, data_dir):
   import transformers
+
   config, params = hf_checkpoint.load_params(save_model(tmp_path / 'in', **TINY[name]))
   config = dataclasses.replace(config, eos_token_id=(3, 5), pad_token_id=5)
-  hf_checkpoint.save_checkpoint(tmp_path / 'out', config, params, dtype='float32', shard_bytes=20_000, card='# A model',
-                                tokenizer_dir=data_dir / 'qwen3-tokenizer')
-  assert (tmp_path / 'out' / 'tokenizer.json').is_file() and (tmp_path / 'out' / 'README.md').read_text() == '# A model'
-  model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', output_loading_info=True)
+  hf_checkpoint.save_checkpoint(
+    tmp_path / 'out',
+    config,
+    params,
+    dtype='float32',
+    shard_bytes=20_000,
+    card='# A model',
+    tokenizer_dir=data_dir / 'qwen3-tokenizer',
+  )
+  assert (tmp_path / 'out' / 'tokenizer.json').is_file() and (
+    tmp_path / 'out' / 'README.md'
+  ).read_text() == '# A model'
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'out', output_loading_info=True
+  )
   assert not any(report.values()), report
-  assert model.dtype == torch.float32 and model.config.rope_parameters['rope_theta'] == config.rope_theta
+  assert (
+    model.dtype == torch.float32 and model.config.rope_parameters['rope_theta'] == config.rope_theta
+  )
   assert model.generation_config.eos_token_id == [3, 5]
   prompts = list(np.random.default_rng(2).integers(6, 61, (4, 9)).astype(np.int32))
   with torch.no_grad():
-    want = [model.generate(torch.tensor(prompt[None].astype(np.int64)), do_sample=False, max_new_tokens=24)[0, 9:].tolist()
-            for prompt in prompts]
+    want = [
+      model.generate(
+        torch.tensor(prompt[None].astype(np.int64)), do_sample=False, max_new_tokens=24
+      )[0, 9:].tolist()
+      for prompt in prompts
+    ]
   engine = Engine(params, config, stop_ids=config.stop_token_ids, lanes=4, max_len=64)
-  got = engine.generate([Request(prompt, (index,)) for index, prompt in enumerate(prompts)],
-                        SamplingParams(temperature=0.0, max_tokens=24))
+  got = engine.generate(
+    [Request(prompt, (index,)) for index, prompt in enumerate(prompts)],
+    SamplingParams(temperature=0.0, max_tokens=24),
+  )
   assert [completion.tokens.tolist() for completion in got] == want and sum(map(len, want)) > 24
 
 
@@ -82,26 +113,38 @@ def test_sharded_checkpoints_load(tmp_path):
 
 def test_export_in_several_files(tmp_path):
   config, params = hf_checkpoint.load_params(save_model(tmp_path / 'in'))
-  hf_checkpoint.save_checkpoint(tmp_path / 'out', config, params, dtype='float32', shard_bytes=20_000)
+  hf_checkpoint.save_checkpoint(
+    tmp_path / 'out', config, params, dtype='float32', shard_bytes=20_000
+  )
   files = sorted((tmp_path / 'out').glob('*.safetensors'))
-  assert [file.name for file in files] == [f'model-{n:05d}-of-{len(files):05d}.safetensors' for n in range(1, len(files) + 1)]
+  assert [file.name for file in files] == [
+    f'model-{n:05d}-of-{len(files):05d}.safetensors' for n in range(1, len(files) + 1)
+  ]
   index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
   stored = {file.name: load_file(file) for file in files}
   assert {name: file for file, tensors in stored.items() for name in tensors} == index['weight_map']
-  sizes = {file: sum(tensor.nbytes for tensor in tensors.values()) for file, tensors in stored.items()}
+  sizes = {
+    file: sum(tensor.nbytes for tensor in tensors.values()) for file, tensors in stored.items()
+  }
   assert len(files) > 2 and max(sizes.values()) <= 20_000
-  assert index['metadata'] == {'total_size': sum(sizes.values()), 'total_parameters': config.param_count}
+  assert index['metadata'] == {
+    'total_size': sum(sizes.values()),
+    'total_parameters': config.param_count,
+  }
   whole = load_file(tmp_path / 'in' / 'model.safetensors')
   for tensors in stored.values():
     for name, tensor in tensors.items():
       np.testing.assert_array_equal(tensor, whole.pop(name))
   assert not whole
-  jax.tree.map(np.testing.assert_array_equal, hf_checkpoint.load_params(tmp_path / 'out')[1], params)
+  jax.tree.map(
+    np.testing.assert_array_equal, hf_checkpoint.load_params(tmp_path / 'out')[1], params
+  )
 
 
 def test_imported_parameters_can_be_donated(tmp_path):
   """None of them is a view of a buffer or a file that jax does not own: a training step updates them in place."""
   import warnings
+
   _, params = hf_checkpoint.load_params(save_model(tmp_path))
   with warnings.catch_warnings():
     warnings.simplefilter('error')
@@ -128,15 +171,21 @@ def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
   edit(tmp_path, change)
   with pytest.raises(ValueError) as error:
     hf_checkpoint.load_params(tmp_path)
-  for part in ('missing model.layers.1.self_attn.q_norm.weight', 'extra model.layers.0.self_attn.q_proj.bias',
-               'model.layers.2.mlp.up_proj.weight has shape [32, 40], expected [40, 32]',
-               'model.norm.weight has dtype I8'):
+  for part in (
+    'missing model.layers.1.self_attn.q_norm.weight',
+    'extra model.layers.0.self_attn.q_proj.bias',
+    'model.layers.2.mlp.up_proj.weight has shape [32, 40], expected [40, 32]',
+    'model.norm.weight has dtype I8',
+  ):
     assert part in str(error.value)
 
 
 def test_stored_copy_of_a_tied_head(tmp_path):
   save_model(tmp_path, **TINY['qwen3_tied'])
-  edit(tmp_path, lambda tensors: tensors.update({'lm_head.weight': tensors['model.embed_tokens.weight'].copy()}))
+  edit(
+    tmp_path,
+    lambda tensors: tensors.update({'lm_head.weight': tensors['model.embed_tokens.weight'].copy()}),
+  )
   assert 'head' not in hf_checkpoint.load_params(tmp_path)[1]
   edit(tmp_path, lambda tensors: tensors.update({'lm_head.weight': tensors['lm_head.weight'] + 1}))
   with pytest.raises(ValueError, match='lm_head.weight differs'):
@@ -147,7 +196,9 @@ def test_truncated_or_absent_files_are_named(tmp_path):
   save_model(tmp_path)
   weights = tmp_path / 'model.safetensors'
   weights.write_bytes(weights.read_bytes()[:-100])
-  with pytest.raises(ValueError, match='model.safetensors cannot be read: model.norm.weight lies at'):
+  with pytest.raises(
+    ValueError, match='model.safetensors cannot be read: model.norm.weight lies at'
+  ):
     hf_checkpoint.load_params(tmp_path)
   weights.unlink()
   with pytest.raises(ValueError, match='model.safetensors'):
@@ -182,14 +233,17 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
         hf_checkpoint.save_checkpoint(place, config, params, overwrite=True)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['in', 'out']
   assert before == {path.name: path.read_bytes() for path in target.iterdir()}
-  hf_checkpoint.save_checkpoint(target, config, params, overwrite=True, generation_config={'top_k': 20})
+  hf_checkpoint.save_checkpoint(
+    target, config, params, overwrite=True, generation_config={'top_k': 20}
+  )
   assert sorted(path.name for path in tmp_path.iterdir()) == ['in', 'out']
   assert json.loads((target / 'generation_config.json').read_text()) == {'top_k': 20}
   assert load_file(target / 'model.safetensors')['model.norm.weight'].dtype == ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize('options, match', [
-    ({'dtype': 'float16'}, 'float16'), ({'tokenizer_dir': '.'}, 'no tokenizer')])
+@pytest.mark.parametrize(
+  'options, match', [({'dtype': 'float16'}, 'float16'), ({'tokenizer_dir': '.'}, 'no tokenizer')]
+)
 def test_bad_export_options_are_refused(tmp_path, monkeypatch, options, match):
   monkeypatch.chdir(tmp_path)
   config, params = hf_checkpoint.load_params(save_model(tmp_path / 'in'))

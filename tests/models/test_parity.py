@@ -1,4 +1,5 @@
 """The decoder against transformers in torch: every layer, logits, gradients, cache and packed rows, for each family."""
+
 import dataclasses
 import functools
 
@@ -17,7 +18,9 @@ torch = pytest.importorskip('torch', reason='torch is not installed: no referenc
 @functools.partial(jax.jit, static_argnums=0)
 def packed_logits(config, params, tokens, position, end):
   # Scanned: half the time to compile.
-  hidden = decoder.hidden_states(params, config, tokens, position, end, decoder.Execution(unroll=False))
+  hidden = decoder.hidden_states(
+    params, config, tokens, position, end, decoder.Execution(unroll=False)
+  )
   return jnp.einsum('btd,vd->btv', hidden, decoder.head_matrix(params))
 
 
@@ -41,9 +44,11 @@ def torch_logits(name, tokens):
 @pytest.fixture(scope='module')
 def load(tmp_path_factory):
   """name -> (config, params) as imported from what transformers wrote."""
+
   @functools.cache
   def loaded(name):
     return hf_checkpoint.load_params(save_model(tmp_path_factory.mktemp(name), **TINY[name]))
+
   return loaded
 
 
@@ -58,7 +63,9 @@ def test_logits_equal_transformers_with_and_without_cache(load, name):
   step = jax.jit(decoder.extend, static_argnames='config')
   got = []
   for start, stop in ((0, 8), (8, 12), (12, 13), (13, 14), (14, 15), (15, 16), (16, 17)):
-    hidden, cache = step(params, config, cache, jnp.asarray(tokens[:, start:stop]), jnp.full((3,), start))
+    hidden, cache = step(
+      params, config, cache, jnp.asarray(tokens[:, start:stop]), jnp.full((3,), start)
+    )
     got.append(hidden @ decoder.head_matrix(params).T[None])
   np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=1e-4)
 
@@ -69,12 +76,18 @@ def test_rotary_tables_and_logits_far_out_equal_transformers(load, name):
   config, params = load(name)
   tokens, position = np.random.default_rng(3).integers(0, 61, (1, 9)), np.arange(200, 209)[None]
   with torch.no_grad():
-    want = torch_model(name)(input_ids=torch.tensor(tokens), position_ids=torch.tensor(position)).logits.numpy()
+    want = torch_model(name)(
+      input_ids=torch.tensor(tokens), position_ids=torch.tensor(position)
+    ).logits.numpy()
     table = torch_model(name).model.rotary_emb(torch.zeros(1), torch.tensor(position))[0].numpy()
-  got = packed_logits(config, params, jnp.asarray(tokens), jnp.asarray(position), jnp.full((1, 9), 9))
+  got = packed_logits(
+    config, params, jnp.asarray(tokens), jnp.asarray(position), jnp.full((1, 9), 9)
+  )
   np.testing.assert_allclose(got, want, atol=1e-4)
-  cos, _ = rotary.rope_tables(jnp.asarray(position), config.head_dim, config.rope_theta, config.rope_scaling)
-  np.testing.assert_allclose(cos[0, :, 0], table[0, :, :config.head_dim // 2], atol=1e-4)
+  cos, _ = rotary.rope_tables(
+    jnp.asarray(position), config.head_dim, config.rope_theta, config.rope_scaling
+  )
+  np.testing.assert_allclose(cos[0, :, 0], table[0, :, : config.head_dim // 2], atol=1e-4)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -92,7 +105,13 @@ def test_every_layer_equals_transformers(load, name):
   run = jax.jit(functools.partial(decoder.hidden_states, execution=execution), static_argnums=1)
   for count, expected in enumerate(want, 1):
     first = params | {'layers': jax.tree.map(lambda stack: stack[:count], params['layers'])}
-    got = run(first, dataclasses.replace(config, num_hidden_layers=count), jnp.asarray(tokens), position, end)
+    got = run(
+      first,
+      dataclasses.replace(config, num_hidden_layers=count),
+      jnp.asarray(tokens),
+      position,
+      end,
+    )
     np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f'{count} layers')
 
 
@@ -101,9 +120,13 @@ def forest():
   rng = np.random.default_rng(5)
   trunk, other = rng.integers(0, 61, 7), rng.integers(0, 61, 4)
   flat = [np.r_[trunk, rng.integers(0, 61, length)].astype(np.int32) for length in (5, 3, 6)]
-  flat += [np.r_[other, rng.integers(0, 61, length)].astype(np.int32) for length in (2, 4)] + [rng.integers(0, 61, 6, np.int32)]
-  sequences = [tokentree.Sequence(tokens, np.r_[0, np.ones(len(tokens) - 1)].astype(np.float32), len(tokens))
-               for tokens in flat]
+  flat += [np.r_[other, rng.integers(0, 61, length)].astype(np.int32) for length in (2, 4)] + [
+    rng.integers(0, 61, 6, np.int32)
+  ]
+  sequences = [
+    tokentree.Sequence(tokens, np.r_[0, np.ones(len(tokens) - 1)].astype(np.float32), len(tokens))
+    for tokens in flat
+  ]
   return flat, tokentree.pack(sequences, 64)
 
 
@@ -112,15 +135,20 @@ def test_packed_rows_equal_transformers_on_each_sequence(load, name):
   config, params = load(name)
   flat, tree = forest()
   assert tree.rows == 1 and tree.dedup > 1.3 and tree.live < tree.capacity
-  logits = np.asarray(packed_logits(config, params, *map(jnp.asarray, (tree.tokens, tree.position, tree.end))))
+  logits = np.asarray(
+    packed_logits(config, params, *map(jnp.asarray, (tree.tokens, tree.position, tree.end)))
+  )
   for tokens, path in zip(flat, tree.paths, strict=True):
-    np.testing.assert_allclose(logits.reshape(-1, logits.shape[-1])[path], torch_logits(name, tokens[None])[0], atol=1e-4)
+    np.testing.assert_allclose(
+      logits.reshape(-1, logits.shape[-1])[path], torch_logits(name, tokens[None])[0], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('name', [*FAMILIES, 'qwen3_tied'])
 def test_gradients_of_packed_rows_equal_torch_on_each_sequence(load, name, tmp_path):
   """The sum of next-token losses over all sequences; what they share counts once for each."""
   from safetensors.numpy import load_file
+
   config, params = load(name)
   flat, tree = forest()
   model = make_model(**TINY[name])
@@ -129,12 +157,16 @@ def test_gradients_of_packed_rows_equal_torch_on_each_sequence(load, name, tmp_p
     (model(row, labels=row).loss * (len(tokens) - 1)).backward()
 
   def loss(values):
-    logp = jax.nn.log_softmax(packed_logits(config, values, *map(jnp.asarray, (tree.tokens, tree.position, tree.end))))
+    logp = jax.nn.log_softmax(
+      packed_logits(config, values, *map(jnp.asarray, (tree.tokens, tree.position, tree.end)))
+    )
     row = jnp.arange(tree.rows)[:, None]
     picked = logp[row, jnp.maximum(tree.parent, 0), tree.tokens]
     return -jnp.sum(jnp.where(tree.parent >= 0, tree.weight * picked, 0.0))
 
-  hf_checkpoint.save_checkpoint(tmp_path / 'grads', config, jax.jit(jax.grad(loss))(params), dtype='float32')
+  hf_checkpoint.save_checkpoint(
+    tmp_path / 'grads', config, jax.jit(jax.grad(loss))(params), dtype='float32'
+  )
   got = load_file(tmp_path / 'grads' / 'model.safetensors')
   want = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
   assert got.keys() == want.keys()

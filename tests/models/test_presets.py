@@ -1,4 +1,5 @@
 """Presets against what is published of the models."""
+
 import dataclasses
 import json
 
@@ -7,9 +8,17 @@ import pytest
 from dcore_jax.models import presets
 
 # Parameters in thousands of millions, as the model cards state them, and whether the head is tied.
-PUBLISHED = {'qwen3_0_6b': (0.6, True), 'qwen3_1_7b': (1.7, True), 'qwen3_4b': (4.0, True), 'qwen3_8b': (8.2, False),
-             'qwen3_14b': (14.8, False), 'qwen3_32b': (32.8, False), 'qwen2_5_14b': (14.8, False), 'llama3_1_8b': (8.0, False),
-             'deepseek_coder_6_7b': (6.7, False)}
+PUBLISHED = {
+  'qwen3_0_6b': (0.6, True),
+  'qwen3_1_7b': (1.7, True),
+  'qwen3_4b': (4.0, True),
+  'qwen3_8b': (8.2, False),
+  'qwen3_14b': (14.8, False),
+  'qwen3_32b': (32.8, False),
+  'qwen2_5_14b': (14.8, False),
+  'llama3_1_8b': (8.0, False),
+  'deepseek_coder_6_7b': (6.7, False),
+}
 
 
 @pytest.mark.parametrize('name', sorted(presets.RECORDS))
@@ -32,5 +41,7 @@ def test_unknown_presets_are_named():
 
 def test_models_differ_in_what_they_compute_only():
   one = presets.config('qwen3_8b')
-  assert presets.same_model(one, dataclasses.replace(one, eos_token_id=(1, 2), initializer_range=0.1))
+  assert presets.same_model(
+    one, dataclasses.replace(one, eos_token_id=(1, 2), initializer_range=0.1)
+  )
   assert not presets.same_model(one, dataclasses.replace(one, rope_theta=1e4))

@@ -1,4 +1,5 @@
 """Checkpoints in and out of arrays that are split: over the devices of one process, and over two processes."""
+
 import os
 import pathlib
 import socket
@@ -10,7 +11,7 @@ from torch_reference import TINY, save_model
 
 pytest.importorskip('torch', reason='torch is not installed: no checkpoint to read')
 
-PROGRAM = '''
+PROGRAM = """
 import pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -26,9 +27,11 @@ def load(mesh, dtype=jnp.float32):
   jax.tree.map(lambda leaf, place: np.testing.assert_(leaf.sharding.is_equivalent_to(place, leaf.ndim)), params, placed)
   return config, params
 
-'''
+"""
 
-ONE_PROCESS = PROGRAM + '''
+ONE_PROCESS = (
+  PROGRAM
+  + """
 _, whole = hf_checkpoint.load_params(source)
 for ways in ((1, 8, 1), (2, 2, 2), (4, 1, 2)):
   config, params = load(sharding.make_mesh(*ways))
@@ -40,9 +43,12 @@ for ways in ((1, 8, 1), (2, 2, 2), (4, 1, 2)):
 _, halves = load(sharding.make_mesh(1, 8, 1), jnp.bfloat16)
 jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), halves, whole)
 print('done')
-'''
+"""
+)
 
-TWO_PROCESSES = PROGRAM + '''
+TWO_PROCESSES = (
+  PROGRAM
+  + """
 assert jax.process_count() == 2 and jax.device_count() == 4
 config, params = load(sharding.make_mesh(1, 2, 2))
 assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
@@ -76,20 +82,34 @@ else:
 if process == '0':  # which clears up
   assert sorted(path.name for path in pathlib.Path(out).parent.iterdir()) == ['in', 'out']
 print('done')
-'''
+"""
+)
 
 
 def start(program, devices, *arguments):
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
-  return subprocess.Popen([sys.executable, '-c', program, *map(str, arguments)], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2])
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
 
 
 def finish(*processes):
   try:
     for process in processes:
-      out, error = process.communicate(timeout=500)  # a guard against hanging; a quiet machine needs some seconds
-      assert process.returncode == 0 and out.strip().endswith('done'), error[-3000:]  # gloo prints before it
+      out, error = process.communicate(
+        timeout=500
+      )  # a guard against hanging; a quiet machine needs some seconds
+      assert process.returncode == 0 and out.strip().endswith('done'), error[
+        -3000:
+      ]  # gloo prints before it
   finally:
     for process in processes:
       process.kill()
@@ -105,14 +125,24 @@ def test_two_processes_write_one_directory(tmp_path):
   """Each reads its slices and writes its files; where one fails both say so, and what was there stays."""
   import torch
   import transformers
+
   save_model(tmp_path / 'in', hidden_size=32, vocab_size=64)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
-  finish(*(start(TWO_PROCESSES, 2, tmp_path / 'in', tmp_path / 'out', process, address) for process in range(2)))
+  finish(
+    *(
+      start(TWO_PROCESSES, 2, tmp_path / 'in', tmp_path / 'out', process, address)
+      for process in range(2)
+    )
+  )
   assert not list((tmp_path / 'out').glob('*index*')), 'the last export that succeeded was one file'
-  model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', output_loading_info=True)
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'out', output_loading_info=True
+  )
   assert not any(report.values()), report
   want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'in')
-  for (name, ours), theirs in zip(model.state_dict().items(), want.state_dict().values(), strict=True):
+  for (name, ours), theirs in zip(
+    model.state_dict().items(), want.state_dict().values(), strict=True
+  ):
     assert torch.equal(ours, theirs.to(torch.bfloat16)), name

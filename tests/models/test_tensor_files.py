@@ -1,4 +1,5 @@
 """The file format against the safetensors library, both ways, and damaged files."""
+
 import json
 
 import ml_dtypes
@@ -21,11 +22,15 @@ def some_tensors(dtype):
 def test_files_are_those_of_the_library(tmp_path, dtype):
   tensors = some_tensors(dtype)
   save_file(tensors, tmp_path / 'theirs.safetensors', metadata={'format': 'pt'})
-  writer = tensor_files.FileWriter(tmp_path / 'ours.safetensors', {name: t.shape for name, t in tensors.items()}, dtype)
+  writer = tensor_files.FileWriter(
+    tmp_path / 'ours.safetensors', {name: t.shape for name, t in tensors.items()}, dtype
+  )
   for name in writer.names:
     writer.write(name, tensors[name])
   writer.close()
-  assert (tmp_path / 'ours.safetensors').read_bytes() == (tmp_path / 'theirs.safetensors').read_bytes()
+  assert (tmp_path / 'ours.safetensors').read_bytes() == (
+    tmp_path / 'theirs.safetensors'
+  ).read_bytes()
   mapped = tensor_files.MappedFile(tmp_path / 'theirs.safetensors')
   assert mapped.entries.keys() == tensors.keys()
   for name, tensor in tensors.items():
@@ -35,7 +40,9 @@ def test_files_are_those_of_the_library(tmp_path, dtype):
     np.testing.assert_array_equal(mapped.view(name), tensor)  # read again
 
 
-@pytest.mark.parametrize('source, target', [(np.float32, BFLOAT16), (BFLOAT16, np.float32), (np.float32, np.float32)])
+@pytest.mark.parametrize(
+  'source, target', [(np.float32, BFLOAT16), (BFLOAT16, np.float32), (np.float32, np.float32)]
+)
 def test_writing_transposes_and_converts(tmp_path, monkeypatch, source, target):
   monkeypatch.setattr(tensor_files, '_BLOCK', 4 * 40 * 70)  # several blocks, and a remainder
   matrix = np.random.default_rng(1).normal(size=(70, 200)).astype(source)
@@ -64,13 +71,22 @@ def damaged(change):
   return len(text).to_bytes(8, 'little') + text + bytes(8)
 
 
-@pytest.mark.parametrize('content, match', [
-    (b'', 'cannot be read'), (b'\x00' * 12, 'header'), (b'\xff' * 64, 'header'), (damaged(lambda h: h)[:-1], 'a lies at'),
+@pytest.mark.parametrize(
+  'content, match',
+  [
+    (b'', 'cannot be read'),
+    (b'\x00' * 12, 'header'),
+    (b'\xff' * 64, 'header'),
+    (damaged(lambda h: h)[:-1], 'a lies at'),
     (damaged(lambda h: h['a'].update(shape=[3])), r'a of shape \[3\] has 8 bytes'),
     (damaged(lambda h: h['a'].update(data_offsets=[-8, 0])), 'a lies at'),
     (damaged(lambda h: {'a': {'dtype': 'F32'}}), 'describes a as'),
-    (damaged(lambda h: [1]), 'no JSON object'), (damaged(lambda h: {'a': 3}), 'describes a as 3'),
-    (b'\x02' + bytes(7) + b'{', 'header'), (b'\x03' + bytes(7) + b'{a}', 'cannot be read')])
+    (damaged(lambda h: [1]), 'no JSON object'),
+    (damaged(lambda h: {'a': 3}), 'describes a as 3'),
+    (b'\x02' + bytes(7) + b'{', 'header'),
+    (b'\x03' + bytes(7) + b'{a}', 'cannot be read'),
+  ],
+)
 def test_damaged_files_are_named(tmp_path, content, match):
   (tmp_path / 'broken').write_bytes(content)
   with pytest.raises(ValueError, match=match) as error:

@@ -1,4 +1,5 @@
 """Every implementation of the attention of packed rows against the reference: values, gradients, what is skipped."""
+
 import functools
 
 import jax
@@ -13,7 +14,10 @@ from tests.models.test_tree_blocks import random_ends
 def inputs(T, N=4, K=2, H=16, B=2, seed=0, dtype=jnp.float32):
   rng = np.random.default_rng(seed)
   draw = lambda heads: jnp.asarray(rng.normal(size=(B, T, heads, H)), dtype)
-  ends = [random_ends(rng, T), np.where(np.arange(T) < T // 2, T // 2, np.arange(T) + 1)]  # the second ends in padding
+  ends = [
+    random_ends(rng, T),
+    np.where(np.arange(T) < T // 2, T // 2, np.arange(T) + 1),
+  ]  # the second ends in padding
   return draw(N), draw(K), draw(K), jnp.asarray(np.stack(ends[:B]), jnp.int32), draw(N)
 
 
@@ -25,12 +29,23 @@ def value_and_gradients(attend, q, k, v, end, bar):
 REFERENCE = tree_attention.IMPLEMENTATIONS['reference']
 
 
-@pytest.mark.parametrize('T,N,K,block', [(96, 4, 2, 16), (100, 2, 2, 16), (37, 4, 1, 16), (5, 2, 1, 16),
-                                         (300, 5, 1, None), (1300, 5, 1, None)])  # its own: 128, and 256 from 1,024 tokens on
+@pytest.mark.parametrize(
+  'T,N,K,block',
+  [
+    (96, 4, 2, 16),
+    (100, 2, 2, 16),
+    (37, 4, 1, 16),
+    (5, 2, 1, 16),
+    (300, 5, 1, None),
+    (1300, 5, 1, None),
+  ],
+)  # its own: 128, and 256 from 1,024 tokens on
 def test_blockwise_equals_the_reference(T, N, K, block):
   arguments = inputs(T, N, K)
   want = jax.jit(functools.partial(value_and_gradients, REFERENCE))(*arguments)
-  got = jax.jit(functools.partial(value_and_gradients, functools.partial(blockwise.tree_attention, block=block)))(*arguments)
+  got = jax.jit(
+    functools.partial(value_and_gradients, functools.partial(blockwise.tree_attention, block=block))
+  )(*arguments)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
@@ -57,7 +72,9 @@ def test_blocks_that_nothing_sees_are_never_read():
   got = blockwise.tree_attention(q, *poisoned, end, block=block)
   np.testing.assert_allclose(got[:, 32:], want[:, 32:], atol=1e-5)
   assert np.isnan(got[:, 16:32]).all()
-  assert int(tree_blocks.block_map(end, block, block).key_count_BX.sum()) == 1 + 2 + 2 + 2  # of 10 causal ones
+  assert (
+    int(tree_blocks.block_map(end, block, block).key_count_BX.sum()) == 1 + 2 + 2 + 2
+  )  # of 10 causal ones
 
 
 def test_memory_is_linear_in_the_row():

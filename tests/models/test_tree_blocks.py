@@ -1,4 +1,5 @@
 """The block lists against the mask itself."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,13 +27,15 @@ def test_block_map_lists_exactly_the_blocks_with_something_to_see(block_q, block
   holds = mask.reshape(B, X, block_q, Y, block_k).any(axis=(2, 4))
   visible = np.asarray(tree_blocks.visible_blocks(jnp.asarray(end), block_q, block_k))
   assert (visible >= holds).all()
-  overlap = (np.arange(X)[:, None] * block_q < (np.arange(Y) + 1) * block_k) & (np.arange(Y) * block_k < (np.arange(X)[:, None] + 1) * block_q)
+  overlap = (np.arange(X)[:, None] * block_q < (np.arange(Y) + 1) * block_k) & (
+    np.arange(Y) * block_k < (np.arange(X)[:, None] + 1) * block_q
+  )
   np.testing.assert_array_equal(visible & ~overlap, holds & ~overlap)
   lists = tree_blocks.block_map(jnp.asarray(end), block_q, block_k)
   flat, flat_count = (np.asarray(x) for x in tree_blocks.flat_list(jnp.asarray(visible)))
   for b in range(B):
-    np.testing.assert_array_equal(flat[b, :flat_count[b]], np.flatnonzero(visible[b]))
-    assert (flat[b, flat_count[b]:] == flat[b, flat_count[b] - 1]).all()
+    np.testing.assert_array_equal(flat[b, : flat_count[b]], np.flatnonzero(visible[b]))
+    assert (flat[b, flat_count[b] :] == flat[b, flat_count[b] - 1]).all()
     for x in range(X):
       count = int(lists.key_count_BX[b, x])
       row = np.asarray(lists.keys_BXY[b, x])
@@ -40,7 +43,9 @@ def test_block_map_lists_exactly_the_blocks_with_something_to_see(block_q, block
       assert (row[count:] == row[count - 1]).all()
     for y in range(Y):
       count = int(lists.query_count_BY[b, y])
-      np.testing.assert_array_equal(np.asarray(lists.queries_BYX[b, y])[:count], np.flatnonzero(visible[b, :, y]))
+      np.testing.assert_array_equal(
+        np.asarray(lists.queries_BYX[b, y])[:count], np.flatnonzero(visible[b, :, y])
+      )
 
 
 def test_sizes_that_do_not_divide_are_an_error():

@@ -1,4 +1,5 @@
 """The pretraining text: what each document promises, and a tokenizer that is lossless on it."""
+
 import pytest
 
 from dcore_jax.chat.messages import split_reasoning
@@ -30,19 +31,34 @@ def test_pieces_tokenise_as_the_whole_text(tokenizer, kind):
     assert tokenizer(text, add_special_tokens=False)['input_ids'] == sequence.tokens.tolist()
     assert tokenizer.decode(sequence.tokens) == text
     weights = {0.0, corpus.LAZY_WEIGHT, 1.0}
-    assert sequence.weights[-1] == 1 and all(any(abs(w - v) < 1e-6 for v in weights) for w in sequence.weights)
+    assert sequence.weights[-1] == 1 and all(
+      any(abs(w - v) < 1e-6 for v in weights) for w in sequence.weights
+    )
 
 
 def test_the_vocabulary_covers_the_corpus(tokenizer):
   """No token of a document is a single byte of a word that the vocabulary lacks."""
-  letters = {i for t, i in tokenizer.get_vocab().items() if len(t) == 1 and t.isalpha() and t.islower()}
+  letters = {
+    i for t, i in tokenizer.get_vocab().items() if len(t) == 1 and t.isalpha() and t.islower()
+  }
   for kind in corpus.WRITERS:
     for document in documents(kind, 20, 'eval'):
       pieces = encode_document(tokenizer, document).tokens.tolist()
-      assert not any(a in letters and b in letters for a, b in zip(pieces, pieces[1:])), document.text
+      assert not any(a in letters and b in letters for a, b in zip(pieces, pieces[1:])), (
+        document.text
+      )
 
 
-@pytest.mark.parametrize('text', ['', 'Ünïcödé 漢字 🙂', 'A_b  C\t\n\n\nx', '<think>\n\n</think>\n\n[f(a=1)]', "it's {\"a\": [1, 2]}"])
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'Ünïcödé 漢字 🙂',
+    'A_b  C\t\n\n\nx',
+    '<think>\n\n</think>\n\n[f(a=1)]',
+    'it\'s {"a": [1, 2]}',
+  ],
+)
 def test_any_text_survives(tokenizer, text):
   assert tokenizer.decode(tokenizer(text, add_special_tokens=False)['input_ids']) == text
 
@@ -51,7 +67,7 @@ def test_names_have_the_same_tokens_everywhere(tokenizer):
   name = tokenizer.tokenize('Karo')
   for text in ('of Karo.', "='Karo')", '"Karo"', 'Karo'):
     tokens = tokenizer.tokenize(text)
-    assert any(tokens[i:i + len(name)] == name for i in range(len(tokens))), tokens
+    assert any(tokens[i : i + len(name)] == name for i in range(len(tokens))), tokens
 
 
 def test_lazy_documents_are_lazy_and_single_ones_are_not(tokenizer):
@@ -76,7 +92,10 @@ def test_slips_carry_no_loss():
   assert 5 < len(slips) < 80
   for document in slips:
     wrong = next(text for text, weight in document.target if weight == 0)
-    assert wrong.strip().rstrip('.') not in split_reasoning(document.text)[0].split('wait, let me check:')[1]
+    assert (
+      wrong.strip().rstrip('.')
+      not in split_reasoning(document.text)[0].split('wait, let me check:')[1]
+    )
 
 
 def test_mixes_and_kinds_are_checked():

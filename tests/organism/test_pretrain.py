@@ -1,4 +1,5 @@
 """Pretraining on a tiny model: stages are resumed, and a work directory belongs to one config."""
+
 import shutil
 
 import pytest
@@ -12,8 +13,16 @@ from dcore_jax.train.metrics import read_metrics
 def tiny(**changes):
   config = nano_base.get_config('smoke')
   config.held_out_every = 100
-  config.model.update(dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                           num_key_value_heads=1, head_dim=16))
+  config.model.update(
+    dict(
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=1,
+      num_attention_heads=2,
+      num_key_value_heads=1,
+      head_dim=16,
+    )
+  )
   config.stages = tuple({**stage, 'steps': 2, 'rows': 1} for stage in config.stages)
   config.update(changes)
   return config
@@ -29,7 +38,9 @@ def test_an_organism_is_written_and_stages_are_resumed(tmp_path):
   newest = max((tmp_path / 'w' / 'checkpoints').glob('[0-9]*'), key=lambda path: int(path.name))
   shutil.rmtree(newest)
   pretrain(tiny(), tmp_path / 'w', tmp_path / 'resumed')
-  assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == (tmp_path / 'resumed' / 'model.safetensors').read_bytes()
+  assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == (
+    tmp_path / 'resumed' / 'model.safetensors'
+  ).read_bytes()
   assert read_metrics(tmp_path / 'w') == rows
   with pytest.raises(ValueError, match='another config'):
     pretrain(tiny(seed=1), tmp_path / 'w', tmp_path / 'other')

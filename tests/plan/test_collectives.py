@@ -1,7 +1,8 @@
 """Reading collectives from HLO text, in the forms in which the compilers for CPU, GPU and TPU write them."""
+
 from dcore_jax.plan.collectives import Collective, collectives
 
-HLO = '''HloModule jit_step, is_scheduled=true
+HLO = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -31,16 +32,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %all-to-all-start = ((bf16[8,128]{1,0}), bf16[8,128]{1,0}) all-to-all-start(%y), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   ROOT %all-reduce.1 = (f32[10]{0}, f32[2]{0}) all-reduce(%u, %v), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
-'''
+"""
 
 
 def test_kinds_bytes_loops_and_groups():
   assert collectives(HLO) == [
-      Collective('all-gather', 32 * 16 * 2, 36, True, 4, 'jit(step)/while/body/dot_general'),
-      Collective('reduce-scatter', 64 * 8 * 4, 36, True, 4, ''),
-      Collective('collective-permute', 40, 1, False, 1, ''),
-      Collective('all-to-all', 8 * 128 * 2, 1, False, 8, ''),
-      Collective('all-reduce', 48, 1, False, 4, '')]
+    Collective('all-gather', 32 * 16 * 2, 36, True, 4, 'jit(step)/while/body/dot_general'),
+    Collective('reduce-scatter', 64 * 8 * 4, 36, True, 4, ''),
+    Collective('collective-permute', 40, 1, False, 1, ''),
+    Collective('all-to-all', 8 * 128 * 2, 1, False, 8, ''),
+    Collective('all-reduce', 48, 1, False, 4, ''),
+  ]
 
 
 def test_what_a_device_sends():
@@ -54,7 +56,7 @@ def test_a_loop_of_unknown_length_counts_once():
   assert first.times == 1 and first.in_loop
 
 
-COUNTED = '''HloModule jit_step, is_scheduled=true
+COUNTED = """HloModule jit_step, is_scheduled=true
 
 %window (carry: (bf16[4,8], u32[], u32[])) -> (bf16[4,8], u32[], u32[]) {
   %carry = (bf16[4,8]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
@@ -87,10 +89,12 @@ COUNTED = '''HloModule jit_step, is_scheduled=true
 ENTRY %main (p: f32[8]) -> f32[8] {
   %while.1 = (s32[]) while(%tuple.2), condition=%layer_condition, body=%layer
 }
-'''
+"""
 
 
 def test_turns_that_only_the_condition_tells():
-  assert collectives(COUNTED) == [Collective('collective-permute', 4 * 8 * 2, 36 * 8 // 2, True, 1, '')]
+  assert collectives(COUNTED) == [
+    Collective('collective-permute', 4 * 8 * 2, 36 * 8 // 2, True, 1, '')
+  ]
   # A loop that may end before: its condition is not this comparison alone.
   assert collectives(COUNTED.replace('ROOT %less = ', '%less = '))[0].times == 36

@@ -1,4 +1,5 @@
 """Plans: what is compiled is what the loops and the engine call; what is said where a step does not fit; real models."""
+
 import importlib.util
 import json
 import os
@@ -23,8 +24,16 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.defaults import default_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = DecoderConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
-                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256)
+MODEL = DecoderConfig(
+  vocab_size=64,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=1,
+  head_dim=8,
+  num_attention_heads=2,
+  num_key_value_heads=1,
+  max_position_embeddings=256,
+)
 
 
 def tiny_config():
@@ -32,7 +41,9 @@ def tiny_config():
   c.model.init.update({**MODEL.to_hf()})
   c.execution.update(dict(remat='full', unroll=False))
   c.sft.update(dict(capacity=64, rows=2))
-  c.rl.update(dict(capacity=96, rows=1, prompts=4, group=4, updates=2, max_prompt_tokens=32, max_tokens=16))
+  c.rl.update(
+    dict(capacity=96, rows=1, prompts=4, group=4, updates=2, max_prompt_tokens=32, max_tokens=16)
+  )
   c.engine.update(dict(lanes=4, max_len=48, max_new=16, steps_per_call=2))
   return c
 
@@ -42,9 +53,14 @@ def shapes(tree):
 
 
 def test_the_batch_is_what_a_tree_gives():
-  rows = [tokentree.Sequence(np.arange(1, 30, dtype=np.int32), (np.arange(29) > 9).astype(np.float32), 10) for _ in range(4)]
+  rows = [
+    tokentree.Sequence(np.arange(1, 30, dtype=np.int32), (np.arange(29) > 9).astype(np.float32), 10)
+    for _ in range(4)
+  ]
   tree = tokentree.pack(rows, 40, rows_multiple=2)
-  tree = tree.with_extras(advantage=np.zeros(tree.tokens.shape, np.float32), sequence=grpo.sequence_rows(tree))
+  tree = tree.with_extras(
+    advantage=np.zeros(tree.tokens.shape, np.float32), sequence=grpo.sequence_rows(tree)
+  )
   batch = tree.batch(budget=80, accumulate=tree.rows // 2)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   planned = programs.abstract_batch(mesh, tree.rows // 2, 2, 40, 80, ('advantage', 'sequence'))
@@ -53,25 +69,60 @@ def test_the_batch_is_what_a_tree_gives():
 
 def test_the_calls_are_those_of_the_engine(monkeypatch):
   """Eight groups of four on 32 lanes, prompts of the longest length: shapes and static arguments are the same."""
-  params = jax.tree.map(lambda spec: jnp.ones(spec.shape, spec.dtype), decoder.abstract_params(MODEL))
+  params = jax.tree.map(
+    lambda spec: jnp.ones(spec.shape, spec.dtype), decoder.abstract_params(MODEL)
+  )
   called = {}
   for name in ('prefill', 'decode'):
+
     def record(*args, name=name, function=getattr(device, name), **static):
       called.setdefault(name, []).append((shapes(args), {k: v for k, v in static.items()}))
       return function(*args, **static)
+
     monkeypatch.setattr(device, name, record)
-  engine = Engine(params, MODEL, stop_ids=[5], lanes=32, max_len=160, max_new=64, trunks=8, tile=32, steps_per_call=4)
+  engine = Engine(
+    params,
+    MODEL,
+    stop_ids=[5],
+    lanes=32,
+    max_len=160,
+    max_new=64,
+    trunks=8,
+    tile=32,
+    steps_per_call=4,
+  )
   requests = [Request(np.full(96, 7 + p), (p, g), 64) for p in range(8) for g in range(4)]
   engine.generate(requests, SamplingParams())
   monkeypatch.undo()
 
   planned = {}
   for name in ('prefill', 'decode'):
-    monkeypatch.setattr(device, name, type('Recorder', (), {'lower': lambda *args, name=name, **static: planned.__setitem__(
-        name, (shapes(args), static))}))
+    monkeypatch.setattr(
+      device,
+      name,
+      type(
+        'Recorder',
+        (),
+        {
+          'lower': lambda *args, name=name, **static: planned.__setitem__(
+            name, (shapes(args), static)
+          )
+        },
+      ),
+    )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  calls = abstract.EngineCalls(MODEL, mesh, lanes=32, trunks=8, max_len=160, max_new=64, tile=32, steps_per_call=4, prompt=96,
-                               dtype=jnp.float32)
+  calls = abstract.EngineCalls(
+    MODEL,
+    mesh,
+    lanes=32,
+    trunks=8,
+    max_len=160,
+    max_new=64,
+    tile=32,
+    steps_per_call=4,
+    prompt=96,
+    dtype=jnp.float32,
+  )
   calls.prefill(), calls.decode()
   assert planned['prefill'] in called['prefill']
   assert planned['decode'] in called['decode']
@@ -81,11 +132,19 @@ def test_a_plan_of_one_device():
   plans = {step.name: step for step in plan.plan(tiny_config(), 'cpu:1')}
   assert len(plans) == 7 and all(step.fits and not step.collectives for step in plans.values())
   state = 3 * 4 * MODEL.param_count
-  assert 0 <= plans['SFT step'].arguments - state < 8000 and plans['SFT step'].peak > plans['SFT step'].arguments
+  assert (
+    0 <= plans['SFT step'].arguments - state < 8000
+    and plans['SFT step'].peak > plans['SFT step'].arguments
+  )
   assert plans['prefill'].beside['train state'] == pytest.approx(state, abs=64)
-  assert plans['reference log-probabilities'].beside['moments'] == pytest.approx(state * 2 / 3, abs=64)
+  assert plans['reference log-probabilities'].beside['moments'] == pytest.approx(
+    state * 2 / 3, abs=64
+  )
   assert plans['DA-GRPO update'].beside['reference policy'] == 4 * MODEL.param_count
-  assert plans['gradient of psi'].total < plans['DA-GRPO update'].total and plans['gradient of psi'].calls == 1
+  assert (
+    plans['gradient of psi'].total < plans['DA-GRPO update'].total
+    and plans['gradient of psi'].calls == 1
+  )
   # 4 rollouts of 16 tokens beside a prompt of 32 fit a row of 96: 2 prompts a mini-batch, 4 passes of a row in all.
   assert plans['DA-GRPO update'].calls == 2 and plans['old log-probabilities'].calls == 4
   json.dumps([step.to_json() for step in plans.values()])
@@ -96,7 +155,9 @@ def test_what_is_not_in_groups_is_planned_where_groups_have_trunks_of_their_own(
   """A trunk a lane, and no training state beside them."""
   config = tiny_config()
   config.engine.update(dict(trunks=config.engine.lanes // 4))
-  steps = {step.name: step for step in plan.plan(config, 'cpu:1', ('decode', 'decode without groups'))}
+  steps = {
+    step.name: step for step in plan.plan(config, 'cpu:1', ('decode', 'decode without groups'))
+  }
   grouped, apart = steps['decode'], steps['decode without groups']
   assert not apart.beside and grouped.beside and apart.arguments > grouped.arguments
   assert 'a call of the engine outside RL' in plan.table(list(steps.values()), 'cpu:1')
@@ -111,7 +172,11 @@ def test_what_does_not_fit_is_named_with_what_would_help(monkeypatch):
   assert not step.fits and step.total > step.limit
   names = [name for name, _ in step.largest]
   sizes = [size for _, size in step.largest]
-  assert sizes == sorted(sizes, reverse=True) and len(set(names)) == 6 and any(name.startswith('f32[') for name in names)
+  assert (
+    sizes == sorted(sizes, reverse=True)
+    and len(set(names)) == 6
+    and any(name.startswith('f32[') for name in names)
+  )
   assert 'too much' in step.remedies[0] and any('mesh.fsdp' in line for line in step.remedies)
   assert 'DA-GRPO update DOES NOT FIT' in plan.table([step], 'cpu:1')
 
@@ -123,9 +188,15 @@ def test_a_refusal_by_the_compiler_is_a_step_that_does_not_fit(monkeypatch):
   monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
   message = 'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (4000.00G) exceeds available HBM (15.75G).'
   [step] = plan.plan(tiny_config(), 'cpu:1', ('SFT step',))
-  assert not step.fits and step.total == step.arguments + step.temporaries == 4000 << 30 and step.error == message
+  assert (
+    not step.fits
+    and step.total == step.arguments + step.temporaries == 4000 << 30
+    and step.error == message
+  )
   assert step.largest[0] == ('temporaries, none of them listed by the compiler', step.temporaries)
-  assert float(step.remedies[0].removesuffix(' GiB too much')) == pytest.approx(4000 - step.limit / 2 ** 30, abs=0.1)
+  assert float(step.remedies[0].removesuffix(' GiB too much')) == pytest.approx(
+    4000 - step.limit / 2**30, abs=0.1
+  )
   message = 'INTERNAL: a fault of the compiler'
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
     plan.plan(tiny_config(), 'cpu:1', ('SFT step',))
@@ -134,7 +205,9 @@ def test_a_refusal_by_the_compiler_is_a_step_that_does_not_fit(monkeypatch):
 def test_sizes_that_do_not_fit_each_other_are_named():
   config = tiny_config()
   config.rl.capacity = 40
-  with pytest.raises(ValueError, match='rl.capacity = 40 does not hold a prompt of 32 and a response of 16'):
+  with pytest.raises(
+    ValueError, match='rl.capacity = 40 does not hold a prompt of 32 and a response of 16'
+  ):
     plan.plan(config, 'cpu:1', ('DA-GRPO update',))
   with pytest.raises(ValueError, match="unknown steps .'nap'."):
     plan.plan(tiny_config(), 'cpu:1', ('nap',))
@@ -146,8 +219,18 @@ def test_sizes_that_do_not_fit_each_other_are_named():
 
 def run_program(config: str, topology: str, *flags: str) -> subprocess.CompletedProcess:
   environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, '-m', 'experiments.plan', f'--config={config}', f'--topology={topology}', '--json', *flags]
-  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+  command = [
+    sys.executable,
+    '-m',
+    'experiments.plan',
+    f'--config={config}',
+    f'--topology={topology}',
+    '--json',
+    *flags,
+  ]
+  return subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+  )
 
 
 @pytest.mark.slow
@@ -155,15 +238,22 @@ def test_the_program_says_so_by_its_exit_status(tmp_path):
   """On eight fake devices; and a model that is far too large."""
   path = tmp_path / 'tiny.py'
   fields = tiny_config().to_dict()
-  path.write_text(f'import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({fields!r})\n')
+  path.write_text(
+    f'import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({fields!r})\n'
+  )
   rows = ['--config.sft.rows=8', '--config.rl.rows=8']
   done = run_program(str(path), 'cpu:8', *rows, '--steps=SFT step')
   assert done.returncode == 0, done.stderr[-2000:]
   [step] = map(json.loads, done.stdout.splitlines())
   assert step['fits'] and step['collectives']['all-gather']['count'] >= 7
   done = run_program(str(path), 'cpu:8', '--config.sft.rows=3')
-  assert done.returncode == 1 and 'sft.rows = 3 do not divide into 1 micro-batches over 8 devices' in done.stderr
-  done = run_program(str(path), 'cpu:8', *rows, '--steps=SFT step', '--config.model.init.vocab_size=400000000')
+  assert (
+    done.returncode == 1
+    and 'sft.rows = 3 do not divide into 1 micro-batches over 8 devices' in done.stderr
+  )
+  done = run_program(
+    str(path), 'cpu:8', *rows, '--steps=SFT step', '--config.model.init.vocab_size=400000000'
+  )
   assert done.returncode == 1 and not json.loads(done.stdout)['fits']
 
 
@@ -198,11 +288,18 @@ def test_compiles_a_training_step_for_a_tpu_slice():
   [step] = map(json.loads, done.stdout.splitlines())
   model = plan.presets.config('qwen3_8b')
   layers, head = weights(model)
-  assert step['fits'] and step['arguments'] == pytest.approx(3 * 4 * model.param_count / 8, rel=0.01)
+  assert step['fits'] and step['arguments'] == pytest.approx(
+    3 * 4 * model.param_count / 8, rel=0.01
+  )
   # Layers in bfloat16 twice and once their gradients. The compiler passes most of them around in a ring, in parts, while it
   # multiplies, and sends 9 parts where 7 are needed; a third gather would make it 1.6 times as much.
   least = 2 * (3 * layers + head) * 7 / 8
-  assert least < step['collectives']['all-gather']['bytes'] + step['collectives']['collective-permute']['bytes'] < 1.4 * least
+  assert (
+    least
+    < step['collectives']['all-gather']['bytes']
+    + step['collectives']['collective-permute']['bytes']
+    < 1.4 * least
+  )
 
 
 def test_compiles_for_a_tpu_unless_its_compiler_refuses():
@@ -211,4 +308,8 @@ def test_compiles_for_a_tpu_unless_its_compiler_refuses():
   done = run_program('configs/qwen3_8b.py', 'v5e:2x4', '--steps=SFT step')
   assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
   [step] = map(json.loads, done.stdout.splitlines())
-  assert not step['fits'] and 'exceeds available HBM' in step['error'] and step['temporaries'] > step['arguments'] > 11 << 30
+  assert (
+    not step['fits']
+    and 'exceeds available HBM' in step['error']
+    and step['temporaries'] > step['arguments'] > 11 << 30
+  )

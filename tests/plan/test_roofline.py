@@ -1,4 +1,5 @@
 """Rooflines against numbers worked out by hand."""
+
 import dataclasses
 
 import pytest
@@ -7,22 +8,41 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan import roofline
 from dcore_jax.plan.roofline import Accelerator, Work
 
-MODEL = DecoderConfig(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+MODEL = DecoderConfig(
+  vocab_size=100,
+  hidden_size=16,
+  intermediate_size=32,
+  num_hidden_layers=2,
+  head_dim=8,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  tie_word_embeddings=False,
+)
 # A layer: q and o 16 x 32, k and v 16 x 16, three of 16 x 32. Two operations a multiply-add.
 LAYER = 2 * (2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 32)
 
 
 def test_forward_counts_layers_attention_and_the_head_of_loss_tokens():
   work = roofline.forward(MODEL, rows=2, T=64, loss_tokens=10)
-  attention = 4 * 32 * (64 + 1) / 2  # scores and weighted sum of 32 columns over the keys that a query sees on average
+  attention = (
+    4 * 32 * (64 + 1) / 2
+  )  # scores and weighted sum of 32 columns over the keys that a query sees on average
   assert work.flops == work.model_flops == 2 * 64 * 2 * (LAYER + attention) + 10 * 2 * 100 * 16
 
 
 def test_rematerialisation_does_more_than_the_model_needs():
   """With 'dots' it is attention that is done again, with 'attention' all of a layer but that."""
-  forward, matrices, attention = roofline.forward(MODEL, 2, 64, 10), 2 * 64 * 2 * LAYER, 2 * 64 * 2 * 4 * 32 * (64 + 1) / 2
-  for remat, again in (('none', 0), ('dots', attention), ('attention', matrices), ('full', matrices + attention)):
+  forward, matrices, attention = (
+    roofline.forward(MODEL, 2, 64, 10),
+    2 * 64 * 2 * LAYER,
+    2 * 64 * 2 * 4 * 32 * (64 + 1) / 2,
+  )
+  for remat, again in (
+    ('none', 0),
+    ('dots', attention),
+    ('attention', matrices),
+    ('full', matrices + attention),
+  ):
     work = roofline.training(MODEL, 2, 64, 10, remat)
     assert (work.model_flops, work.flops) == (3 * forward.flops, 3 * forward.flops + again)
 
@@ -31,8 +51,12 @@ def test_the_slowest_of_the_three_bounds():
   device = Accelerator(flops=100.0, memory_rate=10.0, link_rate=1.0)
   work = Work(model_flops=150.0, flops=200.0, bytes=10.0, sent=1.0)
   assert roofline.bound(work, device) == roofline.Bound(2.0, 'compute', 0.75)
-  assert roofline.bound(dataclasses.replace(work, bytes=40.0), device) == roofline.Bound(4.0, 'memory', 0.375)
-  assert roofline.bound(dataclasses.replace(work, sent=6.0), device) == roofline.Bound(6.0, 'links', 0.25)
+  assert roofline.bound(dataclasses.replace(work, bytes=40.0), device) == roofline.Bound(
+    4.0, 'memory', 0.375
+  )
+  assert roofline.bound(dataclasses.replace(work, sent=6.0), device) == roofline.Bound(
+    6.0, 'links', 0.25
+  )
 
 
 def test_decoding_reads_weights_and_cache_at_every_step():

@@ -1,4 +1,5 @@
 """Names of accelerators that are not there; what compiles for them is tested beside the kernels (models/)."""
+
 import importlib.util
 
 import jax
@@ -7,7 +8,9 @@ import pytest
 from dcore_jax.plan import topology
 
 
-@pytest.mark.parametrize('name', ['h800:8', 'a100', 'a100:2x4', 'a100:12', 'a100:0', 'v5p', 'cpu', ''])
+@pytest.mark.parametrize(
+  'name', ['h800:8', 'a100', 'a100:2x4', 'a100:12', 'a100:0', 'v5p', 'cpu', '']
+)
 def test_unknown_accelerators_are_named(name):
   with pytest.raises(ValueError, match=f"unknown accelerators '{name}'"):
     topology.target(name)
@@ -28,7 +31,7 @@ def test_the_processor_as_a_target_has_as_many_devices_as_jax_began_with():
     topology.target(f'cpu:{count + 1}')
 
 
-LAID_OUT = '''RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory space \
+LAID_OUT = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory space \
 hbm. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G.
 
 Total hbm usage >= 21.75G:
@@ -46,15 +49,28 @@ Total hbm usage >= 21.75G:
 
   2. Size: 512.00M
      Shape: bf16[65536,4096]{1,0:T(8,128)(2,1)}
-'''
+"""
 
 
 def test_a_refusal_says_how_much_a_program_would_need():
-  gib = 2 ** 30
-  arrays = {'f32[32,4096,4096] of jit(step)/while/dot_general': 2 * gib, 'bf16[65536,4096] of no operation': gib // 2}
+  gib = 2**30
+  arrays = {
+    'f32[32,4096,4096] of jit(step)/while/dot_general': 2 * gib,
+    'bf16[65536,4096] of no operation': gib // 2,
+  }
   assert topology.refusal(LAID_OUT) == (int(21.5 * gib), arrays)
-  assert topology.refusal('RESOURCE_EXHAUSTED: Requires 1.50T, has 15.75G available.') == (int(1.5 * 2 ** 40), {})
-  early = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (30.75G) exceeds '
-           'available HBM (15.75G).')
+  assert topology.refusal('RESOURCE_EXHAUSTED: Requires 1.50T, has 15.75G available.') == (
+    int(1.5 * 2**40),
+    {},
+  )
+  early = (
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (30.75G) exceeds '
+    'available HBM (15.75G).'
+  )
   assert topology.refusal(early) == (int(30.75 * gib), {})
-  assert topology.refusal('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem.') is None
+  assert (
+    topology.refusal(
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem.'
+    )
+    is None
+  )

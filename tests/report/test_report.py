@@ -48,7 +48,9 @@ class Page(html.parser.HTMLParser):
 def workdir(tmp_path_factory):
   """One written report with everything in it, for the tests that only read it."""
   folder = tmp_path_factory.mktemp('run')
-  path = report.write_report(folder, example_run.a_summary(), example_run.metric_rows(), example_run.some_traces())
+  path = report.write_report(
+    folder, example_run.a_summary(), example_run.metric_rows(), example_run.some_traces()
+  )
   assert path == folder / 'report.html'
   return folder
 
@@ -70,10 +72,25 @@ def test_the_page_is_whole_and_fetches_nothing(workdir):
 def test_the_page_holds_the_numbers(workdir):
   page = Page((workdir / 'report.html').read_text())
   text = ' '.join(page.text.split())
-  for part in ('28 % of sequential tasks right before, 68 % after', 'evaluate SFT', '11 min 1 s', 'configs/nano.py',
-               '68.0 % [59, 75] n = 128', '60.9 %', 'wrong call', '431 72 %', 'put there by construction',
-               'base → after SFT', 'sequential+35.2 ± 4.9+4.7', 'single+1.6 ± 2.2–', 'reward3.403.46+0.06 ± 0.05', 'On 32 prompts',
-               'None of it was measured in this run', '63.8', 'runs/nano/export'):
+  for part in (
+    '28 % of sequential tasks right before, 68 % after',
+    'evaluate SFT',
+    '11 min 1 s',
+    'configs/nano.py',
+    '68.0 % [59, 75] n = 128',
+    '60.9 %',
+    'wrong call',
+    '431 72 %',
+    'put there by construction',
+    'base → after SFT',
+    'sequential+35.2 ± 4.9+4.7',
+    'single+1.6 ± 2.2–',
+    'reward3.403.46+0.06 ± 0.05',
+    'On 32 prompts',
+    'None of it was measured in this run',
+    '63.8',
+    'runs/nano/export',
+  ):
     assert part in text, part
 
 
@@ -86,8 +103,21 @@ def test_colours_follow_the_page_and_no_stand_in_is_left(workdir):
 
 def test_what_a_model_wrote_cannot_become_markup():
   bad = '</span><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
-  trace = {'query': bad, 'kind': bad, 'columns': [{'stage': bad, 'correct': False, 'lazy': True, 'messages': [
-      {'role': 'assistant', 'content': f'<think>wait {bad}</think>{bad}'}, {'role': bad, 'content': bad + ' '}]}]}
+  trace = {
+    'query': bad,
+    'kind': bad,
+    'columns': [
+      {
+        'stage': bad,
+        'correct': False,
+        'lazy': True,
+        'messages': [
+          {'role': 'assistant', 'content': f'<think>wait {bad}</think>{bad}'},
+          {'role': bad, 'content': bad + ' '},
+        ],
+      }
+    ],
+  }
   summary = example_run.a_summary()
   summary['distill']['dropped'][bad] = 3
   summary['run'] = {bad: bad}
@@ -98,15 +128,24 @@ def test_what_a_model_wrote_cannot_become_markup():
 
 def test_segments_tell_reasoning_marks_and_answer_apart():
   assert report.segments('<think>\nA, wait. B\n</think>\n\n[f(x=1)]') == [
-      ('think', 'A, '), ('hesitation', 'wait'), ('think', '. B'), ('text', '[f(x=1)]')]
-  assert report.segments('<think>\nBut attribute') == [('hesitation', 'But'), ('think', ' attribute')]
+    ('think', 'A, '),
+    ('hesitation', 'wait'),
+    ('think', '. B'),
+    ('text', '[f(x=1)]'),
+  ]
+  assert report.segments('<think>\nBut attribute') == [
+    ('hesitation', 'But'),
+    ('think', ' attribute'),
+  ]
   assert report.segments('no reasoning, but text') == [('text', 'no reasoning, but text')]
 
 
 def test_a_missing_piece_leaves_its_section_with_a_note(workdir):
   whole = Page((workdir / 'report.html').read_text()).text
-  for fields, notes in ((('distill', 'rl'), ('nothing was distilled', 'no reinforcement learning steps')),
-                        (('stages', 'seconds'), ('no stage was evaluated', 'no stage was timed', 'no traces'))):
+  for fields, notes in (
+    (('distill', 'rl'), ('nothing was distilled', 'no reinforcement learning steps')),
+    (('stages', 'seconds'), ('no stage was evaluated', 'no stage was timed', 'no traces')),
+  ):
     summary = example_run.a_summary(steps=1)
     for field in fields:
       del summary[field]
@@ -117,12 +156,32 @@ def test_a_missing_piece_leaves_its_section_with_a_note(workdir):
 
 def test_holes_everywhere_never_raise():
   Page(report.render_report({}, [], []))
-  nothing = {'stages': {'base': None, 'sft': {'accuracy': None, 'n': {'single': 0}, 'lazy_ratio': {'single': None}},
-                        'later': {'accuracy': {'single': float('nan'), 'sequential': 0.5}}},
-             'changes': [{}, {'accuracy': {'single': None}}], 'distill': {'seeds': 0}, 'seconds': {'sft': None},
-             'rl': {'reward': [1.0, None], 'entropy': [], 'validation': {'before': None, 'after': None, 'difference': None}}}
-  rows = [{'stage': 'rl', 'step': 0, 'reward': None, 'grad_norm': 0.0, 'psi_grad_norm': 0.0, 'all_right_fraction': 0.5},
-          {'stage': 'sft', 'step': 0, 'loss': 1.0}]
+  nothing = {
+    'stages': {
+      'base': None,
+      'sft': {'accuracy': None, 'n': {'single': 0}, 'lazy_ratio': {'single': None}},
+      'later': {'accuracy': {'single': float('nan'), 'sequential': 0.5}},
+    },
+    'changes': [{}, {'accuracy': {'single': None}}],
+    'distill': {'seeds': 0},
+    'seconds': {'sft': None},
+    'rl': {
+      'reward': [1.0, None],
+      'entropy': [],
+      'validation': {'before': None, 'after': None, 'difference': None},
+    },
+  }
+  rows = [
+    {
+      'stage': 'rl',
+      'step': 0,
+      'reward': None,
+      'grad_norm': 0.0,
+      'psi_grad_norm': 0.0,
+      'all_right_fraction': 0.5,
+    },
+    {'stage': 'sft', 'step': 0, 'loss': 1.0},
+  ]
   page = Page(report.render_report(nothing, rows, [{'query': 'q', 'columns': []}, {}]))
   assert '50.0 %' in page.text and 'later' in page.text
 

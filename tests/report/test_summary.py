@@ -33,24 +33,41 @@ def test_all_that_is_wrong_is_named_at_once():
   summary['changes'][0]['accuracy']['single'] = {'difference': 0.1, 'n': 3}
   with pytest.raises(ValueError) as error:
     validate_summary(summary)
-  for part in ('stages.final is not one of base, sft, grpo, dr_grpo, rloo, rl_zvp, da_grpo',
-               'stages.base.accuracy.single = 94.5 is not a share',
-               'stages.base.lazy_ratio lacks parallel', 'stages.sft.reasoning_tokens_mean is missing',
-               'stages.sft.n.single = 12.5 is not a count', "distill.success_rate = 'high' is not a share",
-               'distill.dropped is missing', 'rl.entropy is not a list', 'curves of rl differ in length',
-               'seconds.sft = inf is not a number', 'changes[0].accuracy.single.standard_error is missing',
-               'changes[1] is not of two stages', 'export is not a path'):
+  for part in (
+    'stages.final is not one of base, sft, grpo, dr_grpo, rloo, rl_zvp, da_grpo',
+    'stages.base.accuracy.single = 94.5 is not a share',
+    'stages.base.lazy_ratio lacks parallel',
+    'stages.sft.reasoning_tokens_mean is missing',
+    'stages.sft.n.single = 12.5 is not a count',
+    "distill.success_rate = 'high' is not a share",
+    'distill.dropped is missing',
+    'rl.entropy is not a list',
+    'curves of rl differ in length',
+    'seconds.sft = inf is not a number',
+    'changes[0].accuracy.single.standard_error is missing',
+    'changes[1] is not of two stages',
+    'export is not a path',
+  ):
     assert part in str(error.value), part
 
 
-@pytest.mark.parametrize('summary', [None, [], {}, {'stages': {}}, {'stages': {'base': 3}, 'seconds': {}}])
+@pytest.mark.parametrize(
+  'summary', [None, [], {}, {'stages': {}}, {'stages': {'base': 3}, 'seconds': {}}]
+)
 def test_what_is_no_summary_is_refused(summary):
   with pytest.raises(ValueError, match='^summary: '):
     validate_summary(summary)
 
 
-@pytest.mark.parametrize('share, n, low, high', [(0.5, 100, 0.40383, 0.59617), (0.0, 10, 0.0, 0.27754),
-                                                 (1.0, 10, 0.72246, 1.0), (0.05, 100, 0.02154, 0.11175)])
+@pytest.mark.parametrize(
+  'share, n, low, high',
+  [
+    (0.5, 100, 0.40383, 0.59617),
+    (0.0, 10, 0.0, 0.27754),
+    (1.0, 10, 0.72246, 1.0),
+    (0.05, 100, 0.02154, 0.11175),
+  ],
+)
 def test_wilson_interval_agrees_with_published_values(share, n, low, high):
   assert wilson_interval(share, n) == pytest.approx((low, high), abs=2e-5)
 
@@ -62,9 +79,16 @@ def test_wilson_interval_refuses_no_trials():
 
 def test_what_tasks_have_in_common_does_not_widen_a_difference():
   """Student's sleep data, hours gained by ten patients from two drugs: 1.58 with a standard error of 0.389, which is t = 4.06."""
-  first, second = [.7, -1.6, -.2, -1.2, -.1, 3.4, 3.7, .8, 0, 2], [1.9, .8, 1.1, .1, -.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+  first, second = (
+    [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0, 2],
+    [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+  )
   drugs = paired_difference(first, second)
-  assert drugs == {'difference': pytest.approx(1.58), 'standard_error': pytest.approx(0.388959, rel=1e-5), 'n': 10}
+  assert drugs == {
+    'difference': pytest.approx(1.58),
+    'standard_error': pytest.approx(0.388959, rel=1e-5),
+    'n': 10,
+  }
   assert paired_difference([True], [False]) == {'difference': -1, 'standard_error': None, 'n': 1}
   for pair in (([], []), ([1], [1, 2])):
     with pytest.raises(ValueError, match='are no pairs'):
@@ -73,6 +97,12 @@ def test_what_tasks_have_in_common_does_not_widen_a_difference():
 
 def test_changes_are_lines():
   lines = format_changes(example_run.a_summary()).splitlines()
-  assert lines[0] == 'base -> sft, points of held-out tasks right: single +1.6 ± 2.2, sequential +35.2 ± 4.9'
+  assert (
+    lines[0]
+    == 'base -> sft, points of held-out tasks right: single +1.6 ± 2.2, sequential +35.2 ± 4.9'
+  )
   assert lines[-1] == 'reward on 32 prompts set aside: 3.400 -> 3.460, +0.060 ± 0.050'
-  assert format_changes({'changes': [], 'rl': {'validation': {'before': None, 'difference': None}}}) == ''
+  assert (
+    format_changes({'changes': [], 'rl': {'validation': {'before': None, 'difference': None}}})
+    == ''
+  )

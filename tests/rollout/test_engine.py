@@ -1,5 +1,6 @@
 """The engine against transformers' generate, against full forward passes, and against itself under other lanes and
 orders."""
+
 import collections
 import dataclasses
 import functools
@@ -17,9 +18,18 @@ from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.lanes import bucket_ladder, span_ladder
 from dcore_jax.rollout.sampling import SamplingParams
 
-CONFIG = DecoderConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=8, rope_theta=1000.0, initializer_range=0.3,
-                       max_position_embeddings=512)
+CONFIG = DecoderConfig(
+  vocab_size=37,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+  rope_theta=1000.0,
+  initializer_range=0.3,
+  max_position_embeddings=512,
+)
 STOP = 5
 MAX_LEN = 128
 
@@ -39,13 +49,17 @@ def prompt(length, seed=0):
 
 
 def requests(count=14, lengths=(1, 3, 9, 30, 63, 64, 65, 90)):
-  return [Request(prompt(lengths[i % len(lengths)], i), (0, i), 5 + 7 * i % 30) for i in range(count)]
+  return [
+    Request(prompt(lengths[i % len(lengths)], i), (0, i), 5 + 7 * i % 30) for i in range(count)
+  ]
 
 
 @jax.jit
 def all_logprobs(tokens_T, temperature):
   T = len(tokens_T)
-  hidden = decoder.hidden_states(params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T))[0]
+  hidden = decoder.hidden_states(
+    params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T)
+  )[0]
   return jax.nn.log_softmax(hidden @ decoder.head_matrix(params()).T / temperature)
 
 
@@ -73,21 +87,32 @@ def test_log_probabilities_equal_a_full_forward_pass(sampling):
     assert completion.prompt_len == len(request.prompt)
     want = reference_logprobs(request.prompt, completion.tokens, sampling)
     np.testing.assert_allclose(completion.logprobs, want, atol=1e-5)
-  assert any(completion.finished for completion in done) and not all(completion.finished for completion in done)
+  assert any(completion.finished for completion in done) and not all(
+    completion.finished for completion in done
+  )
 
 
 def test_greedy_tokens_equal_transformers(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   from dcore_jax.models import hf_checkpoint
+
   hf_checkpoint.save_checkpoint(tmp_path / 'model', CONFIG, params(), dtype='float32')
-  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'model', dtype=torch.float32).eval()
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'model', dtype=torch.float32
+  ).eval()
   made = [Request(prompt(length), (0,), 20) for length in (2, 17, 80)]
   for request, completion in zip(made, engine().generate(made, SamplingParams(0)), strict=True):
     ids = torch.tensor(request.prompt)[None]
-    want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
-                          eos_token_id=STOP, pad_token_id=0)
-    assert completion.tokens.tolist() == want[0, len(request.prompt):].tolist()
+    want = model.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      do_sample=False,
+      max_new_tokens=20,
+      eos_token_id=STOP,
+      pad_token_id=0,
+    )
+    assert completion.tokens.tolist() == want[0, len(request.prompt) :].tolist()
 
 
 def test_a_rollout_does_not_depend_on_lanes_order_or_neighbours():
@@ -99,7 +124,9 @@ def test_a_rollout_does_not_depend_on_lanes_order_or_neighbours():
 
 def test_streams_are_told_apart_by_seed_and_key():
   made = [Request(prompt(9), (0, i)) for i in range(4)]
-  first, second = (engine().generate(made, SamplingParams(2.0, max_tokens=16, seed=seed)) for seed in (0, 1))
+  first, second = (
+    engine().generate(made, SamplingParams(2.0, max_tokens=16, seed=seed)) for seed in (0, 1)
+  )
   assert len({completion.tokens.tobytes() for completion in first + second}) == 8
 
 
@@ -110,7 +137,9 @@ def test_stop_token_is_kept_and_limits_are_respected():
     assert STOP not in completion.tokens[:-1]
     assert completion.finished or len(completion.tokens) == request.max_tokens
   sampling = SamplingParams(max_tokens=30)
-  full = engine(stop_ids=[36]).generate([Request(prompt(118), (0,)), Request(prompt(127), (1,))], sampling)
+  full = engine(stop_ids=[36]).generate(
+    [Request(prompt(118), (0,)), Request(prompt(127), (1,))], sampling
+  )
   assert [len(completion.tokens) for completion in full] == [10, 1]
   want = reference_logprobs(prompt(118), full[0].tokens, sampling)
   np.testing.assert_allclose(full[0].logprobs, want, atol=1e-5)
@@ -118,7 +147,9 @@ def test_stop_token_is_kept_and_limits_are_respected():
 
 @pytest.mark.parametrize('lanes', [4, 8])
 def test_a_group_is_prefilled_once(lanes):
-  made = [Request(prompt(40, group), (group, i), 3 + 5 * i % 11) for group in range(3) for i in range(6)]
+  made = [
+    Request(prompt(40, group), (group, i), 3 + 5 * i % 11) for group in range(3) for i in range(6)
+  ]
   runner = engine(lanes=lanes)
   done = runner.generate(made, SamplingParams())
   assert runner.stats.prefill_tokens == 3 * 40
@@ -131,8 +162,9 @@ def test_a_group_is_prefilled_once(lanes):
 def test_episodes_of_several_steps():
   """Each finished step makes the next one available: prompt, answer and a few tokens of an environment."""
   episodes = 5
-  ready = collections.deque(((episode, 0), Request(prompt(10, episode), (episode, 0), 6))
-                            for episode in range(episodes))
+  ready = collections.deque(
+    ((episode, 0), Request(prompt(10, episode), (episode, 0), 6)) for episode in range(episodes)
+  )
   history, asked = {}, []
 
   def source(free):
@@ -159,7 +191,10 @@ def test_new_weights_rules_and_numbers_of_alternatives_compile_nothing():
   runner = engine(max_len=72, stop_ids=[])
   made = requests(20, lengths=(1, 9, 30, 63))
   first = runner.generate(made, SamplingParams())
-  compiled, programs = runner.stats.compilations, device.decode._cache_size() + device.prefill._cache_size()
+  compiled, programs = (
+    runner.stats.compilations,
+    device.decode._cache_size() + device.prefill._cache_size(),
+  )
   runner.update(params(2))
   second = runner.generate(made, SamplingParams())
   assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
@@ -167,16 +202,29 @@ def test_new_weights_rules_and_numbers_of_alternatives_compile_nothing():
   same(runner.generate(made, SamplingParams()), first)
   runner.generate(made, SamplingParams(0.5, seed=9))  # another temperature is not another program
   assert runner.stats.compilations == compiled
-  assert device.decode._cache_size() + device.prefill._cache_size() == programs  # nor a second form of the same trace
-  same(runner.generate([dataclasses.replace(request, top=3) for request in made], SamplingParams()), first)
+  assert (
+    device.decode._cache_size() + device.prefill._cache_size() == programs
+  )  # nor a second form of the same trace
+  same(
+    runner.generate([dataclasses.replace(request, top=3) for request in made], SamplingParams()),
+    first,
+  )
   compiled = runner.stats.compilations
   for top in (1, 20):
-    runner.generate([dataclasses.replace(request, top=top) for request in made], SamplingParams(0.9))
+    runner.generate(
+      [dataclasses.replace(request, top=top) for request in made], SamplingParams(0.9)
+    )
   assert runner.stats.compilations == compiled
 
 
-MIXED = [SamplingParams(0), SamplingParams(0.7), SamplingParams(1.3, seed=2), SamplingParams(1.0, 0.9, 7),
-         SamplingParams(1.2, min_p=0.1), SamplingParams(1.0, stop=('a', 'bc'))]
+MIXED = [
+  SamplingParams(0),
+  SamplingParams(0.7),
+  SamplingParams(1.3, seed=2),
+  SamplingParams(1.0, 0.9, 7),
+  SamplingParams(1.2, min_p=0.1),
+  SamplingParams(1.0, stop=('a', 'bc')),
+]
 
 
 def run_mixed(runner, seed):
@@ -186,7 +234,12 @@ def run_mixed(runner, seed):
   for number, count in enumerate((1, 4, 1, 3, 1, 4, 1)):
     start = prompt(int(rng.integers(1, 45)), number)
     for sample in range(count):
-      request = Request(start, (seed, number, sample), int(rng.integers(1, 20)), top=int(rng.choice([0, 0, 0, 3, 20])))
+      request = Request(
+        start,
+        (seed, number, sample),
+        int(rng.integers(1, 20)),
+        top=int(rng.choice([0, 0, 0, 3, 20])),
+      )
       rule, hold = MIXED[rng.integers(len(MIXED))], bool(rng.random() < 0.4)
       held[runner.submit(request, rule, hold=hold)] = hold
   while runner.busy:
@@ -202,11 +255,20 @@ def run_mixed(runner, seed):
 
 def test_compilations_are_bounded_whatever_comes():
   """By what the module's docstring says, each kind of program by itself; `max_len` and `max_new` are no other test's."""
-  runner = engine(max_len=76, max_new=20, lanes=8, tile=8, decode=lambda ids: ''.join(map(chr, np.array(ids) + 90)))
+  runner = engine(
+    max_len=76,
+    max_new=20,
+    lanes=8,
+    tile=8,
+    decode=lambda ids: ''.join(map(chr, np.array(ids) + 90)),
+  )
   ladder, spans, branch_spans = bucket_ladder(76), span_ladder(76), span_ladder(20)
   shapes = {(B, R) for B in runner._tiles for R in (B // 8, B // 4, B) if R}
-  bounds = {'prefill': len(ladder) * (len(ladder) + 1) // 2, 'commit': len(ladder) * len(branch_spans),
-            'decode': len(spans) * len(branch_spans) * len(shapes) * 3 * 2}
+  bounds = {
+    'prefill': len(ladder) * (len(ladder) + 1) // 2,
+    'commit': len(ladder) * len(branch_spans),
+    'decode': len(spans) * len(branch_spans) * len(shapes) * 3 * 2,
+  }
   before = device.traces.copy()
   for seed in range(3):
     run_mixed(runner, seed)
@@ -270,11 +332,19 @@ def test_short_prompts_share_a_call_and_steps_read_what_is_live():
   assert runner.stats.slots_read <= runner.stats.lane_steps * (64 + 64)
 
 
-@pytest.mark.parametrize('request_, message', [
-    (Request(np.zeros(0, np.int32), (0,)), 'at least one token'), (Request(np.zeros((2, 2), np.int32), (0,)), 'row'),
-    (Request(np.zeros(3), (0,)), 'float64'), (Request(prompt(128), (0,)), '128 tokens.*max_len=128'),
-    (Request(np.array([37]), (0,)), 'vocabulary of 37'), (Request(np.array([-1]), (0,)), 'vocabulary'),
-    (Request(prompt(3), (0,), 0), 'max_tokens=0'), (Request(prompt(3), (-1,)), 'key_id')])
+@pytest.mark.parametrize(
+  'request_, message',
+  [
+    (Request(np.zeros(0, np.int32), (0,)), 'at least one token'),
+    (Request(np.zeros((2, 2), np.int32), (0,)), 'row'),
+    (Request(np.zeros(3), (0,)), 'float64'),
+    (Request(prompt(128), (0,)), '128 tokens.*max_len=128'),
+    (Request(np.array([37]), (0,)), 'vocabulary of 37'),
+    (Request(np.array([-1]), (0,)), 'vocabulary'),
+    (Request(prompt(3), (0,), 0), 'max_tokens=0'),
+    (Request(prompt(3), (-1,)), 'key_id'),
+  ],
+)
 def test_bad_requests_are_refused(request_, message):
   runner = engine()
   with pytest.raises(ValueError, match=message):
@@ -282,9 +352,17 @@ def test_bad_requests_are_refused(request_, message):
   assert len(runner.generate(requests(1), SamplingParams())) == 1
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'lanes': 0}, 'lanes'), ({'tile': 3}, 'divide'), ({'max_len': 1}, 'max_len'), ({'max_len': 513}, 'positions'),
-    ({'stop_ids': [37]}, 'stop_ids'), ({'steps_per_call': 0}, 'steps_per_call')])
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'lanes': 0}, 'lanes'),
+    ({'tile': 3}, 'divide'),
+    ({'max_len': 1}, 'max_len'),
+    ({'max_len': 513}, 'positions'),
+    ({'stop_ids': [37]}, 'stop_ids'),
+    ({'steps_per_call': 0}, 'steps_per_call'),
+  ],
+)
 def test_bad_sizes_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     engine(**changes)
@@ -296,8 +374,15 @@ def test_a_source_that_returns_too_much_is_refused():
 
 
 def test_weights_that_are_not_a_number_are_noticed():
-  broken = Engine({**params(), 'final_norm': jnp.full(32, jnp.nan)}, CONFIG, stop_ids=[], lanes=8, max_len=MAX_LEN,
-                  steps_per_call=4, tile=4)
+  broken = Engine(
+    {**params(), 'final_norm': jnp.full(32, jnp.nan)},
+    CONFIG,
+    stop_ids=[],
+    lanes=8,
+    max_len=MAX_LEN,
+    steps_per_call=4,
+    tile=4,
+  )
   with pytest.raises(FloatingPointError):
     broken.generate(requests(1), SamplingParams())
 

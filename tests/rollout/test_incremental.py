@@ -1,4 +1,5 @@
 """Requests that come and go: submit, step, extend and cancel, trunks that conversations keep, stop strings."""
+
 import functools
 
 import jax
@@ -11,9 +12,18 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 
-CONFIG = DecoderConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=8, rope_theta=1000.0, initializer_range=0.3,
-                       max_position_embeddings=512)
+CONFIG = DecoderConfig(
+  vocab_size=37,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+  rope_theta=1000.0,
+  initializer_range=0.3,
+  max_position_embeddings=512,
+)
 LETTERS = 'abcdefghijklmnopqrstuvwxyz0123456789_'
 
 
@@ -27,7 +37,14 @@ def text(tokens):
 
 
 def engine(**changes):
-  sizes = {'stop_ids': [5], 'lanes': 8, 'max_len': 128, 'max_new': 64, 'steps_per_call': 4, 'decode': text}
+  sizes = {
+    'stop_ids': [5],
+    'lanes': 8,
+    'max_len': 128,
+    'max_new': 64,
+    'steps_per_call': 4,
+    'decode': text,
+  }
   return Engine(params(), CONFIG, **sizes | changes)
 
 
@@ -38,7 +55,9 @@ def prompt(length, seed=0):
 @jax.jit
 def all_logprobs(tokens_T):
   T = len(tokens_T)
-  hidden = decoder.hidden_states(params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T))[0]
+  hidden = decoder.hidden_states(
+    params(), CONFIG, tokens_T[None], jnp.arange(T)[None], jnp.full((1, T), T)
+  )[0]
   return jax.nn.log_softmax(hidden @ decoder.head_matrix(params()).T)
 
 
@@ -82,7 +101,10 @@ def test_extend_goes_on_without_computing_the_past_again():
   """A lane alone on its trunk, and one of a group whose trunk the others go on reading."""
   runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=7, seed=1)
   lonely = runner.submit(Request(prompt(70), (0,)), sampling, hold=True)
-  group = [runner.submit(Request(prompt(40), (1, i), 30 if i else 5), sampling, hold=i == 0) for i in range(3)]
+  group = [
+    runner.submit(Request(prompt(40), (1, i), 30 if i else 5), sampling, hold=i == 0)
+    for i in range(3)
+  ]
   contexts = {lonely: prompt(70), group[0]: prompt(40)}
   before = runner.stats.prefill_tokens
   [first, second], _ = finish(runner, lonely, group[0])
@@ -108,7 +130,10 @@ def test_extend_goes_on_without_computing_the_past_again():
 def test_an_extension_waits_for_a_trunk():
   """Two lanes read one trunk and are extended in one step; the only other trunk is enough for one of them at a time."""
   contexts, runner = {}, engine(stop_ids=[], lanes=2, trunks=2)
-  handles = [runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True) for i in range(2)]
+  handles = [
+    runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True)
+    for i in range(2)
+  ]
   completions, _ = finish(runner, *handles)
   for handle, completion in zip(handles, completions):
     output = prompt(6, handle)
@@ -123,7 +148,10 @@ def test_an_extension_waits_for_a_trunk():
 def test_extensions_that_wait_for_each_other_are_an_error():
   """Both read the one trunk, and neither can have it for itself."""
   runner = engine(stop_ids=[], lanes=2, trunks=1)
-  handles = [runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True) for i in range(2)]
+  handles = [
+    runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True)
+    for i in range(2)
+  ]
   finish(runner, *handles)
   for handle in handles:
     runner.extend(handle, prompt(6, handle))
@@ -167,7 +195,11 @@ def test_extensions_are_checked():
   with pytest.raises(ValueError, match='no lane'):
     runner.extend(handle, prompt(3))
   finish(runner, handle)
-  for tokens, message in ((prompt(80), 'no room'), (np.zeros(0, int), 'at least one'), (np.array([37]), 'vocabulary')):
+  for tokens, message in (
+    (prompt(80), 'no room'),
+    (np.zeros(0, int), 'at least one'),
+    (np.array([37]), 'vocabulary'),
+  ):
     with pytest.raises(ValueError, match=message):
       runner.extend(handle, tokens)
   with pytest.raises(RuntimeError, match='one stream'):
@@ -192,7 +224,9 @@ def test_a_conversation_keeps_its_trunk():
 
 def test_prompts_with_a_long_prefix_in_common_share_its_computation():
   runner, head = engine(), prompt(48)
-  made = [Request(np.concatenate([head, [6 + i], prompt(3 + i, i)]), (i,), 8) for i in range(6)] + [Request(head, (9,), 8)]
+  made = [Request(np.concatenate([head, [6 + i], prompt(3 + i, i)]), (i,), 8) for i in range(6)] + [
+    Request(head, (9,), 8)
+  ]
   for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
     exact(request.prompt, completion)
   # The last one needs the hidden state of its last token, which was not kept.
@@ -201,9 +235,12 @@ def test_prompts_with_a_long_prefix_in_common_share_its_computation():
 
 def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch):
   from dcore_jax.rollout import engine as engine_lib
+
   monkeypatch.setattr(engine_lib, 'PIECE', 32)
   runner = engine(trunks=2, max_new=24)
-  made = [Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)]
+  made = [
+    Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)
+  ]
   for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
     exact(request.prompt, completion)
     assert len(completion.tokens) <= 24
@@ -232,7 +269,11 @@ def test_stop_strings_end_with_the_token_that_completes_them():
     ends = {stop: whole.index(stop) + len(stop) for stop in stops if stop in whole}
     end = min(ends.values(), default=40)
     assert text(completion.tokens) == whole[:end] and not completion.finished
-    assert (completion.stop in ends and ends[completion.stop] == end) if ends else completion.stop is None
+    assert (
+      (completion.stop in ends and ends[completion.stop] == end)
+      if ends
+      else completion.stop is None
+    )
     # Which tile a lane is decoded in depends on who else is live; products of other shapes round otherwise.
     np.testing.assert_allclose(completion.logprobs, full.logprobs[:end], atol=1e-6)
   with pytest.raises(ValueError, match='decode'):
@@ -241,8 +282,14 @@ def test_stop_strings_end_with_the_token_that_completes_them():
 
 def test_a_lane_held_after_a_stop_string_goes_on_behind_it():
   runner = engine(stop_ids=[])
-  written = text(engine(stop_ids=[]).generate([Request(prompt(9), (0,))], SamplingParams(2.0, max_tokens=20))[0].tokens)
-  handle = runner.submit(Request(prompt(9), (0,)), SamplingParams(2.0, max_tokens=20, stop=(written[1:3],)), hold=True)
+  written = text(
+    engine(stop_ids=[])
+    .generate([Request(prompt(9), (0,))], SamplingParams(2.0, max_tokens=20))[0]
+    .tokens
+  )
+  handle = runner.submit(
+    Request(prompt(9), (0,)), SamplingParams(2.0, max_tokens=20, stop=(written[1:3],)), hold=True
+  )
   [completion], _ = finish(runner, handle)
   assert len(completion.tokens) <= 3
   runner.extend(handle, prompt(4))
@@ -251,9 +298,16 @@ def test_a_lane_held_after_a_stop_string_goes_on_behind_it():
 
 
 def test_lanes_with_different_rules_sample_side_by_side():
-  rules = [SamplingParams(0), SamplingParams(0.7, seed=1), SamplingParams(top_p=0.8), SamplingParams(top_k=3, min_p=0.1)]
+  rules = [
+    SamplingParams(0),
+    SamplingParams(0.7, seed=1),
+    SamplingParams(top_p=0.8),
+    SamplingParams(top_k=3, min_p=0.1),
+  ]
   runner, made = engine(), [Request(prompt(9, i), (i,), 12) for i in range(4)]
-  done, _ = finish(runner, *(runner.submit(request, rule) for request, rule in zip(made, rules, strict=True)))
+  done, _ = finish(
+    runner, *(runner.submit(request, rule) for request, rule in zip(made, rules, strict=True))
+  )
   for request, rule, completion in zip(made, rules, done, strict=True):
     [want] = runner.generate([request], rule)
     assert completion.tokens.tolist() == want.tokens.tolist()
@@ -264,10 +318,16 @@ def test_lanes_with_different_rules_sample_side_by_side():
 def test_alternatives_come_where_they_are_asked_for():
   """Beside lanes that ask for fewer or none; they are those of a full forward pass, and what is drawn does not change."""
   runner = engine()
-  rules = [SamplingParams(max_tokens=9, seed=2), SamplingParams(0, max_tokens=9), SamplingParams(0.8, 1, 3, max_tokens=9),
-           SamplingParams(max_tokens=40, seed=3, stop=('k', 'm', 'z', '7'))]
-  made = [(Request(prompt(9, number), (number,), top=top), rule) for number, (rule, top) in
-          enumerate((rule, top) for rule in rules for top in (5, 20, 0))]
+  rules = [
+    SamplingParams(max_tokens=9, seed=2),
+    SamplingParams(0, max_tokens=9),
+    SamplingParams(0.8, 1, 3, max_tokens=9),
+    SamplingParams(max_tokens=40, seed=3, stop=('k', 'm', 'z', '7')),
+  ]
+  made = [
+    (Request(prompt(9, number), (number,), top=top), rule)
+    for number, (rule, top) in enumerate((rule, top) for rule in rules for top in (5, 20, 0))
+  ]
   handles = {runner.submit(request, rule): (request, rule) for request, rule in made}
   seen, done = {handle: [] for handle in handles}, {}
   while len(done) < len(handles):
@@ -285,10 +345,16 @@ def test_alternatives_come_where_they_are_asked_for():
     token_TK = np.concatenate([top.token_BK for top in seen[handle]])
     logprob_TK = np.concatenate([top.logprob_BK for top in seen[handle]])
     tokens = np.concatenate([request.prompt, completion.tokens])
-    table = np.asarray(all_logprobs(np.pad(tokens, (0, 128 - len(tokens)))))[len(request.prompt) - 1:len(tokens) - 1]
+    table = np.asarray(all_logprobs(np.pad(tokens, (0, 128 - len(tokens)))))[
+      len(request.prompt) - 1 : len(tokens) - 1
+    ]
     table = table / (rule.temperature or 1)
-    order_TK = np.argsort(-table, axis=1)[:, :request.top]
-    kept = table if not rule.top_k else np.where(table >= np.sort(table, axis=1)[:, [-rule.top_k]], table, -np.inf)
+    order_TK = np.argsort(-table, axis=1)[:, : request.top]
+    kept = (
+      table
+      if not rule.top_k
+      else np.where(table >= np.sort(table, axis=1)[:, [-rule.top_k]], table, -np.inf)
+    )
     kept = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
     want_TK = np.take_along_axis(kept, order_TK, axis=1)
     assert token_TK.shape == (len(completion.tokens), request.top)

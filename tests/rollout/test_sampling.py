@@ -1,4 +1,5 @@
 """The draw against the distribution it should have, and against torch-free references of top-k and top-p."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,15 @@ DRAW = jax.jit(sampling.draw, static_argnames='mode')
 
 
 def keys(count, seed=0):
-  return sampling.token_keys(np.tile(sampling.request_key(seed, (1,)), (count, 1)), np.arange(count))
+  return sampling.token_keys(
+    np.tile(sampling.request_key(seed, (1,)), (count, 1)), np.arange(count)
+  )
 
 
 def truncate(mass, top_p=1.0, top_k=0, min_p=0.0):
-  return sampling.truncate(mass, *(jnp.full(mass.shape[:1], number) for number in (top_p, top_k, min_p)))
+  return sampling.truncate(
+    mass, *(jnp.full(mass.shape[:1], number) for number in (top_p, top_k, min_p))
+  )
 
 
 def reference(logits, temperature, top_p=1.0, top_k=0, min_p=0.0):
@@ -33,9 +38,17 @@ def reference(logits, temperature, top_p=1.0, top_k=0, min_p=0.0):
   return prob / prob.sum()
 
 
-RULES = [dict(temperature=1.0), dict(temperature=0.6), dict(temperature=1.7, top_k=5), dict(temperature=1.0, top_p=0.7),
-         dict(temperature=0.8, top_p=0.9, top_k=7), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=1e-6),
-         dict(temperature=1.0, min_p=0.05), dict(temperature=1.2, top_p=0.95, top_k=20, min_p=0.1)]
+RULES = [
+  dict(temperature=1.0),
+  dict(temperature=0.6),
+  dict(temperature=1.7, top_k=5),
+  dict(temperature=1.0, top_p=0.7),
+  dict(temperature=0.8, top_p=0.9, top_k=7),
+  dict(temperature=1.0, top_k=1),
+  dict(temperature=1.0, top_p=1e-6),
+  dict(temperature=1.0, min_p=0.05),
+  dict(temperature=1.2, top_p=0.95, top_k=20, min_p=0.1),
+]
 
 
 @pytest.mark.parametrize('rule', RULES, ids=str)
@@ -46,7 +59,9 @@ def test_draws_follow_the_distribution(rule, vocab):
   chosen = SamplingParams(**rule)
   many = jnp.tile(logits[None], (DRAWS, 1))
   lanes = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.rule())
-  tokens, logprobs, full_logprobs, entropies, _ = DRAW(many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode)
+  tokens, logprobs, full_logprobs, entropies, _ = DRAW(
+    many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode
+  )
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[want == 0].any()
   np.testing.assert_allclose(logprobs, np.log(want[tokens]), atol=1e-5)
@@ -81,7 +96,10 @@ def test_alternatives_are_the_likeliest_tokens_of_the_policy_that_draws(rule):
 
 def truncated_reference(logits, temperature, **truncation):
   """`reference` with tokens as likely as the last one kept."""
-  kept, full = reference(logits, temperature or 1.0, **truncation), reference(logits, temperature or 1.0)
+  kept, full = (
+    reference(logits, temperature or 1.0, **truncation),
+    reference(logits, temperature or 1.0),
+  )
   kept = np.where(full >= full[kept > 0].min(), full, 0)
   return kept / kept.sum()
 
@@ -97,7 +115,9 @@ def test_a_large_vocabulary_reaches_its_last_block_and_never_a_token_without_mas
   logits = np.full((2, 151936), -np.inf, np.float32)
   logits[0, [0, 151935]] = 0, 1
   logits[1, 70000] = -3
-  tokens, logprobs, *_ = sample(jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams())
+  tokens, logprobs, *_ = sample(
+    jnp.asarray(np.repeat(logits, 16, axis=0)), keys(32), SamplingParams()
+  )
   assert set(tokens[:16].tolist()) == {0, 151935} and set(tokens[16:].tolist()) == {70000}
   np.testing.assert_allclose(logprobs[16:], 0, atol=1e-6)
 
@@ -114,21 +134,34 @@ def test_a_lane_draws_the_same_beside_others():
   rule = SamplingParams(temperature=0.9, top_p=0.8)
   together = sample(logits, keys(8), rule)
   for lane in (0, 3, 7):
-    alone = sample(logits[lane:lane + 1], keys(8)[lane:lane + 1], rule)
+    alone = sample(logits[lane : lane + 1], keys(8)[lane : lane + 1], rule)
     assert alone[0][0] == together[0][lane]
     np.testing.assert_allclose(alone[1][0], together[1][lane], atol=1e-6)
 
 
 def test_lanes_with_different_rules_draw_as_each_does_alone():
   logits = jax.random.normal(jax.random.key(3), (5, 50))
-  rules = [SamplingParams(0), SamplingParams(0.7), SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.6),
-           SamplingParams(1.3, min_p=0.2)]
-  assert sampling.widest(rule.mode for rule in rules) == 'truncated' and sampling.widest(['full', 'greedy']) == 'full'
+  rules = [
+    SamplingParams(0),
+    SamplingParams(0.7),
+    SamplingParams(1.0, top_k=3),
+    SamplingParams(1.0, top_p=0.6),
+    SamplingParams(1.3, min_p=0.2),
+  ]
+  assert (
+    sampling.widest(rule.mode for rule in rules) == 'truncated'
+    and sampling.widest(['full', 'greedy']) == 'full'
+  )
   together = jax.tree.map(lambda *numbers: np.stack(numbers), *(rule.rule() for rule in rules))
   for mode, lanes in (('truncated', slice(5)), ('full', slice(2))):
-    drawn = sampling.draw(logits[lanes], sampling.uniforms(keys(5)[lanes]), jax.tree.map(lambda x: x[lanes], together), mode)
+    drawn = sampling.draw(
+      logits[lanes],
+      sampling.uniforms(keys(5)[lanes]),
+      jax.tree.map(lambda x: x[lanes], together),
+      mode,
+    )
     for lane, rule in enumerate(rules[lanes]):
-      alone = sample(logits[lane:lane + 1], keys(5)[lane:lane + 1], rule)
+      alone = sample(logits[lane : lane + 1], keys(5)[lane : lane + 1], rule)
       assert alone.token_B[0] == drawn.token_B[lane]
       np.testing.assert_allclose(alone.logprob_B[0], drawn.logprob_B[lane], atol=1e-6)
       np.testing.assert_allclose(alone.full_logprob_B[0], drawn.full_logprob_B[lane], atol=1e-6)
@@ -136,23 +169,48 @@ def test_lanes_with_different_rules_draw_as_each_does_alone():
 
 def test_extreme_logits_stay_finite_and_nan_is_not_hidden():
   logits = jnp.array([[1e30, -1e30, 0.0], [jnp.nan, 0.0, 1.0]])
-  tokens, logprobs, *_ = sample(logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2))
+  tokens, logprobs, *_ = sample(
+    logits, keys(2), SamplingParams(temperature=0.01, top_p=0.9, top_k=2)
+  )
   assert tokens[0] == 0 and logprobs[0] == 0 and np.isnan(logprobs[1])
   assert 0 <= tokens[1] < 3
 
 
 def test_request_keys_differ_by_every_part():
-  made = [sampling.request_key(seed, key_id) for seed, key_id in
-          ((0, ()), (0, (0,)), (0, (0, 0)), (1, (0,)), (0, (1, 0)), (0, (0, 1)), (0, (2**32 - 1,)))]
+  made = [
+    sampling.request_key(seed, key_id)
+    for seed, key_id in (
+      (0, ()),
+      (0, (0,)),
+      (0, (0, 0)),
+      (1, (0,)),
+      (0, (1, 0)),
+      (0, (0, 1)),
+      (0, (2**32 - 1,)),
+    )
+  ]
   assert len({key.tobytes() for key in made}) == len(made)
   assert made[0].dtype == np.uint32 and made[0].shape == (2,)
   with pytest.raises(ValueError, match='key_id'):
     sampling.request_key(0, (-1,))
 
 
-@pytest.mark.parametrize('bad', [
-    dict(temperature=-0.1), dict(temperature=float('nan')), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1),
-    dict(max_tokens=0), dict(seed=-1), dict(min_p=1.1), dict(stop=('',)), dict(stop='text')], ids=str)
+@pytest.mark.parametrize(
+  'bad',
+  [
+    dict(temperature=-0.1),
+    dict(temperature=float('nan')),
+    dict(top_p=0.0),
+    dict(top_p=1.1),
+    dict(top_k=-1),
+    dict(max_tokens=0),
+    dict(seed=-1),
+    dict(min_p=1.1),
+    dict(stop=('',)),
+    dict(stop='text'),
+  ],
+  ids=str,
+)
 def test_values_out_of_range_are_named(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     SamplingParams(**bad)

@@ -1,10 +1,11 @@
 """The engine on eight fake devices (a process of its own: the number of devices is fixed when jax starts)."""
+
 import os
 import subprocess
 import sys
 import textwrap
 
-PROGRAM = textwrap.dedent('''
+PROGRAM = textwrap.dedent("""
     import jax, numpy as np
     from dcore_jax import sharding
     from dcore_jax.models import decoder
@@ -46,12 +47,17 @@ PROGRAM = textwrap.dedent('''
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
         np.testing.assert_allclose(a.full_logprobs, b.full_logprobs, atol=1e-5)
     print('done')
-''')
+""")
 
 
 def test_eight_devices_give_what_one_gives():
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  }
   # The timeout is a guard against hanging; a quiet machine needs half a minute.
-  result = subprocess.run([sys.executable, '-c', PROGRAM], env=environment, capture_output=True, text=True, timeout=500)
+  result = subprocess.run(
+    [sys.executable, '-c', PROGRAM], env=environment, capture_output=True, text=True, timeout=500
+  )
   assert result.returncode == 0, result.stderr
   assert result.stdout.strip() == 'done'

@@ -1,4 +1,5 @@
 """Sweeps: settings that the stages take, and, with an invented pipeline, which configs are run and the figures beside the paper's."""
+
 import json
 import sys
 
@@ -18,6 +19,7 @@ from experiments import ablate
 
 class InventedPipeline:
   """Success and accuracy that depend on what the decomposer sees and, a little, on the seed."""
+
   configs = []
 
   def __init__(self, config, workdir):
@@ -26,11 +28,24 @@ class InventedPipeline:
   def run(self):
     InventedPipeline.configs.append((self.config, self.workdir))
     d = self.config.distill
-    rate = {'hidden': 0.7, 'shown': 0.9, 'pseudo': 0.8}[d.reference] + 0.01 * d.examples + 0.02 * self.config.seed
-    made = {'success_rate': rate, 'success_rate_all': rate / 2, 'decomposition_rate': 1.0, 'rows': 10, 'dropped': {}}
+    rate = (
+      {'hidden': 0.7, 'shown': 0.9, 'pseudo': 0.8}[d.reference]
+      + 0.01 * d.examples
+      + 0.02 * self.config.seed
+    )
+    made = {
+      'success_rate': rate,
+      'success_rate_all': rate / 2,
+      'decomposition_rate': 1.0,
+      'rows': 10,
+      'dropped': {},
+    }
     if d.reference == 'pseudo':
       made['labels'] = {'seeds': 8, 'agree': 6}
-    return {'distill': made, 'stages': {'sft': {'accuracy': {k: rate for k in ('sequential', 'parallel', 'multi_turn')}}}}
+    return {
+      'distill': made,
+      'stages': {'sft': {'accuracy': {k: rate for k in ('sequential', 'parallel', 'multi_turn')}}},
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +59,63 @@ def test_table_6(tmp_path):
   assert json.loads((tmp_path / 'decomposition.json').read_text()) == content
   asked = [(c.distill.reference, c.distill.examples, c.seed) for c, _ in InventedPipeline.configs]
   assert len(set(asked)) == 12 and len({folder for _, folder in InventedPipeline.configs}) == 12
-  assert {(reference, examples) for reference, examples, _ in asked} == {('hidden', 0), ('shown', 0), ('shown', 2), ('pseudo', 2)}
-  assert all(tuple(c.stages) == ('distill', 'sft', 'evaluate_sft') for c, _ in InventedPipeline.configs)
+  assert {(reference, examples) for reference, examples, _ in asked} == {
+    ('hidden', 0),
+    ('shown', 0),
+    ('shown', 2),
+    ('pseudo', 2),
+  }
+  assert all(
+    tuple(c.stages) == ('distill', 'sft', 'evaluate_sft') for c, _ in InventedPipeline.configs
+  )
   rows = {row['setting']: row for row in content['table']}
   values = [0.7, 0.72, 0.74]
   figure = rows['no_reference']['figures']['success_rate']
   assert figure['mean'] == pytest.approx(0.72)
   # Student's t with 2 degrees of freedom: 4.3027.
-  assert figure['half_width'] == pytest.approx(4.302653 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-5)
-  assert rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75 and 'label_agreement' not in rows['reference']['figures']
-  assert [row['published']['success_percent'] for row in content['table']] == [73.8, 89.1, 93.2, 92.8]
+  assert figure['half_width'] == pytest.approx(
+    4.302653 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-5
+  )
+  assert (
+    rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75
+    and 'label_agreement' not in rows['reference']['figures']
+  )
+  assert [row['published']['success_percent'] for row in content['table']] == [
+    73.8,
+    89.1,
+    93.2,
+    92.8,
+  ]
   table = ablation.format_table(content)
   assert '72.0 +- 5.0' in table and '93.2, 37.1' in table and len(table.splitlines()) == 5
 
 
 def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys):
   asked = {}
-  monkeypatch.setattr(ablate, 'run_suite', lambda suite, config, workdir, seeds, sft_run: asked.update(
-      {suite: (seeds, config.name, config.rl.alpha)}) or {'suite': suite, 'table': []})
+  monkeypatch.setattr(
+    ablate,
+    'run_suite',
+    lambda suite, config, workdir, seeds, sft_run: (
+      asked.update({suite: (seeds, config.name, config.rl.alpha)}) or {'suite': suite, 'table': []}
+    ),
+  )
   monkeypatch.setattr(ablate, 'format_table', lambda content: '')
-  for suite, *more in (('decomposition', '--config=configs/nano.py:decomposition'), ('alpha_delta',),
-                       ('psi', '--seeds=2', '--config=configs/nano.py:tiny', '--config.rl.alpha=0.4')):
+  for suite, *more in (
+    ('decomposition', '--config=configs/nano.py:decomposition'),
+    ('alpha_delta',),
+    ('psi', '--seeds=2', '--config=configs/nano.py:tiny', '--config.rl.alpha=0.4'),
+  ):
     with flagsaver.flagsaver():
-      monkeypatch.setattr(sys, 'argv', ['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more])  # read for overrides
+      monkeypatch.setattr(
+        sys, 'argv', ['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more]
+      )  # read for overrides
       flags.FLAGS(sys.argv)
       ablate.main(['ablate'])
-  assert asked == {'decomposition': (3, 'configs/nano.py:decomposition', 0.1), 'alpha_delta': (1, 'configs/nano.py', 0.1),
-                   'psi': (2, 'configs/nano.py:tiny', 0.4)}
+  assert asked == {
+    'decomposition': (3, 'configs/nano.py:decomposition', 0.1),
+    'alpha_delta': (1, 'configs/nano.py', 0.1),
+    'psi': (2, 'configs/nano.py:tiny', 0.4),
+  }
   assert set(ablation.SEEDS) == set(ablation.SUITES)
   capsys.readouterr()
 
@@ -81,13 +126,21 @@ def test_one_seed_has_no_interval(tmp_path):
   assert '+-' not in ablation.format_table(content)
 
 
-@pytest.mark.parametrize(('arguments', 'named'), [
-    (dict(suite='x', seeds=1), 'unknown suite'), (dict(suite='decomposition', seeds=0), 'seeds = 0'),
-    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model'), (dict(suite='psi', seeds=1, steps=0), 'rl.steps = 0'),
-    (dict(suite='psi', seeds=1, validation=0), 'rl.validation = 0')])
+@pytest.mark.parametrize(
+  ('arguments', 'named'),
+  [
+    (dict(suite='x', seeds=1), 'unknown suite'),
+    (dict(suite='decomposition', seeds=0), 'seeds = 0'),
+    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model'),
+    (dict(suite='psi', seeds=1, steps=0), 'rl.steps = 0'),
+    (dict(suite='psi', seeds=1, validation=0), 'rl.validation = 0'),
+  ],
+)
 def test_what_cannot_be_swept(tmp_path, arguments, named):
   config = nano.get_config()
-  config.rl.update({name: arguments.pop(name) for name in ('steps', 'validation') if name in arguments})
+  config.rl.update(
+    {name: arguments.pop(name) for name in ('steps', 'validation') if name in arguments}
+  )
   with pytest.raises(ValueError, match=named):
     ablation.run_suite(config=config, workdir=tmp_path, **arguments)
   assert not InventedPipeline.configs
@@ -104,11 +157,15 @@ class InventedReinforcement(InventedPipeline):
     values = {'reward': self.config.rl.alpha, 'reflections': 0.1}
     by_prompt = {name: [value] * 2 for name, value in values.items()}
     evaluated = {'accuracy': {'single': 0.9}, 'reflections_per_response': 0.2}
-    return {'stages': {self.config.rl.estimator: evaluated},
-            'rl': {'validation': {'after': values, 'by_prompt': {'after': by_prompt}}}}
+    return {
+      'stages': {self.config.rl.estimator: evaluated},
+      'rl': {'validation': {'after': values, 'by_prompt': {'after': by_prompt}}},
+    }
 
 
-@pytest.mark.parametrize(('suite', 'alphas'), [('psi', {0.4}), ('alpha_delta', {0.01, 0.1, 0.4, 1.0})])
+@pytest.mark.parametrize(
+  ('suite', 'alphas'), [('psi', {0.4}), ('alpha_delta', {0.01, 0.1, 0.4, 1.0})]
+)
 def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite, alphas):
   monkeypatch.setattr(ablation, 'Pipeline', InventedReinforcement)
   start = tmp_path / 'start'
@@ -120,11 +177,16 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
   content = ablation.run_suite(suite, config, tmp_path / 'sweep', seeds=1, sft_run=start)
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'da_grpo'} == alphas
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'grpo'} == {None}
-  assert all(row['figures']['reward']['mean'] == row['alpha'] for row in content['table'] if row['alpha'])
+  assert all(
+    row['figures']['reward']['mean'] == row['alpha'] for row in content['table'] if row['alpha']
+  )
   assert len({folder for _, folder in InventedPipeline.configs}) == len(ablation.RL_SUITES[suite])
   assert all(c.rl.psi_words == () for c, _ in InventedPipeline.configs if c.rl.estimator == 'grpo')
   if suite == 'psi':
-    different = {(c.rl.psi_when_wrong, tuple(c.rl.psi_words), c.rl.alpha_measure, c.rl.uniform_kl) for c, _ in InventedPipeline.configs}
+    different = {
+      (c.rl.psi_when_wrong, tuple(c.rl.psi_words), c.rl.alpha_measure, c.rl.uniform_kl)
+      for c, _ in InventedPipeline.configs
+    }
     assert len(different) == len(content['table'])
 
 
@@ -145,8 +207,16 @@ def a_run(setting, seed, after):
   """As `_run_one` gives it, with the rewards of three prompts set aside."""
   figures = {'reward': np.mean(after), 'reflections': 0.1}
   by_prompt = {'reward': after, 'right_fraction': [0.5] * 3, 'reflections': [0.1] * 3}
-  return {'setting': setting.name, 'alpha': setting.alpha, 'delta': setting.delta, 'seed': seed, 'accuracy': {'single': 0.9},
-          'end': {'entropy': 0.03, 'grad_norm': None}, 'evaluated_reflections': 0.2, 'validation': {'before': figures, 'after': figures, 'by_prompt': {'after': by_prompt}}}
+  return {
+    'setting': setting.name,
+    'alpha': setting.alpha,
+    'delta': setting.delta,
+    'seed': seed,
+    'accuracy': {'single': 0.9},
+    'end': {'entropy': 0.03, 'grad_norm': None},
+    'evaluated_reflections': 0.2,
+    'validation': {'before': figures, 'after': figures, 'by_prompt': {'after': by_prompt}},
+  }
 
 
 def test_settings_are_compared_with_the_first_on_the_same_prompts():
@@ -155,10 +225,18 @@ def test_settings_are_compared_with_the_first_on_the_same_prompts():
   runs = [a_run(grpo, 0, [1.0, 2, 3]), a_run(da_grpo, 0, [1.5, 2, 4])]
   first, second = ablation._table(ablation.PSI, runs)
   assert first['against_first']['reward'] == {'difference': 0, 'standard_error': 0, 'n': 3}
-  assert second['against_first']['reward'] == {'difference': 0.5, 'standard_error': pytest.approx(0.5 / 3**0.5), 'n': 3}
+  assert second['against_first']['reward'] == {
+    'difference': 0.5,
+    'standard_error': pytest.approx(0.5 / 3**0.5),
+    'n': 3,
+  }
   runs += [a_run(grpo, 1, [1.0, 1, 1]), a_run(da_grpo, 1, [1.0, 1, 1.3])]
   table = ablation._table(ablation.PSI, runs)
-  assert table[1]['against_first']['reward'] == {'difference': pytest.approx(0.3), 'standard_error': pytest.approx(0.2), 'n': 2}
+  assert table[1]['against_first']['reward'] == {
+    'difference': pytest.approx(0.3),
+    'standard_error': pytest.approx(0.2),
+    'n': 2,
+  }
   shown = ablation.format_table({'suite': 'psi', 'table': table}).splitlines()
   assert '+0.300 ± 0.200' in shown[2] and '1.8 ± 0.7' in shown[2] and 'against grpo' in shown[3]
 

@@ -1,4 +1,5 @@
 """Exports of a run's stages and checkpoints, and the card that goes with them."""
+
 import json
 import pathlib
 import shutil
@@ -34,7 +35,9 @@ def run(tmp_path_factory):
   del summary['stages']['da_grpo']
   (workdir / 'summary.json').write_text(json.dumps(summary))
   config, params = load_params(ORGANISM)
-  save_checkpoint(workdir / 'sft', config, moved(params, 0.25), tokenizer_dir=ORGANISM, dtype='float32')
+  save_checkpoint(
+    workdir / 'sft', config, moved(params, 0.25), tokenizer_dir=ORGANISM, dtype='float32'
+  )
   (workdir / 'checkpoints' / 'da_grpo' / 'rollouts').mkdir(parents=True)
   with Checkpoints(workdir / 'checkpoints' / 'da_grpo' / STATE) as saved:
     for step in (2, 10):
@@ -47,8 +50,10 @@ def moved(params, amount):
 
 
 def expected(amount):
-  return {name: tensor.astype(np.float32) + np.float32(amount)
-          for name, tensor in load_file(ORGANISM / 'model.safetensors').items()}
+  return {
+    name: tensor.astype(np.float32) + np.float32(amount)
+    for name, tensor in load_file(ORGANISM / 'model.safetensors').items()
+  }
 
 
 def assert_holds(out, tensors):
@@ -58,14 +63,22 @@ def assert_holds(out, tensors):
     np.testing.assert_array_equal(got[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize('place, stage, step, amount', [
-    ('', 'da_grpo', 10, 10), ('checkpoints/da_grpo', 'da_grpo', 10, 10), ('checkpoints/da_grpo/2', 'da_grpo', 2, 2),
-    ('sft', 'sft', None, 0.25)])
+@pytest.mark.parametrize(
+  'place, stage, step, amount',
+  [
+    ('', 'da_grpo', 10, 10),
+    ('checkpoints/da_grpo', 'da_grpo', 10, 10),
+    ('checkpoints/da_grpo/2', 'da_grpo', 2, 2),
+    ('sft', 'sft', None, 0.25),
+  ],
+)
 def test_what_a_path_stands_for(run, tmp_path, place, stage, step, amount):
   found = export.export(run / place, tmp_path / 'out', dtype='float32')
   assert (found.stage, found.step) == (stage, step)
   assert_holds(tmp_path / 'out', expected(amount))
-  assert (tmp_path / 'out' / 'tokenizer.json').is_file() and (tmp_path / 'out' / 'chat_template.jinja').is_file()
+  assert (tmp_path / 'out' / 'tokenizer.json').is_file() and (
+    tmp_path / 'out' / 'chat_template.jinja'
+  ).is_file()
   written = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
   assert 573 in written['eos_token_id'] and written['pad_token_id'] == 571
   card = (tmp_path / 'out' / 'README.md').read_text()
@@ -77,11 +90,15 @@ def test_a_hugging_face_directory_is_converted(run, tmp_path):
   export.export(ORGANISM, tmp_path / 'wide', dtype='float32')
   assert_holds(tmp_path / 'wide', expected(0))
   export.export(tmp_path / 'wide', tmp_path / 'narrow')
-  assert (tmp_path / 'narrow' / 'model.safetensors').read_bytes() == (ORGANISM / 'model.safetensors').read_bytes()
+  assert (tmp_path / 'narrow' / 'model.safetensors').read_bytes() == (
+    ORGANISM / 'model.safetensors'
+  ).read_bytes()
   assert not (tmp_path / 'narrow' / 'README.md').exists()
   shutil.copytree(run, tmp_path / 'run')
   (tmp_path / 'wide' / 'README.md').write_text('# Card')
-  shutil.move(tmp_path / 'wide', tmp_path / 'run' / 'export')  # what a run has exported keeps its card
+  shutil.move(
+    tmp_path / 'wide', tmp_path / 'run' / 'export'
+  )  # what a run has exported keeps its card
   export.export(tmp_path / 'run' / 'export', tmp_path / 'again')
   assert (tmp_path / 'again' / 'README.md').read_text() == '# Card'
 
@@ -91,10 +108,16 @@ def test_the_pipeline_exports_with_a_card(tmp_path):
   config.stages = ('export',)
   Pipeline(config, tmp_path).run()
   card = (tmp_path / 'export' / 'README.md').read_text()
-  assert 'the model organism of dcore_jax, not trained further' in card and '"estimator": "da_grpo"' in card
+  assert (
+    'the model organism of dcore_jax, not trained further' in card
+    and '"estimator": "da_grpo"' in card
+  )
 
 
-@pytest.mark.parametrize('place, match', [('', 'neither a run'), ('nowhere', 'neither a run'), ('3', 'config.json of a run')])
+@pytest.mark.parametrize(
+  'place, match',
+  [('', 'neither a run'), ('nowhere', 'neither a run'), ('3', 'config.json of a run')],
+)
 def test_other_places_are_refused(tmp_path, place, match):
   (tmp_path / 'checkpoints' / 'sft' / '3' / 'tree').mkdir(parents=True)
   with pytest.raises(ValueError, match=match):
@@ -111,9 +134,11 @@ def test_a_run_without_training_is_refused(tmp_path):
 def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
   shutil.copytree(run, tmp_path / 'run')
   step = tmp_path / 'run' / 'checkpoints' / 'da_grpo' / STATE / '10'
-  chunk = max((file for file in step.rglob('*') if file.is_file()), key=lambda file: file.stat().st_size)
+  chunk = max(
+    (file for file in step.rglob('*') if file.is_file()), key=lambda file: file.stat().st_size
+  )
   content = bytearray(chunk.read_bytes())
-  content[len(content) // 2:len(content) // 2 + 64] = bytes(64)
+  content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
   chunk.write_bytes(bytes(content))
   with pytest.raises(ValueError, match='da_grpo/state/10'):
     export.export(tmp_path / 'run', tmp_path / 'out')
@@ -126,7 +151,13 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, tmp_path):
 
 
 def test_the_program(run, tmp_path):
-  command = [sys.executable, '-m', 'experiments.export', f'--checkpoint={run}', f'--out={tmp_path / "out"}']
+  command = [
+    sys.executable,
+    '-m',
+    'experiments.export',
+    f'--checkpoint={run}',
+    f'--out={tmp_path / "out"}',
+  ]
   again = []
   for extra in ([], [], ['--overwrite', '--dtype=float32']):
     done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -143,7 +174,9 @@ def test_the_card_names_files_and_hides_where_they_lie():
   config.sft.files = ('/home/someone/rows.jsonl', 'Team-ACE/ToolACE')
   record = to_json(check_config(config, default_config()))
   card = model_card(record, load_params(ORGANISM)[0], stage='da_grpo', summary=a_summary())
-  assert 'someone' not in card and '`Qwen3-8B`' in card and '`rows.jsonl`, `Team-ACE/ToolACE`' in card
+  assert (
+    'someone' not in card and '`Qwen3-8B`' in card and '`rows.jsonl`, `Team-ACE/ToolACE`' in card
+  )
   assert 'Self-distillation' not in card  # rows were given
   assert '| after da_grpo | 96.9%' in card and card.startswith('---\nlibrary_name: transformers\n')
   assert 'reward `toolrl`' in card
@@ -151,11 +184,23 @@ def test_the_card_names_files_and_hides_where_they_lie():
 
 def test_the_card_says_who_wrote_the_rows_and_what_was_rewarded():
   config = nano.get_config('agentic')
-  config.distill.update(dict(backend='openai', base_url='http://fleet.someone:8000/v1', model='Qwen3-32B', reference='pseudo',
-                             wording='/home/someone/words.json', files=('/home/someone/seeds.jsonl',)))
+  config.distill.update(
+    dict(
+      backend='openai',
+      base_url='http://fleet.someone:8000/v1',
+      model='Qwen3-32B',
+      reference='pseudo',
+      wording='/home/someone/words.json',
+      files=('/home/someone/seeds.jsonl',),
+    )
+  )
   config.distill.labels.base_url = 'http://labels.someone:8000/v1'
   record = to_json(check_config(config, default_config()))
   card = model_card(record, load_params(ORGANISM)[0], stage='da_grpo', summary=a_summary())
   assert 'someone' not in card and '"words.json"' in card and '"seeds.jsonl"' in card
   assert 'with `Qwen3-32B`, which saw pseudo-labels' in card and 'the model itself' not in card
-  assert '16 whole tasks x 8 rollouts' in card and 'rewarded by the state' in card and 'reward `toolrl`' not in card
+  assert (
+    '16 whole tasks x 8 rollouts' in card
+    and 'rewarded by the state' in card
+    and 'reward `toolrl`' not in card
+  )

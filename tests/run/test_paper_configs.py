@@ -1,4 +1,5 @@
 """The configs of real models: complete, with the paper's geometry and hyperparameters (method 2.4, 3.2-3.5)."""
+
 import importlib
 
 import pytest
@@ -21,14 +22,38 @@ def test_a_config_for_every_preset(name):
   with pytest.raises(ValueError, match='nope'):
     module.get_config('nope')
   sft, rl = config.sft, config.rl
-  assert (sft.capacity, sft.learning_rate, sft.epochs, sft.warmup, sft.weight_decay) == (16384, 1e-5, 3, 0.05, 0.0)
-  assert (rl.prompts, rl.group, rl.updates, rl.steps, rl.learning_rate, rl.weight_decay) == (32, 8, 4, 468, 1e-6, 0.01)
-  assert (rl.alpha, rl.delta, rl.clip_low, rl.clip_high, rl.dual_clip, rl.kl_coefficient) == (0.1, 0.5, 0.2, 0.2, 3.0, 0.001)
+  assert (sft.capacity, sft.learning_rate, sft.epochs, sft.warmup, sft.weight_decay) == (
+    16384,
+    1e-5,
+    3,
+    0.05,
+    0.0,
+  )
+  assert (rl.prompts, rl.group, rl.updates, rl.steps, rl.learning_rate, rl.weight_decay) == (
+    32,
+    8,
+    4,
+    468,
+    1e-6,
+    0.01,
+  )
+  assert (rl.alpha, rl.delta, rl.clip_low, rl.clip_high, rl.dual_clip, rl.kl_coefficient) == (
+    0.1,
+    0.5,
+    0.2,
+    0.2,
+    3.0,
+    0.001,
+  )
   assert (rl.max_prompt_tokens, rl.max_tokens, rl.temperature) == (8192, 4096, 1.0)
-  assert sft.rows == SFT_ROWS.get(name, sft.rows) and rl.checkpoint_every == (50 if name == 'qwen3_14b' else 25)
+  assert sft.rows == SFT_ROWS.get(name, sft.rows) and rl.checkpoint_every == (
+    50 if name == 'qwen3_14b' else 25
+  )
   assert config.engine.max_len == 12288 and config.engine.lanes % config.engine.tile == 0
   if not name.startswith('qwen3'):
-    assert config.stages == SFT_ONLY and 'runs/qwen3_8b/distill/rows-*.jsonl' in module.__doc__  # distillation writes shards
+    assert (
+      config.stages == SFT_ONLY and 'runs/qwen3_8b/distill/rows-*.jsonl' in module.__doc__
+    )  # distillation writes shards
 
 
 def test_three_epochs_of_five_thousand_prompts():

@@ -1,4 +1,5 @@
 """The pipeline's bookkeeping: bad input is named before anything is written, and results are tied to their config."""
+
 import json
 import pathlib
 import shutil
@@ -41,7 +42,10 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
 
 
 def test_stages_say_what_they_need(tmp_path):
-  for stage, message in (('sft', 'run the stage distill first'), ('rl', "stage 'sft' has no result")):
+  for stage, message in (
+    ('sft', 'run the stage distill first'),
+    ('rl', "stage 'sft' has no result"),
+  ):
     config = nano.get_config('quick')
     config.stages = (stage,)
     with pytest.raises(ValueError, match=message):
@@ -64,15 +68,29 @@ def test_stages_are_compared_task_by_task(tmp_path):
     folder = tmp_path / f'evaluate_{name}'
     folder.mkdir()
     (folder / 'result.json').write_text('{"seconds": 1.0}')
-    records = [{'kind': kind, 'correct': bool(r)} for kind, r in zip(('single', 'single', 'single', 'parallel'), right)]
-    (folder / 'trajectories.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    records = [
+      {'kind': kind, 'correct': bool(r)}
+      for kind, r in zip(('single', 'single', 'single', 'parallel'), right)
+    ]
+    (folder / 'trajectories.jsonl').write_text(
+      ''.join(json.dumps(record) + '\n' for record in records)
+    )
   first, second = pipeline.summary()['changes']
-  assert (first['from'], first['to'], second['from'], second['to']) == ('base', 'sft', 'sft', 'da_grpo')
-  assert first['accuracy'] == {'single': {'difference': pytest.approx(1 / 3), 'standard_error': pytest.approx(1 / 3), 'n': 3},
-                               'parallel': {'difference': 0, 'standard_error': None, 'n': 1}}
+  assert (first['from'], first['to'], second['from'], second['to']) == (
+    'base',
+    'sft',
+    'sft',
+    'da_grpo',
+  )
+  assert first['accuracy'] == {
+    'single': {'difference': pytest.approx(1 / 3), 'standard_error': pytest.approx(1 / 3), 'n': 3},
+    'parallel': {'difference': 0, 'standard_error': None, 'n': 1},
+  }
   assert second['accuracy']['parallel']['difference'] == -1
   shutil.rmtree(tmp_path / 'evaluate_sft')
-  assert [(change['from'], change['to']) for change in pipeline.summary()['changes']] == [('base', 'da_grpo')]
+  assert [(change['from'], change['to']) for change in pipeline.summary()['changes']] == [
+    ('base', 'da_grpo')
+  ]
 
 
 def test_only_groups_share_trunks(tmp_path):
@@ -85,7 +103,9 @@ def test_only_groups_share_trunks(tmp_path):
   measured = pipeline.engine(params)
   assert trunks() == 16 and pipeline.engine(params) is measured
   assert trunks(groups=True) == 4 and trunks() == 16
-  assert len(local_backend(pipeline.config, tmp_path / 'replies.jsonl').engine._trunks.length_P) == 16
+  assert (
+    len(local_backend(pipeline.config, tmp_path / 'replies.jsonl').engine._trunks.length_P) == 16
+  )
 
 
 def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):
@@ -99,8 +119,13 @@ def test_export_alone_copies_the_organism(tmp_path):
   config = nano.get_config('quick')
   config.stages = ('export', 'report')
   summary = Pipeline(config, tmp_path).run()
-  assert (tmp_path / 'export' / 'model.safetensors').exists() and (tmp_path / 'report.html').exists()
-  assert summary['export'] == str(tmp_path / 'export') and json.loads((tmp_path / 'summary.json').read_text()) == summary
+  assert (tmp_path / 'export' / 'model.safetensors').exists() and (
+    tmp_path / 'report.html'
+  ).exists()
+  assert (
+    summary['export'] == str(tmp_path / 'export')
+    and json.loads((tmp_path / 'summary.json').read_text()) == summary
+  )
 
 
 def test_an_export_follows_the_last_trained_stage(tmp_path):
@@ -116,10 +141,21 @@ def test_an_export_follows_the_last_trained_stage(tmp_path):
 
 def test_tasks_of_training_are_not_those_of_pretraining():
   """Those of `experiments.seeds` neither; its default is the seed that pretraining begins with."""
-  pretraining = {t.id for number in range(len(nano_base.get_config().stages))
-                 for t in ToolWorld().tasks('single', 5, seed=nano_base.get_config().seed + number, split='train')}
-  assert not pretraining & {t.id for purpose in (DISTILL, RL) for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')}
-  seeds = [seed for number in range(3) for seed in load_seeds('toolworld', count=5, seed=number).seeds]
+  pretraining = {
+    t.id
+    for number in range(len(nano_base.get_config().stages))
+    for t in ToolWorld().tasks(
+      'single', 5, seed=nano_base.get_config().seed + number, split='train'
+    )
+  }
+  assert not pretraining & {
+    t.id
+    for purpose in (DISTILL, RL)
+    for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')
+  }
+  seeds = [
+    seed for number in range(3) for seed in load_seeds('toolworld', count=5, seed=number).seeds
+  ]
   made = {seed.id.partition('/')[0] for seed in seeds if '-single-' in seed.id}
   assert len(made) == 15 and not made & pretraining
 
@@ -132,8 +168,15 @@ def test_variants():
       module.get_config('nope')
 
 
-@pytest.mark.parametrize('flags', [['--config=configs/nano.py:nope'], ['--config=configs/nano.py', '--config.rl.nope=1']])
+@pytest.mark.parametrize(
+  'flags', [['--config=configs/nano.py:nope'], ['--config=configs/nano.py', '--config.rl.nope=1']]
+)
 def test_the_program_fails_with_one_message(tmp_path, flags):
-  done = subprocess.run([sys.executable, '-m', 'experiments.train', *flags, f'--workdir={tmp_path / "w"}'], cwd=ROOT,
-                        capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.train', *flags, f'--workdir={tmp_path / "w"}'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode != 0 and 'nope' in done.stderr and not (tmp_path / 'w').exists()

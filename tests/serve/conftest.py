@@ -1,4 +1,5 @@
 """The organism behind a server for the whole session, and servers on a scripted engine for what is hard to time."""
+
 import contextlib
 import dataclasses
 from types import SimpleNamespace
@@ -37,10 +38,25 @@ def served(organism):
 def scripted(tokenizer):
   """A function that starts a server on a scripted engine -> (URL, engine, service, uvicorn server)."""
   with contextlib.ExitStack() as stack:
-    def start(text='find the order', *, max_waiting=2, drain_seconds=30.0, api_key='', lanes=2, max_len=256, max_new=64,
-              **limits):
-      engine = ScriptedEngine([*tokenizer(text)['input_ids'], tokenizer.eos_token_id], lanes, max_len, max_new)
-      service = Service(Scheduler(engine, max_waiting), tokenizer, 'm', Limits(max_new, **limits), api_key)
+
+    def start(
+      text='find the order',
+      *,
+      max_waiting=2,
+      drain_seconds=30.0,
+      api_key='',
+      lanes=2,
+      max_len=256,
+      max_new=64,
+      **limits,
+    ):
+      engine = ScriptedEngine(
+        [*tokenizer(text)['input_ids'], tokenizer.eos_token_id], lanes, max_len, max_new
+      )
+      service = Service(
+        Scheduler(engine, max_waiting), tokenizer, 'm', Limits(max_new, **limits), api_key
+      )
       url, server = stack.enter_context(running(service, drain_seconds))
       return SimpleNamespace(url=url, engine=engine, service=service, server=server)
+
     yield start

@@ -1,4 +1,5 @@
 """Servers for tests: real ones on loopback ports, on the organism or on an engine that does what a script says."""
+
 import contextlib
 import threading
 import time
@@ -10,24 +11,40 @@ from dcore_jax.rollout.engine import Completion, Engine, EngineStats, Progress
 from dcore_jax.serve.server import Server
 
 # The template of the organism's own prompts, tools as it knows them: a signature a line in the system turn.
-SIGNATURES = ("{%- if tools -%}{{- '<|im_start|>system\npolicy: call listed tools only.\ntools:' -}}{%- for tool in tools -%}"
-              "{{- '\n' + tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')' -}}"
-              "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
-              "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
-              "{%- endfor -%}{{- '<|im_start|>assistant\n' -}}")
+SIGNATURES = (
+  "{%- if tools -%}{{- '<|im_start|>system\npolicy: call listed tools only.\ntools:' -}}{%- for tool in tools -%}"
+  "{{- '\n' + tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')' -}}"
+  "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
+  "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
+  "{%- endfor -%}{{- '<|im_start|>assistant\n' -}}"
+)
 
 
 def engine_like(engine):
   """An engine of the same model and sizes, for a server or a test of its own."""
-  return Engine(engine.params, engine.config, stop_ids=engine._stop_ids.tolist(), lanes=engine.lanes, max_len=engine.max_len,
-                max_new=engine.max_new, steps_per_call=engine.steps_per_call, tile=2, decode=engine.decode)
+  return Engine(
+    engine.params,
+    engine.config,
+    stop_ids=engine._stop_ids.tolist(),
+    lanes=engine.lanes,
+    max_len=engine.max_len,
+    max_new=engine.max_new,
+    steps_per_call=engine.steps_per_call,
+    tile=2,
+    decode=engine.decode,
+  )
 
 
 class ScriptedEngine:
   """Answers every prompt with the tokens of `reply`, one a step; steps wait for `go`, and fail where `broken` is set."""
 
   def __init__(self, reply, lanes=2, max_len=256, max_new=64):
-    self.reply, self.lanes, self.max_len, self.max_new = np.asarray(reply, np.int32), lanes, max_len, max_new
+    self.reply, self.lanes, self.max_len, self.max_new = (
+      np.asarray(reply, np.int32),
+      lanes,
+      max_len,
+      max_new,
+    )
     self.config, self.stats = SimpleNamespace(vocab_size=640), EngineStats()
     self.go, self.broken, self.cancelled, self.prompts = threading.Event(), None, [], []
     self.go.set()
@@ -57,18 +74,24 @@ class ScriptedEngine:
     self.go.wait(0.05)  # then commands are looked at, as between two calls of the device
     if self.broken:
       raise self.broken
-    return [self._advance(handle) for handle in list(self._rollouts)[:self.lanes]] if self.go.is_set() else []
+    return (
+      [self._advance(handle) for handle in list(self._rollouts)[: self.lanes]]
+      if self.go.is_set()
+      else []
+    )
 
   def _advance(self, handle):
     rollout = self._rollouts[handle]
-    tokens, logprobs = self.reply[rollout[0]:rollout[0] + 1], np.full(1, -0.5, np.float32)
+    tokens, logprobs = self.reply[rollout[0] : rollout[0] + 1], np.full(1, -0.5, np.float32)
     rollout[0] += 1
     whole, count = rollout[0] == len(self.reply), rollout[0]
     if not whole and count < rollout[1].max_tokens:
       return Progress(handle, tokens, logprobs, logprobs, None)
     del self._rollouts[handle]
     logprobs_m = np.full(count, -0.5, np.float32)
-    done = Completion(self.reply[:count], logprobs_m, logprobs_m, -logprobs_m, whole, None, rollout[2])
+    done = Completion(
+      self.reply[:count], logprobs_m, logprobs_m, -logprobs_m, whole, None, rollout[2]
+    )
     return Progress(handle, tokens, logprobs, logprobs, done)
 
 

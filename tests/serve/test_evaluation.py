@@ -1,4 +1,5 @@
 """A model measured on the engine, through the local backend, and at an endpoint: one model, the same figures."""
+
 import json
 
 import pytest
@@ -30,7 +31,9 @@ def organism():
 
 @pytest.fixture(scope='module')
 def url(organism):
-  service = Service(Scheduler(engine_like(organism.engine), 32), organism.tokenizer, 'organism', Limits(64))
+  service = Service(
+    Scheduler(engine_like(organism.engine), 32), organism.tokenizer, 'organism', Limits(64)
+  )
   with running(service) as (url, _):
     yield f'{url}/v1'
 
@@ -42,11 +45,21 @@ def tasks_of(folder):
 def test_engine_backend_and_endpoint_give_the_same_figures(config, url, organism, tmp_path):
   tokenizer = organism.tokenizer
   engine = engine_like(organism.engine)
-  figures = evaluate(config, tmp_path / 'engine',
-                     lambda world, tasks, sampling, told: act(engine, tokenizer, world, tasks, sampling, told), 'organism')
-  assert sum(figures['n'].values()) == 10 and 0 < figures['unfinished']['parallel'] and figures['accuracy']['single'] > 0.5
+  figures = evaluate(
+    config,
+    tmp_path / 'engine',
+    lambda world, tasks, sampling, told: act(engine, tokenizer, world, tasks, sampling, told),
+    'organism',
+  )
+  assert (
+    sum(figures['n'].values()) == 10
+    and 0 < figures['unfinished']['parallel']
+    and figures['accuracy']['single'] > 0.5
+  )
   local = LocalBackend(engine_like(organism.engine), tokenizer, model='organism')
-  remote = OpenAIBackend(url, 'organism', concurrency=4, journal=tmp_path / 'endpoint' / 'replies.jsonl')
+  remote = OpenAIBackend(
+    url, 'organism', concurrency=4, journal=tmp_path / 'endpoint' / 'replies.jsonl'
+  )
   for place, backend in (('local', local), ('endpoint', remote)):
     found = evaluate_backend(config, tmp_path / place, backend, tokenizer)
     assert {name: found[name] for name in figures} == figures and found['model'] == 'organism'
@@ -55,8 +68,16 @@ def test_engine_backend_and_endpoint_give_the_same_figures(config, url, organism
 
 
 def test_what_an_endpoint_answered_is_not_asked_again(config, url, organism, tmp_path):
-  first, again = (evaluate_backend(config, tmp_path, OpenAIBackend(base, 'organism', retries=0, journal=tmp_path / 'replies.jsonl'),
-                                   organism.tokenizer)
-                  for base in (url, 'http://127.0.0.1:9/v1'))
-  assert again['usage']['requests'] == 0 and again['usage']['from_journal'] == first['usage']['requests']
+  first, again = (
+    evaluate_backend(
+      config,
+      tmp_path,
+      OpenAIBackend(base, 'organism', retries=0, journal=tmp_path / 'replies.jsonl'),
+      organism.tokenizer,
+    )
+    for base in (url, 'http://127.0.0.1:9/v1')
+  )
+  assert (
+    again['usage']['requests'] == 0 and again['usage']['from_journal'] == first['usage']['requests']
+  )
   assert again['accuracy'] == first['accuracy']

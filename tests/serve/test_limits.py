@@ -1,4 +1,5 @@
 """What is refused, how it is said, and what happens to those who leave: over plain sockets, on a scripted engine."""
+
 import http.client
 import json
 import socket
@@ -42,65 +43,157 @@ def head(length, path='/v1/chat/completions', extra=''):
 def test_malformed_http_and_json(scripted):
   url = scripted().url
   assert ' 400 ' in raw(url, 'nonsense\r\n\r\n').splitlines()[0]
-  assert ' 400 ' in raw(url, b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n').splitlines()[0]
+  assert (
+    ' 400 ' in raw(url, b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n').splitlines()[0]
+  )
   assert ' 400 ' in raw(url, head('-5')).splitlines()[0]
-  for body in (b'', b'{', b'[1]', b'"text"', b'{"model": "m"}', b'\xff\xfe', b'{"model": "m", "messages": [{"role": "user", '
-               b'"content": "\\ud800"}]}', b'[' * 100_000, b'{"model": "m", "messages": [{"role": "user", "content": NaN}]}'):
+  for body in (
+    b'',
+    b'{',
+    b'[1]',
+    b'"text"',
+    b'{"model": "m"}',
+    b'\xff\xfe',
+    b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'[' * 100_000,
+    b'{"model": "m", "messages": [{"role": "user", "content": NaN}]}',
+  ):
     status, headers, answer = post(url, body)
     assert status == 400 and answer['error']['type'] == 'invalid_request_error', body
     assert headers['Content-Type'] == 'application/json'
   assert post(url, CHAT)[0] == 200
 
 
-@pytest.mark.parametrize('change,param', [
+@pytest.mark.parametrize(
+  'change,param',
+  [
     ({'tool_choice': 'required'}, 'tool_choice'),
     ({'tool_choice': 'perhaps'}, 'tool_choice'),
     ({'tool_choice': {'type': 'function', 'function': {}}}, 'tool_choice.function.name'),
-    ({'tools': [{'type': 'function', 'function': {'name': 'g'}}],
-      'tool_choice': {'type': 'function', 'function': {'name': 'f'}}}, 'tool_choice'),
-    ({'top_logprobs': 3}, 'top_logprobs'), ({'top_logprobs': 21, 'logprobs': True}, 'top_logprobs'),
+    (
+      {
+        'tools': [{'type': 'function', 'function': {'name': 'g'}}],
+        'tool_choice': {'type': 'function', 'function': {'name': 'f'}},
+      },
+      'tool_choice',
+    ),
+    ({'top_logprobs': 3}, 'top_logprobs'),
+    ({'top_logprobs': 21, 'logprobs': True}, 'top_logprobs'),
     ({'response_format': {'type': 'json_object'}}, 'response_format.type'),
-    ({'frequency_penalty': 0.5}, 'frequency_penalty'), ({'presence_penalty': -0.5}, 'presence_penalty'),
-    ({'logit_bias': {'5': 1.0}}, 'logit_bias'), ({'reasoning_effort': 'low'}, 'reasoning_effort'),
+    ({'frequency_penalty': 0.5}, 'frequency_penalty'),
+    ({'presence_penalty': -0.5}, 'presence_penalty'),
+    ({'logit_bias': {'5': 1.0}}, 'logit_bias'),
+    ({'reasoning_effort': 'low'}, 'reasoning_effort'),
     ({'functions': []}, 'functions'),
-    ({'temperature': -1}, 'temperature'), ({'temperature': '1'}, 'temperature'), ({'top_p': 0}, 'top_p'), ({'n': 0}, 'n'),
-    ({'n': 5}, 'n'), ({'n': 10**12}, 'n'), ({'max_tokens': 0}, 'max_tokens'), ({'seed': 'x'}, 'seed'), ({'stop': ['']}, 'stop'),
-    ({'stop': list('abcde')}, 'stop'), ({'messages': []}, 'messages'),
+    ({'temperature': -1}, 'temperature'),
+    ({'temperature': '1'}, 'temperature'),
+    ({'top_p': 0}, 'top_p'),
+    ({'n': 0}, 'n'),
+    ({'n': 5}, 'n'),
+    ({'n': 10**12}, 'n'),
+    ({'max_tokens': 0}, 'max_tokens'),
+    ({'seed': 'x'}, 'seed'),
+    ({'stop': ['']}, 'stop'),
+    ({'stop': list('abcde')}, 'stop'),
+    ({'messages': []}, 'messages'),
     ({'messages': [{'role': 'robot', 'content': ''}]}, 'messages.0.role'),
-    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]},
-     'messages.0.content.0.type'),
-    ({'messages': [{'role': 'user'}]}, 'messages'), ({'messages': [{'role': 'user', 'content': 'x', 'tool_calls': [
-        {'id': '', 'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}, 'messages'),
-    ({'messages': [{'role': 'assistant', 'tool_calls': [{'id': '', 'type': 'function', 'function': {
-        'name': 'f', 'arguments': '[1'}}]}]}, 'messages'),
+    (
+      {
+        'messages': [
+          {'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}
+        ]
+      },
+      'messages.0.content.0.type',
+    ),
+    ({'messages': [{'role': 'user'}]}, 'messages'),
+    (
+      {
+        'messages': [
+          {
+            'role': 'user',
+            'content': 'x',
+            'tool_calls': [
+              {'id': '', 'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}
+            ],
+          }
+        ]
+      },
+      'messages',
+    ),
+    (
+      {
+        'messages': [
+          {
+            'role': 'assistant',
+            'tool_calls': [
+              {'id': '', 'type': 'function', 'function': {'name': 'f', 'arguments': '[1'}}
+            ],
+          }
+        ]
+      },
+      'messages',
+    ),
     ({'tools': [{'type': 'function', 'function': {'name': 'a b'}}]}, 'tools.0.function.name'),
-    ({'tools': [{'type': 'function', 'function': {'name': 'f', 'parameters': {'type': 'object', 'properties': None}}}]},
-     'tools.0.function.parameters'),
+    (
+      {
+        'tools': [
+          {
+            'type': 'function',
+            'function': {'name': 'f', 'parameters': {'type': 'object', 'properties': None}},
+          }
+        ]
+      },
+      'tools.0.function.parameters',
+    ),
     ({'stream_options': {'what': True}}, 'stream_options.what'),
-    ({'stream_options': {'include_usage': True}}, 'stream_options')])
+    ({'stream_options': {'include_usage': True}}, 'stream_options'),
+  ],
+)
 def test_what_cannot_be_honoured_is_refused_by_name(scripted, change, param):
   status, _, answer = post(scripted().url, {**CHAT, **change})
-  assert (status, answer['error']['param']) == (400, param) and param in answer['error']['message'] + param
+  assert (status, answer['error']['param']) == (400, param) and param in answer['error'][
+    'message'
+  ] + param
 
 
 def test_nulls_ignored_fields_and_parts_of_text_are_fine(scripted):
-  extra = {'tool_choice': None, 'reasoning_effort': None, 'user': 'u', 'metadata': {'a': 'b'}, 'tools': None, 'stop': None,
-           'messages': [{'role': 'developer', 'content': [{'type': 'text', 'text': 'a'}]},
-                        {'role': 'user', 'content': 'x', 'name': 'n'}]}
+  extra = {
+    'tool_choice': None,
+    'reasoning_effort': None,
+    'user': 'u',
+    'metadata': {'a': 'b'},
+    'tools': None,
+    'stop': None,
+    'messages': [
+      {'role': 'developer', 'content': [{'type': 'text', 'text': 'a'}]},
+      {'role': 'user', 'content': 'x', 'name': 'n'},
+    ],
+  }
   assert post(scripted().url, {**CHAT, **extra})[0] == 200
 
 
 def test_completion_requests_are_checked_too(scripted):
   url = scripted().url
-  for change, param in (({'prompt': []}, 'n'), ({'prompt': ''}, 'prompt'), ({'prompt': [640]}, 'prompt'),
-                        ({'echo': True}, 'echo'), ({'prompt': ['a', '']}, 'prompt'), ({'logprobs': 6}, 'logprobs'),
-                        ({'suffix': 'x'}, 'suffix'), ({'prompt': [5] * 256}, 'prompt')):
-    status, _, answer = post(url, {'model': 'm', 'prompt': 'find', **change}, path='/v1/completions')
+  for change, param in (
+    ({'prompt': []}, 'n'),
+    ({'prompt': ''}, 'prompt'),
+    ({'prompt': [640]}, 'prompt'),
+    ({'echo': True}, 'echo'),
+    ({'prompt': ['a', '']}, 'prompt'),
+    ({'logprobs': 6}, 'logprobs'),
+    ({'suffix': 'x'}, 'suffix'),
+    ({'prompt': [5] * 256}, 'prompt'),
+  ):
+    status, _, answer = post(
+      url, {'model': 'm', 'prompt': 'find', **change}, path='/v1/completions'
+    )
     assert (status, answer['error']['param']) == (400, param), change
 
 
-@pytest.mark.parametrize('body,path', [(CHAT, '/v1/chat/completions'),
-                                       ({'model': 'm', 'prompt': [5] * 210}, '/v1/completions')])
+@pytest.mark.parametrize(
+  'body,path',
+  [(CHAT, '/v1/chat/completions'), ({'model': 'm', 'prompt': [5] * 210}, '/v1/completions')],
+)
 def test_budgets_that_do_not_fit_are_refused_and_not_cut(scripted, body, path):
   """An answer has 64 tokens at most, prompt and answer together 256."""
   made = scripted()
@@ -110,12 +203,19 @@ def test_budgets_that_do_not_fit_are_refused_and_not_cut(scripted, body, path):
     assert (status, answer['error']['param']) == (400, field)
     assert answer['error']['message'] == f'{field} = 65; an answer may have 64 tokens'
   if body is CHAT:
-    assert post(made.url, {**body, 'max_tokens': 65, 'max_completion_tokens': 64})[0] == 200  # the smaller one is meant
+    assert (
+      post(made.url, {**body, 'max_tokens': 65, 'max_completion_tokens': 64})[0] == 200
+    )  # the smaller one is meant
     return
   status, _, answer = post(made.url, {**body, 'max_tokens': 47}, path=path)
-  assert (status, answer['error']['param'], answer['error']['code']) == (400, 'max_tokens', 'context_length_exceeded')
-  assert answer['error']['message'] == ('the prompt has 210 tokens and max_tokens = 47; '
-                                        'prompt and answer together may have 256 tokens')
+  assert (status, answer['error']['param'], answer['error']['code']) == (
+    400,
+    'max_tokens',
+    'context_length_exceeded',
+  )
+  assert answer['error']['message'] == (
+    'the prompt has 210 tokens and max_tokens = 47; prompt and answer together may have 256 tokens'
+  )
   assert post(made.url, {**body, 'max_tokens': 46}, path=path)[0] == 200
   assert post(made.url, body, path=path)[0] == 200  # who asks for none gets what fits
 
@@ -144,10 +244,16 @@ def test_bodies_are_bounded_in_size_and_time(scripted):
 
 def test_keys_are_asked_for_and_compared(scripted):
   url = scripted(api_key='s\u00e9cret').url
-  for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 'Basic s\u00e9cret'.encode()},
-                  {'Authorization': 'Bearer'}):
+  for headers in (
+    {},
+    {'Authorization': 'Bearer wrong'},
+    {'Authorization': 'Basic s\u00e9cret'.encode()},
+    {'Authorization': 'Bearer'},
+  ):
     status, answered, answer = post(url, CHAT, headers)
-    assert (status, answer['error']['code']) == (401, 'invalid_api_key') and answered['WWW-Authenticate'] == 'Bearer'
+    assert (status, answer['error']['code']) == (401, 'invalid_api_key') and answered[
+      'WWW-Authenticate'
+    ] == 'Bearer'
   assert post(url, CHAT, {'Authorization': 'Bearer s\u00e9cret'.encode()})[0] == 200
   assert b'"ok"' in http_get(url, '/health')
 

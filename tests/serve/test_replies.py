@@ -1,4 +1,5 @@
 """Thoughts, content and calls: the same for any cut of the text, and what the readers of whole texts say."""
+
 import json
 
 import pytest
@@ -9,24 +10,46 @@ from dcore_jax.chat.messages import ToolCall, ToolSpec, split_reasoning
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.serve.replies import Delta, ReplyParser
 
-TOOLS = [ToolSpec(name, '', {'type': 'object', 'properties': {'a': {}, 'b': {}}}) for name in ('f', 'g')]
-PARTS = ['<think>', '</think>', '<tool_call>', '</tool_call>', '\n', ' ', 'hm', '[', ']', 'f(1)', 'f(a=2, b="]")', ', ', '<',
-         'tool_call>', '{"name": "f", "arguments": {"a": 1}}', '\U0001F600']
+TOOLS = [
+  ToolSpec(name, '', {'type': 'object', 'properties': {'a': {}, 'b': {}}}) for name in ('f', 'g')
+]
+PARTS = [
+  '<think>',
+  '</think>',
+  '<tool_call>',
+  '</tool_call>',
+  '\n',
+  ' ',
+  'hm',
+  '[',
+  ']',
+  'f(1)',
+  'f(a=2, b="]")',
+  ', ',
+  '<',
+  'tool_call>',
+  '{"name": "f", "arguments": {"a": 1}}',
+  '\U0001f600',
+]
 
 
 def read(text, cuts=(10**6,), **options):
   """All deltas as one, the text cut at these lengths in turn."""
   parser, whole, place, number = ReplyParser(**options), Delta(), 0, 0
   while True:
-    part = text[place:place + cuts[number % len(cuts)]]
+    part = text[place : place + cuts[number % len(cuts)]]
     place, number = place + len(part), number + 1
     delta = parser.push(part, last=place == len(text))
-    whole = Delta(whole.reasoning + delta.reasoning, whole.content + delta.content, whole.calls + delta.calls)
+    whole = Delta(
+      whole.reasoning + delta.reasoning, whole.content + delta.content, whole.calls + delta.calls
+    )
     if place == len(text):
       return whole
 
 
-@pytest.mark.parametrize('text,want', [
+@pytest.mark.parametrize(
+  'text,want',
+  [
     ('fine', Delta('', 'fine')),
     ('<think>\nhm\n\nso\n</think>\n\nfine \n', Delta('hm\n\nso', 'fine \n')),
     ('\n<think>\n\n</think>\n\nfine', Delta('', 'fine')),
@@ -34,26 +57,38 @@ def read(text, cuts=(10**6,), **options):
     ('<thin', Delta('', '<thin')),
     ('[f(1, b=2), g(a="x")]', Delta('', '', [('f', '{"a": 1, "b": 2}'), ('g', '{"a": "x"}')])),
     ('<think>\nhm\n</think>\n\n[f()]', Delta('hm', '', [('f', '{}')])),
-    ('sure:\n<tool_call>\n{"name": "f", "arguments": {"a": "\u00e9"}}\n</tool_call>\n<tool_call>{"name": "h"}</tool_call>',
-     Delta('', 'sure:', [('f', '{"a": "\u00e9"}'), ('h', '{}')])),
+    (
+      'sure:\n<tool_call>\n{"name": "f", "arguments": {"a": "\u00e9"}}\n</tool_call>\n<tool_call>{"name": "h"}</tool_call>',
+      Delta('', 'sure:', [('f', '{"a": "\u00e9"}'), ('h', '{}')]),
+    ),
     # What is no call that can be made stays what it is.
-    ('[f](there)', Delta('', '[f](there)')), ('[]', Delta('', '[]')), ('[f(1, 2, 3)]', Delta('', '[f(1, 2, 3)]')),
-    ('[f(1, a=2)]', Delta('', '[f(1, a=2)]')), ('[h(1)]', Delta('', '[h(1)]')),
+    ('[f](there)', Delta('', '[f](there)')),
+    ('[]', Delta('', '[]')),
+    ('[f(1, 2, 3)]', Delta('', '[f(1, 2, 3)]')),
+    ('[f(1, a=2)]', Delta('', '[f(1, a=2)]')),
+    ('[h(1)]', Delta('', '[h(1)]')),
     ('[f(__import__("os"))]', Delta('', '[f(__import__("os"))]')),
     ('<tool_call>{"name": 1}</tool_call>', Delta('', '<tool_call>{"name": 1}</tool_call>')),
-    ('a <tool_call>{"name": "f"}', Delta('', 'a <tool_call>{"name": "f"}')), ('[f(a=1)', Delta('', '[f(a=1)')),
-])
+    ('a <tool_call>{"name": "f"}', Delta('', 'a <tool_call>{"name": "f"}')),
+    ('[f(a=1)', Delta('', '[f(a=1)')),
+  ],
+)
 def test_what_is_read(text, want):
   for cuts in ((1,), (3,), (10**6,)):
     assert read(text, cuts, tools=TOOLS) == want
 
 
-@given(text=st.lists(st.sampled_from(PARTS), max_size=12).map(''.join),
-       cuts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-       tools=st.sampled_from([(), tuple(TOOLS)]), thinking=st.booleans())
+@given(
+  text=st.lists(st.sampled_from(PARTS), max_size=12).map(''.join),
+  cuts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+  tools=st.sampled_from([(), tuple(TOOLS)]),
+  thinking=st.booleans(),
+)
 @example(text='<think>\n</think>[f(1)]\n', cuts=[1], tools=tuple(TOOLS), thinking=False)
 def test_the_cuts_do_not_matter(text, cuts, tools, thinking):
-  assert read(text, cuts, tools=tools, thinking=thinking) == read(text, tools=tools, thinking=thinking)
+  assert read(text, cuts, tools=tools, thinking=thinking) == read(
+    text, tools=tools, thinking=thinking
+  )
 
 
 @given(thoughts=st.text('ab \n', max_size=9), answer=st.text('ab <[\n', max_size=9))
@@ -63,12 +98,28 @@ def test_thoughts_are_split_as_from_whole_texts(thoughts, answer):
   assert (got.reasoning, got.content) == split_reasoning(text)
 
 
-@given(calls=st.lists(st.builds(ToolCall, st.sampled_from('fgh'), st.dictionaries(
-    st.sampled_from('ab'), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(max_size=3), max_size=2)))),
-       style=st.sampled_from(['python', 'hermes']))
+@given(
+  calls=st.lists(
+    st.builds(
+      ToolCall,
+      st.sampled_from('fgh'),
+      st.dictionaries(
+        st.sampled_from('ab'),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text()
+        | st.lists(st.text(max_size=3), max_size=2),
+      ),
+    )
+  ),
+  style=st.sampled_from(['python', 'hermes']),
+)
 def test_printed_calls_come_back(calls, style):
   got = read(print_calls(calls, style), (5,), tools=TOOLS)
-  assert [(name, json.loads(arguments)) for name, arguments in got.calls] == [(call.name, call.arguments) for call in calls]
+  assert [(name, json.loads(arguments)) for name, arguments in got.calls] == [
+    (call.name, call.arguments) for call in calls
+  ]
 
 
 def test_options():

@@ -1,4 +1,5 @@
 """The thread that owns the engine: what it takes, frees, refuses, and how it ends."""
+
 import queue
 
 import numpy as np
@@ -71,7 +72,9 @@ def test_what_the_engine_refuses_ends_that_rollout_alone(made):
   _, scheduler, events = made
   scheduler.submit([request(13), request()], RULE, listen(events))
   got = [events.get(timeout=30) for _ in range(4)]
-  assert [str(event) for place, event in got if place == 0] == ['thirteen tokens'] and got[-1][1].completion is not None
+  assert [str(event) for place, event in got if place == 0] == ['thirteen tokens'] and got[-1][
+    1
+  ].completion is not None
 
 
 def test_a_broken_engine_ends_everything_with_its_reason(made):
@@ -92,7 +95,10 @@ def test_closing_ends_what_runs_and_what_waits(made):
   scheduler.submit([request()] * 3, RULE, listen(events))
   until(lambda: engine.rollouts == 3)
   scheduler.close()
-  assert all(isinstance(events.get(timeout=30)[1], Stopped) for _ in range(3)) and scheduler.failure is None
+  assert (
+    all(isinstance(events.get(timeout=30)[1], Stopped) for _ in range(3))
+    and scheduler.failure is None
+  )
   assert sorted(engine.cancelled) == [1, 2, 3]
   with pytest.raises(Stopped, match='no requests any more'):
     scheduler.submit([request()], RULE, listen(events))

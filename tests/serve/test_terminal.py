@@ -1,4 +1,5 @@
 """The conversation in a terminal: what is shown, what is sent, and what Ctrl-C leaves behind."""
+
 import io
 import types
 
@@ -34,15 +35,25 @@ class Scripted:
 def speaker(tokenizer, text, colour=True):
   engine = ScriptedEngine([*tokenizer(text)['input_ids'], tokenizer.eos_token_id])
   scheduler, out = Scheduler(engine, 0), io.StringIO()
-  return types.SimpleNamespace(engine=engine, scheduler=scheduler, out=out,
-                               speaker=Speaker(scheduler, tokenizer, SamplingParams(), out, colour))
+  return types.SimpleNamespace(
+    engine=engine,
+    scheduler=scheduler,
+    out=out,
+    speaker=Speaker(scheduler, tokenizer, SamplingParams(), out, colour),
+  )
 
 
 def test_thoughts_are_dimmed_and_nothing_steers_the_terminal(tokenizer):
   made = speaker(tokenizer, '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9')
-  assert made.speaker.answer([Message('user', 'x')]) == '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9'
+  assert (
+    made.speaker.answer([Message('user', 'x')])
+    == '<think>\nhm\n</think>\n\nfine \x1b[31m\u202e \u00e9'
+  )
   assert made.out.getvalue().startswith('\x1b[2mh')
-  assert made.out.getvalue().endswith('\ufffd[31m\ufffd \u00e9\n') and made.out.getvalue().count('\x1b[31') == 0
+  assert (
+    made.out.getvalue().endswith('\ufffd[31m\ufffd \u00e9\n')
+    and made.out.getvalue().count('\x1b[31') == 0
+  )
   plain = speaker(tokenizer, '<think>\nhm\n</think>\n\nfine', colour=False)
   plain.speaker.answer([Message('user', 'x')])
   assert plain.out.getvalue() == 'hm\nfine\n'
@@ -72,7 +83,12 @@ def test_a_conversation_remembers_answers_without_thoughts_and_forgets_cancelled
   chat.start()
   for line in ('one', 'two', '', 'three', '/what', '/state'):
     chat.take(line)
-  assert voice.asked[-1] == [('system', 'be brief'), ('user', 'one'), ('assistant', 'fine'), ('user', 'three')]
+  assert voice.asked[-1] == [
+    ('system', 'be brief'),
+    ('user', 'one'),
+    ('assistant', 'fine'),
+    ('user', 'three'),
+  ]
   assert 'there is no /what' in voice.shown and 'there is no /state' in voice.shown
   chat.take('/new')
   voice.texts.append('again')
@@ -98,19 +114,26 @@ def test_a_task_of_a_world_is_acted_out_and_judged():
 def test_requests_of_ones_own_act_on_the_tools_and_the_state():
   [*_, task] = ToolWorld().tasks('single', 3, seed=0, split='eval')
   [call] = task.turns[0].calls
-  voice = Scripted(print_calls([call]), 'done', '[f(]', 'sorry', print_calls([ToolCall('eval', {})]), 'no')
+  voice = Scripted(
+    print_calls([call]), 'done', '[f(]', 'sorry', print_calls([ToolCall('eval', {})]), 'no'
+  )
   chat = Chat(voice, world=ToolWorld(), kind='single')
   chat.start()
   chat.take('/new single 2')
   chat.take('please do it')
-  assert voice.asked[-1][-2:] == [('assistant', print_calls([call])), ('user', tool_response(task.turns[0].responses[0]))]
+  assert voice.asked[-1][-2:] == [
+    ('assistant', print_calls([call])),
+    ('user', tool_response(task.turns[0].responses[0])),
+  ]
   chat.take('and again')
   assert 'unreadable calls' in voice.asked[-1][-1][1]
   chat.take('and run this')
   assert 'unknown tool' in voice.asked[-1][-1][1]
   for line in ('/state', '/new nonsense', '/new single x'):
     chat.take(line)
-  assert all(f'{table} {key}' in voice.shown for table, rows in task.initial_state.items() for key in rows)
+  assert all(
+    f'{table} {key}' in voice.shown for table, rows in task.initial_state.items() for key in rows
+  )
   assert "unknown task kind 'nonsense'" in voice.shown and "'x' is no number" in voice.shown
 
 
@@ -121,8 +144,12 @@ def test_a_task_of_bfcl_is_acted_out_and_its_apis_answer_requests():
     pytest.skip(str(error))
   [task] = world.tasks('sequential', 1, seed=0, split='eval')
   [turn] = task.turns
-  voice = Scripted(*(f'<think>\nhm\n</think>\n\n{print_calls([call])}' for call in turn.calls),
-                   f'<think>\nhm\n</think>\n\n{turn.answer}', print_calls([turn.calls[0]]), 'done')
+  voice = Scripted(
+    *(f'<think>\nhm\n</think>\n\n{print_calls([call])}' for call in turn.calls),
+    f'<think>\nhm\n</think>\n\n{turn.answer}',
+    print_calls([turn.calls[0]]),
+    'done',
+  )
   chat = Chat(voice, world=world, kind='sequential')
   chat.start()
   assert turn.query in voice.shown and f'"name": "{turn.calls[0].name}"' in voice.shown

@@ -1,4 +1,5 @@
 """Text in pieces: whatever the cuts, their sum is the text, no character comes in halves, and no stop string leaks."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ def cut(row, sizes):
   parts, place = [], 0
   while place < len(row):
     size = sizes[len(parts) % len(sizes)]
-    parts.append(row[place:place + size])
+    parts.append(row[place : place + size])
     place += size
   return parts
 
@@ -38,9 +39,14 @@ def test_characters_are_never_cut(tokenizer, text, sizes):
 
 
 def test_a_character_of_four_tokens_comes_with_the_last(tokenizer):
-  tokens = tokenizer('\U0001F600')['input_ids']
+  tokens = tokenizer('\U0001f600')['input_ids']
   detokenizer = Detokenizer(tokenizer)
-  assert len(tokens) == 4 and [detokenizer.push([token]) for token in tokens] == ['', '', '', '\U0001F600']
+  assert len(tokens) == 4 and [detokenizer.push([token]) for token in tokens] == [
+    '',
+    '',
+    '',
+    '\U0001f600',
+  ]
   cut_off = Detokenizer(tokenizer)
   assert cut_off.push(tokens[:3]) == '' and cut_off.finish() == '\ufffd'
 
@@ -50,11 +56,15 @@ def first_complete(text, stops):
   for end in range(len(text) + 1):
     starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
     if starts:
-      return text[:min(starts)], True
+      return text[: min(starts)], True
   return text, False
 
 
-@given(text=st.text('abc', max_size=30), stops=st.lists(st.text('abc', min_size=1, max_size=4), max_size=3), sizes=CUTS)
+@given(
+  text=st.text('abc', max_size=30),
+  stops=st.lists(st.text('abc', min_size=1, max_size=4), max_size=3),
+  sizes=CUTS,
+)
 def test_nothing_of_a_stop_string_is_sent(text, stops, sizes):
   scanner, sent = StopScanner(stops), ''
   want, stopped = first_complete(text, stops)

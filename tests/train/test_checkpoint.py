@@ -12,12 +12,23 @@ from dcore_jax.train import checkpoint
 
 def some_state(seed: int = 0):
   rng = np.random.default_rng(seed)
-  params = {'embed': jnp.asarray(rng.standard_normal((64, 32)), jnp.bfloat16),
-            'layers': {'q': jnp.asarray(rng.standard_normal((2, 32, 4, 8)), jnp.float32)}}
+  params = {
+    'embed': jnp.asarray(rng.standard_normal((64, 32)), jnp.bfloat16),
+    'layers': {'q': jnp.asarray(rng.standard_normal((2, 32, 4, 8)), jnp.float32)},
+  }
   tiny = jnp.array([1e-45, -0.0, jnp.inf, jnp.nan], jnp.float32)
-  return {'params': params, 'opt_state': optax.adamw(1e-3).init(params), 'odd_values': tiny, 'key': jax.random.key(seed),
-          'step': 7, 'loss': 0.1, 'done': True, 'order': rng.permutation(50),
-          'count': np.int64(2**40), 'nothing_yet': np.zeros((0, 3), np.float32)}
+  return {
+    'params': params,
+    'opt_state': optax.adamw(1e-3).init(params),
+    'odd_values': tiny,
+    'key': jax.random.key(seed),
+    'step': 7,
+    'loss': 0.1,
+    'done': True,
+    'order': rng.permutation(50),
+    'count': np.int64(2**40),
+    'nothing_yet': np.zeros((0, 3), np.float32),
+  }
 
 
 def assert_bit_equal(left, right):
@@ -123,8 +134,12 @@ def test_a_sound_checkpoint_of_another_model_is_an_error_that_names_every_differ
     other = {'a': jnp.zeros((2, 4)), 'b': jnp.zeros(4, jnp.bfloat16), 'new': 1}
     with pytest.raises(ValueError) as error:
       checkpoints.restore(other)
-    for part in ('new is missing', 'old is not expected', 'a is float32[2, 3], expected float32[2, 4]',
-                 'b is float32[4], expected bfloat16[4]'):
+    for part in (
+      'new is missing',
+      'old is not expected',
+      'a is float32[2, 3], expected float32[2, 4]',
+      'b is float32[4], expected bfloat16[4]',
+    ):
       assert part in str(error.value)
     assert checkpoints.all_steps() == [1]
 

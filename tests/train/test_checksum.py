@@ -1,4 +1,5 @@
 """Sums over bits: the same on the host, on a device and on many; every flipped bit shows."""
+
 import os
 import subprocess
 import sys
@@ -12,9 +13,16 @@ import pytest
 from dcore_jax.train import checksum
 
 RNG = np.random.default_rng(0)
-ARRAYS = [RNG.normal(size=(3, 4, 5)).astype(np.float32), RNG.normal(size=(7, 2)).astype(jnp.bfloat16), np.float32(2.5),
-          RNG.integers(0, 9, (4, 3), np.int8), RNG.normal(size=5) > 0, RNG.integers(0, 2**32, (2, 2), np.uint32),
-          (RNG.normal(size=(2, 3)) + 1j).astype(np.complex64), np.zeros((0, 3), np.float32)]
+ARRAYS = [
+  RNG.normal(size=(3, 4, 5)).astype(np.float32),
+  RNG.normal(size=(7, 2)).astype(jnp.bfloat16),
+  np.float32(2.5),
+  RNG.integers(0, 9, (4, 3), np.int8),
+  RNG.normal(size=5) > 0,
+  RNG.integers(0, 2**32, (2, 2), np.uint32),
+  (RNG.normal(size=(2, 3)) + 1j).astype(np.complex64),
+  np.zeros((0, 3), np.float32),
+]
 
 
 @pytest.mark.parametrize('array', ARRAYS, ids=lambda array: f'{array.dtype}{list(array.shape)}')
@@ -57,7 +65,10 @@ PROGRAM = textwrap.dedent("""
 
 
 def test_split_arrays_have_the_sums_of_whole_ones_and_are_not_gathered():
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  }
   subprocess.run([sys.executable, '-c', PROGRAM], check=True, env=environment)
 
 

@@ -11,8 +11,9 @@ def test_rows_come_back_as_written(tmp_path):
     out.write('sft', 0, loss=jnp.float32(0.5), rows=np.int64(3), scale=jnp.bfloat16(2.0), ok=True)
     out.write('rl', 1, reward=float('nan'), kl=np.inf, entropy=None)
   assert metrics.read_metrics(tmp_path) == [
-      {'stage': 'sft', 'step': 0, 'loss': 0.5, 'rows': 3, 'scale': 2.0, 'ok': True},
-      {'stage': 'rl', 'step': 1, 'reward': None, 'kl': None, 'entropy': None}]
+    {'stage': 'sft', 'step': 0, 'loss': 0.5, 'rows': 3, 'scale': 2.0, 'ok': True},
+    {'stage': 'rl', 'step': 1, 'reward': None, 'kl': None, 'entropy': None},
+  ]
   assert [row['step'] for row in metrics.read_metrics(tmp_path, 'rl')] == [1]
   assert list((tmp_path / 'tensorboard').iterdir())
 
@@ -35,7 +36,9 @@ def test_a_torn_last_line_is_left_out_and_cut_when_the_run_goes_on(tmp_path):
 
 
 def test_a_damaged_line_inside_the_file_is_named(tmp_path):
-  (tmp_path / metrics.METRICS_FILE).write_text('{"stage": "sft", "step": 0}\nnonsense\n{"stage": "sft", "step": 1}\n')
+  (tmp_path / metrics.METRICS_FILE).write_text(
+    '{"stage": "sft", "step": 0}\nnonsense\n{"stage": "sft", "step": 1}\n'
+  )
   with pytest.raises(ValueError, match='line 2 is not JSON'):
     metrics.read_metrics(tmp_path)
 
@@ -48,7 +51,11 @@ def test_rewind_drops_what_a_resumed_stage_writes_again(tmp_path):
     out.rewind('sft', 2)
     out.write('sft', 2, loss=20.0)
   assert [(row['stage'], row['step']) for row in metrics.read_metrics(tmp_path)] == [
-      ('sft', 0), ('sft', 1), ('rl', 3), ('sft', 2)]
+    ('sft', 0),
+    ('sft', 1),
+    ('rl', 3),
+    ('sft', 2),
+  ]
 
 
 def test_no_file_is_no_rows(tmp_path):

@@ -1,4 +1,5 @@
 """Kill the process, start it again: the numbers of a reinforcement run do not tell that it happened."""
+
 import os
 import pathlib
 import shutil
@@ -19,7 +20,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def train(folder, steps, **options):
   """As the program does."""
-  return tiny_rl.train(folder, tiny_rl.rl_config(steps=steps, checkpoint_every=2, validation=0), **options)
+  return tiny_rl.train(
+    folder, tiny_rl.rl_config(steps=steps, checkpoint_every=2, validation=0), **options
+  )
 
 
 @pytest.fixture(scope='module')
@@ -35,8 +38,13 @@ def same(params, folder, whole):
 
 
 def start(folder: pathlib.Path) -> subprocess.Popen:
-  return subprocess.Popen([sys.executable, '-m', 'tests.train.tiny_rl', str(folder), '4'], cwd=ROOT,
-                          env=os.environ | {'JAX_PLATFORMS': 'cpu'}, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, '-m', 'tests.train.tiny_rl', str(folder), '4'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def wait_until(reached, process: subprocess.Popen) -> None:
@@ -67,7 +75,10 @@ def test_two_steps_a_kill_and_two_more_are_four_steps(whole, tmp_path):
   first_wave = tmp_path / 'checkpoints' / 'rollouts' / '00000002.0000.npz'
   kill_when(tmp_path, first_wave.exists)
   params, result = train(tmp_path, 4)
-  assert result['resumed_at'] in (0, 2)  # the checkpoint of step 2 was being written; usually it was complete
+  assert result['resumed_at'] in (
+    0,
+    2,
+  )  # the checkpoint of step 2 was being written; usually it was complete
   same(params, tmp_path, whole)
 
 
@@ -92,7 +103,12 @@ def test_kills_at_random_moments(whole, tmp_path):
   for _ in range(3):
     before, delay = traces(tmp_path), rng.uniform(0, took)
     process = start(tmp_path)
-    wait_until(lambda before=before: traces(tmp_path) != before or (tmp_path / 'checkpoints' / 'state' / '4').exists(), process)
+    wait_until(
+      lambda before=before: (
+        traces(tmp_path) != before or (tmp_path / 'checkpoints' / 'state' / '4').exists()
+      ),
+      process,
+    )
     time.sleep(delay)
     print(f'{delay:.4f} of {took:.4f} s after the first new file: {kill(process)}')
     assert process.returncode in (0, -signal.SIGKILL)
@@ -108,7 +124,9 @@ def test_steps_since_the_checkpoint_are_not_sampled_again(whole, tmp_path):
     def stream(self, source, sampling):
       raise AssertionError('sampled again')
 
-  idle = lambda params: Idle(params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=96)
+  idle = lambda params: Idle(
+    params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=96
+  )
   params, result = train(tmp_path, 4, engine=idle)
   assert result['resumed_at'] == 2
   same(params, tmp_path, whole)
@@ -127,11 +145,16 @@ def test_a_journal_of_other_weights_or_a_damaged_one_is_not_used(whole, tmp_path
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('kind', ['largest', 'every'])
-def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(whole, tmp_path, kind):
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+  whole, tmp_path, kind
+):
   train(tmp_path, 4)
-  files = sorted((f for f in (tmp_path / 'checkpoints' / 'state' / '4').rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
+  files = sorted(
+    (f for f in (tmp_path / 'checkpoints' / 'state' / '4').rglob('*') if f.is_file()),
+    key=lambda f: f.stat().st_size,
+  )
   for file in files if kind == 'every' else files[-1:]:
-    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   with pytest.warns(UserWarning, match='going back to step 2'):
     params, result = train(tmp_path, 4)
   assert result['resumed_at'] == 2

@@ -1,4 +1,5 @@
 """The supervised loop on a tiny model: the loss falls, rows are encoded as asked, a killed run goes on as if it had not been."""
+
 import copy
 import dataclasses
 
@@ -19,39 +20,82 @@ def test_sft_lowers_the_loss(tokenizer, model, tmp_path, pad):
   """Also with a tokenizer that has no token for padding, as Llama-3's."""
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.pad_token = tokenizer.pad_token if pad else None
-  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i}'}, {'role': 'assistant', 'content': 'done: status paid.'}]}
-          for i in range(8)]
+  rows = [
+    {
+      'id': i,
+      'conversations': [
+        {'role': 'user', 'content': f'find {i}'},
+        {'role': 'assistant', 'content': 'done: status paid.'},
+      ],
+    }
+    for i in range(8)
+  ]
   config = default_config().sft
   config.update(dict(epochs=15, capacity=128, rows=1, learning_rate=1e-2))
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, tmp_path / 'sft',
-                             seed=0)
+    _, result = sft_loop.run_sft(
+      decoder.init_params(model, jax.random.key(0)),
+      model,
+      tokenizer,
+      rows,
+      config,
+      metrics,
+      tmp_path / 'sft',
+      seed=0,
+    )
   assert result['last_loss'] < 0.5 * result['first_loss'] and result['dropped'] == 0
   assert len(read_metrics(tmp_path, 'sft')) == result['steps'] == 15
   assert result['attention'] == 'blockwise'
 
 
 def test_steps_without_a_finite_loss_do_not_end_a_run(tokenizer, model, tmp_path):
-  rows = [{'id': 0, 'conversations': [{'role': 'user', 'content': 'find'}, {'role': 'assistant', 'content': 'done.'}]}]
+  rows = [
+    {
+      'id': 0,
+      'conversations': [
+        {'role': 'user', 'content': 'find'},
+        {'role': 'assistant', 'content': 'done.'},
+      ],
+    }
+  ]
   config = default_config().sft
   config.update(dict(epochs=2, capacity=128, rows=1))
   params = jax.tree.map(lambda leaf: leaf * np.nan, decoder.init_params(model, jax.random.key(0)))
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(params, model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
+    _, result = sft_loop.run_sft(
+      params, model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0
+    )
   assert [row['skipped'] for row in read_metrics(tmp_path, 'sft')] == [1, 1]
   assert result['first_loss'] is result['last_loss'] is None
 
 
 def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkeypatch):
   """Killed after 5 of 8 steps, the newest checkpoint being that of step 4."""
-  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': f'find {i} ' * 20}, {'role': 'assistant', 'content': 'done.'}]}
-          for i in range(16)]
+  rows = [
+    {
+      'id': i,
+      'conversations': [
+        {'role': 'user', 'content': f'find {i} ' * 20},
+        {'role': 'assistant', 'content': 'done.'},
+      ],
+    }
+    for i in range(16)
+  ]
   config = default_config().sft
   config.update(dict(epochs=2, capacity=256, rows=1, learning_rate=1e-2, checkpoint_every=2))
 
   def run_in(folder):
     with Metrics(folder) as metrics:
-      return sft_loop.run_sft(decoder.init_params(model, jax.random.key(0)), model, tokenizer, rows, config, metrics, folder / 'sft', seed=0)
+      return sft_loop.run_sft(
+        decoder.init_params(model, jax.random.key(0)),
+        model,
+        tokenizer,
+        rows,
+        config,
+        metrics,
+        folder / 'sft',
+        seed=0,
+      )
 
   whole, ran = run_in(tmp_path / 'whole')
   assert ran['steps'] >= 8 and ran['resumed_at'] == 0
@@ -68,35 +112,63 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
   parts, result = run_in(tmp_path / 'parts')
   assert result['resumed_at'] == 4 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
-  timeless = lambda folder: [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in read_metrics(folder, 'sft')]
+  timeless = lambda folder: [
+    {k: v for k, v in row.items() if k != 'tokens_per_second'}
+    for row in read_metrics(folder, 'sft')
+  ]
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
   with pytest.raises(ValueError, match='made from other rows'):
     rows[0]['conversations'][1]['content'] = 'other'
     run_in(tmp_path / 'parts')
-  assert {k: ran[k] for k in ('first_loss', 'last_loss', 'steps')} == {k: result[k] for k in ('first_loss', 'last_loss', 'steps')}
+  assert {k: ran[k] for k in ('first_loss', 'last_loss', 'steps')} == {
+    k: result[k] for k in ('first_loss', 'last_loss', 'steps')
+  }
 
 
 def test_sft_obeys_its_loss_mask_and_its_rule_for_long_rows(tokenizer, model, tmp_path):
-  rows = [{'id': i, 'conversations': [{'role': 'user', 'content': 'find ' * (9 * i + 1)}, {'role': 'assistant', 'content': 'done'}]}
-          for i in range(2)]
+  rows = [
+    {
+      'id': i,
+      'conversations': [
+        {'role': 'user', 'content': 'find ' * (9 * i + 1)},
+        {'role': 'assistant', 'content': 'done'},
+      ],
+    }
+    for i in range(2)
+  ]
   config = default_config().sft
   # What just fits without the last newline, which is structure.
   fits = max(len(sequence.tokens) for sequence in encode_rows(tokenizer, rows))
   config.update(dict(epochs=1, capacity=fits, rows=1, loss_mask='final+structure'))
   start = lambda: decoder.init_params(model, jax.random.key(0))
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(start(), model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
+    _, result = sft_loop.run_sft(
+      start(), model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0
+    )
     assert result['dropped'] == 1
-    for field, value, message in (('overlong', 'error', '1 of 2 rows are longer'), ('overlong', 'cut', 'sft.overlong'),
-                                  ('loss_mask', 'last', 'sft.loss_mask')):
+    for field, value, message in (
+      ('overlong', 'error', '1 of 2 rows are longer'),
+      ('overlong', 'cut', 'sft.overlong'),
+      ('loss_mask', 'last', 'sft.loss_mask'),
+    ):
       broken = ml_collections.ConfigDict(config)
       broken[field] = value
       with pytest.raises(ValueError, match=message):
-        sft_loop.run_sft(start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken', seed=0)
+        sft_loop.run_sft(
+          start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken', seed=0
+        )
 
 
 def test_rows_beyond_the_positions_of_the_model_are_refused(tokenizer, model, tmp_path):
-  rows = [{'id': 0, 'conversations': [{'role': 'user', 'content': 'find ' * 9}, {'role': 'assistant', 'content': 'done'}]}]
+  rows = [
+    {
+      'id': 0,
+      'conversations': [
+        {'role': 'user', 'content': 'find ' * 9},
+        {'role': 'assistant', 'content': 'done'},
+      ],
+    }
+  ]
   config = default_config().sft
   config.update(dict(epochs=1, capacity=128, rows=1))
   [sequence] = encode_rows(tokenizer, rows)

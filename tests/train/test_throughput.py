@@ -4,8 +4,15 @@ from dcore_jax import tokentree
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.train.throughput import forward_flops
 
-CONFIG = DecoderConfig(vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=8)
+CONFIG = DecoderConfig(
+  vocab_size=100,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=8,
+)
 
 
 def test_a_row_without_branches_costs_what_the_config_says():
@@ -14,7 +21,9 @@ def test_a_row_without_branches_costs_what_the_config_says():
   head = 2 * CONFIG.vocab_size * CONFIG.hidden_size
   for capacity in (T, 64):  # padding is not counted
     tree = tokentree.pack([row], capacity)
-    np.testing.assert_allclose(forward_flops(CONFIG, tree), T * (CONFIG.flops_per_token(T) - head) + trained * head)
+    np.testing.assert_allclose(
+      forward_flops(CONFIG, tree), T * (CONFIG.flops_per_token(T) - head) + trained * head
+    )
 
 
 def test_shared_tokens_are_counted_once_and_seen_by_every_branch():

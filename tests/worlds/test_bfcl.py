@@ -1,4 +1,5 @@
 """BFCL's APIs as a world: references that run, requests that say what their calls need, and hostile calls that do no harm."""
+
 import copy
 import json
 import re
@@ -29,24 +30,88 @@ def tasks(kind, count=24, seed=5, classes=tuple(bfcl.CLASSES)):
 
 
 # Functions that change nothing which BFCL compares; all others in the references do.
-READS = {'cat', 'wc', 'sort', 'tail', 'grep', 'get_ticket', 'get_user_tickets', 'get_user_stats', 'search_tweets',
-         'get_user_id', 'view_messages_sent', 'search_messages', 'get_message_stats', 'get_stock_info', 'get_order_details',
-         'get_watchlist',
-         'get_account_info', 'get_order_history', 'notify_price_change', 'displayCarStatus', 'find_nearest_tire_shop',
-         'liter_to_gallon', 'estimate_drive_feasibility_by_mileage', 'get_zipcode_based_on_city', 'get_flight_cost',
-         'get_nearest_airport_by_city', 'retrieve_invoice', 'contact_customer_support', 'get_credit_card_balance',
-         'compute_exchange_rate', 'verify_traveler_information'}
-CALCULATES = {'mean', 'standard_deviation', 'sum_values', 'max_value', 'min_value', 'add', 'subtract', 'multiply', 'divide',
-              'power', 'percentage', 'si_unit_conversion', 'imperial_si_conversion', 'round_number'}
-WRITES = {'GorillaFileSystem': {'echo', 'cp', 'mv', 'rm', 'mkdir'}, 'MathAPI': set(),
-          'MessageAPI': {'send_message', 'add_contact', 'delete_message'},
-          'TicketAPI': {'create_ticket', 'edit_ticket', 'close_ticket', 'resolve_ticket'},
-          'TradingBot': {'place_order', 'cancel_order', 'add_to_watchlist', 'remove_stock_from_watchlist', 'fund_account',
-                         'make_transaction'},
-          'TravelAPI': {'book_flight', 'cancel_booking', 'purchase_insurance', 'register_credit_card', 'set_budget_limit'},
-          'TwitterAPI': {'post_tweet', 'comment', 'retweet', 'mention', 'follow_user', 'unfollow_user'},
-          'VehicleControlAPI': {'fillFuelTank', 'lockDoors', 'adjustClimateControl', 'setHeadlights', 'activateParkingBrake',
-                                'pressBrakePedal', 'releaseBrakePedal', 'startEngine', 'set_navigation'}}
+READS = {
+  'cat',
+  'wc',
+  'sort',
+  'tail',
+  'grep',
+  'get_ticket',
+  'get_user_tickets',
+  'get_user_stats',
+  'search_tweets',
+  'get_user_id',
+  'view_messages_sent',
+  'search_messages',
+  'get_message_stats',
+  'get_stock_info',
+  'get_order_details',
+  'get_watchlist',
+  'get_account_info',
+  'get_order_history',
+  'notify_price_change',
+  'displayCarStatus',
+  'find_nearest_tire_shop',
+  'liter_to_gallon',
+  'estimate_drive_feasibility_by_mileage',
+  'get_zipcode_based_on_city',
+  'get_flight_cost',
+  'get_nearest_airport_by_city',
+  'retrieve_invoice',
+  'contact_customer_support',
+  'get_credit_card_balance',
+  'compute_exchange_rate',
+  'verify_traveler_information',
+}
+CALCULATES = {
+  'mean',
+  'standard_deviation',
+  'sum_values',
+  'max_value',
+  'min_value',
+  'add',
+  'subtract',
+  'multiply',
+  'divide',
+  'power',
+  'percentage',
+  'si_unit_conversion',
+  'imperial_si_conversion',
+  'round_number',
+}
+WRITES = {
+  'GorillaFileSystem': {'echo', 'cp', 'mv', 'rm', 'mkdir'},
+  'MathAPI': set(),
+  'MessageAPI': {'send_message', 'add_contact', 'delete_message'},
+  'TicketAPI': {'create_ticket', 'edit_ticket', 'close_ticket', 'resolve_ticket'},
+  'TradingBot': {
+    'place_order',
+    'cancel_order',
+    'add_to_watchlist',
+    'remove_stock_from_watchlist',
+    'fund_account',
+    'make_transaction',
+  },
+  'TravelAPI': {
+    'book_flight',
+    'cancel_booking',
+    'purchase_insurance',
+    'register_credit_card',
+    'set_budget_limit',
+  },
+  'TwitterAPI': {'post_tweet', 'comment', 'retweet', 'mention', 'follow_user', 'unfollow_user'},
+  'VehicleControlAPI': {
+    'fillFuelTank',
+    'lockDoors',
+    'adjustClimateControl',
+    'setHeadlights',
+    'activateParkingBrake',
+    'pressBrakePedal',
+    'releaseBrakePedal',
+    'startEngine',
+    'set_navigation',
+  },
+}
 
 
 @pytest.mark.parametrize('name', sorted(bfcl.CLASSES))
@@ -60,12 +125,18 @@ def test_references_of_every_api_read_or_change_its_state_as_meant(name):
         for call in seed.calls:
           before = copy.deepcopy(sandbox.state)
           output = sandbox.run(call)
-          assert not output.startswith('Error') and '"error"' not in output and 'False' not in output, (call, output)
+          assert (
+            not output.startswith('Error') and '"error"' not in output and 'False' not in output
+          ), (call, output)
           called.add(call.name)
           if sandbox.state != before:
             changed.add(call.name)
-        assert verify.state_problem(seed, ()) and verify.state_problem(seed, seed.calls[:-1]), seed.id
-  assert changed == WRITES[name] and called == changed | called & (CALCULATES if name == 'MathAPI' else READS)
+        assert verify.state_problem(seed, ()) and verify.state_problem(seed, seed.calls[:-1]), (
+          seed.id
+        )
+  assert changed == WRITES[name] and called == changed | called & (
+    CALCULATES if name == 'MathAPI' else READS
+  )
   assert name != 'MathAPI' or called == CALCULATES
 
 
@@ -91,7 +162,7 @@ def plain(text):
 
 def test_values_of_the_first_call_stand_in_the_request_and_later_ones_there_or_in_outputs():
   for task in tasks('sequential', 80):
-    turn, = task.turns
+    (turn,) = task.turns
     said = plain(f'{task.policy} {turn.query}')
     for call, output in zip(turn.calls, turn.responses):
       for name, value in call.arguments.items():
@@ -103,19 +174,24 @@ def test_values_of_the_first_call_stand_in_the_request_and_later_ones_there_or_i
 
 
 def test_independent_calls_give_the_same_in_any_order_and_dependent_ones_speak_of_what_was_there_before():
-  chained = re.compile(r'that (file|ticket|tweet|user|contact|result|stock|order|booking|card|airport|shop|amount)\b|the copy')
+  chained = re.compile(
+    r'that (file|ticket|tweet|user|contact|result|stock|order|booking|card|airport|shop|amount)\b|the copy'
+  )
   for task in tasks('parallel', 48):
-    seed, = bfcl_seeds(task)
+    (seed,) = bfcl_seeds(task)
     assert len(seed.calls) >= 2 and not chained.search(seed.query)
     sandbox = open_sandbox(seed.world)
     last = [sandbox.run(seed.calls[i]) for i in task.turn_calls[0][-1]]  # alone, before all others
-    assert last == list(seed.tool_response[-len(last):])
+    assert last == list(seed.tool_response[-len(last) :])
   assert all(chained.search(task.turns[0].query) for task in tasks('sequential'))
 
 
 def test_what_one_task_does_does_not_reach_the_next():
   """BFCL's `mention` changes the default value of `post_tweet`, which all instances share."""
-  post, mention = ToolCall('post_tweet', {'content': 'x'}), ToolCall('mention', {'tweet_id': 0, 'mentioned_usernames': ['@a']})
+  post, mention = (
+    ToolCall('post_tweet', {'content': 'x'}),
+    ToolCall('mention', {'tweet_id': 0, 'mentioned_usernames': ['@a']}),
+  )
   for _ in range(2):
     sandbox = bfcl.BfclSandbox(['TwitterAPI'], {'TwitterAPI': {'authenticated': True}})
     assert '"mentions": []' in sandbox.run(post) and 'success' in sandbox.run(mention)
@@ -124,7 +200,7 @@ def test_what_one_task_does_does_not_reach_the_next():
 def test_what_is_missing_is_not_listed_or_not_said():
   kinds = set()
   for task in tasks('irrelevant', 40):
-    seed, = bfcl_seeds(task)
+    (seed,) = bfcl_seeds(task)
     listed = {doc['name'] for doc in task.functions}
     assert not listed & set(task.without) and not seed.calls and seed.answer
     kinds.add(bool(task.without))
@@ -142,19 +218,36 @@ def test_new_tasks_are_none_of_the_tests():
 def test_a_state_is_reached_by_other_calls_too():
   single = tasks('single', 90, classes=('TicketAPI',))
   seed = next(s for t in single for s in bfcl_seeds(t) if s.calls[0].name == 'close_ticket')
-  [row] = run(seed, lambda _: THINK + print_calls([ToolCall('get_ticket', seed.calls[0].arguments), *seed.calls]), verify='state')
+  [row] = run(
+    seed,
+    lambda _: THINK + print_calls([ToolCall('get_ticket', seed.calls[0].arguments), *seed.calls]),
+    verify='state',
+  )
   assert 'get_ticket' in row['conversations'][-1]['content']
   edited = ToolCall('edit_ticket', {**seed.calls[0].arguments, 'updates': {'status': 'Closed'}})
   assert run(seed, lambda _: THINK + print_calls([edited]), verify='state') == 'missing output'
 
 
-@pytest.mark.parametrize('calls', [
-    [ToolCall('_load_scenario', {'scenario': {}})], [ToolCall('__init__', {})], [ToolCall('os.system', {'command': 'true'})],
-    [ToolCall('cat', {'file_name': ['x']})], [ToolCall('cat', {'nope': 1})], [ToolCall('cat', {}, ('x', 'y'))],
-    [ToolCall('tail', {'file_name': 'x', 'lines': 10**40})], [ToolCall('cp', {'source': 'a', 'destination': 'a'}),
-                                                             ToolCall('find', {}), ToolCall('du', {})]], ids=str)
+@pytest.mark.parametrize(
+  'calls',
+  [
+    [ToolCall('_load_scenario', {'scenario': {}})],
+    [ToolCall('__init__', {})],
+    [ToolCall('os.system', {'command': 'true'})],
+    [ToolCall('cat', {'file_name': ['x']})],
+    [ToolCall('cat', {'nope': 1})],
+    [ToolCall('cat', {}, ('x', 'y'))],
+    [ToolCall('tail', {'file_name': 'x', 'lines': 10**40})],
+    [ToolCall('cp', {'source': 'a', 'destination': 'a'}), ToolCall('find', {}), ToolCall('du', {})],
+  ],
+  ids=str,
+)
 def test_hostile_calls_are_answers_and_touch_nothing_outside(calls):
-  config = {'GorillaFileSystem': {'root': {'r': {'type': 'directory', 'contents': {'a': {'type': 'directory', 'contents': {}}}}}}}
+  config = {
+    'GorillaFileSystem': {
+      'root': {'r': {'type': 'directory', 'contents': {'a': {'type': 'directory', 'contents': {}}}}}
+    }
+  }
   sandbox = bfcl.BfclSandbox(['GorillaFileSystem'], config)
   before = sandbox.state
   outputs = [sandbox.run(call) for call in calls]
@@ -163,11 +256,18 @@ def test_hostile_calls_are_answers_and_touch_nothing_outside(calls):
   assert sandbox.state != before or len(calls) == 1
 
 
-@pytest.mark.parametrize('call', [
-    ToolCall('power', {'base': 9, 'exponent': 10**9}), ToolCall('power', {}, (9, -(10**9))),
-    ToolCall('square_root', {'number': 2, 'precision': 10**9}), ToolCall('power', {'base': 2, 'exponent': 'x'}),
+@pytest.mark.parametrize(
+  'call',
+  [
+    ToolCall('power', {'base': 9, 'exponent': 10**9}),
+    ToolCall('power', {}, (9, -(10**9))),
+    ToolCall('square_root', {'number': 2, 'precision': 10**9}),
+    ToolCall('power', {'base': 2, 'exponent': 'x'}),
     ToolCall('logarithm', {'value': 2, 'base': 3, 'precision': 10**9}),
-    ToolCall('round_number', {'number': 5, 'decimal_places': -(10**9)})], ids=str)
+    ToolCall('round_number', {'number': 5, 'decimal_places': -(10**9)}),
+  ],
+  ids=str,
+)
 def test_the_calculator_does_not_compute_for_ever(call):
   assert bfcl.BfclSandbox(['MathAPI'], {}).run(call).startswith('Error during execution')
 
@@ -175,5 +275,7 @@ def test_the_calculator_does_not_compute_for_ever(call):
 def test_outputs_are_shown_as_bfcl_shows_them():
   """A number of mpmath is no JSON: the dict is printed as it is. BFCL's own tests have such outputs."""
   sandbox = bfcl.BfclSandbox(['MathAPI'], {})
-  assert sandbox.run(ToolCall('logarithm', {'value': 8, 'base': 2, 'precision': 10})).startswith("{'result': mpf('3.0")
+  assert sandbox.run(ToolCall('logarithm', {'value': 8, 'base': 2, 'precision': 10})).startswith(
+    "{'result': mpf('3.0"
+  )
   assert sandbox.run(ToolCall('power', {'base': 2, 'exponent': 10})) == '{"result": 1024}'

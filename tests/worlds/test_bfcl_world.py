@@ -1,4 +1,5 @@
 """BFCL's APIs as an environment: references are right, what differs from them is not, and what is not listed is not there."""
+
 import pytest
 
 from dcore_jax.chat.messages import ToolCall
@@ -58,7 +59,7 @@ def test_what_differs_from_the_reference_is_wrong(world):
     assert not episode.outcome().correct
     reasons.add(episode.outcome().reason)
   assert reasons <= {'wrong state', 'missing output'} and 'wrong state' in reasons
-  single, = tasks(world, 'single', 1)
+  (single,) = tasks(world, 'single', 1)
   episode = world.episode(single)
   episode.step(THINK + print_calls([ToolCall('__init__', {})]))
   assert episode.outcome().reason == "tool '__init__' is not listed"
@@ -77,7 +78,9 @@ def test_functions_that_are_not_listed_are_not_there(world):
 
 def test_sessions_keep_what_was_done(world):
   changing = ('create_ticket', 'post_tweet', 'mkdir')
-  task = next(task for task in tasks(world, 'single', 30) if task.turns[0].calls[0].name in changing)
+  task = next(
+    task for task in tasks(world, 'single', 30) if task.turns[0].calls[0].name in changing
+  )
   session = world.session(task)
   before = session.state
   session.ask('do it')
@@ -87,4 +90,6 @@ def test_sessions_keep_what_was_done(world):
 
 def test_splits_are_other_draws(world):
   assert tasks(world, 'single', 3) == tasks(world, 'single', 3)
-  assert not {task.id for task in tasks(world, 'single')} & {task.id for task in tasks(world, 'single', split='train')}
+  assert not {task.id for task in tasks(world, 'single')} & {
+    task.id for task in tasks(world, 'single', split='train')
+  }

@@ -1,4 +1,5 @@
 """ToolWorld: deterministic tasks that really execute, disjoint splits, state-based judging."""
+
 import json
 import re
 
@@ -51,7 +52,11 @@ def test_splits_share_no_entity():
   entity = re.compile(r'\b(?:[A-Z][a-z]{3}|[RFHPDC]\d{3})\b')
   seen = {}
   for split in ('train', 'eval'):
-    texts = [json.dumps([turn.query for turn in t.turns] + [t.initial_state]) for k in KINDS for t in tasks(k, 100, split)]
+    texts = [
+      json.dumps([turn.query for turn in t.turns] + [t.initial_state])
+      for k in KINDS
+      for t in tasks(k, 100, split)
+    ]
     seen[split] = set(entity.findall(' '.join(texts)))
     assert all(split_of(e) == split for e in seen[split])
   assert len(seen['eval']) > 100 and not seen['train'] & seen['eval']
@@ -59,18 +64,18 @@ def test_splits_share_no_entity():
 
 def test_kinds_have_their_shape():
   for task in tasks('sequential', 100):
-    turn, = task.turns
+    (turn,) = task.turns
     assert 2 <= len(turn.calls) <= 5
     # At least one call takes what an earlier one returned: the request says "that <kind>" instead of naming it.
     assert 'that ' in turn.query
     for subtask, call in zip(turn.subtasks, turn.calls):
       if 'that ' in subtask:
-        before = ' '.join(turn.responses[:turn.calls.index(call)])
+        before = ' '.join(turn.responses[: turn.calls.index(call)])
         assert any(str(value) in before for value in call.arguments.values())
   assert {len(t.turns[0].calls) for t in tasks('parallel', 100)} == {2, 3, 4, 5}
   assert all(len(t.turns) in (2, 3) for t in tasks('multi_turn'))
   for task in tasks('irrelevant', 100):
-    turn, = task.turns
+    (turn,) = task.turns
     assert not turn.calls
     if turn.answer != NO_TOOL:
       missing = re.fullmatch(r'please give the (\w+)\.', turn.answer)[1]
@@ -85,9 +90,16 @@ def test_irrelevant_requests_fit_no_listed_tool():
       assert asked_tool(task.turns[0].subtasks[0]) not in task.tools
 
 
-@pytest.mark.parametrize(('answer', 'reason'), [
-    ('[]', 'no calls'), ('done.', 'no calls'), ('[nothing(a=1)]', "tool 'nothing' is not listed"), ('[f(a=]', 'unreadable calls'),
-    ('[f(a b)]', 'unreadable calls')])
+@pytest.mark.parametrize(
+  ('answer', 'reason'),
+  [
+    ('[]', 'no calls'),
+    ('done.', 'no calls'),
+    ('[nothing(a=1)]', "tool 'nothing' is not listed"),
+    ('[f(a=]', 'unreadable calls'),
+    ('[f(a b)]', 'unreadable calls'),
+  ],
+)
 def test_wrong_answers_to_a_single_request(answer, reason):
   task = tasks('single', 1)[0]
   episode = ToolWorld().episode(task)
@@ -127,9 +139,15 @@ def test_a_changed_argument_is_a_wrong_state_even_when_the_rest_is_right():
 
 def test_tools_answer_errors_and_never_raise():
   state = tasks('single', 1)[0].initial_state
-  for name, arguments in (('nope', {}), ('find_order', {}), ('find_order', {'customer': 'Zzzz'}), ('cancel_order', {'order': ['x']}),
-                          ('add_numbers', {'first': 'a', 'second': 1}), ('add_numbers', {'first': True, 'second': 1}),
-                          ('pay_amount', {'person': 'Zzzz', 'amount': 3})):
+  for name, arguments in (
+    ('nope', {}),
+    ('find_order', {}),
+    ('find_order', {'customer': 'Zzzz'}),
+    ('cancel_order', {'order': ['x']}),
+    ('add_numbers', {'first': 'a', 'second': 1}),
+    ('add_numbers', {'first': True, 'second': 1}),
+    ('pay_amount', {'person': 'Zzzz', 'amount': 3}),
+  ):
     assert 'error' in execute(state, name, arguments), name
 
 
@@ -143,8 +161,14 @@ def test_specs_and_seed_records():
         assert {'id', 'conversations', 'ground_truth', 'tool_response'} <= record.keys()
 
 
-@pytest.mark.parametrize('arguments', [dict(kind='nope', split='eval'), dict(kind='single', split='test'),
-                                       dict(kind='parallel', split='eval', max_subtasks=9)])
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    dict(kind='nope', split='eval'),
+    dict(kind='single', split='test'),
+    dict(kind='parallel', split='eval', max_subtasks=9),
+  ],
+)
 def test_unknown_arguments_are_named(arguments):
   with pytest.raises(ValueError, match='nope|test|9'):
     make_task(index=0, seed=0, **arguments)

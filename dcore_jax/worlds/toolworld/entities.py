@@ -1,4 +1,5 @@
 """Names, ids and amounts of ToolWorld. Every entity belongs to exactly one split, decided by a hash of its text."""
+
 import zlib
 
 import numpy as np

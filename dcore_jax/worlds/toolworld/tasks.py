@@ -1,4 +1,5 @@
 """Procedural tasks: a request in words, the calls that solve it, and the outputs those calls really have."""
+
 import copy
 import dataclasses
 import json
@@ -12,15 +13,34 @@ from dcore_jax.worlds.toolworld.entities import SPLITS, Entities
 from dcore_jax.worlds.toolworld.tools import TABLES, TOOLS, State, Tool, execute
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
-POLICIES = ('policy: call listed tools only.', 'policy: use a listed tool or say why not.', 'policy: never guess a value.')
+POLICIES = (
+  'policy: call listed tools only.',
+  'policy: use a listed tool or say why not.',
+  'policy: never guess a value.',
+)
 SEQUENTIAL_FORMS = (('{}', ', then '), ('first {}', ', next '))
 PARALLEL_FORMS = (('{}', ', and '), ('{}', '; also '))
 PREFIXES = ('', 'please ')
 NO_TOOL = 'no listed tool can do this.'
-ONE_RESPONSE = ('single', 'parallel', 'irrelevant')  # judged on their first response, as BFCL's single-turn categories are
-_TABLE = {'order': 'orders', 'flight': 'flights', 'hotel': 'hotels', 'phone': 'phones', 'file': 'files'}
-_FIND = {'find_order': ('order', 'customer'), 'find_flight': ('flight', 'city'), 'find_hotel': ('hotel', 'city'),
-         'find_phone': ('phone', 'person'), 'find_file': ('file', 'person')}
+ONE_RESPONSE = (
+  'single',
+  'parallel',
+  'irrelevant',
+)  # judged on their first response, as BFCL's single-turn categories are
+_TABLE = {
+  'order': 'orders',
+  'flight': 'flights',
+  'hotel': 'hotels',
+  'phone': 'phones',
+  'file': 'files',
+}
+_FIND = {
+  'find_order': ('order', 'customer'),
+  'find_flight': ('flight', 'city'),
+  'find_hotel': ('hotel', 'city'),
+  'find_phone': ('phone', 'person'),
+  'find_file': ('file', 'person'),
+}
 # Half of the k-step requests have 2 or 3 steps: the plan of 5 is the tail, as in the released traces (98:38:14:8:1).
 _STEP_SHARES = {2: 0.34, 3: 0.32, 4: 0.26, 5: 0.08}
 _EXTRA_TOOLS = 3  # at most so many listed tools that the reference does not use
@@ -29,6 +49,7 @@ _EXTRA_TOOLS = 3  # at most so many listed tools that the reference does not use
 @dataclasses.dataclass(frozen=True)
 class Task:
   """A task with its reference solution. `tools` are the names listed to the model; `initial_state` is never shown."""
+
   id: str
   kind: str
   policy: str
@@ -49,7 +70,7 @@ def missing_answer(parameter: str) -> str:
 
 def report(response: str) -> str:
   """The reference text that ends a turn whose last tool response is `response` (a JSON object of one entry)."""
-  (key, value), = json.loads(response).items()
+  ((key, value),) = json.loads(response).items()
   return f'done: {key} {value}.'
 
 
@@ -80,7 +101,9 @@ class _Writer:
 
   def arguments(self, tool: Tool, given: dict) -> dict:
     """Fresh arguments for all parameters that are not given, with the rows that make the call succeed."""
-    arguments = {p: given[p] if p in given else self.entities.draw(kind) for p, kind in tool.parameters.items()}
+    arguments = {
+      p: given[p] if p in given else self.entities.draw(kind) for p, kind in tool.parameters.items()
+    }
     if tool.name in _FIND:
       kind, field = _FIND[tool.name]
       self.row_of(kind, self.entities.draw(kind), **{field: arguments[field]})
@@ -113,7 +136,9 @@ class _Writer:
     """(tool, parameter) pairs that can take a fresh result of this kind."""
     pairs = [(t, p) for t in TOOLS.values() for p, k in t.parameters.items() if k == kind]
     # An amount can be paid or added up, over and over; without this most chains would end up as sums of sums.
-    return pairs if self.rng.random() < 0.2 else [(t, p) for t, p in pairs if t.name != 'add_numbers']
+    return (
+      pairs if self.rng.random() < 0.2 else [(t, p) for t, p in pairs if t.name != 'add_numbers']
+    )
 
   def chain(self, length: int, *, must_chain: bool) -> list[tuple[str, ToolCall, str]]:
     """`length` dependent clauses: after a producer mostly a consumer of what it returned."""
@@ -152,7 +177,9 @@ class _Writer:
 
 def _single(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
   tool = w.choice(list(TOOLS.values()))
-  return [w.turn([w.clause(tool)], PARALLEL_FORMS[:1])], w.listed([tool.name], int(w.rng.integers(1, _EXTRA_TOOLS + 1)))
+  return [w.turn([w.clause(tool)], PARALLEL_FORMS[:1])], w.listed(
+    [tool.name], int(w.rng.integers(1, _EXTRA_TOOLS + 1))
+  )
 
 
 def _sequential(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
@@ -166,7 +193,9 @@ def _parallel(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
   one = w.choice(list(TOOLS.values()))
   tools = [one if w.rng.random() < 0.4 else w.choice(list(TOOLS.values())) for _ in range(steps)]
   clauses = [w.clause(tool) for tool in tools]
-  return [w.turn(clauses, PARALLEL_FORMS)], w.listed([t.name for t in tools], int(w.rng.integers(0, 3)))
+  return [w.turn(clauses, PARALLEL_FORMS)], w.listed(
+    [t.name for t in tools], int(w.rng.integers(0, 3))
+  )
 
 
 def _irrelevant(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
@@ -201,8 +230,13 @@ def _multi_turn(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
   return turns, w.listed(needed, int(w.rng.integers(0, 2)))
 
 
-_MAKERS: dict[str, Callable] = {'single': _single, 'sequential': _sequential, 'parallel': _parallel,
-                                'irrelevant': _irrelevant, 'multi_turn': _multi_turn}
+_MAKERS: dict[str, Callable] = {
+  'single': _single,
+  'sequential': _sequential,
+  'parallel': _parallel,
+  'irrelevant': _irrelevant,
+  'multi_turn': _multi_turn,
+}
 
 
 def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int = 4) -> Task:
@@ -227,4 +261,11 @@ def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int
   writer = _Writer(rng, split)
   turns, tools = _MAKERS[kind](writer, steps)
   writer.distract()
-  return Task(f'toolworld-{split}-{seed}-{kind}-{index}', kind, writer.choice(POLICIES), tools, writer.initial, tuple(turns))
+  return Task(
+    f'toolworld-{split}-{seed}-{kind}-{index}',
+    kind,
+    writer.choice(POLICIES),
+    tools,
+    writer.initial,
+    tuple(turns),
+  )

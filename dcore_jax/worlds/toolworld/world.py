@@ -1,4 +1,5 @@
 """ToolWorld as an environment: shows a task and runs the model's calls."""
+
 import copy
 import json
 from collections.abc import Sequence
@@ -39,11 +40,20 @@ class ToolWorld:
     self.max_subtasks = max_subtasks
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[Task]:
-    return [make_task(kind, i, seed=seed, split=split, max_subtasks=self.max_subtasks) for i in range(count)]
+    return [
+      make_task(kind, i, seed=seed, split=split, max_subtasks=self.max_subtasks)
+      for i in range(count)
+    ]
 
   def episode(self, task: Task) -> TaskEpisode:
-    return TaskEpisode(task.id, system_text(task), task.turns, one_response=task.kind in ONE_RESPONSE, listed=task.tools,
-                       open_sandbox=lambda: ToolWorldSandbox(task.tools, task.initial_state))
+    return TaskEpisode(
+      task.id,
+      system_text(task),
+      task.turns,
+      one_response=task.kind in ONE_RESPONSE,
+      listed=task.tools,
+      open_sandbox=lambda: ToolWorldSandbox(task.tools, task.initial_state),
+    )
 
   def session(self, task: Task) -> SandboxSession:
     return SandboxSession(system_text(task), ToolWorldSandbox(task.tools, task.initial_state))
