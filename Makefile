@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= test
+EXTRAS ?= test,serve
 WORKDIR ?= runs/nano
 QUICK_WORKDIR ?= runs/quick
 
@@ -19,13 +19,14 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup harnesses train quick test test-all test-aot test-aot-all bench pretrain clean
+.PHONY: setup harnesses train quick lint test test-all test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make train      the whole pipeline on this CPU, results in $(WORKDIR)'
 	@echo 'make quick      the same, cut down to a few minutes, results in $(QUICK_WORKDIR)'
+	@echo 'make lint       format, style, the order of rooms, declared dependencies'
 	@echo 'make test       the tests but the slow ones'
 	@echo 'make test-all   all tests'
 	@echo 'make test-aot   compile kernels for A100 and TPU and the steps of Qwen3-8B and 14B, in an environment $(VENV)-aot'
@@ -38,8 +39,8 @@ help:
 
 setup: $(STAMP)
 
-# Installs again when setup.py changes. The stamp is touched last: an interrupted installation is taken up again.
-$(STAMP): setup.py
+# Installs again when pyproject.toml changes. The stamp is touched last: an interrupted installation is taken up again.
+$(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo '$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -58,6 +59,13 @@ train: setup
 quick: setup
 	$(RUN) -m experiments.train --config=configs/nano.py:quick --workdir=$(QUICK_WORKDIR)
 
+SOURCES := dcore_jax experiments configs benchmarks tests setup.py
+lint: setup
+	$(RUN) -m ruff format --quiet --check --diff $(SOURCES)
+	$(RUN) -m ruff check --quiet $(SOURCES)
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/deptry .
+
 test: setup
 	$(RUN) -m pytest -q -m 'not slow' $(PARALLEL)
 
@@ -68,7 +76,7 @@ test-all: setup
 # finds no such device.
 AOT ?= -m 'not slow'
 test-aot:
-	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,aot
+	$(MAKE) setup VENV=$(VENV)-aot EXTRAS=test,serve,aot
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -q -k compiles $(AOT) tests/models tests/plan
 
 test-aot-all:

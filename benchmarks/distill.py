@@ -1,17 +1,21 @@
-"""Self-distillation: all subtasks of all seeds together against one at a time, and how full the lanes are.
+"""Self-distillation: all subtasks of all seeds together against one at a time, and how full the
+lanes are.
 
     python -m benchmarks.distill                    # about 12 minutes on 2 cores
     python -m benchmarks.distill --cases=loop --seeds=30
 
 The organism distils tasks of ToolWorld (one JSON line a case).
-    loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one subtask at a time on an
-                engine of a single lane, which is the fastest for that; interleaved rounds on the same seeds
-    larger      the same two ways with the organism's conversations at the cost of a model of 25 million parameters: each
-                request runs on it for as many tokens as the organism's answer has. The organism's weights fit into a CPU's
-                caches, where a lane by itself has no need of company; those of any model in earnest do not
-    occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail included; the bound is 1
-    host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run, by answering all of it
-                from a journal, against the run itself
+    loop        completed tokens a second: all seeds in flight on 64 lanes, against one seed and one
+                subtask at a time on an engine of a single lane, which is the fastest for that;
+                interleaved rounds on the same seeds
+    larger      the same two ways with the organism's conversations at the cost of a model of 25
+                million parameters: each request runs on it for as many tokens as the organism's
+                answer has. The organism's weights fit into a CPU's caches, where a lane by itself
+                has no need of company; those of any model in earnest do not
+    occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail
+                included; the bound is 1
+    host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run,
+                by answering all of it from a journal, against the run itself
 """
 
 import dataclasses
@@ -27,15 +31,18 @@ from absl import app, flags
 
 from benchmarks.measure import line, say
 from configs import nano
-from dcore_jax.data.seed_sources import DISTILL, toolworld_seeds
+from dcore_jax.data.seed_sources import DISTILL, training_seeds
 from dcore_jax.data.seeds import Seed
-from dcore_jax.distill.pipeline import by_length, distill, summarise
+from dcore_jax.distill.algorithm import by_length, distill, summarise
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.models import decoder
-from dcore_jax.rollout.backends import LocalBackend, Reply, Source
-from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.backends import ChatSource, Reply
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import Policy, load_policy
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 CASES = ('loop', 'larger', 'occupancy', 'host')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
@@ -58,22 +65,25 @@ LARGER = dict(
 
 
 def backend(policy: Policy, lanes: int, journal: pathlib.Path | None = None) -> LocalBackend:
+  """The backend of an engine with so many lanes."""
   config = nano.get_config().engine
   engine = Engine(
     policy.load(None),
     policy.config,
     stop_ids=policy.stop_ids,
-    lanes=lanes,
-    max_len=config.max_len,
-    steps_per_call=config.steps_per_call,
+    sizes=EngineSizes(lanes=lanes, max_len=config.max_len, steps_per_call=config.steps_per_call),
   )
   return LocalBackend(engine, policy.tokenizer, journal=journal, model='organism')
 
 
 class Acted(LocalBackend):
-  """Gives the answers of a journal, each when its engine has drawn as many tokens as the answer has."""
+  """Gives the answers of a journal, each when its engine has drawn as many tokens as the answer
+  has.
+  """
 
-  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Any, Reply]]:
+  def stream(self, source: ChatSource, sampling: SamplingParams) -> Iterator[tuple[Any, Reply]]:
+    """Answers requests as they finish on the engine, with the texts of the journal."""
+
     def requests(free: int) -> list[tuple[Any, Request]]:
       result = []
       for tag, request in source(free):
@@ -103,6 +113,7 @@ def run(
 
 
 def some(seeds: list[Seed], count: int) -> list[Seed]:
+  """A random choice of so many seeds, the same in every call."""
   return [seeds[i] for i in np.random.default_rng(0).permutation(len(seeds))[:count]]
 
 
@@ -112,9 +123,8 @@ def compare(
   """Rounds of all seeds together and of one at a time, with `draws` different random seeds."""
   ways = (('together', many, True), ('one at a time', one, False))
   rates: dict[str, list[float]] = {name: [] for name, _, _ in ways}
-  for number in range(
-    draws
-  ):  # each once before it is measured: other lengths may need other programs
+  # Each once before it is measured: other lengths may need other programs.
+  for number in range(draws):
     for _, ours, at_once in ways:
       run(seeds, ours, at_once=at_once, seed=number)
   compiled = many.engine.stats.compilations + one.engine.stats.compilations
@@ -139,31 +149,40 @@ def compare(
 
 
 def loop(policy: Policy, seeds: list[Seed]) -> None:
-  many, one = backend(policy, nano.get_config().engine.lanes), backend(policy, 1)
+  """Times all seeds together against one at a time, on the organism."""
+  many = backend(policy, nano.get_config().engine.lanes)
+  one = backend(policy, 1)
   compare('all seeds together', some(seeds, _SEEDS.value), many, one, _ROUNDS.value, _ROUNDS.value)
 
 
 def larger(policy: Policy, seeds: list[Seed]) -> None:
-  chosen, lanes = some(seeds, _SEEDS.value // 2), nano.get_config().engine.lanes
+  """Times the same at the cost of a model of 25 million parameters."""
+  chosen = some(seeds, _SEEDS.value // 2)
+  lanes = nano.get_config().engine.lanes
   with tempfile.TemporaryDirectory() as folder:
     journal = pathlib.Path(folder) / 'replies.jsonl'
     organism = backend(policy, lanes, journal)
     run(chosen, organism)
     config = dataclasses.replace(policy.config, **LARGER)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
-    acted = lambda lanes: Acted(
-      Engine(
-        params,
-        config,
-        stop_ids=(),
-        lanes=lanes,
-        max_len=organism.engine.max_len,
-        steps_per_call=organism.engine.steps_per_call,
-      ),
-      policy.tokenizer,
-      journal=journal,
-      model=organism.model,
-    )
+
+    def acted(lanes):
+      return Acted(
+        Engine(
+          params,
+          config,
+          stop_ids=(),
+          sizes=EngineSizes(
+            lanes=lanes,
+            max_len=organism.engine.max_len,
+            steps_per_call=organism.engine.sizes.steps_per_call,
+          ),
+        ),
+        policy.tokenizer,
+        journal=journal,
+        model=organism.model,
+      )
+
     compare(
       'all seeds together, at the cost of 25 million parameters',
       chosen,
@@ -175,6 +194,7 @@ def larger(policy: Policy, seeds: list[Seed]) -> None:
 
 
 def occupancy(policy: Policy, seeds: list[Seed]) -> None:
+  """Prints the share of lane-steps that drew a token of a rollout."""
   ours = backend(policy, nano.get_config().engine.lanes)
   run(seeds, ours)  # compiles
   before = vars(ours.engine.stats).copy()
@@ -202,6 +222,7 @@ def occupancy(policy: Policy, seeds: list[Seed]) -> None:
 
 
 def host(policy: Policy, seeds: list[Seed]) -> None:
+  """Times the host's own work: a run that is answered from a journal."""
   with tempfile.TemporaryDirectory() as folder:
     ours = backend(policy, nano.get_config().engine.lanes, pathlib.Path(folder) / 'replies.jsonl')
     _, whole = run(seeds, ours)
@@ -222,14 +243,13 @@ def host(policy: Policy, seeds: list[Seed]) -> None:
 
 
 def main(_) -> None:
+  """Runs the cases that are asked for."""
   unknown = set(_CASES.value) - set(CASES)
   if unknown:
     raise app.UsageError(f'unknown cases {sorted(unknown)}')
   config = nano.get_config()
-  policy, seeds = (
-    load_policy(config.model, seed=0),
-    toolworld_seeds(config, config.distill.tasks, DISTILL),
-  )
+  policy = load_policy(config.model, seed=0)
+  seeds = training_seeds(config, config.distill.tasks, DISTILL)
   for name, case in (('loop', loop), ('larger', larger), ('occupancy', occupancy), ('host', host)):
     if name in _CASES.value:
       case(policy, seeds)

@@ -1,15 +1,21 @@
-"""Hugging Face checkpoints in and out, of Qwen3-0.6B's size: seconds and memory against transformers on the same files.
+"""Measures Hugging Face checkpoints in and out, of Qwen3-0.6B's size, against transformers.
 
-    python -m benchmarks.import_export                    # every case, about 5 minutes on 2 cores
-    python -m benchmarks.import_export --directory=DIR    # where the checkpoints go: 4 GB, by default the temporary folder
+    python -m benchmarks.import_export
+    python -m benchmarks.import_export --directory=DIR
 
-A checkpoint of random numbers is written (bfloat16, tied head, one file of 1.2 GB). Every reading and writing of it runs in a
-process of its own, since peaks are of a process; rounds are interleaved, medians printed, files are in the page cache. Memory
-is what a process has at its worst beyond what it had before and the parameters themselves:
-    anonymous   sampled every 2 ms: buffers, copies. Pages of a mapped file are the system's cache and not counted.
+Every case takes about 5 minutes on 2 cores. DIR is where the checkpoints go (4 GB), by default the
+temporary folder. Both sides read the same files.
+
+A checkpoint of random numbers is written (bfloat16, tied head, one file of 1.2 GB). Every reading
+and writing of it runs in a process of its own, since peaks are of a process; rounds are
+interleaved, medians printed, files are in the page cache. Memory is what a process has at its worst
+beyond what it had before and the parameters themselves:
+    anonymous   sampled every 2 ms: buffers, copies. Pages of a mapped file are the system's cache
+                and not counted.
     resident    the kernel's high-water mark, mapped pages included
-transformers keeps parameters in the file's dtype as views of the mapped file: their import there is no more than reading it.
-Bounds are the bytes read and written at the rate of a large copy. Saving to a disk is waited for by neither.
+transformers keeps parameters in the file's dtype as views of the mapped file: their import there is
+no more than reading it. Bounds are the bytes read and written at the rate of a large copy. Saving
+to a disk is waited for by neither.
 """
 
 import importlib.util
@@ -56,7 +62,10 @@ RECORD = {
 
 
 def make_checkpoint(folder: pathlib.Path, record: dict[str, Any] = RECORD, seed: int = 0) -> None:
-  """A checkpoint of normal numbers (norms around 1), tensor by tensor: nothing is ever held whole."""
+  """Writes a checkpoint of normal numbers (norms around 1).
+
+  It goes tensor by tensor: nothing is ever held whole.
+  """
   from dcore_jax.models import hf_checkpoint, tensor_files
   from dcore_jax.models.config import DecoderConfig
 
@@ -81,12 +90,16 @@ def make_checkpoint(folder: pathlib.Path, record: dict[str, Any] = RECORD, seed:
 
 
 class Memory:
-  """Bytes of this process while the block runs, beyond those before it: `anonymous` and `resident` at their worst."""
+  """Bytes of this process while the block runs, beyond those before it.
+
+  `anonymous` and `resident` at their worst.
+  """
 
   def __enter__(self) -> 'Memory':
     pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the high-water mark
     self._before = self._read()
-    self.anonymous, self._done = 0, threading.Event()
+    self.anonymous = 0
+    self._done = threading.Event()
     self._thread = threading.Thread(target=self._sample)
     self._thread.start()
     return self
@@ -108,7 +121,9 @@ class Memory:
 
 
 def worker(what: str, source: str, target: str, dtype: str) -> dict[str, float]:
-  """Reads `source` in `dtype`, and for an export writes it to `target` -> seconds, bytes of parameters and of memory."""
+  """Reads `source` in `dtype`, and for an export writes it to `target` -> seconds, bytes of
+  parameters and of memory.
+  """
   read, write = {'ours': _ours, 'transformers': _transformers}[what.split()[0]](
     source, target, dtype
   )
@@ -198,7 +213,8 @@ def run_worker(
 def copy_rate() -> float:
   """Bytes a second that a large copy reads, and as many that it writes."""
   source = np.ones(1 << 26, np.float32)
-  target, best = np.empty_like(source), np.inf
+  target = np.empty_like(source)
+  best = np.inf
   for _ in range(5):
     began = time.perf_counter()
     np.copyto(target, source)
@@ -217,10 +233,12 @@ def compare(
       say(f'{what} {dtype}, {peer}: {result["seconds"]:.2f} s')
       if number:
         results.append(result)
-  value = lambda peer, field: (
-    statistics.median(result[field] for result in runs[peer]) if peer in runs else None
-  )
-  size, parameters = (source / 'model.safetensors').stat().st_size, value('ours', 'parameters')
+
+  def value(peer, field):
+    return statistics.median(result[field] for result in runs[peer]) if peer in runs else None
+
+  size = (source / 'model.safetensors').stat().st_size
+  parameters = value('ours', 'parameters')
   name = f'{what}, bfloat16 -> {dtype}' if what == 'import' else f'{what}, {dtype} -> bfloat16'
   peer = {'import': 'transformers from_pretrained', 'export': 'transformers save_pretrained'}[what]
   line(
@@ -242,7 +260,7 @@ def compare(
 
 
 def sharded(folder: pathlib.Path, source: pathlib.Path) -> None:
-  """Memory of an import that is split over 8 devices of one process, and of the export from there."""
+  """Memory of an import split over 8 devices of one process, and of the export from there."""
   largest = (
     4 * RECORD['vocab_size'] * RECORD['hidden_size'] / 2**20
   )  # MiB; the embedding, in float32
@@ -262,6 +280,7 @@ def sharded(folder: pathlib.Path, source: pathlib.Path) -> None:
 
 
 def main(_) -> None:
+  """Runs every case, or one reading or writing where it is a worker process."""
   if _WORKER.value:
     print(json.dumps(worker(*json.loads(_WORKER.value))))
     return

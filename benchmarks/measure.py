@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, the machine's own speed, and the JSON lines they print."""
+"""What every benchmark shares: interleaved timing, and the JSON lines they print."""
 
 import json
 import statistics
@@ -14,7 +14,8 @@ import numpy as np
 def interleaved(
   functions: dict[str, Callable[[], Any]], rounds: int, warm: int = 1
 ) -> dict[str, float]:
-  """Median seconds of each function over `rounds` rounds, in each of which all run in turn, after `warm` unmeasured ones.
+  """Median seconds of each function over `rounds` rounds, in each of which all run in turn, after
+  `warm` unmeasured ones.
 
   Whatever else the machine does meets all of them alike, so that ratios hold where seconds drift.
   """
@@ -28,15 +29,7 @@ def interleaved(
   return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_rate(size: int = 2048) -> float:
-  """Float32 operations a second that this machine reaches in one large matrix product: the bound of a training step."""
-  a = jax.random.normal(jax.random.key(0), (size, size))
-  product = jax.jit(lambda a: a @ a)
-  best = min(interleaved({'product': lambda: product(a)}, rounds=1)['product'] for _ in range(5))
-  return 2 * size**3 / best
-
-
-def line(
+def line(  # noqa: PLR0913 - the fields of one JSON line
   case: str,
   peer: str,
   ours: float | None,
@@ -58,20 +51,23 @@ def line(
     better: 'less' or 'more'.
     more: further fields.
   """
-  ratio = None
-  if ours and theirs:
-    ratio = theirs / ours if better == 'less' else ours / theirs
-  share = None if not (bound and ours) else (bound / ours if better == 'less' else ours / bound)
+
+  def times_better(one: float | None, other: float | None) -> float | None:
+    """How many times better `one` is; None where either is missing."""
+    if not (one and other):
+      return None
+    return other / one if better == 'less' else one / other
+
   record = {
     'case': case,
     'peer': peer,
     'ours': ours,
     'theirs': theirs,
     'unit': unit,
-    'ratio': ratio,
+    'ratio': times_better(ours, theirs),
     'wanted': wanted,
     'bound': bound,
-    'share_of_bound': share,
+    'share_of_bound': times_better(ours, bound),
     **more,
   }
   print(json.dumps({name: _rounded(value) for name, value in record.items()}), flush=True)

@@ -1,7 +1,10 @@
-"""Seconds to score a rollout batch: `python -m benchmarks.rewards` prints a JSON line for each reward.
+"""Measures the seconds to score a rollout batch.
 
-256 responses of 4,096 tokens (20 kB of thoughts and eight calls each), half of them with a wrong value. The wanted bound is 1 %
-of a step of the published runs: 11 h for 468 steps of the 8B model are 85 s a step (method 6), so 0.85 s.
+`python -m benchmarks.rewards` prints a JSON line for each reward.
+
+256 responses of 4,096 tokens (20 kB of thoughts and eight calls each), half of them with a wrong
+value. The wanted bound is 1 % of a step of the published runs: 11 h for 468 steps of the 8B model
+are 85 s a step (docs/method.md, section 6), so 0.85 s.
 """
 
 from benchmarks import measure
@@ -24,6 +27,7 @@ def responses(count: int) -> tuple[list[str], str]:
 
 
 def main() -> None:
+  """Times every reward and prints its line."""
   predictions, reference = responses(256)
   functions = {
     name: lambda name=name: rewards.batch_reward(name, predictions, [reference] * len(predictions))

@@ -1,14 +1,18 @@
-"""Rollouts: a long tail, groups that share a prompt, equal lengths, against transformers' generate and google-tunix's sampler.
+"""Measures rollouts against transformers' generate and google-tunix's sampler.
 
-    python -m benchmarks.rollout                                  # every case, about 40 minutes on 2 cores
-    python -m benchmarks.rollout --cases=tail --vocabularies=4096 --tunix_python=/path/to/its/environment/bin/python
+    python -m benchmarks.rollout
+    python -m benchmarks.rollout --cases=tail --vocabularies=4096 --tunix_python=ENV/bin/python
 
-One JSON line a case and peer: useful tokens a second (tokens up to the first stop token), ratio (> 1: ours is better). All
-sample at temperature 1 from random weights of the same sizes in float32; rounds are interleaved, each with a seed of its own,
-and what comes before them is apart: the first call of each (`first_seconds`, compilation included), and of ours every round
-once, since other lengths may need other programs. google-tunix 0.1.7 needs an environment of its own (jax 0.8) and runs in a
-process of that interpreter. Bounds are the bytes that our decode steps read (weights, keys and values) at this machine's
-bandwidth.
+Every case takes about 40 minutes on 2 cores. The cases are a long tail, groups that share a prompt,
+and equal lengths.
+
+One JSON line a case and peer: useful tokens a second (tokens up to the first stop token), ratio
+(> 1: ours is better). All sample at temperature 1 from random weights of the same sizes in float32;
+rounds are interleaved, each with a seed of its own, and what comes before them is apart: the first
+call of each (`first_seconds`, compilation included), and of ours every round once, since other
+lengths may need other programs. google-tunix 0.1.7 needs an environment of its own (jax 0.8) and
+runs in a process of that interpreter. Bounds are the bytes that our decode steps read (weights,
+keys and values) at this machine's bandwidth.
 """
 
 import json
@@ -27,8 +31,10 @@ from benchmarks import measure
 from benchmarks.measure import line, say
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 CASES = ('tail', 'groups', 'equal')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
@@ -42,7 +48,9 @@ _TUNIX_PYTHON = flags.DEFINE_string(
 
 
 class Case(NamedTuple):
-  """What is asked of every sampler: each prompt once for each of its rollouts, `budget` tokens at most."""
+  """What is asked of every sampler: each prompt once for each of its rollouts, `budget` tokens at
+  most.
+  """
 
   name: str
   prompts: list[np.ndarray]  # one for each rollout
@@ -52,10 +60,12 @@ class Case(NamedTuple):
 
   @property
   def longest(self) -> int:
+    """Tokens of the longest prompt with the whole budget."""
     return max(map(len, self.prompts)) + self.budget
 
 
 def model(vocabulary: int) -> DecoderConfig:
+  """The model of every case."""
   return DecoderConfig(
     vocab_size=vocabulary,
     hidden_size=512,
@@ -69,9 +79,15 @@ def model(vocabulary: int) -> DecoderConfig:
 
 
 def make_case(name: str, vocabulary: int) -> Case:
-  """A random model stops at each token with the probability of its stop ids: lengths are geometric."""
+  """The case of that name.
+
+  A random model stops at each token with the probability of its stop ids: lengths are geometric.
+  """
   rng = np.random.default_rng(0)
-  prompt = lambda length: rng.integers(1, vocabulary, length).astype(np.int32)
+
+  def prompt(length):
+    return rng.integers(1, vocabulary, length).astype(np.int32)
+
   if name == 'tail':
     stops = rng.choice(vocabulary, round(vocabulary / 90), replace=False)
     return Case(name, [prompt(64) for _ in range(32)], 512, sorted(stops.tolist()), (3.0, 2.0))
@@ -90,12 +106,12 @@ class Ours:
   """Our engine; a call gives the useful tokens of one round."""
 
   def __init__(self, config: DecoderConfig, params: decoder.Params, case: Case):
-    self.engine = Engine(
-      params, config, stop_ids=case.stop_ids, lanes=32, max_len=case.longest, max_new=case.budget
-    )
+    sizes = EngineSizes(lanes=32, max_len=case.longest, max_new=case.budget)
+    self.engine = Engine(params, config, stop_ids=case.stop_ids, sizes=sizes)
     self._case = case
 
   def __call__(self, seed: int) -> int:
+    """Samples the case with a seed; returns the number of useful tokens."""
     requests = [Request(prompt, (seed, index)) for index, prompt in enumerate(self._case.prompts)]
     done = self.engine.generate(requests, SamplingParams(max_tokens=self._case.budget))
     return sum(len(completion.tokens) for completion in done)
@@ -108,7 +124,8 @@ class Transformers:
     import torch
     import transformers
 
-    self._torch, self._case = torch, case
+    self._torch = torch
+    self._case = case
     with tempfile.TemporaryDirectory() as folder:
       hf_checkpoint.save_checkpoint(f'{folder}/model', config, params)
       self._model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -116,7 +133,9 @@ class Transformers:
       ).eval()
 
   def __call__(self, seed: int) -> int:
-    torch, case = self._torch, self._case
+    """Samples the case with a seed; returns the number of useful tokens."""
+    torch = self._torch
+    case = self._case
     torch.manual_seed(seed)
     prompts = torch.tensor(np.stack(case.prompts).astype(np.int64))
     # The default of a generation config would truncate to 50 tokens, which is another distribution.
@@ -136,7 +155,9 @@ class Transformers:
 
 
 class Tunix:
-  """google-tunix's sampler in a process of its own, which samples once for each seed that it is sent."""
+  """google-tunix's sampler in a process of its own, which samples once for each seed that it is
+  sent.
+  """
 
   def __init__(self, config: DecoderConfig, case: Case, python: str):
     worker = pathlib.Path(__file__).with_name('tunix_worker.py')
@@ -160,6 +181,7 @@ class Tunix:
     self._process.stdin.flush()
 
   def __call__(self, seed: int) -> int:
+    """Samples the case with a seed; returns the number of useful tokens."""
     self._send(str(seed))
     answer = self._process.stdout.readline()
     if not answer:
@@ -167,6 +189,7 @@ class Tunix:
     return int(answer)
 
   def close(self) -> None:
+    """Ends the worker."""
     self._process.stdin.close()
     self._process.wait(timeout=60)
 
@@ -189,7 +212,9 @@ def bandwidth() -> float:
 
 
 def run_case(name: str, vocabulary: int) -> None:
-  case, config = make_case(name, vocabulary), model(vocabulary)
+  """Times one case on every sampler that is there."""
+  case = make_case(name, vocabulary)
+  config = model(vocabulary)
   title = f'{name}, vocabulary {vocabulary}'
   params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
   ours = Ours(config, params, case)
@@ -210,13 +235,12 @@ def run_case(name: str, vocabulary: int) -> None:
     say(f'{title}: {sampler} {tokens} useful tokens in {seconds:.2f} s')
     return tokens, seconds
 
-  first, rates = (
-    {sampler: timed(sampler, 0)[1] for sampler in samplers},
-    {sampler: [] for sampler in samplers},
-  )
+  first = {sampler: timed(sampler, 0)[1] for sampler in samplers}
+  rates = {sampler: [] for sampler in samplers}
   for seed in range(1, _ROUNDS.value):
     timed('ours', seed)
-  before, compiled = vars(ours.engine.stats).copy(), ours.engine.stats.compilations
+  before = vars(ours.engine.stats).copy()
+  compiled = ours.engine.stats.compilations
   for seed in range(_ROUNDS.value):
     for sampler in samplers:
       tokens, seconds = timed(sampler, seed)
@@ -240,7 +264,10 @@ def run_case(name: str, vocabulary: int) -> None:
     first_seconds=first['ours'],
   )
   for peer, label, wanted in zip(
-    ('transformers', 'tunix'), ('transformers generate', 'google-tunix sampler'), case.wanted
+    ('transformers', 'tunix'),
+    ('transformers generate', 'google-tunix sampler'),
+    case.wanted,
+    strict=True,
   ):
     if peer in rate:
       line(
@@ -261,6 +288,7 @@ def run_case(name: str, vocabulary: int) -> None:
 
 
 def main(_) -> None:
+  """Runs the cases that are asked for."""
   unknown = set(_CASES.value) - set(CASES)
   if unknown:
     raise app.UsageError(f'unknown cases {sorted(unknown)}')

@@ -1,12 +1,15 @@
-"""The HTTP server against the bare engine: requests a second, time to the first token, with 1, 8 and 32 clients.
+"""The HTTP server against the bare engine: requests a second, time to the first token, with 1, 8
+and 32 clients.
 
     python -m benchmarks.server
 
-A server process (`experiments.serve`) and an engine in this process hold the same random weights (hidden 512, 8 layers,
-vocabulary 4,096) in float32. Each is given the same requests, 128 tokens of prompt and 128 to sample, by so many clients, each
-of which asks again as soon as it has its answer; over HTTP as streamed chat completions on a connection each. Rounds are
-interleaved. One JSON line a number of clients; ratio is the server's requests a second over the engine's, 0.9 being an overhead
-of 11 %. That the tokens are as many on both sides is checked. The clients run on the same cores: their work is in the overhead.
+A server process (`experiments.serve`) and an engine in this process hold the same random weights
+(hidden 512, 8 layers, vocabulary 4,096) in float32. Each is given the same requests, 128 tokens of
+prompt and 128 to sample, by so many clients, each of which asks again as soon as it has its answer;
+over HTTP as streamed chat completions on a connection each. Rounds are interleaved. One JSON line a
+number of clients; ratio is the server's requests a second over the engine's, 0.9 being an overhead
+of 11 %. That the tokens are as many on both sides is checked. The clients run on the same cores:
+their work is in the overhead.
 """
 
 import asyncio
@@ -43,7 +46,10 @@ _STEPS = flags.DEFINE_integer(
   'steps_per_call', 8, 'Of both engines: tokens of a lane between two looks of the host.'
 )
 
-VOCABULARY, LANES, PROMPT, ANSWER = 4096, 32, 128, 128
+VOCABULARY = 4096
+LANES = 32
+PROMPT = 128
+ANSWER = 128
 MODEL = DecoderConfig(
   vocab_size=VOCABULARY,
   hidden_size=512,
@@ -66,7 +72,9 @@ class Measured(NamedTuple):
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-  """Byte-level, as those of the model families: bytes and three-letter words, with the chat template's special tokens."""
+  """Byte-level, as those of the model families: bytes and three-letter words, with the chat
+  template's special tokens.
+  """
   special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
   letters = 'abcdefghijklmnopqrstuvwxyz'
   words = (f'\u0120{"".join(word)}' for word in itertools.product(letters, repeat=3))
@@ -90,6 +98,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def questions(tokenizer: transformers.PreTrainedTokenizerFast, count: int, seed: int) -> list[str]:
+  """Texts of random tokens, each a prompt."""
   rng = np.random.default_rng(seed)
   return [tokenizer.decode(rng.integers(256, 4000, PROMPT)) for _ in range(count)]
 
@@ -97,12 +106,15 @@ def questions(tokenizer: transformers.PreTrainedTokenizerFast, count: int, seed:
 def bare(
   engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], clients: int
 ) -> Measured:
-  """The engine alone, asked as by so many clients; the prompts are rendered and encoded before the clock starts."""
+  """The engine alone, asked as by so many clients; the prompts are rendered and encoded before the
+  clock starts.
+  """
   rendered = [render_prompt(tokenizer, [Message('user', text)]) for text in texts]
   waiting = collections.deque(enumerate(tokenizer(rendered, add_special_tokens=False)['input_ids']))
   began: dict[int, float] = {}
   first: dict[int, float] = {}
-  tokens, started = 0, time.perf_counter()
+  tokens = 0
+  started = time.perf_counter()
 
   def ask() -> None:
     number, prompt = waiting.popleft()
@@ -124,7 +136,8 @@ def bare(
 async def served(port: int, texts: list[str], clients: int) -> Measured:
   """The server, asked by so many clients."""
   waiting = collections.deque(enumerate(texts))
-  first, tokens = [], 0
+  first = []
+  tokens = 0
 
   async def client() -> None:
     nonlocal tokens
@@ -140,7 +153,9 @@ async def served(port: int, texts: list[str], clients: int) -> Measured:
 
 
 async def ask(port: int, text: str, seed: int) -> tuple[float, int]:
-  """(seconds until text came, tokens sampled) of one request, by hand: a client library would be most of what is measured."""
+  """(seconds until text came, tokens sampled) of one request, by hand: a client library would be
+  most of what is measured.
+  """
   body = json.dumps(
     {
       'model': 'model',
@@ -151,7 +166,8 @@ async def ask(port: int, text: str, seed: int) -> tuple[float, int]:
       'stream_options': {'include_usage': True},
     }
   ).encode()
-  began, seconds = time.perf_counter(), 0.0
+  began = time.perf_counter()
+  seconds = 0.0
   reader, writer = await asyncio.open_connection('127.0.0.1', port)
   writer.write(
     b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
@@ -193,11 +209,16 @@ def start(folder: pathlib.Path) -> tuple[subprocess.Popen, int]:
 
 
 def run(folder: pathlib.Path) -> None:
+  """Starts the server, and measures it for every number of clients."""
   tokenizer = make_tokenizer()
   tokenizer.save_pretrained(folder / 'tokenizer')
   params = jax.jit(decoder.init_params, static_argnums=0)(MODEL, jax.random.key(0))
   hf_checkpoint.save_checkpoint(
-    folder / 'model', MODEL, params, tokenizer_dir=folder / 'tokenizer', dtype='float32'
+    folder / 'model',
+    MODEL,
+    params,
+    hf_checkpoint.ModelFiles(tokenizer_dir=folder / 'tokenizer'),
+    dtype='float32',
   )
   engine = load_model(
     str(folder / 'model'),
@@ -219,6 +240,7 @@ def run(folder: pathlib.Path) -> None:
 def run_case(
   engine: Engine, tokenizer: transformers.PreTrainedTokenizerFast, port: int, clients: int
 ) -> None:
+  """Measures server and bare engine with so many clients, in turn."""
   rounds: dict[str, list[Measured]] = {'ours': [], 'bare': []}
   for number in range(-2, _ROUNDS.value):  # two unmeasured rounds compile
     texts = questions(tokenizer, max(4, 3 * clients), number + 2)
@@ -232,7 +254,8 @@ def run_case(
       )
     for name, measured in got.items():
       say(
-        f'{clients} clients, {name}: {measured.rate:.2f} requests/s, {statistics.median(measured.first_token) * 1e3:.0f} ms'
+        f'{clients} clients, {name}: {measured.rate:.2f} requests/s, '
+        f'{statistics.median(measured.first_token) * 1e3:.0f} ms'
       )
       if number >= 0:
         rounds[name].append(measured)
@@ -260,6 +283,7 @@ def run_case(
 
 
 def main(_) -> None:
+  """Runs in a temporary folder."""
   with tempfile.TemporaryDirectory() as folder:
     run(pathlib.Path(folder))
 

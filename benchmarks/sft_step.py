@@ -1,16 +1,18 @@
 """The SFT step: work saved by token trees, time against transformers + torch, memory, scaling.
 
-    python -m benchmarks.sft_step                    # every case, about 25 minutes on 2 cores
+    python -m benchmarks.sft_step    # every case, about 25 minutes on 2 cores
     python -m benchmarks.sft_step --cases=work,memory
 
-One JSON line a case: ours, peer, ratio (> 1: ours is better), bound. Rows are real ones (`DCORE_DATA`) and the vocabulary is
-Qwen3's; the model has random weights, since time does not depend on them. Bounds are the multiply-adds of the step at the rate
-of one large matrix product on this machine.
+One JSON line a case: ours, peer, ratio (> 1: ours is better), bound. Rows are real ones
+(`DCORE_DATA`) and the vocabulary is Qwen3's; the model has random weights, since time does not
+depend on them. Bounds are the multiply-adds of the step at the rate of one large matrix product on
+this machine.
 """
 
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,13 @@ from benchmarks.measure import line, say
 from dcore_jax import tokentree
 from dcore_jax.files import data_path
 from dcore_jax.learn import head, optimizer, sft
-from dcore_jax.models import decoder, hf_checkpoint, tree_attention, tree_blocks
+from dcore_jax.learn.step import loss_token_states
+from dcore_jax.models import decoder, hf_checkpoint
+from dcore_jax.models.attention import tree_attention, tree_blocks
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.policy import ORGANISM
+from dcore_jax.train.throughput import matmul_rate
 
 MODEL = DecoderConfig(
   vocab_size=151_936,
@@ -48,12 +53,14 @@ _ROUNDS = flags.DEFINE_integer(
 
 
 def qwen_tokenizer():
+  """The tokenizer of Qwen3."""
   return transformers.AutoTokenizer.from_pretrained(str(data_path('qwen3-tokenizer')))
 
 
 def step_flops(tree: tokentree.TokenTree, block: int = 256) -> float:
-  """Operations of forward and backward pass: layers on every place of the rows, attention on the visible blocks, head on loss
-  tokens."""
+  """Operations of forward and backward pass: layers on every place of the rows, attention on the
+  visible blocks, head on loss tokens.
+  """
   matmul = 2 * (MODEL.flops_per_token(0) / 2 - MODEL.vocab_size * MODEL.hidden_size)
   pairs = (
     float(tree_blocks.visible_blocks(tree.end, block, block).sum()) * block**2
@@ -77,32 +84,33 @@ class Ours:
     self._state = optimizer.init_state(jax.tree.map(jnp.array, params), self._tx)
 
   def __call__(self) -> jax.Array:
+    """Makes one step; returns the loss."""
     self._state, metrics = self._step(self._state, self._batch)
     return metrics['loss']
 
 
 class Torch:
-  """transformers' Qwen3 on the flat sequences, `micro` at a time padded to their longest, loss by its own `labels`.
+  """transformers' Qwen3 on the flat sequences, `micro` at a time padded to their longest, loss by
+  its own `labels`.
 
-  `spare_head` is a stronger form than the usual one: the vocabulary projection for loss tokens only.
+  `spare_head` is a stronger form than the usual one: the vocabulary projection for loss tokens
+  only.
   """
 
   def __init__(
     self,
     params: decoder.Params,
-    sequences: Sequence[tokentree.Sequence],
+    sequences: Sequence[tokentree.TokenSequence],
     micro: int,
     *,
     spare_head: bool = False,
   ):
     import torch
 
-    self._torch, self._sequences, self._micro, self._spare_head = (
-      torch,
-      sequences,
-      micro,
-      spare_head,
-    )
+    self._torch = torch
+    self._sequences = sequences
+    self._micro = micro
+    self._spare_head = spare_head
     with tempfile.TemporaryDirectory() as folder:
       hf_checkpoint.save_checkpoint(f'{folder}/model', MODEL, params)
       self._model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -114,15 +122,18 @@ class Torch:
     )
     self._weight = float(sum(sequence.weights.sum() for sequence in sequences))
 
+  def _pad(self, longest: int, rows: list[np.ndarray], fill: int) -> Any:
+    padded = [np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]
+    return self._torch.tensor(np.stack(padded))
+
   def __call__(self) -> float:
-    torch, total = self._torch, 0.0
+    """Makes one step; returns the loss."""
+    torch = self._torch
+    total = 0.0
     self._optimizer.zero_grad()
     for start in range(0, len(self._sequences), self._micro):
       part = self._sequences[start : start + self._micro]
-      longest = max(len(sequence.tokens) for sequence in part)
-      pad = lambda values, fill: torch.tensor(
-        np.stack([np.pad(v, (0, longest - len(v)), constant_values=fill) for v in values])
-      )
+      pad = functools.partial(self._pad, max(len(sequence.tokens) for sequence in part))
       tokens = pad([s.tokens.astype(np.int64) for s in part], 0)
       mask = pad([np.ones(len(s.tokens), np.int64) for s in part], 0)
       labels = pad([np.where(s.weights > 0, s.tokens, -100).astype(np.int64) for s in part], -100)
@@ -151,7 +162,7 @@ class Torch:
     return total
 
 
-# --- cases -----------------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def work() -> None:
@@ -164,10 +175,8 @@ def work() -> None:
     ('toolworld', small, 4096, None),
   ):
     sequences = [sequence for dialogue in group for sequence in dialogue]
-    tree, flat = (
-      tokentree.pack(sequences, capacity),
-      tokentree.pack(sequences, capacity, merge=False),
-    )
+    tree = tokentree.pack(sequences, capacity)
+    flat = tokentree.pack(sequences, capacity, merge=False)
     unique = tokentree.pack(sequences, 10**7).live  # in one row nothing is repeated
     line(
       f'work saved, {name}, rows of {capacity}',
@@ -186,10 +195,15 @@ def work() -> None:
 def packing() -> None:
   """Speed and occupancy of the packer on the host."""
   rng = np.random.default_rng(0)
-  draw = lambda size: rng.integers(0, 150_000, size).astype(np.int32)
-  weights = lambda size, trained: (np.arange(size) >= size - trained).astype(np.float32)
+
+  def draw(size):
+    return rng.integers(0, 150_000, size).astype(np.int32)
+
+  def weights(size, trained):
+    return (np.arange(size) >= size - trained).astype(np.float32)
+
   single = [
-    tokentree.Sequence(draw(n), weights(n, n // 2), n)
+    tokentree.TokenSequence(draw(n), weights(n, n // 2), n)
     for n in np.clip(rng.lognormal(7, 0.7, 2000), 50, 8000).astype(int)
   ]
   groups = []
@@ -197,7 +211,9 @@ def packing() -> None:
     prompt = draw(1024)
     for size in rng.integers(256, 512, 8):
       groups.append(
-        tokentree.Sequence(np.concatenate([prompt, draw(size)]), weights(1024 + size, size), 1024)
+        tokentree.TokenSequence(
+          np.concatenate([prompt, draw(size)]), weights(1024 + size, size), 1024
+        )
       )
   airline = [sequence for dialogue in rows.airline(qwen_tokenizer(), 60) for sequence in dialogue]
   for name, sequences in (
@@ -205,7 +221,7 @@ def packing() -> None:
     ('256 groups of 8', groups),
     ('airline turns', airline),
   ):
-    pack = lambda: tokentree.pack(sequences, 16384)
+    pack = functools.partial(tokentree.pack, sequences, 16384)
     tree = pack()
     seconds = measure.interleaved({'pack': pack}, rounds=5)['pack']
     line(
@@ -224,7 +240,7 @@ def packing() -> None:
 def _timed(
   case: str,
   params: decoder.Params,
-  sequences: list[tokentree.Sequence],
+  sequences: list[tokentree.TokenSequence],
   capacity: int,
   micro: int,
   wanted: tuple[float | None, float | None],
@@ -232,8 +248,9 @@ def _timed(
   with_torch: bool = True,
 ) -> None:
   """One batch of rows as a tree, flat, and in torch twice; all must give the same loss."""
-  rate = measure.matmul_rate()
-  tree, flat = tokentree.pack(sequences, capacity), tokentree.pack(sequences, capacity, merge=False)
+  rate = matmul_rate('float32')
+  tree = tokentree.pack(sequences, capacity)
+  flat = tokentree.pack(sequences, capacity, merge=False)
   runs: dict[str, Callable] = {
     'tree': Ours(params, tree, tree.rows),
     'flat': Ours(params, flat, flat.rows),
@@ -264,7 +281,7 @@ def _timed(
     'torch': 'transformers + torch',
     'spare': 'torch, head on loss tokens only',
   }
-  for (name, peer), wish in zip(peers.items(), (wanted[0], wanted[1], None)):
+  for (name, peer), wish in zip(peers.items(), (wanted[0], wanted[1], None), strict=True):
     if name in seconds:
       line(case, peer, seconds['tree'], seconds[name], 's/step', wanted=wish, **facts)
 
@@ -274,7 +291,10 @@ def _params() -> decoder.Params:
 
 
 def time() -> None:
-  """Turns of one dialogue, as they share their history: 8 of them, and 12, which is nearer the mean of 13."""
+  """Turns of one dialogue, as they share their history.
+
+  8 of them, and 12, which is nearer the mean of 13.
+  """
   dialogues = rows.airline(qwen_tokenizer(), 9)
   _timed('time, 8 airline turns', _params(), dialogues[8], 4096, 2, (2, 3))
   _timed('time, 12 airline turns', _params(), dialogues[4], 8192, 2, (2, None), with_torch=False)
@@ -286,21 +306,29 @@ def plain() -> None:
 
 
 def attention_case() -> None:
-  """Forward and backward of one layer's attention: against the whole score matrix, and what skipped blocks save."""
-  heads, H, rate = (
-    (MODEL.num_attention_heads, MODEL.num_key_value_heads),
-    MODEL.head_dim,
-    measure.matmul_rate(),
-  )
+  """Forward and backward of one layer's attention: against the whole score matrix, and what skipped
+  blocks save.
+  """
+  heads = (MODEL.num_attention_heads, MODEL.num_key_value_heads)
+  H = MODEL.head_dim
+  rate = matmul_rate('float32')
 
   def runs(T, ends, implementations):
-    draw = lambda index, count: jax.random.normal(jax.random.key(index), (1, T, count, H))
-    q, k, v, bar = draw(0, heads[0]), draw(1, heads[1]), draw(2, heads[1]), draw(3, heads[0])
-    gradient = lambda name: jax.jit(
-      lambda q, k, v, end, bar: jax.vjp(
-        lambda *qkv: tree_attention.attend(*qkv, end, name), q, k, v
-      )[1](bar)
-    )
+    def draw(index, count):
+      return jax.random.normal(jax.random.key(index), (1, T, count, H))
+
+    q = draw(0, heads[0])
+    k = draw(1, heads[1])
+    v = draw(2, heads[1])
+    bar = draw(3, heads[0])
+
+    def gradient(name):
+      return jax.jit(
+        lambda q, k, v, end, bar: jax.vjp(
+          lambda *qkv: tree_attention.attend(*qkv, end, name), q, k, v
+        )[1](bar)
+      )
+
     return {
       (name, tree): functools.partial(gradient(name), q, k, v, jnp.asarray(end), bar)
       for name in implementations
@@ -341,29 +369,40 @@ def attention_case() -> None:
 
 def head_case() -> None:
   """Loss and gradient of the vocabulary projection against the materialised form."""
-  D, V = MODEL.hidden_size, MODEL.vocab_size
-  nll = lambda logp, _, weight: (-jnp.sum(weight * logp), ())
+  D = MODEL.hidden_size
+  V = MODEL.vocab_size
+
+  def nll(logp, _, weight):
+    return (-jnp.sum(weight * logp), ())
+
+  def fused(targets, weight, h, w):
+    return head.token_loss(nll, h, w, targets, weight)[0]
+
+  def scored(targets, weight, h, w):
+    del weight
+    return -head.log_probs_and_entropy(h, w, targets)[0].sum()
+
+  def whole(targets, weight, h, w):
+    del weight
+    return -jnp.take_along_axis(jax.nn.log_softmax(h @ w.T), targets[:, None], axis=1).sum()
+
   for M in (256, 1024, 4096):
     hidden, head_VD = (
       jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((M, D), (V, D)))
     )
-    targets, weight = jax.random.randint(jax.random.key(2), (M,), 0, V), jnp.ones(M)
-    fused = lambda h, w: head.token_loss(nll, h, w, targets, weight)[0]
-    scored = lambda h, w: -head.log_probs_and_entropy(h, w, targets)[0].sum()
-    whole = lambda h, w: (
-      -jnp.take_along_axis(jax.nn.log_softmax(h @ w.T), targets[:, None], axis=1).sum()
-    )
-    compiled = {
-      name: jax.jit(jax.value_and_grad(f, (0, 1))).lower(hidden, head_VD).compile()
-      for name, f in (('fused', fused), ('scored', scored), ('whole', whole))
-    }
+    targets = jax.random.randint(jax.random.key(2), (M,), 0, V)
+    weight = jnp.ones(M)
+    compiled = {}
+    for name, loss in (('fused', fused), ('scored', scored), ('whole', whole)):
+      step = jax.jit(jax.value_and_grad(functools.partial(loss, targets, weight), (0, 1)))
+      compiled[name] = step.lower(hidden, head_VD).compile()
     temp = {name: c.memory_analysis().temp_size_in_bytes / 2**20 for name, c in compiled.items()}
     labels = {'fused': 'token_loss', 'scored': 'log_probs_and_entropy'}
     if M <= 1024:  # the plain form takes 14 GiB beyond
       seconds = measure.interleaved(
         {name: functools.partial(c, hidden, head_VD) for name, c in compiled.items()}, _ROUNDS.value
       )
-      bound = 6 * M * D * V / measure.matmul_rate()
+      bound = 6 * M * D * V / matmul_rate('float32')
       for name, label in labels.items():
         line(
           f'head, {label}, {M} tokens',
@@ -387,8 +426,12 @@ def head_case() -> None:
 
 def memory() -> None:
   """Temporaries of the compiled step on one row of 16,384 tokens, a quarter of them trained."""
-  T, M = 16384, 4096
-  shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+  T = 16384
+  M = 4096
+
+  def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.int32)
+
   weight = jax.ShapeDtypeStruct((1, M), jnp.float32)
   batch = tokentree.RowBatch(
     shape(1, 1, T),
@@ -407,7 +450,7 @@ def memory() -> None:
   def loss_whole(execution):
     def loss(params, batch):
       micro = jax.tree.map(lambda leaf: leaf[0], batch)
-      hidden_MD = sft.loss_token_states(params, MODEL, micro, execution)
+      hidden_MD = loss_token_states(params, MODEL, micro, execution)
       log_p = jax.nn.log_softmax(hidden_MD @ decoder.head_matrix(params).T)
       return -jnp.sum(
         micro.weight * jnp.take_along_axis(log_p, micro.target[:, None], axis=1)[:, 0]
@@ -437,12 +480,16 @@ def memory() -> None:
 
 def scaling() -> None:
   """Seconds per 1,000 useful tokens (those of the unmerged rows) as rows and turns grow."""
-  params, rng = _params(), np.random.default_rng(0)
-  rate = measure.matmul_rate()
-  draw = lambda size: rng.integers(0, 150_000, size).astype(np.int32)
+  params = _params()
+  rng = np.random.default_rng(0)
+  rate = matmul_rate('float32')
+
+  def draw(size):
+    return rng.integers(0, 150_000, size).astype(np.int32)
+
   for T in (2048, 4096, 8192, 16384):
     tree = tokentree.pack(
-      [tokentree.Sequence(draw(T), (np.arange(T) >= T - 256).astype(np.float32), T)], T
+      [tokentree.TokenSequence(draw(T), (np.arange(T) >= T - 256).astype(np.float32), T)], T
     )
     seconds = measure.interleaved({'step': Ours(params, tree)}, _ROUNDS.value)['step']
     line(
@@ -454,11 +501,14 @@ def scaling() -> None:
       bound=1000 * step_flops(tree) / rate / T,
     )
   for turns in (1, 2, 4, 8, 16):
-    history, sequences = draw(1200), []
+    history = draw(1200)
+    sequences = []
     for _ in range(turns):
       row = np.concatenate([history, draw(150)])
       sequences.append(
-        tokentree.Sequence(row, (np.arange(len(row)) >= len(history)).astype(np.float32), len(row))
+        tokentree.TokenSequence(
+          row, (np.arange(len(row)) >= len(history)).astype(np.float32), len(row)
+        )
       )
       history = np.concatenate([history, draw(100)])
     useful = sum(len(sequence.tokens) for sequence in sequences)
@@ -476,6 +526,7 @@ def scaling() -> None:
 
 
 def main(_) -> None:
+  """Runs the cases that are asked for."""
   unknown = sorted(set(_CASES.value) - set(CASES))
   if unknown:
     raise app.UsageError(f'unknown cases {unknown}; known are {CASES}')

@@ -1,8 +1,10 @@
-"""trl's GRPOTrainer behind a pipe; runs in the interpreter of its own environment, which `benchmarks.grpo_step` is told.
+"""trl's GRPOTrainer behind a pipe; runs in the interpreter of its own environment, which
+`benchmarks.grpo_step` is told.
 
-The first line on stdin is the job (JSON), every further one asks for one step of reinforcement learning, answered by a line with
-its seconds, loss and gradient norm. A job either holds rollouts, which the trainer takes in place of what it would sample and
-score, or prompts with reference answers, and then the step is trl's own from sampling to update. Made for trl 1.16.
+The first line on stdin is the job (JSON), every further one asks for one step of reinforcement
+learning, answered by a line with its seconds, loss and gradient norm. A job either holds rollouts,
+which the trainer takes in place of what it would sample and score, or prompts with reference
+answers, and then the step is trl's own from sampling to update. Made for trl 1.16.
 """
 
 import json
@@ -32,15 +34,14 @@ class Trainer(trl.GRPOTrainer):
   def _generate_and_score_completions(self, inputs):
     if self.rollouts is None:
       return super()._generate_and_score_completions(inputs)
-    prompts, completions = (
-      torch.tensor(self.rollouts['prompts']),
-      torch.tensor(self.rollouts['completions']),
-    )
+    prompts = torch.tensor(self.rollouts['prompts'])
+    completions = torch.tensor(self.rollouts['completions'])
     rewards_PG = torch.tensor(self.rollouts['rewards'])
     advantages_PG = (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)) / (
       rewards_PG.std(dim=1, keepdim=True) + 1e-6
     )
-    tokens, mask = torch.cat([prompts, completions], dim=1), torch.ones_like(completions)
+    tokens = torch.cat([prompts, completions], dim=1)
+    mask = torch.ones_like(completions)
     with torch.no_grad():
       old, *_ = self._get_per_token_logps_and_entropies(
         self.model,
@@ -68,12 +69,15 @@ class StepByStep(transformers.TrainerCallback):
     self.trainer: Trainer | None = None
 
   def on_step_begin(self, args, state, control, **kwargs):
+    """Waits for a line on stdin where a step of reinforcement learning begins."""
     if state.global_step % self._updates == 0:
       if not sys.stdin.readline():
         control.should_training_stop = True
-      self.trainer.losses, self._began = [], time.perf_counter()
+      self.trainer.losses = []
+      self._began = time.perf_counter()
 
   def on_step_end(self, args, state, control, **kwargs):
+    """Answers where such a step ends."""
     if state.global_step % self._updates == 0:
       metrics = self.trainer._metrics['train']
       last = {
@@ -95,9 +99,11 @@ class StepByStep(transformers.TrainerCallback):
 
 
 def make_trainer(job: dict[str, Any]) -> Trainer:
+  """The trainer of a job."""
   model = transformers.AutoModelForCausalLM.from_pretrained(job['model'], dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(job['tokenizer'])
-  micro, parts = job['micro'], job['rollouts_per_update'] // job['micro']
+  micro = job['micro']
+  parts = job['rollouts_per_update'] // job['micro']
   args = trl.GRPOConfig(
     output_dir=job['folder'],
     use_cpu=True,
@@ -123,7 +129,7 @@ def make_trainer(job: dict[str, Any]) -> Trainer:
     weight_decay=0.01,
     max_grad_norm=1.0,
   )
-  references = dict(zip(job['prompts'], job['references']))
+  references = dict(zip(job['prompts'], job['references'], strict=True))
 
   def reward(prompts, completions, **_):
     return [
@@ -142,11 +148,13 @@ def make_trainer(job: dict[str, Any]) -> Trainer:
     callbacks=[callback],
     train_dataset=datasets.Dataset.from_dict({'prompt': job['prompts']}),
   )
-  callback.trainer, trainer.rollouts = trainer, job['rollouts']
+  callback.trainer = trainer
+  trainer.rollouts = job['rollouts']
   return trainer
 
 
 def main() -> None:
+  """Reads the job and trains."""
   make_trainer(json.loads(sys.stdin.readline())).train()
 
 

@@ -1,8 +1,9 @@
-"""google-tunix's GRPO behind a pipe; runs in the interpreter of its own environment, which `benchmarks.grpo_step` is told.
+"""google-tunix's GRPO behind a pipe; runs in the interpreter of its own environment, which
+`benchmarks.grpo_step` is told.
 
-The first line on stdin is the job (JSON). With `memory` the answer is a line with the temporary bytes of its compiled loss
-gradient, and that is all. Otherwise every further line asks for so many steps of GRPO, answered by their seconds. Made for
-google-tunix 0.1.7 and jax 0.8.
+The first line on stdin is the job (JSON). With `memory` the answer is a line with the temporary
+bytes of its compiled loss gradient, and that is all. Otherwise every further line asks for so many
+steps of GRPO, answered by their seconds. Made for google-tunix 0.1.7 and jax 0.8.
 """
 
 import json
@@ -29,22 +30,28 @@ class IdTokenizer:
   """Texts are ids with spaces between."""
 
   def encode(self, text: str) -> list[int]:
+    """Ids of a text."""
     return [int(word) for word in text.split()]
 
   def decode(self, ids: list[int]) -> str:
+    """Text of ids."""
     return ' '.join(map(str, ids))
 
   def bos_id(self) -> int:
+    """The id before a text."""
     return 0
 
   def eos_id(self) -> int:
+    """The id after a text."""
     return 1
 
   def pad_id(self) -> int:
+    """The id of padding."""
     return 0
 
 
 def grpo_config(job: dict[str, Any]) -> grpo_learner.GRPOConfig:
+  """The settings of its learner."""
   config = grpo_learner.GRPOConfig(
     num_generations=job['group'], num_iterations=1, beta=0.0, epsilon=0.2
   )
@@ -55,8 +62,13 @@ def grpo_config(job: dict[str, Any]) -> grpo_learner.GRPOConfig:
 def temporaries(job: dict[str, Any]) -> int:
   """Bytes of temporaries of the gradient of its loss, compiled from shapes alone."""
   graph, state = nnx.split(nnx.eval_shape(lambda: make_model(job['config'])))
-  B, P, C = job['rows'], job['prompt'], job['completion']
-  tokens = lambda size: jax.ShapeDtypeStruct((B, size), jnp.int32)
+  B = job['rows']
+  P = job['prompt']
+  C = job['completion']
+
+  def tokens(size):
+    return jax.ShapeDtypeStruct((B, size), jnp.int32)
+
   example = grpo_learner.TrainExample(
     prompt_ids=tokens(P),
     prompt_mask=jax.ShapeDtypeStruct((B, P), bool),
@@ -75,7 +87,9 @@ def temporaries(job: dict[str, Any]) -> int:
 
 
 def train(job: dict[str, Any]) -> None:
-  """Its learner over batches that come when they are asked for; the seconds between two askings are those of the steps."""
+  """Its learner over batches that come when they are asked for; the seconds between two askings are
+  those of the steps.
+  """
   model = make_model(job['config'])
   randomise(model)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
@@ -105,7 +119,10 @@ def train(job: dict[str, Any]) -> None:
       role_to_mesh=roles, training_config=training, rollout_config=rollout
     ),
   )
-  reward = lambda prompts, completions, **_: [float(len(set(text.split()))) for text in completions]
+
+  def reward(prompts, completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
+
   texts = np.array([' '.join(map(str, prompt)) for prompt in job['prompts']])
 
   def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -121,6 +138,7 @@ def train(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
+  """Reads the job and answers it."""
   job = json.loads(sys.stdin.readline())
   if job['memory']:
     print(f'answer {temporaries(job)}', flush=True)

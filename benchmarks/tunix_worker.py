@@ -1,7 +1,9 @@
-"""google-tunix's sampler behind a pipe; runs in the interpreter of its own environment, which `benchmarks.rollout` is told.
+"""google-tunix's sampler behind a pipe; runs in the interpreter of its own environment, which
+`benchmarks.rollout` is told.
 
-The first line on stdin says what to sample (JSON: config of the model, prompts as ids, budget, stop_ids), every further one is a
-seed; each is answered by a line with the number of useful tokens. Made for google-tunix 0.1.7 and jax 0.8.
+The first line on stdin says what to sample (JSON: config of the model, prompts as ids, budget,
+stop_ids), every further one is a seed; each is answered by a line with the number of useful tokens.
+Made for google-tunix 0.1.7 and jax 0.8.
 """
 
 import json
@@ -15,21 +17,29 @@ from tunix.models.qwen3 import model as qwen3
 
 
 class IdTokenizer:
-  """Texts are ids with spaces between: the sampler takes text only. An id of 0 for the first token leaves that out."""
+  """Texts are ids with spaces between: the sampler takes text only.
+
+  An id of 0 for the first token leaves that out.
+  """
 
   def encode(self, text: str) -> list[int]:
+    """Ids of a text."""
     return [int(word) for word in text.split()]
 
   def decode(self, ids: list[int]) -> str:
+    """Text of ids."""
     return ''
 
   def bos_id(self) -> int:
+    """The id before a text."""
     return 0
 
   def eos_id(self) -> int:
+    """The id after a text."""
     return 0
 
   def pad_id(self) -> int:
+    """The id of padding."""
     return 0
 
 
@@ -58,7 +68,7 @@ def randomise(model: qwen3.Qwen3) -> None:
   keys = jax.random.split(jax.random.key(0), len(leaves))
   drawn = [
     0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf
-    for key, leaf in zip(keys, leaves)
+    for key, leaf in zip(keys, leaves, strict=True)
   ]
   nnx.update(model, jax.tree.unflatten(structure, drawn))
 
@@ -74,8 +84,10 @@ def make_sampler(config: dict[str, Any], cache_size: int) -> tunix_sampler.Sampl
 
 
 def main() -> None:
+  """Reads what to sample, and samples for every seed."""
   case = json.loads(sys.stdin.readline())
-  longest, budget = max(map(len, case['prompts'])), case['budget']
+  longest = max(map(len, case['prompts']))
+  budget = case['budget']
   sample = make_sampler(case['config'], longest + budget)
   texts = [' '.join(map(str, prompt)) for prompt in case['prompts']]
   for line in sys.stdin:

@@ -1,30 +1,37 @@
 """The whole method on a laptop CPU with the packaged model organism.
 
 Command:   python -m experiments.train --config=configs/nano.py --workdir=runs/nano
-Variants:  :quick  three minutes, small samples      :grpo  the plain-GRPO control
-           :agentic  reinforcement acts whole tasks out and rewards the state they leave
-           :decomposition  for the sweep over what the decomposer sees      :tiny  a sweep's smallest, measures nothing
+Variants:  :quick          small samples, three minutes
+           :grpo           the control: plain GRPO
+           :agentic        RL acts whole tasks out and rewards the state that they leave
+           :decomposition  for the sweep over what the decomposer sees
+           :tiny           the smallest run of a sweep; it measures nothing
 Hardware:  2 CPU cores
 Time:      13 minutes
-Result:    right, of 128 held-out tasks, base -> SFT -> DA-GRPO: sequential 29 -> 85 -> 83 %, parallel 21 -> 59 -> 61 %,
-           multi-turn 60 -> 82 -> 81 %, single 98 -> 98 -> 98 %, irrelevant 98 -> 94 -> 95 %
-           :agentic, right, of 512 episodes of 64 tasks set aside: 13 -> 22 (16 steps) -> 33 % (32 steps)
+Result:    share of 128 held-out tasks that are right, base -> SFT -> DA-GRPO:
+           sequential 29 -> 85 -> 83 %, parallel 21 -> 59 -> 61 %, multi-turn 60 -> 82 -> 81 %,
+           single 98 -> 98 -> 98 %, irrelevant 98 -> 94 -> 95 %
+           :agentic, share of 512 episodes (64 tasks set aside) that are right, after SFT -> 16
+           steps -> 32 steps: 13 -> 22 -> 33 %
 """
 
 import ml_collections
 
-from dcore_jax.run.defaults import default_config
+from dcore_jax.run.config import default_config
 
 VARIANTS = ('', 'quick', 'grpo', 'agentic', 'decomposition', 'tiny')
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the config of a variant; '' is the whole run of the docstring above."""
   if variant not in VARIANTS:
     raise ValueError(f'unknown variant {variant!r} of nano; expected one of {VARIANTS}')
   c = default_config()
   c.name = 'configs/nano.py' + (f':{variant}' if variant else '')
   c.evaluate.tasks = 128
-  c.engine.steps_per_call = 8  # a lane that ends idles for half of them: of completions of 55 tokens, 6 % and not 12 % at 16
+  # A lane whose response ends idles for half a call on average. Responses have some 55 tokens, so 8
+  # steps waste 6 % of the lanes' time, and 16 would waste 12 %.
+  c.engine.steps_per_call = 8
   c.distill.update(dict(wording='organism', examples=0, exact_refusals=True))
   c.distill.tasks.update(dict(single=300, irrelevant=60))
   c.sft.update(
@@ -32,9 +39,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4
     )
   )
-  # Prompts, rollouts and updates of a step, alpha and delta as published. With entropies near 0.03 nats psi is small here: see
-  # the ablation over alpha. At a learning rate of 5e-5 the few reports that go wrong teach to report, whatever is still to be
-  # done: before the last subtask 23 % end there (SFT: 2 %), and of sequential tasks 75 % are right instead of 83.
+  # Prompts, rollouts and updates of a step are the published ones, and so are alpha and delta. The
+  # organism's entropies are near 0.03 nats a token, so psi is small here (see the sweep of alpha).
+  # The learning rate is not 5e-5: at that rate the model learns to report too early. 23 % of the
+  # samples then stop before the last subtask (after SFT 2 %), and 75 % of the sequential tasks are
+  # right instead of 83 %.
   c.rl.update(
     dict(
       steps=8,
@@ -52,9 +61,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant == 'grpo':
     c.rl.estimator = 'grpo'
   if variant == 'agentic':
-    # Tasks of several turns only; an episode is four or five responses of some ninety tokens, and 64 tasks x 8 episodes are set
-    # aside. From one epoch of SFT, after which 13 % of the episodes are right: their errors have a system that can be learned.
-    # After three epochs 70 % are, what is left is chance, and eight steps at this rate, or four at 1e-4, move nothing.
+    # Only tasks that take several responses: an episode has four or five of some 90 tokens each. 64
+    # tasks with 8 episodes each are set aside.
+    # RL starts after one epoch of SFT, when 13 % of the episodes are right and the errors are
+    # systematic, so that they can be unlearned. After three epochs 70 % are right and the remaining
+    # errors are chance: eight steps at this rate, or four at 1e-4, change nothing.
     c.sft.epochs = 1
     c.rl.update(
       dict(
@@ -72,8 +83,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     )
     c.rl.tasks.update(dict(single=0, sequential=200, parallel=0, irrelevant=0, multi_turn=200))
   if variant == 'decomposition':
-    # A quarter of the seeds, and twice the epochs: at two, 68 steps, the loss of the rows with the reference in view is
-    # still 0.4, and the model gets no task of several subtasks right.
+    # A quarter of the seeds and twice the epochs. After two epochs (68 steps) the loss of the rows
+    # that were made with the reference in view is still 0.4, and the model gets no task of several
+    # subtasks right.
     c.distill.tasks.update(
       dict(single=40, sequential=80, parallel=80, irrelevant=12, multi_turn=24)
     )

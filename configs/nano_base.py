@@ -1,10 +1,11 @@
-"""The model organism: 1.7 million parameters of Qwen3 architecture, pretrained from scratch on ToolWorld text.
+"""The model organism: Qwen3 architecture, 1.7 million parameters, pretrained on ToolWorld text.
 
 Command:   python -m experiments.pretrain --config=configs/nano_base.py --out=/path/to/organism
 Hardware:  2 CPU cores
 Time:      34 minutes beside other work, 3,550 steps, 8 million tokens
-Result:    128 held-out tasks of a kind, sampled at temperature 0.6: single 97.7 %, sequential 28.9 %, parallel 21.1 %, irrelevant
-           98.4 %, multi-turn 60.2 %; lazy responses: 71 % on sequential, 79 % on parallel tasks
+Result:    share of 128 held-out tasks that are right, sampled at temperature 0.6: single 97.7 %,
+           sequential 28.9 %, parallel 21.1 %, irrelevant 98.4 %, multi-turn 60.2 %;
+           lazy responses: 71 % on sequential tasks, 79 % on parallel ones
 """
 
 import ml_collections
@@ -52,13 +53,15 @@ SETTLE = {
   'lazy_parallel': 0.06,
 }
 
-# Names that begin alike: before this drill names were copied by their first syllable (3 % of its held-out lists were exact, then all).
-# How often rambling ends well sets what the base solves: with 50 % right steps it was 41 % of the sequential tasks.
+# `write_names` drills names that begin alike. Without it the model copies a name by its first
+# syllable: 3 % of the drill's held-out lists were exact before, and all of them after it.
+# How often a ramble ends with the right step decides what the base model solves. At 50 % right
+# steps it solved 41 % of the sequential tasks.
 SPOIL = {**SETTLE, 'write_names': 0.15}
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  """`variant`: '' for the shipped organism, 'smoke' for a run of a minute that only shows the program working."""
+  """Returns the config of the shipped organism, or of 'smoke': a minute that measures nothing."""
   if variant not in ('', 'smoke'):
     raise ValueError(f"unknown variant {variant!r} of nano_base; expected '' or 'smoke'")
   config = ml_collections.ConfigDict()
@@ -80,7 +83,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     max_position_embeddings=1024,
     initializer_range=0.02,
   )
-  # name, steps, tokens a row, rows, learning rate, mix, how often a ramble ends with the right step, with all parallel calls
+  # Columns: name, steps, tokens a row, rows a step, learning rate, mix, and the shares of rambles
+  # that end with the right step and with all parallel calls.
   stages = (
     ('short', 1300, 256, 8, 1.5e-2, SHORT, 0.85, 0.6),
     ('full', 1300, 576, 4, 1e-2, FULL, 0.85, 0.6),

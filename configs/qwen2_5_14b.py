@@ -1,7 +1,8 @@
-"""Qwen2.5-14B-Instruct, SFT on what Qwen3-8B distilled (paper, Table 5).
+"""Qwen2.5-14B-Instruct, SFT on the rows that Qwen3-8B distilled (paper, Table 5).
 
 Command:   cat runs/qwen3_8b/distill/rows-*.jsonl > runs/qwen3_8b/rows.jsonl
-           python -m experiments.train --config=configs/qwen2_5_14b.py --config.model.path=DIR --workdir=runs/qwen2_5_14b
+           python -m experiments.train --config=configs/qwen2_5_14b.py
+           --config.model.path=DIR --workdir=runs/qwen2_5_14b
            --config.sft.files="('runs/qwen3_8b/rows.jsonl',)"
 Plan:      python -m experiments.plan --config=configs/qwen2_5_14b.py --topology=a100:8
 Hardware:  8 A100-80G
@@ -15,6 +16,7 @@ from configs.paper import SFT_ONLY, paper_config
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen2_5_14b')
   return paper_config('qwen2_5_14b', 'Qwen2.5-14B-Instruct', sft_rows=8, stages=SFT_ONLY)

@@ -1,10 +1,12 @@
 """Qwen3-14B as in the paper: the recipe of 8B with 8 rows a step, one a device.
 
-Command:   python -m experiments.train --config=configs/qwen3_14b.py --config.model.path=DIR --workdir=runs/qwen3_14b
+Command:   python -m experiments.train --config=configs/qwen3_14b.py
+           --config.model.path=DIR --workdir=runs/qwen3_14b
 Plan:      python -m experiments.plan --config=configs/qwen3_14b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 16 h at 40 % MFU (roofline 8.2 h, the paper 21 h). A DA-GRPO step at least 299 s where prompts and responses are
-           as long as they may be, 39 h for 468; the paper's took 17 h, so that its responses were shorter
+Time:      SFT 16 h at 40 % MFU (roofline 8.2 h; the paper took 21 h). A DA-GRPO step takes at least
+           299 s where all prompts and responses have their full length, 468 steps 39 h. The paper's
+           468 steps took 17 h, so its responses were shorter
 Result:    none yet: no accelerator was at hand
 """
 
@@ -14,10 +16,10 @@ from configs.paper import paper_config
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_14b')
-  c = paper_config(
-    'qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64
-  )  # with 128 lanes the update lacks 2.6 GiB
+  # With 128 lanes the update would lack 2.6 GiB on every device.
+  c = paper_config('qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64)
   c.rl.checkpoint_every = 50
   return c

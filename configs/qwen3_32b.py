@@ -1,10 +1,11 @@
 """Qwen3-32B, which the paper evaluates and does not train, in its geometry.
 
-Command:   python -m experiments.train --config=configs/qwen3_32b.py --config.model.path=DIR --workdir=runs/qwen3_32b
+Command:   python -m experiments.train --config=configs/qwen3_32b.py
+           --config.model.path=DIR --workdir=runs/qwen3_32b
 Plan:      python -m experiments.plan --config=configs/qwen3_32b.py --topology=a100:16
 Hardware:  16 A100-80G: two hosts, `--hosts=auto` on both
-Time:      SFT 18 h at 40 % MFU (roofline 9.7 h); a DA-GRPO step at least 477 s where prompts and responses are as long as they
-           may be, 62 h for 468
+Time:      SFT 18 h at 40 % MFU (roofline 9.7 h). A DA-GRPO step takes at least 477 s
+           where all prompts and responses have their full length, 468 steps 62 h
 Result:    none yet: no accelerator was at hand
 """
 
@@ -14,6 +15,7 @@ from configs.paper import paper_config
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_32b')
   return paper_config('qwen3_32b', 'Qwen3-32B', sft_rows=16, rl_rows=16, lanes=64, tile=32)

@@ -1,10 +1,11 @@
 """Qwen3-4B in the paper's geometry.
 
-Command:   python -m experiments.train --config=configs/qwen3_4b.py --config.model.path=DIR --workdir=runs/qwen3_4b
+Command:   python -m experiments.train --config=configs/qwen3_4b.py
+           --config.model.path=DIR --workdir=runs/qwen3_4b
 Plan:      python -m experiments.plan --config=configs/qwen3_4b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h); a DA-GRPO step at least 139 s where prompts and responses are as long as they
-           may be, 18 h for 468
+Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h). A DA-GRPO step takes at least 139 s
+           where all prompts and responses have their full length, 468 steps 18 h
 Result:    none yet: no accelerator was at hand
 """
 
@@ -14,6 +15,7 @@ from configs.paper import paper_config
 
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_4b')
   return paper_config('qwen3_4b', 'Qwen3-4B', sft_rows=16, tile=128)

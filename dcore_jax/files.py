@@ -1,31 +1,51 @@
-"""Files that other programs and people read: JSON written whole, JSON and JSON-lines records read with their place in errors."""
+"""Files that other programs and people read.
+
+Text and JSON are written whole or not at all. JSON and JSON-lines records are read so that errors
+name their place.
+"""
 
 import json
 import os
 import pathlib
+import sys
 from typing import Any
-
-from dcore_jax import distributed
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
-  """Writes `obj` as indented JSON; readers see the old file or the whole new one, never a part. NaN: ValueError."""
-  replace_text(
-    pathlib.Path(path), json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n'
-  )
+  """Writes `obj` as indented JSON; readers see the old file or the whole new one, never a part.
+
+  Raises:
+    ValueError: `obj` holds NaN or infinity, which JSON does not have.
+  """
+  text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + '\n'
+  replace_text(pathlib.Path(path), text)
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """The content of a JSON file; ValueError names the file when it is not JSON."""
+  """Reads a JSON file; raises ValueError with its name where it is not JSON."""
   try:
     return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
+def read_json_lines(path: pathlib.Path) -> list[Any]:
+  """Reads a file with one JSON value a line; blank lines are skipped.
+
+  Raises:
+    ValueError: naming file and line of what is not JSON.
+  """
+  values = []
+  # Text in JSON may hold other line separators, such as U+2028: only '\n' ends a value.
+  for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+    if line.strip():
+      values.append(parse_json(line, f'{path.name}, line {number}'))
+  return values
+
+
 def replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file that readers see whole or not at all; of several hosts the first one does."""
-  if not distributed.writes():
+  """Writes a file that readers see whole or not at all; of several hosts only the first writes."""
+  if not _is_writer():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
@@ -33,16 +53,30 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     with beside.open('w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
-      os.fsync(
-        file.fileno()
-      )  # a rename that outlives its data would leave an empty file after a power cut
+      # A rename may reach the disk before the data: a power cut would leave an empty file.
+      os.fsync(file.fileno())
     beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)
 
 
+def _is_writer() -> bool:
+  # A program without jax is one process on one host. It should not pay for importing jax (2 s).
+  if 'jax' not in sys.modules:
+    return True
+  from dcore_jax import distributed
+
+  return distributed.writes()
+
+
 def data_path(name: str) -> pathlib.Path:
-  """A file or folder by its path or below the data folder (`DCORE_DATA`, default ../shared/data); ValueError if in neither."""
+  """Finds a file or folder by its path or below the data folder.
+
+  The data folder is the environment's `DCORE_DATA`, by default ../shared/data.
+
+  Raises:
+    ValueError: it is in neither place.
+  """
   folder = pathlib.Path(os.environ.get('DCORE_DATA', '../shared/data'))
   for path in (pathlib.Path(name), folder / name):
     if path.exists():
@@ -54,21 +88,22 @@ def data_path(name: str) -> pathlib.Path:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a JSON list or a JSON-lines file; ValueError names file and line of what cannot be parsed."""
-  text = path.read_text(encoding='utf-8')
+  """Reads the records of a JSON list or a JSON-lines file.
+
+  Raises:
+    ValueError: naming file and line of what cannot be parsed, or a record that is no object.
+  """
   if path.suffix == '.jsonl':
-    rows = []
-    for number, line in enumerate(text.split('\n'), 1):
-      if line.strip():
-        rows.append(parse_json(line, f'{path.name}, line {number}'))
+    rows = read_json_lines(path)
   else:
-    rows = parse_json(text, path.name)
+    rows = parse_json(path.read_text(encoding='utf-8'), path.name)
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
     raise ValueError(f'{path.name}: expected a list of objects')
   return rows
 
 
 def parse_json(text: str, where: str) -> Any:
+  """Parses JSON text; raises ValueError with `where` if it is not JSON."""
   try:
     return json.loads(text)
   except json.JSONDecodeError as error:

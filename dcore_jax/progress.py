@@ -1,4 +1,6 @@
-"""What a person sees while waiting: bars with rate and time left on a terminal, a line now and then in a log file."""
+"""What a person sees while waiting: bars with rate and time left on a terminal, a line now and then
+in a log file.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +15,9 @@ LOG_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 
 
 class _LineBar(tqdm.tqdm):
-  """A tqdm bar for logs: whole lines, at most one every `LOG_INTERVAL`, and a last one when it is done."""
+  """A tqdm bar for logs: whole lines, at most one every `LOG_INTERVAL`, and a last one when it is
+  done.
+  """
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
     del pos
@@ -40,10 +44,12 @@ def progress(
   unit: str = 'it',
   stream: TextIO | None = None,
 ) -> tqdm.tqdm:
-  """A progress bar on stderr: iterate over it, or `update(n)` it inside a `with`; `set_postfix(loss=..)` adds figures.
+  """A progress bar on stderr: iterate over it, or `update(n)` it inside a `with`;
+  `set_postfix(loss=..)` adds figures.
 
   Args:
-    total: number of `unit`s expected; taken from the iterable where it has a length. Without one there is no time left.
+    total: number of `unit`s expected; taken from the iterable where it has a length. Without one
+      there is no time left.
     stream: where to write; stderr by default, as stdout belongs to the JSON that programs print.
   """
   stream = stream or sys.stderr
@@ -58,8 +64,8 @@ def progress(
       dynamic_ncols=True,
       smoothing=0.1,
     )
-  # `miniters=1` looks at the clock on each update: tqdm would otherwise guess how many updates fill an interval.
-  # tqdm's monitor thread (maxinterval) then has nothing to correct.
+  # `miniters=1` looks at the clock on each update: tqdm would otherwise guess how many updates fill
+  # an interval. tqdm's monitor thread (maxinterval) then has nothing to correct.
   return _LineBar(
     iterable,
     total=total,
@@ -77,7 +83,7 @@ def progress(
 
 @dataclasses.dataclass
 class StageTimer:
-  """`seconds` is the wall-clock time of the stage once it has ended, the time so far before that."""
+  """Wall-clock time of a stage."""
 
   name: str
   started: float
@@ -85,6 +91,7 @@ class StageTimer:
 
   @property
   def seconds(self) -> float:
+    """The time of the stage once it has ended, the time so far before that."""
     return (time.perf_counter() if self.ended is None else self.ended) - self.started
 
 

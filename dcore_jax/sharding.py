@@ -1,7 +1,9 @@
-"""Where arrays live: logical axes, named by parameters and activations, and the mesh axes (data, fsdp, tensor) that split them.
+"""Where arrays live: logical axes, named by parameters and activations, and the mesh axes (data,
+fsdp, tensor) that split them.
 
-`data` replicates parameters and splits the batch, `fsdp` splits parameters and the batch, `tensor` splits heads, ffn
-and vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without one, everything here is the one-device case.
+`data` replicates parameters and splits the batch, `fsdp` splits parameters and the batch, `tensor`
+splits heads, ffn and vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without
+one, everything here is the one-device case.
 """
 
 import math
@@ -44,7 +46,8 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 def make_mesh(
   data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh of data * fsdp * tensor devices, GSPMD style; one size may be -1, for what the others leave.
+  """A mesh of data * fsdp * tensor devices, GSPMD style; one size may be -1, for what the others
+  leave.
 
   Raises:
     ValueError: sizes that do not give the number of devices, or more than one of them open.
@@ -61,12 +64,15 @@ def make_mesh(
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-  """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does not divide.
+  """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does
+  not divide.
 
-  Mesh axes of one device are left out, and so are trailing axes that are whole: this is how jax describes what a step
-  returns, and a state that comes back described otherwise would be compiled for anew.
+  Mesh axes of one device are left out, and so are trailing axes that are whole: this is how jax
+  describes what a step returns, and a state that comes back described otherwise would be compiled
+  for anew.
   """
-  owner, entries = {}, []
+  owner = {}
+  entries = []
   for axis, size in zip(axes, shape, strict=True):
     names = mesh_axes(axis)
     ways = 1
@@ -79,7 +85,8 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> Part
       ways *= mesh.shape[name]
     if size % ways:
       raise ValueError(
-        f'logical axis {axis!r} of size {size} does not divide over mesh axes {names} of size {ways}'
+        f'logical axis {axis!r} of size {size} does not divide over '
+        f'mesh axes {names} of size {ways}'
       )
     split = tuple(name for name in names if mesh.shape[name] > 1)
     entries.append(split if len(split) > 1 else split[0] if split else None)
@@ -89,7 +96,9 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> Part
 
 
 def shardings(abstract_tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:
-  """The tree of NamedShardings for a tree of specs with `.axes` and `.shape` (models.decoder.abstract_params)."""
+  """The tree of NamedShardings for a tree of specs with `.axes` and `.shape`
+  (models.decoder.abstract_params).
+  """
   return jax.tree.map(
     lambda spec: NamedSharding(
       mesh, partition_spec(spec.axes, spec.shape, mesh), memory_kind=memory_kind
@@ -108,7 +117,10 @@ def abstract(specs: Any, mesh: Mesh) -> Any:
 
 
 def constrain(array: jax.Array, *axes: str) -> jax.Array:
-  """The array, split over the mesh in context as its axes say; inside of jit. Without a mesh it is returned as it is."""
+  """The array, split over the mesh in context as its axes say; inside of jit.
+
+  Without a mesh it is returned as it is.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return (
     array
@@ -125,14 +137,19 @@ def constrain_tree(tree: Any, specs: Any) -> Any:
 def on_shards(
   function: Callable[..., jax.Array], arrays: Sequence[Any], axes: Sequence[Sequence[str]]
 ) -> jax.Array:
-  """function(*arrays), under a mesh by each device on its part of them; for what XLA cannot split, or would gather first.
+  """function(*arrays), under a mesh by each device on its part of them; for what XLA cannot split,
+  or would gather first.
 
-  `axes` names the axes of each of the first arrays, the others are whole everywhere; the result is like the first array.
+  `axes` names the axes of each of the first arrays, the others are whole everywhere; the result is
+  like the first array.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(*arrays)
-  specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays)]
+  specs = []
+  # Not strict: only the first arrays have names.
+  for names, array in zip(axes, arrays, strict=False):
+    specs.append(partition_spec(names, array.shape, mesh))
   whole = [PartitionSpec()] * (len(arrays) - len(specs))
   return jax.shard_map(function, in_specs=(*specs, *whole), out_specs=specs[0], check_vma=False)(
     *arrays
@@ -154,9 +171,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: Any, *, whole: bool = False) -> Any:
-  """Host arrays [A, R or M, ...] as arrays split along their second axis over the mesh in context, which spans all hosts.
+  """Host arrays [A, R or M, ...] as arrays split along their second axis over the mesh in context,
+  which spans all hosts.
 
-  Each host gives its own part of the rows, or with `whole` all of them. Without a mesh the batch is returned as it is.
+  Each host gives its own part of the rows, or with `whole` all of them. Without a mesh the batch is
+  returned as it is.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
@@ -170,9 +189,16 @@ def place_batch(batch: Any, *, whole: bool = False) -> Any:
   return jax.tree.map(place, batch)
 
 
-def platform() -> str:
-  """What a program is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in context, else those of the process."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  name = device.platform if device else jax.default_backend()
+def platform(mesh: Mesh | None = None) -> str:
+  """What a program is compiled for: 'cpu', 'gpu' or 'tpu'.
+
+  The devices are those of `mesh`, else of the mesh in context, else of the process.
+  """
+  context = jax.sharding.get_abstract_mesh()
+  if mesh is not None:
+    name = mesh.devices.flat[0].platform
+  elif not context.empty and context.abstract_device:
+    name = context.abstract_device.platform
+  else:
+    name = jax.default_backend()
   return 'gpu' if name == 'cuda' else name

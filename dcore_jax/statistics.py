@@ -10,7 +10,9 @@ _Z95 = 1.959963984540054  # two-sided 95 % of a normal
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-  """95 % Wilson score interval of a share of `n` trials: right also near 0 and 1, unlike the normal one."""
+  """95 % Wilson score interval of a share of `n` trials: right also near 0 and 1, unlike the normal
+  one.
+  """
   if n < 1 or not 0 <= share <= 1:
     raise ValueError(f'no interval for share={share} of n={n}')
   z2 = _Z95**2 / n
@@ -26,10 +28,11 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-  """{'difference': mean of after - before, its 'standard_error', 'n'} of the same tasks measured twice.
+  """{'difference': mean of after - before, its 'standard_error', 'n'} of the same tasks measured
+  twice.
 
-  What makes one task harder than another is in both measurements and cancels. Rollouts of one prompt are not independent: of
-  such, give means by prompt.
+  What makes one task harder than another is in both measurements and cancels. Rollouts of one
+  prompt are not independent: of such, give means by prompt.
   """
   if len(before) != len(after) or not len(before):
     raise ValueError(f'{len(before)} and {len(after)} measurements are no pairs')

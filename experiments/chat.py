@@ -1,5 +1,10 @@
-"""Talk to a model: python -m experiments.chat --model=DIR [--world=toolworld|bfcl]"""
+"""Talk to a model, alone or with the tools of a world:
 
+python -m experiments.chat --model=DIR [--world=toolworld|bfcl]
+python -m experiments.chat --model=DIR --register=my_worlds --world=mine
+"""
+
+import importlib
 import sys
 
 from absl import app, flags, logging
@@ -9,8 +14,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import DTYPES, load_model
 from dcore_jax.serve.terminal import Chat, Speaker
-from dcore_jax.worlds.registry import WORLDS
-from dcore_jax.worlds.toolworld.tasks import KINDS
+from dcore_jax.worlds.registry import world_and_kind
 
 _MODEL = flags.DEFINE_string(
   'model', '', 'Hugging Face directory; default: the organism inside the package.'
@@ -19,8 +23,13 @@ _DTYPE = flags.DEFINE_enum(
   'dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.'
 )
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
-_WORLD = flags.DEFINE_enum('world', 'none', ['none', *WORLDS], 'Whose tools the model may call.')
-_KIND = flags.DEFINE_enum('kind', 'sequential', KINDS, "Of the world's tasks.")
+_WORLD = flags.DEFINE_string(
+  'world', 'none', 'Whose tools the model may call: none, toolworld, bfcl, or a registered name.'
+)
+_REGISTER = flags.DEFINE_multi_string('register', [], 'Python modules that register worlds.')
+_KIND = flags.DEFINE_string(
+  'kind', '', "Of the world's tasks; default: sequential, or the world's first where it has none."
+)
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a conversation without a world.')
 _MAX_LEN = flags.DEFINE_integer(
   'max_len', 0, 'Tokens of the conversation; default: the positions of the model, at most 4096.'
@@ -35,13 +44,20 @@ _SEED = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
+  """Asks, answers, and ends at the end of its input."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find
   try:
-    world = WORLDS[_WORLD.value]() if _WORLD.value != 'none' else None
+    for module in _REGISTER.value:
+      importlib.import_module(module)
+    world, kind = world_and_kind(_WORLD.value, _KIND.value)
     sampling = SamplingParams(
-      _TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _MAX_TOKENS.value, _SEED.value
+      temperature=_TEMPERATURE.value,
+      top_p=_TOP_P.value,
+      top_k=_TOP_K.value,
+      max_tokens=_MAX_TOKENS.value,
+      seed=_SEED.value,
     )
     model = load_model(
       _MODEL.value,
@@ -51,17 +67,16 @@ def main(argv: list[str]) -> None:
       max_len=_MAX_LEN.value,
       steps_per_call=4,
     )
-  except ValueError as error:
+  except (ImportError, ValueError) as error:
     sys.exit(f'error: {error}')
-  scheduler = Scheduler(
-    model.engine, max_waiting=1
-  )  # the lane of a cancelled answer comes free a step later
+  # One may wait: the lane of a cancelled answer comes free a step later.
+  scheduler = Scheduler(model.engine, max_waiting=1)
   print(f'{model.name}: {model.summary()}', file=sys.stderr)
   chat = Chat(
     Speaker(scheduler, model.tokenizer, sampling, sys.stdout, use_colour(sys.stdout)),
     system=_SYSTEM.value,
     world=world,
-    kind=_KIND.value,
+    kind=kind,
   )
   try:
     chat.start()

@@ -1,37 +1,41 @@
-"""Says whether a run fits: python -m experiments.plan --config=configs/qwen3_14b.py --topology=a100:8 [--json] [--steps=...]
+"""Says whether a run fits its devices, and how long its steps take at least.
 
-Compiles the run's steps for devices that need not be there (`pip install -e .[aot]`); exit status 1 when one does not fit.
+    python -m experiments.plan --config=configs/qwen3_14b.py --topology=a100:8
+
+Compiles the steps of the run for devices that need not be there (`pip install -e .[aot]`). The exit
+status is 1 when a step does not fit.
 """
 
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from dcore_jax.plan import plan
-from dcore_jax.run.config import define_config
+from dcore_jax.plan import fit
+from dcore_jax.run import program
+from dcore_jax.run.config import define_config, read_config
 
 _CONFIG = define_config('configs/qwen3_8b.py')
 _TOPOLOGY = flags.DEFINE_string(
   'topology', 'cpu:8', 'a100:8, a100:16 ..., v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.'
 )
-_JSON = flags.DEFINE_bool('json', False, 'A JSON object a step, instead of a table.')
+_JSON = flags.DEFINE_bool('json', False, 'Print a JSON object a step instead of a table.')
 _STEPS = flags.DEFINE_list('steps', [], 'Only these steps; default: all.')
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+def main() -> None:
+  """Prints the plan and ends the program with its verdict."""
   try:
-    plans = plan.plan(_CONFIG.value, _TOPOLOGY.value, tuple(_STEPS.value))
-  except (ValueError, ModuleNotFoundError) as error:
-    sys.exit(f'error: {error}')
+    plans = fit.plan(read_config(_CONFIG.value), _TOPOLOGY.value, tuple(_STEPS.value))
+  except ModuleNotFoundError as error:  # the compiler of a topology is not installed
+    raise ValueError(str(error)) from error
   if _JSON.value:
-    print('\n'.join(json.dumps(step.to_json()) for step in plans))
+    for step in plans:
+      print(json.dumps(step.to_json()))
   else:
-    print(plan.table(plans, _TOPOLOGY.value))
+    print(fit.table(plans, _TOPOLOGY.value))
   sys.exit(not all(step.fits for step in plans))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  program.run(main)

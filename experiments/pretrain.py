@@ -1,4 +1,7 @@
-"""Builds the model organism: python -m experiments.pretrain --config=configs/nano_base.py [--workdir=DIR] [--out=DIR]"""
+"""Builds the model organism.
+
+python -m experiments.pretrain --config=configs/nano_base.py [--workdir=DIR] [--out=DIR]
+"""
 
 import pathlib
 import sys
@@ -16,6 +19,7 @@ _OUT = flags.DEFINE_string('out', 'runs/pretrain/organism', 'Hugging Face direct
 
 
 def main(argv: list[str]) -> None:
+  """Pretrains the organism and writes it."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint

@@ -1,7 +1,8 @@
 """Serves a model to OpenAI clients: python -m experiments.serve --model=DIR [--port=8000]
 
-It listens on this machine only unless --host says otherwise. The API key, if any, is read from the environment variable that
---api_key_env names, so that no process list shows it. After SIGTERM it finishes what is under way and refuses the rest.
+It listens on this machine only unless --host says otherwise. The API key, if any, is read from the
+environment variable that --api_key_env names, so that no process list shows it. After SIGTERM it
+finishes what is under way and refuses the rest.
 """
 
 import os
@@ -51,6 +52,7 @@ _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'After SIGTERM, for w
 
 
 def main(argv: list[str]) -> None:
+  """Loads a model and serves it until it is told to end."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # jax reports the backends that it does not find

@@ -1,4 +1,6 @@
-"""What every test runs under: the CPU backend, silent broadcasting as an error, and third-party data where there is any."""
+"""What every test runs under: the CPU backend, silent broadcasting as an error, and third-party
+data where there is any.
+"""
 
 import os
 import pathlib
@@ -7,22 +9,25 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# Most of a test's time is compiling; what one process has compiled serves the others and the next run (the engine's tests: 192 s
-# of CPU time, 35 the second time; those of resuming: 112 s without, 76 from an empty cache). The bound also makes jax lock it.
+# Most of a test's time is compiling; what one process has compiled serves the others and the next
+# run (the engine's tests: 192 s of CPU time, 35 the second time; those of resuming: 112 s without,
+# 76 from an empty cache). The bound also makes jax lock it.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(REPOSITORY / '.pytest_cache' / 'compiled'))
 os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(2 << 30))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
-import hypothesis
-import jax
-import pytest
+# jax reads these variables when it is imported.
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-from dcore_jax.models.config import DecoderConfig
-from dcore_jax.organism.tokenizer import build_tokenizer
-from dcore_jax.organism.vocabulary import sample_texts
+from dcore_jax.models.config import DecoderConfig  # noqa: E402
+from dcore_jax.organism.tokenizer import build_tokenizer  # noqa: E402
+from dcore_jax.organism.vocabulary import sample_texts  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# The same examples in every run, however slow the machine is: a test that fails here fails everywhere.
+# The same examples in every run, however slow the machine is: a test that fails here fails
+# everywhere.
 hypothesis.settings.register_profile(
   'deterministic',
   derandomize=True,
@@ -33,13 +38,17 @@ hypothesis.settings.load_profile('deterministic')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """The sweep behind the notebooks, minutes in one process, goes first: the other processes work on the rest meanwhile."""
+  """The sweep behind the notebooks, minutes in one process, goes first: the other processes work on
+  the rest meanwhile.
+  """
   items.sort(key=lambda item: item.path.name != 'test_notebooks.py')
 
 
 @pytest.fixture(scope='session')
 def data_dir() -> pathlib.Path:
-  """The folder of third-party data (`DCORE_DATA`, default ../shared/data); tests that need it skip where it is absent."""
+  """The folder of third-party data (`DCORE_DATA`, default ../shared/data); tests that need it skip
+  where it is absent.
+  """
   folder = pathlib.Path(os.environ.get('DCORE_DATA', REPOSITORY.parent / 'shared' / 'data'))
   if not folder.is_dir():
     pytest.skip(f'no third-party data at {folder} (set DCORE_DATA)')

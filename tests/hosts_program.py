@@ -1,8 +1,11 @@
-"""One of several hosts, as processes with fake devices: python hosts_program.py FOLDER [ADDRESS:PORT,COUNT,INDEX]
+"""One of several hosts, as processes with fake devices.
 
-Trains two SFT steps on a mesh of all devices, each host from its own part of the rows, and saves a checkpoint in FOLDER after
-each. The second one is damaged then, for the last host alone: all must go back to the first. Prints the losses, and the step
-and checksum of what was restored. A program of its own, since hosts are processes.
+    python hosts_program.py FOLDER [ADDRESS:PORT,COUNT,INDEX]
+
+Trains two SFT steps on a mesh of all devices, each host from its own part of the rows, and saves a
+checkpoint in FOLDER after each. The second one is damaged then, for the last host alone: all must
+go back to the first. Prints the losses, and the step and checksum of what was restored. A program
+of its own, since hosts are processes.
 """
 
 import json
@@ -15,6 +18,7 @@ import numpy as np
 
 from dcore_jax import distributed, sharding, tokentree
 from dcore_jax.learn import optimizer, sft
+from dcore_jax.learn.batches import BatchShape, batches
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.train import checkpoint, checksum
@@ -35,7 +39,7 @@ def main(folder: pathlib.Path, hosts: str) -> None:
   distributed.join(hosts)
   rng = np.random.default_rng(0)
   rows = [
-    tokentree.Sequence(
+    tokentree.TokenSequence(
       rng.integers(0, 64, 40).astype(np.int32), (np.arange(40) > 20).astype(np.float32), 40
     )
     for _ in range(16)
@@ -47,22 +51,17 @@ def main(folder: pathlib.Path, hosts: str) -> None:
   )
   tx = optimizer.make_optimizer('adamw', 1e-2)
   with jax.set_mesh(mesh), checkpoint.Checkpoints(folder) as saved:
-    data = sft.batches(
-      rows,
-      capacity=40,
+    shape = BatchShape(
       rows=8,
-      epochs=1,
-      seed=0,
       shards=sharding.shards(),
       host=jax.process_index(),
       hosts=jax.process_count(),
     )
-    state, step, losses, sums = (
-      optimizer.init_state(params, tx),
-      sft.make_sft_step(CONFIG, tx),
-      [],
-      [],
-    )
+    data = batches(rows, shape, capacity=40, epochs=1, seed=0)
+    state = optimizer.init_state(params, tx)
+    step = sft.make_sft_step(CONFIG, tx)
+    losses = []
+    sums = []
     for number, batch in enumerate(data, 1):
       state, metrics = step(state, sharding.place_batch(batch))
       losses.append(float(metrics['loss']))

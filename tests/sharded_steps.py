@@ -1,12 +1,15 @@
 """SFT and DA-GRPO steps on eight fake devices against one, and what the compiled steps send.
 
-    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_steps.py
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
+        python tests/sharded_steps.py
 
-prints a JSON line for each step and mesh: the collectives of the compiled step. A program of its own, since the number of
-devices is fixed when jax starts. Raises where a loss or gradient differs from that of one device.
+prints a JSON line for each step and mesh: the collectives of the compiled step. A program of its
+own, since the number of devices is fixed when jax starts. Raises where a loss or gradient differs
+from that of one device.
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -14,7 +17,7 @@ import numpy as np
 import optax
 
 from dcore_jax import sharding, tokentree
-from dcore_jax.learn import grpo, optimizer, sft
+from dcore_jax.learn import grpo, objectives, optimizer, sft
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.collectives import collectives
@@ -41,21 +44,29 @@ make_params = jax.jit(decoder.init_params, static_argnums=0)
 
 
 def forest() -> tokentree.TokenTree:
-  """8 rows, in each of which responses share a prompt; with values for every extra of the GRPO step."""
-  rng, sequences = np.random.default_rng(0), []
+  """8 rows, in each of which responses share a prompt; with values for every extra of the GRPO
+  step.
+  """
+  rng = np.random.default_rng(0)
+  sequences = []
   for _ in range(8):
     prompt = rng.integers(0, 64, 70)
     for _ in range(3):
       row = np.r_[prompt, rng.integers(0, 64, 7)].astype(np.int32)
-      sequences.append(tokentree.Sequence(row, (np.arange(77) >= 70).astype(np.float32), 70))
+      sequences.append(tokentree.TokenSequence(row, (np.arange(77) >= 70).astype(np.float32), 70))
   tree = tokentree.pack(sequences, 96, rows_multiple=8)
   assert tree.rows == 8 and tree.dedup > 1.5
-  draw = lambda: rng.normal(size=tree.tokens.shape).astype(np.float32)
+
+  def draw():
+    return rng.normal(size=tree.tokens.shape).astype(np.float32)
+
   return tree.with_extras(advantage=draw(), old_logp=-4 + 0.1 * draw(), ref_logp=-4 + 0.1 * draw())
 
 
 def gradient(step, config, tree, mesh):
-  """(loss, gradient, collectives) of one step; it must leave the state where it was, or the next one would be compiled anew."""
+  """(loss, gradient, collectives) of one step; it must leave the state where it was, or the next
+  one would be compiled anew.
+  """
   with jax.set_mesh(mesh):
     placed = sharding.shardings(decoder.abstract_params(config), mesh) if mesh else None
     batch = sharding.place_batch(tree.batch(shards=sharding.shards()), whole=True)
@@ -76,7 +87,9 @@ def check_places(tree, placed) -> None:
 
 
 def check_placement(mesh) -> None:
-  """Parameters are drawn in their shards, bit for bit those of one device, and moments lie beside them."""
+  """Parameters are drawn in their shards, bit for bit those of one device, and moments lie beside
+  them.
+  """
   specs = decoder.abstract_params(CONFIG)
   placed = sharding.shardings(specs, mesh)
   drawn = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(
@@ -94,25 +107,28 @@ def check_placement(mesh) -> None:
 
 def main() -> None:
   tree = forest()
-  make_sft = lambda config: sft.make_sft_step(config, SGD, EXECUTION)
-  make_grpo = lambda config: grpo.make_grpo_step(
-    config, SGD, kl_coefficient=0.1, execution=EXECUTION
-  )
+
+  def make_sft(config):
+    return sft.make_sft_step(config, SGD, EXECUTION)
+
+  def make_grpo(config):
+    return grpo.make_grpo_step(
+      config, SGD, objectives.PolicyLoss(kl_coefficient=0.1), execution=EXECUTION
+    )
+
   for name, make, config, meshes in (
     ('sft', make_sft, CONFIG, MESHES),
     ('da_grpo', make_grpo, CONFIG, MESHES),
     ('sft_tied', make_sft, TIED, MESHES[-1:]),
   ):
-    step, data = make(config), tree if name == 'da_grpo' else dataclasses.replace(tree, extras={})
+    step = make(config)
+    data = tree if name == 'da_grpo' else dataclasses.replace(tree, extras={})
     loss, grads, _ = gradient(step, config, data, None)
     for ways in meshes:
       got_loss, got, sent = gradient(step, config, data, sharding.make_mesh(*ways))
       np.testing.assert_allclose(got_loss, loss, rtol=1e-5, err_msg=f'{name} {ways}')
-      jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{name} {ways}'),
-        got,
-        grads,
-      )
+      close = functools.partial(np.testing.assert_allclose, atol=1e-5, err_msg=f'{name} {ways}')
+      jax.tree.map(close, got, grads)
       print(json.dumps({'step': name, 'mesh': ways, 'collectives': sent}), flush=True)
   check_placement(sharding.make_mesh(2, 2, 2))
 

@@ -43,7 +43,8 @@ def test_sweep_covers_the_settings(quick_sweep):
     ('da_grpo', 0.4, 0.5),
     ('da_grpo', 1.0, 1.0),
   ]
-  # All settings start from the same weights and sample the same first rollouts: only the update differs.
+  # All settings start from the same weights and sample the same first rollouts: only the update
+  # differs.
   assert len({run['curves']['reward'][0] for run in content['runs']}) == 1
   psi = [run['curves']['psi_grad_norm'][0] for run in content['runs'] if run['alpha'] is not None]
   assert psi == sorted(psi) and (psi[0] > 0) == (

@@ -1,4 +1,6 @@
-"""Sharding rules and sharded steps on eight fake devices (processes of their own: their number is fixed when jax starts)."""
+"""Sharding rules and sharded steps on eight fake devices (processes of their own: their number is
+fixed when jax starts).
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_importing_asks_for_no_device():
-  """`jax.distributed` and flags must be set before the first device is asked for, and after the imports."""
+  """`jax.distributed` and flags must be set before the first device is asked for, and after the
+  imports.
+  """
   environment = os.environ | {'JAX_PLATFORMS': 'no_such_platform'}
   subprocess.run(
     [
@@ -32,8 +36,10 @@ PROGRAM = textwrap.dedent("""
     from dcore_jax.models import decoder
     from dcore_jax.models.config import DecoderConfig
 
-    config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
-                           num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    config = DecoderConfig(
+      vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )
     mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
     placed = sharding.shardings(decoder.abstract_params(config), mesh)
@@ -64,12 +70,20 @@ PROGRAM = textwrap.dedent("""
     assert "'batch'" in error(('batch',), (6,), mesh)
     assert "'colour'" in error(('colour',), (6,), mesh)
     # Unconstrained without a mesh; with one, an activation is annotated by the same names.
-    assert sharding.constrain(tokens, 'batch', 'length') is tokens and sharding.shards() == 1 and sharding.platform() == 'cpu'
+    assert sharding.constrain(tokens, 'batch', 'length') is tokens
+    assert sharding.shards() == 1 and sharding.platform() == 'cpu'
     with jax.set_mesh(mesh):
       assert sharding.shards() == 4 and sharding.shards('vocab') == 2
-      assert jax.jit(lambda x: sharding.constrain(x, 'batch', 'length'))(tokens).sharding.is_equivalent_to(batch, 2)
+      constrained = jax.jit(lambda x: sharding.constrain(x, 'batch', 'length'))(tokens)
+      assert constrained.sharding.is_equivalent_to(batch, 2)
 
-    for wrong in (dict(data=3), dict(data=3, fsdp=-1), dict(data=-1, fsdp=-1), dict(data=16, fsdp=-1), dict(fsdp=0)):
+    for wrong in (
+      dict(data=3),
+      dict(data=3, fsdp=-1),
+      dict(data=-1, fsdp=-1),
+      dict(data=16, fsdp=-1),
+      dict(fsdp=0),
+    ):
       try:
         sharding.make_mesh(**wrong)
       except ValueError as raised:
@@ -117,12 +131,13 @@ def test_steps_on_eight_devices_equal_those_on_one(steps):
 @pytest.mark.parametrize('step', ['sft', 'da_grpo'])
 @pytest.mark.parametrize('mesh', [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
 def test_parameters_are_gathered_a_layer_at_a_time(steps, step, mesh):
-  """Each layer once forward and once to be computed again, in the loop over layers; outside of it the head, nothing else."""
+  """Each layer once forward and once to be computed again, in the loop over layers; outside of it
+  the head, nothing else.
+  """
   gathers = [each for each in steps[step, mesh] if each['kind'] == 'all-gather']
-  layer, head = (
-    4 * (2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48),
-    4 * 64 * 32,
-  )  # bytes of the matrices
+  # bytes of the matrices
+  layer = 4 * (2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48)
+  head = 4 * 64 * 32
   assert (
     sum(each['bytes'] * each['times'] for each in gathers if each['in_loop'])
     == 3 * 2 * layer // mesh[2]
@@ -149,13 +164,16 @@ def test_a_gather_of_all_parameters_would_be_seen():
     from dcore_jax.models import decoder
     from dcore_jax.models.config import DecoderConfig
     from dcore_jax.plan.collectives import collectives
-    config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
-                           num_attention_heads=4, num_key_value_heads=2)
+    config = DecoderConfig(
+      vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+      num_attention_heads=4, num_key_value_heads=2,
+    )
     mesh = sharding.make_mesh(fsdp=8)
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     careless = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, whole))
     compiled = careless.lower(sharding.abstract(decoder.abstract_params(config), mesh)).compile()
-    print(sum(each.bytes for each in collectives(compiled.as_text()) if each.kind == 'all-gather' and not each.in_loop))
+    sent = collectives(compiled.as_text())
+    print(sum(each.bytes for each in sent if each.kind == 'all-gather' and not each.in_loop))
   """
   matrices = 64 * 32 + 2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 48
   assert int(on_eight_devices('-c', program)) == 4 * matrices

@@ -5,20 +5,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcore_jax import tokentree
+from dcore_jax import packing, tokentree
 
 
-def sequence(tokens, weights=None, shared=None, extras=None):
+def sequence(tokens, weights=None, shared=None):
   tokens = np.asarray(tokens, np.int32)
   weights = np.r_[0, np.ones(len(tokens) - 1)] if weights is None else weights
-  return tokentree.Sequence(
-    tokens, np.asarray(weights, np.float32), len(tokens) if shared is None else shared, extras
+  return tokentree.TokenSequence(
+    tokens, np.asarray(weights, np.float32), len(tokens) if shared is None else shared
   )
 
 
 @st.composite
 def sequence_lists(draw):
-  """Few distinct tokens and short lengths, so that prefixes meet often; some sequences do not fit the row."""
+  """Few distinct tokens and short lengths, so that prefixes meet often; some sequences do not fit
+  the row.
+  """
   result = []
   for _ in range(draw(st.integers(0, 12))):
     tokens = draw(st.lists(st.integers(0, 2), min_size=1, max_size=14))
@@ -39,7 +41,7 @@ def test_visible_keys_are_the_sequence_itself(sequences, capacity, multiple):
   tree = tokentree.pack(sequences, capacity, multiple, pad_id=7)
   assert tree.rows % multiple == 0
   used = np.zeros(tree.tokens.size, bool)
-  for index, (seq, path) in enumerate(zip(sequences, tree.paths)):
+  for index, (seq, path) in enumerate(zip(sequences, tree.paths, strict=True)):
     if index in tree.dropped:
       assert len(seq.tokens) > capacity and not len(path)
       continue
@@ -68,14 +70,16 @@ def test_weighted_sums_equal_the_flat_ones(sequences, capacity):
   tree = tokentree.pack(sequences, capacity)
 
   def prefix_hash(tokens):
-    value, out = 17, []
+    value = 17
+    out = []
     for token in tokens:
       value = (value * 31 + int(token) + 1) % 10007
       out.append(value)
     return np.array(out)
 
-  flat, hashes = 0, np.zeros(tree.tokens.size)
-  for index, (seq, path) in enumerate(zip(sequences, tree.paths)):
+  flat = 0
+  hashes = np.zeros(tree.tokens.size)
+  for index, (seq, path) in enumerate(zip(sequences, tree.paths, strict=True)):
     if index not in tree.dropped:
       values = prefix_hash(seq.tokens)
       flat += (values * seq.weights).sum()
@@ -97,10 +101,12 @@ def test_gather_inverts_scatter_beyond_the_shared_part(sequences, capacity):
 def test_merges_prompts_and_keeps_responses_apart():
   prompt = list(range(20))
   group = [
-    sequence(prompt + [50, 51], [0] * 20 + [1, 1], 20, {'advantage': np.full(22, sign, np.float32)})
-    for sign in (1, -1)
+    sequence(prompt + [50, 51], [0] * 20 + [1, 1], 20),
+    sequence(prompt + [50, 51], [0] * 20 + [1, 1], 20),
   ]
   tree = tokentree.pack(group, 64)
+  signs = [np.full(2, sign, np.float32) for sign in (1, -1)]  # of the responses alone
+  tree = tree.with_extras(advantage=tree.scatter(signs))
   assert tree.live == 24 and tree.dedup == 44 / 24
   assert [list(path[20:]) for path in tree.paths] == [[20, 21], [22, 23]]
   np.testing.assert_array_equal(tree.extras['advantage'][0, 20:24], [1, 1, -1, -1])
@@ -114,8 +120,12 @@ def test_identical_supervised_rows_add_their_weights():
 
 
 def test_large_tree_is_split_where_the_trunk_is_shortest():
-  """Two dialogues share 4 tokens with each other and 20 within: the cut belongs between the dialogues."""
-  head, first, second = [1, 1, 1, 1], [2] * 16, [3] * 16
+  """Two dialogues share 4 tokens with each other and 20 within: the cut belongs between the
+  dialogues.
+  """
+  head = [1, 1, 1, 1]
+  first = [2] * 16
+  second = [3] * 16
   rows = [sequence(head + branch + [leaf] * 8) for branch in (first, second) for leaf in (5, 6)]
   tree = tokentree.pack(rows, 40)
   assert tree.rows == 2 and tree.live == 2 * (4 + 16 + 8 + 8)
@@ -130,10 +140,14 @@ def test_without_merging_rows_are_plain_packing():
 
 
 def test_rows_of_realistic_lengths_are_filled():
-  """Single turns of log-normal length (median 1,100 tokens), groups of rollouts of which four hardly fit a row, and 60
-  dialogues of 8 turns over one system prompt."""
+  """Single turns of log-normal length (median 1,100 tokens), groups of rollouts of which four
+  hardly fit a row, and 60 dialogues of 8 turns over one system prompt.
+  """
   rng = np.random.default_rng(0)
-  draw = lambda size: rng.integers(0, 150_000, size)
+
+  def draw(size):
+    return rng.integers(0, 150_000, size)
+
   single = [
     sequence(draw(size)) for size in np.clip(rng.lognormal(7, 0.7, 400), 50, 8000).astype(int)
   ]
@@ -149,7 +163,8 @@ def test_rows_of_realistic_lengths_are_filled():
     16384,
   )
   assert tree.live >= 0.95 * tree.tokens.size and tree.dedup > 2.7
-  dialogues, system = [], draw(1500)
+  dialogues = []
+  system = draw(1500)
   for _ in range(60):
     history = np.r_[system, draw(rng.integers(30, 90))]
     for _ in range(8):
@@ -166,7 +181,8 @@ def test_rows_of_realistic_lengths_are_filled():
 
 def test_shards_hold_the_loss_tokens_of_their_own_rows():
   tree = tokentree.pack([sequence(np.arange(9) + 10 * index) for index in range(8)], 9)
-  whole, split = tree.batch(budget=72), tree.batch(budget=72, shards=4)
+  whole = tree.batch(budget=72)
+  split = tree.batch(budget=72, shards=4)
   assert split.parent.max() < 18 <= whole.parent.max()  # two rows a shard
   for batch, base in ((whole, 0), (split, np.arange(72) // 18 * 18)):
     used = batch.weight[0] > 0
@@ -179,7 +195,7 @@ def test_shards_hold_the_loss_tokens_of_their_own_rows():
 
 def test_tokens_and_weights_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match='float64'):
-    tokentree.Sequence(np.array([1.5, 2.0]), np.zeros(2, np.float32), 2)
+    tokentree.TokenSequence(np.array([1.5, 2.0]), np.zeros(2, np.float32), 2)
   for bad in (np.nan, np.inf, -1):
     with pytest.raises(ValueError, match='finite and not negative'):
       sequence([1, 2], [0, bad])
@@ -218,8 +234,6 @@ def test_batch_holds_loss_tokens_only_and_pads_with_weight_zero():
     (dict(tokens=[1, 2], weights=[0]), 'weights has shape'),
     (dict(tokens=[1, 2], weights=[1, 0]), 'nothing predicts'),
     (dict(tokens=[1, 2], shared=3), 'outside'),
-    (dict(tokens=[1, 2], shared=2, extras={'advantage': np.ones(2)}), 'cannot be shared'),
-    (dict(tokens=[1, 2], shared=1, extras={'advantage': np.ones(3)}), 'advantage has shape'),
   ],
 )
 def test_bad_sequences_are_refused(arguments, message):
@@ -248,6 +262,7 @@ def test_a_sequence_that_ends_where_its_tree_is_cut_takes_no_row():
     [sequence(prompt), *(sequence(np.r_[prompt, draw(0, 1000, 30)]) for _ in range(4))], 100
   )
   assert tree.rows == 2 and tree.live == 2 * (40 + 2 * 30)
-  lengths, common = np.array([40, 70, 70, 70, 70]), np.array([0, 40, 40, 40, 40])
-  pieces = tokentree._pieces(lengths, common, 100)
-  assert tokentree._fullest(lengths, common, 100, pieces)[0].max() == 1
+  lengths = np.array([40, 70, 70, 70, 70])
+  common = np.array([0, 40, 40, 40, 40])
+  pieces = packing.cut_pieces(lengths, common, 100)
+  assert packing.fullest(lengths, common, 100, pieces)[0].max() == 1

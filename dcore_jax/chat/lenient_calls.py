@@ -1,7 +1,8 @@
-"""The tolerant call reader of the reference implementation (method 4.2), without its `eval`.
+"""The tolerant call reader of the reference implementation, without its `eval`.
 
-Published rewards and verification rates depend on what this reader forgives, and forgets: reproduce those with it, and
-use `tool_calls.parse_calls` for everything else.
+docs/method.md, section 4.2, describes it. Published rewards and verification rates depend on what
+this reader forgives and what it drops. Use it to reproduce those figures, and
+`tool_calls.parse_calls` for everything else.
 """
 
 import ast
@@ -18,13 +19,13 @@ from dcore_jax.chat.tool_calls import (
 
 
 def parse_lenient(text: str) -> Any:
-  """What the reference's parser makes of a call list (method 4.2): a list of `{name: {argument: value}}`, or something
-  weaker.
+  """Returns what the reference's parser makes of a call list: `[{name: {argument: value}}, ...]`.
 
-  Positional arguments are dropped; a bare name equals the string of it, `true` == 'true'; arithmetic on numbers is
-  worked out (bounded); a call as a value is `{name: {...}}`, or its source text when it has no keywords. Text that is
-  no call list is read as one literal list (JSON-like lists); where that fails too the text itself comes back, and can
-  still equal another text.
+  Positional arguments are dropped. A bare name equals its string, so that `true` == 'true'.
+  Arithmetic on numbers is worked out within bounds. A call as a value is `{name: {...}}`, or its
+  source text where it has no keywords. Text that is no call list is read as one literal list
+  (JSON-like lists). Where that fails too, the text itself is returned, which
+  can still equal another text.
   """
   inner = text.strip("[]'")
   try:
@@ -34,8 +35,11 @@ def parse_lenient(text: str) -> Any:
       return [_lenient_call(call, 0) for call in calls]
   except (ToolCallError, TypeError, RecursionError):
     pass
-  bracketed = text if text.startswith('[') else '[' + text
-  bracketed = bracketed if bracketed.endswith(']') else bracketed + ']'
+  bracketed = text
+  if not bracketed.startswith('['):
+    bracketed = '[' + bracketed
+  if not bracketed.endswith(']'):
+    bracketed += ']'
   try:
     return ast.literal_eval(parse_expression(bracketed))
   except (ToolCallError, ValueError, TypeError, RecursionError, MemoryError):
@@ -43,16 +47,16 @@ def parse_lenient(text: str) -> Any:
 
 
 def _lenient_call(node: ast.Call, depth: int) -> dict[str, dict[str | None, Any]]:
-  parts, func = [], node.func
-  while isinstance(func, ast.Attribute):
-    parts.append(func.attr)
-    func = func.value
-  parts += [func.id] if isinstance(func, ast.Name) else []
-  return {
-    '.'.join(reversed(parts)): {
-      item.arg: _lenient_value(item.value, depth + 1) for item in node.keywords
-    }
-  }
+  parts = []
+  function = node.func
+  while isinstance(function, ast.Attribute):
+    parts.append(function.attr)
+    function = function.value
+  if isinstance(function, ast.Name):
+    parts.append(function.id)
+  name = '.'.join(reversed(parts))
+  arguments = {item.arg: _lenient_value(item.value, depth + 1) for item in node.keywords}
+  return {name: arguments}
 
 
 def _lenient_value(node: ast.expr, depth: int) -> Any:
@@ -62,7 +66,8 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
     case ast.Constant():
       return '...' if node.value is Ellipsis else node.value
     case ast.UnaryOp(operand=ast.Constant(value=value)):
-      return -value  # whatever the operator: `not 1` is -1 there
+      # The reference negates whatever the operator is: its value of `not 1` is -1.
+      return -value
     case ast.BinOp():
       return _arithmetic(node, depth)
     case ast.Name():
@@ -74,7 +79,7 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
     case ast.Dict() if None not in node.keys:
       return {
         _lenient_value(k, depth + 1): _lenient_value(v, depth + 1)
-        for k, v in zip(node.keys, node.values)
+        for k, v in zip(node.keys, node.values, strict=True)
       }
     case ast.Call():
       return _lenient_call(node, depth) if node.keywords else ast.unparse(node)
@@ -95,7 +100,10 @@ _OPERATORS = {
 
 
 def _arithmetic(node: ast.expr, depth: int) -> int | float:
-  """Value of an expression over numbers. Sizes are bounded before anything is computed, powers most of all."""
+  """Computes an expression over numbers.
+
+  Sizes are bounded before anything is computed: `9**9**9` would otherwise take all memory.
+  """
   if depth > MAX_DEPTH:
     raise ToolCallError(f'more than {MAX_DEPTH} operations')
   if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -105,12 +113,14 @@ def _arithmetic(node: ast.expr, depth: int) -> int | float:
     return -value if isinstance(node.op, ast.USub) else value
   if not isinstance(node, ast.BinOp) or type(node.op) not in _OPERATORS:
     raise ToolCallError(f'unsupported value: {describe(node)}')
-  left, right = _arithmetic(node.left, depth + 1), _arithmetic(node.right, depth + 1)
-  is_power = isinstance(node.op, ast.Pow)
+  left = _arithmetic(node.left, depth + 1)
+  right = _arithmetic(node.right, depth + 1)
   bits = sum(value.bit_length() for value in (left, right) if isinstance(value, int))
-  if bits > MAX_INT_BITS or (
-    is_power and (abs(right) > 64 or bits * max(abs(right), 1) > MAX_INT_BITS)
-  ):
+  too_large = bits > MAX_INT_BITS
+  if isinstance(node.op, ast.Pow):
+    # A power has about `right` times as many bits as its base.
+    too_large = too_large or abs(right) > 64 or bits * max(abs(right), 1) > MAX_INT_BITS
+  if too_large:
     raise ToolCallError('arithmetic on numbers too large')
   try:
     value = _OPERATORS[type(node.op)](left, right)

@@ -1,4 +1,7 @@
-"""The conversation types that every part of the system exchanges: plain, frozen, JSON in and JSON out."""
+"""The conversation types that every part of the system exchanges.
+
+They are plain and frozen, and go to JSON and back.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,7 +11,11 @@ ROLES = ('system', 'user', 'assistant', 'tool')
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-  """One call of a tool. Arguments are JSON-like values; positional ones are kept apart as the grammar allows them."""
+  """One call of a tool.
+
+  Arguments are JSON-like values. Positional arguments stand apart, because the Python-style grammar
+  allows them and a call must print as it was read.
+  """
 
   name: str
   arguments: dict[str, Any]
@@ -17,17 +24,22 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class ToolSpec:
-  """What a model is told of a tool. `parameters` is a JSON-schema object: {'type', 'properties', 'required'}."""
+  """The description of a tool that a model sees.
+
+  `parameters` is a JSON-schema object: {'type', 'properties', 'required'}.
+  """
 
   name: str
   description: str
   parameters: dict[str, Any]
 
   def to_json(self) -> dict[str, Any]:
+    """Returns the spec as {name, description, parameters}."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'ToolSpec':
+    """Reads a spec; raises ValueError where name or parameters are missing."""
     missing = {'name', 'parameters'} - record.keys()
     if missing:
       raise ValueError(f'tool spec {record.get("name", "?")!r} lacks {sorted(missing)}')
@@ -36,7 +48,10 @@ class ToolSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-  """One turn. `content` is the text as the model sees or wrote it, `<think>` block included where there is one."""
+  """One message of a conversation.
+
+  `content` is the text as the model sees or wrote it, with its `<think>` block where there is one.
+  """
 
   role: str
   content: str
@@ -46,10 +61,12 @@ class Message:
       raise ValueError(f'unknown role {self.role!r}; expected one of {ROLES}')
 
   def to_json(self) -> dict[str, str]:
+    """Returns the message as {role, content}."""
     return {'role': self.role, 'content': self.content}
 
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'Message':
+    """Reads a message; raises ValueError without a role and a text content."""
     if not (
       isinstance(record, dict) and isinstance(record.get('content'), str) and 'role' in record
     ):
@@ -58,8 +75,14 @@ class Message:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-  """(reasoning, answer) of an assistant text; reasoning is '' without a closed `<think>` block (method: section 5.1)."""
+  """Splits an assistant text into (reasoning, answer), as docs/method.md, section 5.1, says.
+
+  The reasoning is '' where no `<think>` block is closed.
+  """
   if '</think>' not in text:
     return '', text
+  # A model may open or close its thoughts more than once. The reasoning ends at the first closing
+  # tag, and the answer begins after the last one.
   reasoning = text.split('</think>', 1)[0].rsplit('<think>', 1)[-1].strip('\n')
-  return reasoning, text.rsplit('</think>', 1)[-1].lstrip('\n')
+  answer = text.rsplit('</think>', 1)[-1].lstrip('\n')
+  return reasoning, answer

@@ -1,6 +1,7 @@
-"""From conversations to the text that a model sees, and what its chat template puts around a message.
+"""From conversations to the text that a model sees.
 
-A tokenizer brings its own chat template; `qwen3_template` is ours for tokenizers that have none, equal to Qwen3's own.
+Also reads off a chat template what it puts around a message. A tokenizer brings its own chat
+template; `qwen3_template` is ours for tokenizers that have none, and renders what Qwen3's does.
 """
 
 import dataclasses
@@ -13,21 +14,34 @@ from typing import Any
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_hermes
 
+# A tool name and arguments that no template writes itself, so that they can be found in its text.
+_PROBE_NAME = 'probe_name'
+_PROBE_ARGUMENTS = '{"probe_argument": 0}'
+
 
 @functools.cache
 def qwen3_template() -> str:
-  """Jinja text of Qwen3's conversation format; renders what the official template does, tools and thoughts included."""
-  return (
-    importlib.resources.files('dcore_jax.chat').joinpath('qwen3.jinja').read_text(encoding='utf-8')
-  )
+  """Returns the Jinja text of Qwen3's conversation format.
+
+  It renders what the official template does, tools and thoughts included.
+  """
+  file = importlib.resources.files('dcore_jax.chat').joinpath('qwen3.jinja')
+  return file.read_text(encoding='utf-8')
 
 
 def render_prompt(
   tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
 ) -> str:
-  """Text of a conversation up to where the assistant speaks next, by the template of a transformers tokenizer.
+  """Renders a conversation up to where the assistant speaks next.
 
-  `tools` are specs as the template wants them, usually {'type': 'function', 'function': {...}}; None: the template shows none.
+  Args:
+    tokenizer: a transformers tokenizer with a chat template.
+    messages: the conversation, at least one message.
+    tools: specs as the template wants them, usually {'type': 'function', 'function': {...}}. With
+      None the template shows no tools.
+
+  Raises:
+    ValueError: no messages, or a tokenizer without a chat template.
   """
   return render_records(tokenizer, [message.to_json() for message in messages], tools)
 
@@ -38,8 +52,11 @@ def render_records(
   tools: Sequence[dict[str, Any]] | None = None,
   **options: Any,
 ) -> str:
-  """`render_prompt` of messages as endpoints write them, tool calls and thoughts in fields of their own; `options` are the
-  template's (enable_thinking)."""
+  """Does what `render_prompt` does for messages in the form that endpoints use.
+
+  There tool calls and thoughts have fields of their own. `options` go to the template, such as
+  `enable_thinking`.
+  """
   if not records:
     raise ValueError('a prompt needs at least one message')
   _need_template(tokenizer)
@@ -48,22 +65,21 @@ def render_records(
   )
 
 
-_PROBE_NAME, _PROBE_ARGUMENTS = 'probe_name', '{"probe_argument": 0}'
-
-
 def render_begun_call(
   tokenizer: Any,
   records: Sequence[dict[str, Any]],
   tools: Sequence[dict[str, Any]],
   name: str | None = None,
 ) -> tuple[str, str]:
-  """Text of a conversation in which the assistant has begun a call, and the part of it that begins the call.
+  """Renders a conversation in which the assistant has begun a call -> (text, the begun call).
 
-  It is what the template writes of an answer that is a call alone, and breaks off before the arguments of the tool `name`, or
-  before the name where that is None. Thoughts are empty or absent, as the template has them for an answer without.
+  The template writes an answer that consists of one call. The text breaks off before the arguments
+  of the tool `name`, or before the name where `name` is None. Thoughts are empty or absent, as the
+  template has them for an answer without thoughts.
 
   Raises:
-    ValueError: the template writes no calls, or not in `<tool_call>` tags as `parse_hermes` reads them.
+    ValueError: the template writes no calls, or writes them otherwise than in the `<tool_call>`
+      tags that `parse_hermes` reads.
   """
   call = {'name': name or _PROBE_NAME, 'arguments': json.loads(_PROBE_ARGUMENTS)}
   turn = {
@@ -73,17 +89,20 @@ def render_begun_call(
   }
   _need_template(tokenizer)
   text = tokenizer.apply_chat_template([*records, turn], tools=tools, tokenize=False)
-  before, tag, said = text.rpartition('<tool_call>')
-  begun, found, _ = (tag + said).partition(_PROBE_NAME if name is None else _PROBE_ARGUMENTS)
+  before, tag, rest = text.rpartition('<tool_call>')
+  cut = _PROBE_NAME if name is None else _PROBE_ARGUMENTS
+  begun, found, _ = (tag + rest).partition(cut)
   try:
-    readable = parse_hermes(tag + said) == [ToolCall(**call)]
+    readable = parse_hermes(tag + rest) == [ToolCall(**call)]
   except ToolCallError:
     readable = False
   if not readable or not found:
     raise ValueError(
-      'the chat template does not write calls as <tool_call>{"name": ..., "arguments": ...}</tool_call>'
+      'the chat template does not write calls as '
+      '<tool_call>{"name": ..., "arguments": ...}</tool_call>'
     )
-  # The space before an object belongs to the token that opens it (' {"'): a prompt that ends with it has another token there.
+  # Tokenizers join the space before an object with its opening brace (' {"'). A prompt that ended
+  # with that space would be tokenized otherwise than the text that a model was trained on.
   begun = begun.rstrip()
   return before + begun, begun
 
@@ -100,8 +119,10 @@ class TurnFormat:
   """What a chat template writes around the messages, read off its own rendering.
 
   Attributes:
-    end_of_turn, end_of_turn_id: the special token that ends what an assistant says ('<|im_end|>', '<|eot_id|>').
-    before: white space between the content and that token ('' for Qwen3 and Llama, '\\n' for DeepSeek-Coder).
+    end_of_turn: the special token that ends an assistant message ('<|im_end|>', '<|eot_id|>').
+    end_of_turn_id: its id.
+    before: white space between the content and that token ('' for Qwen3 and Llama, '\\n' for
+      DeepSeek-Coder).
     after: white space behind it that still belongs to the message ('\\n' for Qwen3, '' for Llama).
     delimiters: id -> text of every special token between one message's content and the next one's.
   """
@@ -114,36 +135,46 @@ class TurnFormat:
 
 
 def turn_format(tokenizer: Any) -> TurnFormat:
-  """Reads the format of a transformers tokenizer off a conversation rendered by its template.
+  """Reads the format of a transformers tokenizer off a conversation that its template renders.
 
   Raises:
-    ValueError: no template, or one that does not end an assistant's message by a special token of the tokenizer.
+    ValueError: the tokenizer has no template, or one that does not end an assistant's message by a
+      special token of the tokenizer.
   """
   _need_template(tokenizer)
-  # Words that no template writes itself. The assistant's is not the last message: templates add thoughts to that one.
-  asked, said, more = 'probe-asked', 'probe-said', 'probe-more'
+  # The contents are words that no template writes itself. A user message follows the assistant's,
+  # because templates add thoughts to an assistant message that stands last.
+  answer = 'probe-said'
+  reply = 'probe-more'
   turns = [
-    {'role': 'user', 'content': asked},
-    {'role': 'assistant', 'content': said},
-    {'role': 'user', 'content': more},
+    {'role': 'user', 'content': 'probe-asked'},
+    {'role': 'assistant', 'content': answer},
+    {'role': 'user', 'content': reply},
   ]
   text = tokenizer.apply_chat_template(turns, tokenize=False)
-  gap = text.partition(said)[2].partition(more)[0]
+  gap = text.partition(answer)[2].partition(reply)[0]
   special = {
-    i: str(token)
-    for i, token in tokenizer.added_tokens_decoder.items()
+    token_id: str(token)
+    for token_id, token in tokenizer.added_tokens_decoder.items()
     if token.special and str(token) in gap
   }
   if not special:
     raise ValueError(
       f'the chat template ends a turn by {gap!r}, which holds no special token of the tokenizer'
     )
-  end_id = min(special, key=lambda i: gap.index(special[i]))
+  end_id = min(special, key=lambda token_id: gap.index(special[token_id]))
   before, end, _ = gap.partition(special[end_id])
   if before.strip():
     raise ValueError(
       f'the chat template writes {before!r} between what an assistant says and {end}'
     )
-  last = tokenizer.apply_chat_template(turns[:2], tokenize=False).rpartition(said)[2]
-  after = last.removeprefix(before + end)
-  return TurnFormat(end, end_id, before, after if after.isspace() else '', special)
+  # What stands behind the last message belongs to it, and not to a message that follows.
+  ending = tokenizer.apply_chat_template(turns[:2], tokenize=False).rpartition(answer)[2]
+  after = ending.removeprefix(before + end)
+  return TurnFormat(
+    end_of_turn=end,
+    end_of_turn_id=end_id,
+    before=before,
+    after=after if after.isspace() else '',
+    delimiters=special,
+  )

@@ -1,12 +1,13 @@
-"""Tool calls as data, and the two surface syntaxes they travel in.
+"""Tool calls as data, and the two syntaxes in which they stand in a text.
 
-Python style, of BFCL and the paper: `[f(a=1, b='x'), g.h(c=[2])]`; Hermes/Qwen JSON: `<tool_call>{"name": ...,
-"arguments": {...}}</tool_call>`. What a model wrote is only ever *read*: Python's own parser makes a tree, and a
-literal evaluator turns the tree into JSON-like values. Nothing is evaluated, so `9**9**9` or `__import__('os')` is an
-error like any other, and text, nesting and integers are bounded.
+Python style, as in BFCL and the paper: `[f(a=1, b='x'), g.h(c=[2])]`. Hermes/Qwen JSON:
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. A model's text is only ever *read*:
+Python's own parser makes a syntax tree, and a literal reader turns the tree into JSON-like values.
+Nothing is evaluated, so that `9**9**9` or `__import__('os')` is an error like any other. Text,
+nesting and integers are bounded.
 
-This reader keeps everything a call says. `lenient_calls` holds a second one, on the same tree, that forgives and
-forgets what the reference implementation does.
+This reader keeps everything that a call says. `lenient_calls` holds a second reader of the same
+tree, which forgives and drops what the reference implementation does.
 """
 
 import ast
@@ -20,11 +21,11 @@ from typing import Any, Callable, Iterator, Sequence
 
 from dcore_jax.chat.messages import ToolCall
 
-MAX_CHARS = 65_536  # of one call list; an answer of 16k tokens fits
-MAX_DEPTH = 64  # brackets inside brackets
-MAX_INT_BITS = 4_096  # below the 4,300 digits that Python itself agrees to print
+MAX_CHARS = 65_536  # characters of one call list; an answer of 16k tokens fits
+MAX_DEPTH = 64  # levels of brackets
+MAX_INT_BITS = 4_096  # bits of an integer; Python refuses to print more than 4,300 digits
 
-# What a model that thinks in JSON writes inside a Python-style call.
+# Models that were trained on JSON write these words inside Python-style calls too.
 JSON_WORDS = {'true': True, 'false': False, 'null': None, 'none': None}
 
 _HERMES_CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
@@ -34,14 +35,15 @@ class ToolCallError(ValueError):
   """Text that has the outer form of a call list, and cannot be read as one."""
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def parse_calls(text: str) -> list[ToolCall] | None:
-  """The calls an answer makes, in order; None where it is no call list but plain text.
+  """Reads the calls that an answer makes, in order; None where it is plain text and no call list.
 
-  Call lists are texts that begin with `[` and end with `]`, and texts that hold a `<tool_call>` (words around the tags
-  are let pass, as Qwen models speak before they call). A list cut short, `[f(a=`, is plain text, as it is for BFCL.
+  Call lists are texts that begin with `[` and end with `]`, and texts that hold a `<tool_call>`.
+  Words around the tags are allowed, because Qwen models speak before they call. A list cut short,
+  `[f(a=`, is plain text, as it is for BFCL.
 
   Raises:
     ToolCallError: a call list that cannot be read, with the reason.
@@ -53,9 +55,12 @@ def parse_calls(text: str) -> list[ToolCall] | None:
 
 
 def parse_python(text: str) -> list[ToolCall]:
-  """Calls of `[f(a=1), g(2)]`.
+  """Reads the calls of `[f(a=1), g(2)]`.
 
-  Tuples come back as lists, a bare name as its string, JSON's true, false and null as what they mean.
+  Tuples become lists and a bare name its string; JSON's true, false and null get their meaning.
+
+  Raises:
+    ToolCallError: anything else.
   """
   tree = parse_expression(text.strip())
   if not isinstance(tree, ast.List):
@@ -64,7 +69,13 @@ def parse_python(text: str) -> list[ToolCall]:
 
 
 def parse_hermes(text: str) -> list[ToolCall]:
-  """Calls of every `<tool_call>{...}</tool_call>` in `text`; arguments may be an object or the JSON text of one."""
+  """Reads every `<tool_call>{...}</tool_call>` in `text`.
+
+  Arguments may be an object or the JSON text of one.
+
+  Raises:
+    ToolCallError: no call, one that is never closed, or one that is not JSON of the right form.
+  """
   _check_length(text)
   bodies = _HERMES_CALL.findall(text)
   if not bodies or text.count('<tool_call>') != len(bodies):
@@ -82,7 +93,13 @@ def parse_hermes(text: str) -> list[ToolCall]:
 
 
 def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
-  """Calls of a record's reference: a list of call strings, each `f(a=1)` without brackets (with them is read too)."""
+  """Reads the calls of a record's reference, a list of strings like `f(a=1)`.
+
+  Strings with brackets around the call are read too.
+
+  Raises:
+    ValueError: one string instead of a list (ToolCallError: a string that is no call).
+  """
   if isinstance(calls, str):
     raise ValueError(f'a reference is a list of call strings, got one string: {_clip(calls)}')
   parsed = []
@@ -96,12 +113,15 @@ def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
 
 
 def parse_expression(text: str) -> ast.expr:
-  """Python's syntax tree of one expression, of bounded size. Raises ToolCallError, whatever the text is."""
+  """Parses one expression of bounded size into Python's syntax tree.
+
+  Raises:
+    ToolCallError: text that is no expression; no text raises anything else.
+  """
   _check_length(text)
   try:
-    with (
-      warnings.catch_warnings()
-    ):  # '\d' in a string is worth a warning in a program, not in an answer
+    with warnings.catch_warnings():
+      # The parser warns of strings like '\d'. That helps programmers; here a model wrote the text.
       warnings.simplefilter('ignore')
       return ast.parse(text, mode='eval').body
   except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -118,28 +138,33 @@ def _read_call(node: ast.expr) -> ToolCall:
   arguments: dict[str, Any] = {}
   for item in node.keywords:
     value = _read_value(item.value, 0)
-    # `**{'from': 1}` is how an argument is written whose name is no Python identifier.
-    if item.arg is None and not (
-      isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    ):
+    # An argument whose name is no Python identifier is written as `**{'from': 1}`.
+    if item.arg is not None:
+      given = {item.arg: value}
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+      given = value
+    else:
       raise ToolCallError(f'{name}: ** needs a dict with text keys')
-    for key, inner in value.items() if item.arg is None else [(item.arg, value)]:
+    for key, inner in given.items():
       if key in arguments:
         raise ToolCallError(f'{name}: argument {key!r} is given twice')
       arguments[key] = inner
-  return ToolCall(name, arguments, tuple(_read_value(item, 0) for item in node.args))
+  positional = tuple(_read_value(item, 0) for item in node.args)
+  return ToolCall(name, arguments, positional)
 
 
 def _read_value(node: ast.expr, depth: int) -> Any:
-  """JSON-like value of a literal; everything that would have to be computed is an error."""
+  """Returns the JSON-like value of a literal; whatever would have to be computed is an error."""
   if depth > MAX_DEPTH:
     raise ToolCallError(f'more than {MAX_DEPTH} levels of brackets')
   if isinstance(node, ast.Constant):
     return _checked_constant(node.value)
   if isinstance(node, ast.Name):
     return JSON_WORDS.get(node.id, node.id)
-  if isinstance(node, ast.Attribute) and (name := _dotted_name(node)):
-    return name
+  if isinstance(node, ast.Attribute):
+    name = _dotted_name(node)
+    if name:
+      return name
   if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
     value = _read_value(node.operand, depth + 1)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -149,7 +174,8 @@ def _read_value(node: ast.expr, depth: int) -> Any:
   if isinstance(node, ast.Dict) and None not in node.keys:
     keys = [_read_value(key, depth + 1) for key in node.keys]
     if not any(isinstance(key, (list, dict)) for key in keys):
-      return dict(zip(keys, (_read_value(value, depth + 1) for value in node.values)))
+      values = [_read_value(value, depth + 1) for value in node.values]
+      return dict(zip(keys, values, strict=True))
   raise ToolCallError(f'expected a literal value, got {describe(node)}')
 
 
@@ -175,20 +201,24 @@ def _read_json(text: str) -> Any:
 def _check_json(value: Any, depth: int) -> None:
   if depth > MAX_DEPTH:
     raise ToolCallError(f'more than {MAX_DEPTH} levels of brackets')
-  if isinstance(value, (list, dict)):
-    for item in value.values() if isinstance(value, dict) else value:
+  if isinstance(value, dict):
+    value = list(value.values())
+  if isinstance(value, list):
+    for item in value:
       _check_json(item, depth + 1)
   else:
     _checked_constant(value)
 
 
 def _dotted_name(node: ast.expr) -> str | None:
-  """'a.b.c' of a name or a chain of attributes, None of anything else."""
+  """Returns 'a.b.c' for a name or a chain of attributes, None for anything else."""
   parts = []
   while isinstance(node, ast.Attribute):
     parts.append(node.attr)
     node = node.value
-  return '.'.join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+  if not isinstance(node, ast.Name):
+    return None
+  return '.'.join([node.id, *reversed(parts)])
 
 
 def _check_length(text: str) -> None:
@@ -201,18 +231,19 @@ def _clip(text: str) -> str:
 
 
 def describe(node: ast.AST) -> str:
-  """What and where a node is, for error messages."""
+  """Says what a node is and where it stands, for error messages."""
   return f'{type(node).__name__} at column {getattr(node, "col_offset", 0)}'
 
 
-# -- writing and comparing --------------------------------------------------------------------------------------------
+# --- writing and comparing ------------------------------------------------------------------------
 
 
 def print_calls(calls: Sequence[ToolCall], style: str = 'python') -> str:
-  """Surface text that `parse_calls` reads back to equal calls; style 'python' or 'hermes'.
+  """Writes calls as text that `parse_calls` reads back to equal calls; style 'python' or 'hermes'.
 
   Raises:
-    ValueError: a name or value that the syntax cannot carry (Hermes has no positional arguments and only text keys).
+    ValueError: another style, or a name or value that the syntax cannot carry (Hermes has no
+      positional arguments and text keys only).
   """
   if style not in _PRINTERS:
     raise ValueError(f'unknown call style {style!r}; expected one of {sorted(_PRINTERS)}')
@@ -230,17 +261,15 @@ def _print_call(call: ToolCall) -> str:
   other = {key: value for key, value in call.arguments.items() if key not in plain}
   parts = [_print_value(value) for value in call.positional]
   parts += [f'{key}={_print_value(value)}' for key, value in plain.items()]
-  parts += [f'**{_print_value(other)}'] if other else []
+  if other:
+    parts.append(f'**{_print_value(other)}')
   return f'{call.name}({", ".join(parts)})'
 
 
 def _print_value(value: Any) -> str:
   if isinstance(value, dict):
-    return (
-      '{'
-      + ', '.join(f'{_print_value(key)}: {_print_value(item)}' for key, item in value.items())
-      + '}'
-    )
+    items = [f'{_print_value(key)}: {_print_value(item)}' for key, item in value.items()]
+    return '{' + ', '.join(items) + '}'
   if isinstance(value, (list, tuple)):
     return '[' + ', '.join(map(_print_value, value)) + ']'
   return repr(_checked_constant(value))
@@ -257,25 +286,26 @@ def _hermes_json(call: ToolCall) -> str:
   text = json.dumps(
     {'name': call.name, 'arguments': call.arguments}, ensure_ascii=False, allow_nan=False
   )
-  # A tag ends the call wherever it stands, so inside a value its last character is written as a JSON escape.
+  # Readers end a call at the first closing tag. Inside a value the tag's last character is
+  # therefore written as a JSON escape.
   return text.replace('tool_call>', 'tool_call\\u003e')
 
 
 def _check_keys(value: Any) -> None:
   if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
     raise ValueError(f'a JSON call has text keys only, got {_clip(repr(value))}')
-  if isinstance(value, (dict, list, tuple)):
-    for item in value.values() if isinstance(value, dict) else value:
+  if isinstance(value, dict):
+    value = list(value.values())
+  if isinstance(value, (list, tuple)):
+    for item in value:
       _check_keys(item)
 
 
 def _is_identifier(name: str) -> bool:
+  if not name.isidentifier() or keyword.iskeyword(name):
+    return False
   # Python's parser folds identifiers to NFKC: a name that changes would not come back as it was.
-  return (
-    name.isidentifier()
-    and not keyword.iskeyword(name)
-    and unicodedata.normalize('NFKC', name) == name
-  )
+  return unicodedata.normalize('NFKC', name) == name
 
 
 _PRINTERS: dict[str, Callable[[Sequence[ToolCall]], str]] = {
@@ -285,14 +315,17 @@ _PRINTERS: dict[str, Callable[[Sequence[ToolCall]], str]] = {
 
 
 def calls_equal(a: Sequence[ToolCall], b: Sequence[ToolCall], ordered: bool = True) -> bool:
-  """Same tools with the same arguments (the order of arguments is free). Values compare as in Python: 1 == 1.0 == True.
+  """Says whether two lists call the same tools with the same arguments, in any order of arguments.
 
-  ordered=False compares as multisets, for calls that do not depend on each other.
+  Values compare as in Python: 1 == 1.0 == True. With `ordered=False` the lists compare as
+  multisets, for calls that do not depend on each other.
   """
-  keys_a, keys_b = [list(map(_comparable, calls)) for calls in (a, b)]
+  keys_a = [_comparable(call) for call in a]
+  keys_b = [_comparable(call) for call in b]
   if ordered or len(keys_a) != len(keys_b):
     return keys_a == keys_b
-  for key in keys_a:  # values need not be hashable, so cross off one by one
+  # Values need not be hashable, so that a Counter cannot compare them.
+  for key in keys_a:
     if key not in keys_b:
       return False
     keys_b.remove(key)
@@ -306,11 +339,13 @@ def _comparable(call: ToolCall) -> tuple[str, Any, Any]:
 def _as_lists(value: Any) -> Any:
   if isinstance(value, dict):
     return {key: _as_lists(item) for key, item in value.items()}
-  return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+  if isinstance(value, (list, tuple)):
+    return [_as_lists(item) for item in value]
+  return value
 
 
 def leaf_values(value: Any) -> Iterator[Any]:
-  """What an argument's lists and dicts hold, however deep: texts, numbers, booleans and None."""
+  """Yields what an argument's lists and dicts hold at any depth: texts, numbers, booleans, None."""
   if isinstance(value, dict):
     value = value.values()
   elif not isinstance(value, (list, tuple)):
@@ -321,5 +356,8 @@ def leaf_values(value: Any) -> Iterator[Any]:
 
 
 def tool_response(text: str) -> str:
-  """A tool's answer as the *user* message in which it goes back to the model (method 0)."""
+  """Wraps a tool's answer as the *user* message in which it goes back to the model.
+
+  See docs/method.md, section 0.
+  """
   return f'<tool_response>\n{text}\n</tool_response>'

@@ -7,7 +7,11 @@ from typing import Any
 
 from dcore_jax.chat.messages import ToolSpec
 
-CALL_FORMAT = 'Answer with the calls alone, as [name(parameter=value), ...]. Where no tool fits, answer in words.'
+CALL_FORMAT = (
+  'Answer with the calls alone, as [name(parameter=value), ...]. '
+  'Where no tool fits, answer in words.'
+)
+# Data sets that were made from Python functions name their types as Python does.
 _JSON_TYPES = {
   'str': 'string',
   'int': 'integer',
@@ -19,22 +23,32 @@ _JSON_TYPES = {
 
 
 def read_tools(value: Any) -> tuple[ToolSpec, ...]:
-  """Specs from JSON or its text: bare or as {'type': 'function', 'function': spec}, parameters as a schema or by name."""
-  value = _read_literal(value)
+  """Reads specs from JSON values or from their text.
+
+  A spec may be bare or wrapped as {'type': 'function', 'function': spec}, and its parameters may be
+  a JSON schema or stand by name.
+
+  Raises:
+    ValueError: text that is no literal, or a tool without a name or with parameters of no kind.
+  """
+  value = read_literal(value)
+  records = value if isinstance(value, list) else [value]
   specs = []
-  for record in value if isinstance(value, list) else [value]:
+  for record in records:
     record = record.get('function', record) if isinstance(record, dict) else {}
     parameters = record.get('parameters') or {}
     if not isinstance(record.get('name'), str) or not isinstance(parameters, dict):
       raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
-    specs.append(
-      ToolSpec(record['name'], record.get('description') or '', _json_schema(parameters))
-    )
+    description = record.get('description') or ''
+    specs.append(ToolSpec(record['name'], description, _json_schema(parameters)))
   return tuple(specs)
 
 
 def _json_schema(parameters: dict[str, Any]) -> dict[str, Any]:
-  """Parameters by name (xLAM: {'city': {'type': 'str, optional', ...}}) as a schema; schemas with JSON's names of types."""
+  """Makes a JSON schema of parameters by name (xLAM: {'city': {'type': 'str, optional', ...}}).
+
+  A schema stays one; its types get JSON's names.
+  """
   if not isinstance(parameters.get('properties'), dict):
     required = [
       name
@@ -53,14 +67,19 @@ def _json_types(value: Any) -> Any:
   if not isinstance(value, dict):
     return value
   plain = {name: _json_types(item) for name, item in value.items()}
-  if isinstance(plain.get('type'), str):  # else a parameter that is called type
+  # A `type` that is no text is not a schema's keyword but a parameter of that name.
+  if isinstance(plain.get('type'), str):
     word = plain['type'].replace(', optional', '')
     plain['type'] = _JSON_TYPES.get(word, word)
   return plain
 
 
-def _read_literal(value: Any) -> Any:
-  """The value of a JSON text or a Python literal; what is no text stays as it is."""
+def read_literal(value: Any) -> Any:
+  """Returns the value of a JSON text or a Python literal; what is no text stays as it is.
+
+  Raises:
+    ValueError: text that is neither.
+  """
   if not isinstance(value, str):
     return value
   try:
@@ -73,7 +92,7 @@ def _read_literal(value: Any) -> Any:
 
 
 def system_text(policy: str, tools: Sequence[ToolSpec]) -> str:
-  """System message of the Python style: policy, tools as JSON, and how to call them."""
+  """Writes the system message of the Python style: policy, tools as JSON, how to call them."""
   specs = '\n'.join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in tools)
   shown = f'You may call these tools:\n<tools>\n{specs}\n</tools>\n\n{CALL_FORMAT}'
   return f'{policy}\n\n{shown}' if policy else shown

@@ -1,7 +1,8 @@
-"""The test tasks of BFCL v3 and tau2-bench, to be kept out of training: data of their packages, which are not imported."""
+"""The test tasks of BFCL v3 and tau2-bench, which are kept out of training.
 
-import json
-import pathlib
+They are read from the data of those packages, which are not imported.
+"""
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,64 +10,76 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_reference
 from dcore_jax.data import tau2_tasks
 from dcore_jax.data.overlap import TestTask
+from dcore_jax.files import read_json_lines
 from dcore_jax.worlds import bfcl
 
 
 def bfcl_tests() -> Iterator[TestTask]:
-  """Every user turn of BFCL v3 with its reference calls. ValueError where BFCL is not installed."""
+  """Yields every user turn of BFCL v3 with its reference calls.
+
+  Raises:
+    ValueError: BFCL is not installed.
+  """
   data = bfcl.package_folder() / 'data'
   for path in sorted(data.glob('BFCL_v3_*.json')):
     answers_path = data / 'possible_answer' / path.name
-    answers = (
-      {a['id']: a['ground_truth'] for a in _lines(answers_path)} if answers_path.exists() else {}
-    )
-    for entry in _lines(path):
+    answers = {}
+    if answers_path.exists():
+      answers = {answer['id']: answer['ground_truth'] for answer in read_json_lines(answers_path)}
+    for entry in read_json_lines(path):
       truth = answers.get(entry['id'], [])
-      by_turn = truth and isinstance(
-        truth[0], list
-      )  # multi-turn: call strings of every turn; else {name: accepted values}
+      # Multi-turn entries hold the call strings of every turn, others {name: accepted values}.
+      by_turn = truth and isinstance(truth[0], list)
       for number, turn in enumerate(entry['question']):
-        calls = _call_strings(truth[number]) if by_turn else _accepted(truth)
+        calls = _string_calls(truth[number]) if by_turn else _accepted_calls(truth)
         query = ' '.join(message['content'] for message in turn if message['role'] == 'user')
-        yield TestTask(f'{entry["id"]}/{number}', query, calls)
+        yield TestTask(id=f'{entry["id"]}/{number}', query=query, calls=calls)
 
 
-def _call_strings(texts: list[str]) -> tuple[ToolCall, ...]:
+def _string_calls(texts: list[str]) -> tuple[ToolCall, ...]:
   try:
     return tuple(parse_reference(texts))
-  except ToolCallError:  # one of BFCL's own references is no literal call
+  except ToolCallError:
+    # One of BFCL's own references is no literal call. Its words are compared all the same.
     return ()
 
 
-def _accepted(truth: list[dict[str, dict[str, list[Any]]]]) -> tuple[ToolCall, ...]:
-  """Calls with the first accepted value of each parameter; '' among the values means that it may be left out."""
-  return tuple(
-    ToolCall(name, {p: values[0] for p, values in parameters.items() if values and values[0] != ''})
-    for call in truth
-    for name, parameters in call.items()
-  )
+def _accepted_calls(truth: list[dict[str, dict[str, list[Any]]]]) -> tuple[ToolCall, ...]:
+  """Makes calls with the first accepted value of each parameter.
+
+  '' in first place means that the parameter may be left out.
+  """
+  calls = []
+  for call in truth:
+    for name, parameters in call.items():
+      arguments = {}
+      for parameter, values in parameters.items():
+        if values and values[0] != '':
+          arguments[parameter] = values[0]
+      calls.append(ToolCall(name, arguments))
+  return tuple(calls)
 
 
 def tau2_tests() -> Iterator[TestTask]:
-  """The tasks of tau2-bench's test splits: what their user is told, the reference actions, and who the user is.
+  """Yields the tasks of tau2-bench's test splits.
 
-  tau-bench's own airline and retail tasks are where they come from: a dialogue with the user of a test task is refused.
-  ValueError where tau2 is not installed.
+  A task holds what its user is told, the reference actions, and who the user is. The tasks come
+  from tau-bench's own airline and retail domains, so a dialogue with the user of a test task is
+  refused.
+
+  Raises:
+    ValueError: tau2 is not installed.
   """
   for domain in tau2_tasks.DOMAINS:
     for task in tau2_tasks.read_tasks(domain, 'test'):
       calls = tau2_tasks.reference_calls(task)
-      users = {
-        str(value) for call in calls for name, value in call.arguments.items() if name == 'user_id'
-      }
-      query = tau2_tasks.told(task, ('reason_for_call', 'task_instructions'))
-      yield TestTask(f'tau2-{domain}-{task["id"]}', query, calls, tuple(sorted(users)))
-
-
-def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  return [
-    json.loads(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()
-  ]
+      users = {str(call.arguments['user_id']) for call in calls if 'user_id' in call.arguments}
+      yield TestTask(
+        id=f'tau2-{domain}-{task["id"]}',
+        query=tau2_tasks.told(task, ('reason_for_call', 'task_instructions')),
+        calls=calls,
+        names=tuple(sorted(users)),
+      )
 
 
 TESTS: dict[str, Callable[[], Iterator[TestTask]]] = {'bfcl': bfcl_tests, 'tau2': tau2_tests}

@@ -1,4 +1,4 @@
-"""Whether a seed repeats a test task: by the words of its request, by its calls, or by whom it is about."""
+"""Finds seeds that repeat a test task, in its request's words, its calls, or whom it is about."""
 
 import collections
 import dataclasses
@@ -10,18 +10,21 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import leaf_values, print_calls
 from dcore_jax.data.seeds import Seed
 
-WORDS = 8  # of an n-gram of a request; a shorter request must be the same one
-SHARE = 0.5  # of a request's n-grams, from which it is the test's
-CALLS = 3  # in a row, whatever their arguments
-VALUES = 4  # argument values between fewer calls in a row, from which they are no coincidence
+WORDS = 8  # words of an n-gram of a request; a shorter request is compared as a whole
+SHARE = 0.5  # share of a request's n-grams from which it counts as the test's
+CALLS = 3  # calls in a row that count as the test's, whatever their arguments are
+VALUES = 4  # argument values from which fewer calls in a row are no coincidence either
 _WORD = re.compile(r'\w+')
 
 
 @dataclasses.dataclass(frozen=True)
 class TestTask:
-  """What a test says that a seed must not. `names` are identifiers of its own, such as that of its user."""
+  """The parts of a test task that a seed must not repeat.
 
-  __test__ = False  # pytest would take it for a test of its own
+  `names` are identifiers that belong to the task alone, such as its user's.
+  """
+
+  __test__ = False  # otherwise pytest collects the class because of its name
 
   id: str
   query: str
@@ -34,12 +37,10 @@ class Overlap:
 
   def __init__(self, tasks: Iterable[TestTask]):
     self._queries: dict[tuple[str, ...], str] = {}
-    self._grams: dict[tuple[str, ...], list[str]] = collections.defaultdict(
-      list
-    )  # the tasks that have a word run, each once
-    self._sizes: collections.Counter[str] = (
-      collections.Counter()
-    )  # different word runs of each task
+    # The tasks in which an n-gram of words stands, each once.
+    self._grams: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
+    # The number of different n-grams of each task.
+    self._sizes: collections.Counter[str] = collections.Counter()
     self._calls: dict[tuple[str, ...], str] = {}
     self._names: dict[str, str] = {}
     self.tasks = 0
@@ -58,47 +59,62 @@ class Overlap:
         self._names.setdefault(name, task.id)
 
   def find(self, seed: Seed) -> tuple[str, str] | None:
-    """(test task, 'query' | 'calls' | 'name') that the seed repeats; None for none."""
-    for words in {
-      normalised(message.content): None for message in seed.conversations if message.role == 'user'
-    }:
-      if words in self._queries:
-        return self._queries[words], 'query'
-      grams = dict.fromkeys(_runs(words, WORDS))
-      owners = [self._grams[gram] for gram in grams if gram in self._grams]
-      hits = collections.Counter(task for tasks in owners for task in tasks)
-      if grams and len(owners) >= SHARE * len(grams):
-        return hits.most_common(1)[0][0], 'query'
-      for task, count in hits.most_common():  # a test's words in the middle of many others
-        if count >= SHARE * self._sizes[task]:
-          return task, 'query'
+    """Returns (test task, 'query' | 'calls' | 'name') that the seed repeats, None for none."""
+    said = [message.content for message in seed.conversations if message.role == 'user']
+    # Equal texts are compared once; the order stays, so that the same task is named every time.
+    for words in dict.fromkeys(normalised(text) for text in said):
+      task = self._find_query(words)
+      if task is not None:
+        return task, 'query'
     for run in _call_runs(seed.calls):
       if run in self._calls:
         return self._calls[run], 'calls'
     if self._names:
-      said = {
-        word
-        for message in seed.conversations
-        if message.role == 'user'
-        for word in _WORD.findall(message.content)
-      }
-      said |= {value for call in seed.calls for value in map(str, leaf_values(call.arguments))}
-      for name in sorted(said & self._names.keys()):
-        return self._names[name], 'name'
+      task = self._find_name(said, seed.calls)
+      if task is not None:
+        return task, 'name'
     return None
+
+  def _find_query(self, words: tuple[str, ...]) -> str | None:
+    """Returns the test task whose request stands in these words."""
+    if words in self._queries:
+      return self._queries[words]
+    grams = dict.fromkeys(_runs(words, WORDS))
+    shared = [gram for gram in grams if gram in self._grams]
+    hits: collections.Counter[str] = collections.Counter()
+    for gram in shared:
+      hits.update(self._grams[gram])
+    if grams and len(shared) >= SHARE * len(grams):
+      return hits.most_common(1)[0][0]
+    # A test's request may stand in the middle of many other words.
+    for task, count in hits.most_common():
+      if count >= SHARE * self._sizes[task]:
+        return task
+    return None
+
+  def _find_name(self, said: Sequence[str], calls: Sequence[ToolCall]) -> str | None:
+    """Returns the test task one of whose identifiers a user says or a call uses."""
+    words = set()
+    for text in said:
+      words.update(_WORD.findall(text))
+    for call in calls:
+      words.update(map(str, leaf_values(call.arguments)))
+    found = sorted(words & self._names.keys())
+    return self._names[found[0]] if found else None
 
 
 def normalised(text: str) -> tuple[str, ...]:
-  """Words in lower case; spelling apart, what is asked."""
+  """Returns the words of a text in lower case, without punctuation."""
   return tuple(_WORD.findall(text.lower()))
 
 
 def fingerprint(seed: Seed) -> tuple[Any, ...]:
-  """Equal for seeds that are duplicates of each other: the same words in the same conversation, and the same calls."""
-  return (
-    tuple((message.role, normalised(message.content)) for message in seed.conversations),
-    print_calls(list(seed.calls)),
-  )
+  """Makes a key that is equal for seeds that duplicate each other.
+
+  Those have the same words in the same conversation, and the same calls.
+  """
+  said = tuple((message.role, normalised(message.content)) for message in seed.conversations)
+  return said, print_calls(list(seed.calls))
 
 
 def _runs(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
@@ -107,7 +123,7 @@ def _runs(items: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _call_runs(calls: Sequence[ToolCall]) -> Iterator[tuple[str, ...]]:
-  """Runs of calls that are too much to be shared by chance."""
+  """Yields runs of calls that have too much in them to be shared by chance."""
   texts = [_normalised_call(call) for call in calls]
   counts = [len(list(leaf_values(call.arguments))) + len(call.positional) for call in calls]
   for size in range(1, CALLS + 1):
@@ -117,19 +133,17 @@ def _call_runs(calls: Sequence[ToolCall]) -> Iterator[tuple[str, ...]]:
 
 
 def _normalised_call(call: ToolCall) -> str:
-  """Name and arguments in one order, texts by their words and numbers by their value."""
+  """Writes name and arguments in one order, texts by their words and numbers by their value."""
+  return f'{call.name} {_plain(call.arguments)} {_plain(call.positional)}'
 
-  def plain(value):
-    if isinstance(value, str):
-      return ' '.join(normalised(value))
-    if isinstance(value, dict):
-      return sorted((str(key), plain(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-      return [plain(item) for item in value]
-    return (
-      float(value)
-      if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53
-      else value
-    )
 
-  return f'{call.name} {plain(call.arguments)} {plain(call.positional)}'
+def _plain(value: Any) -> Any:
+  if isinstance(value, str):
+    return ' '.join(normalised(value))
+  if isinstance(value, dict):
+    return sorted((str(key), _plain(item)) for key, item in value.items())
+  if isinstance(value, (list, tuple)):
+    return [_plain(item) for item in value]
+  # Integers above 2**53 would lose digits as floats, and two of them could become equal.
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return float(value) if is_number and abs(value) < 2**53 else value

@@ -1,31 +1,67 @@
-"""SFT rows on their way from a data set to the training step: system prompt, one row a turn, tokens and weights."""
+"""SFT rows on their way from a data set to the training step.
 
-import json
+Rows are read once, get a system prompt, are split into one row a turn, and become tokens and
+weights.
+"""
+
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import ml_collections
 from absl import logging
 
 from dcore_jax import tokentree
 from dcore_jax.chat.examples import LOSS_MASKS, cut_example, encode_pieces
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import turn_format
+from dcore_jax.config import SftSection
 from dcore_jax.data.records import sft_rows
+from dcore_jax.files import read_rows
 
-Row = dict[str, Any]
+
+@dataclasses.dataclass(frozen=True)
+class SftRow:
+  """A conversation to train on.
+
+  Attributes:
+    id: the row's id as published, or its number where it has none.
+    messages: the conversation; the assistant's last message is the target.
+    tools: specs that the chat template shows; None for none.
+  """
+
+  id: Any
+  messages: tuple[Message, ...]
+  tools: list[dict[str, Any]] | None = None
 
 
-def training_rows(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[list[Row], int]:
-  """(rows {id, conversations[, tools]}, unreadable records left out): of the data sets a config names, or the distilled ones.
+def parse_rows(records: Sequence[dict[str, Any]]) -> list[SftRow]:
+  """Reads rows {id, conversations: [{role, content}][, tools]}.
+
+  Raises:
+    ValueError: naming a row that has no readable conversation.
+  """
+  rows = []
+  for number, record in enumerate(records):
+    name = record.get('id', number) if isinstance(record, dict) else number
+    try:
+      messages = tuple(Message.from_json(message) for message in record['conversations'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'row {name!r} has no readable conversation: {error!r}') from error
+    rows.append(SftRow(id=name, messages=messages, tools=record.get('tools')))
+  return rows
+
+
+def training_rows(config: SftSection, workdir: pathlib.Path) -> tuple[list[SftRow], int]:
+  """Loads the rows to train on -> (rows, number of unreadable records that were left out).
+
+  They come from the data sets that a config names, or else from the run's own distillation.
 
   Args:
-    config: section `sft`: files, call_style, unreadable, max_rows, system_prompt, stock_system_prompts, split_turns.
-    workdir: of the run, whose stage distill left rows.
+    config: section `sft`: files, call_style, unreadable, max_rows, system_prompt,
+      stock_system_prompts, split_turns.
+    workdir: folder of the run, whose stage distill left rows.
 
   Raises:
     ValueError: nothing to train on, or a row that cannot be read.
@@ -33,24 +69,43 @@ def training_rows(
   unreadable = 0
   if config.files:
     found = sft_rows(config.files, call_style=config.call_style, unreadable=config.unreadable)
-    rows, unreadable = found.rows, found.unreadable
+    records = found.rows
+    unreadable = found.unreadable
   else:
-    shards = sorted((workdir / 'distill').glob('rows*.jsonl'))
-    if not shards:
-      raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
-    if not (workdir / 'distill' / 'distill.json').exists():
-      raise ValueError(
-        f'{len(shards)} shards of rows are there, but the stage distill has not ended: run it on'
-      )
-    rows = [json.loads(line) for path in shards for line in path.read_text().splitlines()]
-  rows = with_system_prompt(
-    rows[: config.max_rows or None], config.system_prompt, config.stock_system_prompts
-  )
-  return (split_turns(rows) if config.split_turns else rows), unreadable
+    records = _distilled_records(workdir / 'distill')
+  # `max_rows` counts rows as they are published, before a row becomes several by its turns.
+  rows = parse_rows(records[: config.max_rows or None])
+  rows = with_system_prompt(rows, config.system_prompt, config.stock_system_prompts)
+  if config.split_turns:
+    rows = split_turns(rows)
+  return rows, unreadable
 
 
-def with_system_prompt(rows: Sequence[Row], prompt: str, stock: Sequence[str] = ()) -> list[Row]:
-  """Rows without a system message get `prompt`, and so do those whose system message is one of `stock`; '' changes nothing."""
+def _distilled_records(folder: pathlib.Path) -> list[dict[str, Any]]:
+  shards = sorted(folder.glob('rows*.jsonl'))
+  if not shards:
+    raise ValueError('no rows to train on: run the stage distill first, or name sft.files')
+  # Shards are written one by one: only the summary says that none is missing.
+  if not (folder / 'distill.json').exists():
+    raise ValueError(
+      f'{len(shards)} shards of rows are there, but the stage distill has not ended: run it on'
+    )
+  records = []
+  for path in shards:
+    records += read_rows(path)
+  return records
+
+
+def with_system_prompt(
+  rows: Sequence[SftRow], prompt: str, stock: Sequence[str] = ()
+) -> list[SftRow]:
+  """Puts `prompt` before rows that have no system message or one of the texts in `stock`.
+
+  An empty prompt changes nothing.
+
+  Raises:
+    ValueError: `stock` without a prompt to replace it by.
+  """
   if not prompt:
     if stock:
       raise ValueError(
@@ -59,61 +114,60 @@ def with_system_prompt(rows: Sequence[Row], prompt: str, stock: Sequence[str] = 
     return list(rows)
   result = []
   for row in rows:
-    messages = _conversation(row)
-    if messages and messages[0].get('role') == 'system':
-      if messages[0].get('content') not in stock:
+    messages = row.messages
+    if messages and messages[0].role == 'system':
+      if messages[0].content not in stock:
         result.append(row)
         continue
       messages = messages[1:]
-    result.append(row | {'conversations': [{'role': 'system', 'content': prompt}, *messages]})
+    result.append(dataclasses.replace(row, messages=(Message('system', prompt), *messages)))
   return result
 
 
-def split_turns(rows: Sequence[Row]) -> list[Row]:
-  """One row for every assistant message: everything up to it, earlier assistant messages without their thoughts (method 2.1).
+def split_turns(rows: Sequence[SftRow]) -> list[SftRow]:
+  """Makes one row of every assistant message: everything up to it.
 
-  Rows of more than one are called `<id>/<number>`. A row whose assistant never speaks is an error.
+  Earlier assistant messages lose their thoughts, as in docs/method.md, section 2.1. Where a row
+  becomes several, they are called `<id>/<number>`.
+
+  Raises:
+    ValueError: a row whose assistant never speaks.
   """
   result = []
   for row in rows:
-    context, made = [], []
-    for record in _conversation(row):
-      if record.get('role') == 'assistant':
-        made.append(
-          row | {'id': f'{row.get("id")}/{len(made)}', 'conversations': [*context, record]}
-        )
-        record = record | {'content': split_reasoning(record['content'])[1]}
-      context.append(record)
-    if not made:
-      raise ValueError(f'row {row.get("id")!r} cannot be split: the assistant never speaks')
-    result += made if len(made) > 1 else [made[0] | {'id': row.get('id')}]
+    context = []
+    conversations = []
+    for message in row.messages:
+      if message.role == 'assistant':
+        conversations.append((*context, message))
+        _, answer = split_reasoning(message.content)
+        message = Message('assistant', answer)
+      context.append(message)
+    if not conversations:
+      raise ValueError(f'row {row.id!r} cannot be split: the assistant never speaks')
+    for number, messages in enumerate(conversations):
+      name = f'{row.id}/{number}' if len(conversations) > 1 else row.id
+      result.append(SftRow(id=name, messages=messages, tools=row.tools))
   return result
-
-
-def _conversation(row: Row) -> list[dict[str, str]]:
-  """The messages of a row as JSON; ValueError names a row that has none."""
-  try:
-    return [Message.from_json(record).to_json() for record in row['conversations']]
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'row {row.get("id")!r} has no readable conversation: {error!r}') from error
 
 
 def encode_rows(
   tokenizer: Any,
-  rows: Sequence[Row],
+  rows: Sequence[SftRow],
   *,
   loss_mask: str = 'final',
   capacity: int = 0,
   overlong: str = 'drop',
-) -> list[tokentree.Sequence]:
-  """Rows as sequences, in order; all their tokens may be shared with other rows.
+) -> list[tokentree.TokenSequence]:
+  """Encodes rows as sequences, in order, all of whose tokens may be shared with other rows.
 
   Args:
     tokenizer: with a chat template.
-    rows: {id, conversations[, tools]}; each ends with the assistant's message.
+    rows: each ends with the assistant's message.
     loss_mask: one of LOSS_MASKS, see `chat.examples.encode_pieces`.
-    capacity: tokens of a packed row; 0 = any.
-    overlong: of rows longer than that: 'drop' only counts and logs them, packing leaves them out; 'error' raises.
+    capacity: tokens of a packed row; 0 allows any length.
+    overlong: what to do with rows longer than that. 'drop' counts and logs them here, and packing
+      leaves them out; 'error' raises.
 
   Raises:
     ValueError: naming a row that cannot be trained on.
@@ -124,26 +178,45 @@ def encode_rows(
     raise ValueError(f"sft.overlong = {overlong!r}; expected 'drop' or 'error'")
   turns = turn_format(tokenizer)
   examples = []
-  for number, row in enumerate(rows):
+  for row in rows:
     try:
-      messages = [Message.from_json(record) for record in row['conversations']]
-      examples.append(cut_example(tokenizer, turns, messages, loss_mask, row.get('tools')))
+      examples.append(cut_example(tokenizer, turns, row.messages, loss_mask, row.tools))
     except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
-      raise ValueError(f'row {_name(row, number)!r} cannot be trained on: {error!r}') from error
+      raise ValueError(f'row {row.id!r} cannot be trained on: {error!r}') from error
   encoded = encode_pieces(tokenizer, turns, examples, loss_mask)
   sizes = [len(tokens) for tokens, _ in encoded]
-  long = [index for index, size in enumerate(sizes) if capacity and size > capacity]
-  if long:
-    longest = max(long, key=sizes.__getitem__)
-    text = (
-      f'{len(long)} of {len(rows)} rows are longer than sft.capacity = {capacity} tokens; the longest, '
-      f'{_name(rows[longest], longest)!r}, has {sizes[longest]}'
-    )
-    if overlong == 'error':
-      raise ValueError(text)
-    logging.warning('%s. They are left out.', text)
-  return [tokentree.Sequence(tokens, weights, shared=len(tokens)) for tokens, weights in encoded]
+  if capacity:
+    _report_overlong(rows, sizes, capacity, overlong)
+  return [
+    tokentree.TokenSequence(tokens, weights, shared=len(tokens)) for tokens, weights in encoded
+  ]
 
 
-def _name(row: Any, number: int) -> Any:
-  return row.get('id', number) if isinstance(row, dict) else number
+def section_sequences(
+  tokenizer: Any, rows: Sequence[SftRow], config: SftSection
+) -> list[tokentree.TokenSequence]:
+  """Encodes rows as a config's section `sft` says; see `encode_rows`."""
+  return encode_rows(
+    tokenizer,
+    rows,
+    loss_mask=config.loss_mask,
+    capacity=config.capacity,
+    overlong=config.overlong,
+  )
+
+
+def _report_overlong(
+  rows: Sequence[SftRow], sizes: Sequence[int], capacity: int, overlong: str
+) -> None:
+  """Logs how many rows are longer than `capacity` tokens, or raises with 'error'."""
+  count = sum(size > capacity for size in sizes)
+  if not count:
+    return
+  longest = max(range(len(rows)), key=sizes.__getitem__)
+  text = (
+    f'{count} of {len(rows)} rows are longer than sft.capacity = {capacity} tokens; '
+    f'the longest, {rows[longest].id!r}, has {sizes[longest]}'
+  )
+  if overlong == 'error':
+    raise ValueError(text)
+  logging.warning('%s. They are left out.', text)

@@ -1,10 +1,11 @@
-"""Where seeds come from: worlds that make them, recorded dialogues, published rows, and files of seeds.
+"""Where seeds come from: worlds that make them, recorded dialogues, published rows, and seed files.
 
-toolworld    tasks of ToolWorld
-bfcl         new tasks on the executable APIs of BFCL v3
-taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's airline ones)
+WORLD        tasks of a world, by its name in `worlds/registry.py`: toolworld, bfcl, or your own
+taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's
+             airline ones)
 tau2         training tasks of tau2-bench, their reference actions executed
-NAME         a data set as `sources.load_records` takes it, with its schema before a colon where it is not to be guessed
+NAME         a data set as `records.load_records` takes it; `schema:NAME` where the schema is not to
+             be guessed
 """
 
 import collections
@@ -12,9 +13,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import ml_collections
+from typing import Any, Protocol
 
 from dcore_jax.chat import tool_specs
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
@@ -22,61 +21,85 @@ from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
 from dcore_jax.data import row_schemas, tau2_tasks
 from dcore_jax.data.leakage import Said, call_values, words_of
 from dcore_jax.data.records import load_records
-from dcore_jax.data.row_schemas import Dialogue, Turn
-from dcore_jax.data.seeds import Seed, reference_steps
-from dcore_jax.data.toolworld_seeds import task_seeds
+from dcore_jax.data.row_schemas import Dialogue, DialogueTurn
+from dcore_jax.data.seeds import Seed
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.files import data_path, read_rows
-from dcore_jax.worlds import bfcl_tasks
-from dcore_jax.worlds.toolworld.tasks import KINDS, Task
-from dcore_jax.worlds.toolworld.world import ToolWorld
+from dcore_jax.worlds.environment import World, WorldTask
+from dcore_jax.worlds.registry import WORLDS, WorldSection, find_world, make_world
 
-# Task sets that must not overlap get different seeds: the train split serves distillation, reinforcement learning and the
-# organism's pretraining, whose stages take the seeds from its own on.
-DISTILL, RL, SEEDS = 1001, 1002, 1003
+# What a task set is for. Sets with different purposes get different seeds, because they must not
+# overlap: the train split serves distillation, reinforcement learning and the organism's
+# pretraining, whose stages count on from their own seed.
+DISTILL = 1001
+RL = 1002
+SEEDS = 1003
 TAUBENCH = 'taubench/gpt-4o-airline_trajectories.json'
+
+
+class TasksSection(Protocol):
+  """What is read of a config here: its `seed`, its section `world`, and that of distillation."""
+
+  seed: int
+  world: WorldSection
+  distill: Any
 
 
 @dataclasses.dataclass
 class Found:
-  """Seeds of a source, how many records they are from, and why others gave none."""
+  """The seeds of a source.
+
+  Attributes:
+    seeds: in the order of the records.
+    records: how many records (or tasks) the source has.
+    dropped: why records gave no seed -> how many.
+  """
 
   seeds: list[Seed]
   records: int
   dropped: collections.Counter[str]
 
 
-def toolworld_tasks(
-  config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int
-) -> list[Task]:
-  """Training tasks of a pipeline config; the same purpose gives the same ones."""
-  world = ToolWorld(config.world.max_subtasks)
-  return [
-    task
-    for kind in KINDS
-    for task in world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
-  ]
+def training_tasks(
+  config: TasksSection, counts: Mapping[str, int], purpose: int
+) -> list[WorldTask]:
+  """Training tasks of the config's world; the same purpose gives the same ones.
+
+  Args:
+    config: the whole config.
+    counts: kind -> number of tasks, for every kind of the world.
+    purpose: DISTILL, RL or another number of its own.
+
+  Raises:
+    ValueError: the world cannot be made, or `counts` lacks one of its kinds.
+  """
+  world = make_world(config.world)
+  lacking = [kind for kind in world.kinds if kind not in counts]
+  if lacking:
+    raise ValueError(f'world {config.world.name!r}: no number of tasks of kind {lacking}')
+  tasks = []
+  for kind in world.kinds:
+    tasks += world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
+  return tasks
 
 
-def toolworld_seeds(
-  config: ml_collections.ConfigDict, counts: Mapping[str, int], purpose: int
-) -> list[Seed]:
-  """`toolworld_tasks` as seeds."""
-  return [seed for task in toolworld_tasks(config, counts, purpose) for seed in task_seeds(task)]
+def training_seeds(config: TasksSection, counts: Mapping[str, int], purpose: int) -> list[Seed]:
+  """`training_tasks` as seeds."""
+  return _seeds_of(make_world(config.world), training_tasks(config, counts, purpose))
 
 
-def config_seeds(config: ml_collections.ConfigDict) -> list[Seed]:
-  """The seeds that the config's section `distill` asks for: of its files, or ToolWorld's.
+def config_seeds(config: TasksSection) -> list[Seed]:
+  """The seeds that the config's section `distill` asks for: of its files, or of its world.
 
   Raises:
     ValueError: a file that is not there, or a record that is no seed, by its id.
   """
-  if config.distill.files:
-    return [
-      Seed.from_json(record)
-      for name in config.distill.files
-      for record in read_rows(data_path(name))
-    ]
-  return toolworld_seeds(config, config.distill.tasks, DISTILL)
+  if not config.distill.files:
+    return training_seeds(config, config.distill.tasks, DISTILL)
+  seeds = []
+  for name in config.distill.files:
+    seeds += [Seed.from_json(record) for record in read_rows(data_path(name))]
+  return seeds
 
 
 def load_seeds(source: str, *, count: int, seed: int) -> Found:
@@ -85,45 +108,54 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   Args:
     source: see the module's docstring.
     count: tasks of each kind, where a world makes them.
-    seed: of what it draws.
+    seed: chooses what a world draws.
 
   Raises:
-    ValueError: a source that is not there, one without a usable record, or a file of rows that hold no reference calls.
+    ValueError: a source that is not there, one without a usable record, or a file of rows that hold
+      no reference calls.
   """
   name, _, place = source.partition(':')
-  if source == 'toolworld':
-    tasks = [
-      task
-      for kind in KINDS
-      for task in ToolWorld().tasks(kind, count, seed=seed * 10 + SEEDS, split='train')
-    ]
-    seeds = [s for task in tasks for s in task_seeds(task)]
-    return Found(seeds, len(KINDS) * count, collections.Counter())
-  if source == 'bfcl':
-    # Even ones are of `BfclWorld`'s training split.
-    tasks = [
-      bfcl_tasks.make_task(kind, index, seed=2 * seed)
-      for kind in bfcl_tasks.KINDS
-      for index in range(count)
-    ]
-    return Found([s for task in tasks for s in bfcl_seeds(task)], len(tasks), collections.Counter())
+  if source in WORLDS:
+    return _world_source(source, count, seed)
   if source == 'tau2':
     return tau2_seeds()
   if name == 'taubench':
     records = read_rows(data_path(place or TAUBENCH))
     return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
-  schema, place = (name, place) if name in row_schemas.SCHEMAS else (None, source)
-  records = load_records(place)
-  return _collect(
-    records,
-    lambda record, number, found: _read_record(record, schema, number, found),
-    pathlib.Path(place).stem,
-  )
+  if name in row_schemas.SCHEMAS:
+    schema = name
+  else:
+    schema = None
+    place = source
+
+  def read(record: dict[str, Any], number: str, found: Found) -> list[Seed]:
+    return _read_record(record, schema, number, found)
+
+  return _collect(load_records(place), read, pathlib.Path(place).stem)
 
 
-Reader = Callable[
-  [dict[str, Any], str, Found], list[Seed]
-]  # raises ValueError and its like for a record it cannot read
+def _world_source(name: str, count: int, seed: int) -> Found:
+  """Seeds of `count` training tasks of each kind of a world with its default options."""
+  world = find_world(name)()
+  # BFCL's tasks take the number as it is, because files of seeds have been made in that way; no
+  # other task set comes near its small numbers.
+  drawn = seed if name == 'bfcl' else seed * 10 + SEEDS
+  tasks = []
+  for kind in world.kinds:
+    tasks += world.tasks(kind, count, seed=drawn, split='train')
+  return Found(_seeds_of(world, tasks), len(tasks), collections.Counter())
+
+
+def _seeds_of(world: World, tasks: Sequence[WorldTask]) -> list[Seed]:
+  seeds = []
+  for task in tasks:
+    seeds += task_seeds(world, task)
+  return seeds
+
+
+# (record, name of the record, where drops are counted) -> seeds. A reader raises ValueError,
+# KeyError, TypeError, AttributeError or IndexError for a record that it cannot read.
+Reader = Callable[[dict[str, Any], str, Found], list[Seed]]
 
 
 def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Found:
@@ -157,157 +189,232 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
 
 
 def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
-  """ToolRL's rows are one response each: its calls go out together."""
+  """A seed of a ToolRL row, which is one response: its calls go out together."""
   point, _ = row_schemas.toolrl_point(record, name)
   calls = tuple(parse_calls(point.reference) or ())
-  kind = 'irrelevant' if not calls else 'single' if len(calls) == 1 else 'parallel'
-  return Seed(point.id, kind, point.messages, calls, (), '' if calls else point.reference)
+  return Seed(
+    id=point.id,
+    kind=_kind_of(calls, together=True),
+    conversations=point.messages,
+    calls=calls,
+    tool_response=(),
+    answer='' if calls else point.reference,
+  )
 
 
-# --- dialogues --------------------------------------------------------------------------------------------------------------
+def _kind_of(calls: Sequence[ToolCall], *, together: bool) -> str:
+  """The kind of a seed with these reference calls, which go out together or one after another."""
+  if not calls:
+    return 'irrelevant'
+  if len(calls) == 1:
+    return 'single'
+  return 'parallel' if together else 'sequential'
+
+
+# --- dialogues ---
+
+
+@dataclasses.dataclass
+class _Step:
+  """An assistant's message of a dialogue, and the outputs that came back for its calls."""
+
+  message: DialogueTurn
+  outputs: list[str]
+
+  @property
+  def said(self) -> str:
+    """What later prompts show of the message: its calls, or its text without the thoughts."""
+    if self.message.calls:
+      return print_calls(list(self.message.calls))
+    return self.message.text.rsplit('</think>', 1)[-1].strip()
+
+
+@dataclasses.dataclass
+class _Request:
+  """A user turn of a dialogue, and the steps in which the assistant dealt with it."""
+
+  query: str
+  steps: list[_Step]
+
+  @property
+  def calls(self) -> tuple[ToolCall, ...]:
+    calls: tuple[ToolCall, ...] = ()
+    for step in self.steps:
+      calls += step.message.calls
+    return calls
+
+  @property
+  def outputs(self) -> tuple[str, ...]:
+    outputs: tuple[str, ...] = ()
+    for step in self.steps:
+      outputs += tuple(step.outputs)
+    return outputs
+
+  @property
+  def answer(self) -> str:
+    """The text that ends the turn; '' where it ends with calls or without a word."""
+    if not self.steps or self.steps[-1].message.calls:
+      return ''
+    return self.steps[-1].said
 
 
 def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -> Iterator[Seed]:
-  """One seed for every user turn in which tools are called, with the dialogue before it as its history.
+  """One seed for every user turn in which tools are called, after the dialogue before it.
 
-  A turn in which none is called is an irrelevant seed where tools are listed and it is the dialogue's only one, as in data
-  sets of single requests; elsewhere it is conversation (counted).
+  A turn without calls is an irrelevant seed if tools are listed and it is the dialogue's only turn,
+  as in data sets of single requests. Elsewhere it is conversation, and counted.
 
   Args:
     dialogue: with names that a Python-style call can have.
-    found: where drops are counted.
+    found: counts what is dropped.
     refusals: whether there are irrelevant seeds.
   """
   history = [Message('system', tool_specs.system_text(dialogue.policy, dialogue.tools))]
-  requests = _user_turns(dialogue.turns)
-  for number, (query, steps) in enumerate(requests):
-    calls = tuple(call for step, _ in steps for call in step.calls)
-    outputs = tuple(output for _, outputs in steps for output in outputs)
-    last = steps[-1][0] if steps else None
-    answer = last.text.rsplit('</think>', 1)[-1].strip() if last and not last.calls else ''
-    conversation = (*history, Message('user', query))
-    if calls:
-      together = sum(bool(step.calls) for step, _ in steps) == 1
-      kind = 'single' if len(calls) == 1 else 'parallel' if together else 'sequential'
-      if len(outputs) != len(calls) and (outputs or kind == 'sequential' or answer):
-        found.dropped['an output is missing'] += 1
-        return  # the history of later turns would lack it, too
+  requests = _requests(dialogue.turns)
+  for number, request in enumerate(requests):
+    calls = request.calls
+    outputs = request.outputs
+    answer = request.answer
+    query = Message('user', request.query)
+    together = sum(bool(step.message.calls) for step in request.steps) == 1
+    seed_kind = _kind_of(calls, together=together)
+    refused = refusals and len(requests) == 1 and dialogue.tools and answer
+    if calls and len(outputs) != len(calls) and (outputs or seed_kind == 'sequential' or answer):
+      found.dropped['an output is missing'] += 1
+      return  # the history of later turns would lack the output, too
+    if calls or refused:
       yield Seed(
-        f'{dialogue.id}/{number}', kind, conversation, calls, outputs, answer, dialogue=dialogue.id
-      )
-    elif refusals and len(requests) == 1 and dialogue.tools and answer:
-      yield Seed(
-        f'{dialogue.id}/{number}', 'irrelevant', conversation, (), (), answer, dialogue=dialogue.id
+        id=f'{dialogue.id}/{number}',
+        kind=seed_kind,
+        conversations=(*history, query),
+        calls=calls,
+        tool_response=outputs if calls else (),
+        answer=answer,
+        dialogue=dialogue.id,
       )
     else:
       found.dropped['a turn without calls'] += 1
-    history = [*conversation]
-    for step, outputs in steps:
-      said = (
-        print_calls(list(step.calls)) if step.calls else step.text.rsplit('</think>', 1)[-1].strip()
-      )
-      history.append(Message('assistant', said))
-      if outputs:
-        history.append(Message('user', '\n'.join(map(tool_response, outputs))))
+    history.append(query)
+    for step in request.steps:
+      history.append(Message('assistant', step.said))
+      if step.outputs:
+        history.append(Message('user', '\n'.join(map(tool_response, step.outputs))))
 
 
-def _user_turns(turns: Sequence[Turn]) -> list[tuple[str, list[tuple[Turn, list[str]]]]]:
-  """(what the user says, the assistant's messages and the outputs after each) of every user turn."""
-  result: list[tuple[str, list[tuple[Turn, list[str]]]]] = []
+def _requests(turns: Sequence[DialogueTurn]) -> list[_Request]:
+  """The user turns of a dialogue, each with the assistant's messages and their outputs."""
+  requests: list[_Request] = []
   for turn in turns:
     if turn.role == 'user':
-      result.append((turn.text, []))
-    elif not result:
+      requests.append(_Request(turn.text, []))
+    elif not requests:
       continue  # a greeting before anything is asked
     elif turn.role == 'assistant':
-      result[-1][1].append((turn, []))
-    elif result[-1][1]:
-      result[-1][1][-1][1].append(turn.text)
-  return result
+      requests[-1].steps.append(_Step(turn, []))
+    elif requests[-1].steps:
+      requests[-1].steps[-1].outputs.append(turn.text)
+  return requests
 
 
-# --- tau-bench ----------------------------------------------------------------------------------------------------------------
+# --- tau-bench ---
+
+_JSON_TYPES = {
+  bool: 'boolean',
+  int: 'integer',
+  float: 'number',
+  list: 'array',
+  dict: 'object',
+}
 
 
 def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
   """Reads recorded trajectories {task_id, reward, traj: OpenAI messages} of one domain.
 
-  They come without the tools' descriptions: specs are drawn up from the calls of all that can be read. Only rewarded ones are
-  references; a `think` call does nothing and is left out; a turn with a failed call is no reference either.
+  They come without the tools' descriptions, so specs are drawn up from the calls in all
+  trajectories that can be read. Only rewarded trajectories are references. A `think` call does
+  nothing and is left out. A turn with a failed call is no reference either.
   """
   specs = _observed_tools(records)
 
-  def read(record, name, found):
+  def read(record: dict[str, Any], name: str, found: Found) -> list[Seed]:
     if record['reward'] != 1:
       found.dropped['not rewarded'] += 1
       return []
-    messages = record['traj']
-    turns = []
-    for message in messages[1:]:
-      calls = tuple(
-        ToolCall(call['function']['name'], json.loads(call['function']['arguments']))
-        for call in message.get('tool_calls') or ()
-      )
-      if message['role'] == 'tool':
-        if message['name'] != 'think':
-          turns.append(Turn('tool', message['content']))
-      elif not any(call.name == 'think' for call in calls):
-        text = (message['content'] or '').replace('###STOP###', '').strip()
-        if text or calls:
-          turns.append(Turn(message['role'], text, calls))
     task = f'{name.rpartition("-")[0]}-task{record["task_id"]}'
-    dialogue = Dialogue(f'{task}/{record["trial"]}', messages[0]['content'], specs, tuple(turns))
-    # All trials of a task are one dialogue: what its user wants is the same.
-    seeds = [
-      dataclasses.replace(seed, dialogue=task)
-      for seed in dialogue_seeds(dialogue, found, refusals=False)
-    ]
-    right = [
-      seed for seed in seeds if not any(output.startswith('Error') for output in seed.tool_response)
-    ]
-    found.dropped['a call failed'] += len(seeds) - len(right)
-    return right
+    dialogue = Dialogue(
+      id=f'{task}/{record["trial"]}',
+      policy=record['traj'][0]['content'],
+      tools=specs,
+      turns=tuple(_trajectory_turns(record['traj'][1:])),
+    )
+    seeds = []
+    for seed in dialogue_seeds(dialogue, found, refusals=False):
+      if any(output.startswith('Error') for output in seed.tool_response):
+        found.dropped['a call failed'] += 1
+      else:
+        # All trials of a task are one dialogue, because what its user wants is the same.
+        seeds.append(dataclasses.replace(seed, dialogue=task))
+    return seeds
 
   return read
 
 
+def _message_calls(message: dict[str, Any]) -> list[tuple[str, Any]]:
+  """(name, arguments) of the calls in an OpenAI message."""
+  functions = [call['function'] for call in message.get('tool_calls') or ()]
+  return [(function['name'], json.loads(function['arguments'])) for function in functions]
+
+
+def _trajectory_turns(messages: Sequence[dict[str, Any]]) -> Iterator[DialogueTurn]:
+  for message in messages:
+    calls = tuple(ToolCall(name, arguments) for name, arguments in _message_calls(message))
+    if message['role'] == 'tool':
+      if message['name'] != 'think':
+        yield DialogueTurn('tool', message['content'])
+    elif not any(call.name == 'think' for call in calls):
+      text = (message['content'] or '').replace('###STOP###', '').strip()
+      if text or calls:
+        yield DialogueTurn(message['role'], text, calls)
+
+
 def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
-  """A spec of every tool that is called, its parameters those that occur; required are those that every call has."""
+  """A spec of every tool that is called.
+
+  Its parameters are those that occur in calls; those that every call has are required.
+  """
   seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
   for record in records:
+    calls = []
     try:
-      calls = [
-        (call['function']['name'], dict(json.loads(call['function']['arguments'])))
-        for message in record['traj']
-        for call in message.get('tool_calls') or ()
-      ]
+      for message in record['traj']:
+        calls += [(name, dict(arguments)) for name, arguments in _message_calls(message)]
     except (ValueError, KeyError, TypeError, AttributeError):
-      continue  # no seed will come of it either; that is counted there
+      continue  # no seed will come of this record either, which is counted where it is read
     for name, arguments in calls:
       seen[name].append(arguments)
-  types = {bool: 'boolean', int: 'integer', float: 'number', list: 'array', dict: 'object'}
-  specs = []
-  for name in sorted(seen.keys() - {'think'}):
-    calls = seen[name]
-    parameters = sorted({parameter for call in calls for parameter in call})
-    properties = {
-      p: {'type': types.get(type(next(call[p] for call in calls if p in call)), 'string')}
-      for p in parameters
-    }
-    required = [p for p in parameters if all(p in call for call in calls)]
-    specs.append(
-      ToolSpec(
-        name,
-        name.replace('_', ' '),
-        {'type': 'object', 'properties': properties, 'required': required},
-      )
-    )
-  return tuple(specs)
+  return tuple(_observed_spec(name, seen[name]) for name in sorted(seen.keys() - {'think'}))
 
 
-# --- tau2-bench -------------------------------------------------------------------------------------------------------------
+def _observed_spec(name: str, calls: Sequence[dict[str, Any]]) -> ToolSpec:
+  names: set[str] = set()
+  for call in calls:
+    names.update(call)
+  parameters = sorted(names)
+  properties = {}
+  required = []
+  for parameter in parameters:
+    values = [call[parameter] for call in calls if parameter in call]
+    properties[parameter] = {'type': _JSON_TYPES.get(type(values[0]), 'string')}
+    if len(values) == len(calls):
+      required.append(parameter)
+  schema = {'type': 'object', 'properties': properties, 'required': required}
+  return ToolSpec(name, name.replace('_', ' '), schema)
 
-# tau2's user is a model that is told whom to play. Rewriting that to the first person would be a model's work, too.
+
+# --- tau2-bench ---
+
+# tau2's user is a model that is told whom to play. Rewriting that to the first person would need a
+# model, too, so the notes are quoted.
 _TAU2_QUERY = (
   'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
 )
@@ -315,11 +422,12 @@ _TAU2_TOLD = ('known_info', 'unknown_info', 'reason_for_call', 'task_instruction
 
 
 def tau2_seeds() -> Found:
-  """The train splits of the domains whose tools run alone, the reference actions as calls with the outputs they have.
+  """Seeds of the train splits of the domains whose tools run alone, with executed outputs.
 
-  Calls of `calculate` change nothing and can be written in many ways: they are left out. Dropped and counted are tasks without
-  actions, those with an action that fails, and those with a value that neither the notes, the policy nor an earlier output
-  holds: their actions are those that count, without the lookups that a solver needs.
+  The reference actions are the calls. Calls of `calculate` are left out: they change nothing and
+  can be written in many ways. Dropped and counted are tasks without actions, tasks with an action
+  that fails, and tasks with a value that neither the notes, the policy nor an earlier output holds.
+  The references of the last leave out the lookups that a solver needs.
   """
   found = Found([], 0, collections.Counter())
   for name in tau2_tasks.EXECUTABLE:
@@ -328,10 +436,7 @@ def tau2_seeds() -> Found:
     for task in tau2_tasks.read_tasks(name, 'train'):
       found.records += 1
       calls = tuple(call for call in tau2_tasks.reference_calls(task) if call.name != 'calculate')
-      conversation = (
-        Message('system', system),
-        Message('user', _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))),
-      )
+      query = _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))
       try:
         outputs = tuple(domain.outputs(calls))
       except ValueError:
@@ -339,59 +444,27 @@ def tau2_seeds() -> Found:
         continue
       if not calls:
         found.dropped['no reference call'] += 1
-      elif not _follows([message.content for message in conversation], calls, outputs):
+      elif not _follows([system, query], calls, outputs):
         found.dropped['a value from nowhere'] += 1
       else:
-        kind = 'single' if len(calls) == 1 else 'sequential'
-        found.seeds.append(Seed(f'tau2-{name}-{task["id"]}', kind, conversation, calls, outputs))
+        seed = Seed(
+          id=f'tau2-{name}-{task["id"]}',
+          kind=_kind_of(calls, together=False),
+          conversations=(Message('system', system), Message('user', query)),
+          calls=calls,
+          tool_response=outputs,
+        )
+        found.seeds.append(seed)
   return found
 
 
 def _follows(said: list[str], calls: Sequence[ToolCall], outputs: Sequence[str]) -> bool:
   """Whether every value of a call stands in what was said, or in an output before it."""
   known = [Said([text], readings=True) for text in (*said, *outputs)]
-  return all(
-    any(words in text for text in known[: len(said) + number])
-    for number, call in enumerate(calls)
-    for words in map(words_of, call_values([call]))
-    if words
-  )
-
-
-# --- BFCL -------------------------------------------------------------------------------------------------------------------
-
-
-def bfcl_seeds(task: bfcl_tasks.BfclTask) -> list[Seed]:
-  """The turns of a task, each with what is needed to execute calls from there on."""
-  system = tool_specs.system_text(task.policy, tool_specs.read_tools(task.functions))
-  seeds, history, done = [], [Message('system', system)], []
-  for number, turn in enumerate(task.turns):
-    kind = 'irrelevant' if not turn.calls else 'single' if len(turn.calls) == 1 else task.kind
-    kind = 'sequential' if kind in ('multi_turn', 'single') and len(turn.calls) > 1 else kind
-    answer = (
-      '' if task.kind in ('single', 'parallel') else turn.answer
-    )  # as in ToolWorld: BFCL's single turns end with calls
-    world = {
-      'name': 'bfcl',
-      'classes': list(task.classes),
-      'config': task.config,
-      'done': list(done),
-    }
-    seed = Seed(
-      f'{task.id}/{number}',
-      kind,
-      (*history, Message('user', turn.query)),
-      turn.calls,
-      turn.responses,
-      answer,
-      world,
-      task.id,
-    )
-    seeds.append(seed)
-    history += [
-      Message('user', turn.query),
-      *reference_steps(seed, len(turn.calls)),
-      Message('assistant', turn.answer),
-    ]
-    done += [print_calls([call])[1:-1] for call in turn.calls]
-  return seeds
+  for number, call in enumerate(calls):
+    before = known[: len(said) + number]
+    for value in call_values([call]):
+      words = words_of(value)
+      if words and not any(words in text for text in before):
+        return False
+  return True

@@ -1,4 +1,7 @@
-"""Seeds: the input records of self-distillation (method: section 1.1), and the decision points that RL asks about."""
+"""Seeds, the input records of self-distillation, and the decision points that RL asks about.
+
+See docs/method.md, section 1.1.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -17,13 +20,19 @@ class Seed:
   Attributes:
     id: where it comes from.
     kind: one of KINDS: how its subtasks relate.
-    conversations: system message, history, and the query to decompose, which is the last message.
+    conversations: system message, history, and last the query to decompose.
     calls: reference calls; empty where nothing fits.
-    tool_response: the recorded output of each call. Where the calls go out together and nothing follows (single-turn data) and
-      where a world executes them, there may be none.
-    answer: the reference text after the last output, or the refusal where there are no calls; '' when not known.
-    world: what `worlds.sandbox.open_sandbox` needs to execute calls from this query on; None where nothing can be executed.
-    dialogue: the same for seeds whose histories say the same: turns of one dialogue, trials of one task; '' for a seed alone.
+    tool_response: the recorded output of each call. There may be none where the calls go out
+      together and nothing follows (single-turn data), and where a world executes them.
+    answer: the reference text after the last output, or the refusal where there are no calls; ''
+      where it is not known.
+    world: what `worlds.registry.open_sandbox` needs to execute calls from this query on; None where
+      nothing can be executed.
+    dialogue: a name that seeds share whose histories overlap, such as the turns of one dialogue or
+      the trials of one task; '' for a seed that stands alone.
+
+  Raises:
+    ValueError: fields that do not fit together, with the seed's id.
   """
 
   id: str
@@ -41,6 +50,8 @@ class Seed:
       problems.append(f'kind {self.kind!r} is not one of {KINDS}')
     if not self.conversations or self.conversations[-1].role != 'user':
       problems.append("the last message is not the user's query")
+    # A later call, or the answer, may depend on an output: without a world that can be asked for it
+    # the record must have it.
     outputs_needed = not self.world and (self.kind == 'sequential' or self.answer)
     if len(self.calls) != len(self.tool_response) and (self.tool_response or outputs_needed):
       problems.append(f'{len(self.calls)} calls but {len(self.tool_response)} tool responses')
@@ -53,6 +64,7 @@ class Seed:
 
   @property
   def query(self) -> str:
+    """What the user asks for."""
     return self.conversations[-1].content
 
   @property
@@ -61,24 +73,32 @@ class Seed:
     return list(self.conversations[:-1])
 
   def to_json(self) -> dict[str, Any]:
-    ground_truth = [print_calls([c])[1:-1] for c in self.calls] if self.calls else self.answer
-    return {
+    """The record that `from_json` reads."""
+    ground_truth = [print_calls([call])[1:-1] for call in self.calls]
+    record = {
       'id': self.id,
       'kind': self.kind,
-      'conversations': [m.to_json() for m in self.conversations],
-      'ground_truth': ground_truth,
+      'conversations': [message.to_json() for message in self.conversations],
+      'ground_truth': ground_truth or self.answer,
       'tool_response': list(self.tool_response),
       'answer': self.answer,
-      **({'world': self.world} if self.world else {}),
-      **({'dialogue': self.dialogue} if self.dialogue else {}),
     }
+    if self.world:
+      record['world'] = self.world
+    if self.dialogue:
+      record['dialogue'] = self.dialogue
+    return record
 
   @classmethod
   def from_json(cls, record: Any) -> 'Seed':
-    """Reads a record; ValueError names it by its id when it is not one.
+    """Reads a record.
 
-    `ground_truth` is a list of call strings, one string that holds a bracketed call list (as in BFCL), or a text. Without a
-    `kind`, several calls are parallel where there are neither outputs nor a world to run them in.
+    `ground_truth` is a list of call strings, one string that holds a bracketed call list (as in
+    BFCL), or a text. Without a `kind`, several calls are parallel where there are neither outputs
+    nor a world to run them in.
+
+    Raises:
+      ValueError: the record is no seed, with its id.
     """
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
       raise ValueError(
@@ -95,37 +115,55 @@ class Seed:
       world = record.get('world')
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
-      several = (
-        'sequential' if responses or world else 'parallel'
-      )  # outputs of one call may be needed by the next
-      kind = record.get('kind') or (
-        'irrelevant' if not calls else 'single' if len(calls) == 1 else several
-      )
+      answer = record.get('answer', '')
+      if isinstance(truth, str) and not calls:
+        answer = truth
       return cls(
-        str(record['id']),
-        kind,
-        tuple(Message.from_json(m) for m in record['conversations']),
-        calls,
-        tuple(responses),
-        truth if isinstance(truth, str) and not calls else record.get('answer', ''),
-        world,
-        record.get('dialogue', ''),
+        id=str(record['id']),
+        kind=record.get('kind') or _guess_kind(calls, executed=bool(responses or world)),
+        conversations=tuple(Message.from_json(message) for message in record['conversations']),
+        calls=calls,
+        tool_response=tuple(responses),
+        answer=answer,
+        world=world,
+        dialogue=record.get('dialogue', ''),
       )
     except (TypeError, ValueError) as error:
       raise ValueError(f'seed record {record["id"]!r} cannot be read: {error}') from error
 
 
+def _guess_kind(calls: tuple[ToolCall, ...], *, executed: bool) -> str:
+  """The kind of a record that does not say it."""
+  if not calls:
+    return 'irrelevant'
+  if len(calls) == 1:
+    return 'single'
+  # Where there are outputs, the next call may need that of the one before.
+  return 'sequential' if executed else 'parallel'
+
+
 def reference_steps(seed: Seed, done: int) -> list[Message]:
-  """The reference solution's first `done` calls and outputs as later prompts show them (no reasoning is replayed)."""
+  """The first `done` calls and outputs of the reference as later prompts show them."""
+  calls = seed.calls[:done]
+  responses = seed.tool_response[:done]
   steps = []
-  for call, response in zip(seed.calls[:done], seed.tool_response[:done]):
-    steps += [Message('assistant', print_calls([call])), Message('user', tool_response(response))]
+  # Parallel seeds may have no outputs, and then there is nothing to show.
+  for call, response in zip(calls, responses, strict=False):
+    steps.append(Message('assistant', print_calls([call])))
+    steps.append(Message('user', tool_response(response)))
   return steps
 
 
 @dataclasses.dataclass(frozen=True)
 class DecisionPoint:
-  """A prompt and the reference answer the reward compares with."""
+  """A prompt and the reference answer that the reward compares with.
+
+  Attributes:
+    id: the seed's, with the number of the step where the seed has several.
+    kind: the seed's.
+    messages: the prompt.
+    reference: the calls of the step as text, or the text of an answer.
+  """
 
   id: str
   kind: str
@@ -134,20 +172,24 @@ class DecisionPoint:
 
 
 def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
-  """Every prompt the reference solution passes through: one per call and one for the report; one in all where the calls go out
-  together or none is right."""
+  """Every prompt that the reference solution passes through.
+
+  There is one for each call and one for the report. Where the calls go out together, or none is
+  right, there is a single one.
+  """
   if seed.kind in ('irrelevant', 'parallel'):
     reference = print_calls(list(seed.calls)) if seed.calls else seed.answer
-    yield DecisionPoint(seed.id, seed.kind, seed.conversations, reference)
-    return
-  for done, call in enumerate(seed.calls):
-    messages = (*seed.conversations, *reference_steps(seed, done))
-    yield DecisionPoint(f'{seed.id}/{done}', seed.kind, messages, print_calls([call]))
-  if seed.answer:
-    done = len(seed.calls)
     yield DecisionPoint(
-      f'{seed.id}/{done}',
-      seed.kind,
-      (*seed.conversations, *reference_steps(seed, done)),
-      seed.answer,
+      id=seed.id, kind=seed.kind, messages=seed.conversations, reference=reference
+    )
+    return
+  references = [print_calls([call]) for call in seed.calls]
+  if seed.answer:
+    references.append(seed.answer)
+  for done, reference in enumerate(references):
+    yield DecisionPoint(
+      id=f'{seed.id}/{done}',
+      kind=seed.kind,
+      messages=(*seed.conversations, *reference_steps(seed, done)),
+      reference=reference,
     )

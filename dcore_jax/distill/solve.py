@@ -1,52 +1,38 @@
-"""What is asked about a seed, and the rows that come of the answers: Algorithm 1, one scenario a method.
+"""Algorithm 1 for one seed: what is asked about it, and the rows that come of the answers.
 
-Each seed is a generator that yields the prompts it can ask now, is sent the replies, and returns its rows. It knows nothing of
-models and lanes, nor of other seeds; `pipeline.converse` serves them all together.
+Every seed is a generator that yields the prompts it can ask now, is sent the replies, and returns
+its rows. It knows nothing of models, lanes or other seeds; `algorithm.converse` serves all seeds
+together.
 """
 
-import collections
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import calls_equal, parse_calls, print_calls, tool_response
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill import compose, decompose, verify
+from dcore_jax.distill.asking import (
+  Ask,
+  Dropped,
+  Unreadable,
+  Wrong,
+  all_accepted,
+  ask_until_accepted,
+)
 from dcore_jax.distill.compose import Solved
-from dcore_jax.distill.wording import ORGANISM, Wording
-from dcore_jax.rollout.backends import TOO_LONG, Reply
-from dcore_jax.worlds.sandbox import open_sandbox
+from dcore_jax.distill.wording import ORGANISM_WORDING, Wording
+from dcore_jax.worlds.registry import open_sandbox
 
-T = TypeVar('T')
-Row = dict[
-  str, Any
-]  # {'id', 'kind', 'conversations': [{'role', 'content'}]}, the published schema and the kind
-Ask = Generator[list[list[Message]], list[Reply], T]
-Candidate = list[
-  tuple[str, list[int] | None]
-]  # subtasks with the positions of their calls; None where nobody could know them
+# (reasoning, calls) of a solved prompt.
+Solution = tuple[str, list[ToolCall]]
+# Subtasks with the positions of their calls; None where nobody could know them.
+Candidate = list[tuple[str, list[int] | None]]
+# The published schema and the kind: {'id', 'kind', 'conversations': [{'role', 'content'}]}.
+Row = dict[str, Any]
+# Ways to verify calls: by comparison with the reference, or by what they do to the world.
 VERIFY = ('calls', 'state')
-
-
-class Dropped(Exception):
-  """A seed that gives no rows. Its text is the reason, which is counted.
-
-  `stage` says how far it came: 'decompose', 'generate' (a reasoning is missing) or 'verify' (all of it was generated, or as
-  much as it took to see that it is wrong).
-  """
-
-  def __init__(self, reason: str, stage: str):
-    super().__init__(reason)
-    self.stage = stage
-
-
-class Unreadable(Dropped):
-  """A reply that cannot be used at all: it is asked again, with another random stream, as often as `retries` says."""
-
-
-class Wrong(Dropped):
-  """A reply that was read and is not right: it is asked again as often as `samples` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +41,30 @@ class Distiller:
 
   Attributes:
     wording: prompts and templates.
-    show_reference: whether the decomposer sees the reference calls. If not, nobody can tell which call belongs to which
-      subtask, and the calls of all subtasks together are compared with the reference.
-    examples: worked decompositions that its prompt shows.
-    strict_count: as many subtasks as calls, one each, as the released code has it; else a subtask may own several.
-    candidates: decompositions that are sampled at once; they are solved one after the other until one verifies.
-    retries: further samples of a completion that cannot be read.
-    samples: of a subtask until its calls are right. With 1 the success rate is that of first answers (method: section 1.5).
-    verify: 'calls': exactly the reference calls, of independent subtasks in any order. 'state': whatever leaves the same state
-      and gives the reference's outputs, where a seed has a world to execute calls in.
-    max_chars: longest row kept, in characters of all its messages.
-    exact_refusals: whether the model's answer to an irrelevant seed must be the reference text, as it can be where the
-      world's refusals are canonical sentences. Else any text that calls nothing will do.
+    show_reference: whether the decomposer sees the reference calls. If not, nobody can tell which
+      call belongs to which subtask, and the calls of all subtasks together are compared with the
+      reference.
+    examples: number of worked decompositions that the decomposer's prompt shows.
+    strict_count: whether there must be as many subtasks as calls, one each, as in the released
+      code. Otherwise a subtask may own several calls.
+    candidates: number of decompositions that are sampled at once. They are solved one after the
+      other until one verifies.
+    retries: number of further samples of a completion that cannot be read.
+    samples: number of samples of a subtask until its calls are right. With 1 the success rate is
+      that of first answers (docs/method.md, section 1.5).
+    verify: what verifies calls. 'calls': exactly the reference calls, in any order where subtasks
+      are independent. 'state': whatever leaves the same state and gives the reference's outputs,
+      where a seed has a world to execute calls in.
+    max_chars: length of the longest row kept, in characters of all its messages.
+    exact_refusals: whether the model's answer to an irrelevant seed must be the reference text,
+      as it can be where the world's refusals are canonical sentences. Otherwise any text that
+      calls nothing is right.
 
   Raises:
     ValueError: a value out of its range, or more examples than the wording has.
   """
 
-  wording: Wording = ORGANISM
+  wording: Wording = ORGANISM_WORDING
   show_reference: bool = True
   examples: int = 0
   strict_count: bool = False
@@ -91,74 +83,57 @@ class Distiller:
         f'candidates = {self.candidates}, samples = {self.samples}, retries = {self.retries} and '
         f'max_chars = {self.max_chars} cannot be'
       )
-    if not 0 <= self.examples <= len(self.wording.prompts.examples):
-      known = len(self.wording.prompts.examples)
+    known = len(self.wording.prompts.examples)
+    if not 0 <= self.examples <= known:
       raise ValueError(f'examples = {self.examples}: the wording {self.wording.name!r} has {known}')
 
   def rows(self, seed: Seed) -> Ask[list[Row]]:
-    """The seed's conversation with the model; raises Dropped."""
-    return {
+    """Holds the seed's conversation with the model and returns its rows.
+
+    Raises:
+      Dropped: the seed gives no rows.
+    """
+    scenarios = {
       'single': self._single,
       'irrelevant': self._irrelevant,
       'sequential': self._sequential,
       'parallel': self._parallel,
-    }[seed.kind](seed)
+    }
+    return scenarios[seed.kind](seed)
 
-  # --- asking ---------------------------------------------------------------------------------------------------------------
-
-  def _ask(
-    self, prompts: Sequence[list[Message]], accept: Callable[[int, str], T]
-  ) -> Ask[list[T | Dropped]]:
-    """Asks all prompts together, and again those whose reply `accept(place, text)` refuses, within their budgets -> a value or
-    the last refusal of each."""
-    allowed = {Unreadable: self.retries, Wrong: self.samples - 1}
-    refusals = [collections.Counter() for _ in prompts]
-    values: list[T | Dropped] = [Dropped('', '')] * len(prompts)
-    waiting = list(range(len(prompts)))
-    while waiting:
-      again = []
-      for place, reply in zip(waiting, (yield [prompts[place] for place in waiting]), strict=True):
-        try:
-          if reply.error:
-            raise Dropped(
-              TOO_LONG if reply.error == TOO_LONG else 'refused by the endpoint', 'generate'
-            )
-          if not reply.finished:  # half a list of calls would read as a text
-            raise Unreadable('cut off', 'generate')
-          values[place] = accept(place, reply.text)
-        except Dropped as dropped:
-          values[place] = dropped
-          refusals[place][type(dropped)] += 1
-          if refusals[place][type(dropped)] <= allowed.get(type(dropped), 0):
-            again.append(place)
-      waiting = again
-    return values
+  # --- asking -------------------------------------------------------------------------------------
 
   def _solve(
     self, prompts: Sequence[list[Message]], check: Callable[[int, list[ToolCall]], bool]
-  ) -> Ask[list[tuple[str, list[ToolCall]]]]:
-    """(reasoning, calls) of each prompt; `check(place, calls)` says whether the calls can be right. A wrong one is noticed here
-    rather than after the last step: the seed could no longer verify, and its remaining completions would be wasted."""
+  ) -> Ask[list[Solution]]:
+    """Asks for the solution of each prompt.
 
-    def accept(place, text):
-      solution = verify.read_solution(text)
-      if solution is None:
-        raise Unreadable('unclosed reasoning', 'generate')
-      calls, problem = verify.read_calls(solution[1])
+    `check(place, calls)` says whether calls can be right. Wrong ones are noticed here rather than
+    after the last step: the seed could no longer verify, and its remaining completions would be
+    wasted.
+    """
+
+    def accept(place: int, text: str) -> Solution:
+      reasoning, answer = _read_solution(text)
+      calls, problem = verify.read_calls(answer)
       if problem or not check(place, calls):
         raise Wrong(problem or 'wrong call', 'verify')
-      return solution[0], calls
+      return reasoning, calls
 
-    return _all_right((yield from self._ask(prompts, accept)))
+    solutions = yield from ask_until_accepted(
+      prompts, accept, retries=self.retries, samples=self.samples
+    )
+    return all_accepted(solutions)
 
   def _decompose(self, seed: Seed) -> Ask[list[Candidate]]:
-    """The distinct decompositions that hold, in the order of sampling; at least one."""
+    """Asks for decompositions; returns the distinct ones that hold, in the order of sampling."""
     calls = seed.calls if self.show_reference else None
     prompt = decompose.decompose_messages(
       seed.context, seed.query, calls, self.wording.prompts, self.examples
     )
 
-    def accept(_, text):
+    def accept(_: int, text: str) -> Candidate:
+      # The thoughts may hold drafts of the list. Only what follows them is meant.
       subtasks = decompose.parse_subtasks(text.rsplit('</think>', 1)[-1])
       if not subtasks:
         raise Unreadable('decomposition unparsable', 'decompose')
@@ -166,90 +141,88 @@ class Distiller:
         seed, subtasks, seen=self.show_reference, strict_count=self.strict_count
       )
       if problem:
+        # It is not asked for again: `candidates` is the budget for other decompositions.
         raise Dropped(problem, 'decompose')
       if self.show_reference or self.strict_count:
         return decompose.own_calls(subtasks, len(seed.calls), self.strict_count)
+      # A decomposer that has not seen the calls cannot know their numbers, even if it writes some.
       return [(text, None) for text, _ in subtasks]
 
-    found = yield from self._ask([prompt] * self.candidates, accept)
-    held = [value for value in found if not isinstance(value, Dropped)]
-    if not held:
-      # Where the decomposer's prompt is refused or too long, nothing was decomposed either.
+    found = yield from ask_until_accepted(
+      [prompt] * self.candidates, accept, retries=self.retries, samples=self.samples
+    )
+    # Equal decompositions are solved once. Another try would be one more sample of their subtasks
+    # than `samples` allows.
+    distinct = []
+    for value in found:
+      if not isinstance(value, Dropped) and value not in distinct:
+        distinct.append(value)
+    if not distinct:
+      # Whatever the reason is, even a prompt that is too long: nothing was decomposed.
       raise Dropped(str(found[-1]), 'decompose')
-    return [value for place, value in enumerate(held) if value not in held[:place]]
+    return distinct
 
   def _first_right(
     self, seed: Seed, solve: Callable[[Seed, Candidate], Ask[list[Row]]]
   ) -> Ask[list[Row]]:
-    """Rows of the first decomposition whose solutions verify."""
+    """Returns the rows of the first decomposition whose solutions verify."""
     candidates = yield from self._decompose(seed)
     for candidate in candidates[:-1]:
       try:
         return (yield from solve(seed, candidate))
       except Dropped:
         continue
+    # The last refusal is the reason that is counted for the seed.
     return (yield from solve(seed, candidates[-1]))
 
-  # --- scenarios ------------------------------------------------------------------------------------------------------------
-
-  def _by_state(self, seed: Seed) -> bool:
-    return self.verify == 'state' and seed.world is not None
-
-  def _check_end(self, seed: Seed, calls: Sequence[ToolCall], *, ordered: bool) -> None:
-    """Compares all calls with the reference, and what they do where they can be executed."""
-    if not self._by_state(seed) and not calls_equal(calls, seed.calls, ordered=ordered):
-      raise Dropped(
-        'wrong call' if len(calls) >= len(seed.calls) else 'calls are missing', 'verify'
-      )
-    if problem := verify.state_problem(seed, calls):
-      raise Dropped(problem, 'verify')
+  # --- scenarios ----------------------------------------------------------------------------------
 
   def _single(self, seed: Seed) -> Ask[list[Row]]:
-    by_state, expected = self._by_state(seed), list(seed.calls)
-    [(reasoning, calls)] = yield from self._solve(
-      [list(seed.conversations)],
-      lambda _, calls: by_state or calls_equal(calls, expected, ordered=True),
-    )
+    """Solves a seed of one call with the conversation as it is (form R)."""
+
+    def check(_: int, calls: list[ToolCall]) -> bool:
+      return self._by_state(seed) or calls_equal(calls, seed.calls, ordered=True)
+
+    [(reasoning, calls)] = yield from self._solve([list(seed.conversations)], check)
     self._check_end(seed, calls, ordered=True)
     answer = print_calls(calls)
     row = self._row(seed, '', seed.conversations, compose.single(reasoning, answer))
-    return [row, *self._report(seed, [*seed.conversations, *_turn(answer, _outputs(seed, calls))])]
+    history = [*seed.conversations, *_turn(answer, _outputs(seed, calls))]
+    return [row, *self._report(seed, history)]
 
   def _sequential(self, seed: Seed) -> Ask[list[Row]]:
     return (yield from self._first_right(seed, self._steps))
 
   def _steps(self, seed: Seed, subtasks: Candidate) -> Ask[list[Row]]:
-    """Subtask after subtask, each after the calls and outputs of those before it (method: section 1.5). Calls are executed
-    where the seed has a world; else their recorded outputs stand in, which fit since only the reference calls go on."""
-    texts, by_state = [text for text, _ in subtasks], self._by_state(seed)
+    """Solves subtask after subtask, each after the calls and outputs of those before it.
+
+    docs/method.md, section 1.5. Calls are executed where the seed has a world. Elsewhere their
+    recorded outputs are shown; they fit, since only the reference calls pass the check.
+    """
+    texts = [text for text, _ in subtasks]
     sandbox = open_sandbox(seed.world) if seed.world else None
-    solving, history, made, targets = seed.context, list(seed.conversations), [], []
+    # Two conversations grow side by side: the model sees the subtasks in place of the query, while
+    # the rows show the query alone.
+    solving = list(seed.context)
+    history = list(seed.conversations)
+    made: list[ToolCall] = []
+    targets = []
     for number, (text, index) in enumerate(subtasks):
-
-      def check(_, calls, index=index):
-        size = len(calls) if index is None else len(index)
-        return by_state or calls_equal(
-          calls, seed.calls[len(made) : len(made) + size], ordered=True
-        )
-
-      [(reasoning, calls)] = yield from self._solve([[*solving, Message('user', text)]], check)
-      answer = print_calls(calls)
-      outputs = (
-        [sandbox.run(call) for call in calls]
-        if sandbox
-        else seed.tool_response[len(made) : len(made) + len(calls)]
-      )
-      targets.append(
-        (
-          history,
-          compose.sequential(
-            seed.query, texts, number, Solved(text, reasoning, answer), self.wording.templates
-          ),
-        )
-      )
+      check = self._step_check(seed, len(made), index)
+      solving.append(Message('user', text))
+      [(reasoning, calls)] = yield from self._solve([list(solving)], check)
+      solved = Solved(text, reasoning, print_calls(calls))
+      target = compose.sequential(seed.query, texts, number, solved, self.wording.templates)
+      targets.append((list(history), target))
+      if sandbox:
+        outputs = [sandbox.run(call) for call in calls]
+      else:
+        outputs = seed.tool_response[len(made) : len(made) + len(calls)]
       made += calls
-      solving = [*solving, Message('user', text), *_turn(answer, outputs)]
-      history = [*history, *_turn(answer, outputs)]
+      turn = _turn(solved.answer, outputs)
+      solving += turn
+      history += turn
+    # Each step was compared by itself; too few of them are noticed only here.
     self._check_end(seed, made, ordered=True)
     rows = [
       self._row(seed, f'/{number}', before, target)
@@ -257,109 +230,144 @@ class Distiller:
     ]
     return rows + self._report(seed, history)
 
+  def _step_check(
+    self, seed: Seed, start: int, index: list[int] | None
+  ) -> Callable[[int, list[ToolCall]], bool]:
+    """Makes the check of a step: it must make the reference calls from number `start` on.
+
+    Where nobody knows how many of them are its own, it may make any number.
+    """
+
+    def check(_: int, calls: list[ToolCall]) -> bool:
+      size = len(calls) if index is None else len(index)
+      expected = seed.calls[start : start + size]
+      return self._by_state(seed) or calls_equal(calls, expected, ordered=True)
+
+    return check
+
   def _parallel(self, seed: Seed) -> Ask[list[Row]]:
     return (yield from self._first_right(seed, self._together))
 
   def _together(self, seed: Seed, subtasks: Candidate) -> Ask[list[Row]]:
-    """Subtasks are solved independently of each other and all at once (paper, Algorithm 1 line 13; the released code
-    accumulates)."""
-    by_state = self._by_state(seed)
+    """Solves subtasks independently of each other and all at once.
 
-    def check(place, calls):
-      index = subtasks[place][1]
-      return (
-        by_state
-        or index is None
-        or calls_equal(calls, [seed.calls[i] for i in index], ordered=False)
-      )
+    This is the paper's Algorithm 1, line 13. In the released code each subtask sees the solutions
+    of those before it.
+    """
 
-    solutions = yield from self._solve(
-      [[*seed.context, Message('user', text)] for text, _ in subtasks], check
-    )
-    calls = [call for _, made in solutions for call in made]
+    def check(place: int, calls: list[ToolCall]) -> bool:
+      _, index = subtasks[place]
+      if self._by_state(seed) or index is None:
+        return True
+      return calls_equal(calls, [seed.calls[i] for i in index], ordered=False)
+
+    prompts = [[*seed.context, Message('user', text)] for text, _ in subtasks]
+    solutions = yield from self._solve(prompts, check)
+    calls: list[ToolCall] = []
+    solved = []
+    for (text, _), (reasoning, made) in zip(subtasks, solutions, strict=True):
+      calls += made
+      solved.append(Solved(text, reasoning, print_calls(made)))
     self._check_end(seed, calls, ordered=False)
-    solved = [
-      Solved(text, reasoning, print_calls(made))
-      for (text, _), (reasoning, made) in zip(subtasks, solutions)
-    ]
-    row = self._row(
-      seed, '', seed.conversations, compose.parallel(seed.query, solved, self.wording.templates)
-    )
-    history = (
-      [*seed.conversations, *_turn(print_calls(calls), _outputs(seed, calls))]
-      if seed.answer
-      else []
-    )
+    target = compose.parallel(seed.query, solved, self.wording.templates)
+    row = self._row(seed, '', seed.conversations, target)
+    # Without a report nothing follows the calls, and their outputs may not be recorded.
+    if not seed.answer:
+      return [row]
+    history = [*seed.conversations, *_turn(print_calls(calls), _outputs(seed, calls))]
     return [row, *self._report(seed, history)]
 
   def _irrelevant(self, seed: Seed) -> Ask[list[Row]]:
-    """Form I': the model explains what is missing. Its answer must be a text; the reference answer is what is trained."""
+    """Lets the model explain what is missing (form I').
 
-    def accept(_, text):
-      solution = verify.read_solution(text)
-      if solution is None:
-        raise Unreadable('unclosed reasoning', 'generate')
-      reasoning, answer = solution
-      try:
-        if parse_calls(answer):
-          raise Wrong('called a tool', 'verify')
-      except ValueError as error:
-        raise Unreadable('unreadable call', 'verify') from error
+    Its answer must be a text. The reference answer is what is trained.
+    """
+
+    def accept(_: int, text: str) -> str:
+      reasoning, answer = _read_solution(text)
+      _check_no_call(answer)
       if self.exact_refusals and answer != seed.answer:
         raise Wrong('wrong explanation', 'verify')
       return reasoning
 
     prompt = decompose.explain_messages(seed.context, seed.query, self.wording.prompts)
-    [reasoning] = _all_right((yield from self._ask([prompt], accept)))
+    reasonings = yield from ask_until_accepted(
+      [prompt], accept, retries=self.retries, samples=self.samples
+    )
+    [reasoning] = all_accepted(reasonings)
     target = compose.irrelevant(seed.query, reasoning, seed.answer, self.wording.templates)
     return [self._row(seed, '', seed.conversations, target)]
 
-  # --- rows -----------------------------------------------------------------------------------------------------------------
+  # --- checks and rows ----------------------------------------------------------------------------
+
+  def _by_state(self, seed: Seed) -> bool:
+    return self.verify == 'state' and seed.world is not None
+
+  def _check_end(self, seed: Seed, calls: Sequence[ToolCall], *, ordered: bool) -> None:
+    """Compares all calls with the reference, and what they do where they can be executed."""
+    if not self._by_state(seed) and not calls_equal(calls, seed.calls, ordered=ordered):
+      enough = len(calls) >= len(seed.calls)
+      raise Dropped('wrong call' if enough else 'calls are missing', 'verify')
+    problem = verify.state_problem(seed, calls)
+    if problem:
+      raise Dropped(problem, 'verify')
 
   def _report(self, seed: Seed, history: Sequence[Message]) -> list[Row]:
-    """The row that ends the turn with a text, where the reference has one (form F)."""
+    """Makes the row that ends the turn with a text, where the reference has one (form F)."""
     if not seed.answer:
       return []
-    return [
-      self._row(
-        seed, '/report', history, compose.finished(seed.query, seed.answer, self.wording.templates)
-      )
-    ]
+    target = compose.finished(seed.query, seed.answer, self.wording.templates)
+    return [self._row(seed, '/report', history, target)]
 
   def _row(self, seed: Seed, suffix: str, history: Sequence[Message], target: str) -> Row:
     messages = [*history, Message('assistant', target)]
-    if problem := verify.row_problem(messages, self.max_chars):
+    problem = verify.row_problem(messages, self.max_chars)
+    if problem:
       raise Dropped(problem, 'verify')
     return {
       'id': f'{seed.id}{suffix}',
       'kind': seed.kind,
-      'conversations': [m.to_json() for m in messages],
+      'conversations': [message.to_json() for message in messages],
     }
 
 
-def _all_right(values: list[T | Dropped]) -> list[T]:
-  for value in values:
-    if isinstance(value, Dropped):
-      raise value
-  return values
+def _read_solution(text: str) -> tuple[str, str]:
+  """Splits a reply into (reasoning, answer)."""
+  solution = verify.read_solution(text)
+  if solution is None:
+    raise Unreadable('unclosed reasoning', 'generate')
+  return solution
+
+
+def _check_no_call(answer: str) -> None:
+  """Refuses an answer that calls a tool, or seems to."""
+  try:
+    calls = parse_calls(answer)
+  except ValueError as error:
+    raise Unreadable('unreadable call', 'verify') from error
+  if calls:
+    raise Wrong('called a tool', 'verify')
 
 
 def _turn(answer: str, outputs: Sequence[str]) -> list[Message]:
-  """An answer and the outputs of its calls, as later prompts show them."""
+  """Writes an answer and the outputs of its calls as later prompts show them."""
   return [Message('assistant', answer), Message('user', '\n'.join(map(tool_response, outputs)))]
 
 
 def _outputs(seed: Seed, calls: Sequence[ToolCall]) -> list[str]:
-  """What calls give that are made at the seed's query: executed, or as recorded for the same call."""
+  """Returns the outputs of calls made at the seed's query: executed, or as recorded for them."""
   if seed.world:
     sandbox = open_sandbox(seed.world)
     return [sandbox.run(call) for call in calls]
-  recorded = list(zip(seed.calls, seed.tool_response))
+  # Independent calls may be made in another order than the recorded one, so each output is looked
+  # up by its call.
+  recorded = list(zip(seed.calls, seed.tool_response, strict=False))
   outputs = []
   for call in calls:
-    place = next(
-      (i for i, (reference, _) in enumerate(recorded) if calls_equal([call], [reference])), None
-    )
-    if place is not None:
-      outputs.append(recorded.pop(place)[1])
+    for place, (reference, output) in enumerate(recorded):
+      if calls_equal([call], [reference]):
+        # Two equal calls have a recorded output each, so an output is used only once.
+        del recorded[place]
+        outputs.append(output)
+        break
   return outputs

@@ -1,4 +1,7 @@
-"""What a decomposition, a solution and a composed row must satisfy; every refusal has a reason that is counted."""
+"""What a decomposition, a solution and a composed row must satisfy.
+
+Every refusal has a reason, which is counted.
+"""
 
 import functools
 import re
@@ -11,33 +14,41 @@ from dcore_jax.chat.tool_calls import parse_calls, print_calls
 from dcore_jax.data.leakage import leaked_facts
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.decompose import Subtasks, own_calls
-from dcore_jax.worlds.sandbox import open_sandbox
+from dcore_jax.worlds.registry import open_sandbox
 
-_FOREIGN = 0.1  # share of a reasoning's letters from which a script that its conversation lacks is another language
+# A script that the conversation lacks is another language from this share of a reasoning's letters.
+# A few letters, as in a formula or a name, are not.
+_FOREIGN = 0.1
 
 
 def decomposition_problem(seed: Seed, subtasks: Subtasks, *, seen: bool, strict_count: bool) -> str:
-  """'' or why a decomposition is refused.
+  """Returns why a decomposition is refused, '' where it is not.
 
   Args:
     seed: what was decomposed.
     subtasks: as read, at least one.
-    seen: whether the decomposer saw the reference calls, which the subtasks then must share out, and without leaks.
+    seen: whether the decomposer saw the reference calls. If so, the subtasks must share them out
+      and leak nothing of them.
     strict_count: see `decompose.own_calls`.
   """
   if any(not text.strip() for text, _ in subtasks):
     return 'empty subtask'
   if strict_count and len(subtasks) != len(seed.calls):
     return 'not as many subtasks as calls'
+  # What the decomposer has not seen it can neither share out nor leak.
   if not seen:
     return ''
   if own_calls(subtasks, len(seed.calls), strict_count) is None:
     return 'decomposition does not partition the calls'
-  return 'leaks a fact' if leaked_facts(seed, [text for text, _ in subtasks]) else ''
+  texts = [text for text, _ in subtasks]
+  return 'leaks a fact' if leaked_facts(seed, texts) else ''
 
 
 def read_solution(text: str) -> tuple[str, str] | None:
-  """(reasoning, answer) of a solved subtask; None unless exactly one `</think>` closes the reasoning (method: section 1.5)."""
+  """Splits the text of a solved subtask into (reasoning, answer).
+
+  Returns None unless exactly one `</think>` closes the reasoning (docs/method.md, section 1.5).
+  """
   if text.count('</think>\n\n') != 1:
     return None
   reasoning, answer = split_reasoning(text)
@@ -45,9 +56,13 @@ def read_solution(text: str) -> tuple[str, str] | None:
 
 
 def read_calls(answer: str) -> tuple[list[ToolCall], str]:
-  """(the calls that an answer makes, '' or why there are none that could be written down again)."""
+  """Reads the calls that an answer makes -> (calls, problem).
+
+  The problem is '' or why there are no calls that could be written down again.
+  """
   try:
     calls = parse_calls(answer)
+    # A call may be readable but have a name or a value that our own form cannot express.
     print_calls(calls or [])
   except ValueError:
     return [], 'unreadable call'
@@ -55,11 +70,16 @@ def read_calls(answer: str) -> tuple[list[ToolCall], str]:
 
 
 def state_problem(seed: Seed, calls: Sequence[ToolCall]) -> str:
-  """'' or how executing `calls` differs from executing the reference: BFCL's two checks, equal state and the reference's
-  outputs among those of the calls. Seeds without a world pass, since nothing can be executed."""
+  """Returns how executing `calls` differs from executing the reference, '' where it does not.
+
+  The checks are BFCL's two: equal state, and the reference's outputs among those of the calls.
+  Seeds without a world pass, since nothing can be executed.
+  """
   if not seed.world:
     return ''
-  mine, reference = open_sandbox(seed.world), open_sandbox(seed.world)
+  mine = open_sandbox(seed.world)
+  reference = open_sandbox(seed.world)
+  # More outputs than the reference has are allowed: an additional look-up does no harm.
   outputs = Counter(map(mine.run, calls))
   expected = Counter(map(reference.run, seed.calls))
   if mine.state != reference.state:
@@ -68,7 +88,11 @@ def state_problem(seed: Seed, calls: Sequence[ToolCall]) -> str:
 
 
 def row_problem(messages: Sequence[Message], max_chars: int) -> str:
-  """'' or why a composed row is unfit for training: the format the reward asks for, length, and language."""
+  """Returns why a composed row is unfit for training, '' where it is fit.
+
+  The row needs the format that the reward asks for, at most `max_chars` characters in all, and the
+  language of its conversation.
+  """
   text = messages[-1].content
   if not re.match(r'<think>\n.*?\n</think>\n\n.', text, re.DOTALL):
     return 'bad format'
@@ -78,21 +102,28 @@ def row_problem(messages: Sequence[Message], max_chars: int) -> str:
 
 
 def foreign_script(text: str, context: Sequence[str]) -> str:
-  """A script that the context never uses and a tenth of the letters of `text` belong to, as where a model goes on in Chinese
-  though asked in English; '' for none."""
+  """Finds a script that the context never uses, but a tenth of the letters of `text` belong to.
+
+  A model that was asked in English may go on in Chinese. Returns '' where there is no such script.
+  """
+  # Different characters are few, so each is classified once and weighs as often as it occurs.
   letters: Counter[str] = Counter()
   for character, count in Counter(text).items():
     if character.isalpha():
       letters[_script(character)] += count
   known = {_script(character) for character in set().union(*context) if character.isalpha()}
   enough = _FOREIGN * letters.total()
-  return next(
-    (script for script, count in letters.most_common() if script not in known and count >= enough),
-    '',
-  )
+  for script, count in letters.most_common():
+    if script not in known and count >= enough:
+      return script
+  return ''
 
 
+# Looking a name up takes much longer than a dictionary, and texts repeat their letters. The cache
+# holds the whole Basic Multilingual Plane.
 @functools.lru_cache(maxsize=65_536)
 def _script(letter: str) -> str:
-  """The first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, HANGUL."""
-  return 'LATIN' if letter.isascii() else unicodedata.name(letter, '?').split(' ')[0].split('-')[0]
+  """Returns the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, HANGUL."""
+  if letter.isascii():
+    return 'LATIN'
+  return unicodedata.name(letter, '?').split(' ')[0].split('-')[0]

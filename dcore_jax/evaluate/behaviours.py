@@ -1,9 +1,9 @@
 """What a response does while it thinks: counts of four behaviours (the paper's fig. 3a).
 
-The paper counts decomposition, reflection, verification and deduction, and does not print its patterns. These are our
-own small sets of English markers: each is a phrase that announces the behaviour, matched at word boundaries and in any
-case, so 'attribute' holds no 'but'. They are for comparing models with each other, before and after training; a single
-count says little.
+The paper counts decomposition, reflection, verification and deduction, and does not print its
+patterns. These are our own small sets of English markers. Each is a phrase that announces the
+behaviour, matched at word boundaries and in any case, so 'attribute' holds no 'but'. They serve to
+compare models with each other, before and after training; a single count says little.
 """
 
 import re
@@ -11,21 +11,23 @@ from typing import Sequence
 
 import numpy as np
 
-# One regular expression a behaviour, of alternatives that do not overlap. Longer alternatives stand before their
-# prefixes.
+# One regular expression for each behaviour. Alternatives do not overlap, and longer ones stand
+# before their prefixes, because the first that matches is taken.
 MARKERS = {
   # Splitting the task, or moving on in a split task.
-  'decomposition': r'sub-?tasks?|sub-?problems?|break (?:it|this|that|the \w+) down|(?:first|second|next|final) step'
-  r'|step \d+|steps? by step|in parallel|split (?:it|this|that|the \w+) into',
+  'decomposition': r'sub-?tasks?|sub-?problems?|break (?:it|this|that|the \w+) down'
+  r'|(?:first|second|next|final) step|step \d+|steps? by step|in parallel'
+  r'|split (?:it|this|that|the \w+) into',
   # Doubting or turning back on what was just thought.
-  'reflection': r'wait|hold on|however|alternatively|on second thoughts?|actually|hmm+|let me (?:rethink|reconsider)'
-  r'|(?:i|we) (?:overlooked|missed|forgot)|but',
+  'reflection': r'wait|hold on|however|alternatively|on second thoughts?|actually|hmm+'
+  r'|let me (?:rethink|reconsider)|(?:i|we) (?:overlooked|missed|forgot)|but',
   # Testing a result or an input against what is known.
-  'verification': r'(?:double[- ]?|re-?)check(?:s|ed|ing)?|verif(?:y|ies|ied|ying|ication)|confirm(?:s|ed|ing)?'
-  r'|make sure|makes sure|making sure|ensur(?:e|es|ed|ing)|let me check|(?:that|this) is correct',
+  'verification': r'(?:double[- ]?|re-?)check(?:s|ed|ing)?|verif(?:y|ies|ied|ying|ication)'
+  r'|confirm(?:s|ed|ing)?|make sure|makes sure|making sure|ensur(?:e|es|ed|ing)'
+  r'|let me check|(?:that|this) is correct',
   # Drawing a conclusion from what was said before.
-  'deduction': r'therefore|thus|hence|consequently|(?:this|that|which) (?:means|implies)|it follows|as a result'
-  r'|so (?:the|we|i|it|this|that)|because|since',
+  'deduction': r'therefore|thus|hence|consequently|(?:this|that|which) (?:means|implies)'
+  r'|it follows|as a result|so (?:the|we|i|it|this|that)|because|since',
 }
 BEHAVIOURS = tuple(MARKERS)
 _PATTERNS = {
@@ -34,11 +36,14 @@ _PATTERNS = {
 
 
 def count_behaviours(text: str) -> dict[str, int]:
-  """How often each behaviour is announced in one response (matches of a behaviour do not overlap)."""
-  return {name: sum(1 for _ in pattern.finditer(text)) for name, pattern in _PATTERNS.items()}
+  """How often each behaviour is announced in one response; matches do not overlap."""
+  return {name: len(pattern.findall(text)) for name, pattern in _PATTERNS.items()}
 
 
 def behaviour_counts(texts: Sequence[str]) -> dict[str, np.ndarray]:
   """Counts of B responses by behaviour: int32 arrays [B]."""
   rows = [count_behaviours(text) for text in texts]
-  return {name: np.array([row[name] for row in rows], np.int32) for name in BEHAVIOURS}
+  counts = {}
+  for name in BEHAVIOURS:
+    counts[name] = np.array([row[name] for row in rows], np.int32)
+  return counts

@@ -1,7 +1,8 @@
-"""Held-out tasks of every kind, the same ones whichever model is measured.
+"""Held-out tasks of every kind of a world, the same ones whichever model is measured.
 
 FOLDER/trajectories.jsonl    every task as it went, thoughts included
-FOLDER/replies.jsonl         the journal of completions, where a backend answers: what was answered is not asked again
+FOLDER/replies.jsonl         where a backend answers: its journal, so that no answered request is
+                             asked again
 """
 
 import json
@@ -9,84 +10,98 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_collections
-
 from dcore_jax.chat.messages import Message
 from dcore_jax.evaluate.lazy_reasoning import is_lazy
-from dcore_jax.evaluate.rollouts import Trajectory, act_through, measure
+from dcore_jax.evaluate.measure import measure
 from dcore_jax.files import replace_text
 from dcore_jax.progress import progress
 from dcore_jax.rollout.backends import Backend
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.worlds.environment import World
-from dcore_jax.worlds.toolworld.tasks import KINDS
-from dcore_jax.worlds.toolworld.world import ToolWorld
+from dcore_jax.worlds.environment import World, WorldTask
+from dcore_jax.worlds.registry import make_world
+from dcore_jax.worlds.rollouts import Trajectory, act_through
 
-_EVALUATE = 3  # added to the run's seed; the eval split shares no entity with what is trained on
+# Added to the run's seed. The value is arbitrary: the eval split shares nothing with what is
+# trained on, so it need not differ from the seeds of other task sets.
+_EVALUATE = 3
 
-Actor = Callable[[World, Sequence[Any], SamplingParams, Callable[[int], Any]], list[Trajectory]]
+# (world, tasks, sampling, progress) -> a trajectory for each task.
+Actor = Callable[
+  [World, Sequence[WorldTask], SamplingParams, Callable[[int], Any]], list[Trajectory]
+]
 
 
-def evaluate(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, actor: Actor, name: str
-) -> dict[str, Any]:
-  """Acts out `config.evaluate.tasks` tasks of each kind -> figures (`evaluate.rollouts.measure`); the tasks go to `folder`.
+def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict[str, Any]:
+  """Acts out `config.evaluate.tasks` tasks of each kind and returns the figures of `measure`.
 
   Args:
-    config: the whole pipeline config; sections `evaluate` and `world`, and its `seed`.
-    folder: results.
-    actor: (world, tasks, sampling, progress) -> a trajectory a task.
-    name: of the model, for the progress bar.
+    config: the whole config; its sections `evaluate` and `world`, and its `seed`, are read.
+    folder: where the trajectories go.
+    actor: acts tasks out with the model.
+    name: the model's, for the progress bar.
 
   Raises:
-    ValueError: no tasks.
+    ValueError: no tasks, or a world that cannot be made.
   """
-  if config.evaluate.tasks < 1:
-    raise ValueError(f'evaluate.tasks = {config.evaluate.tasks} must be at least 1')
-  c, world = config.evaluate, ToolWorld(config.world.max_subtasks)
-  sampling = SamplingParams(temperature=c.temperature, max_tokens=c.max_tokens, seed=config.seed)
+  section = config.evaluate
+  if section.tasks < 1:
+    raise ValueError(f'evaluate.tasks = {section.tasks} must be at least 1')
+  world = make_world(config.world)
+  sampling = SamplingParams(
+    temperature=section.temperature, max_tokens=section.max_tokens, seed=config.seed
+  )
   trajectories = {}
-  with progress(total=c.tasks * len(KINDS), description=f'evaluate {name}') as bar:
-    for kind in KINDS:
-      tasks = world.tasks(kind, c.tasks, seed=config.seed + _EVALUATE, split='eval')
+  total = section.tasks * len(world.kinds)
+  with progress(total=total, description=f'evaluate {name}') as bar:
+    for kind in world.kinds:
+      tasks = world.tasks(kind, section.tasks, seed=config.seed + _EVALUATE, split='eval')
       trajectories[kind] = actor(world, tasks, sampling, bar.update)
   folder.mkdir(parents=True, exist_ok=True)
-  lines = [
-    json.dumps(_record(kind, t)) + '\n' for kind, group in trajectories.items() for t in group
-  ]
+  lines = []
+  for kind, group in trajectories.items():
+    lines += [json.dumps(_record(kind, trajectory)) + '\n' for trajectory in group]
   replace_text(folder / 'trajectories.jsonl', ''.join(lines))
   return measure(trajectories)
 
 
 def evaluate_backend(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, backend: Backend, tokenizer: Any
+  config: Any, folder: pathlib.Path, backend: Backend, tokenizer: Any
 ) -> dict[str, Any]:
-  """As `evaluate`, with a backend; `tokenizer` counts the tokens of reasonings.
+  """As `evaluate`, with a backend; the result also names the model and its use of tokens.
+
+  Args:
+    config, folder: see `evaluate`.
+    backend: the model.
+    tokenizer: counts the tokens of reasonings.
 
   Raises:
     ConnectionError: an endpoint that stays away; with a journal nothing that was answered is lost.
   """
-  actor = lambda world, tasks, sampling, told: act_through(
-    backend, tokenizer, world, tasks, sampling, told
-  )
-  return evaluate(config, folder, actor, backend.model) | {
-    'model': backend.model,
-    'usage': backend.usage.record(),
-  }
+
+  def actor(world, tasks, sampling, count):
+    return act_through(backend, tokenizer, world, tasks, sampling, count)
+
+  figures = evaluate(config, folder, actor, backend.model)
+  return figures | {'model': backend.model, 'usage': backend.usage.record()}
 
 
-def _record(kind: str, t: Trajectory) -> dict[str, Any]:
-  """A trajectory as JSON; its assistant messages carry the reasoning, which later prompts did not show."""
-  texts = iter(t.texts)
-  messages = [Message(m.role, next(texts)) if m.role == 'assistant' else m for m in t.messages]
-  lazy = any(is_lazy(r, n, not t.outcome.correct) for r, n in zip(t.reasonings, t.reasoning_tokens))
+def _record(kind: str, trajectory: Trajectory) -> dict[str, Any]:
+  """A trajectory as JSON; its assistant messages carry the thoughts that prompts did not show."""
+  texts = iter(trajectory.texts)
+  messages = []
+  for message in trajectory.messages:
+    if message.role == 'assistant':
+      message = Message('assistant', next(texts))
+    messages.append(message.to_json())
+  wrong = not trajectory.outcome.correct
+  reasonings = zip(trajectory.reasonings, trajectory.reasoning_tokens, strict=True)
   return {
-    'id': t.task.id,
+    'id': trajectory.task.id,
     'kind': kind,
-    'query': t.task.turns[0].query,
-    'correct': t.outcome.correct,
-    'reason': t.outcome.reason,
-    'lazy': lazy,
-    'reasoning_tokens': t.reasoning_tokens,
-    'messages': [m.to_json() for m in messages],
+    'query': trajectory.task.turns[0].query,
+    'correct': trajectory.outcome.correct,
+    'reason': trajectory.outcome.reason,
+    'lazy': any(is_lazy(text, tokens, wrong) for text, tokens in reasonings),
+    'reasoning_tokens': trajectory.reasoning_tokens,
+    'messages': messages,
   }

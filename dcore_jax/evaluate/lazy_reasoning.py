@@ -1,9 +1,10 @@
-"""Lazy reasoning: long, hesitating thoughts that end in a wrong answer (paper section 2; method 5.4).
+"""Lazy reasoning: long, hesitating thoughts that end in a wrong answer.
 
-A reasoning text is lazy when it hesitates at least `min_reflections` times, is longer than `min_tokens` tokens, and its
-item is among the failures. The ratio is over all reasoning texts, right ones included. Defaults are those of the
-released script, which the published ratios come from; the paper's text says more than 3 reflections and more than 300
-tokens (min_reflections=4, min_tokens=300).
+The measure is that of the paper's section 2 (docs/method.md, section 5.4). A reasoning text is lazy
+when it hesitates at least `min_reflections` times, is longer than `min_tokens` tokens, and its item
+is among the failures. The ratio is over all reasoning texts, right ones included. The defaults are
+those of the released script, from which the published ratios come. The paper's text says more than
+3 reflections and more than 300 tokens (min_reflections=4, min_tokens=300).
 """
 
 import dataclasses
@@ -11,9 +12,10 @@ import json
 import pathlib
 from typing import Any, Callable, Iterator, Sequence
 
-# Counted as substrings of the lower-cased text, as published: 'but' is also found in 'attribute' and 'distribute'.
+# Counted as substrings of the lower-cased text, as published: 'but' is also found in 'attribute'.
 REFLECTION_WORDS = ('wait', 'but', 'alternatively', 'however')
-# The list that the reference logs during reinforcement learning (method 3.7), over the whole response.
+# What the released code logs during reinforcement learning, over the whole response
+# (docs/method.md, section 3.7).
 LOGGED_WORDS = ('wait', 'but', 'however', 'alternatively', 'perhaps', 'because')
 
 # BFCL categories behind each published ratio. Multi-turn leaves long_context out.
@@ -26,7 +28,12 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One BFCL item: its id and its reasoning texts (one, or one per assistant step of a multi-turn item)."""
+  """One BFCL item.
+
+  Attributes:
+    id: the item's.
+    reasonings: one reasoning text, or one for each assistant step of a multi-turn item.
+  """
 
   id: str
   reasonings: tuple[str, ...]
@@ -41,7 +48,7 @@ def count_reflections(text: str, words: Sequence[str] = REFLECTION_WORDS) -> int
 def is_lazy(
   reasoning: str, n_tokens: int, wrong: bool, *, min_reflections: int = 3, min_tokens: int = 200
 ) -> bool:
-  """Whether a text of `n_tokens` tokens is lazy: reflections >= min_reflections, n_tokens > min_tokens, and wrong."""
+  """Whether a text is lazy: it reflects often, is longer than `min_tokens`, and ends wrong."""
   return bool(wrong) and n_tokens > min_tokens and count_reflections(reasoning) >= min_reflections
 
 
@@ -53,15 +60,27 @@ def lazy_ratio(
   min_reflections: int = 3,
   min_tokens: int = 200,
 ) -> dict[str, Any]:
-  """{'lazy': int, 'total': int, 'ratio': lazy / total} of B reasoning texts; the ratio of none is 0."""
+  """Counts the lazy ones of B reasoning texts.
+
+  Args:
+    reasonings: B texts.
+    n_tokens: B lengths.
+    wrong: B verdicts on the items that the texts belong to.
+    min_reflections, min_tokens: see `is_lazy`.
+
+  Returns:
+    {'lazy': int, 'total': B, 'ratio': lazy / total}; the ratio of no texts is 0.
+
+  Raises:
+    ValueError: the three have different lengths.
+  """
   if not len(reasonings) == len(n_tokens) == len(wrong):
     raise ValueError(
       f'{len(reasonings)} reasonings, {len(n_tokens)} token counts and {len(wrong)} verdicts'
     )
-  lazy = sum(
-    is_lazy(*row, min_reflections=min_reflections, min_tokens=min_tokens)
-    for row in zip(reasonings, n_tokens, wrong)
-  )
+  lazy = 0
+  for text, tokens, failed in zip(reasonings, n_tokens, wrong, strict=True):
+    lazy += is_lazy(text, tokens, failed, min_reflections=min_reflections, min_tokens=min_tokens)
   return {
     'lazy': lazy,
     'total': len(reasonings),
@@ -69,11 +88,15 @@ def lazy_ratio(
   }
 
 
-# -- BFCL's files -----------------------------------------------------------------------------------------------------
+# --- BFCL's files ---
 
 
 def read_results(path: pathlib.Path) -> list[Result]:
-  """Items of a BFCL result file. Raises ValueError naming file and line of a row that is not one."""
+  """The items of a BFCL result file.
+
+  Raises:
+    ValueError: a row that is no item, with file and line.
+  """
   results = []
   for where, row in _rows(path):
     if 'id' not in row or 'reasoning_content' not in row:
@@ -88,24 +111,31 @@ def read_results(path: pathlib.Path) -> list[Result]:
 
 
 def read_failures(path: pathlib.Path) -> set[str]:
-  """Ids of the failing items of a BFCL score file: every line but the first, which is the summary."""
-  failures, i = set(), -1
-  for i, (where, row) in enumerate(_rows(path)):
-    if i == 0 and 'accuracy' not in row:
-      raise ValueError(
-        f'{where}: a score file begins with its accuracy, this one with {sorted(row)}'
-      )
-    if i > 0 and 'id' not in row:
-      raise ValueError(f'{where}: a failing item needs an id, has {sorted(row)}')
-    if i > 0:
-      failures.add(row['id'])
-  if i < 0:
+  """The ids of the failing items of a BFCL score file.
+
+  The first line of the file is its summary, every other line is a failing item.
+
+  Raises:
+    ValueError: a line that is neither, with file and line, or an empty file.
+  """
+  rows = _rows(path)
+  where, summary = next(rows, (str(path), None))
+  if summary is None:
     raise ValueError(f'{path}: empty; a score file begins with its accuracy')
+  if 'accuracy' not in summary:
+    raise ValueError(
+      f'{where}: a score file begins with its accuracy, this one with {sorted(summary)}'
+    )
+  failures = set()
+  for where, row in rows:
+    if 'id' not in row:
+      raise ValueError(f'{where}: a failing item needs an id, has {sorted(row)}')
+    failures.add(row['id'])
   return failures
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """('file:line', record) of each line that is not blank."""
+  """The pair ('file:line', record) of each line that is not blank."""
   with open(path, encoding='utf-8') as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
@@ -131,7 +161,19 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def find_category(folder: pathlib.Path, category: str, kind: str) -> pathlib.Path | None:
-  """The file of a BFCL category in `folder` or below; kind is 'result' or 'score'; None where there is none."""
+  """The file of a BFCL category in `folder` or below it.
+
+  Args:
+    folder: where to look.
+    category: such as 'live_parallel'.
+    kind: 'result' or 'score'.
+
+  Returns:
+    The path; None where there is none.
+
+  Raises:
+    ValueError: there is more than one.
+  """
   found = sorted(folder.rglob(f'BFCL_v[0-9]_{category}_{kind}.json'))
   if len(found) > 1:
     raise ValueError(f'more than one {kind} file of {category}: {", ".join(map(str, found))}')
@@ -148,34 +190,40 @@ def group_ratio(
   min_tokens: int = 200,
   note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
-  """Lazy ratio over the pooled reasoning texts of some categories; None, with a note, unless all their files are there.
+  """The lazy ratio over the pooled reasoning texts of some categories.
 
   Args:
-    count_tokens: token counts of B texts, special tokens not added.
+    results_dir: where the result files are.
+    scores_dir: where the score files are.
+    categories: BFCL's names; `GROUPS` has those of the published ratios.
+    count_tokens: B texts -> their token counts, special tokens not added.
+    min_reflections, min_tokens: see `is_lazy`.
+    note: takes a text that says which files are missing.
+
+  Returns:
+    As `lazy_ratio`; None where a file is missing.
 
   Raises:
     ValueError: an unreadable row, or a score file that speaks of items which its result file lacks.
   """
-  files = {
-    (category, kind): find_category(folder, category, kind)
-    for category in categories
-    for kind, folder in (('result', results_dir), ('score', scores_dir))
-  }
+  files = {}
+  for category in categories:
+    files[category, 'result'] = find_category(results_dir, category, 'result')
+    files[category, 'score'] = find_category(scores_dir, category, 'score')
   absent = [f'{category} {kind}' for (category, kind), path in files.items() if path is None]
   if absent:
     note(f'no file for {", ".join(absent)}')
     return None
-  reasonings, wrong = [], []
+  reasonings = []
+  wrong = []
   for category in categories:
-    results, failures = (
-      read_results(files[category, 'result']),
-      read_failures(files[category, 'score']),
-    )
+    results = read_results(files[category, 'result'])
+    failures = read_failures(files[category, 'score'])
     strangers = failures - {result.id for result in results}
     if strangers:
       raise ValueError(
-        f'{files[category, "score"]} judges {len(strangers)} items that {files[category, "result"]} '
-        f'lacks, such as {min(strangers)!r}'
+        f'{files[category, "score"]} judges {len(strangers)} items that '
+        f'{files[category, "result"]} lacks, such as {min(strangers)!r}'
       )
     for result in results:
       reasonings += result.reasonings

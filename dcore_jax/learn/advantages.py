@@ -1,11 +1,14 @@
-"""Advantages: how much better than expected a token was, by estimator name (method 3.3, 3.6).
+"""Advantages: how much better than expected a token was (docs/method.md, sections 3.3 and 3.6).
 
-Pure numpy on the host, where rewards and old entropies live; nothing differentiates through them. Every estimator is
-(rewards_PG, entropy_PGT, mask_PGT, **options) -> advantages_PGT: rewards [P, G] of each rollout, entropies (nats) of the
-old policy's distribution that produced each token, mask 1 on response tokens; the result is float32, 0 outside the
-mask. An estimator's options are its keyword-only arguments, in the config fields of section `rl` by the same names.
-All raise ValueError for shapes that disagree, an empty group, or values that are not finite.
-Letters: P prompts, G rollouts of a prompt's group, T response tokens.
+Pure numpy on the host, where rewards and entropies of the old policy live; nothing differentiates
+through them. An estimator is a function (rewards_PG, entropy_PGT, mask_PGT, *, options) ->
+advantages_PGT: the reward of each rollout, the entropy in nats of the old policy's distribution
+that produced each token, and a mask that is 1 on response tokens. The result is float32, and 0
+outside the mask. Its options are keyword-only arguments with defaults. `register_estimator` enters
+it under a name that `rl.estimator` may then have, also from outside this package.
+
+All estimators here raise ValueError for shapes that disagree, an empty group, or values that are
+not finite. Letters: P prompts, G rollouts of a prompt, T response tokens of a rollout.
 """
 
 import functools
@@ -15,66 +18,92 @@ from typing import Any
 
 import numpy as np
 
-_EPSILON = np.float32(1e-6)  # beside the standard deviation
-_ZETA = np.float32(1e-8)  # the paper's threshold, eq. 6
+_EPSILON = np.float32(1e-6)  # added to the standard deviation, as the released code does
+_ZETA = np.float32(1e-8)  # the paper's threshold below which an advantage vanishes, D-CORE, eq. 6
 
 Estimator = Callable[..., np.ndarray]
 ADVANTAGES: dict[str, Estimator] = {}
+_USE_ENTROPY: set[str] = set()
 
 
-def _register(name: str) -> Callable[[Estimator], Estimator]:
-  def add(function: Estimator) -> Estimator:
+def register_estimator(
+  name: str, *, uses_entropy: bool = False
+) -> Callable[[Estimator], Estimator]:
+  """Returns a decorator that makes an estimator known as `name`.
+
+  Args:
+    name: what `rl.estimator` is set to.
+    uses_entropy: whether the result depends on entropies. The loop then measures the gradient norm
+      of that part (psi), and may adapt `rl.alpha` to it.
+
+  Raises:
+    ValueError: another function has this name.
+  """
+
+  def register(function: Estimator) -> Estimator:
+    if ADVANTAGES.get(name, function) is not function:
+      raise ValueError(f'an advantage estimator {name!r} is registered already')
     ADVANTAGES[name] = function
+    if uses_entropy:
+      _USE_ENTROPY.add(name)
     return function
 
-  return add
+  return register
 
 
 def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
   """Names of the keyword-only arguments."""
-  return tuple(
-    name
-    for name, kind in inspect.signature(function).parameters.items()
-    if kind.kind is kind.KEYWORD_ONLY
-  )
+  names = []
+  for name, parameter in inspect.signature(function).parameters.items():
+    if parameter.kind is parameter.KEYWORD_ONLY:
+      names.append(name)
+  return tuple(names)
 
 
-def make_estimator(name: str, config: Mapping[str, Any]) -> Estimator:
-  """One of `ADVANTAGES` with its options taken from the fields of the same names; ValueError for an unknown name."""
+def make_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
+  """Binds those of the options that the estimator takes; the others of its own keep their defaults.
+
+  Raises:
+    ValueError: no estimator has this name.
+  """
   if name not in ADVANTAGES:
     raise ValueError(f'unknown estimator {name!r}; expected one of {sorted(ADVANTAGES)}')
-  return functools.partial(
-    ADVANTAGES[name], **{option: config[option] for option in options_of(ADVANTAGES[name])}
-  )
+  function = ADVANTAGES[name]
+  # Options of other estimators are there too, and one that the section lacks is not.
+  taken = {option: options[option] for option in options_of(function) if option in options}
+  return functools.partial(function, **taken)
 
 
 def uses_entropy(name: str) -> bool:
-  """Whether psi is a part of the estimator's result."""
-  return 'alpha' in options_of(ADVANTAGES[name])
+  """Tells whether the estimator's result has a part that comes from entropies, psi."""
+  return name in _USE_ENTROPY
 
 
-# --- from rewards alone ------------------------------------------------------------------------------------------------------
+# --- estimators that read rewards alone ---
 
 
-@_register('grpo')
+@register_estimator('grpo')
 def grpo_advantages(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
-  """A = (R - mean) / (std + 1e-6) over the group, std with ddof 1 (paper eq. 2)."""
+  """A = (R - mean) / (std + 1e-6) over the group, std with ddof 1 (D-CORE, eq. 2)."""
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   return _spread(_standardised(rewards_PG), rewards_PG, mask_PGT)
 
 
-@_register('dr_grpo')
+@register_estimator('dr_grpo')
 def dr_grpo_advantages(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
-  """A = R - mean, without the division that favours groups of little variance (Liu et al. 2025, Dr. GRPO)."""
+  """A = R - mean, without the division (Liu et al. 2025, Dr. GRPO).
+
+  Dividing by the deviation favours groups whose rewards hardly differ.
+  """
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   return _spread(_centred(rewards_PG), rewards_PG, mask_PGT)
 
 
-@_register('rloo')
+@register_estimator('rloo')
 def rloo_advantages(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
@@ -84,11 +113,12 @@ def rloo_advantages(
   return _spread(_centred(rewards_PG) * np.float32(G / max(1, G - 1)), rewards_PG, mask_PGT)
 
 
-# --- with the entropy where rewards say nothing ------------------------------------------------------------------------------
+# --- estimators with the entropy where rewards say nothing ---
 
 
-@_register('da_grpo')
-def da_grpo_advantages(
+# Options are keyword-only arguments, one each: the registry's contract.
+@register_estimator('da_grpo', uses_entropy=True)
+def da_grpo_advantages(  # noqa: PLR0913
   rewards_PG: np.ndarray,
   entropy_PGT: np.ndarray,
   mask_PGT: np.ndarray,
@@ -100,21 +130,29 @@ def da_grpo_advantages(
   psi_when_wrong: str = 'reinforce',
   right_above: float = 0.0,
 ) -> np.ndarray:
-  """Diversity-aware GRPO: where the group-relative advantage vanishes, psi = min(alpha H, delta) replaces it (eq. 6-8).
+  """Diversity-aware GRPO: psi = min(alpha H, delta) replaces vanished advantages (D-CORE, eq. 6-8).
 
   Args:
-    rewards_PG, entropy_PGT, mask_PGT: see the module.
+    rewards_PG: reward of each rollout.
+    entropy_PGT: H, nats.
+    mask_PGT: 1 on response tokens.
     alpha: weight of the entropy.
-    delta: cap of psi.
-    zero_test: 'group': psi on groups whose rewards are all equal, the paper's intent. 'token': wherever the float32
-      advantage is exactly 0, as released; that adds rollouts at their group's mean, and misses groups whose mean rounds
-      (eight rewards of 3.590909 give 0.3158). 'below': wherever A < 1e-8, eq. 6 to the letter; that overwrites every
-      negative advantage too.
+    delta: upper bound of psi.
+    zero_test: where psi acts. 'group': on groups whose rewards are all equal, the paper's intent.
+      'token': wherever the float32 advantage is exactly 0, as released; that adds rollouts at their
+      group's mean, and misses groups whose mean rounds (eight rewards of 3.590909 give 0.3158).
+      'below': wherever A < 1e-8, which is eq. 6 to the letter; that overwrites every negative
+      advantage too.
     psi_multiplier: 1 as published; 2 as released, where an aliased tensor receives psi twice.
-    psi_when_wrong: what befalls rollouts with a reward of at most `right_above`. 'reinforce': psi, blind to the reward, as
-      published; 'ignore': 0; 'punish': psi less the rollout's largest psi, which is never positive, at least -delta, and
-      spares the tokens that were least certain.
-    right_above: rewards above it count as right; the released RL-ZVP has 0 (`paper` rewards are never negative).
+    psi_when_wrong: what happens to rollouts with a reward of at most `right_above` where psi acts.
+      'reinforce': psi whatever the reward, as published. 'ignore': 0. 'punish': psi minus the
+      rollout's largest psi, which is never positive, at least -delta, and closest to 0 on the least
+      certain tokens.
+    right_above: rewards above it count as right; the released RL-ZVP has 0 (the reward named
+      'paper' is never negative).
+
+  Raises:
+    ValueError: an option that means nothing.
   """
   if not (alpha >= 0 and delta >= 0):
     raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
@@ -123,18 +161,19 @@ def da_grpo_advantages(
       f"unknown psi_when_wrong {psi_when_wrong!r}; expected 'reinforce', 'ignore' or 'punish'"
     )
   rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
+  # psi replaces the advantage and is never added to it: the two are not on one scale.
   relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
   psi_PGT = np.minimum(alpha * entropy_PGT * mask_PGT, delta)
   if psi_when_wrong != 'reinforce':
-    spared_PGT = (
-      psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0) if psi_when_wrong == 'punish' else 0
-    )
-    psi_PGT = np.where(rewards_PG[:, :, None] > right_above, psi_PGT, spared_PGT)
+    wrong_PGT = np.float32(0)
+    if psi_when_wrong == 'punish':
+      wrong_PGT = psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0)
+    psi_PGT = np.where(rewards_PG[:, :, None] > right_above, psi_PGT, wrong_PGT)
   chosen_PGT = np.where(zero_PG[:, :, None], psi_multiplier * psi_PGT, relative_PG[:, :, None])
   return (chosen_PGT * mask_PGT).astype(np.float32)
 
 
-@_register('rl_zvp')
+@register_estimator('rl_zvp', uses_entropy=True)
 def rl_zvp_advantages(
   rewards_PG: np.ndarray,
   entropy_PGT: np.ndarray,
@@ -145,10 +184,11 @@ def rl_zvp_advantages(
   psi_multiplier: float = 1.0,
   right_above: float = 0.0,
 ) -> np.ndarray:
-  """RL with zero-variance prompts (Le et al. 2025; method 3.6): DA-GRPO without a cap, that punishes.
+  """RL with zero-variance prompts (Le et al. 2025; docs/method.md, section 3.6).
 
-  Where the advantage vanishes: alpha H of a right rollout, alpha (H - max H of the rollout) of a wrong one. Options as
-  for `da_grpo_advantages`.
+  Where the advantage vanishes, a right rollout gets alpha H and a wrong one alpha (H - max H of the
+  rollout): DA-GRPO without a cap, with `psi_when_wrong = 'punish'`. The options are those of
+  `da_grpo_advantages`.
   """
   return da_grpo_advantages(
     rewards_PG,
@@ -166,11 +206,62 @@ def rl_zvp_advantages(
 def psi_part(
   estimator: Estimator, advantages_PGT: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
-  """What entropies contributed to an estimator's result [P, G, T]: the difference to the result without them.
+  """What entropies contributed to an estimator's result [P, G, T].
 
-  Exact, not a rounded difference: where psi acts it replaces the group-relative advantage.
+  It is the difference to the result without them, exactly and not up to rounding: where psi acts it
+  replaces the group-relative advantage.
   """
   return advantages_PGT - estimator(rewards_PG, np.zeros_like(advantages_PGT), mask_PGT)
+
+
+def token_advantages(
+  estimator: Estimator,
+  rewards_PG: np.ndarray,
+  entropies: Sequence[np.ndarray],
+  psi_tokens: Sequence[np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Advantages of rollouts of unequal length, and the part of them that psi is.
+
+  Args:
+    estimator: one of `ADVANTAGES` with its options bound.
+    rewards_PG: reward of each rollout.
+    entropies: nats, an array for each rollout, prompt by prompt: rollout g of prompt p is number
+      p x G + g.
+    psi_tokens: bool arrays of the same lengths; tokens where they are False get no psi.
+
+  Returns:
+    (advantages, psi), float32 arrays of the same lengths as the entropies.
+
+  Raises:
+    ValueError: the rewards do not number the rollouts.
+  """
+  rewards_PG = np.asarray(rewards_PG)
+  if rewards_PG.size != len(entropies):
+    raise ValueError(f'{rewards_PG.size} rewards for {len(entropies)} rollouts')
+  shape = rewards_PG.shape
+  mask_PGT = _pad_groups([np.ones(len(entropy), bool) for entropy in entropies], shape)
+  advantages_PGT = estimator(rewards_PG, _pad_groups(entropies, shape), mask_PGT)
+  psi_PGT = psi_part(estimator, advantages_PGT, rewards_PG, mask_PGT)
+  if psi_tokens is not None:
+    # Relative advantages stay: only the part that psi is is taken away again.
+    left_out_PGT = np.where(_pad_groups(psi_tokens, shape), np.float32(0), psi_PGT)
+    advantages_PGT = advantages_PGT - left_out_PGT
+    psi_PGT = psi_PGT - left_out_PGT
+  lengths = [len(entropy) for entropy in entropies]
+  return _cut_groups(advantages_PGT, lengths), _cut_groups(psi_PGT, lengths)
+
+
+def _pad_groups(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+  """Rollouts of unequal length -> [P, G, T], filled up with 0."""
+  longest = max(map(len, rows))
+  padded = [np.pad(row, (0, longest - len(row))) for row in rows]
+  return np.stack(padded).reshape(*shape, longest)
+
+
+def _cut_groups(values_PGT: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+  """The inverse of `_pad_groups`."""
+  rows = values_PGT.reshape(-1, values_PGT.shape[-1])
+  return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def adapted_alpha(
@@ -182,11 +273,20 @@ def adapted_alpha(
   low: float = 0.01,
   high: float = 1.0,
 ) -> float:
-  """The next alpha of a controller that holds a measure at its target: alpha grows while the measure is below it.
+  """The next alpha of a controller that holds a measure at its target.
 
-  The logarithm of alpha moves by `rate` times the relative error, which counts as at most 1 either way; alpha is its whole
-  state. Measures: the policy's entropy (nats a token), or psi's share of the gradient norm. One that is not finite changes
-  nothing.
+  Alpha grows while the measure is below the target: its logarithm moves by `rate` times the
+    relative
+  error, which counts as at most 1 either way. Alpha is the controller's whole state.
+
+  Args:
+    alpha: the present one.
+    measured: the policy's entropy (nats a token), or psi's share of the gradient norm. A value that
+      is not finite changes nothing.
+    target: what the measure is to be.
+    rate: of the logarithm, a step.
+    low: least alpha.
+    high: largest alpha.
 
   Raises:
     ValueError: a target, rate or bounds that cannot work.
@@ -197,17 +297,26 @@ def adapted_alpha(
     )
   if not np.isfinite(measured):
     return alpha
+  # The bound on the error keeps one odd measurement from moving alpha by more than `rate`.
   error = np.clip((target - measured) / target, -1, 1)
   return float(np.clip(alpha * np.exp(rate * error), low, high))
 
 
 def word_tokens(pieces: Sequence[str], words: Sequence[str]) -> np.ndarray:
-  """bool [n]: tokens, given as their texts, that hold a part of one of the words (substrings in any case, method 3.7)."""
+  """Marks the tokens, given as their texts, that hold a part of one of the words -> bool [n].
+
+  Words are found as substrings in any case (docs/method.md, section 3.7), also across tokens.
+
+  Raises:
+    ValueError: an empty word, which would be everywhere.
+  """
   if not all(words):
     raise ValueError(f'an empty word is everywhere: {list(words)}')
   lowered = [piece.lower() for piece in pieces]
-  text, sizes = ''.join(lowered), np.array([len(piece) for piece in lowered], np.int64)
+  text = ''.join(lowered)
+  sizes = np.array([len(piece) for piece in lowered], np.int64)
   ends = np.cumsum(sizes)
+  # Token i is covered by the sum of change[: i + 1] many words.
   change = np.zeros(len(pieces) + 1, np.int64)
   for word in map(str.lower, words):
     start = text.find(word)
@@ -219,14 +328,17 @@ def word_tokens(pieces: Sequence[str], words: Sequence[str]) -> np.ndarray:
   return (np.cumsum(change[:-1]) > 0) & (sizes > 0)
 
 
-# --- rewards before the advantage --------------------------------------------------------------------------------------------
+# --- rewards, before the advantage ---
 
 
 def overlong_penalty(
   lengths: np.ndarray, *, max_tokens: int, buffer: int, penalty: float = 1.0
 ) -> np.ndarray:
-  """What DAPO adds to the reward of a long response (Yu et al. 2025, eq. 13): 0 up to max_tokens - buffer tokens, from there
-  falling to -penalty at max_tokens and on. Float64, shaped like `lengths`."""
+  """What DAPO adds to the reward of a long response (Yu et al. 2025, eq. 13).
+
+  0 up to max_tokens - buffer tokens, from there falling linearly to -penalty at max_tokens, and
+  -penalty beyond. Float64, shaped like `lengths`.
+  """
   if not 0 < buffer <= max_tokens:
     raise ValueError(f'buffer = {buffer} is outside 1..{max_tokens}, the longest response')
   excess = np.asarray(lengths, np.float64) - (max_tokens - buffer)
@@ -234,36 +346,49 @@ def overlong_penalty(
 
 
 def select_groups(rewards_PG: np.ndarray, wanted: int, *, uniform_share: float = 0.0) -> np.ndarray:
-  """DAPO's dynamic sampling: indices, in order, of the first groups to train on; fewer than `wanted` call for more prompts.
+  """DAPO's dynamic sampling: ascending indices of the first groups that are worth training on.
 
-  Groups of equal rewards, from which GRPO learns nothing, fill at most `uniform_share` of the batch: 0 is DAPO, 1 takes all
-  as they come, and between them DA-GRPO keeps some of both.
+  Fewer than `wanted` call for more prompts. Groups of equal rewards, from which GRPO learns
+  nothing, fill at most `uniform_share` of the batch: 0 is DAPO, 1 takes all as they come, and
+  values between keep some groups for the psi of DA-GRPO.
   """
   if not 0 <= uniform_share <= 1:
     raise ValueError(f'uniform_share = {uniform_share} is a share, 0..1')
   uniform_P = uniform_groups(np.asarray(rewards_PG))[:, 0]
+  # Uniform groups are taken in order until their room is used up.
   room = int(uniform_share * wanted)
   return np.flatnonzero(~uniform_P | (np.cumsum(uniform_P) <= room))[:wanted]
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------------------
+def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
+  """[P, 1] bool: all rewards of the group are equal.
+
+  A rollout alone in its group counts when its reward, which then is its advantage, is 0.
+  """
+  if rewards_PG.shape[1] == 1:
+    return rewards_PG == 0
+  return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)
 
 
-def _checked(rewards_PG, entropy_PGT, mask_PGT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  rewards_PG, entropy_PGT, mask_PGT = (
-    np.asarray(array, np.float32) for array in (rewards_PG, entropy_PGT, mask_PGT)
-  )
+# --- parts of the estimators ---
+
+
+def _checked(
+  rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The arguments of an estimator as float32, or ValueError."""
+  rewards_PG = np.asarray(rewards_PG, np.float32)
+  entropy_PGT = np.asarray(entropy_PGT, np.float32)
+  mask_PGT = np.asarray(mask_PGT, np.float32)
   if rewards_PG.ndim != 2 or not rewards_PG.size:
     raise ValueError(
       f'rewards have shape {rewards_PG.shape}, expected [prompts, rollouts] with no empty group'
     )
-  if (
-    mask_PGT.shape[:2] != rewards_PG.shape
-    or mask_PGT.ndim != 3
-    or entropy_PGT.shape != mask_PGT.shape
-  ):
+  same_groups = mask_PGT.ndim == 3 and mask_PGT.shape[:2] == rewards_PG.shape
+  if not same_groups or entropy_PGT.shape != mask_PGT.shape:
     raise ValueError(
-      f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and mask {mask_PGT.shape} disagree'
+      f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and '
+      f'mask {mask_PGT.shape} disagree'
     )
   if not np.isfinite(rewards_PG).all():
     raise ValueError('rewards are not finite')
@@ -273,35 +398,32 @@ def _checked(rewards_PG, entropy_PGT, mask_PGT) -> tuple[np.ndarray, np.ndarray,
 
 
 def _centred(rewards_PG: np.ndarray) -> np.ndarray:
-  """R - mean, summed in order in float32 as torch does for a group; numpy's pairwise sum rounds differently. A rollout alone
-  in its group has mean 0 and deviation 1 by convention."""
-  if rewards_PG.shape[1] == 1:
+  """R - mean. A rollout alone in its group has mean 0 and deviation 1 by convention."""
+  G = rewards_PG.shape[1]
+  if G == 1:
     return rewards_PG
-  return rewards_PG - np.add.accumulate(rewards_PG, axis=1)[:, -1:] / np.float32(
-    rewards_PG.shape[1]
-  )
+  # In float32 torch sums a group from left to right; numpy's pairwise sum rounds differently.
+  total_P1 = np.add.accumulate(rewards_PG, axis=1)[:, -1:]
+  return rewards_PG - total_P1 / np.float32(G)
 
 
 def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
+  """(R - mean) / (std + 1e-6)."""
   centred_PG = _centred(rewards_PG)
-  if rewards_PG.shape[1] == 1:
+  G = rewards_PG.shape[1]
+  if G == 1:
     return centred_PG / (1 + _EPSILON)
-  variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (
-    rewards_PG.shape[1] - 1
-  )
+  variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (G - 1)
   return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
 
 
-def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
-  """[P, 1] bool: all rewards of the group are equal. A single rollout counts when its reward, hence its advantage, is 0."""
-  if rewards_PG.shape[1] == 1:
-    return rewards_PG == 0
-  return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)
-
-
 def _spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
-  """One advantage for all tokens of a rollout; exactly 0 in groups whose rewards are equal, whatever the mean rounds to."""
-  return np.where(uniform_groups(rewards_PG), np.float32(0), relative_PG)[:, :, None] * mask_PGT
+  """Gives all tokens of a rollout its advantage -> [P, G, T].
+
+  Groups of equal rewards get exactly 0, whatever their mean rounds to.
+  """
+  exact_PG = np.where(uniform_groups(rewards_PG), np.float32(0), relative_PG)
+  return exact_PG[:, :, None] * mask_PGT
 
 
 def _zero_advantages(rewards_PG: np.ndarray, zero_test: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,15 @@
-"""The (DA-)GRPO step and the pass that scores the old policy, both on token trees (method 3.2-3.5).
+"""The (DA-)GRPO step, and what it needs to know of sampled responses (docs/method.md, 3.2 to 3.5).
 
-One rollout batch goes: `pack` -> `score_rows` (old log-probs and entropies, one pass) -> `advantage_rows` ->
-`tree.with_extras(advantage, old_logp, ref_logp)` -> steps over `tree.batch(...)`.
-Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch.
+`Response` carries a response and the values of each of its tokens from the engine to the step. One
+batch of them goes: `pack_responses` -> `score_rows`, where the trainer scores tokens itself ->
+`with_advantages` -> `lay_values`, which puts on the tree what the loss reads -> `tree.batch` -> the
+step of `make_grpo_step`.
+Letters: A micro-batches, R rows, T tokens in a row, M loss tokens of a micro-batch, C those of a
+chunk, D hidden, V vocabulary, P prompts, G rollouts of a prompt, m tokens of a response.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -15,32 +20,194 @@ import numpy as np
 import optax
 
 from dcore_jax import sharding, tokentree
-from dcore_jax.learn import advantages, head, objectives, optimizer, sft
+from dcore_jax.learn import advantages, head, objectives, optimizer
+from dcore_jax.learn.step import Metrics, accumulate, loss_token_states, token_scores
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
+from dcore_jax.tokentree import TokenTree
 
-da_grpo_advantages = advantages.da_grpo_advantages
 ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
+_DEFAULT_EXECUTION = Execution()
+_BY_TOKEN = ('clip_share', 'entropy', 'importance')  # metrics that are means over tokens
+
+
+# --- responses on the host ---
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Response:
+  """A sampled response and what is known of its m tokens.
+
+  Values that a loss may read have the names of `objectives.PolicyLoss.extras`; a scalar holds for
+  all tokens of the response.
+
+  Attributes:
+    prompt: int32 [n], the ids before the response.
+    tokens: int32 [m], what was sampled.
+    behaviour_logp: float32 [m], log-probabilities under the distribution that was sampled from.
+    old_logp: float32 [m], those of the policy before the update, at the training temperature.
+    entropy: float32 [m], nats, of the old policy's distributions.
+    ref_logp: float32 [m], those of the reference policy.
+    advantage: float32 [m].
+    psi: float32 [m], the part of the advantage that comes from entropies.
+    uniform: 1 where the rewards of the response's group are all equal, else 0.
+    sequence: number of the response in its mini-batch.
+    updated: 1 where updates lie between the old policy and the present one, else 0.
+  """
+
+  prompt: np.ndarray
+  tokens: np.ndarray
+  behaviour_logp: np.ndarray
+  old_logp: np.ndarray
+  entropy: np.ndarray
+  ref_logp: np.ndarray | None = None
+  advantage: np.ndarray | None = None
+  psi: np.ndarray | None = None
+  uniform: float | None = None
+  sequence: int | None = None
+  updated: float | None = None
+
+
+def pack_responses(
+  responses: Sequence[Response], capacity: int, rows_multiple: int = 1, pad_id: int = 0
+) -> TokenTree:
+  """Packs a sequence a response: its prompt has no loss weight and may be shared.
+
+  A later prompt of an episode replays the answers before it without their thoughts. It leaves the
+  earlier response's path where that begins, and merges with the other turns and rollouts of the
+  task as far as they agree.
+  """
+  sequences = []
+  for response in responses:
+    prompt_weights = np.zeros(len(response.prompt), np.float32)
+    own_weights = np.ones(len(response.tokens), np.float32)
+    # All tokens of a response have weight 1; the aggregation of the loss decides what a token
+    # counts.
+    sequences.append(
+      tokentree.TokenSequence(
+        tokens=np.concatenate([response.prompt, response.tokens]),
+        weights=np.concatenate([prompt_weights, own_weights]),
+        shared=len(response.prompt),
+      )
+    )
+  return tokentree.pack(sequences, capacity, rows_multiple, pad_id)
+
+
+def lay_values(
+  tree: TokenTree, responses: Sequence[Response], names: AbstractSet[str]
+) -> TokenTree:
+  """The tree of `pack_responses` with the named values of the responses on its loss tokens."""
+  extras = {}
+  for name in sorted(names):
+    values = [np.broadcast_to(getattr(each, name), each.tokens.shape) for each in responses]
+    extras[name] = tree.scatter(values, np.int32 if name == 'sequence' else np.float32)
+  return tree.with_extras(**extras)
+
+
+def gather_values(
+  tree: TokenTree, responses: Sequence[Response], values_RT: np.ndarray
+) -> list[np.ndarray]:
+  """Per-token values of the rows -> those of each response's own tokens."""
+  gathered = tree.gather(values_RT)
+  return [
+    values[len(response.prompt) :] for values, response in zip(gathered, responses, strict=True)
+  ]
+
+
+def with_advantages(
+  rollouts: Sequence[Sequence[Response]],
+  rewards_PG: np.ndarray,
+  estimator: advantages.Estimator,
+  psi_tokens: Sequence[Sequence[np.ndarray]] | None = None,
+) -> list[list[Response]]:
+  """Gives responses their advantage, psi and `uniform`.
+
+  An advantage belongs to a rollout. An episode has several responses, and none where its first
+  prompt was too long.
+
+  Args:
+    rollouts: the responses of each rollout, prompt by prompt; their entropies are read.
+    rewards_PG: reward of each rollout.
+    estimator: one of `advantages.ADVANTAGES` with its options bound.
+    psi_tokens: for each response which of its tokens may have psi, bool [m]; all by default.
+
+  Raises:
+    ValueError: the rewards do not number the rollouts.
+  """
+  rewards_PG = np.float32(rewards_PG)
+  entropies = [_joined([each.entropy for each in responses]) for responses in rollouts]
+  allowed = None
+  if psi_tokens is not None:
+    allowed = [_joined(marks, bool) for marks in psi_tokens]
+  # An episode's rollout is one sequence of tokens to the estimator, all its responses together.
+  advantage, psi = advantages.token_advantages(estimator, rewards_PG, entropies, allowed)
+  uniform_P1 = advantages.uniform_groups(rewards_PG)
+  uniform = np.broadcast_to(uniform_P1, rewards_PG.shape).reshape(-1)
+  result = []
+  for number, responses in enumerate(rollouts):
+    changed = []
+    start = 0
+    for response in responses:
+      stop = start + len(response.tokens)
+      changed.append(
+        dataclasses.replace(
+          response,
+          advantage=advantage[number][start:stop],
+          psi=psi[number][start:stop],
+          uniform=float(uniform[number]),
+        )
+      )
+      start = stop
+    result.append(changed)
+  return result
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type = np.float32) -> np.ndarray:
+  """The arrays end to end; empty where there are none."""
+  return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def reflective_tokens(
+  responses: Sequence[Response], tokenizer: Any, words: Sequence[str]
+) -> list[np.ndarray]:
+  """bool [m] for each response: tokens that hold a part of one of the words.
+
+  Each response is read as one text, so that a word may span tokens.
+  """
+  # Decoding is the slow part: each id that occurs is decoded once.
+  ids = np.unique(_joined([response.tokens for response in responses], np.int32))
+  texts = tokenizer.batch_decode(ids[:, None].tolist(), clean_up_tokenization_spaces=False)
+  pieces = np.array(texts, object)
+  marks = []
+  for response in responses:
+    own = pieces[np.searchsorted(ids, response.tokens)]
+    marks.append(advantages.word_tokens(own.tolist(), words))
+  return marks
+
+
+# --- scores of a policy ---
 
 
 def make_score_pass(
-  config: DecoderConfig, *, temperature: float = 1.0, execution: Execution = Execution()
+  config: DecoderConfig, *, temperature: float = 1.0, execution: Execution = _DEFAULT_EXECUTION
 ) -> ScorePass:
-  """The jitted pass (params, batch) -> (log-probabilities, entropies) [A, M] of the batch's loss tokens."""
-  score = lambda params, micro: sft.token_scores(
-    params, config, micro, temperature=temperature, execution=execution
-  )
-  everywhere = lambda scores: tuple(
-    sharding.constrain(array, 'micro_batch', 'length') for array in scores
-  )
+  """The jitted pass (params, batch) -> (log-probabilities, entropies) [A, M] of the loss tokens."""
+
+  def score(params, micro):
+    return token_scores(params, config, micro, temperature=temperature, execution=execution)
 
   def score_pass(params, batch):
-    # One micro-batch, the usual case, needs no loop.
-    if batch.weight.shape[0] == 1:
+    if batch.weight.shape[0] == 1:  # the usual case needs no loop
       scores = score(params, jax.tree.map(lambda leaf: leaf[0], batch))
-      return everywhere(jax.tree.map(lambda leaf: leaf[None], scores))
-    return everywhere(jax.lax.map(lambda micro: score(params, micro), batch))
+      logp_AM, entropy_AM = jax.tree.map(lambda leaf: leaf[None], scores)
+    else:
+      logp_AM, entropy_AM = jax.lax.map(lambda micro: score(params, micro), batch)
+    # Every host reads all scores.
+    return (
+      sharding.constrain(logp_AM, 'micro_batch', 'length'),
+      sharding.constrain(entropy_AM, 'micro_batch', 'length'),
+    )
 
   return jax.jit(score_pass)
 
@@ -48,177 +215,101 @@ def make_score_pass(
 def score_rows(
   score_pass: ScorePass,
   params: Any,
-  tree: tokentree.TokenTree,
+  tree: TokenTree,
   rows: int,
   budget: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Scores a whole tree, `rows` rows at a time in one constant shape -> (logp, entropy), float32 [R, T], 0 elsewhere.
+  """Scores a whole tree -> (log-probabilities, entropies), float32 [R, T], 0 elsewhere.
 
-  `budget` is the number of loss tokens a pass has room for, by default what the tree needs; trees that share one share
-  one compiled program. `tree.gather` turns either result into one array per sequence.
+  Args:
+    score_pass: from `make_score_pass`.
+    params: the policy's.
+    tree: what is scored.
+    rows: rows of one pass. All passes have one constant shape.
+    budget: loss tokens that a pass has room for; by default what the tree needs. Trees with the
+      same budget share one compiled program.
+
+  Raises:
+    ValueError: the rows of the tree do not divide into passes.
   """
   if rows < 1 or tree.rows % rows:
     raise ValueError(
       f'{tree.rows} rows of the tree do not divide into {rows}; pack with rows_multiple={rows}'
     )
   budget = budget or tree.loss_budget(rows, sharding.shards())
-  out = np.zeros((2, tree.rows, tree.capacity), np.float32)
   pending = []
   for start in range(0, tree.rows, rows):
     if not tree.weight[start : start + rows].any():
       continue  # rows that only fill the tree up
     batch = tree.batch(range(start, start + rows), budget=budget, shards=sharding.shards())
-    # Dispatched: nothing waits until all are under way.
-    pending.append((start, batch, score_pass(params, sharding.place_batch(batch, whole=True))))
+    # Dispatched only: nothing waits for the device until all passes are under way.
+    scores = score_pass(params, sharding.place_batch(batch, whole=True))
+    pending.append((start, batch, scores))
+  logp_RT = np.zeros((tree.rows, tree.capacity), np.float32)
+  entropy_RT = np.zeros((tree.rows, tree.capacity), np.float32)
   for start, batch, scores in pending:
+    logp_1M, entropy_1M = jax.device_get(scores)
+    # One micro-batch a pass; `slot` counts from the first of its rows.
     used = batch.weight[0] != 0
-    for values, target in zip(jax.device_get(scores), out):
-      target[start : start + rows].reshape(-1)[batch.slot[0][used]] = values[0][used]
-  return out[0], out[1]
+    slots = batch.slot[0][used]
+    logp_RT[start : start + rows].reshape(-1)[slots] = logp_1M[0][used]
+    entropy_RT[start : start + rows].reshape(-1)[slots] = entropy_1M[0][used]
+  return logp_RT, entropy_RT
 
 
-def advantage_rows(
-  tree: tokentree.TokenTree,
-  rewards_PG: np.ndarray,
-  entropy_RT: np.ndarray,
-  estimator: advantages.Estimator,
-  psi_tokens_RT: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """(advantage, psi) [R, T] of the tree's loss tokens, by one of `ADVANTAGES` with its options bound.
-
-  The tree holds the rollouts prompt by prompt: rollout g of prompt p was sequence p x G + g. A dropped one still counts
-  in its group's mean. Tokens that `psi_tokens_RT` leaves out get no psi (`reflective_rows`). Raises ValueError when the
-  rewards do not number the sequences.
-  """
-  rewards_PG = np.asarray(rewards_PG)
-  if rewards_PG.size != len(tree.paths):
-    raise ValueError(f'{rewards_PG.size} rewards for {len(tree.paths)} sequences')
-  longest = max(map(len, tree.paths))
-  padded = lambda rows: np.stack([np.pad(row, (0, longest - len(row))) for row in rows]).reshape(
-    *rewards_PG.shape, -1
-  )
-  mask_PGT = padded(tree.gather(tree.weight != 0))
-  advantages_PGT = estimator(rewards_PG, padded(tree.gather(entropy_RT)) * mask_PGT, mask_PGT)
-  psi_PGT = advantages.psi_part(estimator, advantages_PGT, rewards_PG, mask_PGT)
-  if psi_tokens_RT is not None:
-    left_out_PGT = psi_PGT * ~padded(tree.gather(psi_tokens_RT))
-    advantages_PGT, psi_PGT = advantages_PGT - left_out_PGT, psi_PGT - left_out_PGT
-  return tuple(tree.scatter(values.reshape(-1, longest)) for values in (advantages_PGT, psi_PGT))
-
-
-def reflective_rows(tree: tokentree.TokenTree, tokenizer: Any, words: Sequence[str]) -> np.ndarray:
-  """bool [R, T]: loss tokens of which the words hold a part, each sequence's response read as one text."""
-  ids, place = np.unique(tree.tokens, return_inverse=True)
-  pieces = np.array(
-    tokenizer.batch_decode(ids[:, None].tolist(), clean_up_tokenization_spaces=False), object
-  )
-  texts, chosen = pieces[place.reshape(-1)], np.zeros(tree.tokens.size, bool)
-  for path, weight in zip(tree.paths, tree.gather(tree.weight)):
-    response = path[weight != 0]
-    chosen[response] = advantages.word_tokens(texts[response].tolist(), words)
-  return chosen.reshape(tree.tokens.shape)
-
-
-def uniform_rows(tree: tokentree.TokenTree, rewards_PG: np.ndarray) -> np.ndarray:
-  """float32 [R, T]: 1 on the tokens of groups whose rewards are all equal. A rollout at the mean of another group is not meant,
-  though its advantage is 0, too. The tree is that of `advantage_rows`."""
-  uniform_PG = np.broadcast_to(advantages.uniform_groups(np.float32(rewards_PG)), rewards_PG.shape)
-  rows = zip(tree.paths, uniform_PG.reshape(-1), strict=True)
-  return tree.scatter([np.full(len(path), here, np.float32) for path, here in rows])
-
-
-def sequence_rows(tree: tokentree.TokenTree) -> np.ndarray:
-  """int32 [R, T]: the number of the sequence that a loss token belongs to; rollouts share no loss token. Of an episode every
-  response is a sequence of its own."""
-  numbers = [np.full(len(path), number, np.float32) for number, path in enumerate(tree.paths)]
-  return tree.scatter(numbers).astype(np.int32)
+# --- the step ---
 
 
 def make_grpo_step(
   config: DecoderConfig,
   tx: optax.GradientTransformation,
+  loss: objectives.PolicyLoss,
   *,
   temperature: float = 1.0,
-  execution: Execution = Execution(),
-  **options: Any,
-) -> Callable[[sft.TrainState, tokentree.RowBatch], tuple[sft.TrainState, sft.Metrics]]:
+  execution: Execution = _DEFAULT_EXECUTION,
+) -> Callable[[optimizer.TrainState, tokentree.RowBatch], tuple[optimizer.TrainState, Metrics]]:
   """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
-  `options` are the fields of `objectives.PolicyLoss`, whose `extras` names the values that a batch brings. Sums over loss
-  tokens are divided once, by the aggregation of the whole batch; a token's weight in the tree counts beside it.
-  A statistic of the objective costs GSPO one more vocabulary projection, and KL-Cov, which compares the tokens of all
-  micro-batches, one more forward pass.
-  Metrics: loss, pg_loss, kl, uniform_kl, divided as the loss is; clip_share, entropy (of the current policy), importance, means
-  over tokens; weight, grad_norm, skipped. Those of terms that are off are absent.
+  Sums over loss tokens are divided once, by what the aggregation of the whole batch says; a token's
+  weight in the tree counts beside it. A statistic of the objective costs GSPO one more vocabulary
+  projection. KL-Cov, which compares the tokens of all micro-batches, costs one more forward pass.
+
+  Metrics: loss, pg_loss, kl and uniform_kl, divided as the loss is; clip_share, entropy (of the
+  current policy) and importance, means over tokens; weight, grad_norm, skipped. Those of terms that
+  are off are absent.
+
+  Args:
+    config: of the decoder.
+    tx: the optimizer.
+    loss: what is minimised; its `extras` names the values that a batch must bring.
+    temperature: of the policy's distributions.
+    execution: how the passes run.
   """
-  loss = objectives.PolicyLoss(**options)
-
-  def batch_logp(params, batch):
-    def score(micro):  # those without weight are skipped here as in the update
-      scores = lambda: sft.token_scores(
-        params, config, micro, temperature=temperature, execution=execution
-      )[0]
-      return jax.lax.cond(jnp.any(micro.weight != 0), scores, lambda: jnp.zeros_like(micro.weight))
-
-    return jax.lax.map(score, batch)
-
-  def objective(logp_C, entropy_C, values):
-    weight_C, extras = values
-    total, sums = loss.sums(logp_C, entropy_C, weight_C, extras)
-    return total, sums | {'loss': total, 'weight': jnp.sum(extras.get('token_weight', weight_C))}
-
-  def objective_sum(params, micro):
-    hidden_MD, matrix_VD = (
-      sft.loss_token_states(params, config, micro, execution),
-      decoder.head_matrix(params),
-    )
-    extras = micro.extras
-    if loss.scope == 'micro-batch':
-      logp_M, _ = head.log_probs_and_entropy(
-        *jax.lax.stop_gradient((hidden_MD, matrix_VD)),
-        micro.target,
-        temperature,
-        used_M=micro.weight,
-      )
-      extras = loss.with_statistic(logp_M, micro.weight, extras)
-    total, sums = head.token_loss(
-      objective,
-      hidden_MD,
-      matrix_VD,
-      micro.target,
-      (micro.weight, extras),
-      temperature,
-      entropy='value',
-    )
-    if loss.uniform_kl:
-      gap_M = head.uniform_gap(hidden_MD, matrix_VD, micro.target, temperature)
-      rest = -jnp.sum(micro.weight * extras['uniform'] * gap_M)
-      total += loss.uniform_kl * rest
-      sums |= {
-        'uniform_kl': sums['uniform_kl'] + rest,
-        'loss': sums['loss'] + loss.uniform_kl * rest,
-      }
-    return total, sums
+  objective_sum = functools.partial(
+    _objective_sum, config=config, loss=loss, temperature=temperature, execution=execution
+  )
 
   def grpo_step(state, batch):
     _check_extras(batch, loss.extras)
     weight, total = objectives.aggregate(
       batch.weight, batch.extras.get('sequence'), loss.aggregation, loss.max_tokens
     )
-    extras = batch.extras | (
-      {'token_weight': batch.weight} if loss.aggregation == 'sequence' else {}
-    )
+    extras = batch.extras
+    if loss.aggregation == 'sequence':
+      # Weights now are shares of a sequence; means over tokens need those of the tree.
+      extras = extras | {'token_weight': batch.weight}
     batch = batch._replace(weight=weight, extras=extras)
     if loss.scope == 'mini-batch':
-      logp_AM = batch_logp(state.params, batch)
+      logp_AM = _batch_logp(state.params, batch, config, temperature, execution)
       batch = batch._replace(extras=loss.with_statistic(logp_AM, batch.weight, batch.extras))
-    grads, sums = sft.accumulate(objective_sum, state.params, batch)
+    grads, sums = accumulate(objective_sum, state.params, batch)
+    # A batch without loss tokens has loss and gradient 0, not NaN: hence the bound on divisors.
     weight = sums.pop('weight')
-    by_loss, by_token = (1 / jnp.maximum(divisor, 1e-8) for divisor in (total, weight))
-    metrics = {
-      name: value * (by_token if name in ('clip_share', 'entropy', 'importance') else by_loss)
-      for name, value in sums.items()
-    }
+    by_loss = 1 / jnp.maximum(total, 1e-8)
+    by_token = 1 / jnp.maximum(weight, 1e-8)
+    metrics = {}
+    for name, value in sums.items():
+      metrics[name] = value * (by_token if name in _BY_TOKEN else by_loss)
     state, applied = optimizer.apply_gradients(
       tx,
       state,
@@ -230,46 +321,115 @@ def make_grpo_step(
   return jax.jit(grpo_step, donate_argnums=0)
 
 
+def _batch_logp(
+  params: Any,
+  batch: tokentree.RowBatch,
+  config: DecoderConfig,
+  temperature: float,
+  execution: Execution,
+) -> jax.Array:
+  """Log-probabilities [A, M] of the loss tokens; micro-batches without weight are skipped."""
+
+  def score(micro):
+    def logp():
+      return token_scores(params, config, micro, temperature=temperature, execution=execution)[0]
+
+    return jax.lax.cond(jnp.any(micro.weight != 0), logp, lambda: jnp.zeros_like(micro.weight))
+
+  return jax.lax.map(score, batch)
+
+
+def _objective_sum(
+  params: Any,
+  micro: tokentree.RowBatch,
+  *,
+  config: DecoderConfig,
+  loss: objectives.PolicyLoss,
+  temperature: float,
+  execution: Execution,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """(loss, sums for the metrics) over the loss tokens of a micro-batch, undivided."""
+
+  def objective(logp_C, entropy_C, values):
+    weight_C, extras = values
+    total, sums = loss.sums(logp_C, entropy_C, weight_C, extras)
+    return total, sums | {'loss': total, 'weight': jnp.sum(extras.get('token_weight', weight_C))}
+
+  hidden_MD = loss_token_states(params, config, micro, execution)
+  matrix_VD = decoder.head_matrix(params)
+  # Statistics are constants of the loss: no gradient flows into them.
+  extras = micro.extras
+  if loss.scope == 'micro-batch':
+    logp_M, _ = head.log_probs_and_entropy(
+      *jax.lax.stop_gradient((hidden_MD, matrix_VD)),
+      micro.target,
+      temperature,
+      used_M=micro.weight,
+    )
+    extras = loss.with_statistic(logp_M, micro.weight, extras)
+  total, sums = head.token_loss(
+    objective,
+    hidden_MD,
+    matrix_VD,
+    micro.target,
+    (micro.weight, extras),
+    head.LossOptions(temperature=temperature, entropy='value'),
+  )
+  if loss.uniform_kl:
+    # KL(uniform || policy) = -logp - gap; `loss.sums` has the first half.
+    gap_M = head.uniform_gap(hidden_MD, matrix_VD, micro.target, temperature)
+    rest = -jnp.sum(micro.weight * extras['uniform'] * gap_M)
+    total += loss.uniform_kl * rest
+    sums |= {
+      'uniform_kl': sums['uniform_kl'] + rest,
+      'loss': sums['loss'] + loss.uniform_kl * rest,
+    }
+  return total, sums
+
+
 def make_psi_norm(
   config: DecoderConfig,
   *,
   temperature: float = 1.0,
-  execution: Execution = Execution(),
+  execution: Execution = _DEFAULT_EXECUTION,
   aggregation: str = 'token',
   max_tokens: int = 4096,
 ) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
-  """The jitted (params, batch) -> norm of the gradient that psi alone contributes to the first step on a batch.
+  """The jitted (params, batch) -> norm of the gradient that psi alone contributes to a first step.
 
-  There the ratios are 1, so that it is the gradient of the mean of -psi log pi (extras: psi), aggregated as in the step. It
-  costs a backward pass: for measuring how much of an update is due to psi, as one mini-batch of a rollout shows.
+  On a first step the ratios are 1, so that it is the gradient of the mean of -psi log pi (psi is an
+  extra of the batch), aggregated as in the step. It costs a backward pass: meant for measuring on
+  one mini-batch how much of an update is due to psi.
   """
+  needed = {'psi'} if aggregation == 'token' else {'psi', 'sequence'}
 
   def objective(logp_C, _, values):
     weight_C, psi_C = values
     return -jnp.sum(weight_C * psi_C * logp_C), ()
 
   def psi_sum(params, micro):
-    hidden_MD = sft.loss_token_states(params, config, micro, execution)
+    hidden_MD = loss_token_states(params, config, micro, execution)
     return head.token_loss(
       objective,
       hidden_MD,
       decoder.head_matrix(params),
       micro.target,
       (micro.weight, micro.extras['psi']),
-      temperature,
+      head.LossOptions(temperature=temperature),
     )
 
   def psi_norm(params, batch):
-    _check_extras(batch, {'psi'} | ({'sequence'} if aggregation != 'token' else set()))
+    _check_extras(batch, needed)
     weight, total = objectives.aggregate(
       batch.weight, batch.extras.get('sequence'), aggregation, max_tokens
     )
-    grads, _ = sft.accumulate(psi_sum, params, batch._replace(weight=weight))
+    grads, _ = accumulate(psi_sum, params, batch._replace(weight=weight))
     return optax.global_norm(grads) / jnp.maximum(total, 1e-8)
 
   return jax.jit(psi_norm)
 
 
 def _check_extras(batch: tokentree.RowBatch, needed: AbstractSet[str]) -> None:
-  if needed - batch.extras.keys():
-    raise ValueError(f'the batch lacks the extras {sorted(needed - batch.extras.keys())}')
+  missing = needed - batch.extras.keys()
+  if missing:
+    raise ValueError(f'the batch lacks the extras {sorted(missing)}')

@@ -1,10 +1,12 @@
-"""Policy objectives: what a step minimises, as pure jax functions of the log-probabilities of loss tokens.
+"""Policy objectives: what a step minimises, as pure jax functions of the log-probabilities of loss
+tokens.
 
-An objective gives a loss a token, before weights; `PolicyLoss` adds importance weights, the KL terms and the aggregation,
-and hands out sums over tokens that whoever adds them up divides once, so that a result depends neither on micro-batches
-nor on the chunks of the head. Some objectives need statistics at the current parameters of more tokens than a chunk
-holds: those are computed beforehand, without gradient, and come as one more value a token.
-Letters: M loss tokens; A micro-batches of them.
+An objective gives a loss a token, before weights; `PolicyLoss` adds importance weights, the KL
+terms and the aggregation, and hands out sums over tokens that whoever adds them up divides once, so
+that a result depends neither on micro-batches nor on the chunks of the head. Some objectives need
+statistics at the current parameters of more tokens than a chunk holds: those are computed
+beforehand, without gradient, and come as one more value a token. Letters: M loss tokens; A
+micro-batches of them.
 """
 
 import dataclasses
@@ -18,17 +20,116 @@ import numpy as np
 from dcore_jax.learn.advantages import options_of
 
 _LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: beyond, a ratio says nothing and may overflow
-_SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (method 3.6)
+_SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (docs/method.md, section 3.6)
 _KL_BOUND = 10.0
 
-# Per loss token: advantage, old_logp and what else a loss asks for: ref_logp, behaviour_logp, sequence (its number), updated (1
-# where updates lie between the old policy and the present one), uniform (1 in a group whose rewards are all equal).
+# Per loss token: advantage, old_logp and what else a loss asks for: ref_logp, behaviour_logp,
+# sequence (its number), updated (1 where updates lie between the old policy and the present one),
+# uniform (1 in a group whose rewards are all equal).
 Values = Mapping[str, jax.Array]
 
 
-# --- objectives: (logp_M, values, **options) -> (loss_M, clipped_M), the latter 1 where the ratio was held back ---------------
+class Objective(NamedTuple):
+  """A loss and the statistic that it needs.
+
+  Attributes:
+    loss: (logp_M, values, **options) -> (loss_M, clipped_M); clipped_M is 1 where a ratio was cut.
+    statistic: (logp, weight, values, **options) -> a constant for each token, of the same shape. It
+      comes to the loss as a value that is called as this function.
+    scope: what the statistic is of: a micro-batch, which holds whole sequences, or the mini-batch.
+    needs: values that a batch must bring, beside `advantage` and `old_logp`.
+  """
+
+  loss: Callable[..., tuple[jax.Array, jax.Array]]
+  statistic: Callable[..., jax.Array] | None = None
+  scope: Literal['micro-batch', 'mini-batch'] | None = None
+  needs: frozenset[str] = frozenset()
 
 
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def register_objective(
+  name: str,
+  *,
+  statistic: Callable[..., jax.Array] | None = None,
+  scope: Literal['micro-batch', 'mini-batch'] | None = None,
+  needs: frozenset[str] = frozenset(),
+) -> Callable[[Callable], Callable]:
+  """Returns a decorator that makes a loss known as `name`, also from outside this package.
+
+  Args:
+    name: what `rl.objective` is set to.
+    statistic: see `Objective`, as the others.
+    scope: given with a statistic and only then.
+    needs: values that a batch must bring.
+
+  Options of the loss and of the statistic are keyword-only arguments: those that `PolicyLoss` has
+  as fields get its values, the others keep their defaults.
+
+  Raises:
+    ValueError: another loss has this name, or one of `statistic` and `scope` is missing.
+  """
+  if (statistic is None) != (scope is None):
+    raise ValueError(f'objective {name!r}: a statistic and its scope belong together')
+
+  def register(loss: Callable) -> Callable:
+    if name in OBJECTIVES and OBJECTIVES[name].loss is not loss:
+      raise ValueError(f'an objective {name!r} is registered already')
+    OBJECTIVES[name] = Objective(loss=loss, statistic=statistic, scope=scope, needs=needs)
+    return loss
+
+  return register
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def sequence_log_ratio(logp: jax.Array, weight: jax.Array, values: Values) -> jax.Array:
+  """Computes the mean of logp - old_logp over the loss tokens of each token's sequence.
+
+  `values['sequence']` numbers the sequences.
+  """
+  return _sequence_mean(logp - values['old_logp'], weight != 0, values['sequence'])
+
+
+def high_covariance(
+  logp: jax.Array, weight: jax.Array, values: Values, *, cov_share: float = 0.002
+) -> jax.Array:
+  """Marks with 1 the tokens with the largest (A - mean A)(logp - mean logp), others with 0.
+
+  They are the share `cov_share` of the loss tokens, at least one. Of equal ones the earlier count.
+  """
+  used = weight.reshape(-1) != 0
+  count = jnp.maximum(jnp.sum(used), 1)
+
+  def centre(x):
+    return jnp.where(used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0)
+
+  covariance = jnp.where(used, centre(values['advantage']) * centre(logp), -jnp.inf)
+  order = jnp.argsort(covariance, descending=True, stable=True)
+  chosen = jnp.arange(used.size) < jnp.maximum(jnp.floor(count * cov_share), 1)
+  return jnp.zeros(used.size, jnp.float32).at[order].set(chosen & used[order]).reshape(logp.shape)
+
+
+def _sequence_sum(x: jax.Array, sequence: jax.Array) -> jax.Array:
+  """Sums by sequence number -> [number of tokens].
+
+  The result has a constant shape: there cannot be more sequences than tokens.
+  """
+  return jax.ops.segment_sum(x.reshape(-1), sequence.reshape(-1), num_segments=sequence.size)
+
+
+def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Array:
+  total = _sequence_sum(jnp.where(used, x, 0), sequence)
+  count = _sequence_sum(used.astype(jnp.float32), sequence)
+  return (total / jnp.maximum(count, 1))[sequence]
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
+
+@register_objective('ppo')
 def ppo_loss(
   logp_M: jax.Array,
   values: Values,
@@ -37,49 +138,69 @@ def ppo_loss(
   clip_high: float = 0.2,
   dual_clip: float = 3.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """PPO's pessimistic loss with dual clip (Schulman et al. 2017; Ye et al. 2020; method 3.4).
+  """PPO's pessimistic loss with dual clip (Schulman et al. 2017; Ye et al. 2020).
 
-  r = exp(logp - old_logp), the log ratio bounded by 20; loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and
-  for A < 0 at most -A dual_clip.
+  r = exp(logp - old_logp), the log ratio bounded by 20; loss = max(-A r, -A clip(r, 1 - clip_low, 1
+  + clip_high)), and for A < 0 at most -A dual_clip (docs/method.md, section 3.4).
   """
   advantage_M = values['advantage']
   loss_M, clipped_M = _pessimistic(_ratio(logp_M, values), advantage_M, clip_low, clip_high)
-  return jnp.where(
-    advantage_M < 0, jnp.minimum(loss_M, -advantage_M * dual_clip), loss_M
-  ), clipped_M
+  # Where the advantage is negative a ratio may grow without bound, and the loss with it.
+  capped_M = jnp.minimum(loss_M, -advantage_M * dual_clip)
+  return jnp.where(advantage_M < 0, capped_M, loss_M), clipped_M
 
 
+@register_objective(
+  'gspo',
+  statistic=sequence_log_ratio,
+  scope='micro-batch',
+  needs=frozenset({'sequence'}),
+)
 def gspo_loss(
   logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
-  """GSPO's token form (Zheng et al. 2025): PPO's loss with the ratio s pi / sg(pi), s of the whole sequence.
+  """GSPO's token form (Zheng et al. 2025): PPO's loss with the ratio s pi / sg(pi).
 
-  s = exp(mean over the sequence of logp - old_logp) comes as `sequence_log_ratio`. Usual clips are 3e-4 and 4e-4, and
-  aggregation is by sequence.
+  s = exp(mean over the sequence of logp - old_logp) comes as `sequence_log_ratio`. Usual clips are
+  3e-4 and 4e-4, and aggregation is by sequence.
   """
   log_ratio_M = values['sequence_log_ratio'] + logp_M - jax.lax.stop_gradient(logp_M)
   ratio_M = jnp.exp(jnp.minimum(log_ratio_M, _SEQUENCE_LOG_RATIO_BOUND))
   return _pessimistic(ratio_M, values['advantage'], clip_low, clip_high)
 
 
+@register_objective(
+  'kl_cov',
+  statistic=high_covariance,
+  scope='mini-batch',
+  needs=frozenset({'updated'}),
+)
 def kl_cov_loss(
   logp_M: jax.Array, values: Values, *, cov_penalty: float = 0.1
 ) -> tuple[jax.Array, jax.Array]:
-  """KL-Cov (Cui et al. 2025): -A r without a clip, + cov_penalty |logp - old_logp| on the tokens of `high_covariance`.
+  """KL-Cov (Cui et al. 2025): -A r without a clip, and a penalty on the tokens of high covariance.
 
-  These few tokens, whose probability and advantage rise together, account for most of the loss of entropy. On the first
-  update of a rollout batch, where `updated` is 0, policy and old policy are one and the penalty is off: what differs there
-  is the rounding of two passes, of which |.| would make a gradient of size cov_penalty and random sign.
+  The penalty is cov_penalty |logp - old_logp| where the statistic `high_covariance` is 1.
+  These few tokens, whose probability and advantage rise together, account for most of the loss of
+  entropy. On the first update of a rollout batch, where `updated` is 0, policy and old policy are
+  one and the penalty is off: what differs there is the rounding of two passes, of which |.| would
+  make a gradient of size cov_penalty and random sign.
   """
-  held_M, gap_M = values['high_covariance'] * values['updated'], logp_M - values['old_logp']
-  distance_M = jnp.sign(gap_M) * gap_M  # jnp.abs has slope 1 at 0
+  held_M = values['high_covariance'] * values['updated']
+  gap_M = logp_M - values['old_logp']
+  # jnp.abs has slope 1 at 0, where this has slope 0.
+  distance_M = jnp.sign(gap_M) * gap_M
   return -values['advantage'] * _ratio(logp_M, values) + cov_penalty * held_M * distance_M, held_M
 
 
+@register_objective('cispo')
 def cispo_loss(
   logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
-  """CISPO (MiniMax-M1, 2025): -sg(clip(r)) A logp. A clipped ratio scales a token's gradient and never silences it."""
+  """CISPO (MiniMax-M1, 2025): -sg(clip(r)) A logp.
+
+  A clipped ratio scales a token's gradient and never silences it.
+  """
   ratio_M = jax.lax.stop_gradient(_ratio(logp_M, values))
   bounded_M = jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
   return -bounded_M * values['advantage'] * logp_M, (bounded_M != ratio_M).astype(jnp.float32)
@@ -97,83 +218,35 @@ def _pessimistic(
   return jnp.maximum(plain_M, clipped_M), (clipped_M > plain_M).astype(jnp.float32)
 
 
-# --- statistics: (logp, weight, values, **options) -> one constant more a token, same shape -----------------------------------
-
-
-def sequence_log_ratio(logp: jax.Array, weight: jax.Array, values: Values) -> jax.Array:
-  """The mean of logp - old_logp over the loss tokens of each token's sequence (`values['sequence']` numbers them)."""
-  return _sequence_mean(logp - values['old_logp'], weight != 0, values['sequence'])
-
-
-def high_covariance(
-  logp: jax.Array, weight: jax.Array, values: Values, *, cov_share: float = 0.002
-) -> jax.Array:
-  """1 on the `cov_share` of the loss tokens, at least one, with the largest (A - mean A)(logp - mean logp), else 0.
-
-  Of equal ones the earlier count.
-  """
-  used = weight.reshape(-1) != 0
-  count = jnp.maximum(jnp.sum(used), 1)
-  centre = lambda x: jnp.where(
-    used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0
-  )
-  covariance = jnp.where(used, centre(values['advantage']) * centre(logp), -jnp.inf)
-  order = jnp.argsort(covariance, descending=True, stable=True)
-  chosen = jnp.arange(used.size) < jnp.maximum(jnp.floor(count * cov_share), 1)
-  return jnp.zeros(used.size, jnp.float32).at[order].set(chosen & used[order]).reshape(logp.shape)
-
-
-def _sequence_sum(x: jax.Array, sequence: jax.Array) -> jax.Array:
-  """Sums by sequence number, [as many as there are tokens]: there cannot be more sequences than that."""
-  return jax.ops.segment_sum(x.reshape(-1), sequence.reshape(-1), num_segments=sequence.size)
-
-
-def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Array:
-  total, count = (
-    _sequence_sum(jnp.where(used, x, 0), sequence),
-    _sequence_sum(used.astype(jnp.float32), sequence),
-  )
-  return (total / jnp.maximum(count, 1))[sequence]
-
-
-class Objective(NamedTuple):
-  """A loss and the statistic it needs: of a micro-batch, which holds whole sequences, or of the whole mini-batch."""
-
-  loss: Callable[..., tuple[jax.Array, jax.Array]]
-  statistic: Callable[..., jax.Array] | None = None
-  scope: Literal['micro-batch', 'mini-batch'] | None = None
-  needs: frozenset[str] = frozenset()
-
-
-OBJECTIVES: dict[str, Objective] = {
-  'ppo': Objective(ppo_loss),
-  'gspo': Objective(gspo_loss, sequence_log_ratio, 'micro-batch', frozenset({'sequence'})),
-  'kl_cov': Objective(kl_cov_loss, high_covariance, 'mini-batch', frozenset({'updated'})),
-  'cispo': Objective(cispo_loss),
-}
-
-
-# --- terms beside the objective ----------------------------------------------------------------------------------------------
+# --- terms beside the objective -------------------------------------------------------------------
 
 
 def kl_estimate(logp_M: jax.Array, ref_logp_M: jax.Array, kind: str = 'k3') -> jax.Array:
-  """An estimate a token of KL(policy || reference), d = ref - logp bounded by 20, the estimate by +-10 (Schulman 2020).
+  """Estimates KL(policy || reference) on each token (Schulman 2020).
 
-  k1 = -d, unbiased, but as a loss its expected gradient is 0; k2 = d^2 / 2, whose gradient is the KL's; k3 = exp(d) - d - 1,
-  never negative and of small variance (the paper's).
+  d = ref - logp is bounded by +-20 and the estimate by +-10: one token that the reference finds
+  nearly impossible must not outweigh a batch.
+
+  k1 = -d, unbiased, but as a loss its expected gradient is 0; k2 = d^2 / 2, whose gradient is the
+  KL's; k3 = exp(d) - d - 1, never negative and of small variance (the paper's).
   """
   d_M = jnp.clip(ref_logp_M - logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-  estimate_M = {
-    'k1': lambda: -d_M,
-    'k2': lambda: 0.5 * jnp.square(d_M),
-    'k3': lambda: jnp.exp(d_M) - d_M - 1,
-  }[kind]()
+  if kind == 'k1':
+    estimate_M = -d_M
+  elif kind == 'k2':
+    estimate_M = 0.5 * jnp.square(d_M)
+  elif kind == 'k3':
+    estimate_M = jnp.exp(d_M) - d_M - 1
+  else:
+    raise ValueError(f"unknown kind {kind!r}; expected 'k1', 'k2' or 'k3'")
   return jnp.clip(estimate_M, -_KL_BOUND, _KL_BOUND)
 
 
 def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: float) -> jax.Array:
-  """min(pi_old / mu, cap): corrects for rollouts that another engine drew from mu (truncated importance sampling, Yao et al.
-  2025)."""
+  """Computes min(pi_old / mu, cap): truncated importance sampling (Yao et al. 2025).
+
+  It corrects for rollouts that another engine drew from a slightly different policy mu.
+  """
   gap_M = jnp.clip(old_logp_M - behaviour_logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
   return jnp.minimum(jnp.exp(gap_M), cap)
 
@@ -181,17 +254,19 @@ def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: 
 def aggregate(
   weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(weights of the loss tokens, what their weighted sum is divided by) over a whole mini-batch.
+  """Aggregates a mini-batch -> (weights of the loss tokens, divisor of their weighted sum).
 
-  'token': the mean over tokens, as released. 'sequence': the mean over sequences of their token means, as printed in the
-  paper. 'dr': the sum over tokens by the number of sequences x `max_tokens`, which no length biases (Dr. GRPO).
+  'token': the mean over tokens, as released. 'sequence': the mean over sequences of their token
+  means, as printed in the paper. 'dr': the sum over tokens by the number of sequences x
+  `max_tokens`, which no length biases (Dr. GRPO).
   """
   if how == 'token':
     return weight, jnp.sum(weight)
   total = _sequence_sum(weight, sequence)
   sequences = jnp.sum(total > 0)
   if how == 'sequence':
-    return jnp.where(weight != 0, weight / jnp.maximum(total, 1e-8)[sequence], 0), sequences
+    share = weight / jnp.maximum(total, 1e-8)[sequence]
+    return jnp.where(weight != 0, share, 0), sequences
   return weight, sequences * max_tokens
 
 
@@ -201,13 +276,17 @@ class PolicyLoss:
 
   Attributes:
     objective: a name of OBJECTIVES.
-    clip_low, clip_high, dual_clip, cov_share, cov_penalty: see the objectives.
+    clip_low: the ratio counts as at least 1 - clip_low.
+    clip_high: it counts as at most 1 + clip_high.
+    dual_clip: of `ppo_loss`.
+    cov_share: of `high_covariance`.
+    cov_penalty: of `kl_cov_loss`.
     aggregation: 'token', 'sequence' or 'dr', see `aggregate`.
     max_tokens: of a response, for 'dr'.
     kl_coefficient: of the KL to the reference policy; 0 needs none.
     kl_estimator: 'k1', 'k2' or 'k3'.
-    uniform_kl: coefficient of KL(uniform || policy) on the tokens of groups whose rewards are all equal, where psi acts;
-      both may act together.
+    uniform_kl: coefficient of KL(uniform || policy) on the tokens of groups whose rewards are all
+      equal, where psi acts; both may act together.
     importance_cap: > 0 weighs tokens by `importance_weights`.
 
   Raises:
@@ -228,13 +307,9 @@ class PolicyLoss:
   importance_cap: float = 0.0
 
   def __post_init__(self):
-    for field, known in (
-      ('objective', tuple(OBJECTIVES)),
-      ('aggregation', ('token', 'sequence', 'dr')),
-      ('kl_estimator', ('k1', 'k2', 'k3')),
-    ):
-      if getattr(self, field) not in known:
-        raise ValueError(f'unknown {field} {getattr(self, field)!r}; expected one of {known}')
+    _check_name('objective', self.objective, tuple(OBJECTIVES))
+    _check_name('aggregation', self.aggregation, ('token', 'sequence', 'dr'))
+    _check_name('kl_estimator', self.kl_estimator, ('k1', 'k2', 'k3'))
     numbers = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -247,47 +322,59 @@ class PolicyLoss:
       raise ValueError(f'fields of the loss must be finite and not negative: {wrong}')
     if self.dual_clip <= 1:
       raise ValueError(
-        f'dual_clip = {self.dual_clip} must exceed 1, or it would hold back ratios that did not move'
+        f'dual_clip = {self.dual_clip} must exceed 1, '
+        'or it would hold back ratios that did not move'
       )
 
   @property
   def extras(self) -> frozenset[str]:
     """Values a batch must bring for each loss token."""
     names = {'advantage', 'old_logp', *OBJECTIVES[self.objective].needs}
-    names |= {'ref_logp'} if self.kl_coefficient else set()
-    names |= {'behaviour_logp'} if self.importance_cap else set()
-    names |= {'uniform'} if self.uniform_kl else set()
-    return frozenset(names | ({'sequence'} if self.aggregation != 'token' else set()))
+    if self.kl_coefficient:
+      names.add('ref_logp')
+    if self.importance_cap:
+      names.add('behaviour_logp')
+    if self.uniform_kl:
+      names.add('uniform')
+    if self.aggregation != 'token':
+      names.add('sequence')
+    return frozenset(names)
 
   @property
   def scope(self) -> str | None:
-    """Of the objective's statistic."""
+    """What the objective's statistic is of; None where it needs none."""
     return OBJECTIVES[self.objective].scope
 
   def with_statistic(
     self, logp: jax.Array, weight: jax.Array, values: Values
   ) -> dict[str, jax.Array]:
-    """`values` with the objective's statistic, computed from log-probabilities [M] or [A, M] of the current parameters."""
+    """Adds the objective's statistic to `values`.
+
+    It is computed from log-probabilities [M] or [A, M] of the current parameters.
+    """
     function = OBJECTIVES[self.objective].statistic
-    return {
-      **values,
-      function.__name__: jax.lax.stop_gradient(
-        function(logp, weight, values, **self._options(function))
-      ),
-    }
+    statistic = function(logp, weight, values, **self._options(function))
+    return {**values, function.__name__: jax.lax.stop_gradient(statistic)}
 
   def sums(
     self, logp_M: jax.Array, entropy_M: jax.Array, weight_M: jax.Array, values: Values
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, parts), summed over tokens by their weights; clip_share, entropy and importance by values['token_weight'] where the
-    aggregation has made weights of sequences of them.
+    """Sums over tokens by their weights -> (loss, parts).
 
-    Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends on hidden states.
+    Clip_share, entropy and importance are means over tokens: they are summed by
+    values['token_weight'] where the aggregation has turned the weights into shares of a sequence.
+    Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends
+    on hidden states.
     """
     loss_function = OBJECTIVES[self.objective].loss
     pg_M, clipped_M = loss_function(logp_M, values, **self._options(loss_function))
-    summed = lambda x_M: jnp.sum(weight_M * x_M)
-    counted = lambda x_M: jnp.sum(values.get('token_weight', weight_M) * x_M)
+
+    def summed(x_M):
+      return jnp.sum(weight_M * x_M)
+
+    def counted(x_M):
+      return jnp.sum(values.get('token_weight', weight_M) * x_M)
+
     sums = {'clip_share': counted(clipped_M), 'entropy': counted(entropy_M)}
     if self.importance_cap:
       importance_M = importance_weights(
@@ -295,7 +382,8 @@ class PolicyLoss:
       )
       sums['importance'] = counted(importance_M)
       pg_M *= importance_M
-    sums['pg_loss'] = loss = summed(pg_M)
+    loss = summed(pg_M)
+    sums['pg_loss'] = loss
     if self.kl_coefficient:
       sums['kl'] = summed(kl_estimate(logp_M, values['ref_logp'], self.kl_estimator))
       loss += self.kl_coefficient * sums['kl']
@@ -305,4 +393,10 @@ class PolicyLoss:
     return loss, sums
 
   def _options(self, function: Callable[..., Any]) -> dict[str, Any]:
-    return {name: getattr(self, name) for name in options_of(function)}
+    # A function from outside may have options of its own, which keep their defaults.
+    return {name: getattr(self, name) for name in options_of(function) if hasattr(self, name)}
+
+
+def _check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+  if name not in known:
+    raise ValueError(f'unknown {field} {name!r}; expected one of {known}')

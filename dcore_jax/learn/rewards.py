@@ -1,10 +1,12 @@
 """Rewards of a response to a tool-use task: 1 for the format, up to 3 for the answer.
 
-Rule rewards are functions (prediction, reference) -> Reward. `toolrl` is what the published models were trained with,
-quirks included (method 4.1-4.4, golden values in section 8), its `_coarse`, `_refined` and `_intermediate` forms the
-published ablations; `paper` is the formula printed in the paper (A.2); `corrected` keeps the scale of `toolrl` and
-mends what we take for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
-list or plain text. Where responses have acted in a world, `state_reward` judges what they have done instead.
+Rule rewards are functions (prediction, reference) -> Reward. `toolrl` is what the published models
+were trained with, quirks included (docs/method.md, sections 4.1 to 4.4, golden values in section
+8), its `_coarse`, `_refined` and `_intermediate` forms the published ablations; `paper` is the
+formula printed in the paper (A.2); `corrected` keeps the scale of `toolrl` and mends what we take
+for its mistakes. A prediction is a whole response, `<think>` block included; a reference is a call
+list or plain text. Where responses have acted in a world, `state_reward` judges what they have done
+instead.
 """
 
 import collections
@@ -17,27 +19,29 @@ import scipy.optimize
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
-from dcore_jax.worlds.environment import Outcome
 
 _THOUGHTS_OPEN = '<think>\n'
 _THOUGHTS_CLOSE = '\n</think>\n\n'
-# The reference's parallel traces close their thoughts in the last line (method 1.7): `toolrl` never pays their format.
+# The reference's parallel traces close their thoughts in the last line (docs/method.md, section
+# 1.7): `toolrl` never pays their format.
 _THOUGHTS_CLOSE_ANYWHERE = '</think>\n\n'
-# What frames an assistant turn, for texts that were decoded with their special tokens (Qwen, Llama 3).
+# What frames an assistant turn, for texts that were decoded with their special tokens (Qwen, Llama
+# 3).
 _TURN_STARTS = ('<|im_start|>assistant', '<|start_header_id|>assistant<|end_header_id|>')
 _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
 
 
 class Reward(NamedTuple):
-  """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum (`toolrl_length`: and the length's). Floats, or
-  float64 [B] of a batch."""
+  """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum (`toolrl_length`:
+  and the length's). Floats, or float64 [B] of a batch.
+  """
 
   format: Any
   correctness: Any
   total: Any
 
 
-# -- the reference's reward -------------------------------------------------------------------------------------------
+# -- the reference's reward ------------------------------------------------------------------------
 
 
 def toolrl_reward(
@@ -49,17 +53,20 @@ def toolrl_reward(
   format_range: tuple[float, float] = (0.0, 1.0),
   length_words: int = 0,
 ) -> Reward:
-  """The reward of the published runs (method 4).
+  """The reward of the published runs (docs/method.md, section 4).
 
   Args:
-    credit: what a nearly right call list earns. 'partial' (published): Jaccard overlaps of names and argument names
-      plus equal values; 'refined': overlaps count only when they are whole; 'intermediate': only identical calls;
-      'coarse': only an equal list.
-    correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag CORRECTMAX1).
-    format_range: reward of a wrong and of a right format. The scheduled flags, whose step never advances, are this and
-      `correct_max` at fixed values: SCHEDULEREWARD (-2, 2) and 2, MAX1STEP30MAX3 (0, 1) and 1.
-    length_words: words of thought that earn 1 more, fewer a part of it in hundredths, untagged thoughts nothing; 0
-      (published) is off. The flag WITHLENGTH has 512, SCHEDULELENGTH 384, where its step stands still.
+    credit: what a nearly right call list earns. 'partial' (published): Jaccard overlaps of names
+      and argument names plus equal values; 'refined': overlaps count only when they are whole;
+      'intermediate': only identical calls; 'coarse': only an equal list.
+    correct_max: correctness lies in [-correct_max, correct_max]; 3 (published) or 1 (the flag
+      CORRECTMAX1).
+    format_range: reward of a wrong and of a right format. The scheduled flags, whose step never
+      advances, are this and `correct_max` at fixed values: SCHEDULEREWARD (-2, 2) and 2,
+      MAX1STEP30MAX3 (0, 1) and 1.
+    length_words: words of thought that earn 1 more, fewer a part of it in hundredths, untagged
+      thoughts nothing; 0 (published) is off. The flag WITHLENGTH has 512, SCHEDULELENGTH 384, where
+      its step stands still.
 
   Raises:
     ValueError: a reference without an answer, or an unknown credit.
@@ -68,13 +75,16 @@ def toolrl_reward(
     raise ValueError(
       f'unknown credit {credit!r}; expected partial, refined, intermediate or coarse'
     )
-  text, answer = _own_turn(prediction), _reference_answer(reference)
+  text = _own_turn(prediction)
+  answer = _reference_answer(reference)
   predicted = _after_think(text)
   if predicted[:1] == '[' and predicted[-1:] == ']':
     score, attainable = _toolrl_score(predicted, answer, credit)
   else:
-    score, attainable = float(answer[0] != '[' and answer[-1] != ']'), 1.0
-  # In this order of operations rewards equal the reference's to the last bit, which its zero-advantage test can see.
+    score = float(answer[0] != '[' and answer[-1] != ']')
+    attainable = 1.0
+  # In this order of operations rewards equal the reference's to the last bit, which its
+  # zero-advantage test can see.
   reward = _reward(
     _has_format(text), 2 * correct_max * score / attainable - correct_max, format_range
   )
@@ -97,10 +107,8 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
   if answer[0] != '[':
     return 0.0, 1.0
   # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
-  calls, wanted = (
-    parse_lenient(predicted.replace('parameters', 'arguments')),
-    _lenient_reference(answer),
-  )
+  calls = parse_lenient(predicted.replace('parameters', 'arguments'))
+  wanted = _lenient_reference(answer)
   if calls == wanted:
     return 1.0, 1.0
   if credit == 'coarse':
@@ -113,7 +121,8 @@ def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, floa
     return 0.0, 1.0
 
 
-# A group's rollouts share their reference: reading it once saves half of the parsing. Nothing writes into what is read.
+# A group's rollouts share their reference: reading it once saves half of the parsing. Nothing
+# writes into what is read.
 _lenient_reference = functools.lru_cache(maxsize=1024)(parse_lenient)
 
 
@@ -132,8 +141,10 @@ def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tupl
   used = set()
   for name, arguments in wanted:
     attainable += 1.0 if identical_only else 1.0 + len(arguments)
-    best, best_index = 0.0, None
-    # Greedy, in the order of the reference, the earlier of equals: section 8's greedy trap depends on it.
+    best = 0.0
+    best_index = None
+    # Greedy, in the order of the reference, the earlier of equals: section 8's greedy trap depends
+    # on it.
     for i, (other_name, others) in enumerate(calls):
       if i in used or other_name != name:
         continue
@@ -144,29 +155,32 @@ def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tupl
           arguments, others
         )
       if worth > best:
-        best, best_index = worth, i
+        best = worth
+        best_index = i
     if best_index is not None:
       used.add(best_index)
       score += best
   return score, attainable
 
 
-# -- the paper's formula ----------------------------------------------------------------------------------------------
+# -- the paper's formula ---------------------------------------------------------------------------
 
 
 def paper_reward(prediction: str, reference: str) -> Reward:
-  """R_format + R_struct + R_key + R_value, each in [0, 1] (paper A.2, eq. 15-18): indicators and means, nothing
-  negative.
+  """R_format + R_struct + R_key + R_value, each in [0, 1] (paper A.2, eq. 15-18): indicators and
+  means, nothing negative.
 
-  The paper does not say which predicted call answers which reference call, nor what a text answer earns. Here calls are
-  paired by best assignment within a name, a call without arguments counts its keys as its value, and text earns 3 where
-  text was wanted.
+  The paper does not say which predicted call answers which reference call, nor what a text answer
+  earns. Here calls are paired by best assignment within a name, a call without arguments counts its
+  keys as its value, and text earns 3 where text was wanted.
   """
   text = _own_turn(prediction)
-  calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
+  calls = _predicted_calls(_after_think(text))
+  wanted = _reference_calls(reference)
   if calls is None or wanted is None:
     return _reward(_has_format(text), 3.0 if calls == wanted else 0.0)
-  fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
+  fields = [_fields(call) for call in calls]
+  wanted_fields = [_fields(call) for call in wanted]
   struct = float({call.name for call in calls} == {call.name for call in wanted})
   if not wanted:
     return _reward(_has_format(text), 3.0 * struct)
@@ -188,18 +202,19 @@ def _value_mean(fields: dict, wanted: dict) -> float:
   return _equal_values(wanted, fields) / len(wanted) if wanted else _same_keys(fields, wanted)
 
 
-# -- the corrected reward ---------------------------------------------------------------------------------------------
+# -- the corrected reward --------------------------------------------------------------------------
 
 
 def corrected_reward(prediction: str, reference: str) -> Reward:
   """The partial credit of `toolrl_reward` without its traps.
 
-  The thoughts may close in their last line; positional arguments count; values are read with JSON's true, false and
-  null; no word is rewritten; predicted calls are assigned to reference calls optimally; and a text answer must be one:
-  not empty, and not an unfinished thought.
+  The thoughts may close in their last line; positional arguments count; values are read with JSON's
+  true, false and null; no word is rewritten; predicted calls are assigned to reference calls
+  optimally; and a text answer must be one: not empty, and not an unfinished thought.
   """
   text = _own_turn(prediction)
-  calls, wanted = _predicted_calls(_after_think(text)), _reference_calls(reference)
+  calls = _predicted_calls(_after_think(text))
+  wanted = _reference_calls(reference)
   if wanted is None:
     has_answer = (
       calls is None
@@ -217,7 +232,8 @@ def corrected_reward(prediction: str, reference: str) -> Reward:
 def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
   if not wanted:
     return float(not calls)
-  fields, wanted_fields = [_fields(call) for call in calls], [_fields(call) for call in wanted]
+  fields = [_fields(call) for call in calls]
+  wanted_fields = [_fields(call) for call in wanted]
 
   def worth(i: int, j: int) -> float:
     return _jaccard(list(wanted_fields[j]), list(fields[i])) + _equal_values(
@@ -229,28 +245,31 @@ def _assigned_share(calls: list[ToolCall], wanted: list[ToolCall]) -> float:
   return score / (1 + sum(1 + len(arguments) for arguments in wanted_fields))
 
 
-# -- by what the calls have done ---------------------------------------------------------------------------------------
+# -- by what the calls have done -------------------------------------------------------------------
 
 
-def state_reward(texts: Sequence[str], outcome: Outcome) -> Reward:
-  """The reward of an episode: correctness 3 or -3 by the `outcome`, in which its world judges the state that the executed calls
-  have left and not how they were worded; format 1 where every response has it (the parallel template's included).
+def state_reward(texts: Sequence[str], correct: bool) -> Reward:
+  """The reward of an episode: correctness 3 or -3, format 1 where every response has it.
 
-  Where a response does not close its thoughts, or has none, the episode is wrong here, whatever it leaves: it is reasoning that
-  is trained, and format alone is not rewarded by `Episodes`. A world may count it as right.
+  `correct` is the verdict of the world, which judges the state that the executed calls have left
+  and not how they were worded. The format of the parallel template counts as well.
+
+  Where a response does not close its thoughts, or has none, the episode is wrong here, whatever it
+  leaves: it is reasoning that is trained, and format alone is not rewarded by `Episodes`. A world
+  may count it as right.
   """
   thought = all('</think>' in text for text in texts)
   well_formed = bool(texts) and all(
     _has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts
   )
-  return _reward(well_formed, 3.0 if outcome.correct and thought else -3.0)
+  return _reward(well_formed, 3.0 if correct and thought else -3.0)
 
 
-# -- shared pieces ----------------------------------------------------------------------------------------------------
+# -- shared pieces ---------------------------------------------------------------------------------
 
 
 def _has_format(text: str, close: str = _THOUGHTS_CLOSE) -> bool:
-  """Whether the thoughts open the text and close somewhere; what stands between and behind is free."""
+  """Tells whether the thoughts open the text and close somewhere; all other text is free."""
   return text.startswith(_THOUGHTS_OPEN) and text.find(close, len(_THOUGHTS_OPEN)) >= 0
 
 
@@ -262,7 +281,9 @@ def _reward(
 
 
 def _own_turn(text: str) -> str:
-  """The assistant's own text, stripped: without an answer the lines after `</think>` go, and the format with them."""
+  """The assistant's own text, stripped: without an answer the lines after `</think>` go, and the
+  format with them.
+  """
   for start in _TURN_STARTS:
     text = text.rsplit(start, 1)[-1]
   for end in _TURN_ENDS:
@@ -291,7 +312,7 @@ def _reference_calls(reference: str) -> list[ToolCall] | None:
 
 
 def _predicted_calls(answer: str) -> list[ToolCall] | None:
-  """Calls, None for text, and for a call list that cannot be read one call that no reference makes."""
+  """Reads calls; None for text, and for an unreadable list one call that no reference makes."""
   try:
     return parse_calls(answer)
   except ToolCallError:
@@ -323,19 +344,22 @@ def _assign(
   calls: Sequence[ToolCall], wanted: Sequence[ToolCall], worth: Callable[[int, int], float]
 ) -> Iterable[tuple[int, int]]:
   """Pairs (call, wanted) of equal names with the largest total worth; every index at most once."""
-  for name in dict.fromkeys(
-    call.name for call in wanted
-  ):  # in order: sums of floats must not depend on hashing
+  # In the order of the reference: a sum of floats must not depend on the hashing of a set.
+  for name in dict.fromkeys(call.name for call in wanted):
     rows = [j for j, call in enumerate(wanted) if call.name == name]
     columns = [i for i, call in enumerate(calls) if call.name == name]
     if not rows or not columns:
       continue
-    worth_RC = np.array([[worth(i, j) for i in columns] for j in rows])
-    for row, column in zip(*scipy.optimize.linear_sum_assignment(worth_RC, maximize=True)):
+    worth_RC = np.zeros((len(rows), len(columns)))
+    for r, row in enumerate(rows):
+      for c, column in enumerate(columns):
+        worth_RC[r, c] = worth(column, row)
+    assigned = scipy.optimize.linear_sum_assignment(worth_RC, maximize=True)
+    for row, column in zip(*assigned, strict=True):
       yield columns[column], rows[row]
 
 
-# -- by name ----------------------------------------------------------------------------------------------------------
+# -- by name ---------------------------------------------------------------------------------------
 
 REWARDS: dict[str, Callable[[str, str], Reward]] = {
   'toolrl': toolrl_reward,
@@ -360,9 +384,10 @@ def batch_reward(name: str, predictions: Sequence[str], references: Sequence[str
   if len(predictions) != len(references):
     raise ValueError(f'{len(predictions)} predictions for {len(references)} references')
   rows = []
-  for row, (prediction, reference) in enumerate(zip(predictions, references)):
+  for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
     try:
       rows.append(REWARDS[name](prediction, reference))
     except ValueError as error:
       raise ValueError(f'row {row}: {error}') from error
-  return Reward(*np.asarray(rows, np.float64).reshape(-1, 3).T)
+  form, correctness, total = np.asarray(rows, np.float64).reshape(-1, 3).T
+  return Reward(form, correctness, total)

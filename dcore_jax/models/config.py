@@ -1,7 +1,9 @@
 """The numbers that define a decoder, under the field names of a Hugging Face `config.json`.
 
-Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L num_hidden_layers,
-N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key positions.
+Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L
+  num_hidden_layers,
+N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key
+positions.
 """
 
 import dataclasses
@@ -12,10 +14,13 @@ import jax.numpy as jnp
 
 
 class _Family(NamedTuple):
-  """What a `model_type` says: the class that transformers loads, what its layers have, the defaults of its config class.
+  """What a `model_type` says: the class that transformers loads, what its layers have, the defaults
+  of its config class.
 
-  `required` and `written` are fields that say nothing new: what they must be where a file has them, and what goes into ours.
-  A default of None follows from other fields: head_dim is hidden_size / num_attention_heads, and there are as many key heads
+  `required` and `written` are fields that say nothing new: what they must be where a file has them,
+    and what goes into ours.
+  A default of None follows from other fields: head_dim is hidden_size / num_attention_heads, and
+    there are as many key heads
   as query heads.
   """
 
@@ -47,8 +52,8 @@ _FAMILIES = {
     required=_NO_BIAS,
     written={'attention_bias': False, **_NO_WINDOW},
   ),
-  # Its query, key and value projections have biases whatever a file says. The base models of Qwen2.5, and what was distilled
-  # into them, say that their positions have one axis.
+  # Its query, key and value projections have biases whatever a file says. The base models of
+  # Qwen2.5, and what was distilled into them, say that their positions have one axis.
   'qwen2': _Family(
     'Qwen2ForCausalLM',
     qkv_bias=True,
@@ -83,7 +88,8 @@ _REQUIRED = {
   'is_encoder_decoder': (False, None),
   'partial_rotary_factor': (1, None),
 }
-# Statements about the file, not about the function the weights compute; reading past them changes nothing.
+# Statements about the file, not about the function the weights compute; reading past them changes
+# nothing.
 _DESCRIPTIVE = frozenset(
   {
     'architectures',
@@ -122,9 +128,11 @@ _ROPE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are slowed down for contexts longer than those of pretraining (rotary.py has the formulas).
+  """How rotary frequencies are slowed down for contexts longer than those of pretraining (rotary.py
+  has the formulas).
 
-  'linear' divides all by `factor` (DeepSeek-Coder), 'llama3' the slow ones (Llama-3.1); the other fields are its.
+  'linear' divides all by `factor` (DeepSeek-Coder), 'llama3' the slow ones (Llama-3.1); the other
+  fields are its.
   """
 
   rope_type: str
@@ -149,24 +157,31 @@ class RopeScaling:
         )
     if self.rope_type == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
       raise ValueError(
-        f'low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}'
+        f'low_freq_factor={self.low_freq_factor} is not below '
+        f'high_freq_factor={self.high_freq_factor}'
       )
 
   @classmethod
   def from_hf(cls, record: Mapping[str, Any]) -> 'RopeScaling':
-    """Reads the fields of a scaling; ValueError for those that are missing, and for any that it would ignore."""
+    """Reads the fields of a scaling; ValueError for those that are missing, and for any that it
+    would ignore.
+    """
     unknown = sorted(record.keys() - {field.name for field in dataclasses.fields(cls)})
     if unknown:
       raise ValueError(f'unknown fields {unknown} of a rope scaling')
     return cls(**{'factor': None, **record})
 
   def to_hf(self) -> dict[str, Any]:
+    """Returns the fields that are set, by the names that a config.json has."""
     return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A decoder of the Qwen3, Qwen2 or Llama family. Hashable, so that it can be a static argument of a jitted function."""
+  """A decoder of the Qwen3, Qwen2 or Llama family.
+
+  Hashable, so that it can be a static argument of a jitted function.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -213,10 +228,11 @@ class DecoderConfig:
 
   @classmethod
   def from_hf(cls, record: dict[str, Any]) -> 'DecoderConfig':
-    """Reads the contents of a `config.json`; ValueError naming every field whose meaning would be ignored.
+    """Reads the contents of a `config.json`; ValueError naming every field whose meaning would be
+    ignored.
 
-    The defaults of the family's config class in transformers apply to what a file leaves out (those of this class are a
-    user's), except for the sizes, which must be there.
+    The defaults of the family's config class in transformers apply to what a file leaves out (those
+    of this class are a user's), except for the sizes, which must be there.
     """
     family = _FAMILIES.get(record.get('model_type'))
     if family is None:
@@ -243,7 +259,9 @@ class DecoderConfig:
     return cls(**fields)
 
   def to_hf(self) -> dict[str, Any]:
-    """The contents of a `config.json` that `from_hf` and transformers (4.51 and later, 5 included) read back."""
+    """The contents of a `config.json` that `from_hf` and transformers (4.51 and later, 5 included)
+    read back.
+    """
     family = _FAMILIES[self.model_type]
     record = dataclasses.asdict(self)
     if isinstance(self.eos_token_id, tuple):
@@ -289,9 +307,11 @@ class DecoderConfig:
     )
 
   def flops_per_token(self, seq_len: int) -> float:
-    """Forward floating-point operations per token, averaged over a causal row of `seq_len` tokens, head included.
+    """Forward floating-point operations per token, averaged over a causal row of `seq_len` tokens,
+    head included.
 
-    Two per multiply-add: 2 per matrix parameter, and per layer 4 N H for each of the (seq_len + 1) / 2 keys a query
+    Two per multiply-add: 2 per matrix parameter, and per layer 4 N H for each of the (seq_len + 1)
+      / 2 keys a query
     sees on average. A training step without rematerialisation costs three times as much.
     """
     matmul = self._layer_matmul_params * self.num_hidden_layers + self.vocab_size * self.hidden_size
@@ -334,9 +354,12 @@ def _divided(hidden_size: Any, heads: Any) -> int:
 def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """(rope_theta where it is given and rope_scaling, problems).
 
-  transformers 4 writes `rope_theta` and `rope_scaling` side by side, transformers 5 both into `rope_parameters`.
+  transformers 4 writes `rope_theta` and `rope_scaling` side by side, transformers 5 both into
+  `rope_parameters`.
   """
-  theta, scaling, problems = {record.get('rope_theta')}, set(), []
+  theta = {record.get('rope_theta')}
+  scaling = set()
+  problems = []
   for place in ('rope_scaling', 'rope_parameters'):
     fields = dict(record.get(place) or {})
     if not fields:
@@ -346,9 +369,8 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
       None
     }  # renamed in transformers 4.43
     if fields.pop('partial_rotary_factor', 1) != 1:
-      problems.append(
-        f'{place}: partial_rotary_factor={record[place]["partial_rotary_factor"]!r} is not supported'
-      )
+      factor = record[place]['partial_rotary_factor']
+      problems.append(f'{place}: partial_rotary_factor={factor!r} is not supported')
     if kinds <= {'default'} and not fields:
       scaling.add(None)
       continue
@@ -371,7 +393,9 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
-  """One line per field of the file that asks for something this decoder does not do; rotary fields are `_rope`'s."""
+  """One line per field of the file that asks for something this decoder does not do; rotary fields
+  are `_rope`'s.
+  """
   expected = _REQUIRED | family.required
   problems = [
     f'{name}={record[name]!r} is not supported'
@@ -379,11 +403,13 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
     if name in record and record[name] not in allowed
   ]
   # Qwen's own files carry a width there and switch it off beside it: only the pair means a window.
-  window, used = record.get('sliding_window'), record.get('use_sliding_window')
+  window = record.get('sliding_window')
+  used = record.get('use_sliding_window')
   if used or window is not None and used is not False:
     problems.append(
       f'sliding_window={window!r} with use_sliding_window={used!r} and '
-      f'max_window_layers={record.get("max_window_layers")!r} is not supported: no layer may have a window'
+      f'max_window_layers={record.get("max_window_layers")!r} is not supported: '
+      'no layer may have a window'
     )
   other_layers = sorted(set(record.get('layer_types') or ()) - {'full_attention'})
   if other_layers:

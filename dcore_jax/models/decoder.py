@@ -1,29 +1,32 @@
-"""The decoder of Qwen3, Qwen2.5, Llama and DeepSeek-Coder: pure functions of a parameter tree, a thin Flax NNX module around.
+"""The decoder of Qwen3, Qwen2.5, Llama and DeepSeek-Coder: pure functions of a parameter tree.
 
-RMSNorm before each block, grouped-query attention, rotary embedding in float32, SwiGLU; by family, biases on queries, keys
-and values (Qwen2.5) or per-head RMSNorm on queries and keys (Qwen3). The layers are stacked along a leading axis and
-scanned, so that compile time does not grow with depth. `abstract_params` is the one description of the parameters:
-initialisation, sharding, checkpoint import and export all follow it. Shape letters: config.py.
+RMSNorm before each block, grouped-query attention, rotary embedding in float32, SwiGLU; by family,
+biases on queries, keys and values (Qwen2.5) or per-head RMSNorm on queries and keys (Qwen3). The
+layers are stacked along a leading axis and scanned, so that compile time does not grow with depth.
+`abstract_params` is the one description of the parameters: initialisation, sharding, checkpoint
+import and export all follow it. Shape letters: config.py.
 """
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dcore_jax import sharding
-from dcore_jax.models import attention, rotary, tree_attention
+from dcore_jax.models import rotary
+from dcore_jax.models.attention import reference, tree_attention
 from dcore_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 
 COMPUTE = ('auto', 'float32', 'bfloat16')
 OFFLOAD = ('optimizer', 'reference')
-# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB, dots 84 KiB.
+# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB,
+# dots 84 KiB.
 REMAT: dict[str, Callable[..., bool] | None] = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -40,16 +43,17 @@ _INPUTS = {
   'down': 1,
 }  # axes of a projection that are contracted
 # Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
-_LANE_QUERIES, _LANE_KEYS = (
-  ('lanes', 'length', 'heads', 'head_dim'),
-  ('lanes', 'kv_heads', 'length', 'head_dim'),
-)
+_LANE_QUERIES = ('lanes', 'length', 'heads', 'head_dim')
+_LANE_KEYS = ('lanes', 'kv_heads', 'length', 'head_dim')
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """One parameter before it exists. `axes` names each dimension for sharding (sharding.py); `init` is the standard
-  deviation of a normal draw (0 gives zeros), or None for ones."""
+  """One parameter before it exists.
+
+  `axes` names each dimension for sharding (sharding.py); `init` is the standard deviation of a
+  normal draw (0 gives zeros), or None for ones.
+  """
 
   shape: tuple[int, ...]
   dtype: Any
@@ -63,15 +67,18 @@ class Execution:
 
   Attributes:
     attention: a name of `tree_attention`.
-    compute: dtype of activations, to which the layers' parameters are cast as they are used: 'bfloat16', 'float32', or
-      'auto', which is bfloat16 on accelerators and the parameters' own dtype on a CPU.
-    remat: what the backward pass finds instead of computing it again, one of `REMAT`. Beside a layer's input, 'full' keeps
-      nothing, 'attention' the outputs of attention, 'dots' those of the projections; 'none' keeps all activations.
-    unroll: whether the layers are compiled one by one instead of as one scanned body. On a CPU the unrolled step takes
-      0.6 of the time; compiled code grows with depth. Rematerialised layers are scanned in any case: unrolled, XLA
-      recomputes all of them before it needs the first (8 layers, 16,384 tokens: 9.5 GiB of temporaries against 1.9).
-    offload: 'optimizer' keeps the optimizer's moments in host memory between updates, 'reference' the reference policy
-      between its passes, where the backend has such memory (learn.optimizer).
+    compute: dtype of activations, to which the layers' parameters are cast as they are used:
+      'bfloat16', 'float32', or 'auto', which is bfloat16 on accelerators and the parameters' own
+      dtype on a CPU.
+    remat: what the backward pass finds instead of computing it again, one of `REMAT`. Beside a
+      layer's input, 'full' keeps nothing, 'attention' the outputs of attention, 'dots' those of the
+      projections; 'none' keeps all activations.
+    unroll: whether the layers are compiled one by one instead of as one scanned body. On a CPU the
+      unrolled step takes 0.6 of the time; compiled code grows with depth. Rematerialised layers are
+      scanned in any case: unrolled, XLA recomputes all of them before it needs the first (8 layers,
+      16,384 tokens: 9.5 GiB of temporaries against 1.9).
+    offload: 'optimizer' keeps the optimizer's moments in host memory between updates, 'reference'
+      the reference policy between its passes, where the backend has such memory (learn.optimizer).
   """
 
   attention: str = 'auto'
@@ -101,9 +108,12 @@ class Execution:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys (rotated) and values of B lanes, each [L, B, K, S, H]. Slot s of a lane holds the token at position s.
+  """Keys (rotated) and values of B lanes, each [L, B, K, S, H].
 
-  Or, unstacked, a tuple of L arrays [B, K, S, H] each: then no layer has to be cut out of the stack before it is read.
+  Slot s of a lane holds the token at position s.
+
+  Or, unstacked, a tuple of L arrays [B, K, S, H] each: then no layer has to be cut out of the stack
+    before it is read.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
@@ -111,9 +121,15 @@ class KVCache:
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-  """The parameter tree with a ParamSpec for every array; 'head' is there only where the embedding is not tied."""
-  D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-  N, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+  """The parameter tree with a ParamSpec for every array; 'head' is there only where the embedding
+  is not tied.
+  """
+  D = config.hidden_size
+  F = config.intermediate_size
+  H = config.head_dim
+  N = config.num_attention_heads
+  K = config.num_key_value_heads
+  L = config.num_hidden_layers
   std = config.initializer_range
 
   def matrix(shape, *axes):
@@ -134,9 +150,10 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     'down': matrix((L, F, D), 'layers', 'mlp', 'embed'),
   }
   if config.qkv_bias:
-    bias = lambda heads, axis: ParamSpec(
-      (L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0
-    )
+
+    def bias(heads, axis):
+      return ParamSpec((L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0)
+
     layers |= {
       'q_bias': bias(N, 'heads'),
       'k_bias': bias(K, 'kv_heads'),
@@ -186,7 +203,8 @@ def hidden_states(
   Query i sees key j iff j <= i < end[j]; plain causal rows have end = T.
 
   Args:
-    params: the parameter tree; computation runs in `execution.compute`, norms, rotary angles, scores and softmax in float32.
+    params: the parameter tree; computation runs in `execution.compute`, norms, rotary angles,
+      scores and softmax in float32.
     config: its configuration.
     tokens_BT: token ids.
     position_BT: rotary positions, the depth of each token below its own root.
@@ -207,7 +225,8 @@ def hidden_states(
     def attend(q_BTNH, k_BTKH, v_BTKH):
       return tree_attention.attend(q_BTNH, k_BTKH, v_BTKH, end_BT, execution.attention)
 
-    # Cast here, a layer is gathered from the devices in 2 bytes a parameter, and there is never a whole copy of the model.
+    # Cast here, a layer is gathered from the devices in 2 bytes a parameter, and there is never a
+    # whole copy of the model.
     hidden_BTD = _block(cast(layer, dtype), config, hidden_BTD, cos, sin, attend)
     return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden'), None
 
@@ -229,21 +248,24 @@ def cast(params: Params, dtype: Any) -> Params:
 
 def unstack(params: Params) -> Params:
   """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
-  layers = [
-    jax.tree.map(lambda stack: stack[index], params['layers'])
-    for index in range(len(params['layers']['q']))
-  ]
+  layers = []
+  for index in range(len(params['layers']['q'])):
+    layers.append(jax.tree.map(operator.itemgetter(index), params['layers']))
   return {**params, 'layers': tuple(layers)}
 
 
 class Turned(NamedTuple):
-  """A projection the other way round, for the few rows of a decode step on a CPU, see `_turned_product`."""
+  """A projection the other way round, for the few rows of a decode step on a CPU, see
+  `_turned_product`.
+  """
 
   matrix: jax.Array  # [*out, *in]
 
 
 def turn(params: Params) -> Params:
-  """`unstack`, every projection `Turned`: what `extend_branches` and `logits` read fastest on a CPU."""
+  """`unstack`, every projection `Turned`: what `extend_branches` and `logits` read fastest on a
+  CPU.
+  """
 
   def turned(name, weight):
     inputs = _INPUTS.get(name)
@@ -265,7 +287,9 @@ def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
   specs = abstract_params(config, dtype)
 
   def turned(name, spec):
-    shape, axes, inputs = spec.shape[1:], spec.axes[1:], _INPUTS.get(name, 0)
+    shape = spec.shape[1:]
+    axes = spec.axes[1:]
+    inputs = _INPUTS.get(name, 0)
     spec = dataclasses.replace(
       spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs]
     )
@@ -276,7 +300,10 @@ def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
-  """float32 [M, V] of a few final-normed hidden states; of `turn`ed parameters by a turned product."""
+  """Computes float32 logits [M, V] of a few final-normed hidden states.
+
+  Parameters that `turn` made are multiplied by a turned product.
+  """
   head_VD = head_matrix(params)
   if isinstance(params['layers'], tuple):
     return _turned_product(head_VD, hidden_MD)
@@ -287,7 +314,8 @@ def init_cache(
   config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True
 ) -> KVCache:
   """An empty cache of B lanes with S slots each; its content is never read before it is written."""
-  L, shape = config.num_hidden_layers, (B, config.num_key_value_heads, S, config.head_dim)
+  L = config.num_hidden_layers
+  shape = (B, config.num_key_value_heads, S, config.head_dim)
   if stacked:
     return KVCache(jnp.zeros((L, *shape), dtype), jnp.zeros((L, *shape), dtype))
   return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(L)) for _ in range(2)))
@@ -304,9 +332,10 @@ def extend(
 ) -> tuple[jax.Array, KVCache]:
   """Appends T tokens to every lane: (final-normed hidden [B, T, D], cache).
 
-  Lane b's tokens take the slots and rotary positions start_b .. start_b + T - 1; the query at position p sees slots
-  0..p of its lane. That is prefill (start 0, right padding is never seen and later overwritten), continuation and
-  decoding (T = 1) in one. Writes at slots >= S are dropped. Donate the cache: it is updated in place.
+  Lane b's tokens take the slots and rotary positions start_b .. start_b + T - 1; the query at
+  position p sees slots 0..p of its lane. That is prefill (start 0, right padding is never seen and
+  later overwritten), continuation and decoding (T = 1) in one. Writes at slots >= S are dropped.
+  Donate the cache: it is updated in place.
 
   Args:
     params: the parameter tree.
@@ -314,7 +343,8 @@ def extend(
     cache: lanes as `init_cache` or an earlier call left them, stacked.
     tokens_BT: token ids.
     start_B: the slot of each lane's first token, >= 0.
-    span: static; only the first `span` slots are read. start + T <= span must hold for the lanes that matter.
+    span: static; only the first `span` slots are read. start + T <= span must hold for the lanes
+      that matter.
 
   Raises:
     ValueError: `span` outside 1..S.
@@ -324,7 +354,7 @@ def extend(
   if not 1 <= span <= S:
     raise ValueError(f'span={span} is outside 1..{S}, the slots of the cache')
   position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None, :]
-  mask_BTS = attention.cache_mask(position_BT, span)
+  mask_BTS = reference.cache_mask(position_BT, span)
   cos, sin = rotary.rope_tables(
     position_BT, config.head_dim, config.rope_theta, config.rope_scaling
   )
@@ -342,7 +372,7 @@ def extend(
       written.extend([new_k, new_v])
       seen = (index, slice(None), slice(None), slice(span))
       return sharding.on_shards(
-        attention.attend,
+        reference.attend,
         (q_BTNH, new_k[seen].astype(q_BTNH.dtype), new_v[seen].astype(q_BTNH.dtype), mask_BTS),
         (_LANE_QUERIES, _LANE_KEYS, _LANE_KEYS),
       )
@@ -364,21 +394,25 @@ def extend_branches(
   config: DecoderConfig,
   trunks: KVCache,
   branches: KVCache,
-  sharing: attention.Sharing,
+  sharing: reference.Sharing,
   token_B: jax.Array,
   slot_B: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-  """Appends one token to every branch: (final-normed hidden [B, D], branches). The step of a decode loop.
+  """Appends one token to every branch: (final-normed hidden [B, D], branches).
 
-  Lane b's token takes slot `slot_B` of its branch and the rotary position that many tokens behind its trunk; it sees the
-  trunk and its branch up to itself. Writes at slots beyond the branch are dropped.
+  The step of a decode loop.
+
+  Lane b's token takes slot `slot_B` of its branch and the rotary position that many tokens behind
+  its trunk; it sees the trunk and its branch up to itself. Writes at slots beyond the branch are
+  dropped.
 
   Args:
-    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a copy, its `turn`.
+    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a
+      copy, its `turn`.
     config: its configuration.
     trunks: unstacked cache of R trunks.
-    branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding takes some 30 % less
-      time on a CPU, and compiling grows with depth.
+    branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding
+      takes some 30 % less time on a CPU, and compiling grows with depth.
     sharing: which lane reads which trunk.
     token_B: token ids.
     slot_B: where they go, >= 0.
@@ -389,7 +423,9 @@ def extend_branches(
     position_B1, config.head_dim, config.rope_theta, config.rope_scaling
   )
   lane_B = jnp.arange(token_B.shape[0])
-  hidden_B1D, keys, values = params['embed'][token_B][:, None], list(branches.k), list(branches.v)
+  hidden_B1D = params['embed'][token_B][:, None]
+  keys = list(branches.k)
+  values = list(branches.v)
 
   for index, layer in enumerate(
     params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']
@@ -403,7 +439,7 @@ def extend_branches(
           .set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
         )
       return sharding.on_shards(
-        attention.attend_branches,
+        reference.attend_branches,
         (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
         (_LANE_QUERIES, *[_LANE_KEYS] * 4),
       )
@@ -413,59 +449,10 @@ def extend_branches(
   return hidden_B1D[:, 0], KVCache(tuple(keys), tuple(values))
 
 
-class Decoder(nnx.Module):
-  """The same arrays held as `nnx.Param`s, for people and for tools that speak NNX; the pipeline uses the functions."""
-
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-    self.config = config
-    self._hold(init_params(config, rngs.params(), dtype))
-
-  @classmethod
-  def from_params(cls, config: DecoderConfig, params: Params) -> 'Decoder':
-    """A module around existing arrays; nothing is copied."""
-    module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-    module._hold(params)
-    return module
-
-  def _hold(self, params: Params) -> None:
-    for name, value in params.items():
-      held = (
-        nnx.Dict(jax.tree.map(nnx.Param, value)) if isinstance(value, dict) else nnx.Param(value)
-      )
-      setattr(self, name, held)
-
-  def params(self) -> Params:
-    """The tree that the functions of this file take."""
-    names = abstract_params(self.config)
-    return {
-      name: (
-        {inner: getattr(self, name)[inner][...] for inner in spec}
-        if isinstance(spec, dict)
-        else getattr(self, name)[...]
-      )
-      for name, spec in names.items()
-    }
-
-  def __call__(
-    self,
-    tokens_BT: jax.Array,
-    position_BT: jax.Array | None = None,
-    end_BT: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits [B, T, V]; without positions and ends the rows are plain causal sequences."""
-    B, T = tokens_BT.shape
-    position_BT = (
-      jnp.broadcast_to(jnp.arange(T)[None], (B, T)) if position_BT is None else position_BT
-    )
-    end_BT = jnp.full((B, T), T) if end_BT is None else end_BT
-    params = self.params()
-    hidden_BTD = hidden_states(params, self.config, tokens_BT, position_BT, end_BT)
-    return jnp.einsum('btd,vd->btv', hidden_BTD, head_matrix(params))
-
-
 def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged for columns: the table is
-  not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient."""
+  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged
+  for columns: the table is not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient.
+  """
   hidden_BTD = sharding.constrain(
     embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed'
   )
@@ -480,11 +467,12 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
-  """float32 [M, O] = x matrix^T, computed as matrix x^T: XLA's CPU compiler packs what stands on the right, which had better be
-  the few rows than the weights.
+  """float32 [M, O] = x matrix^T, computed as matrix x^T: XLA's CPU compiler packs what stands on
+  the right, which had better be the few rows than the weights.
 
-  The barriers keep it from turning the product round again. 16 products of 512 x 1536 on 2 cores, in ms, against x @ W: 2.0
-  (2.1) for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1 (12.5) for 16, 11.0 (19.0) for 32.
+  The barriers keep it from turning the product round again. 16 products of 512 x 1536 on 2 cores,
+  in ms, against x @ W: 2.0 (2.1) for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1
+  (12.5) for 16, 11.0 (19.0) for 32.
   """
   columns_IM = jax.lax.optimization_barrier(x_MI.T)
   return jax.lax.optimization_barrier(
@@ -493,11 +481,13 @@ def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
 
 
 def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
-  """[B, T, *in] times [*in, *out] -> [B, T, *out], the first `inputs` axes of the weight contracted.
+  """[B, T, *in] times [*in, *out] -> [B, T, *out], the first `inputs` axes of the weight
+  contracted.
 
-  Written as a product of two matrices: from the three-dimensional einsum XLA's CPU compiler makes a weight gradient
-  that first copies its operand transposed, fused with the activation's derivative (SwiGLU block, 2,304 tokens: 615 ms of
-  CPU time against 346 ms).
+  Written as a product of two matrices: from the three-dimensional einsum XLA's CPU compiler makes a
+    weight gradient
+  that first copies its operand transposed, fused with the activation's derivative (SwiGLU block,
+  2,304 tokens: 615 ms of CPU time against 346 ms).
   """
   B, T = x.shape[:2]
   if isinstance(weight, Turned):
@@ -518,8 +508,13 @@ def _block(
   attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   rows: str = 'batch',
 ) -> jax.Array:
-  """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, `rows` is the logical axis of B."""
-  spread = lambda x, heads: sharding.constrain(x, rows, 'length', heads, 'head_dim')
+  """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, `rows` is the
+  logical axis of B.
+  """
+
+  def spread(x, heads):
+    return sharding.constrain(x, rows, 'length', heads, 'head_dim')
+
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (_project(normed, layer[name]) for name in ('q', 'k', 'v'))
   if config.qkv_bias:
@@ -527,11 +522,9 @@ def _block(
       x + layer[name][None, None]
       for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias'))
     )
-  q_BTNH, k_BTKH, v_BTKH = (
-    spread(q_BTNH, 'heads'),
-    spread(k_BTKH, 'kv_heads'),
-    spread(v_BTKH, 'kv_heads'),
-  )
+  q_BTNH = spread(q_BTNH, 'heads')
+  k_BTKH = spread(k_BTKH, 'kv_heads')
+  v_BTKH = spread(v_BTKH, 'kv_heads')
   if config.qk_norm:
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)

@@ -1,11 +1,14 @@
-"""Hugging Face model directories, in and out: config.json, safetensors (one file or an indexed set), tokenizer files.
+"""Hugging Face model directories, in and out: config.json, safetensors (one file or an indexed
+set), tokenizer files.
 
-A torch `Linear` stores [out, in] and one tensor per layer; the parameter tree stores input axes first, heads as axes of
-their own, and all layers stacked. Both directions are permutations of the numbers: importing and exporting in the
-stored dtype gives back the same bits. Everything is checked before anything is built or written, and reported in one
-error. No process holds more of a model than its own devices' part and one tensor.
+A torch `Linear` stores [out, in] and one tensor per layer; the parameter tree stores input axes
+first, heads as axes of their own, and all layers stacked. Both directions are permutations of the
+numbers: importing and exporting in the stored dtype gives back the same bits. Everything is checked
+before anything is built or written, and reported in one error. No process holds more of a model
+than its own devices' part and one tensor.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -23,7 +26,8 @@ from dcore_jax.models import tensor_files
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params, abstract_params
 
-# name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a vector)
+# name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a
+# vector)
 _LAYER_TENSORS = {
   'attn_norm': ('input_layernorm.weight', None),
   'q': ('self_attn.q_proj.weight', 1),
@@ -60,10 +64,12 @@ _TOKENIZER_FILES = (
 
 
 class Stored(NamedTuple):
-  """Where a tensor of a checkpoint belongs: params[path[0]]... and, where that is a stack, its place in it.
+  """Where a tensor of a checkpoint belongs: params[path[0]]... and, where that is a stack, its
+  place in it.
 
-  `shape` is that of the file. `inputs` leading axes of the parameter (of a layer) are what the file has last; None: the file
-  has the axes as they are (`embed`, `head`), or all in one (norms, biases).
+  `shape` is that of the file. `inputs` leading axes of the parameter (of a layer) are what the file
+  has last; None: the file has the axes as they are (`embed`, `head`), or all in one (norms,
+  biases).
   """
 
   path: tuple[str, ...]
@@ -96,7 +102,9 @@ def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
 
 
 def load_config(directory: str | pathlib.Path) -> DecoderConfig:
-  """The configuration in `directory`/config.json; ValueError for anything in it that would be ignored."""
+  """The configuration in `directory`/config.json; ValueError for anything in it that would be
+  ignored.
+  """
   return DecoderConfig.from_hf(_read_json(pathlib.Path(directory) / 'config.json'))
 
 
@@ -105,15 +113,18 @@ def load_params(
 ) -> tuple[DecoderConfig, Params]:
   """(config, parameters in `dtype`) of a checkpoint directory.
 
-  The files are memory-mapped, and each device is given its slices of them, layer by layer, converted on the way.
+  The files are memory-mapped, and each device is given its slices of them, layer by layer,
+  converted on the way.
 
   Args:
     directory: with config.json and model.safetensors or an index and its files.
     dtype: of all parameters.
-    shardings: a tree like the parameters: where each one goes. Without it all are on the default device.
+    shardings: a tree like the parameters: where each one goes. Without it all are on the default
+      device.
 
   Raises:
-    ValueError: missing, extra, misshapen or unreadable tensors, all of them in one message; a file that is not there.
+    ValueError: missing, extra, misshapen or unreadable tensors, all of them in one message; a file
+      that is not there.
   """
   directory = pathlib.Path(directory)
   config = load_config(directory)
@@ -142,38 +153,52 @@ def load_params(
   return config, jax.tree_util.tree_map_with_path(build, *trees)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+  """What a model directory holds beside the config and the tensors.
+
+  Attributes:
+    tokenizer_dir: a directory whose tokenizer files are copied.
+    generation_config: contents of generation_config.json; by default the token ids of the config.
+    card: the text of README.md; without it none is written.
+  """
+
+  tokenizer_dir: str | pathlib.Path | None = None
+  generation_config: dict[str, Any] | None = None
+  card: str | None = None
+
+
+_NO_FILES = ModelFiles()
+
+
 def save_checkpoint(
   directory: str | pathlib.Path,
   config: DecoderConfig,
   params: Params,
+  beside: ModelFiles = _NO_FILES,
   *,
-  tokenizer_dir: str | pathlib.Path | None = None,
   dtype: str = 'bfloat16',
   overwrite: bool = False,
-  generation_config: dict[str, Any] | None = None,
-  card: str | None = None,
   shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` and the serving engines load.
+  """Writes a directory that transformers and the serving engines load.
 
-  The directory is written beside its place and renamed when complete: a failure leaves what was there before. Where there are
-  several processes all of them call this, on one file system; each writes some of the files, and one tensor at a time is
-  gathered from the devices.
+  The directory is written beside its place and renamed when complete: a failure leaves what was
+  there before. Where there are several processes all of them call this, on one file system; each
+  writes some of the files, and one tensor at a time is gathered from the devices.
 
   Args:
     directory: the target; its parents are made.
     config: the configuration that `params` belong to.
     params: the parameter tree, checked against `config`; sharded in any way.
-    tokenizer_dir: a directory whose tokenizer files are copied.
+    beside: the other files of the directory.
     dtype: 'bfloat16' or 'float32', of every tensor.
     overwrite: allows to replace a non-empty directory.
-    generation_config: contents of generation_config.json; by default the token ids of `config`.
-    card: the text of README.md; without it none is written.
     shard_bytes: the most that a file holds, except for one tensor that is larger.
 
   Raises:
-    ValueError: another dtype, a tree that does not fit the config (all differences listed), no tokenizer in
-      tokenizer_dir.
+    ValueError: another dtype, a tree that does not fit the config (all differences listed), no
+      tokenizer in `beside.tokenizer_dir`.
     FileExistsError: a non-empty target without `overwrite`, or a target that is no directory.
     RuntimeError: another process could not write its part.
   """
@@ -181,9 +206,10 @@ def save_checkpoint(
     raise ValueError(f'dtype={dtype!r} is not one of {_WRITABLE}')
   _check_tree(params, config)
   params = jax.tree.map(jnp.asarray, params)
-  tokenizer_files = _tokenizer_files(tokenizer_dir)
+  tokenizer_files = _tokenizer_files(beside.tokenizer_dir)
   target = pathlib.Path(directory).absolute()
   check_target(target, overwrite)
+  generation_config = beside.generation_config
   if generation_config is None:
     ids = {name: config.to_hf()[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     generation_config = {name: value for name, value in ids.items() if value is not None}
@@ -196,18 +222,22 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     for source in tokenizer_files:
       shutil.copyfile(source, partial / source.name)
-    # torch_dtype is what transformers 4 and the serving engines read, dtype what transformers 5 reads.
+    # torch_dtype is what transformers 4 and the serving engines read, dtype what transformers 5
+    # reads.
     _write_json(partial / 'config.json', config.to_hf() | {'dtype': dtype, 'torch_dtype': dtype})
     _write_json(partial / 'generation_config.json', generation_config)
-    if card is not None:
-      (partial / 'README.md').write_text(card, encoding='utf-8')
+    if beside.card is not None:
+      (partial / 'README.md').write_text(beside.card, encoding='utf-8')
     if len(files) > 1:
       _write_json(
         partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize)
       )
 
   leader = jax.process_index() == 0
-  nothing = lambda: None
+
+  def nothing():
+    return None
+
   try:
     _together(start if leader else nothing)
     _together(lambda: _write_files(partial, files, tensors, params, jnp.dtype(dtype)))
@@ -273,7 +303,8 @@ def _check_stored(
   files: dict[str, tensor_files.MappedFile], expected: dict[str, Stored], directory: pathlib.Path
 ) -> None:
   """Raises one ValueError that lists every difference between the files and the configuration."""
-  embed, head = _TOP_TENSORS['embed'], _TOP_TENSORS['head']
+  embed = _TOP_TENSORS['embed']
+  head = _TOP_TENSORS['head']
   problems = [
     f'missing {name} {list(stored.shape)}' for name, stored in expected.items() if name not in files
   ]
@@ -282,7 +313,8 @@ def _check_stored(
     if entry.dtype not in tensor_files.DTYPES:
       problems.append(f'{name} has dtype {entry.dtype}, readable are {list(tensor_files.DTYPES)}')
     elif name == head and name not in expected:
-      # Some published tied checkpoints (Qwen3-0.6B) store the head all the same; a copy is fine, anything else is not.
+      # Some published tied checkpoints (Qwen3-0.6B) store the head all the same; a copy is fine,
+      # anything else is not.
       if embed in files and not _same(file, head, files[embed], embed):
         problems.append(f'{head} differs from {embed} although tie_word_embeddings is true')
     elif name not in expected:
@@ -321,10 +353,15 @@ def _placed(
   dtype: Any,
   sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-  """A tensor of a file, in the layout and dtype of its parameter (of one layer of it), on the devices of `sharding`."""
+  """A tensor of a file, in the layout and dtype of its parameter (of one layer of it), on the
+  devices of `sharding`.
+  """
   view = file.view(name)
+
   # Copied in any case: a parameter that is a view of our buffer could not be donated.
-  put = lambda block, device: jax.device_put(block, device, may_alias=False)
+  def put(block, device):
+    return jax.device_put(block, device, may_alias=False)
+
   if sharding is None:
     array = put(_block(view, inputs, shape, (slice(None),) * len(shape), dtype), None)
   else:
@@ -346,7 +383,7 @@ def _placed(
 def _block(
   view: np.ndarray, inputs: int | None, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any
 ) -> np.ndarray:
-  """parameter[index], where `view` is the parameter as the file has it and `shape` its own shape."""
+  """Returns parameter[index]; `view` has the file's layout, `shape` is that of the parameter."""
   if inputs is None:
     return tensor_files.contiguous(view.reshape(shape)[index], dtype)
   part = view.reshape(shape[inputs:] + shape[:inputs])[index[inputs:] + index[:inputs]]
@@ -371,8 +408,11 @@ def _layer_setter(
   """(stack, layer, index) -> the stack, in its place in memory, with that layer."""
 
   def put(stack, layer, index):
-    # As integers: XLA's CPU compiler updates a stack of bfloat16 by way of a copy in float32 of all of it.
-    bits = lambda x: jax.lax.bitcast_convert_type(x, f'uint{8 * stack.dtype.itemsize}')
+    # As integers: XLA's CPU compiler updates a stack of bfloat16 by way of a copy in float32 of all
+    # of it.
+    def bits(x):
+      return jax.lax.bitcast_convert_type(x, f'uint{8 * stack.dtype.itemsize}')
+
     updated = jax.lax.dynamic_update_index_in_dim(bits(stack), bits(layer), index, 0)
     return jax.lax.bitcast_convert_type(updated, stack.dtype)
 
@@ -384,7 +424,8 @@ def _layer_setter(
 
 def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, list[str]]:
   """file -> the tensors in it, in the order of the model, as many as `limit` bytes allow."""
-  groups, size = [], math.inf
+  groups = []
+  size = math.inf
   for name, stored in tensors.items():
     more = math.prod(stored.shape) * itemsize
     if size + more > limit:
@@ -417,7 +458,10 @@ def _write_files(
   params: Params,
   dtype: np.dtype,
 ) -> None:
-  """Writes this process's share of the files. Gathering is collective: it goes on where writing has failed."""
+  """Writes this process's share of the files.
+
+  Gathering is collective: it goes on where writing has failed.
+  """
   error = None
   for number, (file, names) in enumerate(files.items()):
     writer = None
@@ -440,13 +484,17 @@ def _write_files(
 
 
 def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
-  """The tensor as its file has it, in the parameter's dtype, on the host; None for a process that does not want it."""
+  """The tensor as its file has it, in the parameter's dtype, on the host; None for a process that
+  does not want it.
+  """
   leaf = functools.reduce(lambda tree, key: tree[key], stored.path, params)
-  stacked, whole = stored.layer is not None, None
+  stacked = stored.layer is not None
+  whole = None
   if not leaf.is_fully_addressable:
     whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
   if stacked or whole:
-    # Waited for by all: a process that ran ahead would hold further tensors, and collectives could meet in another order.
+    # Waited for by all: a process that ran ahead would hold further tensors, and collectives could
+    # meet in another order.
     leaf = jax.block_until_ready(_taker(whole)(leaf, stored.layer or 0, stacked))
   if not mine:
     return None
@@ -458,7 +506,9 @@ def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
 
 @functools.lru_cache(maxsize=64)
 def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, bool], jax.Array]:
-  """(parameter, layer, stacked) -> that layer of a stack, or all of what is no stack, placed as `sharding` says."""
+  """(parameter, layer, stacked) -> that layer of a stack, or all of what is no stack, placed as
+  `sharding` says.
+  """
 
   def take(leaf, layer, stacked):
     return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False) if stacked else leaf
@@ -467,7 +517,10 @@ def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, 
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-  """An array of which this process has every part, as numpy. Of copies of the parts: jax keeps what it was asked for so."""
+  """An array of which this process has every part, as numpy.
+
+  Of copies of the parts: jax keeps what it was asked for so.
+  """
   parts = list({str(shard.index): shard for shard in array.addressable_shards}.values())
   if len(parts) == 1:
     return np.asarray(parts[0].data.copy())
@@ -478,7 +531,10 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _together(step: Callable[[], None]) -> None:
-  """Runs this process's part of a step and waits for the others'; where one has failed, all raise."""
+  """Runs this process's part of a step and waits for the others.
+
+  Where one process has failed, all raise: none may go on with a directory that is incomplete.
+  """
   if jax.process_count() == 1:
     return step()
   error = None
@@ -494,7 +550,9 @@ def _together(step: Callable[[], None]) -> None:
 
 
 def _check_tree(params: Params, config: DecoderConfig) -> None:
-  """Raises one ValueError that lists every difference between a parameter tree and the configuration."""
+  """Raises one ValueError that lists every difference between a parameter tree and the
+  configuration.
+  """
 
   def flat(tree):
     return {
@@ -502,7 +560,8 @@ def _check_tree(params: Params, config: DecoderConfig) -> None:
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
-  expected, given = flat(abstract_params(config)), flat(params)
+  expected = flat(abstract_params(config))
+  given = flat(params)
   problems = [f'missing {name}' for name in expected if name not in given]
   problems += [f'extra {name}' for name in given if name not in expected]
   problems += [

@@ -1,6 +1,8 @@
-"""The models of the paper and their sizes by name: what their public `config.json` says, as far as it defines the function.
+"""The models of the paper and their sizes by name: what their public `config.json` says, as far as
+it defines the function.
 
-A preset stands in for a checkpoint that is not there: a plan, a random initialisation. What a checkpoint really holds is read
+A preset stands in for a checkpoint that is not there: a plan, a random initialisation. What a
+  checkpoint really holds is read
 from its own file, and `same_model` compares.
 """
 
@@ -119,7 +121,9 @@ def config(name: str) -> DecoderConfig:
 
 
 def same_model(one: DecoderConfig, other: DecoderConfig) -> bool:
-  """Whether both compute the same function of their parameters: token ids and the initial draw apart."""
+  """Whether both compute the same function of their parameters: token ids and the initial draw
+  apart.
+  """
   apart = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')) | {
     'initializer_range': 0.02
   }

@@ -1,7 +1,9 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), halves paired as in Hugging Face checkpoints.
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), halves paired as in Hugging Face
+checkpoints.
 
-Component h of the first half of a head is rotated together with component h of the second half. Angles are computed
-in float32 whatever the model's dtype: bfloat16 has 8 significant bits, so position 257 would be rounded to 256.
+Component h of the first half of a head is rotated together with component h of the second half.
+Angles are computed in float32 whatever the model's dtype: bfloat16 has 8 significant bits, so
+position 257 would be rounded to 256.
 """
 
 import jax
@@ -12,11 +14,13 @@ from dcore_jax.models.config import RopeScaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-  """Radians a token of each pair, float32 [H/2]: theta^(-2h/H), slowed down for long contexts where `scaling` says so.
+  """Radians a token of each pair, float32 [H/2]: theta^(-2h/H), slowed down for long contexts where
+  `scaling` says so.
 
-  'linear' (Chen et al. 2023, position interpolation) divides all by the factor. 'llama3' (Llama 3.1) counts the turns of a
-  pair over the pretraining context: pairs of more than high_freq_factor turns stay, those of fewer than low_freq_factor are
-  divided, and in between the two are mixed linearly in the turns.
+  'linear' (Chen et al. 2023, position interpolation) divides all by the factor. 'llama3' (Llama
+  3.1) counts the turns of a pair over the pretraining context: pairs of more than high_freq_factor
+  turns stay, those of fewer than low_freq_factor are divided, and in between the two are mixed
+  linearly in the turns.
   """
   frequency = np.float64(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
   if scaling is None:
@@ -24,7 +28,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
   if scaling.rope_type == 'linear':
     return (frequency / scaling.factor).astype(np.float32)
   turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  low = scaling.low_freq_factor
+  high = scaling.high_freq_factor
   kept = np.clip((turns - low) / (high - low), 0, 1)
   return (frequency * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
 
@@ -32,7 +37,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 def rope_tables(
   position_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin) of the angles position * frequency, each float32 [B, T, 1, H/2] (the 1 is the head axis)."""
+  """(cos, sin) of the angles position * frequency, each float32 [B, T, 1, H/2] (the 1 is the head
+  axis).
+  """
   frequency = jnp.asarray(frequencies(head_dim, theta, scaling))
   angle = position_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)

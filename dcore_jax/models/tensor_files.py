@@ -1,8 +1,9 @@
 """Safetensors files, read through a memory map and written tensor by tensor.
 
-The format is a length, a JSON header and the bytes of all tensors. The library reads tensors whole and writes files from
-dictionaries of whole tensors; here a slice of a file is a numpy view that costs no memory, and what is written need not
-exist before its turn. Files are byte for byte those of the library.
+The format is a length, a JSON header and the bytes of all tensors. The library reads tensors whole
+and writes files from dictionaries of whole tensors; here a slice of a file is a numpy view that
+costs no memory, and what is written need not exist before its turn. Files are byte for byte those
+of the library.
 """
 
 import json
@@ -26,7 +27,10 @@ _BLOCK = 16 << 20  # bytes that are converted at a time
 
 
 class Entry(NamedTuple):
-  """A tensor as a header has it; `dtype` is the format's code. Bytes begin..end of the file hold it, row by row."""
+  """A tensor as a header has it; `dtype` is the format's code.
+
+  Bytes begin..end of the file hold it, row by row.
+  """
 
   dtype: str
   shape: tuple[int, ...]
@@ -35,7 +39,8 @@ class Entry(NamedTuple):
 
 
 class MappedFile:
-  """A file whose tensors are views of its memory map, pages of which are read when they are touched.
+  """A file whose tensors are views of its memory map, pages of which are read when they are
+  touched.
 
   Raises:
     ValueError: it is not there, is cut short, or its header does not describe it.
@@ -56,7 +61,9 @@ class MappedFile:
     return np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.begin).reshape(entry.shape)
 
   def release(self, name: str) -> None:
-    """Gives the pages of a tensor back: they stay in the system's cache, and no longer count as this process's memory."""
+    """Gives the pages of a tensor back: they stay in the system's cache, and no longer count as
+    this process's memory.
+    """
     entry = self.entries[name]
     first = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
     if hasattr(mmap, 'MADV_DONTNEED') and entry.end > first:
@@ -90,7 +97,8 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
 
 
 class FileWriter:
-  """Writes a file whose tensors are known by shape before they exist, and come in the order of `names`.
+  """Writes a file whose tensors are known by shape before they exist, and come in the order of
+  `names`.
 
   Args:
     path: the file; replaced when it exists.
@@ -99,7 +107,8 @@ class FileWriter:
   """
 
   def __init__(self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any):
-    self._dtype, self._shapes = np.dtype(dtype), shapes
+    self._dtype = np.dtype(dtype)
+    self._shapes = shapes
     self.names = sorted(shapes)
     header: dict[str, Any] = {
       '__metadata__': {'format': 'pt'}
@@ -115,11 +124,15 @@ class FileWriter:
       place = end
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' ' * (-len(text) % 8)
-    self._left, self._file = list(self.names), path.open('wb')
+    self._left = list(self.names)
+    self._file = path.open('wb')
     self._file.write(len(text).to_bytes(8, 'little') + text)
 
   def write(self, name: str, tensor: np.ndarray) -> None:
-    """Appends a tensor, converted; views of any strides are fine. ValueError: not this one's turn, or another shape."""
+    """Appends a tensor, converted; views of any strides are fine.
+
+    ValueError: not this one's turn, or another shape.
+    """
     if not self._left or name != self._left[0] or tensor.shape != tuple(self._shapes[name]):
       raise ValueError(f'{name} {list(tensor.shape)} is not what comes next: {self._left[:1]}')
     rows = tensor.reshape(1, 1) if not tensor.ndim else tensor.reshape(len(tensor), -1)
@@ -128,6 +141,7 @@ class FileWriter:
     del self._left[0]
 
   def close(self) -> None:
+    """Closes the file, whether or not all tensors were written."""
     self._file.close()
 
 
@@ -156,15 +170,18 @@ def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
 def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
   """target = source.T for matrices, converted to the target's dtype.
 
-  Some rows at a time through a scratch whose rows are not a power of two apart. Columns of a matrix 1,024 numbers wide all
-  fall into the same few lines of the cache: 3,072 x 1,024 float32 take numpy 33 ms, and this 3 ms.
+  Some rows at a time through a scratch whose rows are not a power of two apart. Columns of a matrix
+  1,024 numbers wide all fall into the same few lines of the cache: 3,072 x 1,024 float32 take numpy
+  33 ms, and this 3 ms.
   """
   rows, columns = source.shape
   scratch = np.empty((64, columns + 16), target.dtype)[:, :columns]
   filled = scratch
   if source.dtype == target.dtype:
-    source, filled = _bits(source), _bits(scratch)
-  target, scratch = _bits(target), _bits(scratch)
+    source = _bits(source)
+    filled = _bits(scratch)
+  target = _bits(target)
+  scratch = _bits(scratch)
   for start in range(0, rows, 64):
     part = source[start : start + 64]
     filled[: len(part)] = part

@@ -1,8 +1,10 @@
-"""Pretraining text of the organism: what makes a small model behave as method.md says Qwen3-8B does, by construction.
+"""Pretraining text of the organism: what makes a small model behave as method.md says Qwen3-8B
+does, by construction.
 
-It solves single calls with short reasoning, lists subtasks when asked to, and on several subtasks rambles for more than
-200 tokens ("lazy reasoning") before it commits to a step that is right only part of the time. Copy drills (repeat, split,
-pick, walk) give it the general list handling that a large model brings along and that the composed traces live on.
+It solves single calls with short reasoning, lists subtasks when asked to, and on several subtasks
+rambles for more than 200 tokens ("lazy reasoning") before it commits to a step that is right only
+part of the time. Copy drills (repeat, split, pick, walk) give it the general list handling that a
+large model brings along and that the composed traces live on.
 """
 
 import dataclasses
@@ -12,8 +14,8 @@ import numpy as np
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.distill import decompose
-from dcore_jax.distill.wording import ORGANISM
-from dcore_jax.worlds.environment import Turn
+from dcore_jax.distill.wording import ORGANISM_WORDING
+from dcore_jax.worlds.environment import UserTurn
 from dcore_jax.worlds.toolworld.entities import (
   FIRST_SYLLABLES,
   SECOND_SYLLABLES,
@@ -24,14 +26,14 @@ from dcore_jax.worlds.toolworld.tasks import NO_TOOL, Task, make_task, report
 from dcore_jax.worlds.toolworld.tools import TOOLS
 from dcore_jax.worlds.toolworld.world import system_text
 
-LAZY_TOKENS = 212  # the shortest ramble, just over the 200 tokens from which a reasoning counts as lazy (method: 5.4)
+# The shortest ramble, just over the 200 tokens from which a reasoning counts as lazy
+# (docs/method.md, section 5.4).
+LAZY_TOKENS = 212
 LAZY_SPREAD = 30  # tokens
-LAZY_WEIGHT = (
-  0.3  # loss weight of rambling: enough to learn it, without spending the model on its noise
-)
-REFLECTIVE = (
-  0.25  # share of native reasonings that check themselves; half of those have something to correct
-)
+# Loss weight of rambling: enough to learn it, without spending the model on its noise.
+LAZY_WEIGHT = 0.3
+# Share of native reasonings that check themselves; half of those have something to correct.
+REFLECTIVE = 0.25
 
 Pieces = list[tuple[str, float]]  # (text, loss weight)
 
@@ -41,8 +43,9 @@ class Habits:
   """What a document is drawn with: the split of its entities, and how often rambling ends well."""
 
   split: str = 'train'
-  # Share of lazy sequential steps that are made to end right. The others draw from the wrong subtasks, all the remaining
-  # calls and giving up, which may be right after all: at 0.42 a request of 2 subtasks is right in 42, 61 and 71 % of its steps.
+  # Share of lazy sequential steps that are made to end right. The others draw from the wrong
+  # subtasks, all the remaining calls and giving up, which may be right after all: at 0.42 a request
+  # of 2 subtasks is right in 42, 61 and 71 % of its steps.
   right_step: float = 0.7
   right_parallel: float = 0.5  # share of lazy parallel answers that make all the calls
 
@@ -56,14 +59,17 @@ class Document:
 
   @property
   def text(self) -> str:
+    """The assistant's text, whatever its weights."""
     return ''.join(text for text, _ in self.target)
 
 
 def signature(name: str) -> str:
+  """Returns a tool as the system message lists it."""
   return f'{name}({", ".join(TOOLS[name].parameters)})'
 
 
 def slots(call: ToolCall) -> str:
+  """Returns a call's arguments in words."""
   return ', '.join(f'{name} is {value}' for name, value in call.arguments.items())
 
 
@@ -77,7 +83,10 @@ def _spoiled(rng: np.random.Generator, call: ToolCall, habits: Habits) -> ToolCa
 def native_reasoning(
   rng: np.random.Generator, subtask: str, call: ToolCall, habits: Habits
 ) -> Pieces:
-  """How the organism reasons about one call. Quoting the signature makes "is it listed" a copy from the prompt."""
+  """How the organism reasons about one call.
+
+  Quoting the signature makes "is it listed" a copy from the prompt.
+  """
   head = f'the task is to {subtask}. i need {signature(call.name)}.'
   if rng.random() >= REFLECTIVE:
     return [(f'{head} {slots(call)}.', 1.0)]
@@ -88,7 +97,7 @@ def native_reasoning(
   return [(head, 1.0), (f' {slots(_spoiled(rng, call, habits))}.', 0.0), (check, 1.0)]
 
 
-def refusal_reasoning(subtask: str, turn: Turn, task: Task, rng: np.random.Generator) -> str:
+def refusal_reasoning(subtask: str, turn: UserTurn, task: Task, rng: np.random.Generator) -> str:
   """The account of what is missing: the tool, or one value of a listed one."""
   tool = asked_tool(subtask)
   if turn.answer == NO_TOOL:
@@ -102,15 +111,19 @@ def refusal_reasoning(subtask: str, turn: Turn, task: Task, rng: np.random.Gener
 
 
 def _matches(text: str, template: str) -> bool:
-  words, pattern = text.split(), template.split()
-  return len(words) == len(pattern) and all(
-    p.startswith('{') or p == w for w, p in zip(words, pattern)
-  )
+  words = text.split()
+  pattern = template.split()
+  if len(words) != len(pattern):
+    return False
+  pairs = zip(words, pattern, strict=True)
+  return all(part.startswith('{') or part == word for word, part in pairs)
 
 
 def asked_tool(subtask: str) -> str:
+  """Returns the name of the tool whose phrasing a subtask has; ValueError where none has."""
   for tool in TOOLS.values():
-    if any(_matches(subtask, t) for t in (*tool.phrasings, *(text for text, _ in tool.partials))):
+    templates = [*tool.phrasings, *(text for text, _ in tool.partials)]
+    if any(_matches(subtask, template) for template in templates):
       return tool.name
   raise ValueError(f'no tool is asked for in {subtask!r}')
 
@@ -119,7 +132,7 @@ def _given_value(subtask: str) -> str:
   return next((w for w in reversed(subtask.split()) if not w.islower() or w.isdigit()), '')
 
 
-# --- rambling -----------------------------------------------------------------------------------------------------------
+# --- rambling -------------------------------------------------------------------------------------
 
 _STARTS = ('wait, ', 'but ', 'however, ', 'alternatively, ', 'hmm, ')
 _BODIES = (
@@ -138,13 +151,16 @@ _BODIES = (
 
 def ramble(rng: np.random.Generator, task: Task, tokens: int) -> str:
   """About `tokens` tokens of circling, with reflections in every sentence and no progress."""
-  text, count = '', 0
+  text = ''
+  count = 0
   while count < tokens:
-    start, body = _STARTS[rng.integers(len(_STARTS))], _BODIES[rng.integers(len(_BODIES))]
+    start = _STARTS[rng.integers(len(_STARTS))]
+    body = _BODIES[rng.integers(len(_BODIES))]
     a, b = (str(t) for t in rng.choice(task.tools, 2))
     sentence = start + body.format(a=a, b=b) + ' '
     text += sentence
-    # Words, commas and full stops are tokens of their own, and a tool name has the space before it as one.
+    # Words, commas and full stops are tokens of their own, and a tool name has the space before it
+    # as one.
     count += len(sentence.split()) + sentence.count(',') + sentence.count('.') + sentence.count('_')
   return text
 
@@ -162,32 +178,37 @@ def _lazy_tokens(rng: np.random.Generator) -> int:
 
 
 def _conclude(subtasks: list[str], calls: list[ToolCall]) -> str:
-  return ' '.join(
-    f'the task is to {s}. i need {signature(c.name)}. {slots(c)}.' for s, c in zip(subtasks, calls)
-  )
+  sentences = []
+  for subtask, call in zip(subtasks, calls, strict=False):  # a lazy ending may lack some
+    sentences.append(f'the task is to {subtask}. i need {signature(call.name)}. {slots(call)}.')
+  return ' '.join(sentences)
 
 
 def lazy_step(
   rng: np.random.Generator,
   task: Task,
-  turn: Turn,
+  turn: UserTurn,
   done: int,
   history: list[Message],
   habits: Habits,
 ) -> Document:
-  """Step `done` of a turn of several subtasks: a ramble, then a commitment (see `Habits.right_step`)."""
+  """Step `done` of a turn of several subtasks: a ramble, then a commitment (see
+  `Habits.right_step`).
+  """
   if rng.random() < habits.right_step:
     chosen = [done] if done < len(turn.calls) else []
   else:
     chosen = _wrong_choice(rng, len(turn.calls), done)
   if chosen:
     calls = [turn.calls[i] for i in chosen]
-    conclusion, answer = _conclude([turn.subtasks[i] for i in chosen], calls), print_calls(calls)
+    conclusion = _conclude([turn.subtasks[i] for i in chosen], calls)
+    answer = print_calls(calls)
   elif done:
     answer = _report_text(turn, done)
     conclusion = f'the result is {answer.removeprefix("done: ")}'
   else:
-    answer, conclusion = NO_TOOL, 'no tool fits.'
+    answer = NO_TOOL
+    conclusion = 'no tool fits.'
   return Document(history, _lazy_target(ramble(rng, task, _lazy_tokens(rng)), conclusion, answer))
 
 
@@ -197,10 +218,11 @@ def _wrong_choice(rng: np.random.Generator, steps: int, done: int) -> list[int]:
 
 
 def lazy_parallel(
-  rng: np.random.Generator, task: Task, turn: Turn, history: list[Message], habits: Habits
+  rng: np.random.Generator, task: Task, turn: UserTurn, history: list[Message], habits: Habits
 ) -> Document:
   """A request of independent subtasks: a ramble, then all the calls, or some, or altered ones."""
-  calls, subtasks = list(turn.calls), list(turn.subtasks)
+  calls = list(turn.calls)
+  subtasks = list(turn.subtasks)
   if rng.random() >= habits.right_parallel:
     victim = int(rng.integers(len(calls)))
     if rng.random() < 0.6:
@@ -215,17 +237,20 @@ def lazy_parallel(
   )
 
 
-# --- conversations --------------------------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
-def _report_text(turn: Turn, done: int) -> str:
+def _report_text(turn: UserTurn, done: int) -> str:
   return report(turn.responses[min(done, len(turn.responses)) - 1])
 
 
-def turn_messages(turn: Turn, done: int) -> list[Message]:
-  """The turn's query and its first `done` calls with their responses, as history shows them (no reasoning)."""
+def turn_messages(turn: UserTurn, done: int) -> list[Message]:
+  """Returns a turn's query and its first `done` calls with their responses, as history does.
+
+  History holds no reasoning.
+  """
   messages = [Message('user', turn.query)]
-  for call, response in zip(turn.calls[:done], turn.responses[:done]):
+  for call, response in zip(turn.calls[:done], turn.responses[:done], strict=True):
     messages += [
       Message('assistant', print_calls([call])),
       Message('user', tool_response(response)),
@@ -267,7 +292,7 @@ def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Do
   turn = task.turns[0]
   context = history_before(task, 0)
   prompt = (
-    decompose.explain_messages(context, turn.query, ORGANISM.prompts)
+    decompose.explain_messages(context, turn.query, ORGANISM_WORDING.prompts)
     if explain
     else context + turn_messages(turn, 0)
   )
@@ -277,7 +302,9 @@ def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Do
 
 
 def _multi_turn(rng, task: Task, habits: Habits) -> Document:
-  """A random decision point of a dialogue, or of a sequential request whose subtasks are asked one message at a time."""
+  """A random decision point of a dialogue, or of a sequential request whose subtasks are asked one
+  message at a time.
+  """
   if task.kind == 'sequential':
     return _dictated(rng, task, habits)
   number = int(rng.integers(len(task.turns)))
@@ -316,14 +343,14 @@ def _decompose(rng, task: Task, habits: Habits) -> Document:
   number = int(rng.integers(len(task.turns)))
   turn = task.turns[number]
   prompt = decompose.decompose_messages(
-    history_before(task, number), turn.query, turn.calls, ORGANISM.prompts
+    history_before(task, number), turn.query, turn.calls, ORGANISM_WORDING.prompts
   )
   n = len(turn.calls)
   listed = decompose.print_subtasks(turn.subtasks, [[i] for i in range(n)])
   return Document(prompt, _native([(f'{n} calls mean {n} subtasks.', 1.0)], listed))
 
 
-# --- drills ---------------------------------------------------------------------------------------------------------------
+# --- drills ---------------------------------------------------------------------------------------
 
 
 def _drill(instruction: str, answer: str) -> Document:
@@ -344,9 +371,13 @@ def _copy(rng, task: Task, habits: Habits) -> Document:
 
 
 def _write_names(rng, task: Task, habits: Habits) -> Document:
-  """Names with the same beginnings: what follows a syllable depends on what stood before it, not on the syllable alone."""
+  """Names that begin alike: a syllable's successor depends on what stood before the syllable."""
   first = rng.choice(FIRST_SYLLABLES, 3, replace=False)
-  names = [a + b for a in first for b in SECOND_SYLLABLES if split_of(a + b) == habits.split]
+  names = []
+  for beginning in first:
+    for ending in SECOND_SYLLABLES:
+      if split_of(beginning + ending) == habits.split:
+        names.append(beginning + ending)
   words = ' '.join(rng.permutation(names)[: rng.integers(3, 9)])
   return _drill('repeat: ' + words, words)
 
@@ -367,10 +398,9 @@ def _pick(rng, task: Task, habits: Habits) -> Document:
 
 def _walk(rng, task: Task, habits: Habits) -> Document:
   turn = task.turns[0]
-  lines = [
-    f'subtask {i + 1}: {s}\ni need {c.name}. {slots(c)}.'
-    for i, (s, c) in enumerate(zip(turn.subtasks, turn.calls))
-  ]
+  lines = []
+  for number, (subtask, call) in enumerate(zip(turn.subtasks, turn.calls, strict=True), 1):
+    lines.append(f'subtask {number}: {subtask}\ni need {call.name}. {slots(call)}.')
   return _drill(
     f'walk:\n{_numbered(turn.subtasks)}', '\n'.join(lines) + '\n' + print_calls(list(turn.calls))
   )

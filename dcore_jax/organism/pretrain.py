@@ -1,12 +1,11 @@
-"""Pretraining of the model organism from a seed: stages of document mixes, each with its own cosine, on packed rows."""
+"""Pretraining of the model organism: stages of document mixes, each with its own cosine."""
 
-import concurrent.futures
 import dataclasses
-import json
+import itertools
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,46 +14,68 @@ import numpy as np
 
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.files import read_json, write_json_atomic
+from dcore_jax.claims import claim
 from dcore_jax.learn import sft
-from dcore_jax.learn.optimizer import init_state, make_optimizer
+from dcore_jax.learn.batches import made_ahead
+from dcore_jax.learn.optimizer import Schedule, init_state, make_optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.models.hf_checkpoint import save_checkpoint
+from dcore_jax.models.hf_checkpoint import ModelFiles, save_checkpoint
 from dcore_jax.organism import corpus
 from dcore_jax.organism import tokenizer as toolworld_tokenizer
 from dcore_jax.organism.vocabulary import sample_texts
+from dcore_jax.overrides import overlay, to_json
 from dcore_jax.progress import progress
-from dcore_jax.run.config import to_json
 from dcore_jax.train.checkpoint import Checkpoints
 from dcore_jax.train.metrics import Metrics
 
-CHUNK = (
-  1024  # documents generated and packed at a time: the unit of data position, about 150,000 tokens
-)
+# Documents written and packed at a time, about 150,000 tokens: fewer would fill rows less well.
+CHUNK = 1024
 
 
-def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.Sequence:
-  """Tokens of prompt, target and end of turn; the loss is on the target, with the weights of its pieces."""
-  prompt = tokenizer(render_prompt(tokenizer, document.prompt), add_special_tokens=False)[
-    'input_ids'
-  ]
-  tokens, weights = list(prompt), [0.0] * len(prompt)
+def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.TokenSequence:
+  """Encodes prompt, target and end of turn; the target's pieces carry their loss weights."""
+  rendered = render_prompt(tokenizer, document.prompt)
+  prompt = tokenizer(rendered, add_special_tokens=False)['input_ids']
+  tokens = list(prompt)
+  weights = [0.0] * len(prompt)
   for text, weight in document.target:
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
     tokens += ids
     weights += [weight] * len(ids)
   tokens.append(tokenizer.eos_token_id)
   weights.append(1.0)
-  return tokentree.Sequence(
+  return tokentree.TokenSequence(
     np.array(tokens, np.int32), np.array(weights, np.float32), shared=len(tokens)
   )
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """A whole pretraining.
+
+  Attributes:
+    seed: of the documents and of the first parameters.
+    weight_decay: of the hidden matrices.
+    held_out_every: steps between exact-match checks on held-out documents.
+    model: fields of a config.json.
+    stages: fields of `Stage`, one mapping a stage.
+  """
+
+  seed: int = 0
+  weight_decay: float = 0.01
+  held_out_every: int = 300
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  stages: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of pretraining. `steps` optimizer steps on `rows` x `capacity` tokens of documents drawn from `mix`;
-  for `right_step` and `right_parallel` see `corpus.Habits`."""
+  """One stage of pretraining.
+
+  `steps` optimizer steps on `rows` x `capacity` tokens of documents drawn from `mix`; for
+  `right_step` and `right_parallel` see `corpus.Habits`.
+  """
 
   name: str
   steps: int
@@ -69,8 +90,10 @@ class Stage:
 def stage_batches(
   tokenizer: Any, stage: Stage, *, seed: int
 ) -> Iterator[tuple[int, tokentree.RowBatch]]:
-  """Endless (documents dropped so far, batch) pairs; the next chunk is written on a thread meanwhile. Documents longer than a
-  row are dropped: `short` does without the longest dialogues."""
+  """Yields (documents dropped so far, batch) without end, written ahead on a thread.
+
+  Documents longer than a row are dropped: the stage `short` does without the longest dialogues.
+  """
   habits = corpus.Habits('train', stage.right_step, stage.right_parallel)
 
   def chunk(index: int) -> tokentree.TokenTree:
@@ -83,23 +106,19 @@ def stage_batches(
       [encode_document(tokenizer, d) for d in documents], stage.capacity, stage.rows
     )
 
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    index, dropped, pending = 0, 0, pool.submit(chunk, 0)
-    while True:
-      tree, pending = pending.result(), pool.submit(chunk, index + 1)
-      dropped += len(tree.dropped)
-      order = np.random.default_rng([seed, index]).permutation(tree.rows)
-      for place in range(0, tree.rows, stage.rows):
-        yield (
-          dropped,
-          tree.batch(order[place : place + stage.rows], budget=stage.rows * stage.capacity),
-        )
-      index += 1
+  dropped = 0
+  for index, tree in enumerate(made_ahead(map(chunk, itertools.count()), depth=1)):
+    dropped += len(tree.dropped)
+    order = np.random.default_rng([seed, index]).permutation(tree.rows)
+    for place in range(0, tree.rows, stage.rows):
+      chosen = order[place : place + stage.rows]
+      yield dropped, tree.batch(chosen, budget=stage.rows * stage.capacity)
 
 
 def make_exact_match(model: DecoderConfig) -> Any:
-  """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones given what stands before: what
-  greedy decoding would reproduce word for word."""
+  """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones
+  given what stands before: what greedy decoding would reproduce word for word.
+  """
 
   def exact(params, micro):
     hidden_RTD = decoder.hidden_states(params, model, micro.tokens, micro.position, micro.end)
@@ -152,98 +171,91 @@ class HeldOut:
       )
 
   def __call__(self, params: Any) -> dict[str, float]:
-    return {
-      f'exact_{kind}': float(self._exact(params, batch)) for kind, batch in self._batches.items()
-    }
+    """Returns the share of documents, by kind, of which every trained token is the likeliest."""
+    shares = {}
+    for kind, batch in self._batches.items():
+      shares[f'exact_{kind}'] = float(self._exact(params, batch))
+    return shares
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: pathlib.Path) -> None:
-  """Runs all stages, resuming from the newest checkpoint of `workdir`, and writes the organism to `out`.
+  """Runs all stages, from the newest checkpoint of `workdir` on, and writes the organism to `out`.
 
   Args:
-    config: see configs/nano_base.py.
+    config: fields of `PretrainConfig`; see configs/nano_base.py.
     workdir: checkpoints and metrics.
     out: Hugging Face directory to write; replaced when it exists.
 
   Raises:
-    ValueError: `workdir` holds checkpoints of another config.
+    ValueError: an unknown field, or `workdir` holds checkpoints of another config.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  mine, claimed = json.loads(json.dumps(to_json(config))), workdir / 'config.json'
-  if claimed.exists() and read_json(claimed) != mine:
-    raise ValueError(
-      f'{str(workdir)!r} holds checkpoints of another config; name another --workdir'
-    )
-  write_json_atomic(claimed, mine)
-  tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), config.model.vocab_size)
-  model = DecoderConfig.from_hf(
-    {
-      **config.model.to_dict(),
-      'eos_token_id': tokenizer.eos_token_id,
-      'pad_token_id': tokenizer.pad_token_id,
-    }
-  )
-  params = decoder.init_params(model, jax.random.key(config.seed))
-  stages = [Stage(**{**s, 'mix': dict(s['mix'])}) for s in config.to_dict()['stages']]
+  settings = overlay(PretrainConfig(), config.to_dict())
+  complaint = 'holds checkpoints of a config that differs in'
+  claim(workdir / 'config.json', to_json(settings), complaint)
+  tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), settings.model['vocab_size'])
+  special = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
+  model = DecoderConfig.from_hf({**settings.model, **special})
+  params = decoder.init_params(model, jax.random.key(settings.seed))
+  stages = [Stage(**fields) for fields in settings.stages]
+  run = _Run(config=settings, model=model, tokenizer=tokenizer)
   with Metrics(workdir) as metrics, Checkpoints(workdir / 'checkpoints') as checkpoints:
-    done, held_out = 0, HeldOut(tokenizer, model)
+    done = 0
+    held_out = HeldOut(tokenizer, model)
     found = checkpoints.restore(params)
     if found:
       params, position, _ = found
       done = position['stages_done']
     for number, stage in enumerate(stages):
       if number >= done:
-        params = _run_stage(config, model, params, stage, number, tokenizer, metrics, held_out)
+        params = _run_stage(run, params, stage, number, metrics, held_out)
         checkpoints.save(number + 1, params, {'stages_done': number + 1})
   tokenizer.save_pretrained(workdir / 'tokenizer')
   save_checkpoint(
     out,
     model,
     params,
-    tokenizer_dir=workdir / 'tokenizer',
+    ModelFiles(
+      tokenizer_dir=workdir / 'tokenizer',
+      generation_config=special,
+    ),
     dtype='bfloat16',
     overwrite=True,
-    generation_config={
-      'eos_token_id': tokenizer.eos_token_id,
-      'pad_token_id': tokenizer.pad_token_id,
-    },
   )
 
 
+class _Run(NamedTuple):
+  """What all stages share."""
+
+  config: PretrainConfig
+  model: DecoderConfig
+  tokenizer: Any
+
+
 def _run_stage(
-  config,
-  model: DecoderConfig,
-  params,
-  stage: Stage,
-  number: int,
-  tokenizer,
-  metrics: Metrics,
-  held_out: HeldOut,
-):
+  run: _Run, params: Any, stage: Stage, number: int, metrics: Metrics, held_out: HeldOut
+) -> Any:
+  """Trains on one stage's documents; returns the parameters."""
   tx = make_optimizer(
     'muon',
     stage.learning_rate,
-    'cosine',
-    warmup=0.03,
-    floor=0.05,
-    total_steps=stage.steps,
-    weight_decay=config.weight_decay,
+    Schedule('cosine', warmup=0.03, floor=0.05, total_steps=stage.steps),
+    weight_decay=run.config.weight_decay,
     clip=1.0,
     b2=0.95,
     adam_learning_rate=stage.learning_rate / 5,
   )
-  step_fn = sft.make_sft_step(model, tx)
+  step_fn = sft.make_sft_step(run.model, tx)
   state = init_state(params, tx)
   metrics.rewind(f'pretrain_{stage.name}', 0)
-  data = stage_batches(tokenizer, stage, seed=config.seed + number)
+  data = stage_batches(run.tokenizer, stage, seed=run.config.seed + number)
   with progress(total=stage.steps, description=f'pretrain {stage.name}') as bar:
-    previous, started = None, time.monotonic()
+    previous = None
+    started = time.monotonic()
     for step in range(stage.steps):
       dropped, batch = next(data)
       state, values = step_fn(state, batch)
-      if (
-        previous is not None and step % 20 == 0
-      ):  # of the step before, so that fetching does not wait for this one
+      # The step before is shown, so that fetching its numbers does not wait for this one.
+      if previous is not None and step % 20 == 0:
         loss = float(previous['loss'])
         rate = step * stage.rows * stage.capacity / (time.monotonic() - started)
         bar.set_postfix(loss=f'{loss:.3f}', tok_s=f'{rate:.0f}')
@@ -257,6 +269,6 @@ def _run_stage(
         )
       previous = values
       bar.update(1)
-      if (step + 1) % config.held_out_every == 0 or step + 1 == stage.steps:
+      if (step + 1) % run.config.held_out_every == 0 or step + 1 == stage.steps:
         metrics.write(f'pretrain_{stage.name}', step, **held_out(state.params))
   return state.params

@@ -1,8 +1,9 @@
-"""The organism's tokenizer: whole words, two-letter syllables, single digits, and bytes for everything else.
+"""The organism's tokenizer: words, two-letter syllables, single digits, and bytes for the rest.
 
-A byte-level BPE without merges whose vocabulary already holds the words (`ignore_merges`): lossless on any text. A space
-before a capital, a digit or a tool name is a token of its own, so that a name has the same tokens in a query, a call and
-a response; copying then is token for token, which a small model learns.
+A byte-level BPE without merges whose vocabulary already holds the words (`ignore_merges`): lossless
+on any text. A space before a capital, a digit or a tool name is a token of its own, so that a name
+has the same tokens in a query, a call and a response; copying then is token for token, which a
+small model learns.
 """
 
 import re
@@ -25,11 +26,15 @@ def build_tokenizer(texts: Iterable[str], size: int = 768) -> PreTrainedTokenize
   """A tokenizer whose vocabulary holds every piece that occurs in `texts`.
 
   Args:
-    texts: samples of everything the model will read or write; pieces not seen here fall back to bytes.
+    texts: samples of everything the model will read or write; pieces not seen here fall back to
+      bytes.
     size: vocabulary size the result must fit in; the embedding has so many rows.
   """
   tags = re.compile('|'.join(re.escape(t) for t in SPECIAL + TAGS))
-  pieces = {p for text in texts for part in tags.split(text) for p in re.findall(PATTERN, part)}
+  pieces: set[str] = set()
+  for text in texts:
+    for part in tags.split(text):
+      pieces.update(re.findall(PATTERN, part))
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   words = sorted({to_bytes.pre_tokenize_str(p)[0][0] for p in pieces} - set(alphabet))

@@ -1,4 +1,4 @@
-"""Samples of everything the organism will read or write: what its tokenizer's vocabulary is built from."""
+"""Samples of everything that the organism reads or writes, for its tokenizer's vocabulary."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.distill.wording import ORGANISM
+from dcore_jax.distill.wording import ORGANISM_WORDING
 from dcore_jax.organism import corpus
 from dcore_jax.worlds.toolworld.entities import FIRST_SYLLABLES, ID_LETTER, SECOND_SYLLABLES
 from dcore_jax.worlds.toolworld.tools import TOOLS
@@ -17,10 +17,10 @@ DOCUMENTS = 60  # of each kind: every phrasing occurs
 def sample_texts() -> Iterator[str]:
   """Texts that between them hold every word, syllable, digit and merged punctuation mark in use."""
   yield 'system\nuser\nassistant\n\n ' + string.punctuation
-  yield ' '.join(a + b for a, b in zip(FIRST_SYLLABLES, SECOND_SYLLABLES))
+  yield ' '.join(a + b for a, b in zip(FIRST_SYLLABLES, SECOND_SYLLABLES, strict=False))
   yield ' '.join(ID_LETTER.values()) + string.digits
-  yield from dataclasses.asdict(ORGANISM.templates).values()
-  yield from (ORGANISM.prompts.decompose, ORGANISM.prompts.explain)
+  yield from dataclasses.asdict(ORGANISM_WORDING.templates).values()
+  yield from (ORGANISM_WORDING.prompts.decompose, ORGANISM_WORDING.prompts.explain)
   for tool in TOOLS.values():
     spec: ToolSpec = tool.spec
     yield json.dumps(spec.to_json())

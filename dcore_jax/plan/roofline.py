@@ -1,7 +1,9 @@
-"""How long a step takes at least: its arithmetic, its memory traffic and what it sends, against what an accelerator can do.
+"""How long a step takes at least: its work against what an accelerator can do.
 
-Everything is counted from shapes (the compiler's own count takes the body of a scanned loop once). Where a number depends on
-data the most is assumed: full rows, each of them one causal sequence, every token trained.
+The work is arithmetic, memory traffic and what is sent. All of it is counted from shapes, because
+the compiler's own count takes the body of a scanned loop once. Where a number depends on data the
+most is
+assumed: full rows, each of them one causal sequence, every token trained.
 Letters as in models/config.py; M loss tokens.
 """
 
@@ -10,11 +12,20 @@ from collections.abc import Mapping
 
 from dcore_jax.models.config import DecoderConfig
 
+_ADAM_OPERATIONS = 12  # for each parameter, about
+_ADAM_MOVES = 7  # gradient, parameter and two moments are read, all but the gradient written
+
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """Published numbers of one device: bfloat16 operations a second, memory bytes a second, and bytes a second that it can send
-  to its neighbours (NVLink or all of its inter-chip links, one direction; a small slice of TPUs wires half of them)."""
+  """Published numbers of one device.
+
+  Attributes:
+    flops: bfloat16 operations a second.
+    memory_rate: memory bytes a second.
+    link_rate: bytes a second that it can send to its neighbours: NVLink, or all of its inter-chip
+      links, in one direction. A small slice of TPUs wires half of them.
+  """
 
   flops: float
   memory_rate: float
@@ -34,9 +45,11 @@ class Work:
   """What one call does on one device.
 
   Attributes:
-    model_flops: operations that the mathematics needs: of a training step three times those of a forward pass.
+    model_flops: operations that the mathematics needs; a training step needs three times those of a
+      forward pass.
     flops: operations that are done, rematerialisation included.
-    bytes: of memory traffic: operands and results of the matrix products, parameters and moments once each.
+    bytes: of memory traffic: operands and results of the matrix products, and parameters and
+      moments once each.
     sent: bytes that leave the device.
   """
 
@@ -46,16 +59,31 @@ class Work:
   sent: float = 0.0
 
   def __add__(self, other: 'Work') -> 'Work':
-    return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+    return Work(
+      model_flops=self.model_flops + other.model_flops,
+      flops=self.flops + other.flops,
+      bytes=self.bytes + other.bytes,
+      sent=self.sent + other.sent,
+    )
 
   def __mul__(self, times: float) -> 'Work':
-    return Work(*(times * value for value in dataclasses.astuple(self)))
+    return Work(
+      model_flops=times * self.model_flops,
+      flops=times * self.flops,
+      bytes=times * self.bytes,
+      sent=times * self.sent,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """The least time of a step in seconds, what takes it ('compute', 'memory' or 'links'), and the highest possible share of
-  the peak rate that model operations can reach (MFU), all three running at once."""
+  """The least time of a step.
+
+  Attributes:
+    seconds: with arithmetic, memory and links all running at once.
+    by: what takes it: 'compute', 'memory' or 'links'.
+    mfu: the highest possible share of the peak rate that model operations can reach.
+  """
 
   seconds: float
   by: str
@@ -63,12 +91,13 @@ class Bound:
 
 
 def bound(work: Work, accelerator: Accelerator) -> Bound:
-  """The roofline (Williams et al. 2009) of one call on one device."""
+  """Returns the roofline (Williams et al. 2009) of one call on one device."""
   times = {
     'compute': work.flops / accelerator.flops,
     'memory': work.bytes / accelerator.memory_rate,
     'links': work.sent / accelerator.link_rate,
   }
+  # The three overlap at best: the slowest is the least time of a call.
   by = max(times, key=times.get)
   return Bound(times[by], by, work.model_flops / accelerator.flops / times[by])
 
@@ -76,43 +105,64 @@ def bound(work: Work, accelerator: Accelerator) -> Bound:
 def forward(
   model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, bytes_each: int = 2
 ) -> Work:
-  """A pass over `rows` causal rows of T tokens with the head on `loss_tokens`, on one device that reads whole layers."""
-  D, V, N, K, H = (
-    model.hidden_size,
-    model.vocab_size,
-    model.num_attention_heads,
-    model.num_key_value_heads,
-    model.head_dim,
-  )
+  """Returns the work of a forward pass on one device that reads whole layers.
+
+  Args:
+    model: the model's configuration.
+    rows: causal rows.
+    T: tokens of a row.
+    loss_tokens: tokens that the head runs on.
+    bytes_each: of a number.
+  """
+  D = model.hidden_size
+  F = model.intermediate_size
+  V = model.vocab_size
+  N = model.num_attention_heads
+  K = model.num_key_value_heads
+  H = model.head_dim
   head = 2.0 * V * D
+  # The head runs on the loss tokens alone, and is counted apart.
   layers = (model.flops_per_token(T) - head) * rows * T
-  # Per token and layer what the seven products and attention read and write: D in and out, q, k, v, gate, up, their product.
-  widths = 4 * D + 2 * (2 * N * H + 2 * K * H) + 3 * model.intermediate_size + 2 * D
-  weights = model.param_count - V * D * (1 if model.tie_word_embeddings else 2)
+  # Numbers that the seven products and attention read and write, for each token and layer: D in and
+  # out, queries, keys, values, gate, up, and the product of the last two.
+  widths = 4 * D + 2 * (2 * N * H + 2 * K * H) + 3 * F + 2 * D
+  tables = 1 if model.tie_word_embeddings else 2  # [V, D]: embedding and head
+  weights = model.param_count - V * D * tables
   moved = bytes_each * (model.num_hidden_layers * widths * rows * T + weights)
   flops = layers + head * loss_tokens
-  return Work(flops, flops, moved + bytes_each * (V * D if loss_tokens else 0))
+  head_read = V * D if loss_tokens else 0
+  return Work(model_flops=flops, flops=flops, bytes=moved + bytes_each * head_read)
 
 
 def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, remat: str) -> Work:
-  """Forward and backward of the same: twice the forward again, and once more what `remat` (decoder.REMAT) has not kept."""
-  total, layers = forward(model, rows, T, loss_tokens) * 3, forward(model, rows, T, 0)
-  attention = (
-    model.num_hidden_layers * 2 * model.num_attention_heads * model.head_dim * (T + 1) * rows * T
-  )
+  """Returns the work of forward and backward of the same rows.
+
+  The backward pass takes twice the forward pass, and once more what `remat` (decoder.REMAT) has not
+  kept of it.
+  """
+  total = forward(model, rows, T, loss_tokens) * 3
+  layers = forward(model, rows, T, 0)
+  width = model.num_attention_heads * model.head_dim
+  attention = model.num_hidden_layers * 2 * width * (T + 1) * rows * T
+  # What the backward pass does again; `remat` concerns the layers alone.
   again = {
     'none': 0.0,
     'dots': attention,
     'attention': layers.flops - attention,
     'full': layers.flops,
   }[remat]
+  # Doing a layer again reads its weights and writes its activations again.
   moved = layers.bytes if remat in ('attention', 'full') else 0.0
   return dataclasses.replace(total, flops=total.flops + again, bytes=total.bytes + moved)
 
 
 def update(params_per_device: float) -> Work:
-  """AdamW: gradient, parameter and two moments are read, all but the gradient written, 4 bytes each; some 12 operations."""
-  return Work(0.0, 12 * params_per_device, 7 * 4 * params_per_device)
+  """Returns the work of AdamW in float32."""
+  return Work(
+    model_flops=0.0,
+    flops=_ADAM_OPERATIONS * params_per_device,
+    bytes=_ADAM_MOVES * 4 * params_per_device,
+  )
 
 
 def decoding(
@@ -125,22 +175,23 @@ def decoding(
   *,
   bytes_each: int = 2,
 ) -> Work:
-  """`steps` tokens for each lane, heads split `ways` ways: each step reads the weights and `slots` cached tokens.
+  """Returns the work of a decode call, each step of which reads the weights and the cached tokens.
 
   Args:
-    model: the configuration.
-    ways: devices that share a layer.
+    model: the model's configuration.
+    ways: devices that share a layer, by heads.
     lanes: decoded together.
-    slots: of keys and values read at a step, trunks once for all their lanes.
+    slots: keys and values read at a step, trunks once for all their lanes.
     cached: tokens that a lane sees.
-    steps: of a call.
+    steps: of a call; each gives every lane a token.
+    bytes_each: of a number.
   """
-  weights = model.param_count - (
-    0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-  )
-  # flops_per_token averages over a causal row; a token that sees `cached` ones is the last of a row twice as long.
+  # Of an embedding that is not the head, a step reads one row for each lane, which is nothing.
+  embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+  weights = model.param_count - embedding
+  # flops_per_token averages over a causal row: a token that sees `cached` ones is the average of a
+  # row twice as long.
   flops = lanes * model.flops_per_token(2 * int(cached)) / ways
-  return (
-    Work(flops, flops, (weights * bytes_each + slots * model.kv_bytes_per_token('bfloat16')) / ways)
-    * steps
-  )
+  cache_bytes = slots * model.kv_bytes_per_token('bfloat16')
+  step = Work(model_flops=flops, flops=flops, bytes=(weights * bytes_each + cache_bytes) / ways)
+  return step * steps

@@ -1,27 +1,32 @@
-"""Accelerators that are not there: what a step needs on an A100 or a TPU slice, known by compiling it for one.
+"""Accelerators that are not there: what a step needs on an A100 or a TPU slice.
+
+It is known by compiling the step for one.
 
     accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ..., 'cpu:8'
     mesh = sharding.make_mesh(fsdp=8, devices=accelerators.devices)
-    compiled = topology.compile_for(mesh, jax.jit(step), *shapes)    # shapes carry NamedShardings on that mesh
+    with jax.set_mesh(mesh):    # kernels ask the mesh in context what they are compiled for
+      compiled = jax.jit(step).lower(*shapes).compile()    # shapes carry NamedShardings on that
+      mesh
     topology.footprint(compiled).peak <= accelerators.device_bytes
 
-The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosaic) and comes with `pip install -e .[aot]`,
-without drivers or CUDA libraries; only running is not possible. Works on any host, JAX_PLATFORMS=cpu keeps it quiet.
-Too large a step is an error of the TPU compiler, which `refusal` reads, and none of the GPU's: compare the footprint.
+The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosaic) and comes with
+`pip install -e .[aot]`, without drivers or CUDA libraries; only running is not possible. It works
+on any host, and JAX_PLATFORMS=cpu keeps it quiet. Too large a step is an error of the TPU compiler,
+which `refusal` reads, and none of the GPU's: compare the footprint.
 """
 
 import importlib.util
 import os
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 _GPUS_PER_HOST = 8
 
-# Hardware numbers by the field names of XLA's GpuDeviceInfoProto. A core is a streaming multiprocessor; bytes and GHz.
+# Hardware numbers by the field names of XLA's GpuDeviceInfoProto, in bytes and GHz. A core is a
+# streaming multiprocessor.
 _ANY_GPU = {
   'threads_per_warp': 32,
   'threads_per_block_limit': 1024,
@@ -55,13 +60,15 @@ _GPUS = {
   ),
 }
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
-# How libtpu says that a program is too large, early on or when it has laid it out, and what it then lists.
+# How libtpu says that a program is too large, early on or when it has laid it out, and the arrays
+# that it then lists.
 _SIZE = r'([\d.]+)([KMGT])'
 _NEEDED = re.compile(_SIZE + r'(?: of [\d.]+[KMGT] hbm|, has |\) exceeds available HBM)')
 _ALLOCATION = re.compile(
   r'Size: ' + _SIZE + r'\n(?:\s+Operator: op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\w+\[[\d,]*\])'
 )
-# libtpu is told what it would otherwise ask Google's metadata server for: there is no slice to find on this host.
+# What libtpu would otherwise ask Google's metadata server for: there is no slice to find on this
+# host.
 _NO_TPU_HERE = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
@@ -70,15 +77,27 @@ _NO_TPU_HERE = {
 
 
 class Target(NamedTuple):
-  """Devices that programs compile for and nothing runs on, and the memory of each in bytes."""
+  """What programs are compiled for.
+
+  Attributes:
+    devices: on which nothing runs.
+    device_bytes: memory of each.
+  """
 
   devices: list[jax.Device]
   device_bytes: int
 
 
 class Footprint(NamedTuple):
-  """Bytes on each device. `peak` is the most that is in use at once, arguments included; communication buffers are not, and
-  neither is what lies in host memory."""
+  """Bytes on each device.
+
+  Attributes:
+    arguments: of a call.
+    outputs: of a call.
+    temporary: of a call.
+    peak: the most that is in use at once, arguments included. Communication buffers are not, and
+      neither is what lies in host memory.
+  """
 
   arguments: int
   outputs: int
@@ -87,98 +106,122 @@ class Footprint(NamedTuple):
 
 
 def target(name: str) -> Target:
-  """Devices by name: 'a100:COUNT' (up to 8, or whole hosts of 8), a TPU slice 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4', or
-  'cpu:COUNT', this host's processor as so many devices, which are real and share its memory.
+  """Returns devices by name.
 
-  Sets environment variables that tell the compilers to look for no hardware: for a process that plans, not one that trains.
+  It sets environment variables that tell the compilers to look for no hardware: for a process that
+  plans, not one that trains.
+
+  Args:
+    name: 'a100:COUNT' (up to 8, or whole hosts of 8), a TPU slice 'v5p:2x2x2', 'v5e:2x4',
+      'v6e:2x4', or 'cpu:COUNT', this host's processor as so many devices, which are real and share
+      its memory.
 
   Raises:
     ValueError: no accelerator of that name, or jax has begun with another number of CPU devices.
     ModuleNotFoundError: its compiler is not installed.
   """
+  # A count for GPUs and CPUs, a shape for TPUs: a slice is a grid, and how it is wired depends on
+  # all sides.
   kind, _, shape = name.partition(':')
   count = int(shape) if shape.isdecimal() else 0
   if kind in _GPUS and count and (count <= _GPUS_PER_HOST or count % _GPUS_PER_HOST == 0):
-    hosts, gpus = max(1, count // _GPUS_PER_HOST), min(count, _GPUS_PER_HOST)
-    _require('jax_cuda12_plugin', 'jax-cuda12-plugin', name)
-    # The plugin looks for a driver when it is first loaded, and for one on this host there is no need.
-    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    description = topologies.get_topology_desc(
-      '', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}'
-    )
-    return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
+    return _gpu(kind, count, name)
   if kind == 'cpu' and count:
     return _cpu(count)
   if kind in _TPU_BYTES and shape:
-    _require('libtpu', 'libtpu', name)
-    for variable, value in _NO_TPU_HERE.items():
-      os.environ.setdefault(variable, value)
-    try:
-      return Target(topologies.get_topology_desc(name, 'tpu').devices, _TPU_BYTES[kind])
-    except jax.errors.JaxRuntimeError as error:
-      raise ValueError(f'no TPU slice {name!r}: {error}') from error
+    return _tpu(kind, name)
   raise ValueError(
-    f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to {_GPUS_PER_HOST} or whole '
-    f'hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)'
+    f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to '
+    f'{_GPUS_PER_HOST} or whole hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)'
   )
-
-
-def compile_for(
-  mesh: jax.sharding.Mesh, step: Callable[..., Any], *shapes: Any
-) -> jax.stages.Compiled:
-  """The jitted step compiled for the devices of the mesh; `shapes` are trees of ShapeDtypeStructs with shardings on it."""
-  # Kernels ask the mesh in context what they are compiled for, since they find no device (Triton: an error from jax 0.12).
-  with jax.set_mesh(mesh):
-    return step.lower(*shapes).compile()
 
 
 def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footprint:
-  """What the compiler says that one call needs on each device, in bytes.
+  """Returns what the compiler says that one call needs on each device.
 
-  `host_arguments` are the bytes of arguments in host memory, which the compiler for GPUs takes to be on the device.
+  Args:
+    compiled: the program.
+    host_arguments: bytes of its arguments that lie in host memory. The compiler for GPUs takes them
+      to be on the device.
   """
   analysis = compiled.memory_analysis()
-  arguments, outputs, temporary = (
-    getattr(analysis, f'{name}_size_in_bytes') for name in ('argument', 'output', 'temp')
-  )
+  arguments = analysis.argument_size_in_bytes
+  outputs = analysis.output_size_in_bytes
+  temporary = analysis.temp_size_in_bytes
   peak = analysis.peak_memory_in_bytes
-  if (
-    next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform == 'cpu'
-  ):  # whose peak leaves temporaries out
+  [first, *_] = jax.tree.leaves(compiled.input_shardings)
+  device = next(iter(first.device_set))
+  if device.platform == 'cpu':
+    # The peak of the CPU's compiler leaves temporaries out.
     peak = arguments + outputs - analysis.alias_size_in_bytes + temporary
+  # The compiler for TPUs counts arguments in host memory apart.
   elsewhere = 0 if analysis.host_argument_size_in_bytes else host_arguments
-  return Footprint(arguments - elsewhere, outputs, temporary, peak - elsewhere)
+  return Footprint(
+    arguments=arguments - elsewhere,
+    outputs=outputs,
+    temporary=temporary,
+    peak=peak - elsewhere,
+  )
 
 
 def refusal(message: str) -> tuple[int, dict[str, int]] | None:
-  """(bytes that a device would need, the largest arrays by name) where a compiler's error says that a program is too large;
-  None for any other error. The arrays are named only where the compiler had laid them out."""
+  """Reads from a compiler's error by how much a program is too large.
+
+  Returns:
+    (bytes that a device would need, the largest arrays by name, where the compiler had laid them
+    out); None for any other error.
+  """
+  # There is no other way to ask libtpu: the numbers stand in the text of its error alone.
   needed = _NEEDED.search(message)
   if needed is None:
     return None
-  return _bytes(*needed.groups()), {
-    f'{shape} of {source or "no operation"}': _bytes(number, unit)
-    for number, unit, source, shape in _ALLOCATION.findall(message)
-  }
+  arrays = {}
+  for number, unit, source, shape in _ALLOCATION.findall(message):
+    arrays[f'{shape} of {source or "no operation"}'] = _bytes(number, unit)
+  return _bytes(*needed.groups()), arrays
 
 
 def _bytes(number: str, unit: str) -> int:
   return int(float(number) * 2 ** (10 * (' KMGT'.index(unit))))
 
 
+def _gpu(kind: str, count: int, name: str) -> Target:
+  # A topology is hosts x GPUs: those of one host are linked to each other.
+  hosts = max(1, count // _GPUS_PER_HOST)
+  gpus = min(count, _GPUS_PER_HOST)
+  _require('jax_cuda12_plugin', 'jax-cuda12-plugin', name)
+  # The plugin looks for a driver when it is first loaded, and planning needs none on this host.
+  os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+  description = topologies.get_topology_desc(
+    '', 'cuda', target_config=_gpu_config(kind), topology=f'1x{hosts}x{gpus}'
+  )
+  return Target(description.devices, _GPUS[kind][1]['device_memory_size'])
+
+
+def _tpu(kind: str, name: str) -> Target:
+  _require('libtpu', 'libtpu', name)
+  for variable, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(variable, value)
+  try:
+    return Target(topologies.get_topology_desc(name, 'tpu').devices, _TPU_BYTES[kind])
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(f'no TPU slice {name!r}: {error}') from error
+
+
 def _cpu(count: int) -> Target:
   try:
     jax.config.update('jax_num_cpu_devices', count)
-  except RuntimeError:  # jax has begun: then its devices must be as many already
-    pass
+  except RuntimeError:
+    pass  # jax has begun: then its devices must be as many already
   devices = jax.devices('cpu')
   if len(devices) != count:
     raise ValueError(f'cpu:{count}: jax has begun with {len(devices)} CPU devices')
+  # They share the host's memory: each may use its part of it.
   return Target(devices, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // count)
 
 
 def _gpu_config(kind: str) -> str:
-  """A GpuTargetConfigProto as text."""
+  """Returns a GpuTargetConfigProto as text."""
   name, numbers = _GPUS[kind]
   fields = '\n'.join(f'  {field}: {value}' for field, value in numbers.items())
   return (

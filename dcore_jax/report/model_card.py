@@ -1,18 +1,30 @@
-"""The README.md of an exported model: how it was trained and what was measured, from a run's config and summary."""
+"""Writes the README.md of an exported model: how it was trained and what was measured."""
 
 import json
 from typing import Any
 
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.report.summary import KINDS
+from dcore_jax.report.figures import kinds_of
 from dcore_jax.statistics import wilson_interval
 
-_PATHS = (
-  'path',
-  'tokenizer',
-  'files',
-  'wording',
-)  # fields that hold names of files, wherever they are
+# Fields of a config that hold names of files, in any section.
+_PATHS = ('path', 'tokenizer', 'files', 'wording')
+# The YAML that the Hugging Face hub reads. It is the same for every model, so nothing renders it.
+_METADATA = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- dcore_jax
+- tool-use
+---"""
+_USAGE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained('.', dtype='auto')
+tokenizer = AutoTokenizer.from_pretrained('.')
+```"""
 _TITLES = {'base': 'before training', 'sft': 'after SFT'}
 
 
@@ -24,7 +36,7 @@ def model_card(
   step: int | None = None,
   summary: dict[str, Any],
 ) -> str:
-  """The card as Markdown with the metadata that the Hugging Face hub reads.
+  """Returns the card as Markdown with the metadata that the Hugging Face hub reads.
 
   Args:
     config: of the run, as JSON (`run.config.to_json`).
@@ -34,14 +46,11 @@ def model_card(
     summary: of the run (`report.summary`); what is absent from it is left out.
   """
   stages = _stages(config, stage)
-  parts = [_metadata(config), f'# {config["name"]}', _introduction(config, model, stage, step)]
-  parts += [
-    text
-    for name, text in (('distill', _distilled), ('sft', _fine_tuned), ('rl', _reinforced))
-    if name in stages
-    for text in [text(config, summary)]
-  ]
-  parts += [_figures(summary, stages, step), _usage(), _whole(config)]
+  parts = [_METADATA, f'# {config["name"]}', _introduction(config, model, stage, step)]
+  for name, describe in (('distill', _distilled), ('sft', _fine_tuned), ('rl', _reinforced)):
+    if name in stages:
+      parts.append(describe(config, summary))
+  parts += [_figures(summary, stages, step), _USAGE, _whole(config)]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -53,113 +62,128 @@ def _stages(config: dict[str, Any], last: str) -> tuple[str, ...]:
   return first if last == 'sft' else (*first, 'rl')
 
 
-def _metadata(config: dict[str, Any]) -> str:
-  lines = [
-    '---',
-    'library_name: transformers',
-    'pipeline_tag: text-generation',
-    'tags:',
-    '- dcore_jax',
-    '- tool-use',
-  ]
-  return '\n'.join([*lines, '---'])
-
-
 def _introduction(
   config: dict[str, Any], model: DecoderConfig, stage: str, step: int | None
 ) -> str:
-  start = (
-    'random weights'
-    if config['model']['init']
-    else f'`{config["model"]["path"].rstrip("/").split("/")[-1]}`'
-    if config['model']['path']
-    else 'the model organism of dcore_jax'
-  )
+  path = config['model']['path']
+  if config['model']['init']:
+    start = 'random weights'
+  elif path:
+    # Only the last part of a path: a card is published, and folders may say whose they are.
+    start = f'`{path.rstrip("/").split("/")[-1]}`'
+  else:
+    start = 'the model organism of dcore_jax'
   size = f'{model.model_type} decoder with {model.param_count / 1e6:,.1f} M parameters'
   if stage == 'base':
     return f'A {size}: {start}, not trained further.'
-  state = (
-    f'after step {step} of the stage `{stage}`'
-    if step is not None
-    else f'after the stage `{stage}`'
-  )
+  state = f'after the stage `{stage}`'
+  if step is not None:
+    state = f'after step {step} of the stage `{stage}`'
   return (
-    f'A {size}, trained with dcore_jax (D-CORE, arXiv 2602.02160) from {start}, {state}. Seed {config["seed"]}, '
-    f'config `{config["name"]}`.'
+    f'A {size}, trained with dcore_jax (D-CORE, arXiv 2602.02160) from {start}, {state}. '
+    f'Seed {config["seed"]}, config `{config["name"]}`.'
   )
 
 
 def _distilled(config: dict[str, Any], summary: dict[str, Any]) -> str:
-  c, found = config['distill'], summary.get('distill', {})
-  writer = (
-    'the model itself' if c['backend'] == 'local' else f'`{found.get("model") or c["model"]}`'
-  )
-  seen = {'shown': 'the reference calls', 'hidden': 'no reference', 'pseudo': 'pseudo-labels'}[
-    c['reference']
-  ]
+  section = config['distill']
+  found = summary.get('distill', {})
+  writer = f'`{found.get("model") or section["model"]}`'
+  if section['backend'] == 'local':
+    writer = 'the model itself'
+  references = {
+    'shown': 'the reference calls',
+    'hidden': 'no reference',
+    'pseudo': 'pseudo-labels',
+  }
   text = (
-    f'**Self-distillation** wrote the training rows with {writer}, which saw {seen} as it decomposed, at temperature '
-    f'{c["temperature"]}.'
+    f'**Self-distillation** wrote the training rows with {writer}, '
+    f'which saw {references[section["reference"]]} as it decomposed, '
+    f'at temperature {section["temperature"]}.'
   )
   if found.get('kept') is not None:
-    text += f' {found["kept"]:,} of {found["seeds"]:,} seeds were kept; dropped: {_listed(found["dropped"])}.'
+    text += (
+      f' {found["kept"]:,} of {found["seeds"]:,} seeds were kept; '
+      f'dropped: {_listed(found["dropped"])}.'
+    )
   return text
 
 
 def _fine_tuned(config: dict[str, Any], summary: dict[str, Any]) -> str:
-  c, found = config['sft'], summary.get('sft', {})
+  section = config['sft']
+  found = summary.get('sft', {})
   rows = f'{found["rows"]:,} rows' if 'rows' in found else 'rows'
-  source = f' of {", ".join(f"`{_name(file)}`" for file in c["files"])}' if c['files'] else ''
+  if section['files']:
+    rows += ' of ' + ', '.join(f'`{_name(file)}`' for file in section['files'])
   text = (
-    f'**SFT** on {rows}{source}: {c["epochs"]} epochs, {c["rows"]} packed rows of {c["capacity"]:,} tokens a step, '
-    f'{c["optimizer"]}, peak learning rate {c["learning_rate"]:g}, cosine with {c["warmup"]:.0%} warm-up, weight decay '
-    f'{c["weight_decay"]:g}, loss on `{c["loss_mask"]}`.'
+    f'**SFT** on {rows}: {section["epochs"]} epochs, '
+    f'{section["rows"]} packed rows of {section["capacity"]:,} tokens a step, '
+    f'{section["optimizer"]}, peak learning rate {section["learning_rate"]:g}, '
+    f'cosine with {section["warmup"]:.0%} warm-up, weight decay {section["weight_decay"]:g}, '
+    f'loss on `{section["loss_mask"]}`.'
   )
-  if None not in (found.get('first_loss'), found.get('last_loss')):
-    text += f' {found["steps"]:,} steps took the loss from {found["first_loss"]:.3f} to {found["last_loss"]:.3f}.'
+  first = found.get('first_loss')
+  last = found.get('last_loss')
+  if first is not None and last is not None:
+    text += f' {found["steps"]:,} steps took the loss from {first:.3f} to {last:.3f}.'
   return text
 
 
 def _reinforced(config: dict[str, Any], summary: dict[str, Any]) -> str:
-  c, rewards = config['rl'], [r for r in summary.get('rl', {}).get('reward', []) if r is not None]
-  psi = f' with α = {c["alpha"]:g}, δ = {c["delta"]:g}' if c['estimator'] == 'da_grpo' else ''
-  asked, reward = 'prompts', f'reward `{c["reward"]}`'
-  if c['episodes']:
-    asked, reward = 'whole tasks', 'rewarded by the state that they leave'
+  section = config['rl']
+  estimator = f'`{section["estimator"]}`'
+  # Only DA-GRPO has the entropy advantage that these two options shape.
+  if section['estimator'] == 'da_grpo':
+    estimator += f' with α = {section["alpha"]:g}, δ = {section["delta"]:g}'
+  asked = 'prompts'
+  reward = f'reward `{section["reward"]}`'
+  if section['episodes']:
+    asked = 'whole tasks'
+    reward = 'rewarded by the state that they leave'
   text = (
-    f'**Reinforcement learning** by `{c["estimator"]}`{psi}: {c["steps"]} steps of {c["prompts"]} {asked} x {c["group"]} '
-    f'rollouts, {c["updates"]} updates each, {reward}, learning rate {c["learning_rate"]:g}, '
-    f'KL coefficient {c["kl_coefficient"]:g}, temperature {c["temperature"]:g}.'
+    f'**Reinforcement learning** by {estimator}: '
+    f'{section["steps"]} steps of {section["prompts"]} {asked} x {section["group"]} rollouts, '
+    f'{section["updates"]} updates each, {reward}, learning rate {section["learning_rate"]:g}, '
+    f'KL coefficient {section["kl_coefficient"]:g}, temperature {section["temperature"]:g}.'
   )
+  rewards = [value for value in summary.get('rl', {}).get('reward', []) if value is not None]
   if rewards:
     text += f' The mean reward of a step went from {rewards[0]:.3f} to {rewards[-1]:.3f}.'
   return text
 
 
 def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None) -> str:
-  """A table of the stages up to the exported one; a checkpoint in the middle of a stage has no figures of its own."""
+  """Returns a table of the stages up to the exported one.
+
+  A checkpoint in the middle of a stage was not measured and has no row of its own.
+  """
   measured = summary.get('stages', {})
-  last = {
-    'sft': ['base', 'sft'],
-    'rl': ['base', 'sft', *(name for name in measured if name not in ('base', 'sft'))],
-  }
-  names = last[stages[-1]] if stages else ['base']
-  names = [name for name in (names[:-1] if step is not None else names) if name in measured]
+  names = ['base']
+  if stages:
+    names.append('sft')
+  if 'rl' in stages:
+    names += [name for name in measured if name not in ('base', 'sft')]
+  if step is not None:
+    names.pop()
+  names = [name for name in names if name in measured]
   if not names:
     return ''
+  kinds = kinds_of(measured)
   lines = [
     '## Figures',
     '',
     f'Share of held-out ToolWorld tasks solved, with 95 % intervals{_not_this(step)}.',
     '',
-    '| | ' + ' | '.join(KINDS) + ' | lazy, sequential | reasoning tokens |',
-    '|---' * (len(KINDS) + 3) + '|',
+    '| | ' + ' | '.join(kinds) + ' | lazy, sequential | reasoning tokens |',
+    '|---' * (len(kinds) + 3) + '|',
   ]
   for name in names:
     stage = measured[name]
-    cells = [_share(stage['accuracy'][kind], stage['n'][kind]) for kind in KINDS]
-    lazy, tokens = stage['lazy_ratio']['sequential'], stage['reasoning_tokens_mean']
-    cells += ['-' if lazy is None else f'{lazy:.1%}', '-' if tokens is None else f'{tokens:.0f}']
+    cells = [_share(stage['accuracy'][kind], stage['n'][kind]) for kind in kinds]
+    lazy = stage['lazy_ratio'].get('sequential')  # another world may have no such kind
+    tokens = stage['reasoning_tokens_mean']
+    cells.append('-' if lazy is None else f'{lazy:.1%}')
+    cells.append('-' if tokens is None else f'{tokens:.0f}')
     lines.append(f'| {_TITLES.get(name, f"after {name}")} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
@@ -175,17 +199,10 @@ def _share(share: float | None, n: int) -> str:
   return f'{share:.1%} ({low:.0%} to {high:.0%})'
 
 
-def _usage() -> str:
-  return (
-    '## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
-    "model = AutoModelForCausalLM.from_pretrained('.', dtype='auto')\n"
-    "tokenizer = AutoTokenizer.from_pretrained('.')\n```"
-  )
-
-
 def _whole(config: dict[str, Any]) -> str:
-  """The config; of paths only the names, and of endpoints nothing, since a card is published."""
-  return f'## The whole config\n\n```json\n{json.dumps(_published(config), indent=2, ensure_ascii=False)}\n```'
+  """Returns the config without folders and endpoints, since a card is published."""
+  text = json.dumps(_published(config), indent=2, ensure_ascii=False)
+  return f'## The whole config\n\n```json\n{text}\n```'
 
 
 def _published(section: dict[str, Any]) -> dict[str, Any]:
@@ -202,12 +219,11 @@ def _published(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: str) -> str:
-  """A hub name as it is, of a path the last part."""
-  return (
-    path.rstrip('/').split('/')[-1]
-    if path.startswith(('/', '.', '~')) or path.count('/') != 1
-    else path
-  )
+  """Returns a hub name as it is, and the last part of a path."""
+  # A hub name is 'owner/name': exactly one slash, and no start that only a path has.
+  if path.count('/') == 1 and not path.startswith(('/', '.', '~')):
+    return path
+  return path.rstrip('/').split('/')[-1]
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -1,7 +1,9 @@
-"""The charts of a report: inline SVG that takes its colours from the page, so that one drawing serves light and dark.
+"""The charts of a report: inline SVG that takes its colours from the page, so that one drawing
+serves light and dark.
 
-Matplotlib draws with stand-in colours; `_to_inline_svg` swaps each for a CSS variable of the page. Text stays text (the
-page's own font, selectable), ids are made unique to the chart, and nothing in the result points outside the page.
+Matplotlib draws with stand-in colours; `_to_inline_svg` swaps each for a CSS variable of the page.
+Text stays text (the page's own font, selectable), ids are made unique to the chart, and nothing in
+the result points outside the page.
 """
 
 import io
@@ -15,14 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Colours that nobody would choose, and what they become.
-_INK, _MUTED, _RULE = '#010000', '#020000', '#030000'
+_INK = '#010000'
+_MUTED = '#020000'
+_RULE = '#030000'
 STAGE_COLOURS = {'base': '#0a0001', 'sft': '#0a0002', 'da_grpo': '#0a0003', 'grpo': '#0a0004'}
 _OTHER = '#0a0005'
 _VARIABLES = {_INK: '--ink', _MUTED: '--muted', _RULE: '--rule', _OTHER: '--other'} | {
   colour: f'--{stage.replace("_", "-")}' for stage, colour in STAGE_COLOURS.items()
 }
 
-# Inches at 72 points: about the width of a phone, so that a chart is never shrunk below its own type size.
+# Inches at 72 points: about the width of a phone, so that a chart is never shrunk below its own
+# type size.
 _SIZE = (4.5, 2.5)
 
 Points = Sequence[tuple[float, float]]
@@ -36,7 +41,8 @@ def grouped_bars(
   *,
   percent: bool,
 ) -> str:
-  """Bars side by side, one group per name in `groups`, one colour per stage; a missing value leaves its place empty.
+  """Bars side by side, one group per name in `groups`, one colour per stage; a missing value leaves
+  its place empty.
 
   Args:
     name: unique on the page.
@@ -58,7 +64,7 @@ def grouped_bars(
       color=_stage_colour(stage),
       label=labels.get(stage, stage),
     )
-    for place, height in zip(places, heights):
+    for place, height in zip(places, heights, strict=True):
       if np.isfinite(height):
         axes.annotate(
           f'{height:.0f}' if percent else f'{height:.1f}',
@@ -97,9 +103,12 @@ def curves(
     colours: the stages whose colours the lines take, in order.
     log: logarithmic values; what is not positive is left out. Ignored where nothing is positive.
   """
-  log = log and any(value > 0 for points in lines.values() for _, value in points)
+  positive = False
+  for points in lines.values():
+    positive = positive or any(value > 0 for _, value in points)
+  log = log and positive
   figure, axes = _figure()
-  for (label, points), stage in zip(lines.items(), colours):
+  for (label, points), stage in zip(lines.items(), colours, strict=False):  # spare colours
     points = [point for point in points if not log or point[1] > 0]
     _line(axes, points, label, stage, scale=100 if percent else 1)
   if log:
@@ -113,11 +122,14 @@ def curves(
 
 
 def stacked_shares(name: str, layers: Mapping[str, Points], colours: Sequence[str]) -> str:
-  """Shares (0..1) over steps, stacked: the upper edge is their sum. All layers have the same steps."""
+  """Shares (0..1) over steps, stacked: the upper edge is their sum.
+
+  All layers have the same steps.
+  """
   figure, axes = _figure()
   steps = [step for step, _ in next(iter(layers.values()))]
   base = np.zeros(len(steps))
-  for (label, points), stage in zip(layers.items(), colours):
+  for (label, points), stage in zip(layers.items(), colours, strict=False):  # spare colours
     top = base + 100 * np.array([value for _, value in points])
     colour = _stage_colour(stage)
     # A single step has no width to fill: bars say the same.
@@ -135,7 +147,8 @@ def _line(axes: Axes, points: Points, label: str, stage: str, scale: float) -> N
   if not points:
     return
   steps, values = np.array(points, float).T
-  values, colour = values * scale, _stage_colour(stage)
+  values = values * scale
+  colour = _stage_colour(stage)
   # Noisy long curves get a moving mean on top of the thin raw line; short ones show their points.
   window = len(values) // 12
   if window >= 3:

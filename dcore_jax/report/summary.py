@@ -1,28 +1,140 @@
-"""The shape of `summary.json`, which other programs read, and the uncertainty that goes with its shares and differences."""
+"""The shape of `summary.json`, which other programs read.
 
-import math
-from collections.abc import Callable
-from typing import Any
+A stage that was not run is absent, and None stands for a number that could not be measured. Fields
+beyond those here are welcome anywhere. The names of stages and of kinds are the run's own: an
+estimator or a world that is registered elsewhere is as good as ours.
+"""
+
+from typing import Annotated, Any
+
+import pydantic
 
 from dcore_jax.statistics import format_difference
 
-KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
-STAGES = (
-  'base',
-  'sft',
-  'grpo',
-  'dr_grpo',
-  'rloo',
-  'rl_zvp',
-  'da_grpo',
-)  # in the order a run goes through them
+_Number = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
+_Share = Annotated[float, pydantic.Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+_Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 
-_STAGE_NUMBERS = ('decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean')
-_RL_CURVES = ('zero_variance_fraction', 'reward', 'entropy')
+
+class _Part(pydantic.BaseModel):
+  """An object of the summary; what it does not name is not looked at."""
+
+  model_config = pydantic.ConfigDict(extra='ignore', frozen=True)
+
+
+class Stage(_Part):
+  """Figures of one model on held-out tasks, by kind of task and over all of them."""
+
+  accuracy: dict[str, _Share | None]
+  lazy_ratio: dict[str, _Share | None]
+  n: dict[str, _Count | None]
+  decomposition_rate: _Share | None
+  reflections_per_response: _Number | None
+  reasoning_tokens_mean: _Number | None
+
+  @pydantic.model_validator(mode='after')
+  def _same_kinds(self) -> 'Stage':
+    for name in ('accuracy', 'lazy_ratio'):
+      lacking = sorted(self.n.keys() - getattr(self, name).keys())
+      if lacking:
+        raise ValueError(f'{name} lacks {", ".join(lacking)}, which n has')
+    lacking = sorted(self.accuracy.keys() - self.n.keys())
+    if lacking:
+      raise ValueError(f'n lacks {", ".join(lacking)}, which accuracy has')
+    return self
+
+
+class Pair(_Part):
+  """A paired difference with its standard error, of n tasks measured twice."""
+
+  difference: _Number | None
+  standard_error: _Number | None
+  n: _Number | None
+
+
+class Change(_Part):
+  """What changed from one stage to another, by kind of task."""
+
+  from_stage: str = pydantic.Field(alias='from')
+  to_stage: str = pydantic.Field(alias='to')
+  accuracy: dict[str, Pair]
+
+
+class Distill(_Part):
+  """Seeds asked about and rows kept, with why the others were dropped."""
+
+  seeds: _Count | None
+  kept: _Count | None
+  success_rate: _Share | None
+  dropped: dict[str, _Count | None]
+
+
+class Curves(_Part):
+  """Reinforcement learning: one value a step in each curve."""
+
+  zero_variance_fraction: list[_Share | None]
+  reward: list[_Number | None]
+  entropy: list[_Number | None]
+
+  @pydantic.model_validator(mode='after')
+  def _same_length(self) -> 'Curves':
+    lengths = {
+      'zero_variance_fraction': len(self.zero_variance_fraction),
+      'reward': len(self.reward),
+      'entropy': len(self.entropy),
+    }
+    if len(set(lengths.values())) > 1:
+      raise ValueError(f'the curves of rl differ in length: {lengths}')
+    return self
+
+
+class Summary(_Part):
+  """The whole of `summary.json`."""
+
+  stages: dict[str, Stage]
+  changes: list[Change] = []
+  distill: Distill | None = None
+  rl: Curves | None = None
+  export: str | None = None
+  seconds: dict[str, _Number | None]
+
+  @pydantic.model_validator(mode='after')
+  def _changes_are_of_stages(self) -> 'Summary':
+    for number, change in enumerate(self.changes):
+      unknown = {change.from_stage, change.to_stage} - self.stages.keys()
+      if unknown:
+        raise ValueError(f'changes[{number}] is of {sorted(unknown)}, which are no stages')
+    return self
+
+
+def validate_summary(summary: Any) -> None:
+  """Checks a summary against `Summary`.
+
+  Raises:
+    ValueError: names every place that is wrong, and what it should be.
+  """
+  try:
+    Summary.model_validate(summary)
+  except pydantic.ValidationError as error:
+    problems = [_describe(problem) for problem in error.errors(include_url=False)]
+    raise ValueError('summary: ' + '; '.join(problems)) from None
+
+
+def _describe(problem: Any) -> str:
+  """Returns a pydantic error as 'stages.base.n.single = 12.5: Input should be ...'."""
+  where = ''
+  for step in problem['loc']:
+    where += f'[{step}]' if isinstance(step, int) else f'.{step}'
+  where = where.lstrip('.') or 'it'
+  if problem['type'] == 'missing':
+    return f'{where} is missing'
+  if problem['type'] == 'value_error':  # one of our own, which says all
+    return f'{where}: {problem["ctx"]["error"]}'
+  return f'{where} = {problem["input"]!r:.80}: {problem["msg"]}'
 
 
 def format_changes(summary: dict[str, Any]) -> str:
-  """What stages have changed on held-out tasks, and reinforcement on the prompts it sets aside, a line each; for a terminal."""
+  """Returns lines for a terminal: what each stage has changed, and RL on its own prompts."""
   lines = []
   for change in summary['changes']:
     kinds = ', '.join(
@@ -32,131 +144,6 @@ def format_changes(summary: dict[str, Any]) -> str:
   validation = summary.get('rl', {}).get('validation') or {}
   for name, pair in (validation.get('difference') or {}).items():
     before, after = (validation[when][name] for when in ('before', 'after'))
-    lines.append(
-      f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {format_difference(pair)}'
-    )
+    change = format_difference(pair)
+    lines.append(f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {change}')
   return '\n'.join(lines)
-
-
-def validate_summary(summary: Any) -> None:
-  """Checks a summary against the published shape.
-
-    {'stages': {stage: {'accuracy': {kind: share}, 'lazy_ratio': {kind: share}, 'n': {kind: count},
-                        'decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean'}},
-     'distill': {'seeds', 'kept', 'success_rate', 'dropped': {reason: count}},
-     'changes': [{'from': stage, 'to': stage, 'accuracy': {kind: `paired_difference`}}],
-     'rl': {'zero_variance_fraction': [..], 'reward': [..], 'entropy': [..]},   one value per step
-     'export': path, 'seconds': {stage: seconds}}
-
-  A stage of `stages`, and `changes`, `distill`, `rl` and `export`, may be absent (a stage that was not run) and None
-  stands for a number that could not be measured. Further fields are welcome anywhere.
-
-  Raises:
-    ValueError: naming all that is wrong.
-  """
-  check = _Problems()
-  if check.mapping('summary', summary):
-    stages = summary.get('stages')
-    if check.mapping('stages', stages):
-      for name, stage in stages.items():
-        check.that(name in STAGES, f'stages.{name} is not one of {", ".join(STAGES)}')
-        _check_stage(check, f'stages.{name}', stage)
-    for number, change in enumerate(summary.get('changes') or ()):
-      _check_change(check, f'changes[{number}]', change, stages)
-    if 'distill' in summary:
-      _check_distill(check, summary['distill'])
-    if 'rl' in summary:
-      _check_rl(check, summary['rl'])
-    if check.mapping('seconds', summary.get('seconds')):
-      check.values('seconds', summary['seconds'], _is_number)
-    check.that(isinstance(summary.get('export'), (str, type(None))), 'export is not a path')
-  if check.problems:
-    raise ValueError('summary: ' + '; '.join(check.problems))
-
-
-def _check_stage(check: '_Problems', where: str, stage: Any) -> None:
-  if not check.mapping(where, stage):
-    return
-  for field, fits in (('accuracy', _is_share), ('lazy_ratio', _is_share), ('n', _is_count)):
-    if check.mapping(f'{where}.{field}', stage.get(field)):
-      missing = [kind for kind in KINDS if kind not in stage[field]]
-      check.that(not missing, f'{where}.{field} lacks {", ".join(missing)}')
-      check.values(f'{where}.{field}', stage[field], fits)
-  for field in _STAGE_NUMBERS:
-    check.value(where, stage, field, _is_share if field == 'decomposition_rate' else _is_number)
-
-
-def _check_change(check: '_Problems', where: str, change: Any, stages: Any) -> None:
-  if not check.mapping(where, change) or not check.mapping(
-    f'{where}.accuracy', change.get('accuracy')
-  ):
-    return
-  check.that(
-    {change.get('from'), change.get('to')} <= set(stages or ()), f'{where} is not of two stages'
-  )
-  for kind, pair in change['accuracy'].items():
-    if check.mapping(f'{where}.accuracy.{kind}', pair):
-      for field in ('difference', 'standard_error', 'n'):
-        check.value(f'{where}.accuracy.{kind}', pair, field, _is_number)
-
-
-def _check_distill(check: '_Problems', distill: Any) -> None:
-  if not check.mapping('distill', distill):
-    return
-  for field, fits in (('seeds', _is_count), ('kept', _is_count), ('success_rate', _is_share)):
-    check.value('distill', distill, field, fits)
-  if check.mapping('distill.dropped', distill.get('dropped')):
-    check.values('distill.dropped', distill['dropped'], _is_count)
-
-
-def _check_rl(check: '_Problems', rl: Any) -> None:
-  if not check.mapping('rl', rl):
-    return
-  lengths = {}
-  for field in _RL_CURVES:
-    curve = rl.get(field)
-    if check.that(isinstance(curve, (list, tuple)), f'rl.{field} is not a list'):
-      lengths[field] = len(curve)
-      fits = _is_share if field == 'zero_variance_fraction' else _is_number
-      check.values(f'rl.{field}', dict(enumerate(curve)), fits)
-  check.that(len(set(lengths.values())) <= 1, f'the curves of rl differ in length: {lengths}')
-
-
-class _Problems:
-  """Collects what is wrong; each check says whether it held."""
-
-  def __init__(self):
-    self.problems: list[str] = []
-
-  def that(self, holds: Any, otherwise: str) -> bool:
-    if not holds:
-      self.problems.append(otherwise)
-    return bool(holds)
-
-  def mapping(self, where: str, value: Any) -> bool:
-    return self.that(
-      isinstance(value, dict),
-      f'{where} is missing' if value is None else f'{where} is not an object',
-    )
-
-  def value(self, where: str, owner: dict, field: str, fits: Callable[[Any], bool]) -> None:
-    if self.that(field in owner, f'{where}.{field} is missing'):
-      self.values(where, {field: owner[field]}, fits)
-
-  def values(self, where: str, owner: dict, fits: Callable[[Any], bool]) -> None:
-    for field, value in owner.items():
-      self.that(
-        value is None or fits(value), f'{where}.{field} = {value!r} is not a {fits.__name__[4:]}'
-      )
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-  return _is_number(value) and 0 <= value <= 1
-
-
-def _is_count(value: Any) -> bool:
-  return _is_number(value) and value >= 0 and value == int(value)

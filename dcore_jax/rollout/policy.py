@@ -1,4 +1,7 @@
-"""Models with everything needed to use them, and their engines: the packaged organism, local directories, random weights."""
+"""Models with everything needed to use them, and their engines.
+
+A model is the packaged organism, a local directory, or random weights.
+"""
 
 import dataclasses
 import hashlib
@@ -7,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import transformers
 from jax.sharding import Mesh
@@ -15,47 +17,65 @@ from jax.sharding import Mesh
 import dcore_jax
 from dcore_jax import distributed, sharding
 from dcore_jax.chat.template import turn_format
+from dcore_jax.config import ExecutionSection, ModelSection, RunConfig
 from dcore_jax.files import data_path, parse_json
 from dcore_jax.models import decoder, presets
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_config, load_params
-from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.local_backend import LocalBackend
+from dcore_jax.rollout.sizes import EngineSizes
 
 ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
+_NAMED_NUMBERS = 1024  # of each parameter that go into a model's fingerprint
 
 
 @dataclasses.dataclass
 class Policy:
-  """A model with everything needed to use it."""
+  """A model with everything needed to use it.
+
+  Attributes:
+    config: its configuration.
+    load: returns the parameters, float32, in their shards on a mesh; they are read or drawn at
+      every call.
+    tokenizer: its tokenizer.
+    tokenizer_dir: where the tokenizer was loaded from.
+    path: of the weights; None where they are random.
+  """
 
   config: DecoderConfig
-  load: Callable[
-    [Mesh | None], Any
-  ]  # the parameters, float32, in their shards on a mesh; read or drawn at every call
+  load: Callable[[Mesh | None], Any]
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
-  path: pathlib.Path | None  # of the weights; None where they are random
+  path: pathlib.Path | None
 
   def name(self, params: Any) -> str:
-    """Where the weights come from, and a fingerprint of them: what was sampled from others must not be taken for theirs."""
+    """Returns where the weights come from, and a fingerprint of them.
+
+    What was sampled from other weights must not be taken for theirs.
+    """
+    # A part of each parameter is enough: training changes all of them, and reading 30 GB takes
+    # minutes.
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-      digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024], np.float32).tobytes())
-    return f'{self.path.name if self.path else "random"}-{digest.hexdigest()[:8]}'
+      first_row = leaf[(0,) * (leaf.ndim - 1)]
+      digest.update(np.asarray(first_row[:_NAMED_NUMBERS], np.float32).tobytes())
+    source = self.path.name if self.path else 'random'
+    return f'{source}-{digest.hexdigest()[:8]}'
 
   @property
   def stop_ids(self) -> list[int]:
-    """All that end an answer."""
+    """All tokens that end an answer."""
     return find_stop_ids(self.config, self.tokenizer, self.path)
 
 
 def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | None) -> list[int]:
-  """What ends an answer: by the folder's generation_config.json and config.json, the tokenizer's end of text, and the template's
-  end of turn.
+  """Returns the tokens that end an answer.
 
-  Llama-3.1 stops at three tokens (end of text, of message, of turn), of which its tokenizer names one.
+  They are those of the folder's generation_config.json and config.json, the tokenizer's end of
+  text, and the template's end of turn. Llama-3.1 stops at three tokens (end of text, of message, of
+  turn), of which its tokenizer names one.
   """
   ids = [
     *_generation_stop_ids(folder),
@@ -63,103 +83,156 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | 
     tokenizer.eos_token_id,
     turn_format(tokenizer).end_of_turn_id,
   ]
+  # Some tokenizers have no end of text, and some templates no end of turn.
   return sorted({i for i in ids if i is not None})
 
 
+def make_execution(section: ExecutionSection) -> Execution:
+  """Returns how passes over the model run, from section `execution` of a run's config."""
+  return Execution(
+    attention=section.attention,
+    compute=section.compute,
+    remat=section.remat,
+    unroll=section.unroll,
+    offload=section.offload,
+  )
+
+
+def engine_sizes(config: RunConfig, *, groups: bool) -> EngineSizes:
+  """Returns the sizes that section `engine` of a run's config asks for.
+
+  Args:
+    config: of the run.
+    groups: whether rollouts come in groups that share a prompt. For these the section may want
+      fewer trunks than lanes. With a prompt for each rollout, a lane would be idle for each trunk
+      missing.
+  """
+  section = config.engine
+  return EngineSizes(
+    lanes=section.lanes,
+    max_len=section.max_len,
+    max_new=section.max_new,
+    trunks=section.trunks if groups else 0,
+    tile=section.tile,
+    steps_per_call=section.steps_per_call,
+  )
+
+
 def make_engine(
-  config: ml_collections.ConfigDict,
+  config: RunConfig,
   policy: Policy,
   params: decoder.Params,
   mesh: Mesh | None,
   *,
   groups: bool = False,
 ) -> Engine:
-  """The engine that section `engine` describes, with weights on the training `mesh`: in the dtype of computation, and on a mesh
-  of its own where the section asks for one. `groups`: rollouts come in groups that share a prompt, for which the section may
-  want fewer trunks than lanes; with a prompt for each, as many would be idle as there are trunks too few."""
-  c = config.engine
-  params = decoder.cast(params, Execution(**config.execution).dtype(params))
-  if mesh := distributed.engine_mesh(config, mesh):
-    params = jax.device_put(
-      params, sharding.shardings(decoder.abstract_params(policy.config), mesh)
-    )
-  return Engine(
-    params,
-    policy.config,
-    stop_ids=policy.stop_ids,
-    lanes=c.lanes,
-    max_len=c.max_len,
-    max_new=c.max_new or None,
-    trunks=c.trunks or None if groups else None,
-    tile=c.tile or None,
-    steps_per_call=c.steps_per_call,
-  )
+  """Makes the engine that section `engine` of a run's config describes.
+
+  Args:
+    config: of the run.
+    policy: the model.
+    params: its weights on `mesh`; the engine has them in the dtype of computation, and on a mesh of
+      its own where the section asks for one.
+    mesh: of the training.
+    groups: whether rollouts come in groups that share a prompt (`engine_sizes`).
+  """
+  # Cast where the parameters are: half as many bytes then move to the engine's mesh.
+  params = decoder.cast(params, make_execution(config.execution).dtype(params))
+  engine_mesh = distributed.engine_mesh(config, mesh)
+  if engine_mesh:
+    placed = sharding.shardings(decoder.abstract_params(policy.config), engine_mesh)
+    params = jax.device_put(params, placed)
+  sizes = engine_sizes(config, groups=groups)
+  return Engine(params, policy.config, stop_ids=policy.stop_ids, sizes=sizes)
 
 
-def local_backend(config: ml_collections.ConfigDict, journal: pathlib.Path) -> LocalBackend:
-  """An engine of its own with the config's model."""
+def local_backend(config: RunConfig, journal: pathlib.Path) -> LocalBackend:
+  """Makes an engine of its own with the config's model, as a backend."""
+  # Compiling takes most of a short run; programs are kept for the next one.
   distributed.keep_programs()
   policy = load_policy(config.model, seed=config.seed)
   mesh = distributed.training_mesh(config)
   params = policy.load(mesh)
   engine = make_engine(config, policy, params, mesh)
+  # Named by the weights as they were loaded: cast, they have another fingerprint.
   return LocalBackend(engine, policy.tokenizer, journal=journal, model=policy.name(params))
 
 
 def load_tokenizer(
-  config: ml_collections.ConfigDict,
+  config: ModelSection,
 ) -> tuple[transformers.PreTrainedTokenizerBase, pathlib.Path]:
-  """(tokenizer, its directory) of a config section `model`: its own, or that of its model. ValueError where there is none."""
-  folder = (
-    data_path(config.tokenizer or config.path) if config.tokenizer or config.path else ORGANISM
-  )
+  """Returns (tokenizer, its directory) of a config section `model`: its own, or that of its model.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = config.tokenizer or config.path
+  folder = data_path(path) if path else ORGANISM
   try:
     return transformers.AutoTokenizer.from_pretrained(str(folder)), folder
   except OSError as error:
     raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
 
 
-def load_policy(config: ml_collections.ConfigDict, *, seed: int) -> Policy:
-  """The model a config section `model` names: a directory, the organism, or a random initialisation.
+def load_policy(config: ModelSection, *, seed: int) -> Policy:
+  """Returns the model that a config section `model` names.
+
+  It is a directory, the organism, or a random initialisation.
 
   Raises:
-    ValueError: a path that is not there or holds another model than `preset`, a tokenizer larger than the embedding. (And
-      `load` where a checkpoint does not fit its config.)
+    ValueError: a path that is not there or holds another model than `preset`, a tokenizer larger
+      than the embedding. (And `load` where a checkpoint does not fit its config.)
   """
   path = data_path(config.path) if config.path else ORGANISM
   tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
     raise ValueError(
-      f'model.init asks for random weights and model.path = {config.path!r} for stored ones; set one of them'
+      f'model.init asks for random weights and model.path = {config.path!r} for stored ones; '
+      'set one of them'
     )
   model = DecoderConfig.from_hf(dict(config.init)) if config.init else load_config(path)
   if config.preset and not presets.same_model(model, presets.config(config.preset)):
     raise ValueError(f'{str(path)!r} does not hold a model of the preset {config.preset!r}')
-  specs = decoder.abstract_params(model)
-
-  def load(mesh: Mesh | None) -> Any:
-    placed = sharding.shardings(specs, mesh) if mesh else None
-    if config.init:
-      return jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)(
-        model, jax.random.key(seed)
-      )
-    return load_params(path, shardings=placed)[1]
-
+  # A tokenizer may be smaller than the embedding, whose rows are padded in many models.
   if len(tokenizer) > model.vocab_size:
     raise ValueError(
       f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
       f'the embedding {model.vocab_size} rows'
     )
-  return Policy(model, load, tokenizer, tokenizer_dir, None if config.init else path)
+  specs = decoder.abstract_params(model)
+
+  def draw(mesh: Mesh | None) -> decoder.Params:
+    placed = sharding.shardings(specs, mesh) if mesh else None
+    init = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)
+    return init(model, jax.random.key(seed))
+
+  def read(mesh: Mesh | None) -> decoder.Params:
+    placed = sharding.shardings(specs, mesh) if mesh else None
+    # The config that comes with the parameters has been read already.
+    return load_params(path, shardings=placed)[1]
+
+  return Policy(
+    config=model,
+    load=draw if config.init else read,
+    tokenizer=tokenizer,
+    tokenizer_dir=tokenizer_dir,
+    path=None if config.init else path,
+  )
 
 
 def _generation_stop_ids(folder: pathlib.Path | None) -> tuple[int, ...]:
-  """`eos_token_id` of a generation_config.json, one or a list; () where there is no such file or field."""
+  """Returns `eos_token_id` of a generation_config.json, which is one id or a list.
+
+  () where there is no such file or field.
+  """
   path = folder / 'generation_config.json' if folder else None
   if path is None or not path.exists():
     return ()
   ids = parse_json(path.read_text(encoding='utf-8'), str(path)).get('eos_token_id')
-  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  if ids is None:
+    return ()
+  if not isinstance(ids, list):
+    ids = [ids]
   if not all(isinstance(i, int) for i in ids):
     raise ValueError(f'{path}: eos_token_id is {ids!r}, expected token ids')
   return tuple(ids)

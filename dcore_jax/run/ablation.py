@@ -1,7 +1,9 @@
 """Sweeps of the paper at the organism's scale, and of what it leaves open.
 
-alpha_delta     Table 3 and figure 6: DA-GRPO at four settings and plain GRPO, from one SFT checkpoint
-psi             should psi see the reward, act on reflective words alone, adapt its weight, or give way to a KL term
+alpha_delta     Table 3 and figure 6: DA-GRPO at four settings and plain GRPO, from one SFT
+                checkpoint
+psi             should psi see the reward, act on reflective words alone, adapt its weight, or give
+                way to a KL term
 decomposition   Table 6: what the decomposer sees, from seeds to a fine-tuned model
 """
 
@@ -9,17 +11,21 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 import scipy.stats
 
+from dcore_jax.claims import claim
+from dcore_jax.config import RunConfig
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
 from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.learn.advantages import uses_entropy
+from dcore_jax.overrides import overlay
 from dcore_jax.progress import stage
+from dcore_jax.run.config import read_config
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.statistics import format_difference, paired_difference, standard_error
 from dcore_jax.train.metrics import read_metrics
@@ -27,65 +33,76 @@ from dcore_jax.train.metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One point of the sweep. `alpha` and `delta` None: those of the config, where the estimator has any. `published` is its row of
-  the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%). `changes` are further fields of the config's section `rl`,
-  summed up in the `note`."""
+  """One point of a sweep over reinforcement.
+
+  Attributes:
+    estimator: the advantage estimator, `rl.estimator`.
+    alpha: weight of psi; None: the config's, where the estimator has any.
+    delta: bound of psi, nats; None: the config's.
+    published: its row of the paper's Table 3, Qwen3-8B: live, multi-turn, retail, airline (%).
+    note: sums up `changes` in the setting's name.
+    changes: further fields of the config's section `rl`.
+  """
 
   estimator: str
-  alpha: float | None
-  delta: float | None
+  alpha: float | None = None
+  delta: float | None = None
   published: tuple[float, ...] = ()
   note: str = ''
-  changes: tuple[tuple[str, Any], ...] = ()
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
-    point = (
-      self.estimator
-      if self.alpha is None
-      else f'{self.estimator}_alpha{self.alpha:g}_delta{self.delta:g}'
-    )
-    return f'{point}_{self.note}' if self.note else point
+    """What the setting's folder is called."""
+    name = self.estimator
+    if self.alpha is not None:
+      name += f'_alpha{self.alpha:g}_delta{self.delta:g}'
+    if self.note:
+      name += f'_{self.note}'
+    return name
 
 
 ALPHA_DELTA = (
-  Setting('grpo', None, None, (75.6, 67.4, 49.2, 41.2)),
-  Setting('da_grpo', 0.01, 0.5, (77.0, 67.9, 52.5, 38.8)),
-  Setting('da_grpo', 0.1, 0.5, (82.3, 63.8, 50.7, 44.4)),
-  Setting('da_grpo', 0.4, 0.5, (78.8, 59.9, 54.6, 36.8)),
-  Setting('da_grpo', 1.0, 1.0, (76.4, 62.1, 47.9, 39.6)),
+  Setting('grpo', published=(75.6, 67.4, 49.2, 41.2)),
+  Setting('da_grpo', alpha=0.01, delta=0.5, published=(77.0, 67.9, 52.5, 38.8)),
+  Setting('da_grpo', alpha=0.1, delta=0.5, published=(82.3, 63.8, 50.7, 44.4)),
+  Setting('da_grpo', alpha=0.4, delta=0.5, published=(78.8, 59.9, 54.6, 36.8)),
+  Setting('da_grpo', alpha=1.0, delta=1.0, published=(76.4, 62.1, 47.9, 39.6)),
 )
+# The default alpha_rate would at most double alpha in the eight steps of a run, and even at
+# alpha = 1 psi makes up only a fifth of the organism's gradient: hence a faster rate, and a higher
+# bound.
+_ADAPTIVE = {
+  'alpha_measure': 'psi_share',
+  'alpha_target': 0.3,
+  'alpha_rate': 0.5,
+  'alpha_high': 10.0,
+}
+# What the paper leaves open about psi: what it sees (the reward, reflective words alone), its
+# weight, and whether a KL term would keep as much diversity.
 PSI = (
-  Setting('grpo', None, None),
-  Setting('da_grpo', None, None),
-  Setting('da_grpo', None, None, note='ignore_wrong', changes=(('psi_when_wrong', 'ignore'),)),
-  Setting('da_grpo', None, None, note='punish_wrong', changes=(('psi_when_wrong', 'punish'),)),
-  Setting('da_grpo', None, None, note='reflective', changes=(('psi_words', LOGGED_WORDS),)),
-  # At the default rate alpha would at most double in the eight steps of a run, and at alpha = 1 psi has a fifth of the
-  # organism's gradient.
-  Setting(
-    'da_grpo',
-    None,
-    None,
-    note='adaptive',
-    changes=(
-      ('alpha_measure', 'psi_share'),
-      ('alpha_target', 0.3),
-      ('alpha_rate', 0.5),
-      ('alpha_high', 10.0),
-    ),
-  ),
-  *(
-    Setting('grpo', None, None, note=f'uniform_kl_{c:g}', changes=(('uniform_kl', c),))
-    for c in (0.001, 0.01)
-  ),
+  Setting('grpo'),
+  Setting('da_grpo'),
+  Setting('da_grpo', note='ignore_wrong', changes={'psi_when_wrong': 'ignore'}),
+  Setting('da_grpo', note='punish_wrong', changes={'psi_when_wrong': 'punish'}),
+  Setting('da_grpo', note='reflective', changes={'psi_words': LOGGED_WORDS}),
+  Setting('da_grpo', note='adaptive', changes=_ADAPTIVE),
+  Setting('grpo', note='uniform_kl_0.001', changes={'uniform_kl': 0.001}),
+  Setting('grpo', note='uniform_kl_0.01', changes={'uniform_kl': 0.01}),
 )
 RL_SUITES = {'alpha_delta': ALPHA_DELTA, 'psi': PSI}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decomposer:
-  """One row of Table 6. `published` is the paper's: decomposition success and tau-bench overall of Qwen3-8B (%)."""
+  """One row of Table 6.
+
+  Attributes:
+    name: what the setting's folder is called.
+    reference: the calls that the decomposer sees, `distill.reference`.
+    examples: worked decompositions in its prompt.
+    published: the paper's row: decomposition success and tau-bench overall of Qwen3-8B (%).
+  """
 
   name: str
   reference: str
@@ -94,18 +111,17 @@ class Decomposer:
 
 
 DECOMPOSITION = (
-  Decomposer('no_reference', 'hidden', 0, (73.8, 20.3)),
-  Decomposer('reference', 'shown', 0, (89.1, 33.8)),
-  Decomposer('reference_examples', 'shown', 2, (93.2, 37.1)),
-  Decomposer('pseudo_labels', 'pseudo', 2, (92.8, 29.6)),
+  Decomposer('no_reference', reference='hidden', examples=0, published=(73.8, 20.3)),
+  Decomposer('reference', reference='shown', examples=0, published=(89.1, 33.8)),
+  Decomposer('reference_examples', reference='shown', examples=2, published=(93.2, 37.1)),
+  Decomposer('pseudo_labels', reference='pseudo', examples=2, published=(92.8, 29.6)),
 )
 SUITES = (*RL_SUITES, 'decomposition')
-SEEDS = {
-  'alpha_delta': 1,
-  'psi': 1,
-  'decomposition': 3,
-}  # repetitions: Table 6 is nothing without intervals
-_LAST = 0.25  # share of the steps whose mean is "at the end"
+# Repetitions of every setting. The rows of Table 6 differ by less than two seeds of the organism
+# do, so that they say nothing without intervals.
+SEEDS = {'alpha_delta': 1, 'psi': 1, 'decomposition': 3}
+_PUBLISHED = ('live', 'multi_turn', 'retail', 'airline')  # columns of Table 3 that are compared
+_LAST = 0.25  # share of the steps whose mean stands for the end of a curve
 _CURVES = (
   'reward',
   'reflections',
@@ -121,27 +137,29 @@ _CURVES = (
 
 def run_suite(
   suite: str,
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict | RunConfig,
   workdir: pathlib.Path,
   *,
   seeds: int,
   sft_run: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-  """Runs what is not there yet and writes `workdir`/<suite>.json -> its content.
+  """Runs what is not there yet, writes `workdir`/<suite>.json and returns its content.
 
   Args:
     suite: one of SUITES.
-    config: pipeline config; at every setting and seed its stages `rl` and `evaluate_rl` are run, or `distill` to
-      `evaluate_sft`.
+    config: pipeline config. At every setting and seed its stages `rl` and `evaluate_rl` are run,
+      or `distill` to `evaluate_sft` for the suite decomposition.
     workdir: results, one folder a setting and seed; a second call resumes.
-    seeds: repetitions of each setting, with other prompt orders and samples, or with other seeds of everything.
-    sft_run: of an RL suite: work directory of a finished run to start from; without it the stages up to SFT are run in
-      `workdir`/start.
+    seeds: repetitions of each setting, with other prompt orders and samples, or with other seeds
+      of everything.
+    sft_run: of an RL suite: work directory of a finished run to start from; without it the stages
+      up to SFT are run in `workdir`/start.
 
   Raises:
-    ValueError: an unknown suite, no seeds, no steps or nothing set aside to compare settings on, a start without an SFT
-      checkpoint, or with another one than `workdir` began with.
+    ValueError: an unknown suite, no seeds, no steps or nothing set aside to compare settings on,
+      a start without an SFT checkpoint, or with another one than `workdir` began with.
   """
+  config = read_config(config)
   if suite not in SUITES:
     raise ValueError(f'unknown suite {suite!r}; expected one of {SUITES}')
   if seeds < 1:
@@ -150,22 +168,18 @@ def run_suite(
     if sft_run:
       raise ValueError('the suite decomposition starts from the base model, not from --sft_run')
     return _run_decomposition(config, workdir, seeds)
-  for field in ('steps', 'validation'):
-    if config.rl[field] < 1:
+  # Without steps, or without prompts set aside, the table of the sweep would have empty columns.
+  for field, value in (('steps', config.rl.steps), ('validation', config.rl.validation)):
+    if value < 1:
       raise ValueError(
-        f'rl.{field} = {config.rl[field]}: settings are compared by what their steps do to prompts set aside'
+        f'rl.{field} = {value}: settings are compared by what their steps do to prompts set aside'
       )
-  start = sft_run or workdir / 'start'
-  if sft_run is None:
-    first = config.copy_and_resolve_references()
-    first.stages = ('distill', 'sft', 'evaluate_sft')
-    Pipeline(first, start).run()
-  if not (start / 'sft' / 'config.json').exists():
-    raise ValueError(f'{str(start)!r} holds no SFT checkpoint')
-  _claim(workdir, start / 'sft')
+  start = _start(config, workdir, sft_run)
+  settings = RL_SUITES[suite]
   runs = []
+  # All settings at one seed before the next seed: a sweep that is stopped early can be compared.
   for seed in range(seeds):
-    for setting in RL_SUITES[suite]:
+    for setting in settings:
       with stage(f'{setting.name}, seed {seed}'):
         runs.append(_run_one(setting, seed, config, workdir / setting.name / f'seed{seed}', start))
       # Written after every run: a notebook can look while the sweep goes on.
@@ -173,57 +187,70 @@ def run_suite(
         'suite': suite,
         'sft': _sft_point(start),
         'runs': runs,
-        'table': _table(RL_SUITES[suite], runs),
+        'table': compare_settings(settings, runs),
       }
       write_json_atomic(workdir / f'{suite}.json', content)
   return content
 
 
-def _claim(workdir: pathlib.Path, model: pathlib.Path) -> None:
-  """Notes which weights a sweep starts from, or checks that they are the ones it began with."""
+# --- reinforcement ---
+
+
+def _start(config: RunConfig, workdir: pathlib.Path, sft_run: pathlib.Path | None) -> pathlib.Path:
+  """The work directory whose SFT checkpoint all settings start from, made where none is given."""
+  start = sft_run or workdir / 'start'
+  if sft_run is None:
+    Pipeline(overlay(config, {'stages': ('distill', 'sft', 'evaluate_sft')}), start).run()
+  model = start / 'sft'
+  if not (model / 'config.json').exists():
+    raise ValueError(f'{str(start)!r} holds no SFT checkpoint')
+  # The weights and not the path: a start that was trained anew in its place is another one.
   digest = hashlib.sha256()
-  for part in sorted(model.glob('model*.safetensors')):  # more than one from 5 GB on
+  # Checkpoints of more than 5 GB lie in several files.
+  for part in sorted(model.glob('model*.safetensors')):
     with part.open('rb') as file:
       digest.update(hashlib.file_digest(file, 'sha256').digest())
-  mine, path = digest.hexdigest(), workdir / 'start.json'
-  if path.exists() and read_json(path)['sha256'] != mine:
-    raise ValueError(
-      f'{str(workdir)!r} holds runs that started from other weights than {str(model)!r}; name another --workdir'
-    )
-  write_json_atomic(path, {'sha256': mine})
+  complaint = f'holds runs that started from other weights than {str(model)!r}, by their'
+  claim(workdir / 'start.json', {'sha256': digest.hexdigest()}, complaint)
+  return start
 
 
 def _run_one(
   setting: Setting,
   seed: int,
-  config: ml_collections.ConfigDict,
+  config: RunConfig,
   folder: pathlib.Path,
   start: pathlib.Path,
 ) -> dict[str, Any]:
-  mine = config.copy_and_resolve_references()
-  mine.stages = ('rl', 'evaluate_rl')
-  mine.rl.estimator, mine.rl.seed = setting.estimator, seed
+  """Reinforces at one setting and seed in `folder`; returns what the suite's file says of it."""
+  changes = {'estimator': setting.estimator, 'seed': seed}
   if setting.alpha is not None:
-    mine.rl.alpha, mine.rl.delta = setting.alpha, setting.delta
-  if not uses_entropy(
-    setting.estimator
-  ):  # a config may say how psi acts, which is an error of an estimator without it
-    mine.rl.update(dict(psi_words=(), alpha_measure=''))
-  mine.rl.update(dict(setting.changes))
+    changes |= {'alpha': setting.alpha, 'delta': setting.delta}
+  has_psi = uses_entropy(setting.estimator)
+  if not has_psi:
+    # The config may say how psi acts, which is an error of an estimator without it.
+    changes |= {'psi_words': (), 'alpha_measure': ''}
+  changes |= setting.changes
+  mine = overlay(config, {'stages': ('rl', 'evaluate_rl'), 'rl': changes})
   if not (folder / 'sft').exists():
+    # Copied beside its place and renamed: a half copied checkpoint must not look like a whole one.
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(start / 'sft', folder / 'sft.tmp', dirs_exist_ok=True)
     (folder / 'sft.tmp').rename(folder / 'sft')
   summary = Pipeline(mine, folder).run()
   rows = read_metrics(folder, 'rl')
-  curves = {name: [row[name] for row in rows] for name in _CURVES if name in rows[0]}
+  # Every step logs the same figures, so that the first one tells which there are.
+  curves = {}
+  for name in _CURVES:
+    if name in rows[0]:
+      curves[name] = [row[name] for row in rows]
   evaluated = summary['stages'][setting.estimator]
-  alpha, delta = (mine.rl.alpha, mine.rl.delta) if uses_entropy(setting.estimator) else (None, None)
   return {
     'setting': setting.name,
     'estimator': setting.estimator,
-    'alpha': alpha,
-    'delta': delta,
+    # The config has both also where nothing reads them.
+    'alpha': mine.rl.alpha if has_psi else None,
+    'delta': mine.rl.delta if has_psi else None,
     'seed': seed,
     'curves': curves,
     'end': {name: _end(values) for name, values in curves.items()},
@@ -234,12 +261,17 @@ def _run_one(
 
 
 def _end(values: Sequence[float | None]) -> float | None:
-  """Mean of the last steps; those that were skipped have no numbers."""
-  known = [value for value in values[-max(1, round(len(values) * _LAST)) :] if value is not None]
-  return float(np.mean(known)) if known else None
+  """The mean of the last steps that have a value; steps that were skipped have none."""
+  last = values[-max(1, round(len(values) * _LAST)) :]
+  return _mean([value for value in last if value is not None])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  return float(np.mean(values)) if values else None
 
 
 def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
+  """The figures of the model that all settings start from, where it was measured."""
   path = start / 'evaluate_sft' / 'result.json'
   if not path.exists():
     return None
@@ -250,118 +282,166 @@ def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
   }
 
 
-def _table(settings: Sequence[Setting], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Mean and standard error over the seeds of each setting, `against_first` setting of the suite, beside the paper's row."""
-  table = []
+def compare_settings(
+  settings: Sequence[Setting], runs: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """Returns a row for each setting that has been run: its figures beside the paper's.
+
+  `figures` are means over the seeds with their standard errors, `against_first` the difference
+  from the suite's first setting.
+
+  Args:
+    settings: of the suite.
+    runs: what is known of each run, `runs` of the suite's file.
+  """
   first = [run for run in runs if run['setting'] == settings[0].name]
+  table = []
   for setting in settings:
     mine = [run for run in runs if run['setting'] == setting.name]
     if not mine:
       continue
-    figures = {name: [run['end'][name] for run in mine] for name in mine[0]['end']}
-    figures |= {
-      f'accuracy_{kind}': [run['accuracy'][kind] for run in mine] for kind in mine[0]['accuracy']
+    row = {
+      'setting': setting.name,
+      'estimator': setting.estimator,
+      'alpha': mine[0]['alpha'],
+      'delta': mine[0]['delta'],
+      'seeds': len(mine),
+      'figures': _figures(mine),
+      'against_first': _contrast(first, mine),
+      # Not every setting has a row in the paper.
+      'published': dict(zip(_PUBLISHED, setting.published, strict=False)),
     }
-    for name in ('reward', 'reflections'):
-      figures[f'validation_{name}'] = [run['validation']['after'][name] for run in mine]
-    figures['evaluated_reflections'] = [run['evaluated_reflections'] for run in mine]
-    described = {
-      name: {'mean': float(np.mean(known)), 'standard_error': standard_error(known)}
-      for name, values in figures.items()
-      if (known := [value for value in values if value is not None])
-    }
-    table.append(
-      {
-        'setting': setting.name,
-        'estimator': setting.estimator,
-        'alpha': mine[0]['alpha'],
-        'delta': mine[0]['delta'],
-        'seeds': len(mine),
-        'figures': described,
-        'against_first': _contrast(first, mine),
-        'published': dict(zip(('live', 'multi_turn', 'retail', 'airline'), setting.published)),
-      }
-    )
+    table.append(row)
   return table
+
+
+def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Mean and standard error over the seeds of one setting, by name."""
+  # Runs of one setting have the same figures: names are read off the first.
+  values = {}
+  for name in runs[0]['end']:
+    values[name] = [run['end'][name] for run in runs]
+  for kind in runs[0]['accuracy']:
+    values[f'accuracy_{kind}'] = [run['accuracy'][kind] for run in runs]
+  for name in ('reward', 'reflections'):
+    values[f'validation_{name}'] = [run['validation']['after'][name] for run in runs]
+  values['evaluated_reflections'] = [run['evaluated_reflections'] for run in runs]
+  figures = {}
+  for name, found in values.items():
+    # A run all of whose last steps were skipped has no value at its end.
+    known = [value for value in found if value is not None]
+    if known:
+      figures[name] = {'mean': _mean(known), 'standard_error': standard_error(known)}
+  return figures
 
 
 def _contrast(
   first: Sequence[dict[str, Any]], mine: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-  """How the policies of two settings differ on the prompts set aside, seed by seed: with one seed both answer the same prompts,
-  drawn from the same random streams. The standard error is over the seeds; of one seed, which says nothing of others, over its
-  prompts."""
-  result = {}
+  """How the policies of two settings differ on the prompts set aside, by figure.
+
+  Runs of one seed answer the same prompts from the same random streams, so that they are compared
+  pair by pair. With several seeds the standard error is over the seeds. One seed says nothing of
+  others; its standard error is over its prompts.
+  """
+  contrast = {}
   for name in mine[0]['validation']['by_prompt']['after']:
-    after = lambda run, name=name: run['validation']['by_prompt']['after'][name]
-    by_seed = [paired_difference(after(a), after(b)) for a, b in zip(first, mine)]
-    differences = [pair['difference'] for pair in by_seed]
-    result[name] = (
-      by_seed[0] if len(by_seed) == 1 else paired_difference([0.0] * len(differences), differences)
-    )
-  return result
+    by_seed = []
+    # While a sweep runs, the first setting is one seed ahead.
+    for one, other in zip(first, mine, strict=False):
+      before = one['validation']['by_prompt']['after'][name]
+      after = other['validation']['by_prompt']['after'][name]
+      by_seed.append(paired_difference(before, after))
+    if len(by_seed) == 1:
+      contrast[name] = by_seed[0]
+    else:
+      differences = [pair['difference'] for pair in by_seed]
+      contrast[name] = paired_difference([0.0] * len(differences), differences)
+  return contrast
 
 
-def _run_decomposition(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: int
-) -> dict[str, Any]:
+# --- decomposition ---
+
+
+def _run_decomposition(config: RunConfig, workdir: pathlib.Path, seeds: int) -> dict[str, Any]:
+  """Distils, fine-tunes and measures at every setting and seed."""
   runs = []
   for seed in range(seeds):
     for setting in DECOMPOSITION:
-      mine = config.copy_and_resolve_references()
-      mine.stages, mine.seed = ('distill', 'sft', 'evaluate_sft'), seed
-      mine.distill.reference, mine.distill.examples = setting.reference, setting.examples
-      with stage(f'{setting.name}, seed {seed}'):
-        summary = Pipeline(mine, workdir / setting.name / f'seed{seed}').run()
-      made = summary['distill']
-      figures = {
-        name: made[name]
-        for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'rows')
+      changes = {
+        'seed': seed,
+        'stages': ('distill', 'sft', 'evaluate_sft'),
+        'distill': {'reference': setting.reference, 'examples': setting.examples},
       }
-      if 'labels' in made:
-        figures['label_agreement'] = made['labels']['agree'] / made['labels']['seeds']
-      accuracy = summary['stages']['sft']['accuracy']
-      figures |= {f'accuracy_{kind}': value for kind, value in accuracy.items()}
-      figures['accuracy'] = float(np.mean(list(accuracy.values())))
-      runs.append(
-        {'setting': setting.name, 'seed': seed, 'figures': figures, 'dropped': made['dropped']}
-      )
+      with stage(f'{setting.name}, seed {seed}'):
+        folder = workdir / setting.name / f'seed{seed}'
+        summary = Pipeline(overlay(config, changes), folder).run()
+      run = {
+        'setting': setting.name,
+        'seed': seed,
+        'figures': _decomposition_figures(summary),
+        'dropped': summary['distill']['dropped'],
+      }
+      runs.append(run)
+      # After every run, as for reinforcement.
       content = {'suite': 'decomposition', 'runs': runs, 'table': _decomposition_table(runs)}
       write_json_atomic(workdir / 'decomposition.json', content)
   return content
 
 
-def _decomposition_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Mean and half the width of its 95 % interval over the seeds of each setting, beside the paper's row."""
+def _decomposition_figures(summary: dict[str, Any]) -> dict[str, float]:
+  """What a run's rows are like, and how well the model does that was trained on them."""
+  made = summary['distill']
+  names = ('success_rate', 'success_rate_all', 'decomposition_rate', 'rows')
+  figures = {name: made[name] for name in names}
+  # Only pseudo-labels can differ from the reference calls.
+  if 'labels' in made:
+    figures['label_agreement'] = made['labels']['agree'] / made['labels']['seeds']
+  accuracy = summary['stages']['sft']['accuracy']
+  for kind, value in accuracy.items():
+    figures[f'accuracy_{kind}'] = value
+  # The mean over kinds: a row of one number to put beside the paper's tau-bench overall.
+  figures['accuracy'] = float(np.mean(list(accuracy.values())))
+  return figures
+
+
+def _decomposition_table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """A row a setting: means with half the width of their 95 % intervals, beside the paper's."""
   table = []
   for setting in DECOMPOSITION:
     mine = [run['figures'] for run in runs if run['setting'] == setting.name]
-    if mine:
-      columns = {name: [figures[name] for figures in mine] for name in mine[0]}
-      table.append(
-        {
-          'setting': setting.name,
-          'reference': setting.reference,
-          'examples': setting.examples,
-          'seeds': len(mine),
-          'figures': {
-            name: {'mean': float(np.mean(v)), 'half_width': _half_width(v)}
-            for name, v in columns.items()
-          },
-          'published': dict(zip(('success_percent', 'tau_percent'), setting.published)),
-        }
-      )
+    if not mine:
+      continue
+    figures = {}
+    for name in mine[0]:
+      values = [run[name] for run in mine]
+      figures[name] = {'mean': _mean(values), 'half_width': _half_width(values)}
+    success, tau = setting.published
+    row = {
+      'setting': setting.name,
+      'reference': setting.reference,
+      'examples': setting.examples,
+      'seeds': len(mine),
+      'figures': figures,
+      'published': {'success_percent': success, 'tau_percent': tau},
+    }
+    table.append(row)
   return table
 
 
 def _half_width(values: Sequence[float]) -> float | None:
-  """Of the 95 % interval of a mean, by Student's t; None for a single value."""
+  """Half the width of a mean's 95 % interval, by Student's t; None for a single value."""
   error = standard_error(values)
-  return None if error is None else float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
+  if error is None:
+    return None
+  return float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+# --- for a terminal ---
 
 
 def format_table(content: dict[str, Any]) -> str:
-  """The table for a terminal."""
+  """Returns a suite's table as lines of text."""
   if content['suite'] == 'decomposition':
     return _format_decomposition(content['table'])
   columns = (
@@ -375,28 +455,35 @@ def format_table(content: dict[str, Any]) -> str:
     'accuracy_single',
   )
   contrasts = ('reward', 'right_fraction', 'reflections')
-  names = [c.removeprefix('accuracy_').removeprefix('validation_') for c in columns] + [
-    f'{c}, change' for c in contrasts
-  ]
-  lines = ['setting'.ljust(40) + ''.join(name.rjust(24) for name in names)]
+  names = [name.removeprefix('accuracy_').removeprefix('validation_') for name in columns]
+  names += [f'{name}, change' for name in contrasts]
+  lines = [_line('setting', names)]
   for row in content['table']:
-    cells = [row['figures'].get(c) for c in columns]
-    shown = [
-      '-'
-      if c is None
-      else f'{c["mean"]:.3g}' + (f' ± {c["standard_error"]:.2g}' if c['standard_error'] else '')
-      for c in cells
-    ]
-    shown += [format_difference(row['against_first'][c]) for c in contrasts]
-    lines.append(row['setting'].ljust(40) + ''.join(text.rjust(24) for text in shown))
+    cells = [_with_error(row['figures'].get(name)) for name in columns]
+    cells += [format_difference(row['against_first'][name]) for name in contrasts]
+    lines.append(_line(row['setting'], cells))
   lines.append(
-    f'change: against {content["table"][0]["setting"]}, on the prompts set aside; ±: one standard error, over seeds '
-    'or, of one seed, over prompts'
+    f'change: against {content["table"][0]["setting"]}, on the prompts set aside; ±: one standard '
+    'error, over seeds or, of one seed, over prompts'
   )
   return '\n'.join(lines)
 
 
-def _format_decomposition(table: list[dict[str, Any]]) -> str:
+def _line(name: str, cells: Sequence[str]) -> str:
+  return name.ljust(40) + ''.join(cell.rjust(24) for cell in cells)
+
+
+def _with_error(figure: dict[str, Any] | None) -> str:
+  """A mean and its standard error; not every estimator has every figure."""
+  if figure is None:
+    return '-'
+  text = f'{figure["mean"]:.3g}'
+  if figure['standard_error']:
+    text += f' ± {figure["standard_error"]:.2g}'
+  return text
+
+
+def _format_decomposition(table: Sequence[dict[str, Any]]) -> str:
   columns = (
     'success_rate',
     'success_rate_all',
@@ -408,16 +495,14 @@ def _format_decomposition(table: list[dict[str, Any]]) -> str:
   names = [column.removeprefix('accuracy_').rjust(18) for column in columns]
   lines = ['setting'.ljust(20) + ''.join(names) + 'paper: success, tau'.rjust(24)]
   for row in table:
-    cells = [row['figures'][c] for c in columns]
-    shown = [
-      f'{100 * c["mean"]:.1f}'
-      + ('' if c['half_width'] is None else f' +- {100 * c["half_width"]:.1f}')
-      for c in cells
-    ]
+    line = row['setting'].ljust(20)
+    for column in columns:
+      figure = row['figures'][column]
+      text = f'{100 * figure["mean"]:.1f}'
+      if figure['half_width'] is not None:
+        text += f' +- {100 * figure["half_width"]:.1f}'
+      line += text.rjust(18)
     published = row['published']
-    lines.append(
-      row['setting'].ljust(20)
-      + ''.join(text.rjust(18) for text in shown)
-      + f'{published["success_percent"]}, {published["tau_percent"]}'.rjust(24)
-    )
+    paper = f'{published["success_percent"]}, {published["tau_percent"]}'
+    lines.append(line + paper.rjust(24))
   return '\n'.join(lines)

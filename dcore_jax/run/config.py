@@ -1,93 +1,103 @@
-"""Config files: Python functions returning a `ConfigDict`, checked field by field against what the program reads."""
+"""Config files and overrides on the command line, as the typed config that programs read."""
 
-import difflib
+import contextlib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-_KINDS = ((bool, 'a boolean'), ((int, float), 'a number'), (str, 'text'), ((list, tuple), 'a list'))
+from dcore_jax import overrides
+from dcore_jax.config import RunConfig
+
+_OVERRIDE = re.compile(r'--?config\.([\w.]+)')
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns a fresh, complete config for a config file to change; its fields are `RunConfig`'s."""
+  return ml_collections.ConfigDict(overrides.to_plain(RunConfig()))
+
+
+def read_config(config: ml_collections.ConfigDict | RunConfig) -> RunConfig:
+  """Returns what a config file or the command line says, over the defaults.
+
+  Raises:
+    ValueError: names every unknown field, with the nearest known name, and every value of another
+      kind.
+  """
+  if isinstance(config, RunConfig):
+    return config
+  return overrides.overlay(RunConfig(), _plain(config))
 
 
 def define_config(
   default: str | None = None, flag_values: flags.FlagValues = flags.FLAGS
 ) -> flags.FlagHolder:
-  """The flag `--config=path.py[:variant]` with overrides `--config.field=value`; an override of no field is an error.
+  """Defines `--config=path.py[:variant]` with overrides `--config.field=value`.
 
-  Programs share the one flag, so that several of them can be imported into one process (tests, notebooks).
+  Programs share the one flag, so that several of them can be imported into one process (tests,
+  notebooks).
+
+  Raises:
+    SystemExit: an override of no field, or a file that is not there. ml_collections reads the
+      default file and the overrides while the flag is defined, before a program could catch them.
   """
   if 'config' in flag_values:
     return flags.FlagHolder(flag_values, flag_values['config'])
-  return config_flags.DEFINE_config_file(
-    'config',
-    default,
-    'Config file, path.py or path.py:variant.',
-    lock_config=True,
-    flag_values=flag_values,
-  )
+  with one_line_errors():
+    holder = config_flags.DEFINE_config_file(
+      'config', default, _help(), lock_config=True, flag_values=flag_values
+    )
+  # --help shows the flags of the program's own module; this one is defined here.
+  flag_values.register_key_flag_for_module(sys.argv[0], flag_values['config'])
+  return holder
 
 
-def check_config(
-  config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
-  """`defaults` overlaid with `config`, frozen.
-
-  A field that `defaults` lacks, or whose value is of another kind (a number where text is expected), would be ignored
-  or fail late; here all of them are named at once. None stands for "not set" and fits any field; an empty `ConfigDict`
-  in the defaults takes any fields.
-
-  Raises:
-    ValueError: naming every offending field, with the nearest known name.
-  """
-  problems = []
-  merged = ml_collections.ConfigDict(_overlay(config, defaults, '', problems))
-  if problems:
-    raise ValueError('config: ' + '; '.join(problems))
-  return ml_collections.FrozenConfigDict(merged)
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """Ends the program with one line where a config file or an override cannot be read."""
+  try:
+    yield
+  except (AttributeError, KeyError) as error:  # the config refuses an override
+    sys.exit(f'error: {_unknown_field(sys.argv) or " ".join(str(error).split())}')
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: --config: {" ".join(str(error).split())}')
 
 
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The config as plain JSON-able data, references resolved: what is written beside a run's results."""
-  return _plain(config)
-
-
-def _overlay(config: Any, defaults: Any, prefix: str, problems: list[str]) -> dict[str, Any]:
-  """Plain nested dict of both; appends to `problems`."""
-  merged = _plain(defaults)
-  for name in config:
-    field, value = prefix + name, config[name]
-    if name not in defaults:
-      near = difflib.get_close_matches(name, list(defaults), n=1)
-      problems.append(
-        f'unknown field {field!r}' + (f' (did you mean {prefix + near[0]!r}?)' if near else '')
-      )
+def _unknown_field(argv: list[str]) -> str:
+  """Returns what is wrong with the first override of a field that a run's config lacks, or ''."""
+  for argument in argv:
+    found = _OVERRIDE.match(argument)
+    if not found:
       continue
-    default = defaults[name]
-    if _is_section(default) and _is_section(value):
-      merged[name] = (
-        _overlay(value, default, field + '.', problems) if len(default) else _plain(value)
-      )
-    elif value is not None and default is not None and _kind(value) != _kind(default):
-      problems.append(f'field {field!r} must be {_kind(default)}, got {value!r}')
-    else:
-      merged[name] = value
-  return merged
+    values: Any = None
+    for name in reversed(found[1].split('.')):
+      values = {name: values}
+    try:
+      overrides.overlay(RunConfig(), values)
+    except ValueError as error:
+      return str(error)
+  return ''
 
 
-def _is_section(value: Any) -> bool:
-  return isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict, dict))
-
-
-def _kind(value: Any) -> str:
-  if _is_section(value):
-    return 'a section'
-  return next((name for types, name in _KINDS if isinstance(value, types)), type(value).__name__)
+def _help() -> str:
+  lines = [
+    'Config file, path.py or path.py:variant; --config.FIELD=VALUE overrides a field. '
+    'Fields and their defaults, which config files change:'
+  ]
+  for line in overrides.describe(RunConfig()):
+    lines.append(textwrap.fill(line, 74))
+  return '\n'.join(lines)
 
 
 def _plain(value: Any) -> Any:
-  if _is_section(value):
+  """A `ConfigDict` as nested dicts, references resolved."""
+  if isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict, dict)):
     return {name: _plain(value[name]) for name in value}
   if isinstance(value, (list, tuple)):
-    return [_plain(item) for item in value]
+    return tuple(_plain(item) for item in value)
   return value

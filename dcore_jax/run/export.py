@@ -1,23 +1,33 @@
-"""A run's weights as a Hugging Face directory: those of a finished stage, or of a checkpoint in the middle of one."""
+"""A run's weights as a Hugging Face directory: those of a stage, or of a checkpoint within one."""
 
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 
 from dcore_jax import sharding
+from dcore_jax.config import ModelSection
 from dcore_jax.files import data_path, read_json
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.models.hf_checkpoint import check_target, load_config, load_params, save_checkpoint
+from dcore_jax.models.hf_checkpoint import (
+  ModelFiles,
+  check_target,
+  load_config,
+  load_params,
+  save_checkpoint,
+)
+from dcore_jax.overrides import overlay
 from dcore_jax.report.model_card import model_card
 from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_tokenizer
 from dcore_jax.train.checkpoint import STATE, read_part
 
+# Any of them makes a directory one from which a tokenizer can be loaded.
+_TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'tokenizer.model')
+
 
 class Weights(NamedTuple):
-  """Where weights are: in a Hugging Face directory, or with `step` in a checkpoint of training."""
+  """Where weights are: in a Hugging Face directory or, with a `step`, in a training checkpoint."""
 
   folder: pathlib.Path
   run: pathlib.Path | None  # the work directory they were made in
@@ -28,154 +38,184 @@ class Weights(NamedTuple):
 def export(
   checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'bfloat16', overwrite: bool = False
 ) -> Weights:
-  """Writes what `checkpoint` names as a Hugging Face directory -> where the weights were.
+  """Writes what `checkpoint` names as a Hugging Face directory; returns where the weights were.
 
   Args:
-    checkpoint: a run's work directory (its last trained stage), a stage's directory in it, `checkpoints/STAGE` (the newest
-      step) or `checkpoints/STAGE/STEP` in it, or any Hugging Face directory.
+    checkpoint: a run's work directory (its last trained stage), a stage's directory in it,
+      `checkpoints/STAGE` (the newest step) or `checkpoints/STAGE/STEP` in it, or any Hugging Face
+      directory.
     out: the directory to write.
     dtype: 'bfloat16' or 'float32'.
     overwrite: allows to replace a non-empty `out`.
 
   Raises:
-    ValueError: nothing of these, or a checkpoint that is damaged or does not fit its run's model.
+    ValueError: `checkpoint` is none of these, is damaged, or does not fit its run's model.
     FileExistsError: see `save_checkpoint`.
   """
+  out = pathlib.Path(out)
+  # Before anything is loaded: an 8B model takes minutes.
   check_target(out.absolute(), overwrite)
-  found = find(checkpoint)
+  found = find(pathlib.Path(checkpoint))
   if found.run is None:
-    config, params = load_params(found.folder, shardings=_spread(load_config(found.folder)))
-    card = found.folder / 'README.md'
-    save_checkpoint(
-      out,
-      config,
-      params,
-      tokenizer_dir=_with_tokenizer(found.folder),
-      dtype=dtype,
-      overwrite=overwrite,
-      generation_config=_read(found.folder / 'generation_config.json') or None,
-      card=card.read_text(encoding='utf-8') if card.is_file() else None,
-    )
-    return found
-  run = read_json(found.run / 'config.json')
-  section = ml_collections.ConfigDict(run['model'])
-  config, params = _load(found, section)
-  tokenizer, tokenizer_dir = load_tokenizer(section)
-  card = model_card(
-    run, config, stage=found.stage, step=found.step, summary=_read(found.run / 'summary.json')
-  )
+    # A directory from elsewhere is only converted: what it says of itself is copied.
+    config, params = _load_directory(found.folder)
+    card_path = found.folder / 'README.md'
+    card = card_path.read_text(encoding='utf-8') if card_path.is_file() else None
+    tokenizer_dir = found.folder if _has_tokenizer(found.folder) else None
+    ends = _read(found.folder / 'generation_config.json') or None
+  else:
+    run = read_json(found.run / 'config.json')
+    section = overlay(ModelSection(), run['model'])
+    config, params = _load(found, section)
+    tokenizer, tokenizer_dir = load_tokenizer(section)
+    # A run that was killed has no summary yet; the card then leaves the measurements out.
+    summary = _read(found.run / 'summary.json')
+    card = model_card(run, config, stage=found.stage, step=found.step, summary=summary)
+    ends = generation_config(_model_folder(section), config, tokenizer)
   save_checkpoint(
     out,
     config,
     params,
-    tokenizer_dir=tokenizer_dir,
+    ModelFiles(tokenizer_dir=tokenizer_dir, generation_config=ends, card=card),
     dtype=dtype,
     overwrite=overwrite,
-    card=card,
-    generation_config=generation_config(section, config, tokenizer),
   )
   return found
 
 
 def find(checkpoint: pathlib.Path) -> Weights:
-  """What a path stands for (see `export`); ValueError where it is nothing that holds weights."""
+  """Finds the weights that a path stands for, see `export`.
+
+  Raises:
+    ValueError: the path is nothing that holds weights.
+  """
+  # Absolute, so that a path like '.' or '3' has a name and parents.
   path = checkpoint.absolute()
   if path.name.isdecimal():
     path = _states(path.parent) / path.name
-  if path.name.isdecimal() and (path / 'tree').is_dir():
-    stage = path.parent.parent if path.parent.name == STATE else path.parent
-    return Weights(path, _run_of(stage.parents[1]), stage.name, int(path.name))
+    if (path / 'tree').is_dir():
+      return _checkpoint(path)
   steps = _steps(path)
   if steps:
     return find(path / str(steps[-1]))
-  record = _read(path / 'config.json')
-  if 'model_type' in record:
-    return Weights(path, path.parent if path.name in _stages(path.parent) else None, path.name)
-  if _is_run(path):
-    for stage in _stages(path):
-      for place in (path / stage, path / 'checkpoints' / stage):
-        if (place / 'config.json').is_file() or _steps(place):
-          return find(place)
-    raise ValueError(f'{checkpoint} is a run in which nothing has been trained yet')
-  raise ValueError(
-    f'{checkpoint} is neither a run, nor a checkpoint of one, nor a Hugging Face directory'
-  )
+  # Both runs and models have a config.json; only a model's names its type.
+  if 'model_type' in _read(path / 'config.json'):
+    run = path.parent if path.name in _stages(path.parent) else None
+    return Weights(path, run, path.name)
+  if not _is_run(path):
+    raise ValueError(
+      f'{checkpoint} is neither a run, nor a checkpoint of one, nor a Hugging Face directory'
+    )
+  for stage in _stages(path):
+    # A stage that has ended left a directory; one that was killed has checkpoints only.
+    for place in (path / stage, path / 'checkpoints' / stage):
+      if (place / 'config.json').is_file() or _steps(place):
+        return find(place)
+  raise ValueError(f'{checkpoint} is a run in which nothing has been trained yet')
 
 
 def generation_config(
-  section: ml_collections.ConfigDict, model: DecoderConfig, tokenizer: Any
+  folder: pathlib.Path | None, model: DecoderConfig, tokenizer: Any
 ) -> dict[str, Any]:
-  """That of the model which a config section `model` names, with every id that ends an answer of `model`."""
-  folder = data_path(section.path) if section.path else None if section.init else ORGANISM
+  """Returns a generation_config.json with every token id that ends an answer.
+
+  Args:
+    folder: the directory that a model was loaded from, whose own file is kept otherwise; None for
+      a random initialisation.
+    model: its architecture.
+    tokenizer: a transformers tokenizer with a chat template.
+  """
   stored = _read(folder / 'generation_config.json') if folder else {}
+  # All of them: a serving engine that does not read the chat template stops at these ids alone, and
+  # would sample on behind an answer whose end of turn is not among them.
   return stored | {
     'eos_token_id': find_stop_ids(model, tokenizer, folder),
     'pad_token_id': tokenizer.pad_token_id,
   }
 
 
-def _load(found: Weights, section: ml_collections.ConfigDict) -> tuple[DecoderConfig, Any]:
+def _load(found: Weights, section: ModelSection) -> tuple[DecoderConfig, Any]:
+  """The architecture and parameters of a run's weights; `section` is `model` of its config."""
   if found.step is None:
-    return load_params(found.folder, shardings=_spread(load_config(found.folder)))
+    return _load_directory(found.folder)
   if section.init:
-    config = DecoderConfig.from_hf(section.init.to_dict())
+    config = DecoderConfig.from_hf(dict(section.init))
   else:
-    config = load_config(data_path(section.path) if section.path else ORGANISM)
-  specs, placed = decoder.abstract_params(config), _spread(config)
-  place = lambda spec, where=None: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)
-  example = jax.tree.map(place, specs, *([] if placed is None else [placed]))
-  # A training state; its optimizer's part stays where it is.
+    config = load_config(_model_folder(section))
+  specs = decoder.abstract_params(config)
+  shardings = _spread(config)
+  if shardings is None:
+    example = jax.tree.map(_place, specs)
+  else:
+    example = jax.tree.map(_place, specs, shardings)
+  # The optimizer's part of a training state, twice as large, is not read.
   return config, read_part(found.folder, {'params': example})['params']
+
+
+def _load_directory(folder: pathlib.Path) -> tuple[DecoderConfig, Any]:
+  return load_params(folder, shardings=_spread(load_config(folder)))
+
+
+def _place(spec: decoder.ParamSpec, sharding: Any = None) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
 
 def _spread(config: DecoderConfig) -> Any:
   """The shardings of parameters that are split over all devices; None where there is one."""
+  # Each device reads its own slices, so that a model need not fit on one of them.
   if jax.device_count() == 1:
     return None
-  return sharding.shardings(
-    decoder.abstract_params(config), sharding.make_mesh(fsdp=jax.device_count())
-  )
+  mesh = sharding.make_mesh(fsdp=jax.device_count())
+  return sharding.shardings(decoder.abstract_params(config), mesh)
+
+
+def _model_folder(section: ModelSection) -> pathlib.Path | None:
+  """The directory that section `model` of a config names; None for a random initialisation."""
+  if section.path:
+    return data_path(section.path)
+  return None if section.init else ORGANISM
+
+
+def _checkpoint(path: pathlib.Path) -> Weights:
+  """The weights of one step, [W/]checkpoints/STAGE[/state]/STEP."""
+  stage = path.parent.parent if path.parent.name == STATE else path.parent
+  run = stage.parents[1]
+  if not _is_run(run):
+    raise ValueError(
+      f'{run} holds no config.json of a run: what model the checkpoint is of cannot be known'
+    )
+  return Weights(folder=path, run=run, stage=stage.name, step=int(path.name))
 
 
 def _states(folder: pathlib.Path) -> pathlib.Path:
-  """Where the steps in a stage's folder of checkpoints are: reinforcement keeps its journal of rollouts beside them."""
+  """Where the steps in a stage's folder of checkpoints are: RL keeps its rollouts beside them."""
   return folder / STATE if (folder / STATE).is_dir() else folder
 
 
 def _steps(path: pathlib.Path) -> list[int]:
-  """The steps that are complete in a folder of checkpoints."""
-  return sorted(
-    int(child.name)
-    for child in _states(path).glob('[0-9]*')
-    if child.name.isdecimal() and (child / 'tree').is_dir()
-  )
+  """The steps that are complete in a folder of checkpoints, ascending."""
+  # A step that is being written, or was left by a kill, has another name or lacks its `tree`.
+  steps = []
+  for child in _states(path).glob('[0-9]*'):
+    if child.name.isdecimal() and (child / 'tree').is_dir():
+      steps.append(int(child.name))
+  return sorted(steps)
 
 
 def _is_run(path: pathlib.Path) -> bool:
+  # Sections that a run's config.json has and a model's has not.
   return {'model', 'stages', 'rl'} <= _read(path / 'config.json').keys()
 
 
 def _stages(path: pathlib.Path) -> tuple[str, ...]:
-  """The stages of a run that train, the last one first; none where `path` is no run."""
-  return (_read(path / 'config.json')['rl']['estimator'], 'sft') if _is_run(path) else ()
-
-
-def _run_of(path: pathlib.Path) -> pathlib.Path:
+  """The trained models of a run, the last one first; none where `path` is no run."""
   if not _is_run(path):
-    raise ValueError(
-      f'{path} holds no config.json of a run: what model the checkpoint is of cannot be known'
-    )
-  return path
+    return ()
+  return _read(path / 'config.json')['rl']['estimator'], 'sft'
 
 
-def _with_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
-  return (
-    folder
-    if any(
-      (folder / name).is_file() for name in ('tokenizer.json', 'vocab.json', 'tokenizer.model')
-    )
-    else None
-  )
+def _has_tokenizer(folder: pathlib.Path) -> bool:
+  return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The pipeline: measure, distil, fine-tune, measure, DA-GRPO, measure, export, report. Stages meet in files.
+"""The pipeline: measure, distil, fine-tune, measure, DA-GRPO, measure, export, report.
+
+Stages meet in files, so that each can be run, resumed and looked at alone:
 
     W/config.json                   what was asked for; another config needs another W
     W/evaluate_<stage>/             result.json, trajectories.jsonl
@@ -6,399 +8,372 @@
     W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json
     W/export/                       the final Hugging Face directory
     W/summary.json, W/report.html   what other programs, and people, read
+
 A stage whose result.json is there is not run again.
 """
 
-import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from dcore_jax import distributed, sharding
+from dcore_jax.claims import claim
+from dcore_jax.config import STAGES, ExecutionSection, RunConfig
 from dcore_jax.data.records import rl_points
-from dcore_jax.data.rows import training_rows
-from dcore_jax.data.seed_sources import RL, config_seeds, toolworld_seeds, toolworld_tasks
-from dcore_jax.data.seeds import decision_points
+from dcore_jax.data.rows import section_sequences, training_rows
+from dcore_jax.data.seed_sources import RL, config_seeds, training_seeds, training_tasks
+from dcore_jax.data.seeds import DecisionPoint, decision_points
 from dcore_jax.distill.stage import check_rows, run_distillation
 from dcore_jax.evaluate.held_out import evaluate
-from dcore_jax.evaluate.rollouts import act
 from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
-from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.models.hf_checkpoint import ModelFiles, load_params, save_checkpoint
+from dcore_jax.overrides import to_json
 from dcore_jax.progress import progress, stage
+from dcore_jax.report.collect import collect_summary, collect_traces, stage_folders
 from dcore_jax.report.model_card import model_card
 from dcore_jax.report.report import write_report
-from dcore_jax.rollout.backends import LocalBackend
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import load_policy, make_engine
-from dcore_jax.run.config import check_config, to_json
-from dcore_jax.run.defaults import STAGES, default_config
+from dcore_jax.run.config import read_config
 from dcore_jax.run.export import generation_config
-from dcore_jax.statistics import paired_difference
-from dcore_jax.train.grpo_loop import run_rl
 from dcore_jax.train.metrics import Metrics, read_metrics
-from dcore_jax.train.rollout_batch import Episodes, Questions, Source, encode_prompts, short_tasks
+from dcore_jax.train.rl_loop import run_rl
 from dcore_jax.train.sft_loop import run_sft
-from dcore_jax.worlds.toolworld.world import ToolWorld
+from dcore_jax.train.sources import Episodes, Questions, RolloutSource, encode_prompts, short_tasks
+from dcore_jax.train.stage_run import StageRun
+from dcore_jax.worlds.environment import World
+from dcore_jax.worlds.registry import make_world
+from dcore_jax.worlds.rollouts import act
+
+# A run may be shown differently and go on with other stages, but not with other numbers.
+_FREE = ('stages', 'report', 'name')
 
 
 class Pipeline:
   """One run in one work directory.
 
   Args:
-    config: see `run.defaults`; unknown fields are an error.
+    config: see `dcore_jax.config`; unknown fields are an error.
     workdir: where results are and go.
 
   Raises:
     ValueError: a config that does not hold, or a work directory with results of another one.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
-    self.config = check_config(config, default_config())
-    unknown = [name for name in self.config.stages if name not in STAGES]
-    if unknown:
-      raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
-    for field in ('files', 'reward'):
-      if self.config.rl.episodes and self.config.rl[field] != default_config().rl[field]:
-        raise ValueError(
-          f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
-          f'{self.config.rl[field]!r} is for single prompts: set one of them'
-        )
+  def __init__(self, config: ml_collections.ConfigDict | RunConfig, workdir: pathlib.Path):
+    # The whole config is checked before anything is loaded or written: a misspelt field should not
+    # come to light after an hour of distillation.
+    self.config = read_config(config)
+    check_fields(self.config)
+    # Before anything is compiled, or the first programs would not be kept.
     distributed.keep_programs()
     self.workdir = workdir
-    self.world = ToolWorld(self.config.world.max_subtasks)
+    self.world = make_world(self.config.world)
     self.mesh = distributed.training_mesh(self.config)
     self.policy = load_policy(self.config.model, seed=self.config.seed)
-    self.execution = Execution(**self.config.execution)
+    self.execution = make_execution(self.config.execution)
+    # One engine at most: keys and values of its lanes fill most of a device's memory.
     self._engine: Engine | None = None
     self._grouped = False
-    self._claim()
-
-  def _claim(self) -> None:
-    """Writes the config beside the results, or checks that it made them; `stages` and `report` may differ."""
-    mine, path = json.loads(json.dumps(to_json(self.config))), self.workdir / 'config.json'
-    if path.exists():
-      theirs = read_json(path)
-      different = [
-        k for k in mine if k not in ('stages', 'report', 'name') and mine[k] != theirs.get(k)
-      ]
-      if different:
-        raise ValueError(
-          f'{str(self.workdir)!r} holds results of a config that differs in {", ".join(different)}; '
-          'name another --workdir'
-        )
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, mine)
+    claim(
+      workdir / 'config.json',
+      to_json(self.config),
+      'holds results of a config that differs in',
+      free=_FREE,
+      defaults=RunConfig(),
+    )
+    # Only the first host writes, and no other one may look into the folder before it has.
     distributed.wait_for_others('claim')
 
   @property
   def final(self) -> str:
-    """The name of the last trained stage: the estimator's."""
+    """The name of the last trained model: the estimator's."""
     return self.config.rl.estimator
 
   def run(self) -> dict[str, Any]:
-    """Runs what is asked for and not there yet -> the summary."""
-    steps: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-      'evaluate_base': ('evaluate_base', lambda: self.evaluate('base')),
-      'distill': ('distill', self.distill),
-      'sft': ('sft', self.sft),
-      'evaluate_sft': ('evaluate_sft', lambda: self.evaluate('sft')),
-      'rl': (self.final, self.rl),
-      'evaluate_rl': (f'evaluate_{self.final}', lambda: self.evaluate(self.final)),
-      'export': ('export_result', self.export),
+    """Runs what is asked for and not there yet; returns the summary."""
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+      'evaluate_base': lambda: self.evaluate('base'),
+      'distill': self.distill,
+      'sft': self.sft,
+      'evaluate_sft': lambda: self.evaluate('sft'),
+      'rl': self.rl,
+      'evaluate_rl': lambda: self.evaluate(self.final),
+      'export': self.export,
     }
-    for name, (folder, run_stage) in steps.items():
+    for name, folder in stage_folders(self.final).items():
       result = self.workdir / folder / 'result.json'
-      if (
-        name == 'export' and result.exists() and read_json(result)['stage'] != self._last_trained()
-      ):
-        result.unlink(missing_ok=True)  # made before the last stage was
-      if name not in self.config.stages:
-        continue
-      if result.exists():
-        if name == 'distill':  # `experiments.distill` may have made it, with a config of its own
-          check_rows(self.config, result.parent)
-        continue
-      with stage(name) as timer:
-        values = run_stage()
-      result.parent.mkdir(parents=True, exist_ok=True)
-      # Distillation, which other programs run as well, keeps its own time.
-      write_json_atomic(
-        result, {'seconds': timer.seconds + values.get('seconds_before', 0.0)} | values
-      )
-      distributed.wait_for_others(name)
-    summary = self.summary()
+      # Also where this call does not export: the summary must not name an outdated model.
+      if name == 'export':
+        self._forget_outdated(result)
+      if name in self.config.stages:
+        self._run_stage(name, steps[name], result)
+    # Also after a call with few stages: the summary says what is there, whichever call made it.
+    summary = collect_summary(self.workdir, self.config, self.policy.config)
     write_json_atomic(self.workdir / 'summary.json', summary)
     if 'report' in self.config.stages and distributed.writes():
       with stage('report'):
-        write_report(self.workdir, summary, read_metrics(self.workdir), self.traces())
+        traces = collect_traces(self.workdir, self.final, self.config.report.traces)
+        write_report(self.workdir, summary, read_metrics(self.workdir), traces)
     return summary
+
+  def _run_stage(
+    self, name: str, run_stage: Callable[[], dict[str, Any]], result: pathlib.Path
+  ) -> None:
+    """Runs a stage and writes its figures to `result`, unless they are there."""
+    if result.exists():
+      if name == 'distill':
+        # `experiments.distill` may have made the rows, with a config of its own.
+        check_rows(self.config, result.parent)
+      return
+    with stage(name) as timer:
+      values = run_stage()
+    # A stage that was resumed adds the time that its earlier processes took. Distillation, which
+    # other programs run as well, keeps its own time in `seconds`.
+    seconds = {'seconds': timer.seconds + values.get('seconds_before', 0.0)}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(result, seconds | values)
+    distributed.wait_for_others(name)
+
+  def _forget_outdated(self, export: pathlib.Path) -> None:
+    """Removes the result of an export that was made before the last stage was."""
+    if export.exists() and read_json(export)['stage'] != self._last_trained():
+      export.unlink(missing_ok=True)
 
   # --- models ---
 
   def params(self, name: str) -> Any:
-    """Parameters of a stage: 'base', or one that this work directory holds."""
+    """Loads the parameters of a stage: 'base', or one that this work directory holds."""
+    # Read anew at every call: training donates its parameters, and a copy that is kept beside them
+    # would take memory from the engine.
     if name == 'base':
       return self.policy.load(self.mesh)
     path = self.workdir / name
     if not (path / 'config.json').exists():
       raise ValueError(f'stage {name!r} has no result in {str(self.workdir)!r}; run it first')
-    specs = decoder.abstract_params(self.policy.config)
-    return load_params(path, shardings=sharding.shardings(specs, self.mesh) if self.mesh else None)[
-      1
-    ]
+    shardings = None
+    if self.mesh:
+      specs = decoder.abstract_params(self.policy.config)
+      shardings = sharding.shardings(specs, self.mesh)
+    _, params = load_params(path, shardings=shardings)
+    return params
 
   def engine(self, params: Any, *, groups: bool = False) -> Engine:
-    """The run's one engine with the given weights, in the dtype of computation and on its own mesh; `groups` as in `make_engine`.
-    One of another size makes room first."""
-    if self._engine is not None and self._grouped != groups and self.config.engine.trunks:
+    """Returns the run's one engine with the given weights.
+
+    It computes in the dtype of computation and on its own mesh. An engine of another size is let
+    go first: there may be no room for the caches of both.
+
+    Args:
+      params: the weights.
+      groups: whether rollouts come in groups that share a prompt, see `make_engine`.
+    """
+    # Without fewer trunks than lanes, groups and single prompts have the same engine.
+    if self._grouped != groups and self.config.engine.trunks:
       self._engine = None
     if self._engine is None:
-      self._engine, self._grouped = (
-        make_engine(self.config, self.policy, params, self.mesh, groups=groups),
-        groups,
-      )
+      self._engine = make_engine(self.config, self.policy, params, self.mesh, groups=groups)
+      self._grouped = groups
     else:
       self._engine.update(params)
     return self._engine
 
+  # Stages hand their models on in float32: rounded to bfloat16, whose steps near 1 are 0.8 %, the
+  # updates of a whole RL stage (learning rate 1e-6) could vanish.
   def _save(self, name: str, params: Any, dtype: str = 'float32', card: str | None = None) -> None:
     policy = self.policy
-    ends = generation_config(self.config.model, policy.config, policy.tokenizer)
     save_checkpoint(
       self.workdir / name,
       policy.config,
       params,
-      tokenizer_dir=policy.tokenizer_dir,
+      ModelFiles(
+        tokenizer_dir=policy.tokenizer_dir,
+        generation_config=generation_config(policy.path, policy.config, policy.tokenizer),
+        card=card,
+      ),
       dtype=dtype,
       overwrite=True,
-      generation_config=ends,
-      card=card,
     )
+
+  def _last_trained(self) -> str:
+    """The name of the model that the run would hand out now."""
+    for name in (self.final, 'sft'):
+      if (self.workdir / name / 'config.json').exists():
+        return name
+    return 'base'
 
   # --- stages ---
 
   def evaluate(self, name: str) -> dict[str, Any]:
-    """Held-out tasks of every kind, the same ones at each stage."""
+    """Acts out held-out tasks of every kind, the same ones with every model."""
     engine = self.engine(self.params(name))
-    actor = lambda world, tasks, sampling, told: act(
-      engine, self.policy.tokenizer, world, tasks, sampling, told
-    )
+    tokenizer = self.policy.tokenizer
+
+    def actor(world, tasks, sampling, told):
+      return act(engine, tokenizer, world, tasks, sampling, told)
+
     return evaluate(self.config, self.workdir / f'evaluate_{name}', actor, name)
 
   def distill(self) -> dict[str, Any]:
-    """Algorithm 1 with the base model -> W/distill/.
+    """Lets the base model write training rows (D-CORE, algorithm 1) into W/distill.
 
     Raises:
-      ValueError: several hosts. Which subtask is asked next depends on when answers come, so that they would not stay in step.
+      ValueError: several hosts. Which subtask is asked next depends on when answers come, so that
+        they would not stay in step.
     """
     if jax.process_count() > 1:
       raise ValueError(
-        'distillation is the work of one host: run it there with --stages=distill, or against an endpoint, before '
-        'the others join'
+        'distillation is the work of one host: run it there with --stages=distill, or against an '
+        'endpoint, before the others join'
       )
     seeds = config_seeds(self.config)
 
-    def local(journal):
+    # A function, since a config that names an endpoint needs no engine here.
+    def local(journal: pathlib.Path) -> LocalBackend:
       params = self.params('base')
-      return LocalBackend(
-        self.engine(params), self.policy.tokenizer, journal=journal, model=self.policy.name(params)
-      )
+      # Taken from the float32 weights, so that the journal's answers stay valid whatever dtype the
+      # engine computes in.
+      name = self.policy.name(params)
+      engine = self.engine(params)
+      return LocalBackend(engine, self.policy.tokenizer, journal=journal, model=name)
 
+    folder = self.workdir / 'distill'
     with progress(total=len(seeds), description='distill') as bar:
-      return run_distillation(
-        self.config, self.workdir / 'distill', seeds, local, progress=bar.update
-      )
+      return run_distillation(self.config, folder, seeds, local, progress=bar.update)
 
   def sft(self) -> dict[str, Any]:
-    """Fine-tunes the base model on the distilled rows, or on the files the config names."""
-    c = self.config.sft
-    rows, unreadable = training_rows(c, self.workdir)
+    """Fine-tunes the base model on the distilled rows, or on the files that the config names."""
+    rows, unreadable = training_rows(self.config.sft, self.workdir)
     if self.mesh:
-      self._engine = None  # its caches make room for activations; what it compiled is kept by jax
+      # The engine's caches make room for activations; what it compiled is kept by jax.
+      self._engine = None
+    sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
+      run = StageRun(
+        metrics=metrics,
+        checkpoints=self.workdir / 'checkpoints' / 'sft',
+        seed=self.config.seed,
+      )
       params, result = run_sft(
         self.params('base'),
-        self.policy.config,
-        self.policy.tokenizer,
-        rows,
-        c,
-        metrics,
-        self.workdir / 'checkpoints' / 'sft',
+        self.policy,
+        sequences,
+        self.config.sft,
+        run,
         execution=self.execution,
-        seed=self.config.seed,
       )
     self._save('sft', params)
     return result | {'unreadable': unreadable}
 
-  def _source(self) -> tuple[Source, int]:
-    """(what reinforcement learning asks, prompts dropped for their length)."""
-    c, tokenizer = self.config.rl, self.policy.tokenizer
-    if c.episodes:
-      tasks, dropped = short_tasks(
-        tokenizer, self.world, toolworld_tasks(self.config, c.tasks, RL), c.max_prompt_tokens
-      )
-      return Episodes(tokenizer, self.world, tasks), dropped
-    points = (
-      rl_points(c.files)
-      if c.files
-      else [
-        point
-        for seed in toolworld_seeds(self.config, c.tasks, RL)
-        for point in decision_points(seed)
-      ]
-    )
-    prompts, dropped = encode_prompts(tokenizer, points, c.max_prompt_tokens)
-    return Questions(tokenizer, prompts, c.reward), dropped
-
   def rl(self) -> dict[str, Any]:
-    """(DA-)GRPO from the fine-tuned model."""
-    source, dropped = self._source()
+    """Trains the fine-tuned model by (DA-)GRPO."""
+    source, dropped = rl_source(self.config, self.policy.tokenizer, self.world)
     # The rollouts of an episode's group share its first prompt alone.
-    engine = lambda params: self.engine(params, groups=not self.config.rl.episodes)
+    groups = not self.config.rl.episodes
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
+      run = StageRun(
+        metrics=metrics,
+        checkpoints=self.workdir / 'checkpoints' / self.final,
+        seed=rl_seed(self.config),
+      )
       params, result = run_rl(
         self.params('sft'),
-        self.policy.config,
-        self.policy.tokenizer,
+        self.policy,
         source,
         self.config.rl,
-        metrics,
-        self.workdir / 'checkpoints' / self.final,
-        make_engine=engine,
+        run,
+        make_engine=lambda params: self.engine(params, groups=groups),
         execution=self.execution,
-        seed=self.config.seed + 1000 * self.config.rl.seed,
       )
     self._save(self.final, params)
     return result | {'prompts_dropped': dropped}
 
-  def _last_trained(self) -> str:
-    return next(
-      (name for name in (self.final, 'sft') if (self.workdir / name / 'config.json').exists()),
-      'base',
-    )
-
   def export(self) -> dict[str, Any]:
-    """The last trained model as a Hugging Face directory, with a card that says how it came about."""
+    """Writes the last trained model as a Hugging Face directory, with a model card."""
     name = self._last_trained()
-    card = model_card(to_json(self.config), self.policy.config, stage=name, summary=self.summary())
+    summary = collect_summary(self.workdir, self.config, self.policy.config)
+    card = model_card(to_json(self.config), self.policy.config, stage=name, summary=summary)
     self._save('export', self.params(name), self.config.export.dtype, card)
     return {'path': str(self.workdir / 'export'), 'stage': name}
 
-  # --- results ---
 
-  def _result(self, folder: str) -> dict[str, Any] | None:
-    path = self.workdir / folder / 'result.json'
-    return read_json(path) if path.exists() else None
+# --- what a config says ---
 
-  def summary(self) -> dict[str, Any]:
-    """Everything the stages have left, in the shape of `report.summary`."""
-    names = ('base', 'sft', self.final)
-    found = {name: self._result(f'evaluate_{name}') for name in names}
-    parameters = self.policy.config.param_count
-    summary: dict[str, Any] = {
-      'run': {
-        'config': self.config.name,
-        'seed': self.config.seed,
-        'model': f'{self.policy.config.to_hf()["model_type"]}, {parameters / 1e6:.2f} M parameters',
-        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-        'jax': jax.__version__,
-      },
-      'stages': {name: result for name, result in found.items() if result},
-    }
-    acted = [(name, records) for name in summary['stages'] if (records := self._trajectories(name))]
-    summary['changes'] = [_change(*pair) for pair in zip(acted, acted[1:])]
-    stages = {
-      'distill': 'distill',
-      'sft': 'sft',
-      'rl': self.final,
-      'export': 'export_result',
-      'evaluate_base': 'evaluate_base',
-      'evaluate_sft': 'evaluate_sft',
-      'evaluate_rl': f'evaluate_{self.final}',
-    }
-    results = {name: self._result(folder) for name, folder in stages.items()}
-    summary['seconds'] = {name: results[name]['seconds'] for name in STAGES if results.get(name)}
-    for name in ('distill', 'sft'):
-      if results[name]:
-        summary[name] = {k: v for k, v in results[name].items() if k != 'seconds'}
-    if results['rl']:
-      rows = read_metrics(self.workdir, 'rl')
-      curves = (
-        'zero_variance_fraction',
-        'all_right_fraction',
-        'all_wrong_fraction',
-        'reward',
-        'entropy',
-        'reflections',
-        'grad_norm',
-        'psi_grad_norm',
-        'kl',
-        'response_tokens',
-        'logp_gap_mean',
-      )
-      summary['rl'] = {
-        name: [row.get(name) for row in rows] for name in curves if any(name in row for row in rows)
-      }
-      summary['rl'] |= {k: v for k, v in results['rl'].items() if k != 'seconds'}
-    summary['export'] = results['export']['path'] if results['export'] else None
-    return summary
 
-  def _trajectories(self, name: str) -> list[dict[str, Any]]:
-    """The records that `evaluate` has written of a stage; [] where there are none."""
-    path = self.workdir / f'evaluate_{name}' / 'trajectories.jsonl'
-    return (
-      [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-      if path.exists()
-      else []
+def check_fields(config: RunConfig) -> None:
+  """Checks what fields mean together.
+
+  Raises:
+    ValueError: a stage that there is not, or options of RL that exclude each other.
+  """
+  unknown = [name for name in config.stages if name not in STAGES]
+  if unknown:
+    raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+  if config.rl.episodes:
+    defaults = RunConfig().rl
+    _check_unset('files', config.rl.files, defaults.files)
+    _check_unset('reward', config.rl.reward, defaults.reward)
+
+
+def _check_unset(field: str, value: Any, default: Any) -> None:
+  if value != default:
+    raise ValueError(
+      f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
+      f'{value!r} is for single prompts: set one of them'
     )
 
-  def traces(self) -> list[dict[str, Any]]:
-    """Tasks side by side over the stages: those that the base model got lazily wrong and the last one right come first."""
-    found = {name: self._trajectories(name) for name in ('base', 'sft', self.final)}
-    names = [name for name, records in found.items() if records]
-    if not names:
-      return []
-    by_task = list(zip(*(found[name] for name in names)))
-    several = [
-      group for group in by_task if group[0]['kind'] in ('sequential', 'parallel', 'irrelevant')
-    ]
-    several.sort(
-      key=lambda group: (group[-1]['correct'] - group[0]['correct']) + group[0]['lazy'] * 0.5,
-      reverse=True,
-    )
-    chosen, kinds = [], set()
-    for group in several:  # one of each kind before a second one
-      if group[0]['kind'] not in kinds and len(chosen) < self.config.report.traces:
-        kinds.add(group[0]['kind'])
-        chosen.append(group)
-    chosen += [group for group in several if group not in chosen][
-      : self.config.report.traces - len(chosen)
-    ]
-    return [
-      {
-        'query': group[0]['query'],
-        'kind': group[0]['kind'],
-        'columns': [
-          {'stage': name, 'messages': t['messages'], 'correct': t['correct'], 'lazy': t['lazy']}
-          for name, t in zip(names, group)
-        ],
-      }
-      for group in chosen
-    ]
+
+def make_execution(section: ExecutionSection) -> Execution:
+  """Returns how training passes run, from the config's section `execution`."""
+  return Execution(
+    attention=section.attention,
+    compute=section.compute,
+    remat=section.remat,
+    unroll=section.unroll,
+    offload=section.offload,
+  )
 
 
-def _change(
-  before: tuple[str, list[dict[str, Any]]], after: tuple[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-  """How the accuracy of two stages, (name, trajectories), differs by kind: each evaluates the same tasks with the same random
-  streams."""
-  right: dict[str, list[tuple[bool, bool]]] = {}
-  for first, second in zip(before[1], after[1], strict=True):
-    right.setdefault(first['kind'], []).append((first['correct'], second['correct']))
-  accuracy = {kind: paired_difference(*zip(*pairs)) for kind, pairs in right.items()}
-  return {'from': before[0], 'to': after[0], 'accuracy': accuracy}
+def rl_seed(config: RunConfig) -> int:
+  """Returns the seed of prompt order and sampling: a sweep repeats a run with other `rl.seed`s."""
+  # 1000 keeps the repetitions of one run apart from runs with the next seeds.
+  return config.seed + 1000 * config.rl.seed
+
+
+def rl_source(
+  config: RunConfig,
+  tokenizer: Any,
+  world: World,
+  points: Sequence[DecisionPoint] | None = None,
+) -> tuple[RolloutSource, int]:
+  """Returns what reinforcement learning asks, and how many prompts were dropped for their length.
+
+  Args:
+    config: the whole config; its sections `rl` and `world`, and its `seed`.
+    tokenizer: renders and counts the prompts.
+    world: where episodes are acted out.
+    points: decision points to ask, instead of those that the config names.
+  """
+  section = config.rl
+  # Too long prompts are dropped and counted now: they would end the step that draws them.
+  if section.episodes:
+    tasks = training_tasks(config, section.tasks, RL)
+    short, dropped = short_tasks(tokenizer, world, tasks, section.max_prompt_tokens)
+    return Episodes(tokenizer, world, short), dropped
+  if points is None:
+    points = rl_points(section.files) if section.files else _world_points(config)
+  prompts, dropped = encode_prompts(tokenizer, points, section.max_prompt_tokens)
+  return Questions(tokenizer, prompts, section.reward), dropped
+
+
+def _world_points(config: RunConfig) -> list[DecisionPoint]:
+  points = []
+  for seed in training_seeds(config, config.rl.tasks, RL):
+    points += decision_points(seed)
+  return points

@@ -3,11 +3,12 @@
 import abc
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from dcore_jax.chat.messages import ToolSpec
@@ -19,7 +20,7 @@ from dcore_jax.serve.text import TextReader
 
 
 class Rollouts:
-  """The rollouts of one request on the scheduler, as an asynchronous iterator of (which one, its progress).
+  """The rollouts of one request, as an asynchronous iterator of (which one, its progress).
 
   `close` frees what has not ended; whoever makes one closes it.
 
@@ -28,13 +29,14 @@ class Rollouts:
   """
 
   def __init__(self, scheduler: Scheduler, requests: Sequence[Request], sampling: SamplingParams):
-    loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
-    self._scheduler, self._open = scheduler, set(range(len(requests)))
+    loop = asyncio.get_running_loop()
+    self._events = asyncio.Queue()
+    self._scheduler = scheduler
+    self._open = set(range(len(requests)))
 
     def deliver(place: int, event: Progress | Exception) -> None:
-      with contextlib.suppress(
-        RuntimeError
-      ):  # the loop is closed: the server was stopped in the middle of the answer
+      # The loop is closed where the server was stopped in the middle of the answer.
+      with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
     self._job = scheduler.submit(requests, sampling, deliver)
@@ -63,7 +65,7 @@ class Rollouts:
 
 
 class Scored(NamedTuple):
-  """A sampled token as text, and the likeliest tokens in its place, with their log-probabilities."""
+  """A sampled token as text, and the likeliest tokens in its place with log-probabilities."""
 
   text: str
   logprob: float
@@ -72,7 +74,11 @@ class Scored(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 18)
 def _token_text(tokenizer: Any, token: int) -> str:
-  """Kept: with 20 alternatives, 32 streams ask for tens of thousands a second on the thread that serves everything."""
+  """Returns a token's text, from a cache.
+
+  With 20 alternatives, 32 streams ask for tens of thousands a second, on the thread that serves
+  everything.
+  """
   return tokenizer.decode([token])
 
 
@@ -80,11 +86,13 @@ class Choice(abc.ABC):
   """One of a request's answers as it grows. A subclass says what becomes of its text."""
 
   def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
-    self.index, self.tokens = index, 0
+    self.index = index
+    self.tokens = 0
     self.finish_reason: str | None = None
-    self._tokenizer, self._reader = tokenizer, TextReader(tokenizer, stop)
+    self._tokenizer = tokenizer
+    self._reader = TextReader(tokenizer, stop)
     self._logprobs: list[Scored] | None = [] if logprobs else None
-    self._told = 0  # of them in pieces so far
+    self._streamed = 0  # log-probabilities that a piece of the stream has carried
 
   def take(self, part: Progress) -> list[dict[str, Any]]:
     """What is new, as entries for `choices` of a stream's pieces; it is kept for `whole` too."""
@@ -94,29 +102,40 @@ class Choice(abc.ABC):
       self._logprobs += self._scored(part)
     turn_ended = done is not None and done.finished
     text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
-    # The engine finds stop strings too, and ends the rollout there, but for some that special tokens interrupt.
-    stopped = self._reader.stopped or done is not None and done.stop is not None
+    # The engine ends a rollout at a stop string, but for those that special tokens interrupt.
+    stopped = self._reader.stopped or (done is not None and done.stop is not None)
     pieces = self._more(text, last=stopped or done is not None)
     if stopped or done is not None:
       self.finish_reason = self._reason('stop' if turn_ended or stopped else 'length')
       pieces.append(self._piece({}))
     if pieces and self._logprobs is not None:
-      pieces[0]['logprobs'] = self._show_logprobs(self._told)
-      self._told = len(self._logprobs)
+      pieces[0]['logprobs'] = self._show_logprobs(self._streamed)
+      self._streamed = len(self._logprobs)
     return pieces
 
-  def _scored(self, part: Progress) -> Iterator[Scored]:
-    decode, tops = functools.partial(_token_text, self._tokenizer), [[]] * len(part.tokens)
-    if part.top is not None:  # what truncation left out has no logarithm, and JSON no infinity
-      tops = [
-        [
-          (decode(token), logprob)
-          for token, logprob in zip(*place, strict=True)
-          if logprob > -math.inf
-        ]
-        for place in zip(part.top.token_BK.tolist(), part.top.logprob_BK.tolist(), strict=True)
-      ]
-    return map(Scored, map(decode, part.tokens.tolist()), part.logprobs.tolist(), tops)
+  def _scored(self, part: Progress) -> list[Scored]:
+    tokens = part.tokens.tolist()
+    logprobs = part.logprobs.tolist()
+    scored = []
+    for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+      text = _token_text(self._tokenizer, token)
+      scored.append(Scored(text=text, logprob=logprob, top=self._alternatives(part, place)))
+    return scored
+
+  def _alternatives(self, part: Progress, place: int) -> list[tuple[str, float]]:
+    """Returns the likeliest tokens at one place, but for those that truncation left out.
+
+    Their log-probability is minus infinity, which JSON does not know.
+    """
+    if part.top is None:
+      return []
+    tokens = part.top.token_BJ[place].tolist()
+    logprobs = part.top.logprob_BJ[place].tolist()
+    found = []
+    for token, logprob in zip(tokens, logprobs, strict=True):
+      if logprob > -math.inf:
+        found.append((_token_text(self._tokenizer, token), logprob))
+    return found
 
   def opening(self) -> list[dict[str, Any]]:
     """Entries of a stream's first piece."""
@@ -142,35 +161,45 @@ class Choice(abc.ABC):
     """Log-probabilities of the tokens from `start` on, in the form of the request's kind."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReplyForm:
+  """How the text of a chat answer is read.
+
+  Attributes:
+    specs: the tools that may be called.
+    thinking: whether the prompt has opened a block of thoughts.
+    begun: text of the message that the prompt ends with.
+    most_calls: calls that are reported at most; None is all.
+  """
+
+  specs: Sequence[ToolSpec]
+  thinking: bool
+  begun: str
+  most_calls: int | None
+
+
 class ChatChoice(Choice):
-  """An assistant's message: thoughts, content, calls. `begun` is what the prompt has begun it with: a part of the message."""
+  """An assistant's message: thoughts, content, calls."""
 
   def __init__(
-    self,
-    index: int,
-    tokenizer: Any,
-    stop: Sequence[str],
-    logprobs: bool,
-    *,
-    specs: Sequence[ToolSpec],
-    thinking: bool,
-    begun: str,
-    most_calls: int | None,
+    self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, form: ReplyForm
   ):
     super().__init__(index, tokenizer, stop, logprobs)
-    self._parser = ReplyParser(specs, thinking=thinking, most_calls=most_calls)
-    self._begun = begun  # until it has gone to the parser, before the first text that was sampled
-    self._all, self._calls = Delta(), []
+    self._parser = ReplyParser(form.specs, thinking=form.thinking, most_calls=form.most_calls)
+    self._begun = form.begun  # goes to the parser before the first sampled text
+    self._all = Delta()
+    self._calls = []
 
   def opening(self) -> list[dict[str, Any]]:
+    """Entries of a stream's first piece: the role."""
     return [self._piece({'role': 'assistant', 'content': ''})]
 
   def whole(self) -> dict[str, Any]:
+    """The entry of an answer that is not streamed, once it has ended."""
     message: dict[str, Any] = {'role': 'assistant', 'content': self._all.content}
     if not self._all.content and (self._calls or not self._parser.answering):
-      message['content'] = (
-        None  # where the budget ended inside the thoughts, there is no content, not even an empty one
-      )
+      # Where the budget ended inside the thoughts, there is no content, not even an empty one.
+      message['content'] = None
     if self._all.reasoning:
       message['reasoning_content'] = self._all.reasoning
     if self._calls:
@@ -214,17 +243,17 @@ class ChatChoice(Choice):
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     def entry(text: str, logprob: float) -> dict[str, Any]:
-      # A token that holds a part of a character only has no text of its own, and its bytes are not known here.
+      # The bytes of a token that holds a part of a character are not known here.
       return {
         'token': text,
         'logprob': logprob,
         'bytes': None if '\ufffd' in text else list(text.encode()),
       }
 
-    content = [
-      entry(text, logprob) | {'top_logprobs': [entry(*one) for one in top]}
-      for text, logprob, top in self._logprobs[start:]
-    ]
+    content = []
+    for text, logprob, top in self._logprobs[start:]:
+      alternatives = [entry(*one) for one in top]
+      content.append(entry(text, logprob) | {'top_logprobs': alternatives})
     return {'content': content, 'refusal': None}
 
 
@@ -236,9 +265,9 @@ class TextChoice(Choice):
     self._text = ''
 
   def whole(self) -> dict[str, Any]:
-    return self._piece(self._text) | {
-      'logprobs': None if self._logprobs is None else self._show_logprobs(0)
-    }
+    """The entry of an answer that is not streamed, once it has ended."""
+    logprobs = None if self._logprobs is None else self._show_logprobs(0)
+    return self._piece(self._text) | {'logprobs': logprobs}
 
   def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
     self._text += text
@@ -253,22 +282,22 @@ class TextChoice(Choice):
     }
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    texts, logprobs, tops = zip(*self._logprobs[start:])
-    offsets = list(itertools.accumulate((len(one.text) for one in self._logprobs), initial=0))[
-      start:-1
-    ]
-    shown = list(map(_by_text, self._logprobs[start:])) if tops[0] else None
+    lengths = [len(one.text) for one in self._logprobs]
+    offsets = list(itertools.accumulate(lengths, initial=0))[:-1]  # where each token begins
+    shown = self._logprobs[start:]
     return {
-      'tokens': list(texts),
-      'token_logprobs': list(logprobs),
-      'top_logprobs': shown,
-      'text_offset': offsets,
+      'tokens': [one.text for one in shown],
+      'token_logprobs': [one.logprob for one in shown],
+      'top_logprobs': [_by_text(one) for one in shown] if shown[0].top else None,
+      'text_offset': offsets[start:],
     }
 
 
 def _by_text(one: Scored) -> dict[str, float]:
-  """The alternatives and the sampled token, as completions show them; of tokens with the same text (parts of characters) the
-  likeliest."""
+  """Returns the alternatives and the sampled token, as completions show them.
+
+  Tokens that are parts of characters share a text; the likeliest of them is shown.
+  """
   shown: dict[str, float] = {}
   for text, logprob in (*one.top, (one.text, one.logprob)):
     shown.setdefault(text, logprob)

@@ -1,4 +1,6 @@
-"""What can go wrong with a request, as OpenAI's clients read it: {"error": {"message", "type", "param", "code"}}."""
+"""What can go wrong with a request, as OpenAI's clients read it: {"error": {"message", "type",
+"param", "code"}}.
+"""
 
 import json
 from typing import Any
@@ -20,11 +22,15 @@ class Refusal(Exception):
     self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
   ):
     super().__init__(message)
-    self.status, self.code, self.headers = status, code, headers
+    self.status = status
+    self.code = code
+    self.headers = headers
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | None]:
-  """(status, body, headers) of the answer to an error; one that nobody expected says nothing about itself."""
+  """(status, body, headers) of the answer to an error; one that nobody expected says nothing about
+  itself.
+  """
   if isinstance(error, RequestError):
     return 400, _body(error, 'invalid_request_error', error.code, error.param), None
   if isinstance(error, Refusal):
@@ -47,7 +53,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | No
 async def respond(_: Request, error: Exception) -> Response:
   """As a Starlette exception handler."""
   status, body, headers = describe(error)
-  return Response(encode(body), status, headers, 'application/json')
+  return Response(
+    content=encode(body), status_code=status, headers=headers, media_type='application/json'
+  )
 
 
 def encode(record: dict[str, Any]) -> str:

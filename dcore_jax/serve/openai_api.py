@@ -1,7 +1,8 @@
-"""The HTTP server: OpenAI's chat completions, completions and models on the engine's lanes, with /health and /metrics.
+"""The HTTP server: OpenAI's chat completions, completions and models on the engine's lanes, with
+/health and /metrics.
 
-`requests.py` says what is honoured of a request, `replies.py` how thoughts and tool calls are told apart. What a model wrote is
-text to be sent; nothing here acts on it.
+`requests.py` says what is honoured of a request, `replies.py` how thoughts and tool calls are told
+apart. What a model wrote is text to be sent; nothing here acts on it.
 """
 
 import asyncio
@@ -23,8 +24,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dcore_jax.chat.template import render_begun_call, render_records
-from dcore_jax.rollout import engine as engine_lib
-from dcore_jax.serve.answers import ChatChoice, Choice, Rollouts, TextChoice
+from dcore_jax.rollout import requests as rollout_requests
+from dcore_jax.serve.answers import ChatChoice, Choice, ReplyForm, Rollouts, TextChoice
 from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, describe, encode, respond
 from dcore_jax.serve.requests import ChatRequest, CompletionRequest, RequestError, read_request
 from dcore_jax.serve.scheduler import Scheduler, Stopped
@@ -36,7 +37,10 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one server takes. `max_tokens` bounds an answer: more are refused, and who asks for none gets what fits."""
+  """What one server takes.
+
+  `max_tokens` bounds an answer: more are refused, and who asks for none gets what fits.
+  """
 
   max_tokens: int
   body_bytes: int = 4 * 2**20
@@ -58,12 +62,17 @@ class Service:
   def __init__(
     self, scheduler: Scheduler, tokenizer: Any, model: str, limits: Limits, api_key: str = ''
   ):
-    self.scheduler, self.tokenizer, self.model, self.limits = scheduler, tokenizer, model, limits
+    self.scheduler = scheduler
+    self.tokenizer = tokenizer
+    self.model = model
+    self.limits = limits
     self.telemetry = Telemetry(scheduler)
     self.draining = False  # refuse what comes from now on
     self.under_way = 0  # requests of the API
-    self._api_key, self._started = api_key.encode(), int(time.time())
-    # Templates and tokenizers take a second for megabytes of text; one thread, since tokenizers are not made for several.
+    self._api_key = api_key.encode()
+    self._started = int(time.time())
+    # Templates and tokenizers take a second for megabytes of text; one thread, since tokenizers are
+    # not made for several.
     self._encoder = concurrent.futures.ThreadPoolExecutor(1, 'encoder')
     routes = [
       Route('/v1/chat/completions', self._chat, methods=['POST']),
@@ -94,19 +103,28 @@ class Service:
       scheme.lower() == b'bearer' and hmac.compare_digest(key.strip(), self._api_key)
     ):
       return Refusal(
-        401, 'the API key is missing or wrong', 'invalid_api_key', {'WWW-Authenticate': 'Bearer'}
+        status=401,
+        message='the API key is missing or wrong',
+        code='invalid_api_key',
+        headers={'WWW-Authenticate': 'Bearer'},
       )
     if self.draining:
       return Refusal(
-        503, 'the server is shutting down', 'draining', {**RETRY_AFTER, 'Connection': 'close'}
+        status=503,
+        message='the server is shutting down',
+        code='draining',
+        headers={**RETRY_AFTER, 'Connection': 'close'},
       )
     if self.under_way > self.limits.requests:
       return Refusal(
-        429, f'{self.limits.requests} requests are under way', 'rate_limit_exceeded', RETRY_AFTER
+        status=429,
+        message=f'{self.limits.requests} requests are under way',
+        code='rate_limit_exceeded',
+        headers=RETRY_AFTER,
       )
     return None
 
-  # --- what needs no engine -------------------------------------------------------------------------------------------------
+  # --- what needs no engine -----------------------------------------------------------------------
 
   async def _health(self, _: Request) -> Response:
     if self.scheduler.failure is not None:
@@ -138,23 +156,25 @@ class Service:
     if name != self.model:
       raise Refusal(404, f'there is no model {name!r} here, but {self.model!r}', 'model_not_found')
 
-  # --- completions ----------------------------------------------------------------------------------------------------------
+  # --- completions --------------------------------------------------------------------------------
 
   async def _chat(self, request: Request) -> Response:
-    asked, prompt, thinking, begun = await self._off_loop(
-      self._read_chat, await self._body(request)
+    body = await self._body(request)
+    asked, prompt, thinking, begun = await self._off_loop(self._read_chat, body)
+    form = ReplyForm(
+      specs=asked.specs,
+      thinking=thinking,
+      begun=begun,
+      most_calls=None if asked.parallel_tool_calls else 1,
     )
 
     def choice(index: int) -> ChatChoice:
       return ChatChoice(
-        index,
-        self.tokenizer,
-        asked.stop,
-        asked.logprobs,
-        specs=asked.specs,
-        thinking=thinking,
-        begun=begun,
-        most_calls=None if asked.parallel_tool_calls else 1,
+        index=index,
+        tokenizer=self.tokenizer,
+        stop=asked.stop,
+        logprobs=asked.logprobs,
+        form=form,
       )
 
     return await self._answer(
@@ -165,7 +185,12 @@ class Service:
     asked, prompts = await self._off_loop(self._read_completion, await self._body(request))
 
     def choice(index: int) -> TextChoice:
-      return TextChoice(index, self.tokenizer, asked.stop, asked.logprobs is not None)
+      return TextChoice(
+        index=index,
+        tokenizer=self.tokenizer,
+        stop=asked.stop,
+        logprobs=asked.logprobs is not None,
+      )
 
     return await self._answer(
       request, asked, prompts, choice, 'cmpl', ('text_completion', 'text_completion')
@@ -173,17 +198,18 @@ class Service:
 
   async def _body(self, request: Request) -> bytes:
     limits = self.limits
-    # Only what a browser asks permission for: pages of other origins cannot use a server on this machine.
+    # Only what a browser asks permission for: pages of other origins cannot use a server on this
+    # machine.
     if (
       request.headers.get('content-type', '').partition(';')[0].strip().lower()
       != 'application/json'
     ):
       raise Refusal(415, 'the body must be of type application/json')
     too_large = Refusal(
-      413,
-      f'the body exceeds {limits.body_bytes} bytes',
-      'request_too_large',
-      {'Connection': 'close'},
+      status=413,
+      message=f'the body exceeds {limits.body_bytes} bytes',
+      code='request_too_large',
+      headers={'Connection': 'close'},
     )
     declared = request.headers.get('content-length', '0')
     if declared.isdigit() and int(declared) > limits.body_bytes:
@@ -205,7 +231,9 @@ class Service:
     return await asyncio.get_running_loop().run_in_executor(self._encoder, function, body)
 
   def _read_chat(self, body: bytes) -> tuple[ChatRequest, list[int], bool, str]:
-    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the answer with)."""
+    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the
+    answer with).
+    """
     asked: ChatRequest = read_request(ChatRequest, body)
     self._check_model(asked.model)
     records = [message.record() for message in asked.messages]
@@ -268,21 +296,18 @@ class Service:
     objects: tuple[str, str],
   ) -> Response:
     """Runs the choices, `n` of each prompt in turn, and answers whole or in pieces."""
-    longest, count, capacity = (
-      max(map(len, prompts), default=0),
-      asked.n * len(prompts),
-      self.scheduler.capacity,
-    )
+    longest = max(map(len, prompts), default=0)
+    count = asked.n * len(prompts)
+    capacity = self.scheduler.capacity
     self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     if not 1 <= count <= capacity:
       raise RequestError(
         f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n'
       )
-    rows = [
-      engine_lib.Request(prompt, (number, sample), top=asked.alternatives)
-      for number, prompt in enumerate(prompts)
-      for sample in range(asked.n)
-    ]
+    rows = []
+    for number, prompt in enumerate(prompts):
+      for sample in range(asked.n):
+        rows.append(rollout_requests.Request(prompt, (number, sample), top=asked.alternatives))
     head = {
       'id': f'{prefix}-{secrets.token_hex(12)}',
       'object': objects[asked.stream],
@@ -309,25 +334,28 @@ class Service:
   def _check_room(
     self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str
   ) -> None:
-    """A budget that does not fit is refused: cut, it would end answers early for a reason that no client sees."""
-    (field, budget), room, bound = (
-      asked.budget,
-      self.scheduler.engine.max_len,
-      self.limits.max_tokens,
-    )
+    """A budget that does not fit is refused: cut, it would end answers early for a reason that no
+    client sees.
+    """
+    (field, budget) = asked.budget
+    room = self.scheduler.engine.max_len
+    bound = self.limits.max_tokens
     if budget is not None and budget > bound:
       raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
     if longest + (budget or 1) > room:
       wanted = f' and {field} = {budget}' if budget else ''
       raise RequestError(
-        f'the prompt has {longest} tokens{wanted}; prompt and answer together may have {room} tokens',
+        f'the prompt has {longest} tokens{wanted}; '
+        f'prompt and answer together may have {room} tokens',
         prompt_field if longest >= room else field,
         'context_length_exceeded',
       )
 
 
 class _Run:
-  """A request on its way: takes progress in and gives the answer out; `close` frees what has not ended."""
+  """A request on its way: takes progress in and gives the answer out; `close` frees what has not
+  ended.
+  """
 
   def __init__(
     self,
@@ -337,8 +365,12 @@ class _Run:
     head: dict[str, Any],
     prompt_tokens: int,
   ):
-    self.telemetry, self.head, self.choices = telemetry, head, choices
-    self._rollouts, self._prompt_tokens, self._began = rollouts, prompt_tokens, time.perf_counter()
+    self.telemetry = telemetry
+    self.head = head
+    self.choices = choices
+    self._rollouts = rollouts
+    self._prompt_tokens = prompt_tokens
+    self._began = time.perf_counter()
     self.close = rollouts.close
 
   async def whole(self) -> dict[str, Any]:
@@ -382,7 +414,8 @@ class _EventStream(Response):
   def __init__(self, run: _Run, usage_wanted: bool):
     super().__init__(headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
     del self.headers['content-length']
-    self._run, self._usage_wanted = run, usage_wanted
+    self._run = run
+    self._usage_wanted = usage_wanted
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     try:
@@ -395,9 +428,10 @@ class _EventStream(Response):
   async def _send(self, send: Send) -> None:
     await send({'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers})
     try:
-      await self._send_events(
-        send, [piece for choice in self._run.choices for piece in choice.opening()]
-      )
+      opening = []
+      for choice in self._run.choices:
+        opening += choice.opening()
+      await self._send_events(send, opening)
       async for entries in self._run.pieces():
         await self._send_events(send, entries)
       last = (
@@ -430,8 +464,12 @@ async def _send_text(send: Send, text: str) -> None:
 
 
 async def _while_connected(receive: Receive, work: Awaitable[T]) -> T:
-  """The result of the work, which is cancelled where the client goes away first: ClientDisconnect."""
-  task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+  """The result of the work, which is cancelled where the client goes away first:
+
+  ClientDisconnect.
+  """
+  task = asyncio.ensure_future(work)
+  gone = asyncio.ensure_future(_disconnected(receive))
   try:
     await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
@@ -452,13 +490,15 @@ class _Gate:
   """The door of the application: who is let in, and how many; counts what is answered."""
 
   def __init__(self, app: ASGIApp, service: Service):
-    self._app, self._service = app, service
+    self._app = app
+    self._service = service
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
       return
-    service, status = self._service, 500
+    service = self._service
+    status = 500
 
     async def watch(message: Message) -> None:
       nonlocal status

@@ -1,7 +1,9 @@
-"""What a model wrote as what an OpenAI client reads: thoughts, content and tool calls, told apart while the text comes.
+"""What a model wrote as what an OpenAI client reads: thoughts, content and tool calls, told apart
+while the text comes.
 
-Calls are read by `chat.tool_calls` in either syntax, and given out when they are whole and readable; what is not stays content.
-An answer that is not streamed is the sum of these pieces, so that both kinds say the same.
+Calls are read by `chat.tool_calls` in either syntax, and given out when they are whole and
+readable; what is not stays content. An answer that is not streamed is the sum of these pieces, so
+that both kinds say the same.
 """
 
 import dataclasses
@@ -12,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dcore_jax.chat.messages import ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import ToolCallError, parse_hermes, parse_python
 
-_OPEN_THOUGHTS, _CLOSE_THOUGHTS = '<think>', '</think>'
-_OPEN_CALL, _CLOSE_CALL = '<tool_call>', '</tool_call>'
-# A list of Python-style calls as far as it has come. Anything else in brackets is content at once; this waits for its end.
+_OPEN_THOUGHTS = '<think>'
+_CLOSE_THOUGHTS = '</think>'
+_OPEN_CALL = '<tool_call>'
+_CLOSE_CALL = '</tool_call>'
+# A list of Python-style calls as far as it has come. Anything else in brackets is content at once;
+# this waits for its end.
 _PYTHON_START = re.compile(r'\[\s*([^\W\d][\w.]*\s*(\(.*)?)?', re.DOTALL)
 
 
@@ -63,7 +68,8 @@ class ReplyParser:
     """White space, then thoughts or the answer."""
     text = self._text.lstrip()
     if text.startswith(_OPEN_THOUGHTS):
-      self._text, self._state = text[len(_OPEN_THOUGHTS) :], self._thoughts
+      self._text = text[len(_OPEN_THOUGHTS) :]
+      self._state = self._thoughts
     elif self._ended or not _OPEN_THOUGHTS.startswith(text):
       self._answer_begins(blank=False)
     return self._state != self._start
@@ -83,7 +89,8 @@ class ReplyParser:
     return False
 
   def _answer_begins(self, blank: bool) -> None:
-    self._blank, self.answering = blank, True
+    self._blank = blank
+    self.answering = True
     self._state = self._bracket if self._parameters else self._plain
 
   def _plain(self, delta: Delta) -> bool:
@@ -94,7 +101,9 @@ class ReplyParser:
     return False
 
   def _bracket(self, delta: Delta) -> bool:
-    """An answer that is one list of calls from bracket to bracket, which only its end can tell; or one that is not."""
+    """An answer that is one list of calls from bracket to bracket, which only its end can tell; or
+    one that is not.
+    """
     text = self._text.strip()
     if not self._ended and (not text or _PYTHON_START.fullmatch(text)):
       return False
@@ -119,7 +128,8 @@ class ReplyParser:
     if not closed and not self._ended:
       return False
     if closed and self._call(delta, block, parse_hermes):
-      self._text, self._blank = rest, True
+      self._text = rest
+      self._blank = True
     else:
       delta.content += self._give(block)
     return True
@@ -146,7 +156,9 @@ class ReplyParser:
     names = self._parameters.get(call.name, [])[: len(call.positional)]
     if len(names) < len(call.positional) or set(names) & call.arguments.keys():
       raise ToolCallError(f'{call.name}: its arguments cannot be named')
-    return json.dumps(dict(zip(names, call.positional)) | call.arguments, ensure_ascii=False)
+    return json.dumps(
+      dict(zip(names, call.positional, strict=True)) | call.arguments, ensure_ascii=False
+    )
 
 
 def _before(text: str, tag: str) -> str:

@@ -1,7 +1,8 @@
 """What clients may ask: OpenAI's two request bodies as far as they are honoured, and nothing else.
 
-A field that would change the answer and is not implemented is refused, and so is an unknown one. null is the same as leaving a
-field out. `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are accepted and ignored: no answer depends on them.
+A field that would change the answer and is not implemented is refused, and so is an unknown one.
+null is the same as leaving a field out. `user`, `metadata`, `safety_identifier` and
+`prompt_cache_key` are accepted and ignored: no answer depends on them.
 """
 
 import json
@@ -14,10 +15,9 @@ from pydantic import Field
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.rollout.sampling import TOP, SamplingParams
 
-_MOST_STOPS, _LONGEST_STOP = (
-  4,
-  256,
-)  # OpenAI's number; bytes, since each step looks through as many tokens
+# OpenAI's number; bytes, since each step looks through as many tokens
+_MOST_STOPS = 4
+_LONGEST_STOP = 256
 _MOST_TOOLS = 512
 _MOST_LOGPROBS = 5  # of a completion, OpenAI's number
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
@@ -28,7 +28,8 @@ class RequestError(ValueError):
 
   def __init__(self, message: str, param: str | None = None, code: str | None = None):
     super().__init__(message)
-    self.param, self.code = param, code
+    self.param = param
+    self.code = code
 
 
 class _Strict(pydantic.BaseModel):
@@ -67,7 +68,9 @@ class CallItem(_Strict):
 
 
 class ChatMessage(_Strict):
-  """One turn of the conversation, `reasoning_content` being what this server sends back beside the content."""
+  """One turn of the conversation, `reasoning_content` being what this server sends back beside the
+  content.
+  """
 
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: str | list[TextPart] | None = None
@@ -77,7 +80,10 @@ class ChatMessage(_Strict):
   reasoning_content: str | None = None
 
   def record(self) -> dict[str, Any]:
-    """As chat templates read it: content as one text, arguments as an object. RequestError for what no template could show."""
+    """As chat templates read it: content as one text, arguments as an object.
+
+    RequestError for what no template could show.
+    """
     content = (
       self.content
       if isinstance(self.content, str)
@@ -176,8 +182,9 @@ class ForcedTool(_Strict):
 class _Request(_Strict):
   """What both kinds of request have in common.
 
-  `seed` fixes the random numbers, whatever else runs, and so the answer up to rounding: in bfloat16, tokens that are nearly
-  as likely may change places beside other requests. Without one every request has its own. `top_k` and `min_p` are not OpenAI's.
+  `seed` fixes the random numbers, whatever else runs, and so the answer up to rounding: in
+  bfloat16, tokens that are nearly as likely may change places beside other requests. Without one
+  every request has its own. `top_k` and `min_p` are not OpenAI's.
   """
 
   model: str
@@ -237,20 +244,28 @@ class _Request(_Strict):
     # Logits divided by less overflow, and 0/0 in one lane would end the engine.
     temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
     return SamplingParams(
-      temperature, self.top_p, self.top_k, wanted, self.seed % 2**64, self.min_p, self.stop
+      temperature=temperature,
+      top_p=self.top_p,
+      top_k=self.top_k,
+      max_tokens=wanted,
+      seed=self.seed % 2**64,
+      min_p=self.min_p,
+      stop=self.stop,
     )
 
 
 class ChatRequest(_Request):
   """The body of POST /v1/chat/completions.
 
-  tool_choice: 'auto' (the model decides), 'none' (the tools are not shown, nothing is read as a call), 'required' or a tool by
-  name: the answer then begins, as a part of the prompt and without thoughts, with a call as the chat template writes it, up to
-  the arguments of the tool (of the only one, where 'required' leaves no choice) or up to its name. Nothing constrains what is
-  sampled behind that: what is no call that can be read comes back as content, as it would otherwise.
-  `logprobs` are those of every sampled token (thoughts, calls and the stop token too) under the policy that sampled it, after
-  temperature and truncation, and so are `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of
-  the distribution whose most likely token is taken.
+  tool_choice: 'auto' (the model decides), 'none' (the tools are not shown, nothing is read as a
+  call), 'required' or a tool by name: the answer then begins, as a part of the prompt and without
+  thoughts, with a call as the chat template writes it, up to the arguments of the tool (of the only
+  one, where 'required' leaves no choice) or up to its name.
+  Nothing constrains what is sampled behind that: what is no call that can be read comes back as
+  content, as it would otherwise. `logprobs` are those of every sampled token (thoughts, calls and
+  the stop token too) under the policy that sampled it, after temperature and truncation, and so are
+  `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of the
+  distribution whose most likely token is taken.
   """
 
   messages: list[ChatMessage] = Field(min_length=1)
@@ -299,6 +314,7 @@ class ChatRequest(_Request):
 
   @property
   def budget(self) -> tuple[str, int | None]:
+    """The field that bounds the answer, and its tokens: the lesser of the two that clients use."""
     limits = {'max_completion_tokens': self.max_completion_tokens, 'max_tokens': self.max_tokens}
     given = [(name, limit) for name, limit in limits.items() if limit is not None]
     return min(given, key=lambda one: one[1], default=('max_completion_tokens', None))
@@ -315,7 +331,10 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-  """The body of POST /v1/completions. `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them."""
+  """The body of POST /v1/completions.
+
+  `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them.
+  """
 
   prompt: str | list[str] | list[int] | list[list[int]]
   logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
@@ -335,14 +354,17 @@ class CompletionRequest(_Request):
 
 _TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
 _REASONS = {
-  'response_format': '; the form of an answer would need constrained sampling, which this server does not have',
+  'response_format': '; the form of an answer would need constrained sampling, '
+  'which this server does not have',
   'frequency_penalty': '; penalties are not supported',
   'presence_penalty': '; penalties are not supported',
 }
 
 
 def read_request(kind: type[_Request], body: bytes) -> Any:
-  """The body as a `ChatRequest` or `CompletionRequest`; RequestError names the first field that is wrong."""
+  """The body as a `ChatRequest` or `CompletionRequest`; RequestError names the first field that is
+  wrong.
+  """
   try:
     return kind.model_validate_json(body)
   except pydantic.ValidationError as error:

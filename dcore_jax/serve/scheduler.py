@@ -1,7 +1,8 @@
 """One thread that owns the engine: requests come and go from any other, and share its lanes.
 
-A job is a group of rollouts that are asked for together (the choices of a request). Whatever happens to one of them is told to
-the job's `deliver`, on the engine's thread, which therefore only hands it on.
+A job is a group of rollouts that are asked for together (the choices of a request). Whatever
+happens to one of them is told to the job's `deliver`, on the engine's thread, which therefore only
+hands it on.
 """
 
 import functools
@@ -22,7 +23,9 @@ class Overloaded(Exception):
 
 
 class Stopped(Exception):
-  """The scheduler takes nothing any more: it was closed, or the engine failed, which is then the cause."""
+  """The scheduler takes nothing any more: it was closed, or the engine failed, which is then the
+  cause.
+  """
 
 
 class Job:
@@ -46,12 +49,14 @@ class Scheduler:
   def __init__(self, engine: Engine, max_waiting: int):
     if max_waiting < 0:
       raise ValueError(f'max_waiting = {max_waiting} cannot be')
-    self.engine, self.max_waiting = engine, max_waiting
+    self.engine = engine
+    self.max_waiting = max_waiting
     self.failure: Exception | None = None
     self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._in_flight = 0  # rollouts taken and not ended
-    self._closed, self._running = False, True
+    self._closed = False
+    self._running = True
     self._jobs: dict[int, tuple[Job, int]] = {}  # by the engine's handle
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
     self._thread.start()
@@ -69,8 +74,8 @@ class Scheduler:
   def submit(self, requests: Sequence[Request], sampling: SamplingParams, deliver: Deliver) -> Job:
     """Takes all of the requests or none.
 
-    `deliver` gets each rollout's progress until one with a completion, or an exception that ends it: ValueError where the
-    engine refuses the request, Stopped.
+    `deliver` gets each rollout's progress until one with a completion, or an exception that ends
+    it: ValueError where the engine refuses the request, Stopped.
 
     Raises:
       Overloaded: there is no room for so many now.
@@ -90,7 +95,9 @@ class Scheduler:
     return job
 
   def cancel(self, job: Job, place: int | None = None) -> None:
-    """Frees the lanes of what has not ended yet of a job, or of one of its rollouts; nothing more is delivered of it."""
+    """Frees the lanes of what has not ended yet of a job, or of one of its rollouts; nothing more
+    is delivered of it.
+    """
     self._commands.put(functools.partial(self._drop, job, place))
 
   def close(self) -> None:
@@ -100,7 +107,7 @@ class Scheduler:
     self._commands.put(self._stop)
     self._thread.join()
 
-  # --- on the engine's thread -----------------------------------------------------------------------------------------------
+  # --- on the engine's thread ---------------------------------------------------------------------
 
   def _run(self) -> None:
     try:

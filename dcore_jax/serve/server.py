@@ -20,6 +20,7 @@ from dcore_jax.models import decoder
 from dcore_jax.models.hf_checkpoint import load_config, load_params
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.policy import ORGANISM, find_stop_ids
+from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.serve.openai_api import Service
 
 _MAX_LEN = 4096
@@ -36,12 +37,14 @@ class Model:
 
   def summary(self) -> str:
     """What it takes, for people."""
-    config, engine, dtype = self.engine.config, self.engine, self.engine.params['embed'].dtype
-    cache = (
-      config.kv_bytes_per_token(dtype) * engine.lanes * (engine.max_len + engine.max_new)
-    )  # trunks and branches
+    config = self.engine.config
+    engine = self.engine
+    dtype = self.engine.params['embed'].dtype
+    slots = engine.lanes * (engine.max_len + engine.max_new)  # of trunks and of branches
+    cache = config.kv_bytes_per_token(dtype) * slots
     return (
-      f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, {engine.lanes} lanes of {engine.max_len} tokens '
+      f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, '
+      f'{engine.lanes} lanes of {engine.max_len} tokens '
       f'({cache / 2**30:.2f} GiB of keys and values)'
     )
 
@@ -59,14 +62,17 @@ def load_model(
   """A model on an engine.
 
   Args:
-    path: a Hugging Face directory, also below the data folder; '' is the organism inside the package.
-    dtype: of weights, computation and cache: 'float32', 'bfloat16', or 'auto', which is float32 on a CPU alone.
+    path: a Hugging Face directory, also below the data folder; '' is the organism inside the
+      package.
+    dtype: of weights, computation and cache: 'float32', 'bfloat16', or 'auto', which is float32 on
+      a CPU alone.
     tensor: devices that heads, feed-forward and vocabulary are split over.
     lanes: rollouts at once.
-    max_len: tokens of prompt and answer; 0: as many as the model has positions, but no more than 4,096, since memory is
-      set aside for all lanes.
+    max_len: tokens of prompt and answer; 0: as many as the model has positions, but no more than
+      4,096, since memory is set aside for all lanes.
     max_new: tokens of an answer; 0: as many as there is room for.
-    steps_per_call: tokens that a lane samples between two looks of the host: pieces of a stream are so long.
+    steps_per_call: tokens that a lane samples between two looks of the host: pieces of a stream are
+      so long.
 
   Raises:
     ValueError: a path that is not there, a checkpoint or a size that does not fit.
@@ -76,7 +82,7 @@ def load_model(
   if dtype not in (*DTYPES, 'auto'):
     raise ValueError(f'dtype = {dtype!r}; expected one of {(*DTYPES, "auto")}')
   if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    dtype = 'float32' if sharding.platform() == 'cpu' else 'bfloat16'
   if not 1 <= tensor <= jax.device_count():
     raise ValueError(f'tensor = {tensor}, but there are {jax.device_count()} devices')
   placement = None
@@ -92,25 +98,30 @@ def load_model(
     raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
   if len(tokenizer) > config.vocab_size:
     raise ValueError(
-      f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows'
+      f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, '
+      f'the embedding {config.vocab_size} rows'
     )
   engine = Engine(
     params,
     config,
     stop_ids=find_stop_ids(config, tokenizer, folder),
-    lanes=lanes,
-    max_len=max_len or min(_MAX_LEN, config.max_position_embeddings),
-    max_new=max_new or None,
-    steps_per_call=steps_per_call,
+    sizes=EngineSizes(
+      lanes=lanes,
+      max_len=max_len or min(_MAX_LEN, config.max_position_embeddings),
+      max_new=max_new,
+      steps_per_call=steps_per_call,
+    ),
     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
   )
   return Model(folder.resolve().name, engine, tokenizer)
 
 
 class Server(uvicorn.Server):
-  """Serves until SIGTERM or SIGINT, then finishes what is under way, for `drain_seconds` at most, and takes nothing new.
+  """Serves until SIGTERM or SIGINT, then finishes what is under way, for `drain_seconds` at most,
+  and takes nothing new.
 
-  A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the URL once it listens.
+  A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the
+  URL once it listens.
   """
 
   def __init__(
@@ -127,34 +138,40 @@ class Server(uvicorn.Server):
         service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'
       )
     )
-    self._service, self._drain_seconds, self._deadline = service, drain_seconds, float('inf')
+    self._service = service
+    self._drain_seconds = drain_seconds
+    self._deadline = float('inf')
     self._announce = announce
     self._closing: asyncio.Task | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Binds, then announces the address."""
     await super().startup(sockets)
     host, port, *_ = self.servers[0].sockets[0].getsockname()
     self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    if self._service.draining:  # at once, also where a step is being compiled, for minutes
-      self.should_exit = self.force_exit = (
-        True  # what is left where a signal does not end a process: a container's first
-      )
+    """Begins to drain at the first signal, and ends the process at the second."""
+    if self._service.draining:
+      # At once, even while a step is compiled, which takes minutes. A signal does not end a
+      # container's first process: there these two flags do.
+      self.should_exit = True
+      self.force_exit = True
       signal.signal(sig, signal.SIG_DFL)
       signal.raise_signal(sig)
     self._service.draining = True
     self._deadline = min(self._deadline, time.monotonic() + self._drain_seconds)
 
   async def on_tick(self, counter: int) -> bool:
-    service, overdue = self._service, time.monotonic() > self._deadline
-    if (
-      overdue and self._closing is None
-    ):  # tells the rollouts that are left, whose requests then answer, after the present step
+    """Ends the server once it has drained, its time to drain is over, or its engine has failed."""
+    service = self._service
+    overdue = time.monotonic() > self._deadline
+    if overdue and self._closing is None:
+      # After the present step the scheduler ends the rollouts that are left, and their requests
+      # answer.
       self._closing = asyncio.create_task(asyncio.to_thread(service.scheduler.close))
     closed = self._closing is not None and self._closing.done()
-    if (
-      closed or service.draining and not service.under_way or service.scheduler.failure is not None
-    ):
+    drained = service.draining and not service.under_way
+    if closed or drained or service.scheduler.failure is not None:
       self.should_exit = True
     return await super().on_tick(counter)

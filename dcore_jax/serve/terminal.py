@@ -1,4 +1,4 @@
-"""A conversation in a terminal: thoughts dimmed, answers as they come, calls run by the world that is attached."""
+"""A conversation in a terminal: thoughts dimmed, answers as they come, a world runs the calls."""
 
 import itertools
 import queue
@@ -16,8 +16,11 @@ from dcore_jax.serve.scheduler import Overloaded, Scheduler
 from dcore_jax.serve.text import TextReader
 from dcore_jax.worlds.environment import World
 
-_DIM, _BOLD, _PLAIN = '\x1b[2m', '\x1b[1m', '\x1b[0m'
-# What a model writes must not steer the terminal: control characters, and those that turn the direction of text around.
+_DIM = '\x1b[2m'
+_BOLD = '\x1b[1m'
+_PLAIN = '\x1b[0m'
+# What a model writes must not steer the terminal: control characters, and those that turn the
+# direction of text around.
 _HARMLESS = {
   code: '\ufffd'
   for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -35,8 +38,11 @@ class Speaker:
   def __init__(
     self, scheduler: Scheduler, tokenizer: Any, sampling: SamplingParams, out: TextIO, colour: bool
   ):
-    self._scheduler, self._tokenizer, self._sampling = scheduler, tokenizer, sampling
-    self._out, self._colour = out, colour
+    self._scheduler = scheduler
+    self._tokenizer = tokenizer
+    self._sampling = sampling
+    self._out = out
+    self._colour = colour
     self._turn = itertools.count()
 
   def answer(self, messages: Sequence[Message]) -> str:
@@ -49,14 +55,13 @@ class Speaker:
     text = render_prompt(self._tokenizer, messages)
     prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
     events: queue.SimpleQueue = queue.SimpleQueue()
-    reader, parser = (
-      TextReader(self._tokenizer, self._sampling.stop),
-      ReplyParser(thinking=text.rstrip().endswith('<think>')),
-    )
+    reader = TextReader(self._tokenizer, self._sampling.stop)
+    parser = ReplyParser(thinking=text.rstrip().endswith('<think>'))
     job = self._scheduler.submit(
       [Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event)
     )
-    whole, thoughts = '', False
+    whole = ''
+    thoughts = False
     try:
       while True:
         part = events.get()
@@ -103,14 +108,19 @@ class Chat:
   def __init__(
     self, speaker: Speaker, *, system: str = '', world: World | None = None, kind: str = ''
   ):
-    self._speaker, self._system, self._world, self._kind = speaker, system, world, kind
+    self._speaker = speaker
+    self._system = system
+    self._world = world
+    self._kind = kind
     self._messages: list[Message] = []
-    self._task, self._session = None, None
+    self._task = None
+    self._session = None
     self.help = (
       'Ctrl-C cancels an answer, Ctrl-D ends the program; /new forgets the conversation.'
       if world is None
-      else 'An empty line acts the task out, any other text is a request of your own on its tools and state; /new [KIND] '
-      '[N] takes another task, /state shows the state. Ctrl-C cancels an answer, Ctrl-D ends the program.'
+      else 'An empty line acts the task out, any other text is a request of your own on its tools '
+      'and state; /new [KIND] [N] takes another task, /state shows the state. Ctrl-C cancels an '
+      'answer, Ctrl-D ends the program.'
     )
 
   def start(self) -> None:
@@ -135,10 +145,8 @@ class Chat:
         self._request(line)
       else:
         self._act()
-    except (
-      ValueError,
-      Overloaded,
-    ) as error:  # what was cancelled still holds the engine's one lane, while a step runs on
+    # A cancelled answer still holds the engine's one lane while a step runs on: Overloaded.
+    except (ValueError, Overloaded) as error:
       self._speaker.show(f'{error}\n')
     except Cancelled:
       pass
@@ -148,10 +156,8 @@ class Chat:
       return
     asked = [*self._messages, Message('user', line)]
     _, answer = split_reasoning(self._speaker.answer(asked))
-    self._messages = [
-      *asked,
-      Message('assistant', answer),
-    ]  # an answer that is cancelled leaves nothing behind
+    # Only now: an answer that is cancelled leaves nothing behind.
+    self._messages = [*asked, Message('assistant', answer)]
 
   def _take_new(self, words: list[str]) -> None:
     self._messages = [Message('system', self._system)] if self._system else []
@@ -161,7 +167,8 @@ class Chat:
     if not number.isdigit():
       raise ValueError(f'{number!r} is no number of a task')
     self._task = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')[-1]
-    self._kind, self._session = kind, self._world.session(self._task)
+    self._kind = kind
+    self._session = self._world.session(self._task)
     for message in self._world.episode(self._task).messages:
       self._speaker.show(f'{message.role}: ', _BOLD)
       self._speaker.show(message.content + '\n')

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: no character is sent in halves, and nothing of a stop string is sent at all."""
+"""Tokens to text as they come: no character in halves, and nothing of a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,21 @@ _REPLACEMENT = '\ufffd'  # what a decoder writes for bytes that are no character
 
 
 class Detokenizer:
-  """Text of a growing row of tokens: the pieces, joined, are the tokenizer's text of the whole, special tokens left out."""
+  """Text of a growing row of tokens, without special tokens.
+
+  The pieces, joined, are the tokenizer's text of the whole.
+  """
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
     self._ids: list[int] = []  # from a place on where a character begins
-    self._sent = (
-      0  # how many of them are in text that was given out; the others may end inside a character
-    )
+    self._sent = 0  # ids whose text was given out; the others may end inside a character
 
   def push(self, tokens: Sequence[int]) -> str:
     """The text that is certain now."""
     self._ids += map(int, tokens)
-    # Tokens given out before stay in the window once: decoders of some families treat the first token of a text apart.
+    # Tokens given out before stay in the window once: decoders of some families treat the first
+    # token of a text apart.
     text = self._decode(self._ids)
     if text.endswith(_REPLACEMENT):
       return ''
@@ -50,27 +52,29 @@ class StopScanner:
     if self.stopped:
       return ''
     text = self._held + text
-    found = [
-      (text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text
-    ]
+    found = []
+    for stop in self._stop:
+      if stop in text:
+        begin = text.index(stop)
+        found.append((begin + len(stop), begin))
     if found:
-      self.stopped, self._held = True, ''
-      return text[: min(found)[1]]  # of the one that was complete first, however the text was cut
-    held = max(
-      (
-        length
-        for stop in self._stop
-        for length in range(1, len(stop))
-        if text.endswith(stop[:length])
-      ),
-      default=0,
-    )
+      self.stopped = True
+      self._held = ''
+      # The string that was complete first ends the text, however it came in pieces.
+      _, begin = min(found)
+      return text[:begin]
+    held = 0  # characters at the end that may begin a stop string
+    for stop in self._stop:
+      for length in range(held + 1, len(stop)):
+        if text.endswith(stop[:length]):
+          held = length
     self._held = text[len(text) - held :]
     return text[: len(text) - held]
 
   def finish(self) -> str:
     """What was held back, where it did not become a stop string."""
-    held, self._held = self._held, ''
+    held = self._held
+    self._held = ''
     return held
 
 
@@ -78,7 +82,8 @@ class TextReader:
   """Both of them: the visible text of one rollout, in pieces."""
 
   def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-    self._detokenizer, self._scanner = Detokenizer(tokenizer), StopScanner(stop)
+    self._detokenizer = Detokenizer(tokenizer)
+    self._scanner = StopScanner(stop)
 
   @property
   def stopped(self) -> bool:
@@ -88,8 +93,7 @@ class TextReader:
   def push(self, tokens: Sequence[int], last: bool = False) -> str:
     """The text that is certain with these tokens; all of it where they are the `last` ones."""
     text = self._scanner.push(self._detokenizer.push(tokens))
-    return (
-      text + self._scanner.push(self._detokenizer.finish()) + self._scanner.finish()
-      if last
-      else text
-    )
+    if last:
+      text += self._scanner.push(self._detokenizer.finish())
+      text += self._scanner.finish()
+    return text

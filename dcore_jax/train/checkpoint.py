@@ -1,10 +1,11 @@
-"""Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all, kept to the newest few.
+"""Checkpoints: a pytree of arrays and a small JSON position, written whole or not at all.
 
-A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays to the host and writes
-them, while the run goes on, into a temporary directory that it renames: a step is there or it is not. What Orbax does not see
-is a bit that flips afterwards (its compressed chunks carry no checksum that is read), a leaf whose dtype the caller changed (it
-casts), or numpy scalars and empty arrays (it refuses them). Hence the manifest that is stored beside every step: shape, dtype
-and the sum of the bits of each leaf (`train.checksum`: of arrays on devices computed there), compared on the way back.
+A run that is killed anywhere resumes from the newest step that can be read. Orbax copies the arrays
+to the host and writes them, while the run goes on, into a temporary directory that it renames: a
+step is there or it is not. Orbax does not notice a bit that flips afterwards (its compressed chunks
+carry no checksum that is read) nor a leaf whose dtype the caller changed (it casts), and it refuses
+numpy scalars and empty arrays. Hence a manifest is stored beside every step, with shape, dtype and
+checksum of each leaf (`train.checksum`, computed where the leaf is), and compared on the way back.
 """
 
 import collections
@@ -34,24 +35,27 @@ class _Keep:
 
   @property
   def best(self) -> int | None:
-    """The step with the highest score, of equal ones the newest."""
+    """The step with the highest score, of equal scores the newest."""
     return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Tells for each checkpoint whether it survives; Orbax calls it."""
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     kept = {*sorted(steps)[-self.newest :], self.best}
     return [step in kept for step in steps]
 
 
-STATE = 'state'  # a stage's folder of steps, where it keeps other things beside them
+# The folder of steps of a stage that keeps other things beside them.
+STATE = 'state'
 
 
 class Checkpoints:
-  """The steps of one directory; the newest `keep` of them survive, and the one saved with the highest score.
+  """The steps of one directory; the newest `keep` survive, and the one with the highest score.
 
-  Leaves may be jax arrays (typed keys included), numpy arrays or scalars, Python ints, floats and bools. Each comes
-  back as the kind of leaf that stands in the example tree, bit for bit, jax arrays with the example's sharding.
+  Leaves may be jax arrays (typed keys included), numpy arrays or scalars, Python ints, floats and
+  bools. Each comes back as the kind of leaf that stands in the example tree, bit for bit, jax
+  arrays with the example's sharding.
   """
 
   def __init__(self, directory: str | pathlib.Path, keep: int = 2):
@@ -67,7 +71,7 @@ class Checkpoints:
     for step in self.all_steps():
       try:
         score = self._read_record(step)['score']
-      except Exception:  # damaged: `restore` says so when it comes to it
+      except Exception:  # damaged; `restore` reports it if the step is wanted
         continue
       if score is not None:
         self._keep.scores[step] = score
@@ -82,18 +86,26 @@ class Checkpoints:
 
   @property
   def best_step(self) -> int | None:
-    """The step that was saved with the highest score; None where none had one."""
+    """The step that was saved with the highest score; None where no step had a score."""
     return self._keep.best
 
   def save(
     self, step: int, tree: PyTree, extra: dict[str, Any] | None = None, score: float | None = None
   ) -> None:
-    """Starts to write `tree` and the JSON-able `extra` as `step`; an existing checkpoint of the same step is replaced.
+    """Starts to write a checkpoint; an existing one of the same step is replaced.
 
-    On return the values are copied, and their arrays may be donated. `wait`, `close` and the next save wait for the disk.
+    On return the values are copied, and their arrays may be donated. `wait`, `close` and the next
+    save wait for the disk.
+
+    Args:
+      step: its number.
+      tree: the arrays.
+      extra: anything that JSON holds.
+      score: by which the best step is kept.
 
     Raises:
-      ValueError: a newer step is there already (a run must not go back in its own directory), or a leaf is no number.
+      ValueError: a newer step is there already (a run must not go back in its own directory), or a
+        leaf is no number.
     """
     latest = self.latest_step()
     if latest is not None and step < latest:
@@ -122,19 +134,21 @@ class Checkpoints:
   def restore(
     self, example: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any], int] | None:
-    """(tree, extra, step) of `step`, or of the newest step that can be read; None where there is none.
+    """(tree, extra, step) of `step`, or of the newest step that can be read; None without any.
 
-    Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a warning and the one
-    before it is taken, down to starting afresh: the work since then is done again, and gives the same numbers. One that some
-    host cannot read is read by none.
+    Without `step`, a checkpoint that cannot be read is set aside as `<step>.unreadable` with a
+    warning, and the one before it is taken, down to starting afresh: the work since then is done
+    again, and gives the same numbers. If some host cannot read a checkpoint, no host uses it.
 
     Args:
-      example: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`; no value in it is used.
+      example: a tree of the same structure, of arrays or of `jax.ShapeDtypeStruct`; no value in it
+        is used.
       step: this step and no other; then a damaged checkpoint raises.
 
     Raises:
-      ValueError: the checkpoint is sound but is not of the example's structure, shapes or dtypes; all differences are
-        named. (An edited config must never silently restart a run.) Or `step` is not there, or is damaged.
+      ValueError: the checkpoint is sound but not of the example's structure, shapes or dtypes; all
+        differences are named. (An edited config must never silently restart a run.) Or `step` is
+        not there, or is damaged.
     """
     self.wait()
     if step is not None and step not in self.all_steps():
@@ -154,6 +168,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Waits for the disk and frees Orbax's threads."""
     self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
@@ -185,14 +200,16 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(example), leaves)
 
   def _give_up_on(self, step: int, error: Exception, *, explicit: bool) -> None:
-    reason = f'checkpoint {self._directory}/{step} cannot be read ({type(error).__name__}: {str(error)[:300]})'
+    """Sets a damaged checkpoint aside, or raises where no other one will do."""
+    reason = (
+      f'checkpoint {self._directory}/{step} cannot be read '
+      f'({type(error).__name__}: {str(error)[:300]})'
+    )
     if explicit:
       raise ValueError(reason) from error
     earlier = [s for s in self.all_steps() if s < step]
-    warnings.warn(
-      f'{reason}; ' + (f'going back to step {earlier[-1]}' if earlier else 'starting afresh'),
-      stacklevel=3,
-    )
+    instead = f'going back to step {earlier[-1]}' if earlier else 'starting afresh'
+    warnings.warn(f'{reason}; {instead}', stacklevel=3)
     # Out of the way, so that the step can be saved again; kept, so that a person can look at it.
     if jax.process_index() == 0:
       aside = self._directory / f'{step}.unreadable'
@@ -204,10 +221,13 @@ class Checkpoints:
 
 
 def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
-  """Those leaves of one checkpoint that `example` has, at the same paths; the others are not read. Nothing is changed there.
+  """Reads those leaves of one checkpoint that `example` has, at the same paths.
+
+  The other leaves are not read, and nothing is changed in the folder.
 
   Raises:
-    ValueError: a leaf is missing or of another shape or dtype (all are named), or the checkpoint is damaged.
+    ValueError: a leaf is missing or of another shape or dtype (all are named), or the checkpoint is
+      damaged.
   """
   targets = {path: _target(leaf) for path, leaf in _flatten(example)}
   try:
@@ -235,12 +255,12 @@ def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
 
 def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
   """(what was read, None), or (None, why it cannot be read by this host or by another)."""
-  value, error = None, None
+  value = None
+  error = None
   try:
     value = read(*arguments)
-  except (
-    Exception
-  ) as found:  # damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's ...
+  # Damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's own.
+  except Exception as found:
     error = found
   if not distributed.everywhere(error is None):
     error = error or ValueError('another host cannot read it')
@@ -248,10 +268,11 @@ def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception 
 
 
 def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
-  return [
-    (jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  ]
+  """(path, leaf) of each leaf; the paths are names in the manifest."""
+  flat = []
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    flat.append((jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf))
+  return flat
 
 
 def _is_key(leaf: Any) -> bool:
@@ -267,7 +288,8 @@ def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
   array = np.asarray(leaf)
   if array.dtype.kind in 'OUSMm':
     raise ValueError(
-      f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers (text belongs into `extra`)'
+      f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers '
+      '(text belongs into `extra`)'
     )
   return array
 
@@ -301,32 +323,35 @@ def _default_sharding() -> jax.sharding.Sharding:
 
 
 def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
-  """The checksum of each leaf. Those that lie in host memory for want of room go to their devices one by one."""
-  sums, groups = {}, collections.defaultdict(dict)
+  """The checksum of each leaf."""
+  sums = {}
+  groups = collections.defaultdict(dict)
   for path, leaf in leaves.items():
     if not isinstance(leaf, jax.Array):
       sums[path] = checksum.host_sum(np.asarray(leaf))
     elif leaf.sharding.memory_kind == optimizer.HOST:
-      sums[path] = int(
-        checksum.array_sums(jax.device_put(leaf, leaf.sharding.with_memory_kind('device')))
-      )
+      # It lies in host memory for want of room on its devices, so that it goes there alone.
+      moved = jax.device_put(leaf, leaf.sharding.with_memory_kind('device'))
+      sums[path] = int(checksum.array_sums(moved))
     else:
       groups[frozenset(leaf.sharding.device_set)][path] = leaf
   for group in groups.values():
-    sums |= {path: int(value) for path, value in jax.device_get(checksum.array_sums(group)).items()}
+    found = jax.device_get(checksum.array_sums(group))
+    sums |= {path: int(value) for path, value in found.items()}
   return sums
 
 
 def _check_sums(values: dict[str, Any], described: dict[str, dict]) -> None:
-  """ValueError for a leaf that is not the one that was saved. Manifests from before there were sums cannot tell."""
-  for path, found in _sums(
-    {path: value for path, value in values.items() if 'sum' in described[path]}
-  ).items():
+  """ValueError for a leaf that is not the one that was saved."""
+  # The oldest manifests have no sums.
+  known = {path: value for path, value in values.items() if 'sum' in described[path]}
+  for path, found in _sums(known).items():
     if found != described[path]['sum']:
       raise ValueError(f'the bytes of {path} are not those that were saved')
 
 
 def _check_structure(described: dict[str, dict], example: PyTree, where: str) -> None:
+  """ValueError that names every leaf in which a manifest differs from the example."""
   targets = {path: _target(leaf) for path, leaf in _flatten(example)}
   problems = [f'{path} is missing' for path in sorted(targets.keys() - described.keys())]
   problems += [f'{path} is not expected' for path in sorted(described.keys() - targets.keys())]

@@ -1,10 +1,11 @@
 """A journal of rollouts: what a killed step had sampled is read again instead of sampled again.
 
-Updates are cheap beside rollouts. With every wave of rollouts on disk, a run that goes back to a checkpoint some steps ago
-repeats their updates only, and of the step it was killed in only the wave under way is sampled anew. A wave is one stream of
-the engine, whole: its rollouts shared tiles, and the last bits of a log-probability depend on the tile, so that sampling part
-of a wave would give other bits than the run that was not killed. Hosts of one run share the folder: all sample the same and
-read the same files, the first one writes them.
+Updates are cheap beside rollouts. With every wave of rollouts on disk, a run that goes back to a
+checkpoint some steps ago repeats only the updates, and samples only the wave anew that was under
+way when it was killed. A wave is kept whole or not at all, as one stream of the engine: its
+rollouts were decoded in shared tiles, and the last bits of a log-probability depend on the tile, so
+that sampling part of a wave would give other bits than an undisturbed run. Hosts of one run share
+the folder: all sample the same rollouts and read the same files, and the first host writes them.
 """
 
 import pathlib
@@ -17,37 +18,41 @@ from typing import Any
 import numpy as np
 
 from dcore_jax import distributed
-from dcore_jax.rollout.engine import Completion, Engine, Request, Source, Tag
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.requests import Completion, Request, RequestSource, Tag
 from dcore_jax.rollout.sampling import SamplingParams
 
-_PER_TOKEN = ('tokens', 'logprobs', 'full_logprobs', 'entropies')
 
-
-class Journal:
+class RolloutJournal:
   """The waves of one run in one folder, `<step>.<wave>.npz` each."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
 
   def engine(self, engine: Engine, step: int, wave: int, fingerprint: int) -> 'JournaledEngine':
-    """What samples a wave: the engine, whose completions are written down, or the file of an earlier process.
+    """An engine for one wave: it reads the file of an earlier process, or samples and writes it.
 
-    A file counts only where it bears the same `fingerprint`: of weights, prompts and sampling rules.
+    A file counts only with the same `fingerprint`, which stands for weights, prompts and sampling
+    rules.
     """
     return JournaledEngine(engine, self._folder / f'{step:08d}.{wave:04d}.npz', fingerprint)
 
   def forget(self, before: int) -> None:
     """Deletes the waves of the steps before `before`."""
-    for path in self._folder.glob('*.npz') if distributed.writes() else ():
+    if not distributed.writes():
+      return
+    for path in self._folder.glob('*.npz'):
       if int(path.name.split('.')[0]) < before:
         path.unlink()
 
 
 class JournaledEngine:
-  """An engine for one stream, as `Engine` seen by those who only sample: `generate`, `stream`, `max_len`."""
+  """An engine for one stream, for those who only sample: it has `generate`, `stream`, `max_len`."""
 
   def __init__(self, engine: Engine, path: pathlib.Path, fingerprint: int):
-    self._engine, self._path, self._fingerprint = engine, path, fingerprint
+    self._engine = engine
+    self._path = path
+    self._fingerprint = fingerprint
     self.max_len = engine.max_len
 
   def generate(
@@ -56,22 +61,31 @@ class JournaledEngine:
     sampling: SamplingParams,
     progress: Callable[[int], None] | None = None,
   ) -> list[Completion]:
-    """As `Engine.generate`, which is a loop over `stream`."""
+    """As `Engine.generate`, which is a loop over `stream` and can run on this one's."""
     return Engine.generate(self, requests, sampling, progress)
 
-  def stream(self, source: Source, sampling: SamplingParams) -> Iterator[tuple[Tag, Completion]]:
-    """As `Engine.stream`. Stop strings are refused: the file has no place for them."""
+  def stream(
+    self, source: RequestSource, sampling: SamplingParams
+  ) -> Iterator[tuple[Tag, Completion]]:
+    """As `Engine.stream`, from the file if it is there.
+
+    Raises:
+      ValueError: stop strings, for which the file has no place.
+    """
     if sampling.stop:
       raise ValueError(f'rollouts with stop strings {sampling.stop} cannot be journaled')
     held = self._read()
     if held is not None:
-      while arrivals := source(self._engine.lanes):
+      arrivals = source(self._engine.lanes)
+      while arrivals:
         for tag, request in arrivals:
           yield tag, held[request.key_id]
+        arrivals = source(self._engine.lanes)
       return
     keys: dict[Any, tuple[int, ...]] = {}
     made: dict[tuple[int, ...], Completion] = {}
 
+    # Completions come without their key; remember it by the tag of the request.
     def noted(free: int) -> Sequence[tuple[Tag, Request]]:
       arrivals = source(free)
       keys.update({tag: request.key_id for tag, request in arrivals})
@@ -83,13 +97,17 @@ class JournaledEngine:
     self._write(made)
 
   def _write(self, made: dict[tuple[int, ...], Completion]) -> None:
+    """Writes the completions by key_id: per-token columns end to end, and one entry each."""
     if not made:
       return  # no task fitted the engine
     if not distributed.writes():
       return
     completions = list(made.values())
-    columns = {name: np.concatenate([getattr(c, name) for c in completions]) for name in _PER_TOKEN}
-    columns |= {
+    columns = {
+      'tokens': np.concatenate([c.tokens for c in completions]),
+      'logprobs': np.concatenate([c.logprobs for c in completions]),
+      'full_logprobs': np.concatenate([c.full_logprobs for c in completions]),
+      'entropies': np.concatenate([c.entropies for c in completions]),
       'lengths': np.array([len(c.tokens) for c in completions]),
       'key_ids': np.array(list(made), np.int64),
       'finished': np.array([c.finished for c in completions]),
@@ -97,37 +115,48 @@ class JournaledEngine:
       'fingerprint': np.uint64(self._fingerprint),
     }
     self._path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole: a kill leaves a .partial file that nothing reads.
     beside = self._path.with_suffix('.partial')
     with beside.open('wb') as file:
       np.savez(file, **columns)
     beside.replace(self._path)
 
   def _read(self) -> dict[tuple[int, ...], Completion] | None:
-    """What the file holds by key_id; None where there is none, or one of another run or a damaged one."""
+    """The completions of the file by key_id; None without a file of this run that can be read."""
     if not self._path.exists():
       return None
     try:
-      with np.load(
-        self._path, allow_pickle=False
-      ) as file:  # a zip archive: every array has a checksum
+      # A zip archive has a checksum for every array, so that damage shows as an error.
+      with np.load(self._path, allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files}
       if columns['fingerprint'] != self._fingerprint:
         return None
-      ends = np.cumsum(columns['lengths'])[:-1]
-      rows = zip(
-        columns['key_ids'].tolist(),
-        *(np.split(columns[name], ends) for name in _PER_TOKEN),
-        columns['finished'].tolist(),
-        columns['prompt_len'].tolist(),
-        strict=True,
-      )
-      return {
-        tuple(key): Completion(*arrays, finished, None, prompt_len)
-        for key, *arrays, finished, prompt_len in rows
-      }
+      return _completions(columns)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
       warnings.warn(
-        f'the journal {self._path} cannot be read ({type(error).__name__}: {error}); its rollouts are sampled again',
+        f'the journal {self._path} cannot be read ({type(error).__name__}: {error}); '
+        'its rollouts are sampled again',
         stacklevel=2,
       )
       return None
+
+
+def _completions(columns: dict[str, np.ndarray]) -> dict[tuple[int, ...], Completion]:
+  """The inverse of `JournaledEngine._write`."""
+  ends = np.cumsum(columns['lengths'])[:-1]
+  tokens = np.split(columns['tokens'], ends)
+  logprobs = np.split(columns['logprobs'], ends)
+  full_logprobs = np.split(columns['full_logprobs'], ends)
+  entropies = np.split(columns['entropies'], ends)
+  completions = {}
+  for index, key_id in enumerate(columns['key_ids'].tolist()):
+    completions[tuple(key_id)] = Completion(
+      tokens=tokens[index],
+      logprobs=logprobs[index],
+      full_logprobs=full_logprobs[index],
+      entropies=entropies[index],
+      finished=bool(columns['finished'][index]),
+      stop=None,
+      prompt_len=int(columns['prompt_len'][index]),
+    )
+  return completions

@@ -1,4 +1,4 @@
-"""Numbers of a run: one JSON object a line in `metrics.jsonl`, the same in TensorBoard; JSON files written whole."""
+"""Numbers of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard."""
 
 import json
 import math
@@ -16,27 +16,30 @@ METRICS_FILE = 'metrics.jsonl'
 
 
 class Metrics:
-  """Appends scalars to `workdir/metrics.jsonl` and to `workdir/tensorboard`, of several hosts on the first; a context manager.
+  """Appends scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`; a context manager.
 
-  A line that an earlier, killed process left half written is cut off on opening, so that the next row starts clean.
+  Of several hosts only the first writes. A line that a killed process left half written is cut off
+  on opening, so that the next row starts on a line of its own.
   """
 
   def __init__(self, workdir: str | os.PathLike):
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / METRICS_FILE
     if not distributed.writes():
-      self._file = self._board = None
+      self._file = None
+      self._board = None
       return
     self._workdir.mkdir(parents=True, exist_ok=True)
     _cut_torn_line(self._path)
     self._file = self._path.open('a', encoding='utf-8')
-    # Unbuffered enough to be watched live: TensorBoard's file is flushed every ten seconds.
+    # Ten seconds instead of TensorBoard's two minutes, so that a run can be watched live.
     self._board = tensorboardX.SummaryWriter(str(self._workdir / 'tensorboard'), flush_secs=10)
 
   def write(self, stage: str, step: int, **scalars: Any) -> None:
-    """One row {'stage', 'step', **scalars}. Python, numpy and jax scalars; what is not finite is written as null.
+    """Writes one row {'stage', 'step', **scalars}; values that are not finite become null.
 
-    The row itself adds no wall-clock time (TensorBoard has it): two runs of one seed differ in their rates alone.
+    Scalars are Python's, numpy's or jax's. The row has no wall-clock time (TensorBoard's has), so
+    that the rows of two runs of one seed differ in their rates only.
 
     Raises:
       ValueError: a value is no single number.
@@ -52,8 +55,12 @@ class Metrics:
         self._board.add_scalar(f'{stage}/{name}', value, int(step))
 
   def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
-    """Drops the rows of `stage` from `step` on, which a stage resumed at `step` is about to write again -> those before."""
+    """Drops the rows of a stage from `step` on and returns those before.
+
+    A stage that resumes at `step` is about to write them again.
+    """
     rows = read_metrics(self._workdir)
+    # Other stages' rows stay as they are.
     kept = [row for row in rows if row['stage'] != stage or row['step'] < step]
     if self._file and len(kept) < len(rows):
       self._file.close()
@@ -62,6 +69,7 @@ class Metrics:
     return [row for row in kept if row['stage'] == stage]
 
   def close(self) -> None:
+    """Closes the files."""
     if self._file:
       self._file.close()
       self._board.close()
@@ -74,7 +82,7 @@ class Metrics:
 
 
 def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[dict[str, Any]]:
-  """The rows in the order written, of one stage or of all; [] where nothing was written.
+  """Reads the rows in the order written, of one stage or of all; [] where nothing was written.
 
   A last line without its newline is a write that was cut short, and is left out.
 
@@ -98,17 +106,21 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
 
 
 def _plain_scalar(name: str, value: Any) -> int | float | bool | None:
+  """A number that JSON has; ValueError for anything else."""
   if value is None or isinstance(value, (bool, int)):
     return value
   if isinstance(value, str) or np.size(value) != 1:
     raise ValueError(f'metric {name!r} must be one number, got {str(value)[:80]!r}')
   value = np.asarray(value).item()
   if not isinstance(value, (bool, int, float)):
-    value = float(value)  # bfloat16 and its like come out of .item() as themselves
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+    value = float(value)  # .item() leaves bfloat16 and other extension types as they are
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def _cut_torn_line(path: pathlib.Path) -> None:
+  """Cuts off what stands behind the last newline."""
   if path.exists():
     content = path.read_bytes()
     whole = content.rfind(b'\n') + 1

@@ -1,148 +1,186 @@
-"""The supervised loop: packed rows, the newest checkpoint, and each step's numbers fetched when the next one is under way."""
+"""The supervised loop: packed rows, the newest checkpoint, and a row of metrics for each step."""
 
 import math
-import pathlib
 import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+import optax
 
 from dcore_jax import sharding
-from dcore_jax.data.rows import encode_rows
+from dcore_jax.config import SftSection
 from dcore_jax.learn import sft
-from dcore_jax.learn.optimizer import init_state, make_optimizer
-from dcore_jax.models import tree_attention
-from dcore_jax.models.config import DecoderConfig
+from dcore_jax.learn.batches import Batches, BatchShape, batches
+from dcore_jax.learn.optimizer import Schedule, init_state, make_optimizer
+from dcore_jax.models.attention import tree_attention
 from dcore_jax.models.decoder import Execution
 from dcore_jax.progress import progress
+from dcore_jax.rollout.policy import Policy
+from dcore_jax.tokentree import TokenSequence, TokenTree
 from dcore_jax.train.checkpoint import Checkpoints
-from dcore_jax.train.metrics import Metrics
+from dcore_jax.train.stage_run import StageRun
 
 Params = Any
 
 
 def run_sft(
   params: Params,
-  model: DecoderConfig,
-  tokenizer: Any,
-  rows: Sequence[dict[str, Any]],
-  config: ml_collections.ConfigDict,
-  metrics: Metrics,
-  checkpoints: pathlib.Path,
+  policy: Policy,
+  sequences: Sequence[TokenSequence],
+  config: SftSection,
+  run: StageRun,
   *,
-  execution: Execution = Execution(),
-  seed: int,
+  execution: Execution,
 ) -> tuple[Params, dict[str, Any]]:
-  """Fine-tunes on the rows -> (parameters, {'rows', 'dropped', 'dedup', 'occupancy', 'attention', 'first_loss', 'last_loss',
-  'steps', 'resumed_at', 'seconds_before'}); resumes from the newest checkpoint.
+  """Fine-tunes on token sequences; resumes from the newest checkpoint.
 
   Args:
     params: where to start from; donated.
-    model, tokenizer: what they belong to.
-    rows: {id, conversations}; `loss_mask` says what of each is trained.
-    config: section `sft`: loss_mask, overlong, epochs, rows, accumulate, capacity, optimizer, learning_rate,
-      adam_learning_rate, warmup, floor, weight_decay, clip, checkpoint_every.
-    metrics: written as stage 'sft', a row a step.
-    checkpoints: folder for parameters, optimizer and position.
-    execution: how the passes run.
-    seed: of the row order.
+    policy: their model and tokenizer.
+    sequences: what is trained on, see `data.rows.encode_rows`.
+    config: section `sft`; `dcore_jax.config` says what each field means.
+    run: its metrics get a row a step as stage 'sft'. Its seed is of the row order.
+    execution: how the training passes run.
+
+  Returns:
+    (parameters, result). The result has `rows` (sequences given), `dropped` (those longer than a
+    packed row), `dedup` and `occupancy` of the packed rows, `attention`, `steps`, `first_loss` and
+    `last_loss` (means over a tenth of the steps; None where none is finite), `resumed_at` and
+    `seconds_before` of earlier processes.
+
+  Raises:
+    ValueError: a row longer than the model has positions, checkpoints made from other rows, or an
+      option that means nothing.
   """
-  sequences = encode_rows(
-    tokenizer, rows, loss_mask=config.loss_mask, capacity=config.capacity, overlong=config.overlong
-  )
-  longest = max((len(s.tokens) for s in sequences if len(s.tokens) <= config.capacity), default=0)
-  if longest > model.max_position_embeddings:
-    raise ValueError(
-      f'a row of {longest} tokens does not fit the {model.max_position_embeddings} positions of the model; '
-      'a lower sft.capacity drops it'
-    )
+  _check_positions(sequences, config.capacity, policy.config.max_position_embeddings)
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
-  data = sft.batches(
-    sequences,
-    capacity=config.capacity,
-    rows=config.rows,
-    epochs=config.epochs,
-    seed=seed,
-    accumulate=config.accumulate,
-    pad_id=tokenizer.pad_token_id or 0,
-    shards=sharding.shards(),
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-  )
-  tx = make_optimizer(
-    config.optimizer,
-    config.learning_rate,
-    'cosine',
-    warmup=config.warmup,
-    floor=config.floor,
-    total_steps=len(data),
-    weight_decay=config.weight_decay,
-    clip=config.clip,
-    adam_learning_rate=config.adam_learning_rate or None,
-  )
-  step_fn = sft.make_sft_step(model, tx, execution)
+  data = _make_batches(sequences, policy, config, run.seed)
+  tx = _optimizer(config, steps=len(data))
+  step_fn = sft.make_sft_step(policy.config, tx, execution)
   state = init_state(params, tx, offload='optimizer' in execution.offload)
   tree = data.tree
-  fingerprint = zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
-  flat = (
-    sum(map(len, tree.paths)) / tree.rows * config.rows
-  )  # tokens of the unmerged rows that a step stands for
-  with Checkpoints(checkpoints) as saved, progress(total=len(data), description='sft') as bar:
-    start, spent, opened = 0, 0.0, time.monotonic()
+  fingerprint = _fingerprint(tree)
+  with (
+    Checkpoints(run.checkpoints) as saved,
+    progress(total=len(data), description='sft') as bar,
+  ):
+    start = 0
+    seconds_before = 0.0
+    opened = time.monotonic()
     found = saved.restore(state)
     if found:
       state, extra, start = found
       if extra['rows'] != fingerprint:
-        raise ValueError(f'the checkpoints in {str(checkpoints)!r} were made from other rows')
-      spent = extra['seconds']
-      bar.initial = bar.n = start
-    losses = [
-      math.nan if row['loss'] is None else row['loss'] for row in metrics.rewind('sft', start)
-    ]
+        raise ValueError(f'the checkpoints in {str(run.checkpoints)!r} were made from other rows')
+      seconds_before = extra['seconds']
+      bar.initial = start
+      bar.n = start
+    # Of the steps before this process too: the result tells the first and last loss of the run.
+    losses = []
+    for row in run.metrics.rewind('sft', start):
+      losses.append(math.nan if row['loss'] is None else row['loss'])
+    # Tokens of the unmerged sequences that a step stands for: what a rate is compared by.
+    step_tokens = sum(map(len, tree.paths)) / tree.rows * config.rows
 
     def log(step: int, values: dict[str, jax.Array]) -> None:
       losses.append(float(values['loss']))
-      metrics.write(
+      seconds = time.monotonic() - opened
+      run.metrics.write(
         'sft',
         step,
         loss=losses[-1],
         grad_norm=float(values['grad_norm']),
         skipped=int(values['skipped']),
-        tokens_per_second=(step + 1 - start) * flat / (time.monotonic() - opened),
+        tokens_per_second=(step + 1 - start) * step_tokens / seconds,
       )
       bar.set_postfix(loss=f'{losses[-1]:.3f}')
 
     waiting = None
     for step, batch in enumerate(data.prefetched(start), start):
       state, values = step_fn(state, sharding.place_batch(batch))
-      if waiting:  # fetched only now, so that the device is already busy with the next step
+      # Numbers of the step before are fetched only now, when the device is busy with this one.
+      if waiting:
         log(*waiting)
-      waiting = step, values
+      waiting = (step, values)
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(data):
         log(*waiting)
         waiting = None
-        saved.save(
-          step + 1, state, {'seconds': spent + time.monotonic() - opened, 'rows': fingerprint}
-        )
+        seconds = seconds_before + time.monotonic() - opened
+        saved.save(step + 1, state, {'seconds': seconds, 'rows': fingerprint})
       bar.update(1)
   tenth = max(1, len(losses) // 10)
-  mean = lambda part: (
-    float(np.mean(finite)) if (finite := [loss for loss in part if math.isfinite(loss)]) else None
-  )  # or skipped
   return state.params, {
-    'rows': len(rows),
+    'rows': len(sequences),
     'dropped': len(tree.dropped),
     'dedup': tree.dedup,
     'occupancy': tree.live / tree.tokens.size,
     'attention': tree_attention.resolve(execution.attention),
     'steps': len(losses),
-    'first_loss': mean(losses[:tenth]),
-    'last_loss': mean(losses[-tenth:]),
+    'first_loss': _finite_mean(losses[:tenth]),
+    'last_loss': _finite_mean(losses[-tenth:]),
     'resumed_at': start,
-    'seconds_before': spent,
+    'seconds_before': seconds_before,
   }
+
+
+def _make_batches(
+  sequences: Sequence[TokenSequence],
+  policy: Policy,
+  config: SftSection,
+  seed: int,
+) -> Batches:
+  """Packs the sequences; this host gets its part of each batch."""
+  shape = BatchShape(
+    rows=config.rows,
+    accumulate=config.accumulate,
+    shards=sharding.shards(),
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+  )
+  return batches(
+    sequences,
+    shape,
+    capacity=config.capacity,
+    epochs=config.epochs,
+    seed=seed,
+    # Padding sees only itself and has no weight: any token will do where a tokenizer has none.
+    pad_id=policy.tokenizer.pad_token_id or 0,
+  )
+
+
+def _optimizer(config: SftSection, steps: int) -> optax.GradientTransformation:
+  """The section's optimizer, whose learning rate falls along a cosine over all steps."""
+  return make_optimizer(
+    config.optimizer,
+    config.learning_rate,
+    Schedule('cosine', warmup=config.warmup, floor=config.floor, total_steps=steps),
+    weight_decay=config.weight_decay,
+    clip=config.clip,
+    adam_learning_rate=config.adam_learning_rate or None,
+  )
+
+
+def _check_positions(sequences: Sequence[TokenSequence], capacity: int, positions: int) -> None:
+  """ValueError where a sequence that is not dropped has more tokens than the model positions."""
+  lengths = [len(sequence.tokens) for sequence in sequences]
+  longest = max((length for length in lengths if length <= capacity), default=0)
+  if longest > positions:
+    raise ValueError(
+      f'a row of {longest} tokens does not fit the {positions} positions of the model; '
+      'a lower sft.capacity drops it'
+    )
+
+
+def _fingerprint(tree: TokenTree) -> int:
+  """Tells whether a checkpoint was made from the same packed rows."""
+  return zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
+
+
+def _finite_mean(losses: Sequence[float]) -> float | None:
+  """The mean of the finite losses, None without any: a skipped step may have none."""
+  finite = [loss for loss in losses if math.isfinite(loss)]
+  return float(np.mean(finite)) if finite else None

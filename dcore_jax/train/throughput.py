@@ -10,13 +10,16 @@ import numpy as np
 from dcore_jax import tokentree
 from dcore_jax.models.config import DecoderConfig
 
-_SIZES = {'cpu': 2048}  # of the matrices; larger ones, to fill an accelerator, elsewhere
+# Rows of the square matrices. An accelerator is not filled by what a CPU can multiply in time.
+_CPU_SIZE = 2048
+_ACCELERATOR_SIZE = 8192
 
 
 def forward_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
-  """Operations of one forward pass over a tree, two a multiply-add: what is computed, without padding.
+  """Operations of one forward pass over a tree, two for each multiply-add, without padding.
 
-  Layers on every token, attention on the position + 1 keys that a token sees, the head on loss tokens.
+  Layers run on every token, attention on the position + 1 keys that a token sees, and the head on
+  loss tokens.
   """
   head = 2.0 * config.vocab_size * config.hidden_size
   one_key = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
@@ -29,11 +32,15 @@ def forward_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
 
 @functools.cache
 def matmul_rate(dtype: str) -> float:
-  """Operations a second that a large matrix product of this type reaches here, over all devices: the peak that MFU refers to."""
-  size = _SIZES.get(jax.default_backend(), 8192)
+  """Operations a second that a large matrix product reaches here, over all devices.
+
+  It is the peak that MFU (model FLOPs utilisation) refers to: measured, since data sheets are not
+  reached. The best of three runs counts.
+  """
+  size = _CPU_SIZE if jax.default_backend() == 'cpu' else _ACCELERATOR_SIZE
   a = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: a @ a)
-  jax.block_until_ready(product(a))
+  jax.block_until_ready(product(a))  # compiles
   seconds = []
   for _ in range(3):
     began = time.perf_counter()

@@ -1,9 +1,11 @@
 """The executable APIs of BFCL v3's multi-turn tasks, run from an installed bfcl-eval 2025.6.16.
 
-That package pins dozens of others. Nothing of it is imported here but the plain Python classes of its APIs, which need one of
-them, so that it may be installed beside: `pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0`.
-A call is made by name among the public methods of the listed classes, with literal arguments: nothing is evaluated, unlike in
-the harness itself (harnesses.md A3).
+That package pins dozens of others. Only the plain Python classes of its APIs are imported here, and
+they need one other package, so both can be installed into a folder of their own (`make harnesses`):
+`pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0`.
+
+A call names a public method of one of the listed classes and has literal arguments. Nothing is
+evaluated, whereas BFCL's own harness passes the text that a model wrote to `eval`.
 """
 
 import copy
@@ -21,7 +23,7 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import parse_reference
 
 INSTALL = 'pip install --no-deps --target .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0'
-# class -> its module and its file of function docs
+# Class -> its module, and its file of function docs.
 CLASSES = {
   'GorillaFileSystem': ('gorilla_file_system', 'gorilla_file_system'),
   'MathAPI': ('math_api', 'math_api'),
@@ -33,19 +35,26 @@ CLASSES = {
   'VehicleControlAPI': ('vehicle_control', 'vehicle_control'),
 }
 _SOURCES = 'bfcl_eval.eval_checker.multi_turn_eval.func_source_code'
-# Of the calculator, which would compute as many digits as a model asks for, and hold up everything for it.
+# Largest arguments of the calculator. It would compute as many digits as a model asks for, and
+# everything else would wait for it.
 _LARGEST = {'exponent': 1_000, 'precision': 1_000, 'decimal_places': 1_000}
-_NODES = 20_000  # of a state that is looked at; a file system copied into itself has no end
+# Values of a state that are looked at. A folder that was copied into itself has no end.
+_NODES = 20_000
+_OUTPUT = 500  # characters of an error that a model is shown
 
 
 def package_folder() -> pathlib.Path:
-  """The folder of the package `bfcl_eval`: importable, or in `.bfcl` below the current one; ValueError for neither."""
+  """The folder of the package `bfcl_eval`: importable, or in `.bfcl` below the current folder.
+
+  Raises:
+    ValueError: it is in neither place.
+  """
   spec = importlib.util.find_spec('bfcl_eval')
   places = [pathlib.Path(place) for place in spec.submodule_search_locations] if spec else []
   for folder in (*places, pathlib.Path('.bfcl/bfcl_eval').resolve()):
     if (folder / 'data').is_dir():
       return folder
-  raise ValueError(f'BFCL is not installed: {INSTALL}')
+  raise ValueError(f'BFCL is not installed: {INSTALL} (make harnesses does this)')
 
 
 @functools.cache
@@ -53,7 +62,7 @@ def _class(name: str) -> type:
   if name not in CLASSES:
     raise ValueError(f'no API {name!r}; expected one of {sorted(CLASSES)}')
   folder = str(package_folder().parent)
-  sys.path.append(folder)
+  sys.path.append(folder)  # at the end, so that nothing of the folder hides another module
   try:
     return getattr(importlib.import_module(f'{_SOURCES}.{CLASSES[name][0]}'), name)
   except ModuleNotFoundError as error:
@@ -74,25 +83,33 @@ class BfclSandbox:
   Args:
     classes: names of CLASSES.
     config: class -> scenario, as in BFCL's `initial_config`.
-    done: calls, as text, that have been made before.
+    done: calls that have been made before, as text.
+
+  Raises:
+    ValueError: an unknown class, a call that is no call, or BFCL is not installed.
   """
 
   def __init__(self, classes: Sequence[str], config: Mapping[str, Any], done: Sequence[str] = ()):
-    self.instances, self._methods = {}, {}
+    self.instances: dict[str, Any] = {}
+    self._methods: dict[str, Any] = {}
     for name in classes:
       instance = _class(name)()
       if hasattr(instance, '_load_scenario'):  # the calculator has no state
-        instance._load_scenario(copy.deepcopy(config.get(name, {})))  # pylint: disable=protected-access
+        scenario = copy.deepcopy(config.get(name, {}))
+        instance._load_scenario(scenario)  # pylint: disable=protected-access
       self.instances[name] = instance
-      self._methods |= {
-        n: m for n, m in inspect.getmembers(instance, inspect.ismethod) if not n.startswith('_')
-      }
+      for method_name, method in inspect.getmembers(instance, inspect.ismethod):
+        if not method_name.startswith('_'):
+          self._methods[method_name] = method
     for call in parse_reference(list(done)):
       self.run(call)
 
   @property
   def state(self) -> Any:
-    """What BFCL compares: the public attributes of each API. One too large to look at equals no other."""
+    """What BFCL compares: the public attributes of each API.
+
+    A state that is too large to look at equals no other.
+    """
     budget = [_NODES]
     try:
       return {name: _plain(instance, budget) for name, instance in self.instances.items()}
@@ -100,6 +117,7 @@ class BfclSandbox:
       return object()
 
   def run(self, call: ToolCall) -> str:
+    """See `Sandbox.run`; outputs are those that BFCL shows."""
     method = self._methods.get(call.name)
     if method is None:
       return json.dumps({'error': f'there is no function {call.name[:80]}'})
@@ -107,7 +125,8 @@ class BfclSandbox:
       given = inspect.signature(method).bind(
         *copy.deepcopy(call.positional), **copy.deepcopy(call.arguments)
       )
-      # A list that is a default and gets changed (`mention` does that to `post_tweet`'s) would reach into other sandboxes.
+      # `mention` changes a list that is a default value of `post_tweet`. The default belongs to the
+      # class, so without a copy one sandbox would reach into all others.
       for name, parameter in given.signature.parameters.items():
         if isinstance(parameter.default, (list, dict)):
           given.arguments.setdefault(name, copy.deepcopy(parameter.default))
@@ -115,12 +134,13 @@ class BfclSandbox:
         if abs(given.arguments.get(parameter, 0)) > largest:
           raise ValueError(f'{parameter} is beyond {largest}')
       return _text(method(*given.args, **given.kwargs))
-    except Exception as error:  # whatever an API makes of a model's arguments  # pylint: disable=broad-except
-      return f'Error during execution: {error}'[:500]
+    # The APIs do not check their arguments, and a model may write any: what they raise is shown.
+    except Exception as error:  # pylint: disable=broad-except
+      return f'Error during execution: {error}'[:_OUTPUT]
 
 
 def _text(result: Any) -> str:
-  """An output as BFCL shows it: dicts as JSON, but for those that hold a number of mpmath or decimal."""
+  """An output as BFCL shows it: a dict as JSON, unless it holds a number of mpmath or decimal."""
   if isinstance(result, dict):
     try:
       return json.dumps(result)
@@ -130,7 +150,11 @@ def _text(result: Any) -> str:
 
 
 def _plain(value: Any, budget: list[int]) -> Any:
-  """Attributes of attributes as data; those beginning with _ and ways back up are left out, as in BFCL's own comparison."""
+  """Attributes of attributes as data.
+
+  Names that begin with _ and references back to the parent are left out, as in BFCL's own
+  comparison. `budget` holds the number of values that may still be looked at.
+  """
   budget[0] -= 1
   if budget[0] < 0:
     raise OverflowError

@@ -1,4 +1,4 @@
-"""What can be asked of BFCL's messages, of its trading account, and of its calculator."""
+"""What can be asked of BFCL's messages, trading account and calculator."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from dcore_jax.worlds.bfcl_writer import (
   NOTHING,
   PLACES,
   Clause,
+  Mention,
   Move,
   Output,
   Repertoire,
@@ -16,13 +17,14 @@ from dcore_jax.worlds.bfcl_writer import (
 )
 
 _SYMBOLS = ('HRBR', 'ORCD', 'LGTH', 'QURY', 'MRKT', 'OBSV', 'GRNH', 'FNDY', 'FERY', 'ARCV')
-_PENDING = ('Open', 'Pending')
+_PENDING = ('Open', 'Pending')  # the states in which an order can be cancelled
 
-# --- messages -------------------------------------------------------------------------------------------------------------
+# --- messages ---
 
 
 def _message_scenario(w: Writer) -> dict[str, Any]:
-  names, first = w.several(FIRST, 5), w.number(20, 900)
+  names = w.several(FIRST, 5)
+  first = w.number(20, 900)
   users = {name.title(): f'USR{first + i:03}' for i, name in enumerate(names)}
   me, *others = users.values()
   inbox = [{w.choice(others): f'{w.choice(PLACES)}: {w.choice(LINES)}'} for _ in range(4)]
@@ -41,30 +43,30 @@ def _others(w: Writer) -> list[str]:
 
 
 def _send(w: Writer, chained: bool) -> Clause | None:
-  found, words = w.which(chained, _others(w), 'user', 'user {}'), w.choice(LINES)
-  call = found and ToolCall('send_message', {'receiver_id': found[1], 'message': words})
-  return found and Clause(
-    f'send "{words}" to {found[0]}',
-    [call],
-    f'User {found[1]} has your message.',
-    chained,
-    (f'send a message to {found[0]}', 'What shall the message say?'),
+  found = w.which(chained, _others(w), 'user', 'user {}')
+  words = w.choice(LINES)
+  if not found:
+    return None
+  return Clause(
+    text=f'send "{words}" to {found.words}',
+    calls=[ToolCall('send_message', {'receiver_id': found.value, 'message': words})],
+    report=f'User {found.value} has your message.',
+    chained=chained,
+    partial=(f'send a message to {found.words}', 'What shall the message say?'),
   )
 
 
 def _write_to(w: Writer, chained: bool) -> Clause:
-  """One subtask of two calls: who is named is looked up first."""
-  (name, user), words = (
-    w.choice([(n, u) for n, u in w.api.user_map.items() if u != w.api.current_user]),
-    w.choice(LINES),
-  )
+  """One subtask of two calls: the user's id is looked up first."""
+  name, user = w.choice([(n, u) for n, u in w.api.user_map.items() if u != w.api.current_user])
+  words = w.choice(LINES)
   return Clause(
-    f'look up {name} and send them "{words}"',
-    [
+    text=f'look up {name} and send them "{words}"',
+    calls=[
       ToolCall('get_user_id', {'user': name}),
       ToolCall('send_message', {'receiver_id': user, 'message': words}),
     ],
-    f'{name} has your message.',
+    report=f'{name} has your message.',
     partial=(f'look up {name} and send them a message', 'What shall the message say?'),
   )
 
@@ -72,11 +74,11 @@ def _write_to(w: Writer, chained: bool) -> Clause:
 def _look_up(w: Writer, chained: bool) -> Clause:
   name = w.choice(w.api.user_map)
   return Clause(
-    f'look up the user id of {name}',
-    [ToolCall('get_user_id', {'user': name})],
-    f'The user id of {name} is found.',
+    text=f'look up the user id of {name}',
+    calls=[ToolCall('get_user_id', {'user': name})],
+    report=f'The user id of {name} is found.',
     partial=('look up the user id of my colleague', 'What is the name of your colleague?'),
-    makes=('that user', Output('user_id')),
+    makes=Mention('that user', Output('user_id')),
   )
 
 
@@ -86,32 +88,35 @@ def _add_contact(w: Writer, chained: bool) -> Clause | None:
     return None
   name = w.choice(names)
   return Clause(
-    f'add {name} to my contacts',
-    [ToolCall('add_contact', {'user_name': name})],
-    f'{name} is among your contacts now.',
+    text=f'add {name} to my contacts',
+    calls=[ToolCall('add_contact', {'user_name': name})],
+    report=f'{name} is among your contacts now.',
     partial=('add somebody to my contacts', 'What is the name of the new contact?'),
-    makes=('that contact', Output('user_id')),
+    makes=Mention('that contact', Output('user_id')),
   )
 
 
 def _delete_message(w: Writer, chained: bool) -> Clause | None:
-  found = w.which(
-    chained, sorted({user for message in w.api.inbox for user in message}), 'user', 'user {}'
-  )
-  return found and Clause(
-    f'delete the latest message to {found[0]}',
-    [ToolCall('delete_message', {'receiver_id': found[1]})],
-    f'The latest message to user {found[1]} is deleted.',
-    chained,
-    ('delete a message of mine', 'To whom was the message?'),
+  users: set[str] = set()
+  for message in w.api.inbox:
+    users |= message.keys()
+  found = w.which(chained, sorted(users), 'user', 'user {}')
+  if not found:
+    return None
+  return Clause(
+    text=f'delete the latest message to {found.words}',
+    calls=[ToolCall('delete_message', {'receiver_id': found.value})],
+    report=f'The latest message to user {found.value} is deleted.',
+    chained=chained,
+    partial=('delete a message of mine', 'To whom was the message?'),
   )
 
 
 def _sent(w: Writer, chained: bool) -> Clause:
   return Clause(
-    'show me the messages that I have sent',
-    [ToolCall('view_messages_sent', {})],
-    'Here are your messages.',
+    text='show me the messages that I have sent',
+    calls=[ToolCall('view_messages_sent', {})],
+    report='Here are your messages.',
     makes=NOTHING,
   )
 
@@ -119,9 +124,9 @@ def _sent(w: Writer, chained: bool) -> Clause:
 def _find_messages(w: Writer, chained: bool) -> Clause:
   word = w.choice(PLACES)
   return Clause(
-    f'search my messages for "{word}"',
-    [ToolCall('search_messages', {'keyword': word})],
-    f'These are the messages about "{word}".',
+    text=f'search my messages for "{word}"',
+    calls=[ToolCall('search_messages', {'keyword': word})],
+    report=f'These are the messages about "{word}".',
     partial=('search my messages', 'What shall I search for?'),
     makes=NOTHING,
   )
@@ -129,14 +134,14 @@ def _find_messages(w: Writer, chained: bool) -> Clause:
 
 def _message_counts(w: Writer, chained: bool) -> Clause:
   return Clause(
-    'get the statistics of my messages',
-    [ToolCall('get_message_stats', {})],
-    'Here are the statistics.',
+    text='get the statistics of my messages',
+    calls=[ToolCall('get_message_stats', {})],
+    report='Here are the statistics.',
     makes=NOTHING,
   )
 
 
-# --- trading --------------------------------------------------------------------------------------------------------------
+# --- trading ---
 
 
 def _trading_scenario(w: Writer) -> dict[str, Any]:
@@ -183,12 +188,14 @@ def _trading_scenario(w: Writer) -> dict[str, Any]:
 
 def _quote(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.stocks, 'stock')
-  return found and Clause(
-    f'show me the figures of {found[0]}',
-    [ToolCall('get_stock_info', {'symbol': found[1]})],
-    f'These are the figures of {found[1]}.',
-    chained,
-    ('show me the figures of a stock', 'Of which stock?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'show me the figures of {found.words}',
+    calls=[ToolCall('get_stock_info', {'symbol': found.value})],
+    report=f'These are the figures of {found.value}.',
+    chained=chained,
+    partial=('show me the figures of a stock', 'Of which stock?'),
   )
 
 
@@ -197,22 +204,22 @@ def _order(order_type: str) -> Move:
   verb = order_type.lower()
 
   def move(w: Writer, chained: bool) -> Clause | None:
-    found, amount, price = (
-      w.which(chained, w.api.stocks, 'stock'),
-      w.number(2, 90),
-      w.number(800, 40_000) / 100,
-    )
-    call = found and ToolCall(
+    found = w.which(chained, w.api.stocks, 'stock')
+    amount = w.number(2, 90)
+    price = w.number(800, 40_000) / 100
+    if not found:
+      return None
+    call = ToolCall(
       'place_order',
-      {'order_type': order_type, 'symbol': found[1], 'price': price, 'amount': amount},
+      {'order_type': order_type, 'symbol': found.value, 'price': price, 'amount': amount},
     )
-    return found and Clause(
-      f'{verb} {amount} shares of {found[0]} at {price} dollars',
-      [call],
-      f'The order to {verb} {found[1]} is placed.',
-      chained,
-      (f'{verb} shares of {found[0]}', 'How many shares, and at which price?'),
-      ('that order', w.api.order_counter),
+    return Clause(
+      text=f'{verb} {amount} shares of {found.words} at {price} dollars',
+      calls=[call],
+      report=f'The order to {verb} {found.value} is placed.',
+      chained=chained,
+      partial=(f'{verb} shares of {found.words}', 'How many shares, and at which price?'),
+      makes=Mention('that order', w.api.order_counter),
     )
 
   return move
@@ -220,24 +227,28 @@ def _order(order_type: str) -> Move:
 
 def _show_order(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.orders, 'order', 'order {}')
-  return found and Clause(
-    f'show me {found[0]}',
-    [ToolCall('get_order_details', {'order_id': found[1]})],
-    f'This is order {found[1]}.',
-    chained,
-    ('show me an order', 'What is the number of the order?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'show me {found.words}',
+    calls=[ToolCall('get_order_details', {'order_id': found.value})],
+    report=f'This is order {found.value}.',
+    chained=chained,
+    partial=('show me an order', 'What is the number of the order?'),
   )
 
 
 def _cancel_order(w: Writer, chained: bool) -> Clause | None:
   pending = [number for number, order in w.api.orders.items() if order['status'] in _PENDING]
   found = w.which(chained, pending, 'order', 'order {}')
-  return found and Clause(
-    f'cancel {found[0]}',
-    [ToolCall('cancel_order', {'order_id': found[1]})],
-    f'Order {found[1]} is cancelled.',
-    chained,
-    ('cancel my order', 'Which order shall I cancel?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'cancel {found.words}',
+    calls=[ToolCall('cancel_order', {'order_id': found.value})],
+    report=f'Order {found.value} is cancelled.',
+    chained=chained,
+    partial=('cancel my order', 'Which order shall I cancel?'),
   )
 
 
@@ -245,33 +256,38 @@ def _watch(w: Writer, chained: bool) -> Clause | None:
   found = w.which(
     chained, [symbol for symbol in w.api.stocks if symbol not in w.api.watch_list], 'stock'
   )
-  return found and Clause(
-    f'put {found[0]} on my watchlist',
-    [ToolCall('add_to_watchlist', {'stock': found[1]})],
-    f'{found[1]} is on your watchlist.',
-    chained,
-    ('put a stock on my watchlist', 'Which stock shall I add?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'put {found.words} on my watchlist',
+    calls=[ToolCall('add_to_watchlist', {'stock': found.value})],
+    report=f'{found.value} is on your watchlist.',
+    chained=chained,
+    partial=('put a stock on my watchlist', 'Which stock shall I add?'),
   )
 
 
 def _unwatch(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.watch_list, 'stock')
-  return found and Clause(
-    f'take {found[0]} off my watchlist',
-    [ToolCall('remove_stock_from_watchlist', {'symbol': found[1]})],
-    f'{found[1]} is off your watchlist.',
-    chained,
-    ('take a stock off my watchlist', 'Which stock shall I take off?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'take {found.words} off my watchlist',
+    calls=[ToolCall('remove_stock_from_watchlist', {'symbol': found.value})],
+    report=f'{found.value} is off your watchlist.',
+    chained=chained,
+    partial=('take a stock off my watchlist', 'Which stock shall I take off?'),
   )
 
 
 def _moved(w: Writer, chained: bool) -> Clause:
-  stocks, percent = w.several(w.api.stocks, 2), w.number(1, 4)
+  stocks = w.several(w.api.stocks, 2)
+  percent = w.number(1, 4)
   call = ToolCall('notify_price_change', {'stocks': stocks, 'threshold': percent})
   return Clause(
-    f'tell me whether {" or ".join(stocks)} moved by {percent} percent or more',
-    [call],
-    f'{" and ".join(stocks)} have been checked.',
+    text=f'tell me whether {" or ".join(stocks)} moved by {percent} percent or more',
+    calls=[call],
+    report=f'{" and ".join(stocks)} have been checked.',
     partial=(
       f'tell me whether {" or ".join(stocks)} moved much',
       'From how many percent is it much?',
@@ -282,15 +298,16 @@ def _moved(w: Writer, chained: bool) -> Clause:
 def _fund(w: Writer, chained: bool) -> Clause:
   amount = w.number(2, 90) * 50
   return Clause(
-    f'add {amount} dollars to my account',
-    [ToolCall('fund_account', {'amount': amount})],
-    f'{amount} dollars have been added.',
+    text=f'add {amount} dollars to my account',
+    calls=[ToolCall('fund_account', {'amount': amount})],
+    report=f'{amount} dollars have been added.',
     partial=('add money to my account', 'How much shall I add?'),
   )
 
 
 def _withdraw(w: Writer, chained: bool) -> Clause | None:
   account = w.api.account_info
+  # At most 450 dollars are withdrawn, and the call must succeed.
   if account['balance'] < 500:
     return None
   amount = w.number(1, 9) * 50
@@ -299,9 +316,9 @@ def _withdraw(w: Writer, chained: bool) -> Clause | None:
     {'account_id': account['account_id'], 'xact_type': 'withdrawal', 'amount': amount},
   )
   return Clause(
-    f'make a withdrawal of {amount} dollars from account {account["account_id"]}',
-    [call],
-    f'{amount} dollars have been withdrawn.',
+    text=f'make a withdrawal of {amount} dollars from account {account["account_id"]}',
+    calls=[call],
+    report=f'{amount} dollars have been withdrawn.',
     partial=(
       f'make a withdrawal from account {account["account_id"]}',
       'How much shall I withdraw?',
@@ -313,12 +330,12 @@ def _look(tool: str, words: str, report: str) -> Move:
   """A move that lists something of the account."""
 
   def move(w: Writer, chained: bool) -> Clause:
-    return Clause(words, [ToolCall(tool, {})], report, makes=NOTHING)
+    return Clause(text=words, calls=[ToolCall(tool, {})], report=report, makes=NOTHING)
 
   return move
 
 
-# --- calculator -----------------------------------------------------------------------------------------------------------
+# --- calculator ---
 
 _LENGTHS = ('km', 'm', 'cm', 'mm')
 _IMPERIAL = (
@@ -334,28 +351,36 @@ _IMPERIAL = (
 
 
 def _numbers_scenario(w: Writer) -> dict[str, Any]:
-  """The calculator remembers nothing: what a wrong call gives is seen in its output alone."""
+  """An empty scenario: the calculator has no state, so a wrong call shows in its output alone."""
   del w
   return {}
 
 
 def _over_list(tool: str, words: str) -> Move:
+  """A move that works out one number from a list: `words` is what the number is called."""
+
   def move(w: Writer, chained: bool) -> Clause:
     numbers = [w.number(2, 95) for _ in range(w.number(4, 6))]
     listed = f'{", ".join(map(str, numbers[:-1]))} and {numbers[-1]}'
     return Clause(
-      f'work out the {words} of {listed}',
-      [ToolCall(tool, {'numbers': numbers})],
-      f'The {words} has been worked out.',
+      text=f'work out the {words} of {listed}',
+      calls=[ToolCall(tool, {'numbers': numbers})],
+      report=f'The {words} has been worked out.',
       partial=(f'work out the {words} of my numbers', 'Which numbers are they?'),
-      makes=('that result', Output('result')),
+      makes=Mention('that result', Output('result')),
     )
 
   return move
 
 
 def _over_two(tool: str, words: str, high: int) -> Move:
-  """A move on two numbers, of which the first may be an earlier result: `words` with {0} and {1}, the second up to `high`."""
+  """A move on two numbers; the first of them may be an earlier result.
+
+  Args:
+    tool: the function.
+    words: the request, with {0} and {1} for the numbers.
+    high: the largest second number.
+  """
   first, second = {'power': ('base', 'exponent'), 'percentage': ('part', 'whole')}.get(
     tool, ('a', 'b')
   )
@@ -366,49 +391,51 @@ def _over_two(tool: str, words: str, high: int) -> Move:
       return None
     other = w.number(2, high)
     return Clause(
-      words.format(name or value, other),
-      [ToolCall(tool, {first: value, second: other})],
-      'That has been worked out.',
-      chained,
-      (words.format(name or value, 'another number'), 'Which other number do you mean?'),
-      ('that result', Output('result')),
+      text=words.format(name or value, other),
+      calls=[ToolCall(tool, {first: value, second: other})],
+      report='That has been worked out.',
+      chained=chained,
+      partial=(words.format(name or value, 'another number'), 'Which other number do you mean?'),
+      makes=Mention('that result', Output('result')),
     )
 
   return move
 
 
 def _convert(w: Writer, chained: bool) -> Clause:
-  value, metric = w.number(3, 700), w.rng.random() < 0.5
+  value = w.number(3, 700)
+  metric = w.rng.random() < 0.5
   unit_in, unit_out = w.rng.permutation(_LENGTHS)[:2].tolist() if metric else w.choice(_IMPERIAL)
   call = ToolCall(
     'si_unit_conversion' if metric else 'imperial_si_conversion',
     {'value': value, 'unit_in': unit_in, 'unit_out': unit_out},
   )
   return Clause(
-    f'convert {value} {unit_in} to {unit_out}',
-    [call],
-    f'{value} {unit_in} have been converted to {unit_out}.',
+    text=f'convert {value} {unit_in} to {unit_out}',
+    calls=[call],
+    report=f'{value} {unit_in} have been converted to {unit_out}.',
     partial=(f'convert {value} {unit_in}', 'To which unit shall I convert it?'),
-    makes=('that result', Output('result')),
+    makes=Mention('that result', Output('result')),
   )
 
 
 def _round(w: Writer, chained: bool) -> Clause:
-  number, places = w.number(10**6, 10**7) / 10**5, w.number(1, 2)
+  number = w.number(10**6, 10**7) / 10**5
+  places = w.number(1, 2)
   call = ToolCall('round_number', {'number': number, 'decimal_places': places})
   return Clause(
-    f'round {number} to {places} decimal places',
-    [call],
-    f'{number} has been rounded.',
+    text=f'round {number} to {places} decimal places',
+    calls=[call],
+    report=f'{number} has been rounded.',
     partial=(f'round {number}', 'To how many decimal places?'),
-    makes=('that result', Output('result')),
+    makes=Mention('that result', Output('result')),
   )
 
 
 REPERTOIRES = {
   'MessageAPI': Repertoire(
-    _message_scenario,
-    (
+    scenario=_message_scenario,
+    moves=(
       _send,
       _write_to,
       _look_up,
@@ -418,11 +445,11 @@ REPERTOIRES = {
       _find_messages,
       _message_counts,
     ),
-    frozenset({'send_message', 'add_contact', 'delete_message'}),
+    sole=frozenset({'send_message', 'add_contact', 'delete_message'}),
   ),
   'TradingBot': Repertoire(
-    _trading_scenario,
-    (
+    scenario=_trading_scenario,
+    moves=(
       _quote,
       _order('Buy'),
       _order('Sell'),
@@ -441,7 +468,7 @@ REPERTOIRES = {
         'These are the numbers of your orders.',
       ),
     ),
-    frozenset(
+    sole=frozenset(
       {
         'get_stock_info',
         'place_order',
@@ -456,8 +483,8 @@ REPERTOIRES = {
     ),
   ),
   'MathAPI': Repertoire(
-    _numbers_scenario,
-    (
+    scenario=_numbers_scenario,
+    moves=(
       _over_list('mean', 'mean'),
       _over_list('standard_deviation', 'standard deviation'),
       _over_list('sum_values', 'sum'),
@@ -472,6 +499,6 @@ REPERTOIRES = {
       _convert,
       _round,
     ),
-    frozenset({'round_number'}),
+    sole=frozenset({'round_number'}),
   ),
 }

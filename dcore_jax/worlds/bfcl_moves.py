@@ -1,10 +1,19 @@
 """What can be asked of BFCL's tickets, posts and files."""
 
-from collections.abc import Callable
 from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.bfcl_writer import FIRST, LINES, NOTHING, PLACES, Clause, Repertoire, Writer
+from dcore_jax.worlds.bfcl_writer import (
+  FIRST,
+  LINES,
+  NOTHING,
+  PLACES,
+  Clause,
+  Mention,
+  Move,
+  Repertoire,
+  Writer,
+)
 
 _TROUBLES = (
   'scanner jams',
@@ -43,11 +52,12 @@ _FOLDERS = ('attic', 'inbox', 'spring', 'sealed', 'shared', 'voyage', 'kiln', 'a
 _TAGS = ('#harvest', '#lanterns', '#tides', '#granite', '#sparrows', '#ferns')
 
 
-# --- tickets --------------------------------------------------------------------------------------------------------------
+# --- tickets ---
 
 
 def _ticket_scenario(w: Writer) -> dict[str, Any]:
-  user, first = w.choice(FIRST).title(), w.number(300, 900)
+  user = w.choice(FIRST).title()
+  first = w.number(300, 900)
   tickets = [
     {
       'id': first + i,
@@ -67,7 +77,8 @@ def _open_tickets(w: Writer) -> list[int]:
 
 
 def _create_ticket(w: Writer, chained: bool) -> Clause:
-  title, priority = f'{w.choice(PLACES)} {w.choice(_TROUBLES)}', w.number(1, 5)
+  title = f'{w.choice(PLACES)} {w.choice(_TROUBLES)}'
+  priority = w.number(1, 5)
   arguments = {'title': title, 'priority': priority}
   text = f'open a ticket titled "{title}" with priority {priority}'
   if w.rng.random() < 0.4:
@@ -75,68 +86,81 @@ def _create_ticket(w: Writer, chained: bool) -> Clause:
     text += f' and the description "{arguments["description"]}"'
   number = w.api.ticket_counter
   return Clause(
-    text,
-    [ToolCall('create_ticket', arguments)],
-    f'Ticket {number}, "{title}", has been opened.',
+    text=text,
+    calls=[ToolCall('create_ticket', arguments)],
+    report=f'Ticket {number}, "{title}", has been opened.',
     partial=(f'open a ticket with priority {priority}', 'What is the title of the ticket to be?'),
-    makes=('that ticket', number),
+    makes=Mention('that ticket', number),
   )
 
 
 def _get_ticket(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, [ticket['id'] for ticket in w.api.ticket_queue], 'ticket', 'ticket {}')
-  return found and Clause(
-    f'show me {found[0]}',
-    [ToolCall('get_ticket', {'ticket_id': found[1]})],
-    f'Here is ticket {found[1]}.',
-    chained,
-    ('show me a ticket', 'What is the number of the ticket?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'show me {found.words}',
+    calls=[ToolCall('get_ticket', {'ticket_id': found.value})],
+    report=f'Here is ticket {found.value}.',
+    chained=chained,
+    partial=('show me a ticket', 'What is the number of the ticket?'),
   )
 
 
 def _close_ticket(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
-  return found and Clause(
-    f'close {found[0]}',
-    [ToolCall('close_ticket', {'ticket_id': found[1]})],
-    f'Ticket {found[1]} has been closed.',
-    chained,
-    ('close my ticket', 'Which ticket shall I close?'),
+  if not found:
+    return None
+  return Clause(
+    text=f'close {found.words}',
+    calls=[ToolCall('close_ticket', {'ticket_id': found.value})],
+    report=f'Ticket {found.value} has been closed.',
+    chained=chained,
+    partial=('close my ticket', 'Which ticket shall I close?'),
   )
 
 
 def _resolve_ticket(w: Writer, chained: bool) -> Clause | None:
-  found, note = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}'), w.choice(_NOTES)
-  return found and Clause(
-    f'resolve {found[0]} with the note "{note}"',
-    [ToolCall('resolve_ticket', {'ticket_id': found[1], 'resolution': note})],
-    f'Ticket {found[1]} has been resolved.',
-    chained,
-    (f'resolve {found[0]}', 'What shall I note as its resolution?'),
+  found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
+  note = w.choice(_NOTES)
+  if not found:
+    return None
+  return Clause(
+    text=f'resolve {found.words} with the note "{note}"',
+    calls=[ToolCall('resolve_ticket', {'ticket_id': found.value, 'resolution': note})],
+    report=f'Ticket {found.value} has been resolved.',
+    chained=chained,
+    partial=(f'resolve {found.words}', 'What shall I note as its resolution?'),
   )
 
 
 def _edit_ticket(w: Writer, chained: bool) -> Clause | None:
-  found, priority = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}'), w.number(1, 5)
-  return found and Clause(
-    f'set the priority of {found[0]} to {priority}',
-    [ToolCall('edit_ticket', {'ticket_id': found[1], 'updates': {'priority': priority}})],
-    f'Ticket {found[1]} now has priority {priority}.',
-    chained,
-    (f'change the priority of {found[0]}', 'Which priority, from 1 to 5, shall the ticket have?'),
+  found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
+  priority = w.number(1, 5)
+  if not found:
+    return None
+  return Clause(
+    text=f'set the priority of {found.words} to {priority}',
+    calls=[ToolCall('edit_ticket', {'ticket_id': found.value, 'updates': {'priority': priority}})],
+    report=f'Ticket {found.value} now has priority {priority}.',
+    chained=chained,
+    partial=(
+      f'change the priority of {found.words}',
+      'Which priority, from 1 to 5, shall the ticket have?',
+    ),
   )
 
 
 def _list_tickets(w: Writer, chained: bool) -> Clause:
   return Clause(
-    'list my open tickets',
-    [ToolCall('get_user_tickets', {'status': 'Open'})],
-    'Here are your open tickets.',
+    text='list my open tickets',
+    calls=[ToolCall('get_user_tickets', {'status': 'Open'})],
+    report='Here are your open tickets.',
     makes=NOTHING,
   )
 
 
-# --- posts ----------------------------------------------------------------------------------------------------------------
+# --- posts ---
 
 
 def _post_scenario(w: Writer) -> dict[str, Any]:
@@ -166,58 +190,61 @@ def _post_scenario(w: Writer) -> dict[str, Any]:
 
 
 def _post_tweet(w: Writer, chained: bool) -> Clause:
-  content, tag, number = (
-    f'{w.choice(PLACES)}: {w.choice(LINES)}',
-    w.choice(_TAGS),
-    w.api.tweet_counter,
-  )
-  arguments, text = {'content': content}, f'post a tweet saying "{content}"'
+  content = f'{w.choice(PLACES)}: {w.choice(LINES)}'
+  tag = w.choice(_TAGS)
+  number = w.api.tweet_counter
+  arguments = {'content': content}
+  text = f'post a tweet saying "{content}"'
   if w.rng.random() < 0.5:
-    arguments['tags'], text = [tag], text + f' with the tag {tag}'
+    arguments['tags'] = [tag]
+    text += f' with the tag {tag}'
   return Clause(
-    text,
-    [ToolCall('post_tweet', arguments)],
-    f'Your tweet is out, number {number}.',
+    text=text,
+    calls=[ToolCall('post_tweet', arguments)],
+    report=f'Your tweet is out, number {number}.',
     partial=('post a tweet for me', 'What shall the tweet say?'),
-    makes=('that tweet', number),
+    makes=Mention('that tweet', number),
   )
 
 
 def _comment(w: Writer, chained: bool) -> Clause | None:
-  found, words = w.which(chained, w.api.tweets, 'tweet', 'tweet {}'), w.choice(LINES)
-  return found and Clause(
-    f'comment "{words}" on {found[0]}',
-    [ToolCall('comment', {'tweet_id': found[1], 'comment_content': words})],
-    f'The comment on tweet {found[1]} is posted.',
-    chained,
-    (f'comment on {found[0]}', 'What shall the comment say?'),
+  found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
+  words = w.choice(LINES)
+  if not found:
+    return None
+  return Clause(
+    text=f'comment "{words}" on {found.words}',
+    calls=[ToolCall('comment', {'tweet_id': found.value, 'comment_content': words})],
+    report=f'The comment on tweet {found.value} is posted.',
+    chained=chained,
+    partial=(f'comment on {found.words}', 'What shall the comment say?'),
   )
 
 
 def _retweet(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
-  if not found or found[1] in w.api.retweets.get(w.api.username, []):
+  if not found or found.value in w.api.retweets.get(w.api.username, []):
     return None
   return Clause(
-    f'retweet {found[0]}',
-    [ToolCall('retweet', {'tweet_id': found[1]})],
-    f'Tweet {found[1]} is retweeted.',
-    chained,
-    ('retweet it for me', 'Which tweet do you mean?'),
+    text=f'retweet {found.words}',
+    calls=[ToolCall('retweet', {'tweet_id': found.value})],
+    report=f'Tweet {found.value} is retweeted.',
+    chained=chained,
+    partial=('retweet it for me', 'Which tweet do you mean?'),
   )
 
 
 def _mention(w: Writer, chained: bool) -> Clause | None:
-  found, user = (
-    w.which(chained, w.api.tweets, 'tweet', 'tweet {}'),
-    f'@{w.choice(FIRST)}_{w.choice(PLACES)}',
-  )
-  return found and Clause(
-    f'mention {user} in {found[0]}',
-    [ToolCall('mention', {'tweet_id': found[1], 'mentioned_usernames': [user]})],
-    f'{user} is mentioned in tweet {found[1]}.',
-    chained,
-    (f'mention someone in {found[0]}', 'Whom shall I mention?'),
+  found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
+  user = f'@{w.choice(FIRST)}_{w.choice(PLACES)}'
+  if not found:
+    return None
+  return Clause(
+    text=f'mention {user} in {found.words}',
+    calls=[ToolCall('mention', {'tweet_id': found.value, 'mentioned_usernames': [user]})],
+    report=f'{user} is mentioned in tweet {found.value}.',
+    chained=chained,
+    partial=(f'mention someone in {found.words}', 'Whom shall I mention?'),
   )
 
 
@@ -226,9 +253,9 @@ def _follow(w: Writer, chained: bool) -> Clause | None:
   if user in w.api.following_list:
     return None
   return Clause(
-    f'follow {user}',
-    [ToolCall('follow_user', {'username_to_follow': user})],
-    f'You now follow {user}.',
+    text=f'follow {user}',
+    calls=[ToolCall('follow_user', {'username_to_follow': user})],
+    report=f'You now follow {user}.',
     partial=('follow somebody new', 'Whom shall I follow?'),
   )
 
@@ -238,9 +265,9 @@ def _unfollow(w: Writer, chained: bool) -> Clause | None:
     return None
   user = w.choice(w.api.following_list)
   return Clause(
-    f'stop following {user}',
-    [ToolCall('unfollow_user', {'username_to_unfollow': user})],
-    f'You no longer follow {user}.',
+    text=f'stop following {user}',
+    calls=[ToolCall('unfollow_user', {'username_to_unfollow': user})],
+    report=f'You no longer follow {user}.',
     partial=('stop following one of them', 'Whom shall I stop following?'),
   )
 
@@ -248,9 +275,9 @@ def _unfollow(w: Writer, chained: bool) -> Clause | None:
 def _stats(w: Writer, chained: bool) -> Clause:
   user = w.choice(sorted({tweet['username'] for tweet in w.api.tweets.values()}))
   return Clause(
-    f'get the statistics of {user}',
-    [ToolCall('get_user_stats', {'username': user})],
-    f'Here are the statistics of {user}.',
+    text=f'get the statistics of {user}',
+    calls=[ToolCall('get_user_stats', {'username': user})],
+    report=f'Here are the statistics of {user}.',
     partial=('get the statistics of that user', 'Which user do you mean?'),
   )
 
@@ -258,26 +285,26 @@ def _stats(w: Writer, chained: bool) -> Clause:
 def _search(w: Writer, chained: bool) -> Clause:
   word = w.choice(PLACES)
   return Clause(
-    f'search the tweets for "{word}"',
-    [ToolCall('search_tweets', {'keyword': word})],
-    f'These are the tweets about "{word}".',
+    text=f'search the tweets for "{word}"',
+    calls=[ToolCall('search_tweets', {'keyword': word})],
+    report=f'These are the tweets about "{word}".',
     partial=('search the tweets', 'What shall I search for?'),
     makes=NOTHING,
   )
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def _file_scenario(w: Writer) -> dict[str, Any]:
-  def files(count):
-    names = [
-      f'{stem}_{w.number(1, 60)}.{w.choice(_ENDINGS)}' for stem in w.rng.permutation(_STEMS)[:count]
-    ]
-    return {
-      name: {'type': 'file', 'content': '\n'.join(w.choice(LINES) for _ in range(w.number(2, 4)))}
-      for name in names
-    }
+  def files(count: int) -> dict[str, Any]:
+    stems = w.rng.permutation(_STEMS)[:count]
+    names = [f'{stem}_{w.number(1, 60)}.{w.choice(_ENDINGS)}' for stem in stems]
+    contents = {}
+    for name in names:
+      lines = [w.choice(LINES) for _ in range(w.number(2, 4))]
+      contents[name] = {'type': 'file', 'content': '\n'.join(lines)}
+    return contents
 
   folders = {
     str(name): {'type': 'directory', 'contents': files(2)}
@@ -287,24 +314,33 @@ def _file_scenario(w: Writer) -> dict[str, Any]:
 
 
 def _here(w: Writer, folders: bool = False) -> list[str]:
-  """Files, or folders, of the current folder."""
+  """The names of the files, or of the folders, in the current folder."""
+  # BFCL offers no public way to look without printing.
   contents = w.api._current_dir.contents  # pylint: disable=protected-access
   return [name for name, item in contents.items() if hasattr(item, 'contents') == folders]
 
 
-def _read_file(
-  name: str, tool: str, words: str, report: str, more: dict[str, Any]
-) -> Callable[[Writer, bool], Clause | None]:
-  """A move that looks at a file: `words` and `report` with {file}."""
+def _read_file(name: str, tool: str, words: str, report: str, more: dict[str, Any]) -> Move:
+  """A move that looks at a file.
+
+  Args:
+    name: the move's name, for tracebacks.
+    tool: the function.
+    words: the request, with {file} for the file.
+    report: what has been done, with {file} again.
+    more: arguments of the call beside the file's name.
+  """
 
   def move(w: Writer, chained: bool) -> Clause | None:
     found = w.which(chained, _here(w), 'file')
-    return found and Clause(
-      words.format(file=found[0]),
-      [ToolCall(tool, {'file_name': found[1], **more})],
-      report.format(file=found[1]),
-      chained,
-      (words.format(file='the file'), 'Which file do you mean?'),
+    if not found:
+      return None
+    return Clause(
+      text=words.format(file=found.words),
+      calls=[ToolCall(tool, {'file_name': found.value, **more})],
+      report=report.format(file=found.value),
+      chained=chained,
+      partial=(words.format(file='the file'), 'Which file do you mean?'),
     )
 
   move.__name__ = f'_{name}'
@@ -315,26 +351,27 @@ def _grep(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _here(w), 'file')
   if not found:
     return None
-  text = w.api._current_dir.contents[found[1]].content  # pylint: disable=protected-access
+  text = w.api._current_dir.contents[found.value].content  # pylint: disable=protected-access
   word = w.choice(text.split() or ['x'])
-  call = ToolCall('grep', {'file_name': found[1], 'pattern': word})
+  call = ToolCall('grep', {'file_name': found.value, 'pattern': word})
   return Clause(
-    f'find the lines of {found[0]} that contain "{word}"',
-    [call],
-    f'These are the lines of {found[1]} with "{word}".',
-    chained,
-    (f'find some lines in {found[0]}', 'What shall the lines contain?'),
+    text=f'find the lines of {found.words} that contain "{word}"',
+    calls=[call],
+    report=f'These are the lines of {found.value} with "{word}".',
+    chained=chained,
+    partial=(f'find some lines in {found.words}', 'What shall the lines contain?'),
   )
 
 
 def _write_file(w: Writer, chained: bool) -> Clause:
-  name, words = f'{w.choice(_STEMS)}_{w.number(61, 99)}.{w.choice(_ENDINGS)}', w.choice(LINES)
+  name = f'{w.choice(_STEMS)}_{w.number(61, 99)}.{w.choice(_ENDINGS)}'
+  words = w.choice(LINES)
   return Clause(
-    f'write "{words}" into a file called {name}',
-    [ToolCall('echo', {'content': words, 'file_name': name})],
-    f'{name} has been written.',
+    text=f'write "{words}" into a file called {name}',
+    calls=[ToolCall('echo', {'content': words, 'file_name': name})],
+    report=f'{name} has been written.',
     partial=(f'write something into {name}', f'What shall I write into {name}?'),
-    makes=('that file', name),
+    makes=Mention('that file', name),
   )
 
 
@@ -344,43 +381,45 @@ def _copy_file(w: Writer, chained: bool) -> Clause | None:
   if not found or name in _here(w):
     return None
   return Clause(
-    f'copy {found[0]} to {name}',
-    [ToolCall('cp', {'source': found[1], 'destination': name})],
-    f'{found[1]} has been copied to {name}.',
-    chained,
-    (f'make a copy of {found[0]}', 'What shall the copy be called?'),
-    ('the copy', name),
+    text=f'copy {found.words} to {name}',
+    calls=[ToolCall('cp', {'source': found.value, 'destination': name})],
+    report=f'{found.value} has been copied to {name}.',
+    chained=chained,
+    partial=(f'make a copy of {found.words}', 'What shall the copy be called?'),
+    makes=Mention('the copy', name),
   )
 
 
 def _file_away(w: Writer, chained: bool) -> Clause | None:
   """One subtask of two calls: a folder is made, and a file moved into it."""
-  found, folder = w.which(chained, _here(w), 'file'), w.choice(_FOLDERS) + f'_{w.number(1, 30)}'
+  found = w.which(chained, _here(w), 'file')
+  folder = w.choice(_FOLDERS) + f'_{w.number(1, 30)}'
   if not found or folder in _here(w, folders=True):
     return None
   return Clause(
-    f'make a folder {folder} and move {found[0]} into it',
-    [
+    text=f'make a folder {folder} and move {found.words} into it',
+    calls=[
       ToolCall('mkdir', {'dir_name': folder}),
-      ToolCall('mv', {'source': found[1], 'destination': folder}),
+      ToolCall('mv', {'source': found.value, 'destination': folder}),
     ],
-    f'{found[1]} is now in the new folder {folder}.',
-    chained,
-    (f'move {found[0]} into a new folder', 'What shall the folder be called?'),
+    report=f'{found.value} is now in the new folder {folder}.',
+    chained=chained,
+    partial=(f'move {found.words} into a new folder', 'What shall the folder be called?'),
   )
 
 
 def _move_file(w: Writer, chained: bool) -> Clause | None:
-  found, folders = w.which(chained, _here(w), 'file'), _here(w, folders=True)
+  found = w.which(chained, _here(w), 'file')
+  folders = _here(w, folders=True)
   if not found or not folders:
     return None
   folder = w.choice(folders)
   return Clause(
-    f'move {found[0]} into {folder}',
-    [ToolCall('mv', {'source': found[1], 'destination': folder})],
-    f'{found[1]} is now in {folder}.',
-    chained,
-    (f'move {found[0]}', f'Where shall I move {found[1]}?'),
+    text=f'move {found.words} into {folder}',
+    calls=[ToolCall('mv', {'source': found.value, 'destination': folder})],
+    report=f'{found.value} is now in {folder}.',
+    chained=chained,
+    partial=(f'move {found.words}', f'Where shall I move {found.value}?'),
   )
 
 
@@ -389,25 +428,33 @@ def _remove_file(w: Writer, chained: bool) -> Clause | None:
   if not found:
     return None
   return Clause(
-    f'delete {found[0]}',
-    [ToolCall('rm', {'file_name': found[1]})],
-    f'{found[1]} has been deleted.',
-    chained,
-    ('delete one of my files', 'Which file shall I delete?'),
+    text=f'delete {found.words}',
+    calls=[ToolCall('rm', {'file_name': found.value})],
+    report=f'{found.value} has been deleted.',
+    chained=chained,
+    partial=('delete one of my files', 'Which file shall I delete?'),
   )
 
 
-# A ticket can be closed by editing it, a file be moved by a copy: their functions are not the only way.
+# `sole` leaves out what can be done in another way: editing closes a ticket, too, and a copy can
+# take the place of a move.
 REPERTOIRES = {
   'TicketAPI': Repertoire(
-    _ticket_scenario,
-    (_create_ticket, _get_ticket, _close_ticket, _resolve_ticket, _edit_ticket, _list_tickets),
-    frozenset({'create_ticket', 'edit_ticket'}),
+    scenario=_ticket_scenario,
+    moves=(
+      _create_ticket,
+      _get_ticket,
+      _close_ticket,
+      _resolve_ticket,
+      _edit_ticket,
+      _list_tickets,
+    ),
+    sole=frozenset({'create_ticket', 'edit_ticket'}),
   ),
   'TwitterAPI': Repertoire(
-    _post_scenario,
-    (_post_tweet, _comment, _retweet, _mention, _follow, _unfollow, _stats, _search),
-    frozenset(
+    scenario=_post_scenario,
+    moves=(_post_tweet, _comment, _retweet, _mention, _follow, _unfollow, _stats, _search),
+    sole=frozenset(
       {
         'post_tweet',
         'comment',
@@ -420,8 +467,8 @@ REPERTOIRES = {
     ),
   ),
   'GorillaFileSystem': Repertoire(
-    _file_scenario,
-    (
+    scenario=_file_scenario,
+    moves=(
       _read_file('cat', 'cat', 'show me what is in {file}', 'This is what {file} says.', {}),
       _read_file(
         'words',
@@ -447,6 +494,6 @@ REPERTOIRES = {
       _move_file,
       _remove_file,
     ),
-    frozenset({'rm'}),
+    sole=frozenset({'rm'}),
   ),
 }

@@ -1,70 +1,108 @@
-"""BFCL's executable APIs as an environment, on tasks of our own (bfcl_tasks): acted out, judged, or talked to."""
+"""BFCL's executable APIs as an environment, on tasks of our own."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.acting import SandboxSession, TaskEpisode
-from dcore_jax.worlds.bfcl import BfclSandbox, package_folder
-from dcore_jax.worlds.bfcl_tasks import BfclTask, make_task
+from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.chat.tool_specs import read_tools, system_text
+from dcore_jax.worlds.acting import SandboxWorld
+from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, package_folder
+from dcore_jax.worlds.bfcl_tasks import KINDS, BfclTask, make_task
 from dcore_jax.worlds.environment import Sandbox
 
 SPLITS = ('train', 'eval')
-ONE_RESPONSE = (
-  'single',
-  'parallel',
-  'irrelevant',
-)  # as BFCL's single-turn categories, and ToolWorld's
 
 
-class BfclWorld:
+class BfclWorld(SandboxWorld):
   """See `worlds.environment.World`.
 
   Args:
-    system_text: the system message of a task, which lists its functions.
+    max_subtasks: the largest number of subtasks in a request of the kinds 'sequential' and
+      'parallel', 2 to 4. Longer ones are drawn too rarely: a scenario has few independent things
+      to ask for.
+    classes: the APIs that tasks are about, names of `bfcl.CLASSES`; tasks take turns with them.
+    extra_functions: how many functions are listed beside those that a task is about, at least 1.
+      None lists the whole API, as BFCL does. A list has about 200 tokens a function with the
+      organism's tokenizer, so models with short contexts need short lists.
 
   Raises:
-    ValueError: BFCL is not installed.
+    ValueError: BFCL is not installed, or an argument is wrong.
   """
 
-  def __init__(self, system_text: Callable[[BfclTask], str]):
+  kinds = KINDS
+  one_response = ('single', 'parallel', 'irrelevant')  # as in BFCL's single-turn categories
+
+  def __init__(
+    self,
+    max_subtasks: int = 4,
+    classes: Sequence[str] = tuple(CLASSES),
+    extra_functions: int | None = None,
+  ):
     package_folder()
-    self._system_text = system_text
+    if max_subtasks not in (2, 3, 4):
+      raise ValueError(f'max_subtasks is {max_subtasks}; the world bfcl expects 2 to 4')
+    unknown = [name for name in classes if name not in CLASSES]
+    if unknown or not classes:
+      raise ValueError(f'classes is {list(classes)}; expected some of {sorted(CLASSES)}')
+    # Without one, a task whose function is missing would list nothing.
+    if extra_functions is not None and extra_functions < 1:
+      raise ValueError(f'extra_functions is {extra_functions}; expected at least 1')
+    self._max_subtasks = max_subtasks
+    self._classes = tuple(classes)
+    self._extra_functions = extra_functions
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[BfclTask]:
-    """The splits are other draws; states are made of the same few names in both."""
-    return [
-      make_task(kind, index, seed=len(SPLITS) * seed + SPLITS.index(split))
-      for index in range(count)
-    ]
+    """See `World.tasks`; the states of both splits are made of the same few names."""
+    if split not in SPLITS:
+      raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
+    drawn = len(SPLITS) * seed + SPLITS.index(split)
+    return [self._task(kind, index, drawn) for index in range(count)]
 
-  def episode(self, task: BfclTask) -> TaskEpisode:
-    return TaskEpisode(
-      task.id,
-      self._system_text(task),
-      task.turns,
-      one_response=task.kind in ONE_RESPONSE,
-      listed=_listed(task),
-      open_sandbox=lambda: _open(task),
+  def _task(self, kind: str, index: int, seed: int) -> BfclTask:
+    return make_task(
+      kind,
+      index,
+      seed=seed,
+      classes=self._classes,
+      max_subtasks=self._max_subtasks,
+      extra_functions=self._extra_functions,
     )
 
-  def session(self, task: BfclTask) -> SandboxSession:
-    return SandboxSession(self._system_text(task), _open(task))
+  def system_text(self, task: BfclTask) -> str:
+    """The policy, the listed functions as JSON, and how to call them."""
+    return system_text(task.policy, read_tools(task.functions))
 
+  def listed(self, task: BfclTask) -> Collection[str]:
+    """The names of the listed functions."""
+    return {function['name'] for function in task.functions}
 
-def _listed(task: BfclTask) -> Collection[str]:
-  return {function['name'] for function in task.functions}
+  def task_sandbox(self, task: BfclTask) -> Sandbox:
+    """The listed functions over the scenario of the task."""
+    return _ListedOnly(BfclSandbox(task.classes, task.config), self.listed(task))
 
+  def sandbox_record(self, task: BfclTask, done: Sequence[ToolCall]) -> dict[str, Any]:
+    """The APIs, their scenario, and the calls made before: the state itself is no plain data."""
+    return {
+      'name': 'bfcl',
+      'classes': list(task.classes),
+      'config': task.config,
+      'done': [print_calls([call])[1:-1] for call in done],
+    }
 
-def _open(task: BfclTask) -> Sandbox:
-  return _ListedOnly(BfclSandbox(task.classes, task.config), _listed(task))
+  @staticmethod
+  def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
+    """See `World.open_sandbox`."""
+    return BfclSandbox(record['classes'], record['config'], record['done'])
 
 
 class _ListedOnly:
-  """A sandbox that has the listed functions alone: an API has public methods that no task lists."""
+  """A sandbox with the listed functions alone: an API has public methods that no task lists."""
 
   def __init__(self, sandbox: Sandbox, listed: Collection[str]):
-    self._sandbox, self._listed = sandbox, listed
+    self._sandbox = sandbox
+    self._listed = listed
 
   @property
   def state(self) -> object:

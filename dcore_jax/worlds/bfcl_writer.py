@@ -1,13 +1,14 @@
-"""Draws clauses of a request against the live state of one of BFCL's APIs, each with the calls that carry it out.
+"""Draws clauses of a request against the live state of one of BFCL's APIs.
 
-Names, texts and states are our own. A move looks at the live API, so that what it asks for succeeds now; what an API has
-answered decides what later clauses can speak of ("that ticket", "the copy").
+Each clause comes with the calls that carry it out. Names, texts and states are our own. A move
+looks at the live API, so that what it asks for succeeds now. What the API has answered decides what
+later clauses can speak of ("that ticket", "the copy").
 """
 
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,37 +53,69 @@ LINES = (
   'key hangs behind the stove',
   'train leaves at seven',
 )
-NOTHING = ('', None)
-_DIGITS = 8  # of a number that a later call can repeat
+
+
+class Mention(NamedTuple):
+  """Something that a request speaks of.
+
+  Attributes:
+    words: how it is spoken of, such as "that ticket" or "ticket 312".
+    value: its number or name, as calls need it.
+  """
+
+  words: str
+  value: Any
+
+
+NOTHING = Mention('', None)
+# Characters of the longest float that a later call can be asked to repeat.
+_DIGITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """A value that the last output of a clause will hold under this key."""
+  """A value that is not known before its clause is executed: an entry of its last output."""
 
   key: str
 
 
 @dataclasses.dataclass
 class Clause:
-  """A part of a request: in words, as calls, as what can be reported of it, and with a value left out."""
+  """A part of a request.
+
+  Attributes:
+    text: the request in words.
+    calls: what carries it out.
+    report: what can be said of it when it is done.
+    chained: whether it takes what an earlier clause returned or made.
+    partial: (words that lack a value, the question for that value); None where nothing can be left
+      out.
+    makes: what later clauses can speak of once it is done. NOTHING ends what could be spoken of
+      before; None leaves it.
+  """
 
   text: str
   calls: list[ToolCall]
   report: str
-  chained: bool = False  # it takes what an earlier clause returned or made
-  partial: tuple[str, str] | None = None  # (words that lack a value, the question for it)
-  makes: tuple[str, Any] | None = (
-    None  # (what it made is called from now on, its number or name, or where that will stand)
-  )
+  chained: bool = False
+  partial: tuple[str, str] | None = None
+  makes: Mention | None = None
 
 
+# (writer, whether the clause must be chained) -> a clause whose calls succeed in the writer's
+# state. None, or a clause that is not chained as asked, says that this draw does not fit the state.
 Move = Callable[['Writer', bool], Clause | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Repertoire:
-  """What can be asked of an API: its scenario, the moves, and the functions without which what they do cannot be done."""
+  """What can be asked of an API.
+
+  Attributes:
+    scenario: draws the state in which a task begins.
+    moves: draw what is asked.
+    sole: the functions without which the effect of their moves cannot be reached.
+  """
 
   scenario: Callable[['Writer'], dict[str, Any]]
   moves: tuple[Move, ...]
@@ -90,73 +123,102 @@ class Repertoire:
 
 
 class Writer:
-  """Draws clauses against a live scenario of one API; `outputs` are those of the last one."""
+  """Draws clauses of a request against a live scenario of one API.
+
+  Attributes:
+    rng: the source of all draws.
+    name: the API's.
+    repertoire: what can be asked of it.
+    briefing: what the system message says of the user, such as an access token; the scenario may
+      set it.
+    config: {name: scenario}, from which the task begins.
+    sandbox: the API after the clauses that have been drawn.
+    outputs: those of the last clause.
+    fresh: values made in this turn, which the user has not seen and cannot name.
+  """
 
   def __init__(self, rng: np.random.Generator, name: str, repertoire: Repertoire):
-    self.rng, self.name, self.repertoire = rng, name, repertoire
-    self.briefing = ''  # what the system message says of the user, such as an access token
+    self.rng = rng
+    self.name = name
+    self.repertoire = repertoire
+    self.briefing = ''
     self.config = {name: repertoire.scenario(self)}
     self.sandbox = BfclSandbox([name], self.config)
-    self.latest: tuple[str, Any] = (
-      NOTHING  # what a later clause can speak of without naming it, and what that is
-    )
-    self.spoken: tuple[str, Any] | None = None  # what the clause that is being drawn speaks of
     self.outputs: list[str] = []
-    self.made: set[str] = set()  # calls, each of which is made once in a task
-    self.fresh: set[Any] = (
-      set()
-    )  # made in this turn: its number is in nothing that the user has seen
+    self.fresh: set[Any] = set()
+    self._latest = NOTHING  # what a chained clause speaks of
+    self._spoken: Mention | None = None  # what the clause that is being drawn speaks of
+    self._made: set[str] = set()  # printed calls, each of which is made once in a task
 
   @property
   def api(self) -> Any:
+    """The live instance of the API's class."""
     return self.sandbox.instances[self.name]
 
+  @property
+  def latest(self) -> Mention:
+    """What a chained clause speaks of: the last thing that was made or spoken of."""
+    return self._latest
+
   def choice(self, options: Any) -> Any:
+    """One of the options."""
     options = list(options)
     return options[int(self.rng.integers(len(options)))]
 
   def several(self, options: Any, count: int) -> list[Any]:
-    """Different ones, in the order of the options."""
+    """`count` different options, in the order of the options."""
     options = list(options)
     return [options[i] for i in sorted(self.rng.permutation(len(options))[:count].tolist())]
 
   def number(self, low: int, high: int) -> int:
+    """An integer from `low` to `high`, both included."""
     return int(self.rng.integers(low, high + 1))
 
-  def which(
-    self, chained: bool, candidates: Any, noun: str, called: str = '{}'
-  ) -> tuple[str, Any] | None:
-    """(how one of the candidates is spoken of, what it is): the one that was last spoken of, or one that the user can name."""
+  def which(self, chained: bool, candidates: Any, noun: str, called: str = '{}') -> Mention | None:
+    """Draws what a clause is about.
+
+    Args:
+      chained: whether to take what was last spoken of, instead of something the user can name.
+      candidates: values of which one is taken.
+      noun: what a later clause calls it: "that <noun>".
+      called: how this clause calls it, with {} for the value.
+
+    Returns:
+      None where no candidate fits.
+    """
     if chained:
-      self.spoken = self.latest
-      return self.latest if self.latest[1] in candidates else None
-    known = [one for one in candidates if one not in self.fresh]
+      self._spoken = self._latest
+      return self._latest if self._latest.value in candidates else None
+    known = [candidate for candidate in candidates if candidate not in self.fresh]
     if not known:
       return None
-    self.spoken = f'that {noun}', self.choice(known)
-    return called.format(self.spoken[1]), self.spoken[1]
+    value = self.choice(known)
+    self._spoken = Mention(f'that {noun}', value)
+    return Mention(called.format(value), value)
 
   def clause(self, chained: bool) -> Clause | None:
-    """A clause that succeeds now, executed; None where a draw does not fit the state."""
-    self.spoken = None
+    """A clause that has been executed; None where a draw does not fit the state."""
+    self._spoken = None
     clause = self.choice(self.repertoire.moves)(self, chained)
-    printed = {print_calls([call]) for call in clause.calls} if clause else set()
-    if clause is None or clause.chained != chained or printed & self.made:
+    if clause is None or clause.chained != chained:
       return None
-    self.made |= printed
-    outputs = [self.sandbox.run(call) for call in clause.calls]
-    if any(_is_error(output) for output in outputs):
-      raise RuntimeError(f'reference calls {print_calls(clause.calls)} fail: {outputs}')
+    printed = {print_calls([call]) for call in clause.calls}
+    if printed & self._made:
+      return None
+    self._made |= printed
+    self.outputs = [self.sandbox.run(call) for call in clause.calls]
+    if any(_is_error(output) for output in self.outputs):
+      raise RuntimeError(f'reference calls {print_calls(clause.calls)} fail: {self.outputs}')
     makes = clause.makes
-    if makes and isinstance(makes[1], Output):
-      value = json.loads(outputs[-1])[makes[1].key]
-      makes = (
-        NOTHING if isinstance(value, float) and len(repr(value)) > _DIGITS else (makes[0], value)
-      )
+    if makes and isinstance(makes.value, Output):
+      value = json.loads(self.outputs[-1])[makes.value.key]
+      if isinstance(value, float) and len(repr(value)) > _DIGITS:
+        makes = NOTHING
+      else:
+        makes = Mention(makes.words, value)
     if makes:
-      self.fresh.add(makes[1])
-    self.latest = makes or self.spoken or self.latest
-    self.outputs = outputs
+      self.fresh.add(makes.value)
+    self._latest = makes or self._spoken or self._latest
     return clause
 
 

@@ -1,18 +1,26 @@
-"""What every world offers: tasks that can be shown to a model, acted in step by step, and judged by the state left behind."""
+"""What every world offers: tasks for a model, a way to act in them, and a verdict on the result.
+
+`worlds/acting.py` holds a base class that fills in most of `World`, and `worlds/registry.py` gives
+worlds their names.
+"""
 
 import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from dcore_jax.chat.messages import Message, ToolCall
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-  """One user turn with its reference solution.
+class UserTurn:
+  """One request of the user with its reference solution.
 
-  `subtasks` are the reference decomposition (one line each), `calls[i]` solves `subtasks[i]`, `responses[i]` is the
-  recorded output of that call. `answer` is the reference text that ends the turn: a report, or a refusal when `calls`
-  is empty because nothing fits.
+  Attributes:
+    query: the request in words.
+    calls: the reference calls; empty where no listed tool can do what is asked.
+    responses: the output of each call when it was executed.
+    subtasks: the reference decomposition, one line a subtask.
+    answer: the text that ends the turn: a report of what was done, or a refusal without calls.
   """
 
   query: str
@@ -23,34 +31,84 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class WorldTask:
+  """What everything outside a world reads of its tasks; a world's own class adds the rest.
+
+  Attributes:
+    id: unique over all worlds, splits and seeds.
+    kind: one of the world's `kinds`.
+    turns: the user's requests in order, at least one.
+  """
+
+  id: str
+  kind: str
+  turns: tuple[UserTurn, ...]
+
+  @property
+  def steps(self) -> int:
+    """The number of reference calls over all turns."""
+    return sum(len(turn.calls) for turn in self.turns)
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How an episode ended. `reason` says in a few words why it is not correct ('' when it is)."""
+  """How an episode ended.
+
+  Attributes:
+    correct: whether the task was solved.
+    reason: why it was not, in a few words; '' where it was.
+    steps: the number of assistant messages.
+  """
 
   correct: bool
   reason: str
-  steps: int  # assistant messages
+  steps: int
+
+
+class Sandbox(Protocol):
+  """A world's tools over a state of their own.
+
+  Attributes:
+    state: plain data; two states are equal where `==` says so.
+  """
+
+  state: Any
+
+  def run(self, call: ToolCall) -> str:
+    """Executes a call and returns its output.
+
+    A wrong call has an output too, which says what is wrong: nothing that a model wrote raises.
+    """
 
 
 class Episode(Protocol):
-  """One task being acted in. `messages` is the conversation as the next prompt must show it (no reasoning replayed)."""
+  """One task while a model acts in it.
+
+  Attributes:
+    messages: the conversation as the next prompt must show it, without earlier reasoning.
+    done: whether the episode is over.
+  """
 
   messages: list[Message]
   done: bool
 
   def step(self, text: str) -> None:
-    """Takes the assistant's whole text, runs its calls, appends the answer and the tool responses."""
+    """Takes the assistant's whole text, runs its calls, and appends answer and tool responses."""
 
   def stop(self, reason: str) -> None:
-    """Ends the episode as a failure from outside, e.g. because its prompt has grown too long."""
+    """Ends the episode as a failure, for example because its prompt has grown too long."""
 
   def outcome(self) -> Outcome:
     """Judges the finished episode."""
 
 
 class Session(Protocol):
-  """A task's tools and state without its request, for requests of one's own: nothing is judged, and what was done stays done.
+  """A task's tools and state for requests that a person makes up: nothing is judged.
 
-  `messages` is the conversation, `asked` whether the assistant is the next to speak, `state` what the calls act on.
+  Attributes:
+    messages: the conversation.
+    asked: whether the assistant is the next to speak.
+    state: what the calls act on; it keeps what they have done.
   """
 
   messages: list[Message]
@@ -58,29 +116,59 @@ class Session(Protocol):
   state: Any
 
   def ask(self, text: str) -> None:
-    """The user's next request."""
+    """Takes the user's next request."""
 
   def step(self, text: str) -> None:
-    """Takes the assistant's whole text and runs its calls; text without calls, or too many steps, end its turn."""
+    """Takes the assistant's whole text and runs its calls.
+
+    A text without calls ends the assistant's turn, and so do too many steps.
+    """
 
 
 class World(Protocol):
-  """A source of tasks, deterministic from a seed."""
+  """A source of tasks, deterministic from a seed.
 
-  def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[Any]:
-    """`count` tasks of one kind from the 'train' or 'eval' split, which share no entities."""
+  A world's class is called with `max_subtasks` (the largest number of subtasks in one request) and
+  with the options that a config gives it; see `worlds.registry.make_world`.
 
-  def episode(self, task: Any) -> Episode:
-    """A fresh episode of one task."""
+  Attributes:
+    kinds: the kinds of its tasks, in the order in which results show them.
+    one_response: the kinds that are judged on their first response. All calls of such a task go
+      out together, as in BFCL's single-turn categories.
+  """
 
-  def session(self, task: Any) -> Session:
-    """A fresh session on its tools and state."""
+  kinds: Sequence[str]
+  one_response: Collection[str]
 
+  def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[WorldTask]:
+    """Makes `count` tasks of one kind from the 'train' or the 'eval' split.
 
-class Sandbox(Protocol):
-  """A world's tools over a state of their own, for calls that do not come from an episode."""
+    The two splits have no task in common. The first tasks do not depend on `count`.
 
-  state: Any  # plain data, compared with ==
+    Raises:
+      ValueError: an unknown kind or split.
+    """
 
-  def run(self, call: ToolCall) -> str:
-    """Executes a call -> its output. What is wrong with a call is an output too; nothing that a model wrote raises."""
+  def system_text(self, task: WorldTask) -> str:
+    """The system message of a task: its policy, and the tools that the model may call."""
+
+  def episode(self, task: WorldTask) -> Episode:
+    """Starts a task afresh."""
+
+  def session(self, task: WorldTask) -> Session:
+    """Starts a session on a task's tools and initial state."""
+
+  def sandbox_record(self, task: WorldTask, done: Sequence[ToolCall]) -> dict[str, Any]:
+    """The tools and state of a task after the calls `done`, as JSON data.
+
+    The entry 'name' is the world's name in the registry; `open_sandbox` reads the others.
+    """
+
+  @staticmethod
+  def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
+    """Makes a fresh sandbox from a `sandbox_record`; no world object is needed for it.
+
+    Raises:
+      KeyError: an entry is missing.
+      ValueError: an entry is wrong, or the world is not installed.
+    """

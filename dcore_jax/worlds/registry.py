@@ -1,20 +1,116 @@
-"""Worlds by name, each with the system messages that its seeds have."""
+"""The worlds by name: the one place in which a world is entered.
 
-from collections.abc import Callable
+A world that is registered here is evaluated, distilled from, trained on, turned into seeds and
+chatted with; `config.world.name` chooses it. A world of one's own registers itself where it is
+defined, and the config file that names it imports that module:
 
-from dcore_jax.chat.tool_specs import read_tools, system_text
-from dcore_jax.worlds.bfcl_tasks import BfclTask
+    @register_world('library')
+    class Library(SandboxWorld): ...
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
 from dcore_jax.worlds.bfcl_world import BfclWorld
-from dcore_jax.worlds.environment import World
+from dcore_jax.worlds.environment import Sandbox, World
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
-
-def bfcl_system_text(task: BfclTask) -> str:
-  """Policy, the listed functions as JSON, and how to call them."""
-  return system_text(task.policy, read_tools(task.functions))
+WORLDS: dict[str, type[World]] = {}
 
 
-WORLDS: dict[str, Callable[[], World]] = {  # one that is not installed is a ValueError
-  'toolworld': ToolWorld,
-  'bfcl': lambda: BfclWorld(bfcl_system_text),
-}
+class WorldSection(Protocol):
+  """The fields that a config's section `world` has.
+
+  Attributes:
+    name: a name of WORLDS.
+    max_subtasks: the largest number of subtasks in one request.
+    options: further keyword arguments of the world's class.
+  """
+
+  name: str
+  max_subtasks: int
+  options: Mapping[str, Any]
+
+
+def register_world(name: str) -> Callable[[type[World]], type[World]]:
+  """A decorator that enters a world's class under a name.
+
+  Raises:
+    ValueError: another class has the name.
+  """
+
+  def enter(world: type[World]) -> type[World]:
+    known = WORLDS.setdefault(name, world)
+    if known is not world:
+      raise ValueError(f'the world {name!r} is already {known.__module__}.{known.__qualname__}')
+    return world
+
+  return enter
+
+
+def find_world(name: str) -> type[World]:
+  """The class of a world.
+
+  Raises:
+    ValueError: no world has this name.
+  """
+  if name not in WORLDS:
+    raise ValueError(f'unknown world {name!r}; expected one of {sorted(WORLDS)}')
+  return WORLDS[name]
+
+
+def make_world(section: WorldSection) -> World:
+  """The world that a config's section `world` asks for.
+
+  Raises:
+    ValueError: an unknown name, an option that the world does not take or whose value is wrong, or
+      a world that is not installed.
+  """
+  world = find_world(section.name)
+  options = dict(section.options)
+  try:
+    inspect.signature(world).bind(max_subtasks=section.max_subtasks, **options)
+  except TypeError as error:
+    raise ValueError(f'world.options of {section.name!r}: {error}') from error
+  return world(max_subtasks=section.max_subtasks, **options)
+
+
+def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
+  """A world with its default options and a kind of its tasks, as a person names them.
+
+  Args:
+    name: a name of WORLDS, or 'none'.
+    kind: '' is 'sequential', or the world's first kind where it has none of that name.
+
+  Returns:
+    The world (None for 'none') and the kind.
+
+  Raises:
+    ValueError: an unknown world or kind, or a world that is not installed.
+  """
+  if name == 'none':
+    return None, ''
+  world = find_world(name)()
+  if not kind:
+    kind = 'sequential' if 'sequential' in world.kinds else world.kinds[0]
+  if kind not in world.kinds:
+    raise ValueError(f'unknown kind {kind!r} of world {name!r}; expected one of {world.kinds}')
+  return world, kind
+
+
+def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
+  """A fresh sandbox of a record {'name': world, ...}, as a seed carries it.
+
+  Raises:
+    ValueError: an unknown world, one that is not installed, or a record that lacks an entry.
+  """
+  name = record.get('name')
+  try:
+    return find_world(name).open_sandbox(record)
+  except KeyError as error:
+    raise ValueError(f'a world {name!r} needs {error}') from error
+
+
+register_world('toolworld')(ToolWorld)
+register_world('bfcl')(BfclWorld)

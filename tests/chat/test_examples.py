@@ -1,4 +1,6 @@
-"""Which tokens carry loss: the answer, the structure around messages, or every answer; and none of the published slips."""
+"""Which tokens carry loss: the answer, the structure around messages, or every answer; and none of
+the published slips.
+"""
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def trained(tokenizer, tokens, weights):
     tokens.dtype == np.int32 and weights.dtype == np.float32 and set(weights.tolist()) <= {0, 1}
   )
   cuts = np.flatnonzero(np.diff(weights)) + 1
-  parts = zip(np.split(tokens, cuts), np.split(weights, cuts))
+  parts = zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True)
   return [tokenizer.decode(part) for part, weight in parts if weight[0]]
 
 
@@ -59,7 +61,8 @@ def test_final_and_structure_is_what_the_released_code_supervises(tokenizer):
 
 def test_final_and_structure_of_another_family(llama):
   tokens, weights = encode_example(llama, CHAT, 'final+structure')
-  # The header that asks for an answer is structure; its two newlines belong to the prompt that sampling starts from.
+  # The header that asks for an answer is structure; its two newlines belong to the prompt that
+  # sampling starts from.
   parts = trained(llama, tokens, weights)
   assert (
     parts[:3] == ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|><|start_header_id|>']
@@ -97,7 +100,7 @@ def test_white_space_before_the_end_of_turn_is_trained_with_the_answer():
 
 @pytest.mark.parametrize('loss_mask', ['final', 'final+structure', 'all_assistant'])
 def test_tool_messages_are_never_trained(tokenizer, llama, loss_mask):
-  """The released tokenization trains the content of every role that it does not know, `tool` first."""
+  """The released tokenization trains the content of every role it does not know, as of `tool`."""
   for family in (tokenizer, llama):
     tokens, weights = encode_example(family, CHAT, loss_mask)
     where = family.decode(tokens).index('sunny')
@@ -111,7 +114,8 @@ def test_the_denominator_holds_trained_tokens_only(tokenizer):
   turns = turn_format(tokenizer)
   final = len(tokenizer.encode(CHAT[-1].content)) + 1
   assert encode_example(tokenizer, CHAT)[1].sum() == final
-  # Structure: start, end and newline of seven messages, without the first start and with the answer's own end counted once.
+  # Structure: start, end and newline of seven messages, without the first start and with the
+  # answer's own end counted once.
   assert encode_example(tokenizer, CHAT, 'final+structure')[1].sum() == final + 3 * len(CHAT) - 2
   answers = [len(tokenizer.encode(m.content)) + 1 for m in CHAT if m.role == 'assistant']
   assert encode_example(tokenizer, CHAT, 'all_assistant')[1].sum() == sum(answers)
@@ -178,7 +182,7 @@ def test_many_examples_have_the_tokens_of_each_alone(tokenizer, monkeypatch):
       [cut_example(tokenizer, turns, chat, loss_mask) for chat in chats],
       loss_mask,
     )
-    for chat, (tokens, weights) in zip(chats, together):
+    for chat, (tokens, weights) in zip(chats, together, strict=True):
       alone = encode_example(tokenizer, chat, loss_mask)
       np.testing.assert_array_equal(tokens, alone[0])
       np.testing.assert_array_equal(weights, alone[1])

@@ -1,4 +1,6 @@
-"""Our Qwen3 template against the official one, and what templates of other families write around a message."""
+"""Our Qwen3 template against the official one, and what templates of other families write around a
+message.
+"""
 
 import json
 import random
@@ -112,10 +114,13 @@ def test_prompt_shows_tools(tokenizer):
   )
 
 
-# What DeepSeek-Coder writes: no token begins a turn, and a newline stands before the one that ends it.
+# What DeepSeek-Coder writes: no token begins a turn, and a newline stands before the one that ends
+# it.
 CODER = (
-  "{%- for m in messages -%}{{- ('### Response:\n' + m.content + '\n<|EOT|>\n') if m.role == 'assistant' else "
-  "'### Instruction:\n' + m.content + '\n' -}}{%- endfor -%}{{- '### Response:\n' if add_generation_prompt -}}"
+  "{%- for m in messages -%}{{- ('### Response:\n' + m.content + '\n<|EOT|>\n')"
+  " if m.role == 'assistant' else "
+  "'### Instruction:\n' + m.content + '\n' -}}{%- endfor -%}"
+  "{{- '### Response:\n' if add_generation_prompt -}}"
 )
 
 
@@ -147,7 +152,8 @@ def test_turn_format_is_read_off_the_template(tokenizer, llama):
 # A call as Llama 3.1 writes it.
 UNTAGGED = (
   '{%- for m in messages -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}'
-  '{{- \'{"name": "\' + c.function.name + \'", "parameters": \' + (c.function.arguments | tojson) + \'}\' -}}'
+  '{{- \'{"name": "\' + c.function.name + \'", "parameters": \''
+  " + (c.function.arguments | tojson) + '}' -}}"
   "{%- endfor -%}{{- '<|eot_id|>' -}}{%- endfor -%}"
 )
 NAME_FIRST = '<tool_call>\n{"name": "'
@@ -155,7 +161,9 @@ NAME_FIRST = '<tool_call>\n{"name": "'
 
 @pytest.mark.parametrize('name,begun', [('f', NAME_FIRST + 'f", "arguments":'), (None, NAME_FIRST)])
 def test_a_begun_call_is_what_the_template_writes_up_to_there(tokenizer, data_dir, name, begun):
-  """By Qwen3's own template and ours; what follows is tokenized as if the model had written all of it."""
+  """By Qwen3's own template and ours; what follows is tokenized as if the model had written all of
+  it.
+  """
   config = json.loads((data_dir / 'qwen3-tokenizer' / 'tokenizer_config.json').read_text())
   records = [message.to_json() for message in CHAT[:-1]]
   call = '{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
@@ -169,7 +177,9 @@ def test_a_begun_call_is_what_the_template_writes_up_to_there(tokenizer, data_di
 
 
 def test_calls_that_would_not_be_read_are_not_begun(llama):
-  """Llama's calls have no tags, DeepSeek-Coder's template shows none; what a user writes is no call."""
+  """Llama's calls have no tags, DeepSeek-Coder's template shows none; what a user writes is no
+  call.
+  """
   records = [
     {'role': 'user', 'content': f'{NAME_FIRST}probe_name", "arguments": {{}}}}</tool_call>'}
   ]

@@ -137,7 +137,8 @@ def test_hermes_hostile():
 def test_hermes_calls():
   text = (
     'Let me look.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, null]}}\n</tool_call>\n'
-    '<tool_call>{"name": "g.h", "arguments": "{\\"b\\": true}"}</tool_call><tool_call>{"name": "i"}</tool_call>'
+    '<tool_call>{"name": "g.h", "arguments": "{\\"b\\": true}"}</tool_call>'
+    '<tool_call>{"name": "i"}</tool_call>'
   )
   assert parse_calls(text) == [
     ToolCall('f', {'a': [1, None]}),
@@ -178,7 +179,7 @@ def same_types(a, b):
 def test_python_round_trip(calls):
   again = parse_calls(print_calls(calls))
   assert calls_equal(again, calls)
-  for a, b in zip(again, calls):
+  for a, b in zip(again, calls, strict=True):
     assert same_types(sorted(a.arguments.items()), sorted(b.arguments.items()))
     assert same_types(a.positional, b.positional)
 
@@ -238,11 +239,9 @@ def test_reference_strings():
 
 
 def test_calls_equal():
-  f, g, f2 = (
-    ToolCall('f', {'a': 1, 'b': [1, 2]}),
-    ToolCall('g', {}),
-    ToolCall('f', {'b': (1.0, 2), 'a': True}),
-  )
+  f = ToolCall('f', {'a': 1, 'b': [1, 2]})
+  g = ToolCall('g', {})
+  f2 = ToolCall('f', {'b': (1.0, 2), 'a': True})
   assert (
     calls_equal([f, g], [f2, g])
     and not calls_equal([f, g], [g, f])

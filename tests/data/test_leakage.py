@@ -1,4 +1,6 @@
-"""Leaks: what only the reference calls can have said, and not what can be read out of the conversation."""
+"""Leaks: what only the reference calls can have said, and not what can be read out of the
+conversation.
+"""
 
 import json
 import re
@@ -16,9 +18,10 @@ from dcore_jax.worlds import bfcl
 
 
 def seed(query, *calls):
+  kind = 'parallel' if len(calls) > 1 else 'single'
   return Seed(
     's',
-    'irrelevant' if not calls else 'single' if len(calls) == 1 else 'parallel',
+    kind if calls else 'irrelevant',
     (
       Message('system', 'tools: setMode(mode: auto, round_trip), get_order'),
       Message('user', query),
@@ -125,14 +128,17 @@ def test_words(text, words):
 
 
 def test_decompositions_that_saw_no_reference(data_dir):
-  """D-CORE-14B's own answers to BFCL's parallel tasks, where every alarm is a false one: what is left of them (31 of 216 with
-  names and digits alone) knows AAPL for Apple, MA for Boston, Beijing for its Chinese name, or does algebra."""
+  """D-CORE-14B's own answers to BFCL's parallel tasks, where every alarm is a false one: what is
+  left of them (31 of 216 with names and digits alone) knows AAPL for Apple, MA for Boston, Beijing
+  for its Chinese name, or does algebra.
+  """
   try:
     data = bfcl.package_folder() / 'data'
   except ValueError as error:
     pytest.skip(str(error))
   tests = {task.id.rpartition('/')[0]: task for task in bfcl_tests() if 'parallel' in task.id}
-  looked, alarms = 0, []
+  looked = 0
+  alarms = []
   for category in ('parallel', 'live_parallel'):
     entries = {
       e['id']: e

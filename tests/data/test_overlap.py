@@ -27,9 +27,10 @@ OVERLAP = Overlap(
 
 
 def seed(query, *calls, system='tools'):
+  kind = 'sequential' if len(calls) > 1 else 'single'
   return Seed(
     's',
-    'sequential' if len(calls) > 1 else 'single' if calls else 'irrelevant',
+    kind if calls else 'irrelevant',
     (Message('system', system), Message('user', query)),
     calls,
     ('',) * len(calls),

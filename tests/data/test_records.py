@@ -7,8 +7,8 @@ import pytest
 
 from dcore_jax.chat.tool_calls import parse_calls
 from dcore_jax.data import records as sources
-from dcore_jax.rollout.policy import ORGANISM, load_policy
-from dcore_jax.run.defaults import default_config
+from dcore_jax.rollout import policy as policies
+from dcore_jax.run.config import default_config
 
 
 def test_files_that_cannot_be_parsed_name_the_line(tmp_path):
@@ -105,7 +105,8 @@ def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monke
 
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
   (tmp_path / 'folder').mkdir()
-  # Two records of different fields: Arrow fills both with nulls, which must not make fields of them.
+  # Two records of different fields: Arrow fills both with nulls, which must not make fields of
+  # them.
   data = datasets.Dataset.from_list(
     [
       {**CHAT, 'query': None, 'tools': None, 'answers': None},
@@ -152,20 +153,20 @@ def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monke
 
 
 def test_the_organism_loads_and_fits():
-  policy = load_policy(default_config().model, seed=0)
+  policy = policies.load_policy(default_config().model, seed=0)
   assert policy.stop_ids == [policy.tokenizer.convert_tokens_to_ids('<|im_end|>')]
   assert policy.config.param_count * 2 <= 12e6  # bytes in bf16
-  assert sum(f.stat().st_size for f in ORGANISM.glob('*.safetensors')) <= 12e6
+  assert sum(f.stat().st_size for f in policies.ORGANISM.glob('*.safetensors')) <= 12e6
 
 
 def test_every_stop_token_of_a_generation_config_counts(tmp_path):
-  folder = shutil.copytree(ORGANISM, tmp_path / 'model')
+  folder = shutil.copytree(policies.ORGANISM, tmp_path / 'model')
   config = default_config().model
   config.path = str(folder)
   for ids, more in (([3, 573], {3}), (4, {4}), (None, set())):
     (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
-    policy = load_policy(config, seed=0)
+    policy = policies.load_policy(config, seed=0)
     assert set(policy.stop_ids) == more | {policy.tokenizer.eos_token_id}
   (folder / 'generation_config.json').write_text('{"eos_token_id": ["x"]}')
   with pytest.raises(ValueError, match='generation_config.json: eos_token_id'):
-    load_policy(config, seed=0).stop_ids  # pylint: disable=expression-not-assigned
+    _ = policies.load_policy(config, seed=0).stop_ids

@@ -1,4 +1,6 @@
-"""Every published schema becomes our rows; what breaks a schema's promises is refused with a reason."""
+"""Every published schema becomes our rows; what breaks a schema's promises is refused with a
+reason.
+"""
 
 import json
 
@@ -28,8 +30,10 @@ TRENDS = {
 
 def toolace(answer='[Market Trends API(country="us"), get_weather(city="Rome, Paris (old)")]'):
   system = (
-    'You are an expert in composing functions. Point out what is missing. Here is a list of functions in JSON format '
-    f'that you can invoke:\n{json.dumps([WEATHER, TRENDS])}\nShould you decide to return the function call(s). Put it '
+    'You are an expert in composing functions. Point out what is missing. '
+    'Here is a list of functions in JSON format '
+    f'that you can invoke:\n{json.dumps([WEATHER, TRENDS])}\n'
+    'Should you decide to return the function call(s). Put it '
     'in the format of [func1(params_name=params_value)]\n NO other text MUST be included.'
   )
   return {
@@ -79,8 +83,10 @@ def apigen_mt():
 
 def hermes(**changes):
   system = (
-    'You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags.\n'
-    f"<tools>\n[{{'type': 'function', 'function': {WEATHER}}}]\n</tools>\nFor each function call return a json object."
+    'You are a function calling AI model. '
+    'You are provided with function signatures within <tools></tools> XML tags.\n'
+    f"<tools>\n[{{'type': 'function', 'function': {WEATHER}}}]\n</tools>\n"
+    'For each function call return a json object.'
   )
   return {
     'id': 'a-b',
@@ -89,7 +95,8 @@ def hermes(**changes):
       {'from': 'human', 'value': 'Oslo?'},
       {
         'from': 'gpt',
-        'value': "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name': 'get_weather'}\n</tool_call>",
+        'value': 'I look.\n<tool_call>\n'
+        "{'arguments': {'city': 'Oslo'}, 'name': 'get_weather'}\n</tool_call>",
       },
       {'from': 'tool', 'value': '<tool_response>\n{"is": "snow"}\n</tool_response>'},
       {'from': 'gpt', 'value': 'Snow.'},
@@ -102,7 +109,8 @@ def hermes(**changes):
 
 def toolrl_row(output):
   return {
-    'instruction': 'Tools:\n1. Name: Get Top/Apps\nDescription: x\n\n**Steps for Each Turn**\nformat',
+    'instruction': 'Tools:\n1. Name: Get Top/Apps\nDescription: x\n\n'
+    '**Steps for Each Turn**\nformat',
     'input': '<user> hi </user>',
     'output': output,
   }
@@ -314,7 +322,8 @@ def test_toolrl_has_one_style():
 
 def test_toolrl_row_becomes_a_decision_point():
   output = (
-    '<think> use the <tool_call> tags </think>\n<tool_call>\n{"name": "Get Top/Apps", "parameters": {"n": 3}}\n'
+    '<think> use the <tool_call> tags </think>\n<tool_call>\n'
+    '{"name": "Get Top/Apps", "parameters": {"n": 3}}\n'
     '{"name": "a.2b", "parameters": {}}\n</tool_call>'
   )
   point, thought = toolrl_point(toolrl_row(output), 'r')

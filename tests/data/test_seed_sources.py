@@ -1,7 +1,10 @@
-"""Seeds of recorded dialogues and published rows (made-up records in their schemas, and the real ones where they are), and the
-program that gathers them."""
+"""Seeds of worlds, recorded dialogues and published rows, and the program that gathers them.
+
+Records are made up in the schemas of the published ones; the real ones are read where they exist.
+"""
 
 import collections
+import hashlib
 import json
 import os
 import pathlib
@@ -13,11 +16,11 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.data import tau2_tasks
 from dcore_jax.data.benchmark_tasks import TESTS
+from dcore_jax.data.collect_seeds import collect, load_overlap
 from dcore_jax.data.overlap import Overlap, TestTask
 from dcore_jax.data.seed_sources import load_seeds
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.solve import Distiller
-from experiments.seeds import collect, load_overlap
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOOLS = [
@@ -182,11 +185,9 @@ def trajectory(task_id, reward, *messages):
 
 
 def test_trajectories(tmp_path):
-  look, think, book = (
-    ('look', '{"a": 1}', {'id': 'u'}),
-    ('think', '', {'thought': 't'}),
-    ('book', 'ok', {'id': 'u', 'n': 2}),
-  )
+  look = ('look', '{"a": 1}', {'id': 'u'})
+  think = ('think', '', {'thought': 't'})
+  book = ('book', 'ok', {'id': 'u', 'n': 2})
   records = [
     trajectory(3, 1.0, 'book it', look, think, book, 'Booked.'),
     trajectory(4, 0.0, 'no', look),
@@ -244,10 +245,8 @@ def tau2_task(name, *actions, told='Your user id is mei_kovacs_8020. Cancel #W1.
 class InventedDomain:
   """A shop whose lookups give #W7 away, and whose item 9 does not exist."""
 
-  policy, specs = (
-    'Orders of zip 19122.',
-    (ToolSpec('cancel', 'd', {'type': 'object', 'properties': {}, 'required': []}),),
-  )
+  policy = 'Orders of zip 19122.'
+  specs = (ToolSpec('cancel', 'd', {'type': 'object', 'properties': {}, 'required': []}),)
 
   def __init__(self, name):
     del name
@@ -259,10 +258,8 @@ class InventedDomain:
 
 
 def test_tau2s_training_tasks(monkeypatch):
-  look, cancel = (
-    ('look', {'first_name': 'Mei', 'zip': '19122'}),
-    ('cancel', {'order': '#W7', 'note': ''}),
-  )
+  look = ('look', {'first_name': 'Mei', 'zip': '19122'})
+  cancel = ('cancel', {'order': '#W7', 'note': ''})
   split = {
     'train': [
       tau2_task('0', look, ('calculate', {'expression': '6 * 2'}), cancel),
@@ -419,7 +416,9 @@ def run_seeds(cwd, *arguments):
 
 
 def test_the_program(tmp_path):
-  out, empty = tmp_path / 'seeds.jsonl', tmp_path / 'empty'  # a folder without test sets
+  # a folder without test sets
+  out = tmp_path / 'seeds.jsonl'
+  empty = tmp_path / 'empty'
   empty.mkdir()
   arguments = ['--source=toolworld', '--count=3', f'--out={out}', '--allow_unchecked']
   done = run_seeds(empty, *arguments)
@@ -437,3 +436,16 @@ def test_the_program(tmp_path):
   bad = run_seeds(empty, '--source=nowhere.json', f'--out={tmp_path / "x"}', '--allow_unchecked')
   assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith("error: 'nowhere.json'")
   assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize(
+  ('name', 'digest'), [('toolworld', 'dfa1fe875fbf72da'), ('bfcl', '2b30548e59e5c623')]
+)
+def test_the_seeds_of_a_world_stay_the_same_to_the_letter(name, digest):
+  """Published files of seeds, and rows distilled from them, name tasks by their numbers."""
+  try:
+    found = load_seeds(name, count=24, seed=0)
+  except ValueError as error:
+    pytest.skip(str(error))
+  text = json.dumps([seed.to_json() for seed in found.seeds])
+  assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)

@@ -1,4 +1,6 @@
-"""A packed row as text: marks, branches, what a token sees; and the program on distilled rows and on files."""
+"""A packed row as text: marks, branches, what a token sees; and the program on distilled rows and
+on files.
+"""
 
 import io
 import json
@@ -12,7 +14,7 @@ import pytest
 import transformers
 
 from dcore_jax import tokentree
-from dcore_jax.data.rows import encode_rows
+from dcore_jax.data.rows import encode_rows, parse_rows
 from dcore_jax.data.show_rows import (
   RowView,
   Run,
@@ -53,7 +55,7 @@ def tokenizer():
 
 @pytest.fixture(scope='module')
 def tree(tokenizer):
-  return tokentree.pack(encode_rows(tokenizer, ROWS), 128)
+  return tokentree.pack(encode_rows(tokenizer, parse_rows(ROWS)), 128)
 
 
 def view(tree, tokenizer, **options):
@@ -143,7 +145,7 @@ def test_a_token_sees_its_ancestors(tree, tokenizer):
 
 def test_long_context_is_shortened_unless_wanted_whole(tokenizer):
   rows = [row('x', 'find ' * 300 + 'end', 'ok ' * 300)]
-  tree = tokentree.pack(encode_rows(tokenizer, rows), 2048)
+  tree = tokentree.pack(encode_rows(tokenizer, parse_rows(rows)), 2048)
   short, full = [
     RowView(tree, ['x'], tokenizer, 0, colour=False, full=full).render() for full in (False, True)
   ]
@@ -152,7 +154,7 @@ def test_long_context_is_shortened_unless_wanted_whole(tokenizer):
 
 
 def test_summary_counts(tokenizer):
-  tree = tokentree.pack(encode_rows(tokenizer, ROWS, capacity=30), 30)
+  tree = tokentree.pack(encode_rows(tokenizer, parse_rows(ROWS), capacity=30), 30)
   line = summary_line(tree, len(ROWS))
   assert '4 sequences' in line and f'{len(tree.dropped)} dropped' in line and len(tree.dropped) >= 1
   assert (
@@ -173,7 +175,7 @@ def test_choices_that_are_not_there(tree, tokenizer):
     with pytest.raises(ValueError, match=message):
       find_query(tree, *choice)
   assert find_query(tree, None, None, None) == (0, None) and find_query(tree, 2, None, 5) == (2, 5)
-  dropped = tokentree.pack(encode_rows(tokenizer, ROWS), 24)
+  dropped = tokentree.pack(encode_rows(tokenizer, parse_rows(ROWS)), 24)
   with pytest.raises(ValueError, match='sequence 0 is longer than 24 tokens and was dropped'):
     find_query(dropped, None, 0, None)
   with pytest.raises(ValueError, match='no packed row 1'):

@@ -1,4 +1,4 @@
-"""The decomposition prompt, its tolerant reader, the composed traces' exact form, and wordings from files."""
+"""The decomposition prompt, its tolerant reader, composed traces, and wordings from files."""
 
 import json
 
@@ -10,12 +10,12 @@ from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.tool_calls import parse_calls
 from dcore_jax.distill import compose, decompose
 from dcore_jax.distill.compose import Solved
-from dcore_jax.distill.wording import ENGLISH, ORGANISM, WORDINGS, load_wording
+from dcore_jax.distill.wording import ENGLISH_WORDING, ORGANISM_WORDING, WORDINGS, load_wording
 from dcore_jax.learn.rewards import toolrl_reward
 
 A = Solved('find a', 'i need f.', "[f(x='a')]")
 B = Solved('find b', '<think>\ni need g.\n', '[g(y=2)]')
-T = ORGANISM.templates
+T = ORGANISM_WORDING.templates
 CONTEXT = [Message('system', 'the policy'), Message('user', 'before'), Message('assistant', 'ok')]
 CALLS = [ToolCall('f', {'x': 'a'})]
 
@@ -39,7 +39,8 @@ def test_decomposition_round_trip():
     '[{"index": [0], "description": "a", "step": 1}]',
     '[{"step": 1, "description": "a", "index": [0],},\n]',
     '{"subtasks": [{"description": "a", "index": [0], "why": {"x": [1]}}]}',
-    'as [{"x": 1}] shows: [ {"description": "a", "index": [0]} ] or [{"description": "b", "index": [0]}]',
+    'as [{"x": 1}] shows: [ {"description": "a", "index": [0]} ] or '
+    '[{"description": "b", "index": [0]}]',
     'broken [{"description": "a" and then [{"description": "a", "index": [0]}]',
   ],
 )
@@ -106,7 +107,7 @@ def test_subtasks_share_out_three_calls(index, strict, owned):
 
 
 def test_the_organisms_prompt_is_the_one_it_was_pretrained_on():
-  messages = decompose.decompose_messages(CONTEXT, 'do it', CALLS, ORGANISM.prompts)
+  messages = decompose.decompose_messages(CONTEXT, 'do it', CALLS, ORGANISM_WORDING.prompts)
   assert messages == [
     *CONTEXT,
     Message(
@@ -114,9 +115,9 @@ def test_the_organisms_prompt_is_the_one_it_was_pretrained_on():
       "list the subtasks of this request as json.\nrequest: do it\ncalls: [f(x='a')]\nsubtasks:",
     ),
   ]
-  blind = decompose.decompose_messages(CONTEXT, 'do it', None, ORGANISM.prompts)
+  blind = decompose.decompose_messages(CONTEXT, 'do it', None, ORGANISM_WORDING.prompts)
   assert 'calls' not in blind[-1].content and blind[:-1] == CONTEXT
-  shown = decompose.decompose_messages(CONTEXT, 'do it', CALLS, ORGANISM.prompts, 2)
+  shown = decompose.decompose_messages(CONTEXT, 'do it', CALLS, ORGANISM_WORDING.prompts, 2)
   assert (
     shown[0] == CONTEXT[0] and shown[-3:] == messages[-3:]
   )  # examples stand between the system message and the history
@@ -133,7 +134,7 @@ def test_examples_are_decompositions_that_hold(wording):
 
 
 def test_the_english_prompt_shows_everything_in_one_system_and_one_user_message():
-  system, user = decompose.decompose_messages(CONTEXT, 'do {it}', CALLS, ENGLISH.prompts, 3)
+  system, user = decompose.decompose_messages(CONTEXT, 'do {it}', CALLS, ENGLISH_WORDING.prompts, 3)
   assert [system.role, user.role] == ['system', 'user']
   for part in ('the policy', '"content": "before"', 'do {it}', "[f(x='a')]"):
     assert part in user.content
@@ -142,14 +143,16 @@ def test_the_english_prompt_shows_everything_in_one_system_and_one_user_message(
     and '"index"' in system.content
     and '{' * 2 not in system.content
   )
-  system, user = decompose.decompose_messages(CONTEXT[:1], 'do it', None, ENGLISH.prompts, 1)
+  system, user = decompose.decompose_messages(
+    CONTEXT[:1], 'do it', None, ENGLISH_WORDING.prompts, 1
+  )
   assert (
     '"index"' not in system.content
     and 'Calls' not in system.content + user.content
     and '<example_2>' not in system.content
   )
   with pytest.raises(ValueError, match='9 examples'):
-    decompose.decompose_messages(CONTEXT, 'q', CALLS, ENGLISH.prompts, 9)
+    decompose.decompose_messages(CONTEXT, 'q', CALLS, ENGLISH_WORDING.prompts, 9)
 
 
 def test_a_file_changes_a_wording(tmp_path):
@@ -163,12 +166,12 @@ def test_a_file_changes_a_wording(tmp_path):
     )
   )
   wording = load_wording(str(path))
-  assert wording.name == 'chinese' and wording.prompts == ENGLISH.prompts
+  assert wording.name == 'chinese' and wording.prompts == ENGLISH_WORDING.prompts
   assert ' 我把它分成几个子任务：\n1、find a\n' in compose.sequential(
     'q', ['find a'], 0, A, wording.templates
   )
   assert (
-    len({w.version for w in (wording, ENGLISH, ORGANISM)}) == 3
+    len({w.version for w in (wording, ENGLISH_WORDING, ORGANISM_WORDING)}) == 3
     and load_wording(str(path)).version == wording.version
   )
 
@@ -199,7 +202,8 @@ def test_wordings_that_do_not_hold_are_named(tmp_path, record, named):
 def test_sequential_form():
   first = compose.sequential('q', ['find a', 'find b'], 0, A, T)
   assert first == (
-    '<think>\n\nthe request is: q\n i split it into subtasks:\n1. find a\n2. find b\nnow subtask 1: find a\ni need f.\n'
+    '<think>\n\nthe request is: q\n i split it into subtasks:\n1. find a\n2. find b\n'
+    'now subtask 1: find a\ni need f.\n'
     "</think>\n\n[f(x='a')]"
   )
   second = compose.sequential('q', ['find a', 'find b'], 1, B, T)

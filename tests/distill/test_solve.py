@@ -1,4 +1,4 @@
-"""One seed at a time with a scripted model: what is asked, what is kept, what is dropped, and why."""
+"""One seed at a time with a scripted model: what is asked, kept and dropped, and why."""
 
 import dataclasses
 import json
@@ -8,48 +8,64 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
 from dcore_jax.data.seeds import Seed, decision_points
-from dcore_jax.data.toolworld_seeds import task_seeds
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.distill import verify
+from dcore_jax.distill.asking import Dropped
 from dcore_jax.distill.decompose import print_subtasks
 from dcore_jax.distill.labels import pseudo_labelled
-from dcore_jax.distill.solve import Distiller, Dropped
-from dcore_jax.distill.wording import ENGLISH
+from dcore_jax.distill.solve import Distiller
+from dcore_jax.distill.wording import ENGLISH_WORDING
 from dcore_jax.learn.rewards import toolrl_reward
 from dcore_jax.rollout.backends import TOO_LONG, Reply
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 THINK = '<think>\nreasoning.\n</think>\n\n'
 LEAKY = Seed(
-  's',
-  'sequential',
-  (Message('user', 'find the order of Karo, then cancel that order'),),
-  (ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541', 'key': 'abc9'})),
-  ('{}', '{}'),
+  id='s',
+  kind='sequential',
+  conversations=(Message('user', 'find the order of Karo, then cancel that order'),),
+  calls=(ToolCall('f', {'c': 'Karo'}), ToolCall('g', {'o': 'R541', 'key': 'abc9'})),
+  tool_response=('{}', '{}'),
 )
 
 
 def seeds(kind, count=20):
-  return [s for t in ToolWorld().tasks(kind, count, seed=9, split='train') for s in task_seeds(t)]
+  result = []
+  for task in ToolWorld().tasks(kind, count, seed=9, split='train'):
+    result += task_seeds(ToolWorld(), task)
+  return result
 
 
 def with_subtasks(kind, count=20):
   for task in ToolWorld().tasks(kind, count, seed=9, split='train'):
-    for seed, turn in zip(task_seeds(task), task.turns):
-      if len(set(turn.subtasks)) == len(
-        turn.subtasks
-      ):  # else the scripted model could not tell them apart
+    for seed, turn in zip(task_seeds(ToolWorld(), task), task.turns, strict=True):
+      # The scripted model could not tell equal subtasks apart.
+      if len(set(turn.subtasks)) == len(turn.subtasks):
         yield seed, turn.subtasks
 
 
+def reply(text, finished=True, error='', prompt_tokens=1, completion_tokens=1):
+  return Reply(
+    text=text,
+    finished=finished,
+    prompt_tokens=prompt_tokens,
+    completion_tokens=completion_tokens,
+    error=error,
+  )
+
+
 def drive(ask, answer, rounds=None):
-  """The conversation with `answer(messages) -> text or Reply`; what it returns, or the reason it was dropped for."""
+  """Holds a conversation with `answer(messages) -> text or Reply`.
+
+  Returns what it returns, or the reason that it was dropped for.
+  """
   try:
     prompts = ask.send(None)
     while True:
       if rounds is not None:
         rounds.append(len(prompts))
-      replies = [answer(messages) for messages in prompts]
-      prompts = ask.send([r if isinstance(r, Reply) else Reply(r, True, 1, 1) for r in replies])
+      texts = [answer(messages) for messages in prompts]
+      prompts = ask.send([one if isinstance(one, Reply) else reply(one) for one in texts])
   except StopIteration as stop:
     return stop.value
   except Dropped as drop:
@@ -62,7 +78,8 @@ def run(seed, answer, rounds=None, **options):
 
 def oracle(seed, subtasks):
   """Answers as a perfect model would, given the reference decomposition."""
-  answers = dict(zip(subtasks, seed.calls))
+  # An irrelevant seed has a subtask, and no call that would solve it.
+  answers = dict(zip(subtasks, seed.calls, strict=False))
 
   def answer(messages):
     last = messages[-1].content
@@ -90,8 +107,11 @@ def test_a_perfect_model_keeps_everything(kind, options):
     for row in rows:
       assert row['conversations'][-1]['role'] == 'assistant'
       assert not any('<think>' in m['content'] for m in row['conversations'][:-1])
-    # The rows train what reinforcement learning asks for: each answers one decision point with the best reward.
-    points = {tuple(m.content for m in p.messages): p.reference for p in decision_points(seed)}
+    # The rows train what reinforcement learning asks for: each answers one decision point with the
+    # best reward.
+    points = {}
+    for point in decision_points(seed):
+      points[tuple(message.content for message in point.messages)] = point.reference
     for row in rows:
       reference = points[tuple(m['content'] for m in row['conversations'][:-1])]
       assert toolrl_reward(row['conversations'][-1]['content'], reference).total == 4
@@ -100,24 +120,24 @@ def test_a_perfect_model_keeps_everything(kind, options):
 def test_what_can_be_asked_together_is():
   parallel, subtasks = next((s, t) for s, t in with_subtasks('parallel') if len(t) == 4)
   rounds = []
-  assert isinstance(
-    run(parallel, oracle(parallel, subtasks), rounds, candidates=2), list
-  ) and rounds == [2, 4]
+  assert isinstance(run(parallel, oracle(parallel, subtasks), rounds, candidates=2), list)
+  assert rounds == [2, 4]
   sequential, subtasks = next((s, t) for s, t in with_subtasks('sequential') if len(t) == 4)
   rounds = []
-  assert isinstance(run(sequential, oracle(sequential, subtasks), rounds), list) and rounds == [
-    1,
-    1,
-    1,
-    1,
-    1,
-  ]
+  assert isinstance(run(sequential, oracle(sequential, subtasks), rounds), list)
+  assert rounds == [1] * 5
 
 
 def test_a_step_sees_the_calls_and_outputs_before_it_and_no_reasoning():
   seed, subtasks = next((s, t) for s, t in with_subtasks('sequential') if len(t) == 3)
-  seen, right = [], oracle(seed, subtasks)
-  run(seed, lambda messages: (seen.append(messages), right(messages))[1])
+  seen = []
+  right = oracle(seed, subtasks)
+
+  def answer(messages):
+    seen.append(messages)
+    return right(messages)
+
+  run(seed, answer)
   assert [m.content for m in seen[-1]] == [
     seed.conversations[0].content,
     subtasks[0],
@@ -165,9 +185,9 @@ def test_bad_decompositions_are_counted(text, reason):
     (THINK + '[f(a b)]', 'unreadable call'),
     (THINK + "[nope(a='b')]", 'wrong call'),
     (THINK + '<tool_call>{"name": "a b"}</tool_call>', 'unreadable call'),
-    (Reply(THINK + '[f(a=1', False, 9, 5), 'cut off'),
-    (Reply('', False, 9, 0, TOO_LONG), TOO_LONG),
-    (Reply('', False, 9, 0, 'status 400: ...'), 'refused by the endpoint'),
+    (reply(THINK + '[f(a=1', finished=False), 'cut off'),
+    (reply('', finished=False, error=TOO_LONG), TOO_LONG),
+    (reply('', finished=False, error='status 400: ...'), 'refused by the endpoint'),
   ],
 )
 def test_bad_solutions_are_counted(text, reason):
@@ -192,7 +212,8 @@ def test_what_cannot_be_read_is_asked_again(bad, options, kept):
 
 def test_what_is_wrong_is_asked_again_only_where_more_samples_are_allowed():
   seed = seeds('single')[0]
-  good, wrong = THINK + print_calls(list(seed.calls)), THINK + "[nope(a='b')]"
+  good = THINK + print_calls(list(seed.calls))
+  wrong = THINK + "[nope(a='b')]"
   texts = iter([wrong, good])
   assert run(seed, lambda _: next(texts)) == 'wrong call' and next(texts) == good
   texts = iter(['bad', wrong, wrong, good])  # the two budgets do not touch each other
@@ -201,7 +222,10 @@ def test_what_is_wrong_is_asked_again_only_where_more_samples_are_allowed():
 
 
 def test_one_subtask_may_own_several_calls():
-  """The released code drops these: it compares the number of subtasks with the number of responses (method: 7.12)."""
+  """The released code drops these: it compares the numbers of subtasks and responses.
+
+  docs/method.md, section 7, point 12.
+  """
   seed = next(s for s in seeds('sequential') if len(s.calls) == 3)
 
   def answer(messages):
@@ -213,7 +237,7 @@ def test_one_subtask_may_own_several_calls():
 
   rows = run(seed, answer)
   assert len(rows) == 2 + bool(seed.answer)
-  # The report comes after what its row's history shows, which is two messages of calls and not three.
+  # The report comes after two messages of calls, and not three.
   assert sum(m['role'] == 'assistant' for m in rows[-1]['conversations']) == 3
   assert run(seed, answer, strict_count=True) == 'not as many subtasks as calls'
 
@@ -278,7 +302,10 @@ def test_independent_calls_may_come_in_any_order_and_dependent_ones_may_not():
 
 
 def test_a_state_may_be_reached_by_other_calls():
-  """An additional look-up changes nothing; a skipped one leaves its output missing; a payment twice is another state."""
+  """An additional look-up changes nothing, a skipped one leaves its output missing.
+
+  A payment made twice leaves another state.
+  """
   seed = next(s for s in seeds('single', 60) if s.calls[0].name == 'pay_amount')
   call = seed.calls[0]
   look = ToolCall('check_balance', {'person': call.arguments['person']})
@@ -328,15 +355,15 @@ def test_rows_in_another_language_or_too_long_are_dropped():
     == 'another language'
   )
   assert run(seed, lambda _: THINK + answer, max_chars=100) == 'too long'
-  assert isinstance(run(seed, lambda _: THINK + answer, wording=ENGLISH), list)
+  assert isinstance(run(seed, lambda _: THINK + answer, wording=ENGLISH_WORDING), list)
 
 
 def test_calls_are_trained_in_one_form_whatever_form_they_were_written_in():
   seed, subtasks = next(with_subtasks('parallel'))
-  written = {
-    text: f'<tool_call>\n{{"name": "{call.name}", "arguments": {json.dumps(call.arguments)}}}\n</tool_call>'
-    for text, call in zip(subtasks, seed.calls)
-  }
+  written = {}
+  for text, call in zip(subtasks, seed.calls, strict=True):
+    record = json.dumps({'name': call.name, 'arguments': call.arguments})
+    written[text] = f'<tool_call>\n{record}\n</tool_call>'
   right = oracle(seed, subtasks)
   [row] = run(
     seed,
@@ -368,7 +395,7 @@ def test_options_that_cannot_be(options):
     Distiller(**options)
 
 
-# --- pseudo-labels --------------------------------------------------------------------------------------------------------
+# --- pseudo-labels --------------------------------------------------------------------------------
 
 
 def test_pseudo_labels_are_what_most_samples_do():
@@ -415,16 +442,14 @@ def test_pseudo_labels_may_be_wrong_and_change_the_kind():
 def test_nothing_to_label_with():
   seed = seeds('sequential')[0]
   assert drive(pseudo_labelled(seed, 3), lambda _: '<think>\nno end') == 'no pseudo-label'
-  assert (
-    drive(pseudo_labelled(seed, 3, max_steps=4), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
-  )  # never ends
+  endless = pseudo_labelled(seed, 3, max_steps=4)
+  assert drive(endless, lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
+  # Without a world, a call for which nothing is recorded ends the attempt.
   recorded = dataclasses.replace(seed, world=None)
-  assert (
-    drive(pseudo_labelled(recorded, 1), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
-  )  # leaves what is recorded
+  assert drive(pseudo_labelled(recorded, 1), lambda _: THINK + '[f(a=1)]') == 'no pseudo-label'
 
 
-# --- seeds ----------------------------------------------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', ['single', 'sequential', 'parallel', 'irrelevant', 'multi_turn'])

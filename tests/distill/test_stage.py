@@ -1,4 +1,7 @@
-"""The stage that distils, on loopback: what is written, what a kill or a bad endpoint costs, what is refused."""
+"""The stage that distils, on loopback.
+
+What is written, what a kill or a bad endpoint costs, and what is refused.
+"""
 
 import collections
 import importlib.util
@@ -18,11 +21,13 @@ from configs import nano
 from dcore_jax.chat.messages import Message
 from dcore_jax.data.rows import training_rows
 from dcore_jax.data.seed_sources import config_seeds
+from dcore_jax.distill import shards as distill_shards
 from dcore_jax.distill import stage as distillation
-from dcore_jax.run.config import check_config
-from dcore_jax.run.defaults import default_config
+from dcore_jax.files import read_json_lines
+from dcore_jax.overrides import with_fields
+from dcore_jax.run.config import read_config
 from dcore_jax.run.pipeline import Pipeline
-from tests.distill.test_pipeline import THINK, some_seeds
+from tests.distill.test_algorithm import THINK, some_seeds
 from tests.rollout.test_backends import Endpoint, answer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +41,7 @@ def make_config(url='http://127.0.0.1:9/v1', **fields):
     dict(backend='openai', base_url=url, model='m', concurrency=4, shard_seeds=6, timeout=5.0)
     | fields
   )
-  return check_config(config, default_config())
+  return read_config(config)
 
 
 def perfect(config):
@@ -51,13 +56,12 @@ def run(config, folder):
 
 
 def rows_of(folder):
-  rows = [
-    json.loads(line)
-    for path in sorted(folder.glob('rows-*.jsonl'))
-    for line in path.read_text().splitlines()
-  ]
+  rows = []
+  for path in sorted(folder.glob('rows-*.jsonl')):
+    rows += read_json_lines(path)
   for row in rows:
-    row['provenance'].pop('seconds')  # the one thing that no two runs share
+    # The time is the one thing that no two runs share.
+    del row['provenance']['seconds']
   return rows
 
 
@@ -94,9 +98,8 @@ def test_what_a_run_leaves(uninterrupted):
     and summary['success_rate'] == 1
   )
   order = [row['provenance']['seed'] for row in rows]
-  assert list(dict.fromkeys(order)) == [
-    seed.id for seed in seeds
-  ]  # in the order of the seeds, whoever finished first
+  # Rows stand in the order of the seeds, whichever finished first.
+  assert list(dict.fromkeys(order)) == [seed.id for seed in seeds]
   assert (
     len(list(folder.glob('rows-*.jsonl')))
     == len(list(folder.glob('outcomes-*.jsonl')))
@@ -104,7 +107,7 @@ def test_what_a_run_leaves(uninterrupted):
   )
   assert json.loads((folder / 'distill.json').read_text()) == summary
   trained, unreadable = training_rows(make_config().sft, folder.parent)
-  assert [row['id'] for row in trained] == [row['id'] for row in rows] and not unreadable
+  assert [row.id for row in trained] == [row['id'] for row in rows] and not unreadable
   assert not list(folder.glob('.*'))  # nothing half written
 
 
@@ -115,18 +118,12 @@ def test_a_finished_run_asks_nothing(uninterrupted, tmp_path):
   assert (
     rows_of(folder) == rows and again == written and again['usage']['requests'] == again['calls']
   )
-  (
-    folder / 'rows-00001.jsonl'
-  ).unlink()  # as if killed before it was written: the journal knows all of it
+  # As if killed before the shard was written. The journal knows all of its completions.
+  (folder / 'rows-00001.jsonl').unlink()
+  calls = sum(outcome['calls'] for outcome in read_json_lines(folder / 'outcomes-00001.jsonl'))
   assert run(make_config(), folder)['usage'] == {
     'requests': 0,
-    'from_journal': again['calls']
-    - sum(
-      json.loads(line)['calls']
-      for path in folder.glob('outcomes-*.jsonl')
-      if '00001' not in path.name
-      for line in path.read_text().splitlines()
-    ),
+    'from_journal': calls,
     'prompt_tokens': 0,
     'completion_tokens': 0,
   }
@@ -134,12 +131,13 @@ def test_a_finished_run_asks_nothing(uninterrupted, tmp_path):
 
 
 def test_rows_are_those_of_one_config(uninterrupted, tmp_path):
-  """What another program has distilled is not taken for what this config would; where answers come from may differ."""
+  """Rows of another config are refused; where the answers come from may differ."""
   folder = uninterrupted[2]
   for fields in ({}, dict(backend='local', base_url='', model='', concurrency=2)):
     distillation.check_rows(make_config(**fields), folder)
-  other = make_config(temperature=0.9).as_configdict()
-  other.seed, other.world.max_subtasks, other.stages = 5, 3, ('distill',)
+  other = with_fields(
+    make_config(temperature=0.9), seed=5, world__max_subtasks=3, stages=('distill',)
+  )
   with pytest.raises(ValueError, match='with other seed, world, distill.temperature; name another'):
     distillation.check_rows(other, folder)
   shutil.copytree(folder, tmp_path / 'distill')
@@ -149,15 +147,33 @@ def test_rows_are_those_of_one_config(uninterrupted, tmp_path):
   distillation.check_rows(other, tmp_path)  # rows from elsewhere
 
 
+def test_rows_of_an_older_program_are_accepted(uninterrupted, tmp_path):
+  """Fields that its record lacks had their defaults; a mapping that it holds is all of one."""
+  claim = json.loads((uninterrupted[2] / 'claim.json').read_text())
+  del claim['settings']['world']['name']
+  del claim['settings']['world']['options']
+  del claim['settings']['distill']['max_chars']
+  (tmp_path / 'claim.json').write_text(json.dumps(claim))
+  distillation.check_rows(make_config(), tmp_path)
+  other = with_fields(make_config(max_chars=100), world__options={'size': 2})
+  with pytest.raises(ValueError, match='with other world, distill.max_chars; name another'):
+    distillation.check_rows(other, tmp_path)
+  claim['settings']['distill']['tasks'] = {'single': 5}
+  (tmp_path / 'claim.json').write_text(json.dumps(claim))
+  distillation.check_rows(with_fields(make_config(), distill__tasks={'single': 5}), tmp_path)
+  with pytest.raises(ValueError, match='with other distill.tasks; name another'):
+    distillation.check_rows(make_config(), tmp_path)
+
+
 def test_the_seconds_are_those_of_all_calls(uninterrupted, tmp_path, monkeypatch):
-  """A killed call's time counts, up to what it wrote down last; a call that does nothing adds none."""
+  """A killed call's time counts up to what it wrote down last; a call without work adds none."""
   now = [100.0]
-  monkeypatch.setattr(distillation.time, 'perf_counter', lambda: now[0])
-  killed = distillation.Clock(tmp_path / 'seconds.json')
+  monkeypatch.setattr(distill_shards.time, 'perf_counter', lambda: now[0])
+  killed = distill_shards.Clock(tmp_path / 'seconds.json')
   for now[0] in (104.0, 111.0, 115.0):  # written at 111: what came after is lost
     killed.tick()
   now[0] = 500.0
-  last = distillation.Clock(tmp_path / 'seconds.json')
+  last = distill_shards.Clock(tmp_path / 'seconds.json')
   now[0] = 503.0
   assert last.write() == 14.0
   folder = uninterrupted[2]
@@ -173,8 +189,9 @@ def test_the_seconds_are_those_of_all_calls(uninterrupted, tmp_path, monkeypatch
 
 
 def test_an_endpoint_that_fails_in_every_way_costs_no_row(serve, uninterrupted, tmp_path):
-  """Each question fails first: too many requests, errors, malformed and missing answers, no answer in time."""
-  say, failures = perfect(make_config()), {}
+  """Each question fails first, with an error, a malformed or missing answer, or none in time."""
+  say = perfect(make_config())
+  failures = {}
   ways = [
     (429, {'error': {'message': 'slow down'}}),
     (500, 'oops'),
@@ -206,12 +223,13 @@ def test_an_endpoint_that_fails_in_every_way_costs_no_row(serve, uninterrupted, 
 def test_an_endpoint_that_dies_is_one_error_and_nothing_is_asked_twice(
   serve, uninterrupted, tmp_path
 ):
-  say, alive = perfect(make_config()), threading.Event()
+  say = perfect(make_config())
+  alive = threading.Event()
 
   def script(body, _):
-    return (
-      (200, answer(say(body))) if alive.is_set() or len(endpoint.bodies) <= 20 else (500, 'dead')
-    )
+    if alive.is_set() or len(endpoint.bodies) <= 20:
+      return 200, answer(say(body))
+    return 500, 'dead'
 
   endpoint = serve(script)
   folder = tmp_path / 'distill'
@@ -230,7 +248,8 @@ def test_an_endpoint_that_dies_is_one_error_and_nothing_is_asked_twice(
 def test_a_killed_process_goes_on_without_repeating_what_was_answered(
   serve, uninterrupted, tmp_path
 ):
-  say, reached = perfect(make_config()), threading.Event()
+  say = perfect(make_config())
+  reached = threading.Event()
 
   def script(body, _):
     time.sleep(0.02)
@@ -268,9 +287,8 @@ def test_a_killed_process_goes_on_without_repeating_what_was_answered(
   )
   repeated = collections.Counter(json.dumps(body, sort_keys=True) for body in endpoint.bodies)
   twice = sum(count - 1 for count in repeated.values())
-  assert (
-    twice <= 4 and len(endpoint.bodies) == summary['calls'] + twice
-  )  # only what was under way when it was killed
+  # Only what was under way when it was killed is asked again.
+  assert twice <= 4 and len(endpoint.bodies) == summary['calls'] + twice
   assert 30 <= asked <= 40 and summary['usage']['requests'] <= summary['calls'] - 20
   assert json.loads((tmp_path / 'distill' / 'result.json').read_text())['seconds'] > 0
 
@@ -330,21 +348,20 @@ def test_seeds_from_a_file(serve, tmp_path):
 
 
 def test_pseudo_labels_are_made_once_and_counted(serve, tmp_path):
-  """The labelling endpoint answers every request with the calls of its first subtask, and is right for single calls alone."""
+  """The labelling endpoint is right for single calls, and refuses every other request."""
   config = make_config()
   say = perfect(config)
   seeds = {seed.query: seed for seed in config_seeds(config)}
 
   def label(body, _):
     seed = seeds.get(body['messages'][-1]['content'])
-    text = (
-      say({'messages': [{'role': 'user', 'content': seed.query}]})
-      if seed and len(seed.calls) < 2
-      else THINK + 'I cannot.'
-    )
+    text = THINK + 'I cannot.'
+    if seed and len(seed.calls) < 2:
+      text = say({'messages': [{'role': 'user', 'content': seed.query}]})
     return 200, answer(text)
 
-  labeller, endpoint = serve(label), serve(lambda body, _: (200, answer(say(body))))
+  labeller = serve(label)
+  endpoint = serve(lambda body, _: (200, answer(say(body))))
   config = make_config(
     endpoint.url,
     reference='pseudo',
@@ -363,7 +380,8 @@ def test_pseudo_labels_are_made_once_and_counted(serve, tmp_path):
   assert summary['labels']['labelled'] == summary['labels']['seeds'] == len(seeds)
   agreeing = sum(len(seed.calls) < 2 for seed in seeds.values())
   assert summary['labels']['agree'] == agreeing and len(labeller.bodies) >= 3 * len(seeds)
-  # Seeds of several subtasks count as such, whatever became of them: all were labelled as what no tool can do.
+  # Seeds of several subtasks count as such, whatever became of them: all were labelled as what no
+  # tool can do.
   several = sum(seed.kind in ('sequential', 'parallel') for seed in seeds.values())
   assert (
     summary['several'] == several > 0
@@ -424,7 +442,7 @@ def test_the_sample_of_a_run(uninterrupted):
 
 @pytest.mark.slow
 def test_our_own_server_gives_what_the_engine_gives(tmp_path):
-  """Loopback: the same seeds through `experiments.serve` and through the engine in this process, greedy, give the same rows."""
+  """The same seeds, greedy, give the same rows through `experiments.serve` and our engine."""
   if importlib.util.find_spec('experiments.serve') is None:
     pytest.skip('experiments.serve is not there')
   import socket
@@ -460,11 +478,10 @@ def test_our_own_server_gives_what_the_engine_gives(tmp_path):
   finally:
     server.terminate()
     server.wait(30)
-  texts = [
-    [(row['id'], row['conversations']) for row in rows_of(tmp_path / place / 'distill')]
-    for place in ('remote', 'local')
-  ]
-  assert texts[0] == texts[1] and texts[0]
+  remote_rows, local_rows = (rows_of(tmp_path / place / 'distill') for place in ('remote', 'local'))
+  assert remote_rows
+  for theirs, ours in zip(remote_rows, local_rows, strict=True):
+    assert (theirs['id'], theirs['conversations']) == (ours['id'], ours['conversations'])
 
 
 def _wait_for(url, server):

@@ -20,7 +20,7 @@ from dcore_jax.evaluate.behaviours import BEHAVIOURS, behaviour_counts, count_be
   ],
 )
 def test_counts(text, counts):
-  assert count_behaviours(text) == dict(zip(BEHAVIOURS, counts))
+  assert count_behaviours(text) == dict(zip(BEHAVIOURS, counts, strict=True))
 
 
 def test_batch():

@@ -2,12 +2,16 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from dcore_jax.evaluate import lazy_reasoning
 from dcore_jax.evaluate.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
 from experiments import analyze
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_reflections_are_substrings_in_any_case():
@@ -25,7 +29,8 @@ def test_lazy_edges(reflections, n_tokens, wrong, lazy):
 
 
 def test_ratio():
-  reasonings, tokens = ['wait ' * 4, 'wait ' * 3, '', 'wait ' * 9], [301, 301, 999, 301]
+  reasonings = ['wait ' * 4, 'wait ' * 3, '', 'wait ' * 9]
+  tokens = [301, 301, 999, 301]
   assert lazy_ratio(reasonings, tokens, [True, True, True, False]) == {
     'lazy': 2,
     'total': 4,
@@ -120,17 +125,10 @@ def test_headless_score_file_and_ambiguous_files(tmp_path):
 
 def analyze_published(data_dir: pathlib.Path, model: str, capsys):
   published = data_dir / 'dcore_published'
-  status = analyze.main(
-    [
-      'lazy',
-      f'--results={published / "result" / model}',
-      f'--scores={published / "score" / model}',
-      f'--tokenizer={data_dir / "qwen3-tokenizer"}',
-    ]
+  ratios = analyze.lazy(
+    published / 'result' / model, published / 'score' / model, data_dir / 'qwen3-tokenizer'
   )
-  captured = capsys.readouterr()
-  assert status == 0
-  return json.loads(captured.out), captured.err
+  return ratios, capsys.readouterr().err
 
 
 def counts(ratio: dict) -> tuple[int, int]:
@@ -153,7 +151,7 @@ def test_published_d_core_14b(data_dir, capsys):
   assert 'multi_turn: no file for multi_turn_base result, multi_turn_miss_func result' in notes
 
 
-def test_thresholds_reach_the_rule(tmp_path, capsys, monkeypatch):
+def test_thresholds_reach_the_rule(tmp_path, monkeypatch):
   multi_turn_files(tmp_path)
 
   def count_words(texts, add_special_tokens):
@@ -161,24 +159,36 @@ def test_thresholds_reach_the_rule(tmp_path, capsys, monkeypatch):
     return {'input_ids': [text.split() for text in texts]}
 
   monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', lambda folder: count_words)
-  folders = [
-    f'--results={tmp_path / "result"}',
-    f'--scores={tmp_path / "score"}',
-    f'--tokenizer={tmp_path}',
-  ]
   for options, lazy in (
-    ([], 0),
-    (['--min_tokens=2'], 6),
-    (['--min_tokens=2', '--min_reflections=4'], 3),
+    ({}, 0),
+    ({'min_tokens': 2}, 6),
+    ({'min_tokens': 2, 'min_reflections': 4}, 3),
   ):
-    assert analyze.main(['lazy', *folders, *options]) == 0
-    ratios = json.loads(capsys.readouterr().out)
+    ratios = analyze.lazy(tmp_path / 'result', tmp_path / 'score', tmp_path, **options)
     assert ratios['parallel'] is None and counts(ratios['multi_turn']) == (lazy, 12)
 
 
-def test_program_errors(tmp_path, capsys):
-  (tmp_path / 'there').mkdir()
-  options = [f'--scores={tmp_path / "there"}', f'--tokenizer={tmp_path / "there"}']
-  assert analyze.main(['lazy', f'--results={tmp_path / "absent"}', *options]) == 1
-  captured = capsys.readouterr()
-  assert captured.out == '' and f'no folder {tmp_path / "absent"}' in captured.err
+def run_program(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.analyze', *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_program(tmp_path, data_dir):
+  multi_turn_files(tmp_path)
+  folders = [f'--scores={tmp_path / "score"}', f'--tokenizer={data_dir / "qwen3-tokenizer"}']
+  done = run_program('lazy', f'--results={tmp_path / "result"}', *folders, '--min_tokens=2')
+  assert done.returncode == 0, done.stderr
+  ratios = json.loads(done.stdout)
+  assert ratios['parallel'] is None and ratios['multi_turn']['total'] == 12
+  assert 'parallel: no file for' in done.stderr
+
+  absent = run_program('lazy', f'--results={tmp_path / "absent"}', *folders)
+  assert (absent.returncode, absent.stdout) == (1, '')
+  assert absent.stderr == f'error: no folder {tmp_path / "absent"}\n'
+  other = run_program('busy', f'--results={tmp_path}', *folders)
+  assert other.returncode != 0 and "['busy']" in other.stdout + other.stderr

@@ -26,15 +26,20 @@ def config() -> DecoderConfig:
 def params(config) -> decoder.Params:
   """Drawn by numpy, which compiles nothing, and as numpy arrays, which no donation can eat."""
   rng = np.random.default_rng(0)
-  draw = lambda spec: (
-    np.ones(spec.shape) if spec.init is None else rng.normal(0, 0.3, spec.shape)
-  ).astype(np.float32)
+
+  def draw(spec):
+    return (np.ones(spec.shape) if spec.init is None else rng.normal(0, 0.3, spec.shape)).astype(
+      np.float32
+    )
+
   return jax.tree.map(draw, decoder.abstract_params(config))
 
 
 @pytest.fixture(scope='session')
 def flat_log_p(config):
-  """(params, sequences) -> (token ids [N, T - 1], log-probabilities [N, T - 1, V]) at tokens 1.. of each, alone in its row."""
+  """(params, sequences) -> (token ids [N, T - 1], log-probabilities [N, T - 1, V]) at tokens 1.. of
+  each, alone in its row.
+  """
 
   def log_p(params, sequences):
     T = max(len(sequence.tokens) for sequence in sequences)
@@ -52,7 +57,9 @@ def flat_log_p(config):
 
 @pytest.fixture(scope='session')
 def flat_scores(flat_log_p):
-  """(params, sequences) -> (log-probabilities, entropies) [N, T - 1] of tokens 1.. of each, alone in its row."""
+  """(params, sequences) -> (log-probabilities, entropies) [N, T - 1] of tokens 1.. of each, alone
+  in its row.
+  """
 
   def scores(params, sequences):
     targets, log_p = flat_log_p(params, sequences)

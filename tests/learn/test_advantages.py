@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dcore_jax.learn import advantages, grpo
+from dcore_jax.learn import advantages
 
 MIXED = [4, 4, 4, 4, -2, -2, 1, 1]
 ENTROPY = (1, 10, 0, 2, 3, 4)
-da_grpo = grpo.da_grpo_advantages
+da_grpo = advantages.da_grpo_advantages
 
 
 def group(rewards, entropy=ENTROPY):
@@ -21,7 +21,9 @@ def group(rewards, entropy=ENTROPY):
 
 
 def psi(arrays, **options):
-  estimator = lambda *arrays: da_grpo(*arrays, **options)
+  def estimator(*arrays):
+    return da_grpo(*arrays, **options)
+
   return advantages.psi_part(estimator, estimator(*arrays), arrays[0], arrays[2])
 
 
@@ -40,7 +42,9 @@ def test_group_with_variance(name):
 @pytest.mark.parametrize('zero_test', ['group', 'token', 'below'])
 @pytest.mark.parametrize('reward', [4, -3, 0])
 def test_psi_replaces_the_vanished_advantage(multiplier, golden, zero_test, reward):
-  """psi is blind to the sign of the reward; 2 is what the released code executes, 1 what the paper says."""
+  """psi is blind to the sign of the reward; 2 is what the released code executes, 1 what the paper
+  says.
+  """
   options = dict(alpha=0.1, delta=0.5, zero_test=zero_test, psi_multiplier=multiplier)
   np.testing.assert_allclose(da_grpo(*group([reward] * 8), **options)[0], [golden] * 8, rtol=1e-6)
   np.testing.assert_array_equal(
@@ -76,14 +80,12 @@ def test_the_printed_condition_overwrites_negative_advantages():
 def test_standardisation_rounds_as_torch_does():
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(0)
-  whole, parts = (
-    rng.integers(-3, 5, (500, 1)),
-    rng.integers(0, 9, (500, 8)) / rng.integers(1, 12, (500, 1)),
-  )
+  whole = rng.integers(-3, 5, (500, 1))
+  parts = rng.integers(0, 9, (500, 8)) / rng.integers(1, 12, (500, 1))
   rewards = np.float32(whole + parts)
   rewards[::2] = rewards[::2, :1]
   result = da_grpo(rewards, np.zeros((500, 8, 1)), np.ones((500, 8, 1)), zero_test='token')
-  for row, reward in zip(result[..., 0], torch.tensor(rewards)):
+  for row, reward in zip(result[..., 0], torch.tensor(rewards), strict=True):
     np.testing.assert_allclose(
       row, (reward - reward.mean()) / (reward.std() + 1e-6), rtol=1e-5, atol=1e-6
     )
@@ -113,7 +115,7 @@ def test_rl_zvp_signs():
   'when, wanted', [('ignore', (0,) * 6), ('punish', (-0.4, 0, -0.5, -0.3, -0.2, -0.1))]
 )
 def test_psi_of_wrong_groups(when, wanted):
-  """Only groups at or below the threshold are treated so; the cap of psi bounds the punishment too."""
+  """Only groups at or below the threshold are treated so; the cap of psi bounds punishment too."""
   np.testing.assert_allclose(
     da_grpo(*group([-3] * 8), psi_when_wrong=when)[0], [wanted] * 8, atol=1e-6
   )
@@ -144,7 +146,10 @@ def test_centred_estimators_equal_a_transcript(name, mean):
 @hypothesis.settings(max_examples=200)
 def test_da_grpo_equals_a_transcript(data):
   P, G, T = (data.draw(st.integers(1, most)) for most in (3, 6, 5))
-  pick = lambda count, values: [data.draw(st.sampled_from(values)) for _ in range(count)]
+
+  def pick(count, values):
+    return [data.draw(st.sampled_from(values)) for _ in range(count)]
+
   rewards = np.float32(pick(P * G, [-3, 1, 4])).reshape(P, G)
   entropy = np.float32(pick(P * G * T, [0, 0.1, 0.7, 3, 9])).reshape(P, G, T)
   mask = np.float32(pick(P * G * T, [0, 1])).reshape(P, G, T)
@@ -203,12 +208,17 @@ def test_estimators_by_name_take_their_own_options():
   np.testing.assert_allclose(estimator(*group([4] * 8))[0, 0], (0.8, 2, 0, 1.6, 2, 2), rtol=1e-6)
   for name in advantages.ADVANTAGES:
     assert advantages.make_estimator(name, config)(*group(MIXED)).shape == (1, 8, 6)
+  assert advantages.uses_entropy('rl_zvp') and not advantages.uses_entropy('rloo')
+  with pytest.raises(ValueError, match="'grpo' is registered already"):
+    advantages.register_estimator('grpo')(lambda rewards_PG, entropy_PGT, mask_PGT: mask_PGT)
   with pytest.raises(ValueError, match="unknown estimator 'ppo'"):
     advantages.make_estimator('ppo', config)
 
 
 def test_alpha_settles_where_its_measure_meets_the_target():
-  """A policy whose entropy answers alpha within a few steps, from either side; the bounds hold where it never does."""
+  """A policy whose entropy answers alpha within a few steps, from either side; the bounds hold
+  where it never does.
+  """
   for alpha in (0.02, 0.9):
     for _ in range(300):
       alpha = advantages.adapted_alpha(alpha, measured=2 * math.sqrt(alpha), target=0.8)
@@ -227,7 +237,9 @@ def test_word_tokens_mark_every_token_of_a_word():
   pieces = ['So', ' wa', 'IT', ', the at', 'tri', 'bute', ' is', ' how', 'ev', 'er', 'wait', '']
   marked = [
     piece
-    for piece, hit in zip(pieces, advantages.word_tokens(pieces, ('wait', 'but', 'however')))
+    for piece, hit in zip(
+      pieces, advantages.word_tokens(pieces, ('wait', 'but', 'however')), strict=True
+    )
     if hit
   ]
   assert marked == [' wa', 'IT', 'bute', ' how', 'ev', 'er', 'wait']
@@ -238,13 +250,15 @@ def test_word_tokens_mark_every_token_of_a_word():
 
 @hypothesis.given(st.lists(st.text('abc', max_size=3), max_size=12))
 def test_word_tokens_equal_a_search_by_character(pieces):
-  text, word = ''.join(pieces), 'ab'
+  text = ''.join(pieces)
+  word = 'ab'
   covered = [
     any(text[i - k : i - k + 2] == word for k in range(2) if i >= k) for i in range(len(text))
   ]
   owner = [number for number, piece in enumerate(pieces) for _ in piece]
   wanted = [
-    any(hit for hit, who in zip(covered, owner) if who == number) for number in range(len(pieces))
+    any(hit for hit, who in zip(covered, owner, strict=True) if who == number)
+    for number in range(len(pieces))
   ]
   assert advantages.word_tokens(pieces, (word,)).tolist() == wanted
 
@@ -263,7 +277,10 @@ def test_overlong_penalty():
 
 def test_dynamic_sampling_selects_groups():
   rewards = np.array([[4, 4], [4, 1], [-3, -3], [3.590909, 3.590909], [1, 4], [4, 4], [0, 1]])
-  select = lambda wanted, **options: advantages.select_groups(rewards, wanted, **options).tolist()
+
+  def select(wanted, **options):
+    return advantages.select_groups(rewards, wanted, **options).tolist()
+
   assert select(3) == [1, 4, 6] and select(2) == [1, 4]
   assert select(8) == [1, 4, 6]  # too few: the caller samples more prompts
   assert select(4, uniform_share=0.5) == [0, 1, 2, 4]

@@ -1,4 +1,6 @@
-"""Reinforcement steps: trees equal flat rows, scores come back by sequence, psi moves uniform groups."""
+"""Reinforcement steps: trees equal flat rows, scores come back by sequence, psi moves uniform
+groups.
+"""
 
 import dataclasses
 import functools
@@ -18,41 +20,68 @@ DA_GRPO = functools.partial(advantages.da_grpo_advantages, alpha=0.1, delta=0.5)
 
 
 def rollouts(seed=0):
-  """Two groups of four responses of unequal length; only the responses carry weight."""
+  """Two groups of four responses of unequal length; what the engine reported is not read here."""
   rng = np.random.default_rng(seed)
   result = []
   for _ in range(REWARDS.shape[0]):
-    prompt = rng.integers(0, 23, 12)
+    prompt = rng.integers(0, 23, 12).astype(np.int32)
     for length in rng.integers(3, 9, REWARDS.shape[1]):
-      tokens = np.r_[prompt, rng.integers(0, 23, length)].astype(np.int32)
-      result.append(
-        tokentree.Sequence(tokens, (np.arange(len(tokens)) >= 12).astype(np.float32), 12)
-      )
+      tokens = rng.integers(0, 23, length).astype(np.int32)
+      none = np.zeros(length, np.float32)
+      result.append(grpo.Response(prompt, tokens, behaviour_logp=none, old_logp=none, entropy=none))
   return result
+
+
+def whole_sequences(responses):
+  """Prompt and response, with the weights of the loss."""
+  result = []
+  for response in responses:
+    tokens = np.r_[response.prompt, response.tokens]
+    weights = (np.arange(len(tokens)) >= len(response.prompt)).astype(np.float32)
+    result.append(tokentree.TokenSequence(tokens, weights, len(response.prompt)))
+  return result
+
+
+def with_psi(responses, rewards, estimator, psi_tokens=None):
+  """`grpo.with_advantages` of rollouts of one response each."""
+  marks = None if psi_tokens is None else [[each] for each in psi_tokens]
+  made = grpo.with_advantages([[each] for each in responses], rewards, estimator, marks)
+  return [each for (each,) in made]
 
 
 @pytest.fixture(scope='module')
 def scored(params, score_pass):
-  """(sequences, tree with the extras of an off-policy step, old log-probabilities, entropies by sequence)."""
-  sequences = rollouts()
-  tree = tokentree.pack(sequences, 48, rows_multiple=2)
+  """(responses, their sequences, tree with the extras of an off-policy step, old log-probabilities,
+  entropies by sequence).
+  """
+  responses = rollouts()
+  tree = grpo.pack_responses(responses, 48, rows_multiple=2)
   assert tree.dedup > 1.5
   logp, entropy = grpo.score_rows(score_pass, params, tree, 2)
-  advantage, psi = grpo.advantage_rows(tree, REWARDS, entropy, DA_GRPO)
-  off_policy = tree.with_extras(
-    advantage=advantage,
-    psi=psi,
+  entropies = grpo.gather_values(tree, responses, entropy)
+  responses = [
+    dataclasses.replace(response, entropy=own)
+    for response, own in zip(responses, entropies, strict=True)
+  ]
+  responses = with_psi(responses, REWARDS, DA_GRPO)
+  off_policy = grpo.lay_values(tree, responses, {'advantage', 'psi'}).with_extras(
     old_logp=np.where(tree.weight, logp + 0.3, 0),
     ref_logp=np.where(tree.weight, logp - 0.2, 0),
   )
-  return sequences, off_policy, tree.gather(logp), tree.gather(entropy)
+  sequences = whole_sequences(responses)
+  return responses, sequences, off_policy, tree.gather(logp), tree.gather(entropy)
 
 
 @pytest.fixture(scope='module')
 def sgd_step(config, params):
-  """(batch, options of the step) -> (gradient, metrics), read back through plain gradient descent of rate 1."""
+  """(batch, options of the step) -> (gradient, metrics), read back through plain gradient descent
+  of rate 1.
+  """
   tx = optax.sgd(1.0)
-  made = functools.cache(lambda **options: grpo.make_grpo_step(config, tx, **options))
+
+  @functools.cache
+  def made(**options):
+    return grpo.make_grpo_step(config, tx, objectives.PolicyLoss(**options))
 
   def run(batch, **options):
     state, metrics = made(**options)(optimizer.init_state(params, tx), batch)
@@ -67,16 +96,22 @@ def score_pass(config):
 
 
 def test_scores_equal_flat_rows(params, scored, flat_scores, padded):
-  sequences, _, logp, entropy = scored
+  _, sequences, _, logp, entropy = scored
   mask = padded(sequences, [sequence.weights for sequence in sequences])
-  for ours, flat in zip((logp, entropy), jax.jit(lambda p: flat_scores(p, sequences))(params)):
+  for ours, flat in zip(
+    (logp, entropy), jax.jit(lambda p: flat_scores(p, sequences))(params), strict=True
+  ):
     np.testing.assert_allclose(padded(sequences, ours), flat * mask, rtol=1e-5, atol=1e-5)
 
 
 def test_advantages_land_on_their_tokens(scored):
-  sequences, tree, _, entropy = scored
+  _, sequences, tree, _, entropy = scored
   rows = zip(
-    sequences, tree.gather(tree.extras['advantage']), tree.gather(tree.extras['psi']), entropy
+    sequences,
+    tree.gather(tree.extras['advantage']),
+    tree.gather(tree.extras['psi']),
+    entropy,
+    strict=True,
   )
   for index, (sequence, advantage, psi, entropies) in enumerate(rows):
     assert not advantage[:12].any() and len(advantage) == len(sequence.tokens)
@@ -89,7 +124,7 @@ def test_advantages_land_on_their_tokens(scored):
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_step_on_trees_equals_flat_rows(params, sgd_step, scored, flat_scores, padded, accumulate):
-  sequences, tree, _, _ = scored
+  _, sequences, tree, _, _ = scored
   mask, advantage, old, ref = (
     padded(sequences, tree.gather(values))
     for values in (
@@ -122,8 +157,10 @@ def test_step_on_trees_equals_flat_rows(params, sgd_step, scored, flat_scores, p
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumulate):
-  """It is the gradient of a step, on the policy that sampled, whose only advantage is psi; and a part of the whole one."""
-  _, tree, logp, _ = scored
+  """It is the gradient of a step, on the policy that sampled, whose only advantage is psi; and a
+  part of the whole one.
+  """
+  _, _, tree, logp, _ = scored
   on_policy = tree.with_extras(old_logp=tree.scatter(logp))
   norm = grpo.make_psi_norm(config)(params, on_policy.batch(accumulate=accumulate))
   grads, _ = sgd_step(on_policy.with_extras(advantage=tree.extras['psi']).batch())
@@ -135,19 +172,23 @@ def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumu
 @pytest.fixture(scope='module')
 def wide(scored):
   """The same rollouts by sequence number and behaviour policy; the second group has advantage 0."""
-  sequences, tree, logp, _ = scored
+  responses, sequences, tree, logp, _ = scored
   relative = tree.extras['advantage'] * (tree.extras['psi'] == 0)
+  numbered = [
+    dataclasses.replace(response, sequence=number, updated=1.0)
+    for number, response in enumerate(responses)
+  ]
+  tree = grpo.lay_values(tree, numbered, {'sequence', 'updated', 'uniform'})
   return sequences, tree.with_extras(
-    sequence=grpo.sequence_rows(tree),
     advantage=relative,
-    updated=np.ones_like(tree.weight),
-    uniform=grpo.uniform_rows(tree, REWARDS),
     behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0),
   )
 
 
 def flat_loss(options, advantage, old, ref, behaviour, uniform_groups, mask):
-  """The whole loss of rows [N, T] of unmerged sequences, and the statistics' part in it, in plain jax."""
+  """The whole loss of rows [N, T] of unmerged sequences, and the statistics' part in it, in plain
+  jax.
+  """
   loss = objectives.PolicyLoss(**options)
 
   def mean(x):
@@ -170,7 +211,10 @@ def flat_loss(options, advantage, old, ref, behaviour, uniform_groups, mask):
     if loss.objective == 'cispo':
       pg = -still(bounded) * advantage * logp
     if loss.objective == 'kl_cov':
-      centred = lambda x: mask * (x - (mask * x).sum() / mask.sum())
+
+      def centred(x):
+        return mask * (x - (mask * x).sum() / mask.sum())
+
       covariance = jnp.where(mask > 0, centred(advantage) * centred(still(logp)), -jnp.inf)
       least = jnp.sort(covariance, axis=None)[-max(1, int(mask.sum() * loss.cov_share))]
       pg = -advantage * ratio + (covariance >= least) * loss.cov_penalty * jnp.abs(logp - old)
@@ -197,7 +241,9 @@ EVERYTHING = dict(aggregation='sequence', kl_coefficient=0.3, importance_cap=1.2
   ids=lambda options: options.get('objective', 'ppo'),
 )
 def test_losses_on_trees_equal_flat_rows(params, sgd_step, wide, flat_log_p, padded, options):
-  """Micro-batches, chunks and packing leave every loss what it is on unmerged rows; KL-Cov ranks all micro-batches together."""
+  """Micro-batches, chunks and packing leave every loss what it is on unmerged rows; KL-Cov ranks
+  all micro-batches together.
+  """
   sequences, tree = wide
   by_row = {name: padded(sequences, tree.gather(values)) for name, values in tree.extras.items()}
   total = flat_loss(
@@ -238,32 +284,35 @@ def test_shares_and_means_are_over_tokens_whatever_the_aggregation(sgd_step, wid
 def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
   _, tree = wide
   silent = tree.with_extras(advantage=0 * tree.weight)
-  step = lambda uniform: sgd_step(
-    silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING
-  )
+
+  def step(uniform):
+    return sgd_step(silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING)
+
   grads, metrics = step(np.ones_like(tree.weight))
   assert metrics['uniform_kl'] > 0 and metrics['pg_loss'] == 0
   bare = dataclasses.replace(tree, extras={})
-  entropy = lambda params: grpo.score_rows(score_pass, params, bare, 2)[1].sum()
+
+  def entropy(params):
+    return grpo.score_rows(score_pass, params, bare, 2)[1].sum()
+
   assert entropy(jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) > entropy(params)
   assert step(0 * tree.weight)[1]['uniform_kl'] == 0
 
 
 def test_uniform_is_a_group_and_not_a_rollout_at_its_mean(scored):
-  """Rewards 1 of 4, -2, 1, 1 are the mean: their advantage is 0, and they are no group without variance."""
-  _, tree, _, entropy = scored
+  """Rewards 1 of 4, -2, 1, 1 are the mean: their advantage is 0, and they are no group without
+  variance.
+  """
   rewards = np.float32([[4, -2, 1, 1], [-3, -3, -3, -3]])
-  advantage, _ = grpo.advantage_rows(
-    tree, rewards, tree.scatter(entropy), advantages.grpo_advantages
-  )
-  uniform = tree.gather(grpo.uniform_rows(tree, rewards))
-  assert [values[-1] for values in uniform] == [0] * 4 + [1] * 4
-  assert [values[-1] == 0 for values in tree.gather(advantage)] == [False] * 2 + [True] * 6
+  responses = with_psi(scored[0], rewards, advantages.grpo_advantages)
+  assert [response.uniform for response in responses] == [0] * 4 + [1] * 4
+  zero = [not response.advantage.any() for response in responses]
+  assert zero == [False] * 2 + [True] * 6
 
 
 def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, scored):
   _, tree = wide
-  tree = tree.with_extras(old_logp=tree.scatter(scored[2]), advantage=tree.extras['psi'])
+  tree = tree.with_extras(old_logp=tree.scatter(scored[3]), advantage=tree.extras['psi'])
   norm = grpo.make_psi_norm(config, aggregation='sequence')(params, tree.batch(accumulate=2))
   grads, _ = sgd_step(
     tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4
@@ -272,30 +321,33 @@ def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, sc
 
 
 def test_psi_on_chosen_tokens_only(scored):
-  """Tokens that hold a reflective word keep their psi; the others of a uniform group have none, and relative ones stay."""
-  _, tree, _, entropy = scored
+  """Tokens that hold a reflective word keep their psi; the others of a uniform group have none, and
+  relative ones stay.
+  """
+  responses = scored[0]
   words = {3: ' wait', 5: ' ho', 7: 'wever'}
 
   class Tokenizer:
     def batch_decode(self, ids, clean_up_tokenization_spaces):
       return [words.get(number, ' x') for (number,) in ids]
 
-  chosen = grpo.reflective_rows(tree, Tokenizer(), ('wait', 'however'))
-  for path, weight in zip(tree.paths, tree.gather(tree.weight)):
-    tokens, hit = tree.tokens.reshape(-1)[path][weight > 0], chosen.reshape(-1)[path][weight > 0]
-    after, before = np.r_[tokens[1:], 0], np.r_[0, tokens[:-1]]
+  marks = grpo.reflective_tokens(responses, Tokenizer(), ('wait', 'however'))
+  for response, hit in zip(responses, marks, strict=True):
+    tokens = response.tokens
+    after = np.r_[tokens[1:], 0]
+    before = np.r_[0, tokens[:-1]]
     wanted = (tokens == 3) | ((tokens == 5) & (after == 7)) | ((tokens == 7) & (before == 5))
     np.testing.assert_array_equal(hit, wanted)
-  assert chosen.any() and not chosen[tree.weight == 0].any()
-  advantage, psi = grpo.advantage_rows(tree, REWARDS, tree.scatter(entropy), DA_GRPO, chosen)
-  np.testing.assert_array_equal(psi, tree.extras['psi'] * chosen)
-  np.testing.assert_array_equal(
-    advantage, np.where(tree.extras['psi'] != 0, psi, tree.extras['advantage'])
-  )
+  assert any(hit.any() for hit in marks)
+  chosen = with_psi(responses, REWARDS, DA_GRPO, marks)
+  for before, after, hit in zip(responses, chosen, marks, strict=True):
+    np.testing.assert_array_equal(after.psi, before.psi * hit)
+    wanted = np.where(before.psi != 0, after.psi, before.advantage)
+    np.testing.assert_array_equal(after.advantage, wanted)
 
 
 def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
-  sequences, tree, _, _ = scored
+  _, sequences, tree, _, _ = scored
   wider = tokentree.pack(sequences, tree.capacity, rows_multiple=4 * tree.rows)
   filled = dataclasses.replace(
     tree,
@@ -305,7 +357,10 @@ def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
     },
     extras={},
   )
-  pad = lambda values: np.concatenate([values, np.zeros_like(wider.weight[tree.rows :])])
+
+  def pad(values):
+    return np.concatenate([values, np.zeros_like(wider.weight[tree.rows :])])
+
   filled = filled.with_extras(**{name: pad(values) for name, values in tree.extras.items()})
   assert not filled.weight[tree.rows :].any()
   wanted, _ = sgd_step(tree.batch(accumulate=2))
@@ -315,27 +370,27 @@ def test_micro_batches_without_weight_change_nothing(sgd_step, scored):
 
 
 def test_step_raises_good_responses_and_compiles_once(config, params, score_pass):
-  sequences = rollouts()
-  tree = tokentree.pack(sequences, 48, rows_multiple=2)
-  logp, entropy = grpo.score_rows(score_pass, params, tree, 2)
-  advantage, _ = grpo.advantage_rows(tree, REWARDS, entropy, advantages.grpo_advantages)
-  tree = tree.with_extras(advantage=advantage, old_logp=logp)
+  responses = with_psi(rollouts(), REWARDS, advantages.grpo_advantages)
+  tree = grpo.pack_responses(responses, 48, rows_multiple=2)
+  logp, _ = grpo.score_rows(score_pass, params, tree, 2)
+  tree = grpo.lay_values(tree, responses, {'advantage'}).with_extras(old_logp=logp)
   tx = optimizer.make_optimizer('adamw', 1e-2)
-  step, state = grpo.make_grpo_step(config, tx), optimizer.init_state(params, tx)
+  step = grpo.make_grpo_step(config, tx, objectives.PolicyLoss())
+  state = optimizer.init_state(params, tx)
   for start in list(range(0, tree.rows, 2)) * 3:
     state, metrics = step(state, tree.batch([start, start + 1], budget=tree.loss_budget(2)))
   assert step._cache_size() == score_pass._cache_size() == 1
   after, _ = grpo.score_rows(score_pass, state.params, tree, 2)
-  gain = [(new - old).sum() for new, old in zip(tree.gather(after), tree.gather(logp))]
+  gain = [(new - old).sum() for new, old in zip(tree.gather(after), tree.gather(logp), strict=True)]
   assert min(gain[:2]) > 0 > gain[2]
 
 
 def test_missing_extras_and_misfit_rewards_are_refused(params, sgd_step, score_pass, scored):
-  _, tree, _, _ = scored
+  responses, _, tree, _, _ = scored
   with pytest.raises(ValueError, match="lacks the extras \\['ref_logp'\\]"):
     on_policy = {name: array for name, array in tree.extras.items() if name != 'ref_logp'}
     sgd_step(dataclasses.replace(tree, extras=on_policy).batch(), kl_coefficient=0.5)
-  with pytest.raises(ValueError, match='rewards for 8 sequences'):
-    grpo.advantage_rows(tree, REWARDS[:1], tree.weight, DA_GRPO)
+  with pytest.raises(ValueError, match='4 rewards for 8 rollouts'):
+    with_psi(responses, REWARDS[:1], DA_GRPO)
   with pytest.raises(ValueError, match='rows_multiple=5'):
     grpo.score_rows(score_pass, params, tree, 5)

@@ -1,4 +1,4 @@
-"""Objectives and the terms beside them against plain transcripts in float64, values and gradients."""
+"""Objectives and the terms beside them: values and gradients against transcripts in float64."""
 
 import hypothesis
 import jax
@@ -10,19 +10,25 @@ from hypothesis import strategies as st
 from dcore_jax.learn import objectives
 from dcore_jax.learn.objectives import PolicyLoss
 
-M, UNUSED = 300, 40
+M = 300
+UNUSED = 40
 
 
 @pytest.fixture(scope='module')
 def batch():
-  """Loss tokens of 12 sequences, in no order, with some unused places at the end; extremes among them."""
+  """Loss tokens of 12 sequences, in no order, with some unused places at the end; extremes among
+  them.
+  """
   rng = np.random.default_rng(0)
   old = rng.normal(-2, 1, M)
   logp = old + rng.normal(0, 0.3, M)
   advantage = rng.normal(0.3, 1, M)
   advantage[30:60] = 0
-  old[:5], advantage[:5] = logp[:5] - 40, -1  # far beyond the bound on the log ratio
-  old[5:8], advantage[5:8] = logp[5:8] + 30, 1
+  # far beyond the bound on the log ratio
+  old[:5] = logp[:5] - 40
+  advantage[:5] = -1
+  old[5:8] = logp[5:8] + 30
+  advantage[5:8] = 1
   values = dict(
     advantage=advantage,
     old_logp=old,
@@ -45,7 +51,7 @@ def clip(x, low, high):
 def by_sequence(logp, weight, values):
   """The mean log ratio of each token's sequence."""
   gaps = {}
-  for lp, w, old, number in zip(logp, weight, values['old_logp'], values['sequence']):
+  for lp, w, old, number in zip(logp, weight, values['old_logp'], values['sequence'], strict=True):
     if w:
       gaps.setdefault(int(number), []).append(float(lp) - float(old))
   return [np.mean(gaps[int(number)]) for number in values['sequence']]
@@ -53,7 +59,8 @@ def by_sequence(logp, weight, values):
 
 def largest_covariances(logp, weight, values, share):
   used = np.flatnonzero(weight)
-  a, lp = values['advantage'][used].astype(np.float64), logp[used].astype(np.float64)
+  a = values['advantage'][used].astype(np.float64)
+  lp = logp[used].astype(np.float64)
   covariance = (a - a.mean()) * (lp - lp.mean())
   chosen = np.zeros(len(logp))
   chosen[used[np.argsort(-covariance, kind='stable')[: max(1, int(len(used) * share))]]] = 1
@@ -70,6 +77,7 @@ def transcript(loss, logp, weight, values):
       logp.astype(np.float64),
       values['old_logp'].astype(np.float64),
       values['advantage'].astype(np.float64),
+      strict=True,
     )
   ):
     gap = lp - old
@@ -80,20 +88,22 @@ def transcript(loss, logp, weight, values):
       moves = sequence_ratio[i] < 10
     bounded = clip(r, 1 - loss.clip_low, 1 + loss.clip_high)
     if loss.objective in ('ppo', 'gspo'):
-      per_token[i], slope[i], clipped[i] = (
-        max(-a * r, -a * bounded),
-        -a * r * moves,
-        -a * bounded > -a * r,
-      )
+      per_token[i] = max(-a * r, -a * bounded)
+      slope[i] = -a * r * moves
+      clipped[i] = -a * bounded > -a * r
       if clipped[i]:
         slope[i] = 0
       if loss.objective == 'ppo' and a < 0 and per_token[i] > -loss.dual_clip * a:
-        per_token[i], slope[i] = -loss.dual_clip * a, 0
+        per_token[i] = -loss.dual_clip * a
+        slope[i] = 0
     elif loss.objective == 'cispo':
-      per_token[i], slope[i], clipped[i] = -bounded * a * lp, -bounded * a, bounded != r
+      per_token[i] = -bounded * a * lp
+      slope[i] = -bounded * a
+      clipped[i] = bounded != r
     else:
       per_token[i] = -a * r + held[i] * loss.cov_penalty * abs(gap)
-      slope[i], clipped[i] = -a * r * moves + held[i] * loss.cov_penalty * np.sign(gap), held[i]
+      slope[i] = -a * r * moves + held[i] * loss.cov_penalty * np.sign(gap)
+      clipped[i] = held[i]
     importance[i] = 1
     if loss.importance_cap:
       mu = float(values['behaviour_logp'][i])
@@ -104,7 +114,8 @@ def transcript(loss, logp, weight, values):
       'k2': (d * d / 2, -d),
       'k3': (np.exp(d) - d - 1, 1 - np.exp(d)),
     }[loss.kl_estimator]
-    kl[i], kl_slope[i] = clip(estimate, -10, 10), change * (abs(estimate) < 10) * (abs(d) < 20)
+    kl[i] = clip(estimate, -10, 10)
+    kl_slope[i] = change * (abs(estimate) < 10) * (abs(d) < 20)
   lengths = {n: weight[values['sequence'] == n].sum() for n in set(values['sequence'].tolist())}
   count = sum(length > 0 for length in lengths.values())
   share = {
@@ -113,7 +124,8 @@ def transcript(loss, logp, weight, values):
     'dr': lambda i: 1 / (count * loss.max_tokens),
   }[loss.aggregation]
   share = np.array([share(i) if weight[i] else 0 for i in range(len(weight))])
-  pg, penalty = (share * importance * per_token).sum(), (share * kl).sum()
+  pg = (share * importance * per_token).sum()
+  penalty = (share * kl).sum()
   gradient = share * (importance * slope + loss.kl_coefficient * kl_slope)
   return pg + loss.kl_coefficient * penalty, (pg, penalty, clipped, importance), gradient
 
@@ -178,8 +190,10 @@ def test_losses_equal_a_transcript(batch, options):
 
 @pytest.mark.parametrize('objective', sorted(objectives.OBJECTIVES))
 def test_gradient_is_the_slope_of_the_loss(batch, objective):
-  """Central differences in float64, where the loss is smooth; GSPO's and CISPO's stopped gradients are of a surrogate, which
-  the transcript checks: here a whole sequence moves together, which is what GSPO's form stands for."""
+  """Central differences in float64, where the loss is smooth; GSPO's and CISPO's stopped gradients
+  are of a surrogate, which the transcript checks: here a whole sequence moves together, which is
+  what GSPO's form stands for.
+  """
   logp, weight, values = (jax.tree.map(lambda x: x[8:-UNUSED], part) for part in batch)
   loss = PolicyLoss(objective=objective, clip_low=0.999, clip_high=100.0, dual_clip=1e6)
   direction = np.float64(values['sequence'] == 3)
@@ -213,7 +227,8 @@ def test_gradient_is_the_slope_of_the_loss(batch, objective):
 
 def test_on_policy_all_objectives_give_the_policy_gradient():
   """At ratio 1 nothing is clipped, and d loss / d logp = -A, whatever is done to ratios."""
-  old, advantage = np.float32([-1, -2, -3]), np.float32([1, -2, 0.5])
+  old = np.float32([-1, -2, -3])
+  advantage = np.float32([1, -2, 0.5])
   values = {
     'advantage': advantage,
     'old_logp': old,
@@ -222,18 +237,42 @@ def test_on_policy_all_objectives_give_the_policy_gradient():
   }
   for objective in objectives.OBJECTIVES:
     loss = PolicyLoss(objective=objective, cov_share=1.0)
-    # Exactly, or as two passes of one policy differ by their rounding: no objective may make more of that than it is.
+    # Exactly, or as two passes of one policy differ by their rounding: no objective may make more
+    # of that than it is.
     for passed in (old, old + np.float32([1e-6, -1e-6, 1e-6])):
       fixed = loss.with_statistic(passed, np.ones(3), values) if loss.scope else values
-      grad = jax.grad(lambda logp: loss.sums(logp, np.zeros(3), np.ones(3), fixed)[0])(passed)
+
+      def total(logp, loss=loss, fixed=fixed):
+        return loss.sums(logp, np.zeros(3), np.ones(3), fixed)[0]
+
+      grad = jax.grad(total)(passed)
       np.testing.assert_allclose(grad, -advantage, rtol=1e-5)
+
+
+def test_an_objective_from_outside_gets_the_options_that_the_section_has(batch, monkeypatch):
+  monkeypatch.setattr(objectives, 'OBJECTIVES', dict(objectives.OBJECTIVES))
+  logp, weight, values = batch
+
+  @objectives.register_objective('toy', needs=frozenset({'uniform'}))
+  def toy(logp_M, values, *, clip_low=0.0, scale=3.0):
+    return -scale * clip_low * values['advantage'] * logp_M, jnp.zeros_like(logp_M)
+
+  loss = PolicyLoss(objective='toy', clip_low=0.5)
+  assert loss.extras == {'advantage', 'old_logp', 'uniform'} and loss.scope is None
+  total, _ = loss.sums(logp, jnp.zeros_like(logp), weight, values)
+  np.testing.assert_allclose(total, -1.5 * (weight * values['advantage'] * logp).sum(), rtol=1e-4)
+  with pytest.raises(ValueError, match="'ppo' is registered already"):
+    objectives.register_objective('ppo')(toy)
+  with pytest.raises(ValueError, match='belong together'):
+    objectives.register_objective('other', scope='micro-batch')
 
 
 @pytest.mark.parametrize(
   'kind, wanted', [('k1', [1.0, -10, 10]), ('k2', [0.5, 10, 10]), ('k3', [np.exp(-1), 10, 10])]
 )
 def test_kl_estimates_are_bounded(kind, wanted):
-  logp, ref = np.float32([0, -100, 100]), np.float32([-1, 100, -100])
+  logp = np.float32([0, -100, 100])
+  ref = np.float32([-1, 100, -100])
   value, slope = jax.vjp(lambda logp: objectives.kl_estimate(logp, ref, kind), logp)
   np.testing.assert_allclose(value, wanted, rtol=1e-6)
   assert np.isfinite(slope(jnp.ones(3))[0]).all()
@@ -268,7 +307,10 @@ def test_aggregations_equal_their_definitions(data):
     'dr': np.sum(flat) / (len(sequences) * 7),
   }
   order = np.array(data.draw(st.permutations(range(25))))  # 25 places, unused ones among them
-  place = lambda x: np.pad(x, (0, 25 - len(flat)))[order]
+
+  def place(x):
+    return np.pad(x, (0, 25 - len(flat)))[order]
+
   number = place(np.repeat(np.arange(len(sequences), dtype=np.int32), list(map(len, sequences))))
   for how, mean in wanted.items():
     weight, total = objectives.aggregate(place(np.ones(len(flat), np.float32)), number, how, 7)

@@ -21,14 +21,14 @@ def noise(params):
 
 
 def test_cosine_schedule_with_warmup_and_floor():
-  rate = optimizer.make_schedule(1.0, 'cosine', warmup=0.1, floor=0.01, total_steps=100)
+  rate = optimizer.Schedule('cosine', warmup=0.1, floor=0.01, total_steps=100).rate(1.0)
   values = np.array([rate(step) for step in range(101)])
   assert 0 < values[0] < values[5] < values[9] < 1 and values.argmax() == 10
   np.testing.assert_allclose([values[10], values[55], values[100]], [1, 0.505, 0.01], atol=1e-6)
 
 
 def test_constant_schedule_with_warmup():
-  rate = optimizer.make_schedule(2.0, warmup=0.5, total_steps=8)
+  rate = optimizer.Schedule(warmup=0.5, total_steps=8).rate(2.0)
   np.testing.assert_allclose(
     [rate(step) for step in range(6)], [0.4, 0.8, 1.2, 1.6, 2, 2], rtol=1e-6
   )
@@ -43,20 +43,27 @@ def test_weight_decay_spares_norms(params):
 
 
 def test_muon_orthogonalises_each_layer_for_itself():
-  """Layer 1 of the update does not depend on layer 0's gradient, and its matrix has nearly equal singular values."""
+  """Layer 1 of the update does not depend on layer 0's gradient, and its matrix has nearly equal
+  singular values.
+  """
   shapes = {'embed': (5, 8), 'layers': {'q': (2, 8, 2, 4), 'o': (2, 2, 4, 8), 'gate': (2, 8, 12)}}
   params = jax.tree.map(
     lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
   )
   grads = noise(params)
-  triple = lambda g: np.concatenate([3 * g[:1], g[1:]])
+
+  def triple(g):
+    return np.concatenate([3 * g[:1], g[1:]])
+
   tx = optimizer.make_optimizer('muon', 1.0, adam_learning_rate=1e-3)
   update = jax.jit(
     lambda grads: optimizer.apply_gradients(tx, optimizer.init_state(params, tx), grads)[0].params
   )
-  plain, scaled = update(grads), update(grads | {'layers': jax.tree.map(triple, grads['layers'])})
+  plain = update(grads)
+  scaled = update(grads | {'layers': jax.tree.map(triple, grads['layers'])})
   for name, shape in {'q': (8, 8), 'o': (8, 8), 'gate': (8, 12)}.items():
-    first, second = plain['layers'][name][1], scaled['layers'][name][1]
+    first = plain['layers'][name][1]
+    second = scaled['layers'][name][1]
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
     singular = np.linalg.svd(np.reshape(first, shape), compute_uv=False)
     assert singular.max() / singular.min() < 3
@@ -93,9 +100,6 @@ def test_gradient_norm_is_global_and_reported_before_clipping(params):
     (dict(name='sgd'), 'unknown optimizer'),
     (dict(name='muon'), 'needs adam_learning_rate'),
     (dict(name='adamw', adam_learning_rate=1.0), 'is for muon'),
-    (dict(schedule='linear'), 'unknown schedule'),
-    (dict(schedule='cosine'), 'total_steps'),
-    (dict(warmup=5.0, total_steps=10), 'shares'),
   ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -103,10 +107,23 @@ def test_bad_arguments_are_refused(arguments, message):
     optimizer.make_optimizer(**arguments)
 
 
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (dict(kind='linear'), 'unknown schedule'),
+    (dict(kind='cosine'), 'total_steps'),
+    (dict(warmup=5.0, total_steps=10), 'shares'),
+  ],
+)
+def test_bad_schedules_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    optimizer.Schedule(**arguments)
+
+
 def test_a_floor_is_for_schedules_that_fall():
   for warmup in (0.0, 0.1):
     with pytest.raises(ValueError, match='floor = 0.5'):
-      optimizer.make_schedule(1.0, 'constant', warmup=warmup, floor=0.5, total_steps=10)
+      optimizer.Schedule('constant', warmup=warmup, floor=0.5, total_steps=10)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +131,14 @@ def test_a_floor_is_for_schedules_that_fall():
   [('adamw', {}, {()}), ('muon', dict(adam_learning_rate=1e-3), {(), (3,)})],
 )
 def test_moments_are_what_stands_beside_a_parameter(params, name, options, others):
-  """Muon has coefficients, too: offloaded with the moments they would come back in another memory than they began in, and the
-  step be compiled twice."""
-  state = optimizer.make_optimizer(name, 1e-2, **options).init(params)
-  marked = list(
-    zip(jax.tree.leaves(optimizer.moments(state, params)), jax.tree.leaves(state), strict=True)
-  )
+  """Muon has coefficients, too: offloaded with the moments they would come back in another memory
+  than they began in, and the step be compiled twice.
+  """
+  tx = optimizer.make_optimizer(name, 1e-2, **options)
+  state = tx.init(params)
+  moments = optimizer.moments(tx, state, params)
+  assert jax.tree.structure(moments) == jax.tree.structure(state)
+  marked = list(zip(jax.tree.leaves(moments), jax.tree.leaves(state), strict=True))
   size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
   assert size <= sum(leaf.size for moment, leaf in marked if moment) <= 2 * size
   assert {leaf.shape for moment, leaf in marked if not moment} == others

@@ -1,4 +1,6 @@
-"""Rule rewards: the golden values of the reference, its flags, the paper's formula and the corrected reward."""
+"""Rule rewards: the golden values of the reference, its flags, the paper's formula and the
+corrected reward.
+"""
 
 import itertools
 
@@ -99,7 +101,8 @@ def test_toolrl_flags(options, near, exact):
 )
 def test_length_adds_to_the_total(prediction, words, share):
   """The parts stay what they are; one word of 512 rounds to 0."""
-  plain, longer = toolrl_reward(prediction, F), toolrl_reward(prediction, F, length_words=words)
+  plain = toolrl_reward(prediction, F)
+  longer = toolrl_reward(prediction, F, length_words=words)
   assert longer[:2] == plain[:2] and longer.total == plain.total + share
 
 
@@ -212,16 +215,29 @@ def test_corrected(prediction, reference, form, correctness):
 
 
 def test_assignment_is_optimal():
-  """Against all pairings of up to four calls of one name: the greedy pairing of `toolrl` falls short in some."""
+  """Against all pairings of up to four calls of one name: the greedy pairing of `toolrl` falls
+  short in some.
+  """
   rng = np.random.default_rng(0)
   fell_short = 0
   for _ in range(200):
-    draw = lambda: [tuple(rng.integers(3, size=3).tolist()) for _ in range(rng.integers(1, 5))]
-    given, wanted = draw(), draw()
-    show = lambda rows: '[' + ', '.join('f(x={}, y={}, z={})'.format(*row) for row in rows) + ']'
+
+    def draw():
+      return [tuple(rng.integers(3, size=3).tolist()) for _ in range(rng.integers(1, 5))]
+
+    given = draw()
+    wanted = draw()
+
+    def show(rows):
+      return '[' + ', '.join('f(x={}, y={}, z={})'.format(*row) for row in rows) + ']'
+
     longer, shorter = sorted((given, wanted), key=len, reverse=True)
     equal = max(
-      sum(a == b for first, second in zip(order, shorter) for a, b in zip(first, second))
+      sum(
+        a == b
+        for first, second in zip(order, shorter, strict=True)
+        for a, b in zip(first, second, strict=True)
+      )
       for order in itertools.permutations(longer, len(shorter))
     )
     names = min(len(given), len(wanted)) / max(len(given), len(wanted))
@@ -238,11 +254,17 @@ def test_corrected_never_below_greedy():
   rng = np.random.default_rng(1)
 
   def calls():
-    names, values = rng.choice(['f', 'g'], 4), rng.integers(3, size=(4, 2))
-    return '[' + ', '.join(f'{name}(x={x}, y={y})' for name, (x, y) in zip(names, values)) + ']'
+    names = rng.choice(['f', 'g'], 4)
+    values = rng.integers(3, size=(4, 2))
+    return (
+      '['
+      + ', '.join(f'{name}(x={x}, y={y})' for name, (x, y) in zip(names, values, strict=True))
+      + ']'
+    )
 
   for _ in range(100):
-    prediction, reference = T + calls(), calls()
+    prediction = T + calls()
+    reference = calls()
     assert (
       corrected_reward(prediction, reference).total
       >= toolrl_reward(prediction, reference).total - 1e-12
@@ -255,15 +277,16 @@ def say(calls):
 
 def state_reward(world, task, texts):
   """Of responses that are acted out until the episode ends: the calls are executed by the world."""
-  episode, said = world.episode(task), []
+  episode = world.episode(task)
+  said = []
   for text in itertools.takewhile(lambda _: not episode.done, texts):
     episode.step(text)
     said.append(text)
-  return rewards.state_reward(said, episode.outcome())
+  return rewards.state_reward(said, episode.outcome().correct)
 
 
 def test_state_reward_looks_at_what_was_done():
-  """The same end by another way is right; a wrong call, an early end and a missing report are not."""
+  """The same end by another way is right; a wrong call, early end or missing report is not."""
   world = ToolWorld()
   task = world.tasks('sequential', 1, seed=0, split='train')[0]
   (turn,) = task.turns

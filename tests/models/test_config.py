@@ -21,7 +21,8 @@ def test_qwen3_8b_numbers():
     math.prod(spec.shape) for spec in jax.tree.leaves(abstract_params(config))
   )
   assert config.kv_bytes_per_token(jnp.bfloat16) == 147_456
-  # 2 flops per matrix parameter (the embedding is a lookup, the norms are vectors), attention on top.
+  # 2 flops per matrix parameter (the embedding is a lookup, the norms are vectors), attention on
+  # top.
   norms = 36 * (2 * 4096 + 2 * 128) + 4096
   assert config.flops_per_token(1) - 36 * 4 * 32 * 128 == 2 * (
     config.param_count - 151936 * 4096 - norms
@@ -125,7 +126,9 @@ def test_frequencies_equal_transformers(name):
 
 
 def test_the_tiny_scaled_models_use_every_band():
-  """Of the pairs of the tiny Llama some are kept, some mixed and some divided: parity tests see all three."""
+  """Of the pairs of the tiny Llama some are kept, some mixed and some divided: parity tests see all
+  three.
+  """
   config = DecoderConfig.from_hf(make_model(**TINY['llama3_1']).config.to_dict())
   ratio = rotary.frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling

@@ -1,4 +1,4 @@
-"""The decoder against itself: cache against rows, packed forests against separate rows, NNX shell against functions."""
+"""The decoder against itself: cache against rows, packed forests against separate rows."""
 
 import functools
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from dcore_jax.models import attention, decoder
+from dcore_jax.models import decoder
+from dcore_jax.models.attention import reference
 from dcore_jax.models.config import DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -33,7 +33,9 @@ def params():
   noise = [
     0.1 * jax.random.normal(jax.random.key(index), leaf.shape) for index, leaf in enumerate(leaves)
   ]
-  return jax.tree.unflatten(treedef, [leaf + extra for leaf, extra in zip(leaves, noise)])
+  return jax.tree.unflatten(
+    treedef, [leaf + extra for leaf, extra in zip(leaves, noise, strict=True)]
+  )
 
 
 def rows(tokens):
@@ -85,24 +87,33 @@ def test_right_padded_lanes_with_different_starts():
 @pytest.mark.parametrize('held', ['stacked', 'turned'])
 @pytest.mark.parametrize('width', [1, 3])
 def test_branches_behind_trunks_equal_whole_rows(width, held):
-  """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not matter."""
-  trunk_of, lengths, branch = np.array([0, 1, 0, 1, 0]), np.array([7, 4]), some_tokens(5, 3, seed=2)
+  """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not
+  matter.
+  """
+  trunk_of = np.array([0, 1, 0, 1, 0])
+  lengths = np.array([7, 4])
+  branch = some_tokens(5, 3, seed=2)
   tokens = some_tokens(2, 7, seed=1)
   _, filled = EXTEND(
     params(), CONFIG, decoder.init_cache(CONFIG, 2, 9), jnp.asarray(tokens), jnp.zeros(2, jnp.int32)
   )
   if width == 1:
-    rows_of, lane, place = trunk_of, np.arange(5)[:, None], np.arange(5)
+    rows_of = trunk_of
+    lane = np.arange(5)[:, None]
+    place = np.arange(5)
   else:
-    rows_of, lane, place = np.arange(2), np.array([[0, 2, 4], [1, 3, 0]]), np.array([0, 3, 1, 4, 2])
-  unstacked = lambda stack: tuple(stack[:, rows_of])
+    rows_of = np.arange(2)
+    lane = np.array([[0, 2, 4], [1, 3, 0]])
+    place = np.array([0, 3, 1, 4, 2])
+
+  def unstacked(stack):
+    return tuple(stack[:, rows_of])
+
   trunks = decoder.KVCache(unstacked(filled.k), unstacked(filled.v))
-  sharing = attention.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
+  sharing = reference.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
   weights = decoder.turn(params()) if held == 'turned' else params()
-  branches, step = (
-    decoder.init_cache(CONFIG, 5, 4, stacked=False),
-    jax.jit(decoder.extend_branches, static_argnums=1),
-  )
+  branches = decoder.init_cache(CONFIG, 5, 4, stacked=False)
+  step = jax.jit(decoder.extend_branches, static_argnums=1)
   for slot in range(3):
     at = jnp.full(5, slot)
     hidden, branches = step(
@@ -165,7 +176,9 @@ EXECUTIONS = [
 
 @pytest.mark.parametrize('execution', EXECUTIONS)
 def test_packed_forest_equals_separate_rows(execution):
-  """A trunk of 4 with two branches (3 and 2 tokens), a second root of 3 tokens, and padding, in one row."""
+  """A trunk of 4 with two branches (3 and 2 tokens), a second root of 3 tokens, and padding, in one
+  row.
+  """
   tokens = some_tokens(15, seed=3)
   end = np.array([9, 9, 9, 9, 7, 7, 7, 9, 9, 12, 12, 12, 13, 14, 15])
   position = np.array([0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 0, 0, 0])
@@ -190,7 +203,8 @@ def test_gradients_agree_with_and_without_remat_and_unrolling():
   want = jax.jit(jax.grad(functools.partial(loss, execution=EXECUTIONS[-1])))(params())
   for execution in EXECUTIONS[:-1]:
     got = jax.jit(jax.grad(functools.partial(loss, execution=execution)))(params())
-    # Entries reach 26, where float32 has steps of 2e-6: sums in another order differ by more than 2e-5 on some CPUs.
+    # Entries reach 26, where float32 has steps of 2e-6: sums in another order differ by more than
+    # 2e-5 on some CPUs.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5), got, want)
 
 
@@ -230,7 +244,7 @@ def test_init_follows_the_abstract_tree_and_the_key():
   specs = decoder.abstract_params(untied, jnp.bfloat16)
   drawn = decoder.init_params(untied, jax.random.key(0), jnp.bfloat16)
   assert jax.tree.structure(specs) == jax.tree.structure(drawn)
-  for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(drawn)):
+  for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(drawn), strict=True):
     assert (spec.shape, spec.dtype) == (leaf.shape, leaf.dtype) and len(spec.axes) == len(
       spec.shape
     )
@@ -240,20 +254,3 @@ def test_init_follows_the_abstract_tree_and_the_key():
   assert not np.array_equal(drawn['layers']['up'], drawn['layers']['gate'])
   again = decoder.init_params(untied, jax.random.key(0), jnp.bfloat16)
   jax.tree.map(np.testing.assert_array_equal, drawn, again)
-
-
-def test_nnx_module_equals_the_functions():
-  module = decoder.Decoder.from_params(CONFIG, params())
-  tokens = some_tokens(2, 7)
-  want = rows(tokens) @ np.asarray(decoder.head_matrix(params())).T
-  np.testing.assert_allclose(
-    nnx.jit(lambda m, t: m(t))(module, jnp.asarray(tokens)), want, atol=1e-5
-  )
-  jax.tree.map(np.testing.assert_array_equal, module.params(), params())
-  graph, state = nnx.split(module)
-  np.testing.assert_allclose(nnx.merge(graph, state)(jnp.asarray(tokens)), want, atol=1e-5)
-  fresh = decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
-  assert jax.tree.structure(fresh.params()) == jax.tree.structure(params())
-  assert (
-    sum(leaf.size for leaf in jax.tree.leaves(nnx.state(fresh, nnx.Param))) == CONFIG.param_count
-  )

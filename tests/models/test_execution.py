@@ -1,6 +1,7 @@
 """What a training pass keeps for its backward pass, and in which dtype it computes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def params():
 
 def compiled(params, execution):
   """The compiled gradient of a sum over hidden states."""
-  position, end = jnp.broadcast_to(jnp.arange(T)[None], (2, T)), jnp.full((2, T), T)
+  position = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+  end = jnp.full((2, T), T)
 
   def loss(params):
     hidden_BTD = decoder.hidden_states(params, CONFIG, TOKENS, position, end, execution)
@@ -48,9 +50,8 @@ def test_policies_keep_what_they_say_and_change_no_gradient(params):
   }
   want = steps['none'](params)
   for remat, step in steps.items():
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, err_msg=remat), step(params), want
-    )
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5, err_msg=remat)
+    jax.tree.map(close, step(params), want)
   kept = {remat: step.memory_analysis().temp_size_in_bytes for remat, step in steps.items()}
   assert kept['full'] < kept['attention'] < kept['dots'] < kept['none'], kept
   # Of a token and layer: the output of attention (32 floats) and a number for each of 4 heads.

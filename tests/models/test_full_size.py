@@ -1,4 +1,6 @@
-"""Slow: published widths and vocabularies against transformers, and the memory that a streaming import takes."""
+"""Slow: published widths and vocabularies against transformers, and the memory that a streaming
+import takes.
+"""
 
 import functools
 import gc
@@ -31,7 +33,8 @@ def test_two_layers_at_full_width_equal_transformers(tmp_path, name):
   del model
   gc.collect()
   config, params = hf_checkpoint.load_params(tmp_path / 'model')
-  position, end = jnp.arange(24)[None], jnp.full((1, 24), 24)
+  position = jnp.arange(24)[None]
+  end = jnp.full((1, 24), 24)
   run = jax.jit(
     functools.partial(decoder.hidden_states, execution=decoder.Execution(unroll=False)),
     static_argnums=1,
@@ -43,7 +46,9 @@ def test_two_layers_at_full_width_equal_transformers(tmp_path, name):
 
 
 def test_a_streaming_import_holds_no_more_than_the_largest_tensor(tmp_path):
-  """Qwen3-0.6B's size on 8 devices: what is held beyond the parameters, mapped pages of the file apart and included."""
+  """Qwen3-0.6B's size on 8 devices: what is held beyond the parameters, mapped pages of the file
+  apart and included.
+  """
   import_export.make_checkpoint(tmp_path / 'model')
   largest = 4 * import_export.RECORD['vocab_size'] * import_export.RECORD['hidden_size']
   result = import_export.run_worker(

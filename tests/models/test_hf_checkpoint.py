@@ -1,4 +1,6 @@
-"""Checkpoints that go in and out without losing a bit, in every family, and what is refused on the way."""
+"""Checkpoints that go in and out without losing a bit, in every family, and what is refused on the
+way.
+"""
 
 import dataclasses
 import json
@@ -15,6 +17,7 @@ from torch_reference import FAMILIES, TIED, TINY, make_model, save_model
 from dcore_jax.models import hf_checkpoint
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 torch = pytest.importorskip('torch', reason='torch is not installed: no reference to compare with')
 
@@ -68,10 +71,9 @@ def test_export_loads_in_transformers_and_continues_alike(tmp_path, name, data_d
     tmp_path / 'out',
     config,
     params,
+    hf_checkpoint.ModelFiles(card='# A model', tokenizer_dir=data_dir / 'qwen3-tokenizer'),
     dtype='float32',
     shard_bytes=20_000,
-    card='# A model',
-    tokenizer_dir=data_dir / 'qwen3-tokenizer',
   )
   assert (tmp_path / 'out' / 'tokenizer.json').is_file() and (
     tmp_path / 'out' / 'README.md'
@@ -92,7 +94,8 @@ def test_export_loads_in_transformers_and_continues_alike(tmp_path, name, data_d
       )[0, 9:].tolist()
       for prompt in prompts
     ]
-  engine = Engine(params, config, stop_ids=config.stop_token_ids, lanes=4, max_len=64)
+  sizes = EngineSizes(lanes=4, max_len=64)
+  engine = Engine(params, config, stop_ids=config.stop_token_ids, sizes=sizes)
   got = engine.generate(
     [Request(prompt, (index,)) for index, prompt in enumerate(prompts)],
     SamplingParams(temperature=0.0, max_tokens=24),
@@ -142,7 +145,9 @@ def test_export_in_several_files(tmp_path):
 
 
 def test_imported_parameters_can_be_donated(tmp_path):
-  """None of them is a view of a buffer or a file that jax does not own: a training step updates them in place."""
+  """None of them is a view of a buffer or a file that jax does not own: a training step updates
+  them in place.
+  """
   import warnings
 
   _, params = hf_checkpoint.load_params(save_model(tmp_path))
@@ -233,16 +238,19 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
         hf_checkpoint.save_checkpoint(place, config, params, overwrite=True)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['in', 'out']
   assert before == {path.name: path.read_bytes() for path in target.iterdir()}
-  hf_checkpoint.save_checkpoint(
-    target, config, params, overwrite=True, generation_config={'top_k': 20}
-  )
+  beside = hf_checkpoint.ModelFiles(generation_config={'top_k': 20})
+  hf_checkpoint.save_checkpoint(target, config, params, beside, overwrite=True)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['in', 'out']
   assert json.loads((target / 'generation_config.json').read_text()) == {'top_k': 20}
   assert load_file(target / 'model.safetensors')['model.norm.weight'].dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(
-  'options, match', [({'dtype': 'float16'}, 'float16'), ({'tokenizer_dir': '.'}, 'no tokenizer')]
+  'options, match',
+  [
+    ({'dtype': 'float16'}, 'float16'),
+    ({'beside': hf_checkpoint.ModelFiles(tokenizer_dir='.')}, 'no tokenizer'),
+  ],
 )
 def test_bad_export_options_are_refused(tmp_path, monkeypatch, options, match):
   monkeypatch.chdir(tmp_path)

@@ -1,7 +1,10 @@
-"""The decoder against transformers in torch: every layer, logits, gradients, cache and packed rows, for each family."""
+"""The decoder against transformers in torch: every layer, logits, gradients, cache and packed rows,
+for each family.
+"""
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +75,13 @@ def test_logits_equal_transformers_with_and_without_cache(load, name):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_rotary_tables_and_logits_far_out_equal_transformers(load, name):
-  """A row that begins at position 200. Logits depend on distances alone, so that the tables are compared as well."""
+  """A row that begins at position 200.
+
+  Logits depend on distances alone, so that the tables are compared as well.
+  """
   config, params = load(name)
-  tokens, position = np.random.default_rng(3).integers(0, 61, (1, 9)), np.arange(200, 209)[None]
+  tokens = np.random.default_rng(3).integers(0, 61, (1, 9))
+  position = np.arange(200, 209)[None]
   with torch.no_grad():
     want = torch_model(name)(
       input_ids=torch.tensor(tokens), position_ids=torch.tensor(position)
@@ -100,11 +107,13 @@ def test_every_layer_equals_transformers(load, name):
     states = model(torch.tensor(tokens), output_hidden_states=True).hidden_states
     # The last one is normed already.
     want = [model.norm(state).numpy() for state in states[1:-1]] + [states[-1].numpy()]
-  position, end = jnp.broadcast_to(jnp.arange(13)[None], (2, 13)), jnp.full((2, 13), 13)
+  position = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
+  end = jnp.full((2, 13), 13)
   execution = decoder.Execution('reference', unroll=False)
   run = jax.jit(functools.partial(decoder.hidden_states, execution=execution), static_argnums=1)
   for count, expected in enumerate(want, 1):
-    first = params | {'layers': jax.tree.map(lambda stack: stack[:count], params['layers'])}
+    first_layers = operator.itemgetter(slice(count))
+    first = params | {'layers': jax.tree.map(first_layers, params['layers'])}
     got = run(
       first,
       dataclasses.replace(config, num_hidden_layers=count),
@@ -116,15 +125,20 @@ def test_every_layer_equals_transformers(load, name):
 
 
 def forest():
-  """A row with two dialogues that branch, one plain sequence, and padding, with the flat sequences it was packed from."""
+  """A row with two dialogues that branch, one plain sequence, and padding, with the flat sequences
+  it was packed from.
+  """
   rng = np.random.default_rng(5)
-  trunk, other = rng.integers(0, 61, 7), rng.integers(0, 61, 4)
+  trunk = rng.integers(0, 61, 7)
+  other = rng.integers(0, 61, 4)
   flat = [np.r_[trunk, rng.integers(0, 61, length)].astype(np.int32) for length in (5, 3, 6)]
   flat += [np.r_[other, rng.integers(0, 61, length)].astype(np.int32) for length in (2, 4)] + [
     rng.integers(0, 61, 6, np.int32)
   ]
   sequences = [
-    tokentree.Sequence(tokens, np.r_[0, np.ones(len(tokens) - 1)].astype(np.float32), len(tokens))
+    tokentree.TokenSequence(
+      tokens, np.r_[0, np.ones(len(tokens) - 1)].astype(np.float32), len(tokens)
+    )
     for tokens in flat
   ]
   return flat, tokentree.pack(sequences, 64)

@@ -1,4 +1,6 @@
-"""Checkpoints in and out of arrays that are split: over the devices of one process, and over two processes."""
+"""Checkpoints in and out of arrays that are split: over the devices of one process, and over two
+processes.
+"""
 
 import os
 import pathlib
@@ -24,7 +26,11 @@ from dcore_jax.models import decoder, hf_checkpoint, tensor_files
 def load(mesh, dtype=jnp.float32):
   placed = sharding.shardings(decoder.abstract_params(hf_checkpoint.load_config(source)), mesh)
   config, params = hf_checkpoint.load_params(source, dtype, shardings=placed)
-  jax.tree.map(lambda leaf, place: np.testing.assert_(leaf.sharding.is_equivalent_to(place, leaf.ndim)), params, placed)
+  jax.tree.map(
+    lambda leaf, place: np.testing.assert_(leaf.sharding.is_equivalent_to(place, leaf.ndim)),
+    params,
+    placed,
+  )
   return config, params
 
 """
@@ -35,10 +41,14 @@ ONE_PROCESS = (
 _, whole = hf_checkpoint.load_params(source)
 for ways in ((1, 8, 1), (2, 2, 2), (4, 1, 2)):
   config, params = load(sharding.make_mesh(*ways))
-  assert params['embed'].sharding.shard_shape(params['embed'].shape)[1] == config.hidden_size // ways[1]
+  embed = params['embed']
+  assert embed.sharding.shard_shape(embed.shape)[1] == config.hidden_size // ways[1]
   hf_checkpoint.save_checkpoint(out, config, params, dtype='float32', overwrite=True)
-  assert pathlib.Path(out, 'model.safetensors').read_bytes() == pathlib.Path(source, 'model.safetensors').read_bytes()
-  assert all(leaf._npy_value is None for leaf in jax.tree.leaves(params)), 'a copy on the host stays with a parameter'
+  written = pathlib.Path(out, 'model.safetensors').read_bytes()
+  assert written == pathlib.Path(source, 'model.safetensors').read_bytes()
+  assert all(leaf._npy_value is None for leaf in jax.tree.leaves(params)), (
+    'a copy on the host stays with a parameter'
+  )
   jax.tree.map(np.testing.assert_array_equal, params, whole)
 _, halves = load(sharding.make_mesh(1, 8, 1), jnp.bfloat16)
 jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), halves, whole)
@@ -62,7 +72,9 @@ def counted(self, name, tensor):
   written.append(name)
   write(self, name, tensor)
 tensor_files.FileWriter.write = counted
-hf_checkpoint.save_checkpoint(out, config, params, dtype='float32', shard_bytes=20_000, overwrite=True)
+hf_checkpoint.save_checkpoint(
+  out, config, params, dtype='float32', shard_bytes=20_000, overwrite=True
+)
 total = len(hf_checkpoint.stored_tensors(config))
 assert 0 < len(written) < total, (len(written), total)
 
@@ -71,8 +83,11 @@ def full_disk(self, name, tensor):
 if process == '1':
   tensor_files.FileWriter.write = full_disk
 try:
-  hf_checkpoint.save_checkpoint(out, config, params, overwrite=True)  # one file, the first process's
-  hf_checkpoint.save_checkpoint(out, config, params, dtype='float32', shard_bytes=20_000, overwrite=True)
+  # One file, the first process's.
+  hf_checkpoint.save_checkpoint(out, config, params, overwrite=True)
+  hf_checkpoint.save_checkpoint(
+    out, config, params, dtype='float32', shard_bytes=20_000, overwrite=True
+  )
 except OSError as error:
   assert process == '1' and 'no space' in str(error)
 except RuntimeError as error:
@@ -122,7 +137,9 @@ def test_slices_go_to_eight_devices_and_come_back(tmp_path, name):
 
 
 def test_two_processes_write_one_directory(tmp_path):
-  """Each reads its slices and writes its files; where one fails both say so, and what was there stays."""
+  """Each reads its slices and writes its files; where one fails both say so, and what was there
+  stays.
+  """
   import torch
   import transformers
 

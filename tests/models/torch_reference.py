@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-# Slow enough a base that the three bands of llama3 (kept, mixed, divided) all have pairs among the five of a head of 10.
+# Slow enough a base that the three bands of llama3 (kept, mixed, divided) all have pairs among the
+# five of a head of 10.
 _LLAMA3 = {
   'rope_type': 'llama3',
   'rope_theta': 500.0,
@@ -44,7 +45,9 @@ TIED = ['qwen3_tied', 'qwen2_tied', 'llama3_1_tied']
 
 
 def make_model(seed: int = 0, model_type: str = 'qwen3', **changes):
-  """A float32 model with every weight perturbed (fresh norms are ones and biases zeros, and would hide one left out)."""
+  """A float32 model with every weight perturbed (fresh norms are ones and biases zeros, and would
+  hide one left out).
+  """
   torch = pytest.importorskip(
     'torch', reason='torch is not installed: no reference to compare with'
   )

@@ -34,7 +34,8 @@ def test_an_organism_is_written_and_stages_are_resumed(tmp_path):
   rows = read_metrics(tmp_path / 'w')
   assert {row['stage'] for row in rows} == {'pretrain_short', 'pretrain_full'}
   assert all(0 <= row['exact_single'] <= 1 for row in rows if 'exact_single' in row)
-  # As if killed in the second stage: it starts from the checkpoint of the first and ends with the same weights.
+  # As if killed in the second stage: it starts from the checkpoint of the first and ends with the
+  # same weights.
   newest = max((tmp_path / 'w' / 'checkpoints').glob('[0-9]*'), key=lambda path: int(path.name))
   shutil.rmtree(newest)
   pretrain(tiny(), tmp_path / 'w', tmp_path / 'resumed')
@@ -42,6 +43,6 @@ def test_an_organism_is_written_and_stages_are_resumed(tmp_path):
     tmp_path / 'resumed' / 'model.safetensors'
   ).read_bytes()
   assert read_metrics(tmp_path / 'w') == rows
-  with pytest.raises(ValueError, match='another config'):
+  with pytest.raises(ValueError, match='of a config that differs in seed'):
     pretrain(tiny(seed=1), tmp_path / 'w', tmp_path / 'other')
   assert not (tmp_path / 'other').exists()

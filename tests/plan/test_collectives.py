@@ -1,4 +1,6 @@
-"""Reading collectives from HLO text, in the forms in which the compilers for CPU, GPU and TPU write them."""
+"""Collectives in HLO text, in the forms that the compilers for CPU, GPU and TPU write them in."""
+
+# ruff: noqa: E501 (programs are quoted as compilers print them)
 
 from dcore_jax.plan.collectives import Collective, collectives
 

@@ -32,11 +32,9 @@ def test_forward_counts_layers_attention_and_the_head_of_loss_tokens():
 
 def test_rematerialisation_does_more_than_the_model_needs():
   """With 'dots' it is attention that is done again, with 'attention' all of a layer but that."""
-  forward, matrices, attention = (
-    roofline.forward(MODEL, 2, 64, 10),
-    2 * 64 * 2 * LAYER,
-    2 * 64 * 2 * 4 * 32 * (64 + 1) / 2,
-  )
+  forward = roofline.forward(MODEL, 2, 64, 10)
+  matrices = 2 * 64 * 2 * LAYER
+  attention = 2 * 64 * 2 * 4 * 32 * (64 + 1) / 2
   for remat, again in (
     ('none', 0),
     ('dots', attention),

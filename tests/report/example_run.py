@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from dcore_jax.report.summary import KINDS
+KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
 
 
 def a_stage(accuracy: tuple, lazy: tuple, reflections: float, tokens: float) -> dict[str, Any]:
   return {
-    'accuracy': dict(zip(KINDS, accuracy)),
-    'lazy_ratio': dict(zip(KINDS, lazy)),
+    'accuracy': dict(zip(KINDS, accuracy, strict=True)),
+    'lazy_ratio': dict(zip(KINDS, lazy, strict=True)),
     'n': dict.fromkeys(KINDS, 128),
     'decomposition_rate': 0.906,
     'reflections_per_response': reflections,
@@ -79,7 +79,8 @@ def rl_rows(steps: int = 40) -> list[dict[str, Any]]:
   rows = []
   for step in range(steps):
     wave = math.sin(step * 1.7) * 0.05
-    right, wrong = 0.24 + step / 400 + wave / 2, 0.21 - step / 500 - wave / 3
+    right = 0.24 + step / 400 + wave / 2
+    wrong = 0.21 - step / 500 - wave / 3
     rows.append(
       {
         'stage': 'rl',
@@ -112,13 +113,15 @@ def metric_rows(steps: int = 40) -> list[dict[str, Any]]:
 
 
 LAZY = (
-  '<think>\nThe user wants the order and then a message. Wait, maybe I should look at the flight first. But '
+  '<think>\nThe user wants the order and then a message. '
+  'Wait, maybe I should look at the flight first. But '
   'that is not asked. Alternatively I could refund it. However, the policy says nothing of it. '
   + 'Hmm, wait, let me think again about the order, but perhaps it is the other one. ' * 6
   + 'I will just send it.\n</think>\n\n[send_message(to="Bela", text="R54")]'
 )
 SHORT = (
-  '<think>\nTask decomposition: 1. find the order 2. tell Bela its price.\nSubtask 1: I use find_order.\n</think>'
+  '<think>\nTask decomposition: 1. find the order 2. tell Bela its price.\n'
+  'Subtask 1: I use find_order.\n</think>'
   '\n\n[find_order(order_id="R54")]'
 )
 

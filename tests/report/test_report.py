@@ -1,11 +1,13 @@
 import copy
 import html.parser
 import re
+import subprocess
+import sys
 
 import pytest
 
 from dcore_jax import files
-from dcore_jax.report import report
+from dcore_jax.report import report, traces
 from tests.report import example_run
 
 VOID = {'meta', 'br', 'img', 'link', 'input', 'hr'}
@@ -16,7 +18,11 @@ class Page(html.parser.HTMLParser):
 
   def __init__(self, text: str):
     super().__init__()
-    self.open, self.tags, self.ids, self.references, self.text = [], [], [], [], ''
+    self.open = []
+    self.tags = []
+    self.ids = []
+    self.references = []
+    self.text = ''
     self.feed(text)
     assert not self.open
 
@@ -127,17 +133,17 @@ def test_what_a_model_wrote_cannot_become_markup():
 
 
 def test_segments_tell_reasoning_marks_and_answer_apart():
-  assert report.segments('<think>\nA, wait. B\n</think>\n\n[f(x=1)]') == [
+  assert traces.segments('<think>\nA, wait. B\n</think>\n\n[f(x=1)]') == [
     ('think', 'A, '),
     ('hesitation', 'wait'),
     ('think', '. B'),
     ('text', '[f(x=1)]'),
   ]
-  assert report.segments('<think>\nBut attribute') == [
+  assert traces.segments('<think>\nBut attribute') == [
     ('hesitation', 'But'),
     ('think', ' attribute'),
   ]
-  assert report.segments('no reasoning, but text') == [('text', 'no reasoning, but text')]
+  assert traces.segments('no reasoning, but text') == [('text', 'no reasoning, but text')]
 
 
 def test_a_missing_piece_leaves_its_section_with_a_note(workdir):
@@ -194,16 +200,34 @@ def test_behaviours_and_a_single_step_are_drawn():
   assert 'Thought types' in text and 'verification' in text and 'all wrong' in text
 
 
-def test_the_program_checks_and_renders_again(tmp_path, capsys):
+def test_another_estimator_and_other_kinds_are_shown():
+  summary = example_run.a_summary()
+  stage = summary['stages'].pop('da_grpo')
+  for field in ('accuracy', 'lazy_ratio', 'n'):
+    stage[field]['river_crossing'] = stage[field].pop('multi_turn')
+  summary['stages']['my_estimator'] = stage
+  summary['changes'][1]['to'] = 'my_estimator'
+  page = Page(report.render_report(summary, example_run.metric_rows(), [])).text
+  assert 'after my_estimator' in page and 'river-crossing' in page and 'multi-turn' in page
+
+
+def test_the_program_checks_and_renders_again(tmp_path):
+  def run(*arguments):
+    command = [sys.executable, '-m', 'experiments.report', *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
   summary = example_run.a_summary()
   files.write_json_atomic(tmp_path / report.TRACES_FILE, example_run.some_traces())
   files.write_json_atomic(tmp_path / 'summary.json', summary)
-  assert report.main(['--check', str(tmp_path)]) == 0 and not (tmp_path / 'report.html').exists()
-  assert report.main([str(tmp_path)]) == 0
+  checked = run('--check', f'--workdir={tmp_path}')
+  assert checked.returncode == 0, checked.stderr
+  assert not (tmp_path / 'report.html').exists()
+  assert run(f'--workdir={tmp_path}').returncode == 0
   assert 'Find order R54' in (tmp_path / 'report.html').read_text()
   broken = copy.deepcopy(summary)
   del broken['stages']['sft']['n']
   files.write_json_atomic(tmp_path / 'summary.json', broken)
-  assert report.main(['--check', str(tmp_path)]) == 1
-  assert 'stages.sft.n is missing' in capsys.readouterr().err
-  assert report.main(['--check', str(tmp_path / 'nowhere')]) == 1
+  checked = run('--check', f'--workdir={tmp_path}')
+  assert checked.returncode == 1 and 'stages.sft.n is missing' in checked.stderr
+  nowhere = run('--check', f'--workdir={tmp_path / "nowhere"}')
+  assert nowhere.returncode == 1 and 'Traceback' not in nowhere.stderr

@@ -1,4 +1,4 @@
-"""One interface over the engine and an endpoint: a scripted server on loopback that fails in every way a server can."""
+"""One interface to engine and endpoint: a scripted server that fails in every way one can."""
 
 import http.server
 import json
@@ -14,9 +14,13 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.organism.tokenizer import build_tokenizer
 from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout import backends
-from dcore_jax.rollout.backends import ChatRequest, LocalBackend, OpenAIBackend
+from dcore_jax.rollout.backends import ChatRequest
+from dcore_jax.rollout.endpoint import EndpointLimits, OpenAIBackend
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.local_backend import LocalBackend
+from dcore_jax.rollout.reply_journal import ReplyJournal
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 
 def ask(number, text='find'):
@@ -27,7 +31,8 @@ def source_of(requests):
   waiting = list(enumerate(requests))
 
   def source(free):
-    given, waiting[:] = waiting[:free], waiting[free:]
+    given = waiting[:free]
+    waiting[:] = waiting[free:]
     return given
 
   return source
@@ -46,10 +51,14 @@ def answer(content, **fields):
 
 
 class Endpoint:
-  """Answers each request with what `script(body, nth time)` gives: (status, JSON object or raw text)."""
+  """Answers each request with what `script(body, nth time)` gives: (status, JSON or raw text)."""
 
   def __init__(self, script):
-    self.bodies, self.most, self._now, self._seen, self._lock = [], 0, 0, {}, threading.Lock()
+    self.bodies = []
+    self.most = 0
+    self._now = 0
+    self._seen = {}
+    self._lock = threading.Lock()
     endpoint = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -131,7 +140,7 @@ def test_requests_carry_the_rule_and_replies_come_back_as_text(serve):
     'find 5': answer(None, reasoning_content='so ', finish='length'),
   }
   endpoint = serve(lambda body, _: (200, replies[body['messages'][-1]['content']]))
-  backend = OpenAIBackend(endpoint.url, 'm', concurrency=2)
+  backend = OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(concurrency=2))
   spec = ToolSpec('f', 'does', {'type': 'object', 'properties': {'a': {'type': 'integer'}}})
   requests = [ChatRequest(ask(n).messages, (n,), (spec,)) for n in range(6)]
   got = dict(backend.stream(source_of(requests), SAMPLING))
@@ -184,7 +193,7 @@ def test_never_more_under_way_than_allowed(serve):
 
   endpoint = serve(slow)
   got = list(
-    OpenAIBackend(endpoint.url, 'm', concurrency=3).stream(
+    OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(concurrency=3)).stream(
       source_of([ask(n) for n in range(12)]), SAMPLING
     )
   )
@@ -204,7 +213,7 @@ def test_failures_that_pass_are_asked_again(serve):
     )
   )
   got = dict(
-    OpenAIBackend(endpoint.url, 'm', retries=2).stream(
+    OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(retries=2)).stream(
       source_of([ask(n) for n in range(4)]), SAMPLING
     )
   )
@@ -215,16 +224,18 @@ def test_failures_that_pass_are_asked_again(serve):
   'bad', ['{"choices": [', {'choices': [{'index': 0, 'message': 'hey'}]}, [1], {'choices': None}]
 )
 def test_malformed_answers_are_asked_again_and_never_kept(serve, tmp_path, bad):
-  endpoint, path = (
-    serve(lambda body, times: (200, bad if times < 3 else answer('ok'))),
-    tmp_path / 'j',
-  )
+  endpoint = serve(lambda body, times: (200, bad if times < 3 else answer('ok')))
+  path = tmp_path / 'j'
   got = dict(
-    OpenAIBackend(endpoint.url, 'm', retries=0, journal=path).stream(source_of([ask(0)]), SAMPLING)
+    OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(retries=0), journal=path).stream(
+      source_of([ask(0)]), SAMPLING
+    )
   )
   assert 'without a message' in got[0].error and not path.read_text()
   got = dict(
-    OpenAIBackend(endpoint.url, 'm', retries=1, journal=path).stream(source_of([ask(0)]), SAMPLING)
+    OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(retries=1), journal=path).stream(
+      source_of([ask(0)]), SAMPLING
+    )
   )
   assert got[0].text == 'ok'
 
@@ -244,11 +255,11 @@ def test_arguments_that_are_no_call_stay_text(serve, arguments):
 
 
 def test_a_request_that_is_refused_is_a_reply_with_its_reason(serve):
-  script = lambda body, _: (
-    (400, {'error': {'message': 'context too long'}})
-    if 'find 1' in str(body)
-    else (200, answer('ok'))
-  )
+  def script(body, _):
+    if 'find 1' in str(body):
+      return 400, {'error': {'message': 'context too long'}}
+    return 200, answer('ok')
+
   got = dict(OpenAIBackend(serve(script).url, 'm').stream(source_of([ask(0), ask(1)]), SAMPLING))
   assert (
     got[0].text == 'ok'
@@ -264,11 +275,11 @@ def test_a_refusal_is_not_remembered(serve, tmp_path):
   endpoint = serve(
     lambda *_: (200, answer('ok')) if fixed.is_set() else (400, {'error': {'message': 'too long'}})
   )
-  ask_all = lambda: dict(
-    OpenAIBackend(endpoint.url, 'm', journal=tmp_path / 'j').stream(
-      source_of([ask(0), ask(1)]), SAMPLING
-    )
-  )
+
+  def ask_all():
+    backend = OpenAIBackend(endpoint.url, 'm', journal=tmp_path / 'j')
+    return dict(backend.stream(source_of([ask(0), ask(1)]), SAMPLING))
+
   assert all('too long' in reply.error for reply in ask_all().values())
   fixed.set()
   assert [reply.text for reply in ask_all().values()] == ['ok', 'ok']
@@ -281,11 +292,16 @@ def test_an_endpoint_that_takes_no_request_is_one_error(serve):
 
 
 def test_a_request_that_always_fails_does_not_stop_the_others(serve, tmp_path):
-  script = lambda body, _: (
-    (500, 'oops') if 'find 1' in str(body['messages']) else (200, answer('ok'))
+  def script(body, _):
+    if 'find 1' in str(body['messages']):
+      return 500, 'oops'
+    return 200, answer('ok')
+
+  endpoint = serve(script)
+  path = tmp_path / 'j'
+  backend = OpenAIBackend(
+    endpoint.url, 'm', limits=EndpointLimits(concurrency=2, retries=0), journal=path
   )
-  endpoint, path = serve(script), tmp_path / 'j'
-  backend = OpenAIBackend(endpoint.url, 'm', concurrency=2, retries=0, journal=path)
   got = list(backend.stream(source_of([ask(n) for n in range(10)]), SAMPLING))
   assert (
     [tag for tag, _ in got][-1] == 1
@@ -303,27 +319,39 @@ def test_a_request_that_always_fails_does_not_stop_the_others(serve, tmp_path):
 def test_an_endpoint_that_refuses_us_is_one_error(serve, status):
   endpoint = serve(lambda *_: (status, {'error': {'message': 'no'}}))
   with pytest.raises(ConnectionError, match=f"{endpoint.url}, model 'm'"):
-    list(OpenAIBackend(endpoint.url, 'm', retries=1).stream(source_of([ask(0)]), SAMPLING))
+    list(
+      OpenAIBackend(endpoint.url, 'm', limits=EndpointLimits(retries=1)).stream(
+        source_of([ask(0)]), SAMPLING
+      )
+    )
 
 
 def test_a_dead_endpoint_is_one_error():
   with pytest.raises(ConnectionError, match='127.0.0.1:9/v1'):
     list(
-      OpenAIBackend('http://127.0.0.1:9/v1', 'm', retries=0).stream(source_of([ask(0)]), SAMPLING)
+      OpenAIBackend('http://127.0.0.1:9/v1', 'm', limits=EndpointLimits(retries=0)).stream(
+        source_of([ask(0)]), SAMPLING
+      )
     )
 
 
 def test_what_was_answered_is_not_asked_again(serve, tmp_path):
-  """The endpoint dies after three answers; the journal's last line is cut short by a kill; a new process goes on."""
+  """An endpoint dies after three answers, the journal's last line is cut; a new process goes on."""
   alive = threading.Event()
   alive.set()
-  script = lambda body, _: (
-    (200, answer('to ' + body['messages'][-1]['content']))
-    if alive.is_set() or 'find 0' in str(body)
-    else (500, 'dead')
-  )
-  endpoint, path = serve(script), tmp_path / 'journal.jsonl'
-  make = lambda: OpenAIBackend(endpoint.url, 'm', concurrency=1, retries=0, journal=path)
+
+  def script(body, _):
+    if alive.is_set() or 'find 0' in str(body):
+      return 200, answer('to ' + body['messages'][-1]['content'])
+    return 500, 'dead'
+
+  endpoint = serve(script)
+  path = tmp_path / 'journal.jsonl'
+
+  def make():
+    limits = EndpointLimits(concurrency=1, retries=0)
+    return OpenAIBackend(endpoint.url, 'm', limits=limits, journal=path)
+
   stream = make().stream(source_of([ask(n) for n in range(6)]), SAMPLING)
   for _ in range(3):
     next(stream)
@@ -334,7 +362,8 @@ def test_what_was_answered_is_not_asked_again(serve, tmp_path):
   assert 3 <= kept <= 4
   path.write_text(path.read_text() + '{"key": "torn')
   alive.set()
-  asked, backend = len(endpoint.bodies), make()
+  asked = len(endpoint.bodies)
+  backend = make()
   got = dict(backend.stream(source_of([ask(n) for n in range(6)]), SAMPLING))
   assert {n: reply.text for n, reply in got.items()} == {n: f'to find {n}' for n in range(6)}
   assert backend.usage.from_journal == kept and len(endpoint.bodies) - asked == 6 - kept
@@ -388,14 +417,14 @@ def small_backend(journal=None):
     decoder.init_params(model, jax.random.key(0)),
     model,
     stop_ids=[tokenizer.eos_token_id],
-    lanes=2,
-    max_len=64,
+    sizes=EngineSizes(lanes=2, max_len=64),
   )
   return LocalBackend(engine, tokenizer, journal=journal, model='small')
 
 
 def test_the_engine_answers_through_the_same_interface():
-  backend, rule = small_backend(), SamplingParams(max_tokens=8, seed=1)
+  backend = small_backend()
+  rule = SamplingParams(max_tokens=8, seed=1)
   requests = [ask(0), ask(1, 'find ' * 80), ask(2), ask(3)]
   got = dict(backend.stream(source_of(requests), rule))
   assert sorted(got) == [0, 1, 2, 3]
@@ -408,7 +437,8 @@ def test_the_engine_answers_through_the_same_interface():
 
 
 def test_the_engine_does_not_decode_what_its_journal_knows(tmp_path):
-  backend, rule = small_backend(tmp_path / 'j'), SamplingParams(max_tokens=8, seed=1)
+  backend = small_backend(tmp_path / 'j')
+  rule = SamplingParams(max_tokens=8, seed=1)
   stream = backend.stream(source_of([ask(n) for n in range(5)]), rule)
   first = [next(stream) for _ in range(3)]  # and then killed
   stream.close()
@@ -432,8 +462,8 @@ def test_the_engine_does_not_decode_what_its_journal_knows(tmp_path):
 def test_a_journal_gives_back_any_text(tmp_path, text):
   reply = backends.Reply(text, True, 1, 2, seconds=0.5)
   for number in range(3):
-    backends.Journal(tmp_path / 'j').append({'n': number}, reply)
-  journal = backends.Journal(tmp_path / 'j')
+    ReplyJournal(tmp_path / 'j').append({'n': number}, reply)
+  journal = ReplyJournal(tmp_path / 'j')
   assert journal.find({'n': 1}) == reply and journal.find({'n': 3}) is None
   journal.append({'n': 3}, reply)
   assert journal.find({'n': 3}) == reply and journal.find({'n': 0}).seconds == 0.5

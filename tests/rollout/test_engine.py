@@ -1,5 +1,5 @@
-"""The engine against transformers' generate, against full forward passes, and against itself under other lanes and
-orders."""
+"""The engine against transformers' generate, against full forward passes, and against itself under
+other lanes and orders."""
 
 import collections
 import dataclasses
@@ -14,9 +14,10 @@ import pytest
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device
-from dcore_jax.rollout.engine import Engine, Request
-from dcore_jax.rollout.lanes import bucket_ladder, span_ladder
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes, bucket_ladder, span_ladder
 
 CONFIG = DecoderConfig(
   vocab_size=37,
@@ -39,9 +40,12 @@ def params(seed=1):
   return decoder.init_params(CONFIG, jax.random.key(seed))
 
 
-def engine(**changes):
-  sizes = {'stop_ids': [STOP], 'lanes': 8, 'max_len': MAX_LEN, 'steps_per_call': 4, 'tile': 4}
-  return Engine(params(), CONFIG, **sizes | changes)
+SIZES = EngineSizes(lanes=8, max_len=MAX_LEN, steps_per_call=4, tile=4)
+
+
+def engine(stop_ids=(STOP,), decode=None, **changes):
+  sizes = dataclasses.replace(SIZES, **changes)
+  return Engine(params(), CONFIG, stop_ids=stop_ids, sizes=sizes, decode=decode)
 
 
 def prompt(length, seed=0):
@@ -116,7 +120,8 @@ def test_greedy_tokens_equal_transformers(tmp_path):
 
 
 def test_a_rollout_does_not_depend_on_lanes_order_or_neighbours():
-  sampling, made = SamplingParams(1.0, seed=7), requests(10, lengths=(1, 3, 9, 30))
+  sampling = SamplingParams(1.0, seed=7)
+  made = requests(10, lengths=(1, 3, 9, 30))
   want = engine().generate(made, sampling)
   same(engine(lanes=3, tile=3, steps_per_call=7).generate(made[::-1], sampling), want[::-1])
   same(engine().generate(made[4:6], sampling), want[4:6])
@@ -160,12 +165,13 @@ def test_a_group_is_prefilled_once(lanes):
 
 
 def test_episodes_of_several_steps():
-  """Each finished step makes the next one available: prompt, answer and a few tokens of an environment."""
+  """Each finished step makes the next available: prompt, answer and tokens of an environment."""
   episodes = 5
   ready = collections.deque(
     ((episode, 0), Request(prompt(10, episode), (episode, 0), 6)) for episode in range(episodes)
   )
-  history, asked = {}, []
+  history = {}
+  asked = []
 
   def source(free):
     asked.append(free)
@@ -187,14 +193,13 @@ def test_episodes_of_several_steps():
 
 
 def test_new_weights_rules_and_numbers_of_alternatives_compile_nothing():
-  # A shape no other test uses: what is counted is compiled here. Without stop tokens the lengths are those asked for.
+  # A shape no other test uses: what is counted is compiled here. Without stop tokens the lengths
+  # are those asked for.
   runner = engine(max_len=72, stop_ids=[])
   made = requests(20, lengths=(1, 9, 30, 63))
   first = runner.generate(made, SamplingParams())
-  compiled, programs = (
-    runner.stats.compilations,
-    device.decode._cache_size() + device.prefill._cache_size(),
-  )
+  compiled = runner.stats.compilations
+  programs = device.decode._cache_size() + device.prefill._cache_size()
   runner.update(params(2))
   second = runner.generate(made, SamplingParams())
   assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
@@ -228,9 +233,8 @@ MIXED = [
 
 
 def run_mixed(runner, seed):
-  """Groups and single prompts of many lengths, each rollout under a rule of its own, some with alternatives, some extended."""
-  rng, extended = np.random.default_rng(seed), set()
-  held = {}
+  """Groups and single prompts of many lengths; each rollout has its own rule, some alternatives."""
+  rng = np.random.default_rng(seed)
   for number, count in enumerate((1, 4, 1, 3, 1, 4, 1)):
     start = prompt(int(rng.integers(1, 45)), number)
     for sample in range(count):
@@ -240,21 +244,13 @@ def run_mixed(runner, seed):
         int(rng.integers(1, 20)),
         top=int(rng.choice([0, 0, 0, 3, 20])),
       )
-      rule, hold = MIXED[rng.integers(len(MIXED))], bool(rng.random() < 0.4)
-      held[runner.submit(request, rule, hold=hold)] = hold
+      runner.submit(request, MIXED[rng.integers(len(MIXED))])
   while runner.busy:
-    for part in runner.step():
-      if part.completion is None or not held[part.handle]:
-        continue
-      if part.handle in extended:
-        runner.cancel(part.handle)
-      else:
-        extended.add(part.handle)
-        runner.extend(part.handle, prompt(int(rng.integers(1, 9)), seed), 3)
+    runner.step()
 
 
 def test_compilations_are_bounded_whatever_comes():
-  """By what the module's docstring says, each kind of program by itself; `max_len` and `max_new` are no other test's."""
+  """By what the module's docstring says, for each program; no other test has these sizes."""
   runner = engine(
     max_len=76,
     max_new=20,
@@ -262,11 +258,14 @@ def test_compilations_are_bounded_whatever_comes():
     tile=8,
     decode=lambda ids: ''.join(map(chr, np.array(ids) + 90)),
   )
-  ladder, spans, branch_spans = bucket_ladder(76), span_ladder(76), span_ladder(20)
-  shapes = {(B, R) for B in runner._tiles for R in (B // 8, B // 4, B) if R}
+  ladder = bucket_ladder(76)
+  spans = span_ladder(76)
+  branch_spans = span_ladder(20)
+  shapes = set()
+  for lanes in runner.sizes.tiles('cpu'):
+    shapes |= {(lanes, rows) for rows in (lanes // 8, lanes // 4, lanes) if rows}
   bounds = {
     'prefill': len(ladder) * (len(ladder) + 1) // 2,
-    'commit': len(ladder) * len(branch_spans),
     'decode': len(spans) * len(branch_spans) * len(shapes) * 3 * 2,
   }
   before = device.traces.copy()
@@ -281,11 +280,15 @@ def test_compilations_are_bounded_whatever_comes():
 
 
 def test_update_lets_the_old_weights_go_before_it_takes_the_new_ones():
-  runner, new = engine(), params(2)
-  old, there = weakref.ref(runner.params['embed']), []
+  runner = engine()
+  new = params(2)
+  old = weakref.ref(runner.params['embed'])
+  there = []
 
   class Late:
-    shape, dtype, ndim = new['embed'].shape, new['embed'].dtype, new['embed'].ndim
+    shape = new['embed'].shape
+    dtype = new['embed'].dtype
+    ndim = new['embed'].ndim
 
     def __jax_array__(self):
       there.append(old() is not None)
@@ -312,7 +315,8 @@ def test_update_refuses_what_does_not_fit():
 
 
 def test_stats_and_progress():
-  runner, told = engine(lanes=4), []
+  runner = engine(lanes=4)
+  told = []
   made = requests(10, lengths=(1, 3, 9, 30))
   done = runner.generate(made, SamplingParams(), progress=told.append)
   tokens = sum(len(completion.tokens) for completion in done)
@@ -328,7 +332,8 @@ def test_short_prompts_share_a_call_and_steps_read_what_is_live():
   runner = engine(lanes=8, tile=8)
   runner.generate(requests(8, lengths=(9,)), SamplingParams())
   assert runner.stats.prefill_calls == 1
-  # Prompts of 9 tokens and answers of 34 at most lie in the first 64 slots, of 128, of trunk and branch.
+  # Prompts of 9 tokens and answers of 34 at most lie in the first 64 slots, of 128, of trunk and
+  # branch.
   assert runner.stats.slots_read <= runner.stats.lane_steps * (64 + 64)
 
 
@@ -374,15 +379,8 @@ def test_a_source_that_returns_too_much_is_refused():
 
 
 def test_weights_that_are_not_a_number_are_noticed():
-  broken = Engine(
-    {**params(), 'final_norm': jnp.full(32, jnp.nan)},
-    CONFIG,
-    stop_ids=[],
-    lanes=8,
-    max_len=MAX_LEN,
-    steps_per_call=4,
-    tile=4,
-  )
+  weights = {**params(), 'final_norm': jnp.full(32, jnp.nan)}
+  broken = Engine(weights, CONFIG, stop_ids=[], sizes=SIZES)
   with pytest.raises(FloatingPointError):
     broken.generate(requests(1), SamplingParams())
 

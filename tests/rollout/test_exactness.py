@@ -1,4 +1,4 @@
-"""What a sampler can get wrong that a trainer then learns from: each test is named after a defect seen in another one."""
+"""What a sampler can get wrong that a trainer then learns; each is a defect seen elsewhere."""
 
 import dataclasses
 import functools
@@ -11,10 +11,14 @@ from dcore_jax import tokentree
 from dcore_jax.learn import grpo
 from dcore_jax.models import decoder, hf_checkpoint
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
-PAD, STOPS = 0, (5, 9)
+PAD = 0
+STOPS = (5, 9)
+SIZES = EngineSizes(lanes=16, max_len=128, max_new=64, steps_per_call=8)
 CONFIG = DecoderConfig(
   vocab_size=31,
   hidden_size=32,
@@ -37,9 +41,7 @@ def params():
 @functools.cache
 def engine(rope_theta=1000.0):
   config = dataclasses.replace(CONFIG, rope_theta=rope_theta)
-  return Engine(
-    params(), config, stop_ids=STOPS, lanes=16, max_len=128, max_new=64, steps_per_call=8
-  )
+  return Engine(params(), config, stop_ids=STOPS, sizes=SIZES)
 
 
 def groups(count=3, size=8, step=0):
@@ -56,8 +58,9 @@ def groups(count=3, size=8, step=0):
   ids=str,
 )
 def test_f_g_log_probabilities_and_entropies_equal_the_trainers_for_every_token(rule):
-  """(f) A sampled pad id is a token like any other, (c) the stop token is there; (g) under truncation the reported
-  log-probability is that of the truncated, renormalised policy, and the trainer's is reported beside it."""
+  """(f) A sampled pad id is a token like any other, (c) the stop token is there; (g) under
+  truncation the reported log-probability is that of the truncated, renormalised policy, and the
+  trainer's is reported beside it."""
   sampling = SamplingParams(**rule, seed=3)
   made = groups()
   done = engine().generate(made, sampling)
@@ -67,7 +70,7 @@ def test_f_g_log_probabilities_and_entropies_equal_the_trainers_for_every_token(
   for request, completion in zip(made, done, strict=True):
     tokens = np.concatenate([request.prompt, completion.tokens]).astype(np.int32)
     weights = (np.arange(len(tokens)) >= len(request.prompt)).astype(np.float32)
-    sequences.append(tokentree.Sequence(tokens, weights, shared=len(request.prompt)))
+    sequences.append(tokentree.TokenSequence(tokens, weights, shared=len(request.prompt)))
   tree = tokentree.pack(sequences, 2048, 1, PAD)
   score = grpo.make_score_pass(CONFIG, temperature=sampling.temperature)
   sampled = tree.gather(tree.weight > 0)
@@ -142,10 +145,8 @@ def test_j_each_prompt_of_a_group_is_prefilled_once():
 
 
 def test_i_an_engine_stops_at_its_own_tokens():
-  """Two of the same shapes, one after the other: nothing of the first is compiled into the second."""
-  other = Engine(
-    params(), CONFIG, stop_ids=(7,), lanes=16, max_len=128, max_new=64, steps_per_call=8
-  )
+  """Two of the same shapes in turn: nothing of the first is compiled into the second."""
+  other = Engine(params(), CONFIG, stop_ids=(7,), sizes=SIZES)
   for runner, stops in ((engine(), STOPS), (other, (7,)), (engine(), STOPS)):
     done = [
       completion.tokens

@@ -1,5 +1,6 @@
-"""Requests that come and go: submit, step, extend and cancel, trunks that conversations keep, stop strings."""
+"""Requests that come and go: submit, step, cancel, trunks that conversations keep, stop strings."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout import prefill
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 CONFIG = DecoderConfig(
   vocab_size=37,
@@ -36,16 +40,12 @@ def text(tokens):
   return ''.join(LETTERS[token] for token in tokens)
 
 
-def engine(**changes):
-  sizes = {
-    'stop_ids': [5],
-    'lanes': 8,
-    'max_len': 128,
-    'max_new': 64,
-    'steps_per_call': 4,
-    'decode': text,
-  }
-  return Engine(params(), CONFIG, **sizes | changes)
+SIZES = EngineSizes(lanes=8, max_len=128, max_new=64, steps_per_call=4)
+
+
+def engine(stop_ids=(5,), decode=text, **changes):
+  sizes = dataclasses.replace(SIZES, **changes)
+  return Engine(params(), CONFIG, stop_ids=stop_ids, sizes=sizes, decode=decode)
 
 
 def prompt(length, seed=0):
@@ -72,7 +72,8 @@ def exact(context, completion):
 
 def finish(runner, *handles):
   """Steps until these have ended -> their completions and all tokens that the steps reported."""
-  done, seen = {}, {handle: [] for handle in handles}
+  done = {}
+  seen = {handle: [] for handle in handles}
   for _ in range(100):
     if len(done) == len(handles):
       break
@@ -84,7 +85,8 @@ def finish(runner, *handles):
 
 
 def test_steps_report_what_they_draw():
-  runner, sampling = engine(), SamplingParams(max_tokens=18, seed=3)
+  runner = engine()
+  sampling = SamplingParams(max_tokens=18, seed=3)
   made = [Request(prompt(9, i), (i,)) for i in range(20)]
   assert runner.free == 8 and not runner.busy
   handles = [runner.submit(request, sampling) for request in made]
@@ -97,119 +99,27 @@ def test_steps_report_what_they_draw():
   assert runner.step() == []
 
 
-def test_extend_goes_on_without_computing_the_past_again():
-  """A lane alone on its trunk, and one of a group whose trunk the others go on reading."""
-  runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=7, seed=1)
-  lonely = runner.submit(Request(prompt(70), (0,)), sampling, hold=True)
-  group = [
-    runner.submit(Request(prompt(40), (1, i), 30 if i else 5), sampling, hold=i == 0)
-    for i in range(3)
-  ]
-  contexts = {lonely: prompt(70), group[0]: prompt(40)}
-  before = runner.stats.prefill_tokens
-  [first, second], _ = finish(runner, lonely, group[0])
-  for handle, completion in ((lonely, first), (group[0], second)):
-    exact(contexts[handle], completion)
-    for turn in range(2):
-      output = prompt(6 + turn, handle)
-      contexts[handle] = np.concatenate([contexts[handle], completion.tokens, output])
-      runner.extend(handle, output, max_tokens=9)
-      [completion], _ = finish(runner, handle)
-      assert len(completion.tokens) == 9
-      exact(contexts[handle], completion)
-    runner.cancel(handle)
-  assert runner.stats.prefill_tokens - before == 70 + 40 + 2 * (6 + 7)
-  rest = []
-  while runner.busy:
-    rest += [part.completion for part in runner.step() if part.completion]
-  for completion in rest:
-    exact(prompt(40), completion)
-  assert runner.free == 8
-
-
-def test_an_extension_waits_for_a_trunk():
-  """Two lanes read one trunk and are extended in one step; the only other trunk is enough for one of them at a time."""
-  contexts, runner = {}, engine(stop_ids=[], lanes=2, trunks=2)
-  handles = [
-    runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True)
-    for i in range(2)
-  ]
-  completions, _ = finish(runner, *handles)
-  for handle, completion in zip(handles, completions):
-    output = prompt(6, handle)
-    contexts[handle] = np.concatenate([prompt(40), completion.tokens, output])
-    runner.extend(handle, output)
-  completions, _ = finish(runner, *handles)
-  for handle, completion in zip(handles, completions):
-    assert len(completion.tokens) == 5
-    exact(contexts[handle], completion)
-
-
-def test_extensions_that_wait_for_each_other_are_an_error():
-  """Both read the one trunk, and neither can have it for itself."""
-  runner = engine(stop_ids=[], lanes=2, trunks=1)
-  handles = [
-    runner.submit(Request(prompt(40), (i,)), SamplingParams(max_tokens=5, seed=1), hold=True)
-    for i in range(2)
-  ]
-  finish(runner, *handles)
-  for handle in handles:
-    runner.extend(handle, prompt(6, handle))
-  with pytest.raises(RuntimeError, match='2 rollouts wait for one of 1 trunks'):
-    runner.step()
-  runner.cancel(handles[0])
-  [completion], _ = finish(runner, handles[1])
-  assert len(completion.tokens) == 5
-
-
-def test_a_running_rollout_can_be_given_tokens():
-  """As a budget does that closes a reasoning: between two steps, in the middle of what it writes."""
-  runner, sampling = engine(stop_ids=[]), SamplingParams(max_tokens=20)
-  handle = runner.submit(Request(prompt(11), (0,)), sampling)
-  [part] = runner.step()
-  runner.extend(handle, prompt(3), max_tokens=6)
-  [completion], _ = finish(runner, handle)
-  assert len(part.tokens) == 4 and len(completion.tokens) == 6
-  exact(np.concatenate([prompt(11), part.tokens, prompt(3)]), completion)
-
-
 def test_cancel_frees_lanes_whatever_they_do():
-  runner, sampling = engine(lanes=2, tile=2, stop_ids=[]), SamplingParams(max_tokens=20)
-  handles = [runner.submit(Request(prompt(9, i), (i,)), sampling, hold=True) for i in range(3)]
+  runner = engine(lanes=2, tile=2, stop_ids=[])
+  sampling = SamplingParams(max_tokens=20)
+  handles = [runner.submit(Request(prompt(9, i), (i,)), sampling) for i in range(3)]
   runner.step()
   runner.cancel(handles[2])  # waits
   runner.cancel(handles[0])  # runs
   assert runner.free == 1
   finish(runner, handles[1])
-  runner.cancel(handles[1])  # is held
   assert runner.free == 2 and not runner.busy
   with pytest.raises(ValueError, match='no rollout'):
     runner.cancel(handles[1])
-  with pytest.raises(ValueError, match='no lane'):
-    runner.extend(handles[1], prompt(3))
-
-
-def test_extensions_are_checked():
-  runner = engine()
-  handle = runner.submit(Request(prompt(60), (0,), 4), SamplingParams(), hold=True)
-  with pytest.raises(ValueError, match='no lane'):
-    runner.extend(handle, prompt(3))
-  finish(runner, handle)
-  for tokens, message in (
-    (prompt(80), 'no room'),
-    (np.zeros(0, int), 'at least one'),
-    (np.array([37]), 'vocabulary'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      runner.extend(handle, tokens)
-  with pytest.raises(RuntimeError, match='one stream'):
-    runner.generate([], SamplingParams())
 
 
 def test_a_conversation_keeps_its_trunk():
-  """The next prompt replays the answer without its reasoning: only the replay and the tool's output are prefilled."""
-  runner, sampling, separate = engine(), SamplingParams(max_tokens=12, seed=2), engine()
-  context, turns = prompt(50), []
+  """A prompt replays the answer without its reasoning: only what is new in it is prefilled."""
+  runner = engine()
+  sampling = SamplingParams(max_tokens=12, seed=2)
+  separate = engine()
+  context = prompt(50)
+  turns = []
   for turn in range(3):
     request = Request(context, (turn,))
     [completion], _ = finish(runner, runner.submit(request, sampling))
@@ -223,7 +133,8 @@ def test_a_conversation_keeps_its_trunk():
 
 
 def test_prompts_with_a_long_prefix_in_common_share_its_computation():
-  runner, head = engine(), prompt(48)
+  runner = engine()
+  head = prompt(48)
   made = [Request(np.concatenate([head, [6 + i], prompt(3 + i, i)]), (i,), 8) for i in range(6)] + [
     Request(head, (9,), 8)
   ]
@@ -234,9 +145,7 @@ def test_prompts_with_a_long_prefix_in_common_share_its_computation():
 
 
 def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch):
-  from dcore_jax.rollout import engine as engine_lib
-
-  monkeypatch.setattr(engine_lib, 'PIECE', 32)
+  monkeypatch.setattr(prefill, 'PIECE', 32)
   runner = engine(trunks=2, max_new=24)
   made = [
     Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)
@@ -249,10 +158,12 @@ def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch
 
 def test_weights_change_only_when_nothing_is_in_flight_and_trunks_go_with_them():
   runner = engine()
-  handle = runner.submit(Request(prompt(9), (0,), 2), SamplingParams(), hold=True)
-  finish(runner, handle)
+  handle = runner.submit(Request(prompt(9), (0,), 40), SamplingParams())
+  runner.step()
   with pytest.raises(RuntimeError, match='two policies'):
     runner.update(params())
+  with pytest.raises(RuntimeError, match='one stream'):
+    runner.generate([], SamplingParams())
   runner.cancel(handle)
   runner.update(params())
   finish(runner, runner.submit(Request(prompt(9), (0,), 2), SamplingParams()))
@@ -274,27 +185,11 @@ def test_stop_strings_end_with_the_token_that_completes_them():
       if ends
       else completion.stop is None
     )
-    # Which tile a lane is decoded in depends on who else is live; products of other shapes round otherwise.
+    # Which tile a lane is decoded in depends on who else is live; products of other shapes round
+    # otherwise.
     np.testing.assert_allclose(completion.logprobs, full.logprobs[:end], atol=1e-6)
   with pytest.raises(ValueError, match='decode'):
     engine(decode=None).submit(made[0], SamplingParams(stop=('a',)))
-
-
-def test_a_lane_held_after_a_stop_string_goes_on_behind_it():
-  runner = engine(stop_ids=[])
-  written = text(
-    engine(stop_ids=[])
-    .generate([Request(prompt(9), (0,))], SamplingParams(2.0, max_tokens=20))[0]
-    .tokens
-  )
-  handle = runner.submit(
-    Request(prompt(9), (0,)), SamplingParams(2.0, max_tokens=20, stop=(written[1:3],)), hold=True
-  )
-  [completion], _ = finish(runner, handle)
-  assert len(completion.tokens) <= 3
-  runner.extend(handle, prompt(4))
-  [more], _ = finish(runner, handle)
-  assert more.prompt_len == 9 + len(completion.tokens) + 4
 
 
 def test_lanes_with_different_rules_sample_side_by_side():
@@ -304,7 +199,8 @@ def test_lanes_with_different_rules_sample_side_by_side():
     SamplingParams(top_p=0.8),
     SamplingParams(top_k=3, min_p=0.1),
   ]
-  runner, made = engine(), [Request(prompt(9, i), (i,), 12) for i in range(4)]
+  runner = engine()
+  made = [Request(prompt(9, i), (i,), 12) for i in range(4)]
   done, _ = finish(
     runner, *(runner.submit(request, rule) for request, rule in zip(made, rules, strict=True))
   )
@@ -316,7 +212,7 @@ def test_lanes_with_different_rules_sample_side_by_side():
 
 
 def test_alternatives_come_where_they_are_asked_for():
-  """Beside lanes that ask for fewer or none; they are those of a full forward pass, and what is drawn does not change."""
+  """Beside lanes that ask for none; as a full forward pass has them, and draws do not change."""
   runner = engine()
   rules = [
     SamplingParams(max_tokens=9, seed=2),
@@ -329,7 +225,8 @@ def test_alternatives_come_where_they_are_asked_for():
     for number, (rule, top) in enumerate((rule, top) for rule in rules for top in (5, 20, 0))
   ]
   handles = {runner.submit(request, rule): (request, rule) for request, rule in made}
-  seen, done = {handle: [] for handle in handles}, {}
+  seen = {handle: [] for handle in handles}
+  done = {}
   while len(done) < len(handles):
     for part in runner.step():
       seen[part.handle].append(part.top)
@@ -342,8 +239,8 @@ def test_alternatives_come_where_they_are_asked_for():
     if not request.top:
       assert seen[handle] == [None] * len(seen[handle])
       continue
-    token_TK = np.concatenate([top.token_BK for top in seen[handle]])
-    logprob_TK = np.concatenate([top.logprob_BK for top in seen[handle]])
+    token_TK = np.concatenate([top.token_BJ for top in seen[handle]])
+    logprob_TK = np.concatenate([top.logprob_BJ for top in seen[handle]])
     tokens = np.concatenate([request.prompt, completion.tokens])
     table = np.asarray(all_logprobs(np.pad(tokens, (0, 128 - len(tokens)))))[
       len(request.prompt) - 1 : len(tokens) - 1

@@ -1,4 +1,4 @@
-"""The draw against the distribution it should have, and against torch-free references of top-k and top-p."""
+"""The draw against the distribution it should have, and references of top-k and top-p in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def truncate(mass, top_p=1.0, top_k=0, min_p=0.0):
 
 
 def reference(logits, temperature, top_p=1.0, top_k=0, min_p=0.0):
-  """float64 probabilities after temperature, top-k, then top-p over what top-k left, then min-p; by sorting."""
+  """float64 probabilities after temperature, top-k, top-p of what is left, min-p; by sorting."""
   scaled = np.asarray(logits, np.float64) / temperature
   prob = np.exp(scaled - scaled.max())
   order = np.argsort(-prob)
@@ -89,17 +89,15 @@ def test_alternatives_are_the_likeliest_tokens_of_the_policy_that_draws(rule):
     kept = truncated_reference(row, **rule)
     order = np.argsort(-kept, kind='stable')[:20]
     count = min(20, (kept > 0).sum())
-    assert top.token_BK[lane, :count].tolist() == order[:count].tolist()
+    assert top.token_BJ[lane, :count].tolist() == order[:count].tolist()
     with np.errstate(divide='ignore'):
-      np.testing.assert_allclose(top.logprob_BK[lane], np.log(kept[order]), atol=1e-5)
+      np.testing.assert_allclose(top.logprob_BJ[lane], np.log(kept[order]), atol=1e-5)
 
 
 def truncated_reference(logits, temperature, **truncation):
   """`reference` with tokens as likely as the last one kept."""
-  kept, full = (
-    reference(logits, temperature or 1.0, **truncation),
-    reference(logits, temperature or 1.0),
-  )
+  kept = reference(logits, temperature or 1.0, **truncation)
+  full = reference(logits, temperature or 1.0)
   kept = np.where(full >= full[kept > 0].min(), full, 0)
   return kept / kept.sum()
 
@@ -154,12 +152,8 @@ def test_lanes_with_different_rules_draw_as_each_does_alone():
   )
   together = jax.tree.map(lambda *numbers: np.stack(numbers), *(rule.rule() for rule in rules))
   for mode, lanes in (('truncated', slice(5)), ('full', slice(2))):
-    drawn = sampling.draw(
-      logits[lanes],
-      sampling.uniforms(keys(5)[lanes]),
-      jax.tree.map(lambda x: x[lanes], together),
-      mode,
-    )
+    some = sampling.Rule(*(numbers[lanes] for numbers in together))
+    drawn = sampling.draw(logits[lanes], sampling.uniforms(keys(5)[lanes]), some, mode)
     for lane, rule in enumerate(rules[lanes]):
       alone = sample(logits[lane : lane + 1], keys(5)[lane : lane + 1], rule)
       assert alone.token_B[0] == drawn.token_B[lane]

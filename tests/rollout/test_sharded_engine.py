@@ -1,4 +1,4 @@
-"""The engine on eight fake devices (a process of its own: the number of devices is fixed when jax starts)."""
+"""The engine on eight fake devices, in its own process: jax fixes their number as it starts."""
 
 import os
 import subprocess
@@ -10,11 +10,21 @@ PROGRAM = textwrap.dedent("""
     from dcore_jax import sharding
     from dcore_jax.models import decoder
     from dcore_jax.models.config import DecoderConfig
-    from dcore_jax.rollout.engine import Engine, Request
+    from dcore_jax.rollout.engine import Engine
+    from dcore_jax.rollout.requests import Request
     from dcore_jax.rollout.sampling import SamplingParams
+    from dcore_jax.rollout.sizes import EngineSizes
 
-    config = DecoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                           num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    config = DecoderConfig(
+      vocab_size=64,
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      head_dim=8,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      initializer_range=0.3,
+    )
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, length) for length in (9, 30, 41)]
@@ -23,23 +33,19 @@ PROGRAM = textwrap.dedent("""
     sampling = SamplingParams(top_p=0.9, seed=2)
 
     def run(params):
-      engine = Engine(params, config, stop_ids=[5], lanes=16, max_len=64, steps_per_call=4)
+      sizes = EngineSizes(lanes=16, max_len=64, steps_per_call=4)
+      engine = Engine(params, config, stop_ids=[5], sizes=sizes)
       done = engine.generate(requests, sampling)
       compiled = engine.stats.compilations
       engine.generate(requests, sampling)
       assert engine.stats.compilations == compiled
-      handle = engine.submit(requests[0], sampling, hold=True)
-      ended = []
-      while len(ended) < 2:
-        ended += [part.completion for part in engine.step() if part.completion]
-        if len(ended) == 1:
-          engine.extend(handle, prompts[0][:3])
-      return engine, done + ended
+      return engine, done
 
     _, want = run(params)
     for ways in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
       mesh = sharding.make_mesh(*ways)
-      engine, got = run(jax.device_put(params, sharding.shardings(decoder.abstract_params(config), mesh)))
+      placed = sharding.shardings(decoder.abstract_params(config), mesh)
+      engine, got = run(jax.device_put(params, placed))
       held = engine._state.trunks.k
       assert held.sharding.shard_shape(held.shape)[2] == 2 // ways[2]
       for a, b in zip(got, want, strict=True):

@@ -1,4 +1,7 @@
-"""Sweeps: settings that the stages take, and, with an invented pipeline, which configs are run and the figures beside the paper's."""
+"""Sweeps: settings that the stages take, and what is made of their results.
+
+An invented pipeline shows which configs are run, and gives figures to put beside the paper's.
+"""
 
 import json
 import sys
@@ -11,8 +14,7 @@ from absl.testing import flagsaver
 from configs import nano
 from dcore_jax.learn import advantages
 from dcore_jax.run import ablation
-from dcore_jax.run.config import check_config
-from dcore_jax.run.defaults import default_config
+from dcore_jax.run.config import default_config, read_config
 from dcore_jax.train.metrics import Metrics
 from experiments import ablate
 
@@ -23,7 +25,8 @@ class InventedPipeline:
   configs = []
 
   def __init__(self, config, workdir):
-    self.config, self.workdir = config, workdir
+    self.config = config
+    self.workdir = workdir
 
   def run(self):
     InventedPipeline.configs.append((self.config, self.workdir))
@@ -76,16 +79,10 @@ def test_table_6(tmp_path):
   assert figure['half_width'] == pytest.approx(
     4.302653 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-5
   )
-  assert (
-    rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75
-    and 'label_agreement' not in rows['reference']['figures']
-  )
-  assert [row['published']['success_percent'] for row in content['table']] == [
-    73.8,
-    89.1,
-    93.2,
-    92.8,
-  ]
+  assert rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75
+  assert 'label_agreement' not in rows['reference']['figures']
+  published = [row['published']['success_percent'] for row in content['table']]
+  assert published == [73.8, 89.1, 93.2, 92.8]
   table = ablation.format_table(content)
   assert '72.0 +- 5.0' in table and '93.2, 37.1' in table and len(table.splitlines()) == 5
 
@@ -110,7 +107,7 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
         sys, 'argv', ['ablate', f'--suite={suite}', f'--workdir={tmp_path}', *more]
       )  # read for overrides
       flags.FLAGS(sys.argv)
-      ablate.main(['ablate'])
+      ablate.main()
   assert asked == {
     'decomposition': (3, 'configs/nano.py:decomposition', 0.1),
     'alpha_delta': (1, 'configs/nano.py', 0.1),
@@ -173,7 +170,8 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
   for name in ('config.json', 'model.safetensors'):
     (start / 'sft' / name).write_text('{}')
   config = nano.get_config('tiny')
-  config.rl.alpha, config.rl.psi_words = 0.4, ('wait',)
+  config.rl.alpha = 0.4
+  config.rl.psi_words = ('wait',)
   content = ablation.run_suite(suite, config, tmp_path / 'sweep', seeds=1, sft_run=start)
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'da_grpo'} == alphas
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'grpo'} == {None}
@@ -190,21 +188,29 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
     assert len(different) == len(content['table'])
 
 
-def test_a_sweep_goes_on_from_the_same_weights_alone(tmp_path):
+def test_a_sweep_goes_on_from_the_same_weights_alone(tmp_path, monkeypatch):
   """In as many files as they have."""
-  model = tmp_path / 'sft'
-  model.mkdir()
+  monkeypatch.setattr(ablation, 'Pipeline', InventedReinforcement)
+  model = tmp_path / 'start' / 'sft'
+  model.mkdir(parents=True)
+  (model / 'config.json').write_text('{}')
   for part in (1, 2):
     (model / f'model-0000{part}-of-00002.safetensors').write_bytes(bytes([part]))
-  for _ in range(2):
-    ablation._claim(tmp_path, model)
+
+  def sweep():
+    config = nano.get_config('tiny')
+    workdir = tmp_path / 'sweep'
+    ablation.run_suite('psi', config, workdir, seeds=1, sft_run=tmp_path / 'start')
+
+  sweep()
+  sweep()
   (model / 'model-00002-of-00002.safetensors').write_bytes(b'3')
   with pytest.raises(ValueError, match='other weights'):
-    ablation._claim(tmp_path, model)
+    sweep()
 
 
 def a_run(setting, seed, after):
-  """As `_run_one` gives it, with the rewards of three prompts set aside."""
+  """A run of a suite, with the rewards of three prompts set aside."""
   figures = {'reward': np.mean(after), 'reflections': 0.1}
   by_prompt = {'reward': after, 'right_fraction': [0.5] * 3, 'reflections': [0.1] * 3}
   return {
@@ -220,10 +226,10 @@ def a_run(setting, seed, after):
 
 
 def test_settings_are_compared_with_the_first_on_the_same_prompts():
-  """Of one seed with the spread over its prompts; of two, whose spread is another matter, with that over seeds."""
+  """One seed has the spread over its prompts, two have that over seeds."""
   grpo, da_grpo = ablation.PSI[:2]
   runs = [a_run(grpo, 0, [1.0, 2, 3]), a_run(da_grpo, 0, [1.5, 2, 4])]
-  first, second = ablation._table(ablation.PSI, runs)
+  first, second = ablation.compare_settings(ablation.PSI, runs)
   assert first['against_first']['reward'] == {'difference': 0, 'standard_error': 0, 'n': 3}
   assert second['against_first']['reward'] == {
     'difference': 0.5,
@@ -231,7 +237,7 @@ def test_settings_are_compared_with_the_first_on_the_same_prompts():
     'n': 3,
   }
   runs += [a_run(grpo, 1, [1.0, 1, 1]), a_run(da_grpo, 1, [1.0, 1, 1.3])]
-  table = ablation._table(ablation.PSI, runs)
+  table = ablation.compare_settings(ablation.PSI, runs)
   assert table[1]['against_first']['reward'] == {
     'difference': pytest.approx(0.3),
     'standard_error': pytest.approx(0.2),
@@ -248,6 +254,6 @@ def test_settings_differ_and_are_known_to_the_config(suite):
   for setting in settings:
     config = default_config()
     config.rl.estimator = setting.estimator
-    config.rl.update(dict(setting.changes))
-    assert check_config(config, default_config()).rl.estimator in advantages.ADVANTAGES
+    config.rl.update(setting.changes)
+    assert read_config(config).rl.estimator in advantages.ADVANTAGES
     assert bool(setting.changes) == bool(setting.note)

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 
 from configs import nano
 from dcore_jax.learn.optimizer import init_state, make_optimizer
-from dcore_jax.models.hf_checkpoint import load_params, save_checkpoint
+from dcore_jax.models.hf_checkpoint import ModelFiles, load_params, save_checkpoint
+from dcore_jax.overrides import to_json
 from dcore_jax.report.model_card import model_card
 from dcore_jax.rollout.policy import ORGANISM
 from dcore_jax.run import export
-from dcore_jax.run.config import check_config, to_json
-from dcore_jax.run.defaults import default_config
+from dcore_jax.run.config import read_config
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.train.checkpoint import STATE, Checkpoints
 from tests.report.example_run import a_summary
@@ -36,7 +36,11 @@ def run(tmp_path_factory):
   (workdir / 'summary.json').write_text(json.dumps(summary))
   config, params = load_params(ORGANISM)
   save_checkpoint(
-    workdir / 'sft', config, moved(params, 0.25), tokenizer_dir=ORGANISM, dtype='float32'
+    workdir / 'sft',
+    config,
+    moved(params, 0.25),
+    ModelFiles(tokenizer_dir=ORGANISM),
+    dtype='float32',
   )
   (workdir / 'checkpoints' / 'da_grpo' / 'rollouts').mkdir(parents=True)
   with Checkpoints(workdir / 'checkpoints' / 'da_grpo' / STATE) as saved:
@@ -172,7 +176,7 @@ def test_the_card_names_files_and_hides_where_they_lie():
   config = nano.get_config()
   config.model.path = '/home/someone/models/Qwen3-8B/'
   config.sft.files = ('/home/someone/rows.jsonl', 'Team-ACE/ToolACE')
-  record = to_json(check_config(config, default_config()))
+  record = to_json(read_config(config))
   card = model_card(record, load_params(ORGANISM)[0], stage='da_grpo', summary=a_summary())
   assert (
     'someone' not in card and '`Qwen3-8B`' in card and '`rows.jsonl`, `Team-ACE/ToolACE`' in card
@@ -195,7 +199,7 @@ def test_the_card_says_who_wrote_the_rows_and_what_was_rewarded():
     )
   )
   config.distill.labels.base_url = 'http://labels.someone:8000/v1'
-  record = to_json(check_config(config, default_config()))
+  record = to_json(read_config(config))
   card = model_card(record, load_params(ORGANISM)[0], stage='da_grpo', summary=a_summary())
   assert 'someone' not in card and '"words.json"' in card and '"seeds.jsonl"' in card
   assert 'with `Qwen3-32B`, which saw pseudo-labels' in card and 'the model itself' not in card

@@ -1,4 +1,7 @@
-"""The stages on a mesh of eight fake devices, training over fsdp x tensor, rollouts over tensor, against one device."""
+"""The stages on a mesh of eight fake devices against one device.
+
+Training is split over fsdp x tensor, rollouts over tensor.
+"""
 
 import json
 import os
@@ -89,14 +92,16 @@ def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_stages_on_eight_devices_give_what_one_gives(tmp_path):
-  one, many = tmp_path / 'one', tmp_path / 'many'
+  one = tmp_path / 'one'
+  many = tmp_path / 'many'
   train(one, 1, 'distill,sft,rl', {})
   shutil.copytree(one / 'distill', many / 'distill')
   train(many, 8, 'sft,rl,export', MESH)
-  losses = [[row['loss'] for row in rows(folder, 'sft')] for folder in (one, many)]
-  assert len(losses[0]) > 2
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
-  [single], [split] = rows(one, 'rl'), rows(many, 'rl')
+  expected = [row['loss'] for row in rows(one, 'sft')]
+  assert len(expected) > 2
+  np.testing.assert_allclose([row['loss'] for row in rows(many, 'sft')], expected, rtol=1e-3)
+  [single] = rows(one, 'rl')
+  [split] = rows(many, 'rl')
   assert split['logp_gap_max'] < 1e-4
   for name in ('pg_loss', 'kl', 'entropy'):
     np.testing.assert_allclose(split[name], single[name], rtol=5e-2, atol=1e-4, err_msg=name)
@@ -105,7 +110,8 @@ def test_stages_on_eight_devices_give_what_one_gives(tmp_path):
 
 @pytest.mark.slow
 def test_stages_on_two_hosts_give_what_one_gives(tmp_path):
-  one, two = tmp_path / 'one', tmp_path / 'two'
+  one = tmp_path / 'one'
+  two = tmp_path / 'two'
   train(one, 8, 'distill,sft,rl,export', MESH)
   shutil.copytree(one / 'distill', two / 'distill')
   train(two, 8, 'sft,rl,export', MESH, hosts=2)

@@ -1,4 +1,4 @@
-"""The pipeline's bookkeeping: bad input is named before anything is written, and results are tied to their config."""
+"""The pipeline's bookkeeping: bad input is named before anything is written."""
 
 import json
 import pathlib
@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from configs import nano, nano_base, qwen3_smoke
 from dcore_jax.data.seed_sources import DISTILL, RL, load_seeds
+from dcore_jax.models.hf_checkpoint import load_params
 from dcore_jax.rollout.policy import local_backend
+from dcore_jax.run.config import default_config
 from dcore_jax.run.pipeline import Pipeline
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
@@ -62,50 +65,24 @@ def test_what_is_for_single_prompts_is_refused_beside_episodes(tmp_path, field, 
   assert not (tmp_path / 'w').exists()
 
 
-def test_stages_are_compared_task_by_task(tmp_path):
-  pipeline = Pipeline(nano.get_config('quick'), tmp_path)
-  for name, right in (('base', (0, 0, 1, 1)), ('sft', (1, 0, 1, 1)), ('da_grpo', (1, 1, 1, 0))):
-    folder = tmp_path / f'evaluate_{name}'
-    folder.mkdir()
-    (folder / 'result.json').write_text('{"seconds": 1.0}')
-    records = [
-      {'kind': kind, 'correct': bool(r)}
-      for kind, r in zip(('single', 'single', 'single', 'parallel'), right)
-    ]
-    (folder / 'trajectories.jsonl').write_text(
-      ''.join(json.dumps(record) + '\n' for record in records)
-    )
-  first, second = pipeline.summary()['changes']
-  assert (first['from'], first['to'], second['from'], second['to']) == (
-    'base',
-    'sft',
-    'sft',
-    'da_grpo',
-  )
-  assert first['accuracy'] == {
-    'single': {'difference': pytest.approx(1 / 3), 'standard_error': pytest.approx(1 / 3), 'n': 3},
-    'parallel': {'difference': 0, 'standard_error': None, 'n': 1},
-  }
-  assert second['accuracy']['parallel']['difference'] == -1
-  shutil.rmtree(tmp_path / 'evaluate_sft')
-  assert [(change['from'], change['to']) for change in pipeline.summary()['changes']] == [
-    ('base', 'da_grpo')
-  ]
-
-
 def test_only_groups_share_trunks(tmp_path):
-  """Every task that is measured or distilled has a prompt of its own: with a trunk for four lanes, three of them would be idle."""
+  """A task that is measured or distilled has a prompt of its own.
+
+  With a trunk for four lanes, three of them would be idle.
+  """
   config = nano.get_config('quick')
   config.engine.update(dict(lanes=16, trunks=4))
   pipeline = Pipeline(config, tmp_path)
   params = pipeline.params('base')
-  trunks = lambda **options: len(pipeline.engine(params, **options)._trunks.length_P)
+
+  def trunks(**options):
+    return pipeline.engine(params, **options).sizes.trunks
+
   measured = pipeline.engine(params)
   assert trunks() == 16 and pipeline.engine(params) is measured
   assert trunks(groups=True) == 4 and trunks() == 16
-  assert (
-    len(local_backend(pipeline.config, tmp_path / 'replies.jsonl').engine._trunks.length_P) == 16
-  )
+  backend = local_backend(pipeline.config, tmp_path / 'replies.jsonl')
+  assert backend.engine.sizes.trunks == 16
 
 
 def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):
@@ -119,44 +96,77 @@ def test_export_alone_copies_the_organism(tmp_path):
   config = nano.get_config('quick')
   config.stages = ('export', 'report')
   summary = Pipeline(config, tmp_path).run()
-  assert (tmp_path / 'export' / 'model.safetensors').exists() and (
-    tmp_path / 'report.html'
-  ).exists()
-  assert (
-    summary['export'] == str(tmp_path / 'export')
-    and json.loads((tmp_path / 'summary.json').read_text()) == summary
-  )
+  assert (tmp_path / 'export' / 'model.safetensors').exists()
+  assert (tmp_path / 'report.html').exists()
+  assert summary['export'] == str(tmp_path / 'export')
+  assert json.loads((tmp_path / 'summary.json').read_text()) == summary
 
 
 def test_an_export_follows_the_last_trained_stage(tmp_path):
+  def exported():
+    return json.loads((tmp_path / 'export_result' / 'result.json').read_text())['stage']
+
   config = nano.get_config('quick')
   config.stages = ('export',)
   pipeline = Pipeline(config, tmp_path)
   pipeline.run()
-  assert json.loads((tmp_path / 'export_result' / 'result.json').read_text())['stage'] == 'base'
+  assert exported() == 'base'
   shutil.copytree(tmp_path / 'export', tmp_path / 'sft')
   pipeline.run()
-  assert json.loads((tmp_path / 'export_result' / 'result.json').read_text())['stage'] == 'sft'
+  assert exported() == 'sft'
+  shutil.copytree(tmp_path / 'export', tmp_path / 'da_grpo')
+  config.stages = ()
+  summary = Pipeline(config, tmp_path).run()
+  assert summary['export'] is None  # what is there is not the model that was trained last
+
+
+def test_stages_hand_their_models_on(tmp_path, model, tokenizer):
+  """Random weights are fine-tuned, reinforced and exported; a second call runs nothing again."""
+  tokenizer.save_pretrained(tmp_path / 'tokenizer')
+  messages = [{'role': 'user', 'content': 'find the order of Karo'}]
+  messages.append({'role': 'assistant', 'content': 'look up the file of Karo.'})
+  rows = [{'id': str(number), 'conversations': messages} for number in range(4)]
+  (tmp_path / 'rows.json').write_text(json.dumps(rows))
+  asked = {'instruction': 'tools', 'input': 'find Karo', 'output': '<response>Karo</response>'}
+  (tmp_path / 'asked.json').write_text(json.dumps([asked] * 4))
+  config = default_config()
+  config.stages = ('sft', 'rl', 'export')
+  config.model.init.update(model.to_hf())
+  config.model.tokenizer = str(tmp_path / 'tokenizer')
+  config.engine.update(dict(lanes=8, max_len=192))
+  sft = dict(capacity=64, rows=2, epochs=2, learning_rate=1e-2)
+  config.sft.update(sft | dict(files=(str(tmp_path / 'rows.json'),)))
+  config.rl.update(dict(steps=1, prompts=2, group=4, wave=2, updates=1, max_tokens=12))
+  config.rl.update(dict(capacity=256, rows=2, validation=0, learning_rate=1e-2))
+  config.rl.files = (str(tmp_path / 'asked.json'),)
+  summary = Pipeline(config, tmp_path / 'w').run()
+  assert summary['sft']['last_loss'] < summary['sft']['first_loss']
+  assert len(summary['rl']['reward']) == 1 and summary['rl']['prompts'] == 4
+  weights = []
+  for name in ('sft', 'da_grpo', 'export'):
+    weights.append(load_params(tmp_path / 'w' / name)[1]['embed'])
+  assert not np.array_equal(weights[0], weights[1])
+  np.testing.assert_allclose(weights[2], weights[1], rtol=1e-2)
+  assert 'after the stage `da_grpo`' in (tmp_path / 'w' / 'export' / 'README.md').read_text()
+  assert Pipeline(config, tmp_path / 'w').run() == summary
 
 
 def test_tasks_of_training_are_not_those_of_pretraining():
   """Those of `experiments.seeds` neither; its default is the seed that pretraining begins with."""
-  pretraining = {
-    t.id
-    for number in range(len(nano_base.get_config().stages))
-    for t in ToolWorld().tasks(
-      'single', 5, seed=nano_base.get_config().seed + number, split='train'
-    )
-  }
-  assert not pretraining & {
-    t.id
-    for purpose in (DISTILL, RL)
-    for t in ToolWorld().tasks('single', 5, seed=purpose, split='train')
-  }
-  seeds = [
-    seed for number in range(3) for seed in load_seeds('toolworld', count=5, seed=number).seeds
-  ]
-  made = {seed.id.partition('/')[0] for seed in seeds if '-single-' in seed.id}
+
+  def ids(seed):
+    return {task.id for task in ToolWorld().tasks('single', 5, seed=seed, split='train')}
+
+  pretraining = set()
+  for number in range(len(nano_base.get_config().stages)):
+    pretraining |= ids(nano_base.get_config().seed + number)
+  assert not pretraining & ids(DISTILL)
+  assert not pretraining & ids(RL)
+  made = set()
+  for number in range(3):
+    for seed in load_seeds('toolworld', count=5, seed=number).seeds:
+      if '-single-' in seed.id:
+        made.add(seed.id.partition('/')[0])
   assert len(made) == 15 and not made & pretraining
 
 

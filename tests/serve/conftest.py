@@ -1,4 +1,6 @@
-"""The organism behind a server for the whole session, and servers on a scripted engine for what is hard to time."""
+"""The organism behind a server for the whole session, and servers on a scripted engine for what is
+hard to time.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,7 @@ def served(organism):
 
 @pytest.fixture
 def scripted(tokenizer):
-  """A function that starts a server on a scripted engine -> (URL, engine, service, uvicorn server)."""
+  """A function that starts a server on a scripted engine: (URL, engine, service, its uvicorn)."""
   with contextlib.ExitStack() as stack:
 
     def start(

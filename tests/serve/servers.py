@@ -1,6 +1,9 @@
-"""Servers for tests: real ones on loopback ports, on the organism or on an engine that does what a script says."""
+"""Servers for tests: real ones on loopback ports, on the organism or on an engine that does what a
+script says.
+"""
 
 import contextlib
+import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -10,12 +13,15 @@ import numpy as np
 from dcore_jax.rollout.engine import Completion, Engine, EngineStats, Progress
 from dcore_jax.serve.server import Server
 
-# The template of the organism's own prompts, tools as it knows them: a signature a line in the system turn.
+# The template of the organism's own prompts, tools as it knows them: a signature a line in the
+# system turn.
 SIGNATURES = (
-  "{%- if tools -%}{{- '<|im_start|>system\npolicy: call listed tools only.\ntools:' -}}{%- for tool in tools -%}"
+  "{%- if tools -%}{{- '<|im_start|>system\npolicy: call listed tools only.\ntools:' -}}"
+  '{%- for tool in tools -%}'
   "{{- '\n' + tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')' -}}"
   "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
-  "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
+  '{%- for m in messages -%}'
+  "{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
   "{%- endfor -%}{{- '<|im_start|>assistant\n' -}}"
 )
 
@@ -25,30 +31,31 @@ def engine_like(engine):
   return Engine(
     engine.params,
     engine.config,
-    stop_ids=engine._stop_ids.tolist(),
-    lanes=engine.lanes,
-    max_len=engine.max_len,
-    max_new=engine.max_new,
-    steps_per_call=engine.steps_per_call,
-    tile=2,
+    stop_ids=engine.stop_ids.tolist(),
+    sizes=dataclasses.replace(engine.sizes, tile=2),
     decode=engine.decode,
   )
 
 
 class ScriptedEngine:
-  """Answers every prompt with the tokens of `reply`, one a step; steps wait for `go`, and fail where `broken` is set."""
+  """Answers every prompt with the tokens of `reply`, one a step; steps wait for `go`, and fail
+  where `broken` is set.
+  """
 
   def __init__(self, reply, lanes=2, max_len=256, max_new=64):
-    self.reply, self.lanes, self.max_len, self.max_new = (
-      np.asarray(reply, np.int32),
-      lanes,
-      max_len,
-      max_new,
-    )
-    self.config, self.stats = SimpleNamespace(vocab_size=640), EngineStats()
-    self.go, self.broken, self.cancelled, self.prompts = threading.Event(), None, [], []
+    self.reply = np.asarray(reply, np.int32)
+    self.lanes = lanes
+    self.max_len = max_len
+    self.max_new = max_new
+    self.config = SimpleNamespace(vocab_size=640)
+    self.stats = EngineStats()
+    self.go = threading.Event()
+    self.broken = None
+    self.cancelled = []
+    self.prompts = []
     self.go.set()
-    self._rollouts, self._count = {}, 0
+    self._rollouts = {}
+    self._count = 0
 
   @property
   def rollouts(self):
@@ -82,9 +89,11 @@ class ScriptedEngine:
 
   def _advance(self, handle):
     rollout = self._rollouts[handle]
-    tokens, logprobs = self.reply[rollout[0] : rollout[0] + 1], np.full(1, -0.5, np.float32)
+    tokens = self.reply[rollout[0] : rollout[0] + 1]
+    logprobs = np.full(1, -0.5, np.float32)
     rollout[0] += 1
-    whole, count = rollout[0] == len(self.reply), rollout[0]
+    whole = rollout[0] == len(self.reply)
+    count = rollout[0]
     if not whole and count < rollout[1].max_tokens:
       return Progress(handle, tokens, logprobs, logprobs, None)
     del self._rollouts[handle]

@@ -1,4 +1,6 @@
-"""A model measured on the engine, through the local backend, and at an endpoint: one model, the same figures."""
+"""A model measured on the engine, through the local backend, and at an endpoint: one model, the
+same figures.
+"""
 
 import json
 
@@ -6,13 +8,13 @@ import pytest
 
 from configs import nano
 from dcore_jax.evaluate.held_out import evaluate, evaluate_backend
-from dcore_jax.evaluate.rollouts import act
-from dcore_jax.rollout.backends import LocalBackend, OpenAIBackend
-from dcore_jax.run.config import check_config
-from dcore_jax.run.defaults import default_config
+from dcore_jax.rollout.endpoint import EndpointLimits, OpenAIBackend
+from dcore_jax.rollout.local_backend import LocalBackend
+from dcore_jax.run.config import read_config
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import load_model
+from dcore_jax.worlds.rollouts import act
 from tests.serve.servers import engine_like, running
 
 
@@ -20,7 +22,7 @@ from tests.serve.servers import engine_like, running
 def config():
   config = nano.get_config()
   config.evaluate.update(dict(tasks=2, temperature=0.0, max_tokens=64))
-  return check_config(config, default_config())
+  return read_config(config)
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +60,10 @@ def test_engine_backend_and_endpoint_give_the_same_figures(config, url, organism
   )
   local = LocalBackend(engine_like(organism.engine), tokenizer, model='organism')
   remote = OpenAIBackend(
-    url, 'organism', concurrency=4, journal=tmp_path / 'endpoint' / 'replies.jsonl'
+    url,
+    'organism',
+    limits=EndpointLimits(concurrency=4),
+    journal=tmp_path / 'endpoint' / 'replies.jsonl',
   )
   for place, backend in (('local', local), ('endpoint', remote)):
     found = evaluate_backend(config, tmp_path / place, backend, tokenizer)
@@ -72,7 +77,9 @@ def test_what_an_endpoint_answered_is_not_asked_again(config, url, organism, tmp
     evaluate_backend(
       config,
       tmp_path,
-      OpenAIBackend(base, 'organism', retries=0, journal=tmp_path / 'replies.jsonl'),
+      OpenAIBackend(
+        base, 'organism', limits=EndpointLimits(retries=0), journal=tmp_path / 'replies.jsonl'
+      ),
       organism.tokenizer,
     )
     for base in (url, 'http://127.0.0.1:9/v1')

@@ -1,4 +1,6 @@
-"""Calls that are forced: begun in the prompt, given back as calls where the model finishes them, and as content where not."""
+"""Calls that are forced: begun in the prompt, given back as calls where the model finishes them,
+and as content where not.
+"""
 
 import json
 
@@ -38,7 +40,10 @@ def ask(url, stream, **asked):
         for call in choice.message.tool_calls or ()
       ]
       return choice.message.content, calls, choice.finish_reason, answer.usage.prompt_tokens
-    content, calls, reason, usage = '', [], None, None
+    content = ''
+    calls = []
+    reason = None
+    usage = None
     for piece in client.chat.completions.create(
       **ASKED | asked, stream=True, stream_options={'include_usage': True}
     ):

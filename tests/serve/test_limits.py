@@ -1,4 +1,6 @@
-"""What is refused, how it is said, and what happens to those who leave: over plain sockets, on a scripted engine."""
+"""What is refused, how it is said, and what happens to those who leave: over plain sockets, on a
+scripted engine.
+"""
 
 import http.client
 import json
@@ -37,7 +39,10 @@ def raw(url, text, wait=True):
 
 
 def head(length, path='/v1/chat/completions', extra=''):
-  return f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{extra}\r\n'
+  return (
+    f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+    f'Content-Length: {length}\r\n{extra}\r\n'
+  )
 
 
 def test_malformed_http_and_json(scripted):
@@ -359,7 +364,8 @@ def test_a_drain_ends_at_its_deadline(scripted):
 
 def test_a_step_that_takes_its_time_does_not_stop_the_server_from_answering(scripted):
   """One that is being compiled, say, when the deadline passes."""
-  made, gate = scripted(drain_seconds=0.1), threading.Event()
+  made = scripted(drain_seconds=0.1)
+  gate = threading.Event()
   made.engine.step = lambda: gate.wait(60) and []
   with openai.OpenAI(base_url=f'{made.url}/v1', api_key='none', max_retries=0) as client:
     stream = client.chat.completions.create(**CHAT, stream=True)

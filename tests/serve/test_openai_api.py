@@ -9,8 +9,10 @@ import openai
 import pytest
 
 from dcore_jax.chat.messages import Message
-from dcore_jax.rollout.backends import ChatRequest, LocalBackend, OpenAIBackend
-from dcore_jax.rollout.engine import Request
+from dcore_jax.rollout.backends import ChatRequest
+from dcore_jax.rollout.endpoint import EndpointLimits, OpenAIBackend
+from dcore_jax.rollout.local_backend import LocalBackend
+from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
@@ -40,13 +42,11 @@ def client(served):
 
 def joined(stream):
   """(the message's parts, finish reason, log-probabilities, usage) of a streamed chat answer."""
-  parts, calls, logprobs, reason, usage = (
-    {'content': '', 'reasoning_content': ''},
-    {},
-    [],
-    None,
-    None,
-  )
+  parts = {'content': '', 'reasoning_content': ''}
+  calls = {}
+  logprobs = []
+  reason = None
+  usage = None
   for piece in stream:
     usage = piece.usage or usage
     for choice in piece.choices:
@@ -72,7 +72,8 @@ def test_models(client):
 def test_a_chat_answer_whole_and_in_pieces_says_what_the_engine_says(client, organism):
   asked = dict(model='organism', messages=task_messages(), temperature=0, logprobs=True)
   answer = client.chat.completions.create(**asked)
-  choice, message = answer.choices[0], answer.choices[0].message
+  choice = answer.choices[0]
+  message = answer.choices[0].message
   [reply] = dict(
     LocalBackend(engine_like(organism.engine), organism.tokenizer).stream(
       once([ChatRequest(tuple(map(Message.from_json, asked['messages'])), (0, 0))]),
@@ -110,7 +111,8 @@ def once(requests):
   waiting = list(enumerate(requests))
 
   def source(free):
-    given, waiting[:] = waiting[:free], waiting[free:]
+    given = waiting[:free]
+    waiting[:] = waiting[free:]
     return given
 
   return source
@@ -120,15 +122,17 @@ def once(requests):
   'rule', [SamplingParams(0, max_tokens=60), SamplingParams(0.7, max_tokens=40, seed=3)]
 )
 def test_our_backend_on_our_server_gives_what_it_gives_on_the_engine(served, organism, rule):
-  """Greedy texts are the same, also those that the budget cuts off in the middle of the thoughts."""
+  """Greedy texts are the same, also those that the budget cuts off within the thoughts."""
   url, _ = served
   requests = [
     ChatRequest(tuple(map(Message.from_json, task_messages(number, kind))), (number, 1))
     for kind in ('single', 'sequential')
     for number in range(4)
   ]
-  remote = dict(OpenAIBackend(f'{url}/v1', 'organism', concurrency=8).stream(once(requests), rule))
-  again = dict(OpenAIBackend(f'{url}/v1', 'organism', concurrency=1).stream(once(requests), rule))
+  eight = OpenAIBackend(f'{url}/v1', 'organism', limits=EndpointLimits(concurrency=8))
+  remote = dict(eight.stream(once(requests), rule))
+  single = OpenAIBackend(f'{url}/v1', 'organism', limits=EndpointLimits(concurrency=1))
+  again = dict(single.stream(once(requests), rule))
   assert remote == again  # the seed fixes the text, whatever else runs
   local = dict(
     LocalBackend(engine_like(organism.engine), organism.tokenizer).stream(once(requests), rule)
@@ -147,9 +151,13 @@ def test_seeds_choices_and_neighbours(client, organism):
     seed=5,
     n=3,
   )
-  texts = lambda answer: [
-    choice.message.reasoning_content for choice in sorted(answer.choices, key=lambda one: one.index)
-  ]
+
+  def texts(answer):
+    return [
+      choice.message.reasoning_content
+      for choice in sorted(answer.choices, key=lambda one: one.index)
+    ]
+
   first = texts(client.chat.completions.create(**asked))
   assert len(set(first)) == 3
 
@@ -233,11 +241,9 @@ def test_stop_strings(client, stream):
     text = parts['reasoning_content']
   else:
     answer = client.chat.completions.create(**asked, stop=['zzz', stop])
-    text, reason, usage = (
-      answer.choices[0].message.reasoning_content,
-      answer.choices[0].finish_reason,
-      answer.usage,
-    )
+    text = answer.choices[0].message.reasoning_content
+    reason = answer.choices[0].finish_reason
+    usage = answer.usage
   assert (
     text == whole.reasoning_content[: whole.reasoning_content.index(stop)].rstrip('\n')
     and reason == 'stop'
@@ -355,7 +361,10 @@ def test_alternatives_of_completions(client):
     for shown in choice.logprobs.top_logprobs
   ]
   for token, logprob, shown in zip(
-    choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
+    choice.logprobs.tokens,
+    choice.logprobs.token_logprobs,
+    choice.logprobs.top_logprobs,
+    strict=True,
   ):
     assert shown[token] == pytest.approx(logprob, abs=1e-6) and len(shown) in (2, 3)
   assert {len(shown) for shown in choice.logprobs.top_logprobs} == {

@@ -1,4 +1,6 @@
-"""The program itself: a real process that is asked, told to end in the middle of an answer, and ends well."""
+"""The program itself: a real process that is asked, told to end in the middle of an answer, and
+ends well.
+"""
 
 import os
 import pathlib
@@ -65,7 +67,8 @@ def test_a_second_signal_ends_it_at_once():
     host, port = url.split('/')[2].split(':')
     with socket.create_connection((host, int(port))) as slow:
       slow.sendall(
-        b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n'
+        b'POST /v1/completions HTTP/1.1\r\nHost: x\r\n'
+        b'Content-Type: application/json\r\nContent-Length: 99\r\n\r\n'
       )
       openai.OpenAI(
         base_url=url, api_key='k', max_retries=0

@@ -1,4 +1,6 @@
-"""Thoughts, content and calls: the same for any cut of the text, and what the readers of whole texts say."""
+"""Thoughts, content and calls: the same for any cut of the text, and what the readers of whole
+texts say.
+"""
 
 import json
 
@@ -35,10 +37,14 @@ PARTS = [
 
 def read(text, cuts=(10**6,), **options):
   """All deltas as one, the text cut at these lengths in turn."""
-  parser, whole, place, number = ReplyParser(**options), Delta(), 0, 0
+  parser = ReplyParser(**options)
+  whole = Delta()
+  place = 0
+  number = 0
   while True:
     part = text[place : place + cuts[number % len(cuts)]]
-    place, number = place + len(part), number + 1
+    place = place + len(part)
+    number = number + 1
     delta = parser.push(part, last=place == len(text))
     whole = Delta(
       whole.reasoning + delta.reasoning, whole.content + delta.content, whole.calls + delta.calls
@@ -58,7 +64,8 @@ def read(text, cuts=(10**6,), **options):
     ('[f(1, b=2), g(a="x")]', Delta('', '', [('f', '{"a": 1, "b": 2}'), ('g', '{"a": "x"}')])),
     ('<think>\nhm\n</think>\n\n[f()]', Delta('hm', '', [('f', '{}')])),
     (
-      'sure:\n<tool_call>\n{"name": "f", "arguments": {"a": "\u00e9"}}\n</tool_call>\n<tool_call>{"name": "h"}</tool_call>',
+      'sure:\n<tool_call>\n{"name": "f", "arguments": {"a": "\u00e9"}}\n</tool_call>\n'
+      '<tool_call>{"name": "h"}</tool_call>',
       Delta('', 'sure:', [('f', '{"a": "\u00e9"}'), ('h', '{}')]),
     ),
     # What is no call that can be made stays what it is.

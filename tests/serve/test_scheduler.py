@@ -20,7 +20,8 @@ def request(length=3):
 @pytest.fixture
 def made():
   """(engine with 2 lanes, its scheduler, the events it delivers)."""
-  engine, events = ScriptedEngine([7, 8, 9]), queue.SimpleQueue()
+  engine = ScriptedEngine([7, 8, 9])
+  events = queue.SimpleQueue()
   scheduler = Scheduler(engine, max_waiting=1)
   yield engine, scheduler, events
   scheduler.close()

@@ -19,7 +19,9 @@ class Scripted:
   """A speaker that says what it is told to, and shows everything."""
 
   def __init__(self, *texts):
-    self.texts, self.asked, self.shown = list(texts), [], ''
+    self.texts = list(texts)
+    self.asked = []
+    self.shown = ''
 
   def answer(self, messages):
     self.asked.append([(message.role, message.content) for message in messages])
@@ -34,7 +36,8 @@ class Scripted:
 
 def speaker(tokenizer, text, colour=True):
   engine = ScriptedEngine([*tokenizer(text)['input_ids'], tokenizer.eos_token_id])
-  scheduler, out = Scheduler(engine, 0), io.StringIO()
+  scheduler = Scheduler(engine, 0)
+  out = io.StringIO()
   return types.SimpleNamespace(
     engine=engine,
     scheduler=scheduler,
@@ -162,7 +165,8 @@ def test_a_task_of_bfcl_is_acted_out_and_its_apis_answer_requests():
 
 
 def test_the_organism_acts_a_task_out(organism):
-  scheduler, out = Scheduler(engine_like(organism.engine), 1), io.StringIO()
+  scheduler = Scheduler(engine_like(organism.engine), 1)
+  out = io.StringIO()
   voice = Speaker(scheduler, organism.tokenizer, SamplingParams(0, max_tokens=64), out, False)
   chat = Chat(voice, world=ToolWorld(), kind='single')
   chat.start()

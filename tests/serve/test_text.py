@@ -1,4 +1,6 @@
-"""Text in pieces: whatever the cuts, their sum is the text, no character comes in halves, and no stop string leaks."""
+"""Text in pieces: whatever the cuts, their sum is the text, no character comes in halves, and no
+stop string leaks.
+"""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ CUTS = st.lists(st.integers(1, 4), min_size=1, max_size=8)
 
 def cut(row, sizes):
   """The row in parts of these sizes, over and over."""
-  parts, place = [], 0
+  parts = []
+  place = 0
   while place < len(row):
     size = sizes[len(parts) % len(sizes)]
     parts.append(row[place : place + size])
@@ -30,7 +33,8 @@ def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer, tokens, sizes):
 def test_characters_are_never_cut(tokenizer, text, sizes):
   """The organism's tokens for most of them are single bytes."""
   tokens = tokenizer(text)['input_ids']
-  detokenizer, sent = Detokenizer(tokenizer), ''
+  detokenizer = Detokenizer(tokenizer)
+  sent = ''
   want = tokenizer.decode(tokens, skip_special_tokens=True)
   for part in cut(tokens, sizes):
     sent += detokenizer.push(part)
@@ -66,7 +70,8 @@ def first_complete(text, stops):
   sizes=CUTS,
 )
 def test_nothing_of_a_stop_string_is_sent(text, stops, sizes):
-  scanner, sent = StopScanner(stops), ''
+  scanner = StopScanner(stops)
+  sent = ''
   want, stopped = first_complete(text, stops)
   for part in cut(text, sizes):
     sent += scanner.push(part)

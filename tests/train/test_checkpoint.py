@@ -36,8 +36,10 @@ def assert_bit_equal(left, right):
   for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
     assert type(a) is type(b)
     if isinstance(a, jax.Array) and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-      a, b = jax.random.key_data(a), jax.random.key_data(b)
-    a, b = np.asarray(a), np.asarray(b)
+      a = jax.random.key_data(a)
+      b = jax.random.key_data(b)
+    a = np.asarray(a)
+    b = np.asarray(b)
     assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
@@ -96,11 +98,13 @@ def lose_the_record(folder):
   shutil.rmtree(folder / 'record')
 
 
-# Orbax reads leaves concurrently: the others' failures are never looked at, and Python says so when they are collected.
+# Orbax reads leaves concurrently: the others' failures are never looked at, and Python says so when
+# they are collected.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', [truncate, flip_a_bit, lose_the_record])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
-  older, newer = some_state(1), some_state(2)
+  older = some_state(1)
+  newer = some_state(2)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, older, {'at': 1})
     checkpoints.save(2, newer, {'at': 2})

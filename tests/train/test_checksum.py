@@ -54,9 +54,13 @@ PROGRAM = textwrap.dedent("""
     from dcore_jax.train import checksum
 
     rng = np.random.default_rng(0)
-    tree = {'a': rng.normal(size=(8, 16)).astype(np.float32), 'b': rng.normal(size=(16, 8, 2)).astype(jnp.bfloat16)}
+    tree = {
+      'a': rng.normal(size=(8, 16)).astype(np.float32),
+      'b': rng.normal(size=(16, 8, 2)).astype(jnp.bfloat16),
+    }
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split = jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(mesh, jax.P('x', 'y'))), tree)
+    place = jax.NamedSharding(mesh, jax.P('x', 'y'))
+    split = jax.tree.map(lambda a: jax.device_put(a, place), tree)
     assert int(checksum.tree_sum(split)) == int(checksum.tree_sum(jax.tree.map(jnp.asarray, tree)))
     assert int(checksum.array_sums(split['b'])) == checksum.host_sum(tree['b'])
     text = checksum.tree_sum.lower(split).compile().as_text()
@@ -73,5 +77,6 @@ def test_split_arrays_have_the_sums_of_whole_ones_and_are_not_gathered():
 
 
 def test_leaves_that_change_places_show():
-  a, b = jnp.arange(3.0), jnp.arange(3.0) + 1
+  a = jnp.arange(3.0)
+  b = jnp.arange(3.0) + 1
   assert int(checksum.tree_sum([a, b])) != int(checksum.tree_sum([b, a]))

@@ -1,4 +1,6 @@
-"""Reinforcement on episodes: what is trained on when a task takes several responses, and who gets which advantage."""
+"""Reinforcement on episodes: what is trained on when a task takes several responses, and who gets
+which advantage.
+"""
 
 import dataclasses
 import itertools
@@ -9,23 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from dcore_jax import tokentree
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.tool_calls import print_calls
+from dcore_jax.learn import advantages, grpo
 from dcore_jax.learn.optimizer import init_state
 from dcore_jax.rollout.engine import Completion, Engine
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.run.defaults import default_config
-from dcore_jax.train import grpo_loop
-from dcore_jax.train.metrics import Metrics
-from dcore_jax.train.rollout_batch import (
-  Episodes,
-  by_rollout,
-  prompt_means,
-  rollout_metrics,
-  sequences,
-  short_tasks,
-)
+from dcore_jax.rollout.sizes import EngineSizes
+from dcore_jax.run.config import default_config
+from dcore_jax.train.learner import sampled_responses
+from dcore_jax.train.prompt_order import PromptOrder
+from dcore_jax.train.rollout_batch import prompt_means, rollout_metrics
+from dcore_jax.train.sampler import Sampler
+from dcore_jax.train.sources import Episodes, short_tasks
 from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.toolworld.world import ToolWorld
 from tests.train import tiny_rl
@@ -34,15 +32,20 @@ GROUP = 3
 
 
 class Script:
-  """An engine that knows the solutions: thinks a different thought in each rollout, and then says what the reference does; the
-  last rollout of a group ends its first turn without having called anything."""
+  """An engine that knows the solutions: thinks a different thought in each rollout, and then says
+  what the reference does; the last rollout of a group ends its first turn without having called
+  anything.
+  """
 
   max_len = max_new = 1024
 
   def __init__(self, tokenizer, tasks):
     self.params = {'embed': np.zeros(1, np.float32)}
     self._tokenizer = tokenizer
-    said = lambda turn: [*(print_calls([call]) for call in turn.calls), turn.answer]
+
+    def said(turn):
+      return [*(print_calls([call]) for call in turn.calls), turn.answer]
+
     self._answers = [[answer for turn in task.turns for answer in said(turn)] for task in tasks]
 
   def stream(self, source, sampling):
@@ -90,7 +93,9 @@ def test_the_final_state_is_the_reward(batch, tasks):
 
 
 def test_responses_branch_off_a_dialogue_without_thoughts(tokenizer, batch, tasks):
-  """Each later prompt holds the answers before it and none of their thoughts; in the tree the dialogue is there once."""
+  """Each later prompt holds the answers before it and none of their thoughts; in the tree the
+  dialogue is there once.
+  """
   for rollout in batch.rollouts:
     for turn, (prompt, _) in enumerate(rollout.exchanges):
       text = tokenizer.decode(prompt)
@@ -98,9 +103,9 @@ def test_responses_branch_off_a_dialogue_without_thoughts(tokenizer, batch, task
       assert all(
         split_reasoning(said)[1].removesuffix('<|im_end|>') in text for said in rollout.texts[:turn]
       )
-  rows = sequences(batch.rollouts)
-  tree = tokentree.pack(rows, 1024)
-  assert len(rows) == sum(len(rollout.exchanges) for rollout in batch.rollouts)
+  responses = [each for rollout in batch.rollouts for each in sampled_responses(rollout)]
+  tree = grpo.pack_responses(responses, 1024)
+  assert len(responses) == sum(len(rollout.exchanges) for rollout in batch.rollouts)
   sampled = sum(
     len(completion.tokens) for rollout in batch.rollouts for _, completion in rollout.exchanges
   )
@@ -117,54 +122,40 @@ def test_responses_branch_off_a_dialogue_without_thoughts(tokenizer, batch, task
   assert tree.live < 1.1 * (dialogues + sampled) and tree.dedup > 2
 
 
-def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(
-  tokenizer, model, batch, tasks
-):
-  config = default_config().rl
-  config.update(
-    dict(
-      estimator='grpo',
-      prompts=2,
-      updates=1,
-      group=GROUP,
-      capacity=1024,
-      rows=1,
-      max_tokens=64,
-      kl_coefficient=0.0,
-    )
-  )
-  script = Script(tokenizer, tasks)
-  loop = grpo_loop.GrpoLoop(
-    model, tokenizer, script, Episodes(tokenizer, ToolWorld(), tasks), range(2), config, seed=0
-  )
-  loop._score = lambda params, data: (np.where(data.weight, -0.5, 0), np.where(data.weight, 0.2, 0))
-  tree = loop._pack(batch.rollouts)
-  (old,), (scores,) = loop._old_policy(None, [tree], [batch.rollouts])
-  tree = loop._with_advantages(tree, batch.rollouts, old, batch.total_PG)
-  assert scores.gap.max() == 0 and len(scores.gap) < np.count_nonzero(tree.weight)
+def test_a_rollouts_advantage_is_on_all_its_responses_and_nowhere_else(batch):
+  rollouts = [sampled_responses(rollout) for rollout in batch.rollouts]
+  rollouts = grpo.with_advantages(rollouts, batch.total_PG, advantages.grpo_advantages)
+  assert all(len(responses) > 1 for responses in rollouts[: GROUP - 1])
+  wanted = np.float32([1, 1, -2]) / np.sqrt(3)
+  for index, responses in enumerate(rollouts):
+    for response in responses:
+      np.testing.assert_allclose(response.advantage, wanted[index % GROUP], rtol=1e-5)
+  responses = [response for made in rollouts for response in made]
+  tree = grpo.lay_values(grpo.pack_responses(responses, 1024), responses, {'advantage', 'old_logp'})
   np.testing.assert_array_equal(
     tree.extras['old_logp'], np.where(tree.weight > 0, np.float32(-0.5), 0)
   )
-  wanted = np.float32([1, 1, -2]) / np.sqrt(3)
-  for index, values in enumerate(by_rollout(tree, batch.rollouts).gather(tree.extras['advantage'])):
-    sampled = np.concatenate(
-      [np.r_[np.zeros(len(p)), np.ones(len(c.tokens))] for p, c in batch.rollouts[index].exchanges]
-    )
-    np.testing.assert_allclose(values, sampled * wanted[index % GROUP], rtol=1e-5)
+  assert not tree.extras['advantage'][tree.weight == 0].any()
+  laid = tree.gather(tree.extras['advantage'])
+  for response, values in zip(responses, laid, strict=True):
+    np.testing.assert_array_equal(values[len(response.prompt) :], response.advantage)
 
 
 def test_a_rollout_alone_has_no_variance_where_its_reward_is_zero(batch):
   """As advantages see it: its reward stands for its advantage."""
-  alone = lambda reward: dataclasses.replace(
-    batch,
-    kinds=batch.kinds[:1],
-    rollouts=batch.rollouts[:1],
-    **{
-      name: np.full((1, 1), reward, np.float32)
-      for name in ('total_PG', 'format_PG', 'correctness_PG')
-    },
-    right_PG=np.ones((1, 1), bool),
-  )
+
+  def alone(reward):
+    return dataclasses.replace(
+      batch,
+      kinds=batch.kinds[:1],
+      rollouts=batch.rollouts[:1],
+      **{
+        name: np.full((1, 1), reward, np.float32)
+        for name in ('total_PG', 'format_PG', 'correctness_PG')
+      },
+      right_PG=np.ones((1, 1), bool),
+    )
+
   assert [rollout_metrics(alone(reward))['zero_variance_fraction'] for reward in (0, 3)] == [1, 0]
 
 
@@ -184,16 +175,9 @@ def test_no_two_responses_of_a_step_share_a_random_stream(tokenizer, tasks):
   config = default_config().rl
   config.update(dict(prompts=2, updates=1, group=GROUP, wave=1, max_tokens=64))
   engine = Noted(tokenizer, [tasks[0]] * 2)
-  loop = grpo_loop.GrpoLoop.__new__(grpo_loop.GrpoLoop)
-  loop.config, loop.seed, loop.source, loop.engine, loop.items, loop.journal = (
-    config,
-    0,
-    Episodes(tokenizer, ToolWorld(), [tasks[0]] * 2),
-    engine,
-    range(2),
-    None,
-  )
-  loop.rollouts(7)
+  source = Episodes(tokenizer, ToolWorld(), [tasks[0]] * 2)
+  order = PromptOrder(items=range(2), prompts=2, seed=0)
+  Sampler(engine, source, order, config).rollouts(7)
   assert (
     len(set(seen)) == len(seen) > 2 * GROUP
     and {key[0] for key in seen} == {7}
@@ -211,7 +195,9 @@ def test_tasks_with_long_first_prompts_are_dropped_and_counted(tokenizer, tasks)
 
 @dataclasses.dataclass
 class Talk:
-  """An episode of three turns whatever is said, of which it replays a few letters; right where the first text is the longest."""
+  """An episode of three turns whatever is said, of which it replays a few letters; right where the
+  first text is the longest.
+  """
 
   messages: list[Message]
   texts: list[str] = dataclasses.field(default_factory=list)
@@ -245,29 +231,32 @@ def talks(count):
 
 
 def talk_engine(params, kind=Engine):
-  return kind(
-    params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=240
-  )
+  stop_ids = [tiny_rl.TOKENIZER.eos_token_id]
+  return kind(params, tiny_rl.MODEL, stop_ids=stop_ids, sizes=EngineSizes(lanes=8, max_len=240))
 
 
 def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities_are_the_trainers():
-  """Two tasks, three rollouts each, three turns: what the trainer scores on the tree is what the engine reported of the tokens
-  that it drew, though a later prompt shows another text than was sampled."""
+  """Two tasks, three rollouts each, three turns: what the trainer scores on the tree is what the
+  engine reported of the tokens that it drew, though a later prompt shows another text than was
+  sampled.
+  """
   config = tiny_rl.rl_config(estimator='grpo', group=3, kl_coefficient=0.0, capacity=256)
-  engine, source = talk_engine(tiny_rl.params()), talks(2)
-  loop = grpo_loop.GrpoLoop(
-    tiny_rl.MODEL, tiny_rl.TOKENIZER, engine, source, range(2), config, seed=1
-  )
-  batch, _, _ = loop.batch(0)
+  engine = talk_engine(tiny_rl.params())
+  source = talks(2)
+  learner = tiny_rl.make_learner(engine, source, config)
+  batch = tiny_rl.make_sampler(engine, source, config).step(0).batch
   prompts = [[prompt.tolist() for prompt, _ in rollout.exchanges] for rollout in batch.rollouts]
   assert [len(turns) for turns in prompts] == [3] * 6
-  shared = lambda a, b: sum(
-    1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b))
-  )
+
+  def shared(a, b):
+    return sum(
+      1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    )
+
   new = sum(
     len(after) - shared(before, after)
     for turns in prompts
-    for before, after in zip(turns, turns[1:])
+    for before, after in zip(turns, turns[1:], strict=False)
   )
   first = {tuple(turns[0]) for turns in prompts}
   assert (
@@ -276,11 +265,13 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
     < 0.5 * sum(len(p) for turns in prompts for p in turns)
   )
   batch.total_PG[:] = [[3, -3, 3], [-3, -3, 3]]
-  state, update = loop.update(init_state(tiny_rl.params(), loop.tx), None, batch)
+  start = init_state(tiny_rl.params(), learner.programs.tx)
+  state, update = learner.update(start, None, batch)
   numbers = update.numbers(engine)
   assert numbers['scored_fraction'] < 1 and numbers['logp_gap_max'] < 1e-5
   assert numbers['grad_norm'] > 0 and int(state.step) == 2
-  # The world finds some of them right; without thoughts that are closed they are not what is to be learned.
+  # The world finds some of them right; without thoughts that are closed they are not what is to be
+  # learned.
   assert any(rollout.outcome.correct for rollout in batch.rollouts) and not batch.right_PG.any()
   batch.right_PG[0, 1:] = True
   assert prompt_means(batch)['right_fraction'] == [pytest.approx(2 / 3), 0]
@@ -289,7 +280,9 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
 def test_a_resumed_run_reads_its_episodes_from_the_journal_and_goes_on_as_if_nothing_had_been(
   tmp_path,
 ):
-  """Three steps at one go; and two, of which the second's checkpoint is lost, that again without an engine, and a third."""
+  """Three steps at one go; and two, of which the second's checkpoint is lost, that again without an
+  engine, and a third.
+  """
 
   class Idle(Engine):
     def stream(self, source, sampling):
@@ -297,18 +290,9 @@ def test_a_resumed_run_reads_its_episodes_from_the_journal_and_goes_on_as_if_not
 
   def train(folder, steps, kind=Engine):
     config = tiny_rl.rl_config(steps=steps, group=3, capacity=256, validation=0)
-    with Metrics(folder) as metrics:
-      return grpo_loop.run_rl(
-        tiny_rl.params(),
-        tiny_rl.MODEL,
-        tiny_rl.TOKENIZER,
-        talks(4),
-        config,
-        metrics,
-        folder / 'checkpoints',
-        make_engine=lambda params: talk_engine(params, kind),
-        seed=1,
-      )
+    return tiny_rl.train_on(
+      folder, talks(4), config, engine=lambda params: talk_engine(params, kind)
+    )
 
   whole, _ = train(tmp_path / 'whole', 3)
   train(tmp_path / 'parts', 2)

@@ -1,4 +1,6 @@
-"""Kill the process, start it again: the numbers of a reinforcement run do not tell that it happened."""
+"""Kill the process, start it again: the numbers of a reinforcement run do not tell that it
+happened.
+"""
 
 import os
 import pathlib
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sizes import EngineSizes
 from tests.train import tiny_rl
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,7 +74,9 @@ def kill_when(folder: pathlib.Path, reached) -> None:
 
 
 def test_two_steps_a_kill_and_two_more_are_four_steps(whole, tmp_path):
-  """Killed as the first wave of the third step is on disk: that wave is read, the second one sampled."""
+  """Killed as the first wave of the third step is on disk: that wave is read, the second one
+  sampled.
+  """
   first_wave = tmp_path / 'checkpoints' / 'rollouts' / '00000002.0000.npz'
   kill_when(tmp_path, first_wave.exists)
   params, result = train(tmp_path, 4)
@@ -93,15 +98,22 @@ def test_a_kill_while_a_checkpoint_is_written(whole, tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_random_moments(whole, tmp_path):
-  """Three processes are killed, each within the time that a run takes from its first file on; a fourth one goes to the end."""
-  traces = lambda folder: set((folder / 'checkpoints').rglob('*'))
+  """Three processes are killed, each within the time that a run takes from its first file on; a
+  fourth one goes to the end.
+  """
+
+  def traces(folder):
+    return set((folder / 'checkpoints').rglob('*'))
+
   process = start(tmp_path / 'timed')
   wait_until(lambda: traces(tmp_path / 'timed'), process)
   began = time.monotonic()
   assert process.communicate() and process.returncode == 0
-  took, rng = time.monotonic() - began, np.random.default_rng(int(time.time()))
+  took = time.monotonic() - began
+  rng = np.random.default_rng(int(time.time()))
   for _ in range(3):
-    before, delay = traces(tmp_path), rng.uniform(0, took)
+    before = traces(tmp_path)
+    delay = rng.uniform(0, took)
     process = start(tmp_path)
     wait_until(
       lambda before=before: (
@@ -116,7 +128,9 @@ def test_kills_at_random_moments(whole, tmp_path):
 
 
 def test_steps_since_the_checkpoint_are_not_sampled_again(whole, tmp_path):
-  """Of steps 2 and 3, whose updates are lost with the newest checkpoint, the journal holds all rollouts."""
+  """Of steps 2 and 3, whose updates are lost with the newest checkpoint, the journal holds all
+  rollouts.
+  """
   train(tmp_path, 4)
   shutil.rmtree(tmp_path / 'checkpoints' / 'state' / '4')
 
@@ -124,9 +138,14 @@ def test_steps_since_the_checkpoint_are_not_sampled_again(whole, tmp_path):
     def stream(self, source, sampling):
       raise AssertionError('sampled again')
 
-  idle = lambda params: Idle(
-    params, tiny_rl.MODEL, stop_ids=[tiny_rl.TOKENIZER.eos_token_id], lanes=8, max_len=96
-  )
+  def idle(params):
+    return Idle(
+      params,
+      tiny_rl.MODEL,
+      stop_ids=[tiny_rl.TOKENIZER.eos_token_id],
+      sizes=EngineSizes(lanes=8, max_len=96),
+    )
+
   params, result = train(tmp_path, 4, engine=idle)
   assert result['resumed_at'] == 2
   same(params, tmp_path, whole)

@@ -1,4 +1,6 @@
-"""The supervised loop on a tiny model: the loss falls, rows are encoded as asked, a killed run goes on as if it had not been."""
+"""The supervised loop on a tiny model: the loss falls, rows are encoded as asked, a killed run goes
+on as if it had not been.
+"""
 
 import copy
 import dataclasses
@@ -8,11 +10,28 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dcore_jax.data.rows import encode_rows
+from dcore_jax.data.rows import encode_rows, parse_rows
 from dcore_jax.models import decoder
-from dcore_jax.run.defaults import default_config
-from dcore_jax.train import sft_loop
+from dcore_jax.models.decoder import Execution
+from dcore_jax.rollout.policy import ORGANISM, Policy
+from dcore_jax.run.config import default_config
 from dcore_jax.train.metrics import Metrics, read_metrics
+from dcore_jax.train.sft_loop import run_sft
+from dcore_jax.train.stage_run import StageRun
+
+
+def fine_tune(params, model, tokenizer, rows, config, metrics, checkpoints):
+  """`run_sft` on rows encoded as the section says."""
+  sequences = encode_rows(
+    tokenizer,
+    parse_rows(rows),
+    loss_mask=config.loss_mask,
+    capacity=config.capacity,
+    overlong=config.overlong,
+  )
+  policy = Policy(config=model, load=None, tokenizer=tokenizer, tokenizer_dir=ORGANISM, path=None)
+  run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=0)
+  return run_sft(params, policy, sequences, config, run, execution=Execution())
 
 
 @pytest.mark.parametrize('pad', [True, False])
@@ -33,7 +52,7 @@ def test_sft_lowers_the_loss(tokenizer, model, tmp_path, pad):
   config = default_config().sft
   config.update(dict(epochs=15, capacity=128, rows=1, learning_rate=1e-2))
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(
+    _, result = fine_tune(
       decoder.init_params(model, jax.random.key(0)),
       model,
       tokenizer,
@@ -41,7 +60,6 @@ def test_sft_lowers_the_loss(tokenizer, model, tmp_path, pad):
       config,
       metrics,
       tmp_path / 'sft',
-      seed=0,
     )
   assert result['last_loss'] < 0.5 * result['first_loss'] and result['dropped'] == 0
   assert len(read_metrics(tmp_path, 'sft')) == result['steps'] == 15
@@ -62,9 +80,7 @@ def test_steps_without_a_finite_loss_do_not_end_a_run(tokenizer, model, tmp_path
   config.update(dict(epochs=2, capacity=128, rows=1))
   params = jax.tree.map(lambda leaf: leaf * np.nan, decoder.init_params(model, jax.random.key(0)))
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(
-      params, model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0
-    )
+    _, result = fine_tune(params, model, tokenizer, rows, config, metrics, tmp_path / 'sft')
   assert [row['skipped'] for row in read_metrics(tmp_path, 'sft')] == [1, 1]
   assert result['first_loss'] is result['last_loss'] is None
 
@@ -86,7 +102,7 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
 
   def run_in(folder):
     with Metrics(folder) as metrics:
-      return sft_loop.run_sft(
+      return fine_tune(
         decoder.init_params(model, jax.random.key(0)),
         model,
         tokenizer,
@@ -94,7 +110,6 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
         config,
         metrics,
         folder / 'sft',
-        seed=0,
       )
 
   whole, ran = run_in(tmp_path / 'whole')
@@ -112,10 +127,13 @@ def test_a_resumed_sft_gives_the_same_numbers(tokenizer, model, tmp_path, monkey
   parts, result = run_in(tmp_path / 'parts')
   assert result['resumed_at'] == 4 and result['seconds_before'] > 0
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
-  timeless = lambda folder: [
-    {k: v for k, v in row.items() if k != 'tokens_per_second'}
-    for row in read_metrics(folder, 'sft')
-  ]
+
+  def timeless(folder):
+    return [
+      {k: v for k, v in row.items() if k != 'tokens_per_second'}
+      for row in read_metrics(folder, 'sft')
+    ]
+
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'parts')
   with pytest.raises(ValueError, match='made from other rows'):
     rows[0]['conversations'][1]['content'] = 'other'
@@ -138,13 +156,14 @@ def test_sft_obeys_its_loss_mask_and_its_rule_for_long_rows(tokenizer, model, tm
   ]
   config = default_config().sft
   # What just fits without the last newline, which is structure.
-  fits = max(len(sequence.tokens) for sequence in encode_rows(tokenizer, rows))
+  fits = max(len(sequence.tokens) for sequence in encode_rows(tokenizer, parse_rows(rows)))
   config.update(dict(epochs=1, capacity=fits, rows=1, loss_mask='final+structure'))
-  start = lambda: decoder.init_params(model, jax.random.key(0))
+
+  def start():
+    return decoder.init_params(model, jax.random.key(0))
+
   with Metrics(tmp_path) as metrics:
-    _, result = sft_loop.run_sft(
-      start(), model, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0
-    )
+    _, result = fine_tune(start(), model, tokenizer, rows, config, metrics, tmp_path / 'sft')
     assert result['dropped'] == 1
     for field, value, message in (
       ('overlong', 'error', '1 of 2 rows are longer'),
@@ -154,9 +173,7 @@ def test_sft_obeys_its_loss_mask_and_its_rule_for_long_rows(tokenizer, model, tm
       broken = ml_collections.ConfigDict(config)
       broken[field] = value
       with pytest.raises(ValueError, match=message):
-        sft_loop.run_sft(
-          start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken', seed=0
-        )
+        fine_tune(start(), model, tokenizer, rows, broken, metrics, tmp_path / 'broken')
 
 
 def test_rows_beyond_the_positions_of_the_model_are_refused(tokenizer, model, tmp_path):
@@ -171,9 +188,9 @@ def test_rows_beyond_the_positions_of_the_model_are_refused(tokenizer, model, tm
   ]
   config = default_config().sft
   config.update(dict(epochs=1, capacity=128, rows=1))
-  [sequence] = encode_rows(tokenizer, rows)
+  [sequence] = encode_rows(tokenizer, parse_rows(rows))
   length = len(sequence.tokens)
   short = dataclasses.replace(model, max_position_embeddings=length - 1)
   message = f'a row of {length} tokens does not fit the {length - 1} positions'
   with Metrics(tmp_path) as metrics, pytest.raises(ValueError, match=message):
-    sft_loop.run_sft({}, short, tokenizer, rows, config, metrics, tmp_path / 'sft', seed=0)
+    fine_tune({}, short, tokenizer, rows, config, metrics, tmp_path / 'sft')

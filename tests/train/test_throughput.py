@@ -16,8 +16,9 @@ CONFIG = DecoderConfig(
 
 
 def test_a_row_without_branches_costs_what_the_config_says():
-  T, trained = 40, 12
-  row = tokentree.Sequence(np.arange(T), (np.arange(T) >= T - trained).astype(np.float32), T)
+  T = 40
+  trained = 12
+  row = tokentree.TokenSequence(np.arange(T), (np.arange(T) >= T - trained).astype(np.float32), T)
   head = 2 * CONFIG.vocab_size * CONFIG.hidden_size
   for capacity in (T, 64):  # padding is not counted
     tree = tokentree.pack([row], capacity)
@@ -27,10 +28,11 @@ def test_a_row_without_branches_costs_what_the_config_says():
 
 
 def test_shared_tokens_are_counted_once_and_seen_by_every_branch():
-  prompt, rows = np.arange(32), []
+  prompt = np.arange(32)
+  rows = []
   for branch in range(4):
     tokens = np.r_[prompt, 40 + branch, 50, 51]
-    rows.append(tokentree.Sequence(tokens, (np.arange(35) >= 32).astype(np.float32), 32))
+    rows.append(tokentree.TokenSequence(tokens, (np.arange(35) >= 32).astype(np.float32), 32))
   merged, flat = (tokentree.pack(rows, 256, merge=merge) for merge in (True, False))
   one_key = 4 * CONFIG.num_hidden_layers * CONFIG.num_attention_heads * CONFIG.head_dim
   matmul = CONFIG.flops_per_token(1) - 2 * CONFIG.vocab_size * CONFIG.hidden_size

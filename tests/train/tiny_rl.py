@@ -1,4 +1,6 @@
-"""A reinforcement run of seconds: eight questions, a decoder of one layer. All tests of the loop share its compiled programs.
+"""A reinforcement run of seconds: eight questions, a decoder of one layer.
+
+All tests of the loop share its compiled programs.
 
 A program too: `python -m tests.train.tiny_rl FOLDER STEPS` trains on, for tests that kill it.
 """
@@ -14,13 +16,20 @@ from dcore_jax.chat.messages import Message
 from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.decoder import Execution
 from dcore_jax.organism.tokenizer import build_tokenizer
 from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.run.defaults import default_config
-from dcore_jax.train import grpo_loop
+from dcore_jax.rollout.policy import ORGANISM, Policy
+from dcore_jax.rollout.sizes import EngineSizes
+from dcore_jax.run.config import default_config
+from dcore_jax.train.learner import Learner
 from dcore_jax.train.metrics import Metrics, read_metrics
-from dcore_jax.train.rollout_batch import Questions, encode_prompts
+from dcore_jax.train.prompt_order import PromptOrder
+from dcore_jax.train.rl_loop import run_rl
+from dcore_jax.train.sampler import Sampler
+from dcore_jax.train.sources import Questions, RolloutSource, encode_prompts
+from dcore_jax.train.stage_run import StageRun
 
 TOKENIZER = build_tokenizer(sample_texts(), 640)
 MODEL = DecoderConfig(
@@ -34,6 +43,13 @@ MODEL = DecoderConfig(
   rope_theta=1e4,
   tie_word_embeddings=True,
   max_position_embeddings=256,
+)
+POLICY = Policy(
+  config=MODEL,
+  load=lambda mesh: params(),
+  tokenizer=TOKENIZER,
+  tokenizer_dir=ORGANISM,
+  path=None,
 )
 _RATES = ('seconds', 'tokens_per_second', 'tflops', 'mfu')
 
@@ -82,30 +98,45 @@ def params(seed: int = 0) -> decoder.Params:
 
 
 def make_engine(params: decoder.Params) -> Engine:
-  return Engine(params, MODEL, stop_ids=[TOKENIZER.eos_token_id], lanes=8, max_len=96)
+  sizes = EngineSizes(lanes=8, max_len=96)
+  return Engine(params, MODEL, stop_ids=[TOKENIZER.eos_token_id], sizes=sizes)
 
 
-def train(
+def make_sampler(engine: Engine, source: RolloutSource, config: ml_collections.ConfigDict):
+  """Without a journal, over all items of the source."""
+  order = PromptOrder(items=range(len(source.kinds)), prompts=config.prompts, seed=1)
+  return Sampler(engine, source, order, config)
+
+
+def make_learner(engine: Engine, source: RolloutSource, config: ml_collections.ConfigDict):
+  return Learner(POLICY, engine, source, config, Execution())
+
+
+def train_on(
   folder: pathlib.Path,
+  source: RolloutSource,
   config: ml_collections.ConfigDict,
   *,
-  count: int = 8,
   seed: int = 0,
   engine=make_engine,
+  execution: Execution | None = None,
 ):
-  """What `run_rl` returns, for `count` questions and the weights of a seed."""
+  """What `run_rl` returns, for the weights of a seed."""
   with Metrics(folder) as metrics:
-    return grpo_loop.run_rl(
+    return run_rl(
       params(seed),
-      MODEL,
-      TOKENIZER,
-      questions(config, count),
+      POLICY,
+      source,
       config,
-      metrics,
-      folder / 'checkpoints',
+      StageRun(metrics=metrics, checkpoints=folder / 'checkpoints', seed=1),
       make_engine=engine,
-      seed=1,
+      execution=execution or Execution(),
     )
+
+
+def train(folder: pathlib.Path, config: ml_collections.ConfigDict, *, count: int = 8, **options):
+  """What `run_rl` returns, for `count` questions."""
+  return train_on(folder, questions(config, count), config, **options)
 
 
 def timeless(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""BFCL's APIs as a world: references that run, requests that say what their calls need, and hostile calls that do no harm."""
+"""BFCL's APIs as a world: references run, requests say what calls need, hostile calls are safe."""
 
 import copy
 import json
@@ -10,10 +10,10 @@ from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.data.benchmark_tasks import bfcl_tests
 from dcore_jax.data.overlap import Overlap
-from dcore_jax.data.seed_sources import bfcl_seeds
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.distill import verify
-from dcore_jax.worlds import bfcl, bfcl_tasks
-from dcore_jax.worlds.sandbox import open_sandbox
+from dcore_jax.worlds import bfcl, bfcl_tasks, bfcl_world
+from dcore_jax.worlds.registry import open_sandbox
 from tests.distill.test_solve import THINK, run
 
 
@@ -116,11 +116,12 @@ WRITES = {
 
 @pytest.mark.parametrize('name', sorted(bfcl.CLASSES))
 def test_references_of_every_api_read_or_change_its_state_as_meant(name):
-  """All functions that an API's moves use, executed without an error; doing nothing, or all but the last call, is noticed."""
-  called, changed = set(), set()
+  """Functions run without an error, and leaving out all calls, or the last one, is noticed."""
+  called = set()
+  changed = set()
   for kind in ('single', 'sequential', 'parallel', 'multi_turn'):
     for task in tasks(kind, 30, classes=(name,)):
-      for seed in bfcl_seeds(task):
+      for seed in task_seeds(bfcl_world.BfclWorld(), task):
         sandbox = open_sandbox(seed.world)
         for call in seed.calls:
           before = copy.deepcopy(sandbox.state)
@@ -143,7 +144,7 @@ def test_references_of_every_api_read_or_change_its_state_as_meant(name):
 @pytest.mark.parametrize('kind', bfcl_tasks.KINDS)
 def test_references_execute_to_their_recorded_outputs(kind):
   for task in tasks(kind):
-    for seed in bfcl_seeds(task):
+    for seed in task_seeds(bfcl_world.BfclWorld(), task):
       sandbox = open_sandbox(json.loads(json.dumps(seed.world)))  # as a file has it
       assert [sandbox.run(call) for call in seed.calls] == list(seed.tool_response), seed.id
       assert not verify.state_problem(seed, seed.calls)
@@ -164,7 +165,7 @@ def test_values_of_the_first_call_stand_in_the_request_and_later_ones_there_or_i
   for task in tasks('sequential', 80):
     (turn,) = task.turns
     said = plain(f'{task.policy} {turn.query}')
-    for call, output in zip(turn.calls, turn.responses):
+    for call, output in zip(turn.calls, turn.responses, strict=True):
       for name, value in call.arguments.items():
         if name in ('mode', 'status', 'lines', 'option', 'unlock') or isinstance(value, dict):
           continue
@@ -173,25 +174,25 @@ def test_values_of_the_first_call_stand_in_the_request_and_later_ones_there_or_i
       said += plain(output)
 
 
-def test_independent_calls_give_the_same_in_any_order_and_dependent_ones_speak_of_what_was_there_before():
+def test_independent_calls_give_the_same_in_any_order_and_dependent_ones_speak_of_earlier_ones():
   chained = re.compile(
-    r'that (file|ticket|tweet|user|contact|result|stock|order|booking|card|airport|shop|amount)\b|the copy'
+    r'that (file|ticket|tweet|user|contact|result|stock|order|booking|card|airport|shop|amount)\b'
+    r'|the copy'
   )
   for task in tasks('parallel', 48):
-    (seed,) = bfcl_seeds(task)
+    (seed,) = task_seeds(bfcl_world.BfclWorld(), task)
     assert len(seed.calls) >= 2 and not chained.search(seed.query)
     sandbox = open_sandbox(seed.world)
-    last = [sandbox.run(seed.calls[i]) for i in task.turn_calls[0][-1]]  # alone, before all others
-    assert last == list(seed.tool_response[-len(last) :])
+    if len(seed.calls) == len(task.turns[0].subtasks):
+      # Each subtask is one call: the last one gives the same alone, before all others.
+      assert sandbox.run(seed.calls[-1]) == seed.tool_response[-1]
   assert all(chained.search(task.turns[0].query) for task in tasks('sequential'))
 
 
 def test_what_one_task_does_does_not_reach_the_next():
   """BFCL's `mention` changes the default value of `post_tweet`, which all instances share."""
-  post, mention = (
-    ToolCall('post_tweet', {'content': 'x'}),
-    ToolCall('mention', {'tweet_id': 0, 'mentioned_usernames': ['@a']}),
-  )
+  post = ToolCall('post_tweet', {'content': 'x'})
+  mention = ToolCall('mention', {'tweet_id': 0, 'mentioned_usernames': ['@a']})
   for _ in range(2):
     sandbox = bfcl.BfclSandbox(['TwitterAPI'], {'TwitterAPI': {'authenticated': True}})
     assert '"mentions": []' in sandbox.run(post) and 'success' in sandbox.run(mention)
@@ -200,7 +201,7 @@ def test_what_one_task_does_does_not_reach_the_next():
 def test_what_is_missing_is_not_listed_or_not_said():
   kinds = set()
   for task in tasks('irrelevant', 40):
-    (seed,) = bfcl_seeds(task)
+    (seed,) = task_seeds(bfcl_world.BfclWorld(), task)
     listed = {doc['name'] for doc in task.functions}
     assert not listed & set(task.without) and not seed.calls and seed.answer
     kinds.add(bool(task.without))
@@ -211,13 +212,23 @@ def test_what_is_missing_is_not_listed_or_not_said():
 def test_new_tasks_are_none_of_the_tests():
   overlap = Overlap(bfcl_tests())
   assert overlap.tasks > 4441
-  seeds = [seed for kind in bfcl_tasks.KINDS for task in tasks(kind) for seed in bfcl_seeds(task)]
+  seeds = [
+    seed
+    for kind in bfcl_tasks.KINDS
+    for task in tasks(kind)
+    for seed in task_seeds(bfcl_world.BfclWorld(), task)
+  ]
   assert not [seed.id for seed in seeds if overlap.find(seed)]
 
 
 def test_a_state_is_reached_by_other_calls_too():
   single = tasks('single', 90, classes=('TicketAPI',))
-  seed = next(s for t in single for s in bfcl_seeds(t) if s.calls[0].name == 'close_ticket')
+  seed = next(
+    s
+    for t in single
+    for s in task_seeds(bfcl_world.BfclWorld(), t)
+    if s.calls[0].name == 'close_ticket'
+  )
   [row] = run(
     seed,
     lambda _: THINK + print_calls([ToolCall('get_ticket', seed.calls[0].arguments), *seed.calls]),
@@ -273,7 +284,7 @@ def test_the_calculator_does_not_compute_for_ever(call):
 
 
 def test_outputs_are_shown_as_bfcl_shows_them():
-  """A number of mpmath is no JSON: the dict is printed as it is. BFCL's own tests have such outputs."""
+  """A number of mpmath is no JSON, so the dict is printed as it is, as in BFCL's own tests."""
   sandbox = bfcl.BfclSandbox(['MathAPI'], {})
   assert sandbox.run(ToolCall('logarithm', {'value': 8, 'base': 2, 'precision': 10})).startswith(
     "{'result': mpf('3.0"

@@ -1,13 +1,12 @@
-"""BFCL's APIs as an environment: references are right, what differs from them is not, and what is not listed is not there."""
+"""BFCL's APIs as an environment: references are right, and unlisted functions are not there."""
 
 import pytest
 
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.data.seed_sources import bfcl_seeds
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.worlds.bfcl_tasks import KINDS
-from dcore_jax.worlds.bfcl_world import ONE_RESPONSE
-from dcore_jax.worlds.registry import WORLDS
+from dcore_jax.worlds.bfcl_world import BfclWorld
 
 THINK = '<think>\nhm\n</think>\n\n'
 
@@ -15,7 +14,7 @@ THINK = '<think>\nhm\n</think>\n\n'
 @pytest.fixture(scope='module')
 def world():
   try:
-    return WORLDS['bfcl']()
+    return BfclWorld()
   except ValueError as error:
     pytest.skip(str(error))
 
@@ -28,7 +27,7 @@ def act(world, task):
   """The reference, acted out."""
   episode = world.episode(task)
   for turn in task.turns:
-    if task.kind in ONE_RESPONSE and turn.calls:
+    if task.kind in world.one_response and turn.calls:
       episode.step(THINK + print_calls(list(turn.calls)))
       break
     for call in turn.calls:
@@ -42,7 +41,7 @@ def test_references_are_right_and_prompts_are_those_of_seeds(world, kind):
   for task in tasks(world, kind):
     episode = act(world, task)
     assert episode.done and episode.outcome().correct, (task.id, episode.outcome())
-    assert episode.messages[0] == bfcl_seeds(task)[0].conversations[0]
+    assert episode.messages[0] == task_seeds(world, task)[0].conversations[0]
     outputs = [response for turn in task.turns for response in turn.responses]
     said = '\n'.join(message.content for message in episode.messages if message.role == 'user')
     assert all(output in said for output in outputs)

@@ -7,7 +7,7 @@ import pytest
 
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.chat.tool_calls import print_calls
-from dcore_jax.data.toolworld_seeds import task_seeds
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.organism.corpus import asked_tool
 from dcore_jax.worlds.toolworld.entities import split_of
 from dcore_jax.worlds.toolworld.tasks import KINDS, NO_TOOL, make_task
@@ -66,9 +66,9 @@ def test_kinds_have_their_shape():
   for task in tasks('sequential', 100):
     (turn,) = task.turns
     assert 2 <= len(turn.calls) <= 5
-    # At least one call takes what an earlier one returned: the request says "that <kind>" instead of naming it.
+    # At least one call takes what an earlier one returned, and the request says "that <kind>".
     assert 'that ' in turn.query
-    for subtask, call in zip(turn.subtasks, turn.calls):
+    for subtask, call in zip(turn.subtasks, turn.calls, strict=True):
       if 'that ' in subtask:
         before = ' '.join(turn.responses[: turn.calls.index(call)])
         assert any(str(value) in before for value in call.arguments.values())
@@ -156,7 +156,7 @@ def test_specs_and_seed_records():
     assert ToolSpec.from_json(tool.spec.to_json()) == tool.spec
   for kind in KINDS:
     for task in tasks(kind, 10):
-      for seed in task_seeds(task):
+      for seed in task_seeds(ToolWorld(), task):
         record = json.loads(json.dumps(seed.to_json()))
         assert {'id', 'conversations', 'ground_truth', 'tool_response'} <= record.keys()
 

@@ -1,13 +1,18 @@
-"""Names, ids and amounts of ToolWorld. Every entity belongs to exactly one split, decided by a hash of its text."""
+"""Names, ids and amounts of ToolWorld.
 
+Every entity belongs to exactly one split, which a hash of its text decides, so that a model cannot
+have seen the entities of held-out tasks.
+"""
+
+import itertools
 import zlib
 
 import numpy as np
 
-# 25 + 25 syllables rather than 70: a copied name is two draws from few, frequent tokens, which a 2-million-parameter
-# model copies far more reliably than many rare ones.
-FIRST_SYLLABLES = tuple(c + v for c in 'BDKLM' for v in 'aeiou')
-SECOND_SYLLABLES = tuple(c + v for c in 'nrstz' for v in 'aeiou')
+# 25 + 25 syllables rather than 70, so that a name is two frequent tokens: a model of two million
+# parameters copies them far more reliably than rare ones.
+FIRST_SYLLABLES = tuple(map(''.join, itertools.product('BDKLM', 'aeiou')))
+SECOND_SYLLABLES = tuple(map(''.join, itertools.product('nrstz', 'aeiou')))
 ID_LETTER = {'order': 'R', 'flight': 'F', 'hotel': 'H', 'phone': 'P', 'file': 'D', 'code': 'C'}
 EVAL_SHARE = 5  # one entity in five is held out for evaluation
 SPLITS = ('train', 'eval')
@@ -24,10 +29,17 @@ class Entities:
   def __init__(self, rng: np.random.Generator, split: str):
     if split not in SPLITS:
       raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
-    self._rng, self._split, self._used = rng, split, set()
+    self._rng = rng
+    self._split = split
+    self._used: set[str | int] = set()
 
   def draw(self, kind: str) -> str | int:
-    """A fresh entity: 'name', an id kind of ID_LETTER, 'amount' (20 .. 999) or 'nights' (2 .. 9, in both splits)."""
+    """A fresh entity of a kind.
+
+    Args:
+      kind: 'name', 'amount' (20 to 999), 'nights' (2 to 9), or a kind of id in ID_LETTER.
+    """
+    # Eight values are too few to be split, or to be used up by a task.
     if kind == 'nights':
       return int(self._rng.integers(2, 10))
     while True:

@@ -1,4 +1,4 @@
-"""Procedural tasks: a request in words, the calls that solve it, and the outputs those calls really have."""
+"""Procedural tasks: a request in words, the calls that solve it, and the outputs of those calls."""
 
 import copy
 import dataclasses
@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.environment import Turn
+from dcore_jax.worlds.environment import UserTurn, WorldTask
 from dcore_jax.worlds.toolworld.entities import SPLITS, Entities
-from dcore_jax.worlds.toolworld.tools import TABLES, TOOLS, State, Tool, execute
+from dcore_jax.worlds.toolworld.tools import TABLES, TOOLS, Tables, ToolDefinition, execute
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
 POLICIES = (
@@ -22,11 +22,9 @@ SEQUENTIAL_FORMS = (('{}', ', then '), ('first {}', ', next '))
 PARALLEL_FORMS = (('{}', ', and '), ('{}', '; also '))
 PREFIXES = ('', 'please ')
 NO_TOOL = 'no listed tool can do this.'
-ONE_RESPONSE = (
-  'single',
-  'parallel',
-  'irrelevant',
-)  # judged on their first response, as BFCL's single-turn categories are
+# Judged on their first response, as BFCL's single-turn categories are.
+ONE_RESPONSE = ('single', 'parallel', 'irrelevant')
+# Kinds of ids with the table that holds their rows.
 _TABLE = {
   'order': 'orders',
   'flight': 'flights',
@@ -41,26 +39,34 @@ _FIND = {
   'find_phone': ('phone', 'person'),
   'find_file': ('file', 'person'),
 }
-# Half of the k-step requests have 2 or 3 steps: the plan of 5 is the tail, as in the released traces (98:38:14:8:1).
+# How often a sequential or parallel request has so many subtasks. Two thirds have 2 or 3, and a
+# plan of 5 is rare, as in the paper's released traces (98 : 38 : 14 : 8 : 1 by length).
 _STEP_SHARES = {2: 0.34, 3: 0.32, 4: 0.26, 5: 0.08}
-_EXTRA_TOOLS = 3  # at most so many listed tools that the reference does not use
+_EXTRA_TOOLS = 3  # listed tools, at most, that the reference does not use
+# A clause takes the fresh result of the clause before it this often. The others begin afresh, so
+# that a reference ("that order") and a spelled-out id both occur after any clause.
+_CHAIN_SHARE = 0.85
+_TURN_CHAIN_SHARE = 0.7  # the same where the next clause is a later turn of a dialogue
+_REPEAT_SHARE = 0.4  # parallel requests that use one tool several times, as BFCL's `parallel` do
+_LONG_TURN_SHARE = 0.25  # turns of a dialogue that ask for two dependent subtasks
+# An amount can be added up over and over. If sums were not held back to this share, most chains
+# would end as sums of sums.
+_SUM_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """A task with its reference solution. `tools` are the names listed to the model; `initial_state` is never shown."""
+class Task(WorldTask):
+  """A task with its reference solution.
 
-  id: str
-  kind: str
+  Attributes:
+    policy: the first line of the system message.
+    tools: the names listed to the model.
+    initial_state: the tables before the first call; the model never sees them.
+  """
+
   policy: str
   tools: tuple[str, ...]
-  initial_state: State
-  turns: tuple[Turn, ...]
-
-  @property
-  def steps(self) -> int:
-    """Reference calls over all turns."""
-    return sum(len(turn.calls) for turn in self.turns)
+  initial_state: Tables
 
 
 def missing_answer(parameter: str) -> str:
@@ -69,53 +75,71 @@ def missing_answer(parameter: str) -> str:
 
 
 def report(response: str) -> str:
-  """The reference text that ends a turn whose last tool response is `response` (a JSON object of one entry)."""
+  """The reference text that ends a turn.
+
+  Args:
+    response: the last tool response, a JSON object with one entry.
+  """
   ((key, value),) = json.loads(response).items()
   return f'done: {key} {value}.'
 
 
+@dataclasses.dataclass(frozen=True)
+class _Clause:
+  """A subtask in words, the call that carries it out, and the output that the call has."""
+
+  text: str
+  call: ToolCall
+  response: str
+
+
 class _Writer:
-  """Draws clauses, the rows they need, and the outputs of really executing them."""
+  """Draws clauses, the rows they need, and the outputs of executing them."""
 
   def __init__(self, rng: np.random.Generator, split: str):
     self.rng = rng
     self.entities = Entities(rng, split)
-    self.initial: State = {table: {} for table in TABLES}
-    self.state: State = {table: {} for table in TABLES}
-    self.produced: dict[str, str | int] = {}  # kind -> the value that 'that <kind>' means now
+    self.initial: Tables = {table: {} for table in TABLES}
+    self.state: Tables = {table: {} for table in TABLES}
+    # Kind of entity -> the value that the words 'that <kind>' mean now.
+    self.produced: dict[str, str | int] = {}
 
   def choice(self, options):
     return options[int(self.rng.integers(len(options)))]
 
   def add_row(self, table: str, key, row: dict) -> None:
-    """A row that exists from the start: in the state before the task and in the one being executed."""
+    """Adds a row that exists from the start, so also to the state that is being executed."""
     for state in (self.initial, self.state):
       state[table].setdefault(key, copy.deepcopy(row))
 
-  def row_of(self, kind: str, key: str, **fields) -> None:
+  def add_entity(self, kind: str, key: str, **fields) -> None:
+    """Adds the row of an id; `fields` are those that a request speaks of."""
     row = {'status': 'open', **fields}
     if kind == 'order':
       row.setdefault('customer', self.entities.draw('name'))
       row['price'] = self.entities.draw('amount')
     self.add_row(_TABLE[kind], key, row)
 
-  def arguments(self, tool: Tool, given: dict) -> dict:
-    """Fresh arguments for all parameters that are not given, with the rows that make the call succeed."""
-    arguments = {
-      p: given[p] if p in given else self.entities.draw(kind) for p, kind in tool.parameters.items()
-    }
+  def arguments(self, tool: ToolDefinition, given: dict) -> dict:
+    """Fresh values of all parameters that are not given, and the rows that let the call succeed."""
+    arguments = {}
+    for parameter, kind in tool.parameters.items():
+      if parameter in given:
+        arguments[parameter] = given[parameter]
+      else:
+        arguments[parameter] = self.entities.draw(kind)
     if tool.name in _FIND:
       kind, field = _FIND[tool.name]
-      self.row_of(kind, self.entities.draw(kind), **{field: arguments[field]})
+      self.add_entity(kind, self.entities.draw(kind), **{field: arguments[field]})
     for parameter, kind in tool.parameters.items():
       if kind in _TABLE and parameter not in given:
-        self.row_of(kind, arguments[parameter])
+        self.add_entity(kind, arguments[parameter])
     if tool.name in ('check_balance', 'pay_amount'):
       self.add_row('accounts', arguments['person'], {'balance': self.entities.draw('amount')})
     return arguments
 
-  def clause(self, tool: Tool, chained: str | None = None) -> tuple[str, ToolCall, str]:
-    """(subtask text, call, response); `chained` names the parameter that takes an earlier result."""
+  def clause(self, tool: ToolDefinition, chained: str | None = None) -> _Clause:
+    """A clause that asks for one call; the parameter `chained` takes an earlier result."""
     given = {} if chained is None else {chained: self.produced[tool.parameters[chained]]}
     arguments = self.arguments(tool, given)
     phrasing = self.choice(tool.phrasings)
@@ -130,28 +154,34 @@ class _Writer:
       raise RuntimeError(f'reference call {tool.name}({arguments}) fails: {response["error"]}')
     if tool.produces:
       self.produced[tool.produces] = response[tool.produces]
-    return phrasing.format(**arguments), ToolCall(tool.name, arguments), json.dumps(response)
+    call = ToolCall(tool.name, arguments)
+    return _Clause(phrasing.format(**arguments), call, json.dumps(response))
 
-  def consumers(self, kind: str | None) -> list[tuple[Tool, str]]:
-    """(tool, parameter) pairs that can take a fresh result of this kind."""
-    pairs = [(t, p) for t in TOOLS.values() for p, k in t.parameters.items() if k == kind]
-    # An amount can be paid or added up, over and over; without this most chains would end up as sums of sums.
-    return (
-      pairs if self.rng.random() < 0.2 else [(t, p) for t, p in pairs if t.name != 'add_numbers']
-    )
+  def consumers(self, kind: str | None) -> list[tuple[ToolDefinition, str]]:
+    """The (tool, parameter) pairs that can take a fresh result of this kind."""
+    pairs = []
+    for tool in TOOLS.values():
+      for parameter, taken in tool.parameters.items():
+        if taken == kind:
+          pairs.append((tool, parameter))
+    if self.rng.random() < _SUM_SHARE:
+      return pairs
+    return [(tool, parameter) for tool, parameter in pairs if tool.name != 'add_numbers']
 
-  def chain(self, length: int, *, must_chain: bool) -> list[tuple[str, ToolCall, str]]:
-    """`length` dependent clauses: after a producer mostly a consumer of what it returned."""
-    clauses, fresh = [], None
-    for i in range(length):
+  def chain(self, length: int, *, must_chain: bool) -> list[_Clause]:
+    """`length` clauses, most of which take what the clause before them has returned."""
+    clauses: list[_Clause] = []
+    fresh = None
+    for number in range(length):
       consumers = self.consumers(fresh)
-      last = i == length - 1
-      chained = any('that ' in text for text, _, _ in clauses)
-      if consumers and (self.rng.random() < 0.85 or (last and must_chain and not chained)):
+      last = number == length - 1
+      chained = any('that ' in clause.text for clause in clauses)
+      # The order matters: without consumers nothing is drawn, and tasks are fixed by their draws.
+      if consumers and (self.rng.random() < _CHAIN_SHARE or (last and must_chain and not chained)):
         tool, parameter = self.choice(consumers)
         clauses.append(self.clause(tool, parameter))
       else:
-        pool = [t for t in TOOLS.values() if t.produces] if not last else list(TOOLS.values())
+        pool = [tool for tool in TOOLS.values() if tool.produces or last]
         tool = self.choice(pool)
         clauses.append(self.clause(tool))
       fresh = tool.produces
@@ -160,77 +190,99 @@ class _Writer:
   def listed(self, needed: list[str], extra: int, without: str | None = None) -> tuple[str, ...]:
     """The needed tools and `extra` others, shuffled; `without` is never among them."""
     others = [name for name in TOOLS if name not in needed and name != without]
-    names = list(dict.fromkeys(needed)) + [str(n) for n in self.rng.permutation(others)[:extra]]
-    return tuple(str(n) for n in self.rng.permutation(names))
+    names = list(dict.fromkeys(needed))
+    names += [str(name) for name in self.rng.permutation(others)[:extra]]
+    return tuple(str(name) for name in self.rng.permutation(names))
 
   def distract(self) -> None:
-    """Rows that no reference call touches, so that a wrong guess may find something."""
+    """Adds rows that no reference call touches, so that a wrong guess may find something."""
     for kind, field in _FIND.values():
-      self.row_of(kind, self.entities.draw(kind), **{field: self.entities.draw('name')})
+      self.add_entity(kind, self.entities.draw(kind), **{field: self.entities.draw('name')})
 
-  def turn(self, clauses: list[tuple[str, ToolCall, str]], forms) -> Turn:
-    subtasks, calls, responses = zip(*clauses)
+  def turn(self, clauses: list[_Clause], forms) -> UserTurn:
+    subtasks = tuple(clause.text for clause in clauses)
+    responses = tuple(clause.response for clause in clauses)
     frame, joiner = self.choice(forms)
     query = self.choice(PREFIXES) + frame.format(joiner.join(subtasks)) + '.'
-    return Turn(query, calls, responses, subtasks, report(responses[-1]))
+    return UserTurn(
+      query=query,
+      calls=tuple(clause.call for clause in clauses),
+      responses=responses,
+      subtasks=subtasks,
+      answer=report(responses[-1]),
+    )
 
 
-def _single(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
-  tool = w.choice(list(TOOLS.values()))
-  return [w.turn([w.clause(tool)], PARALLEL_FORMS[:1])], w.listed(
-    [tool.name], int(w.rng.integers(1, _EXTRA_TOOLS + 1))
-  )
+# What a maker gives: the turns of a task, and the names of the listed tools.
+_Made = tuple[list[UserTurn], tuple[str, ...]]
 
 
-def _sequential(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
-  clauses = w.chain(steps, must_chain=True)
-  needed = [call.name for _, call, _ in clauses]
-  return [w.turn(clauses, SEQUENTIAL_FORMS)], w.listed(needed, int(w.rng.integers(0, 3)))
+def _single(writer: _Writer, steps: int) -> _Made:
+  tool = writer.choice(list(TOOLS.values()))
+  turn = writer.turn([writer.clause(tool)], PARALLEL_FORMS[:1])
+  extra = int(writer.rng.integers(1, _EXTRA_TOOLS + 1))
+  return [turn], writer.listed([tool.name], extra)
 
 
-def _parallel(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
-  # Often the same tool several times, as in BFCL's `parallel`; otherwise different ones (`parallel_multiple`).
-  one = w.choice(list(TOOLS.values()))
-  tools = [one if w.rng.random() < 0.4 else w.choice(list(TOOLS.values())) for _ in range(steps)]
-  clauses = [w.clause(tool) for tool in tools]
-  return [w.turn(clauses, PARALLEL_FORMS)], w.listed(
-    [t.name for t in tools], int(w.rng.integers(0, 3))
-  )
+def _sequential(writer: _Writer, steps: int) -> _Made:
+  clauses = writer.chain(steps, must_chain=True)
+  turn = writer.turn(clauses, SEQUENTIAL_FORMS)
+  needed = [clause.call.name for clause in clauses]
+  return [turn], writer.listed(needed, int(writer.rng.integers(0, _EXTRA_TOOLS)))
 
 
-def _irrelevant(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
-  tool = w.choice(list(TOOLS.values()))
-  extra = int(w.rng.integers(1, _EXTRA_TOOLS + 1))
-  if w.rng.random() < 0.5:
-    subtask, _, _ = w.clause(tool)
-    answer, tools = NO_TOOL, w.listed([], extra + 1, without=tool.name)
+def _parallel(writer: _Writer, steps: int) -> _Made:
+  pool = list(TOOLS.values())
+  one = writer.choice(pool)
+  tools = []
+  for _ in range(steps):
+    tools.append(one if writer.rng.random() < _REPEAT_SHARE else writer.choice(pool))
+  clauses = [writer.clause(tool) for tool in tools]
+  turn = writer.turn(clauses, PARALLEL_FORMS)
+  needed = [tool.name for tool in tools]
+  return [turn], writer.listed(needed, int(writer.rng.integers(0, _EXTRA_TOOLS)))
+
+
+def _irrelevant(writer: _Writer, steps: int) -> _Made:
+  tool = writer.choice(list(TOOLS.values()))
+  extra = int(writer.rng.integers(1, _EXTRA_TOOLS + 1))
+  # Half of the requests need a tool that is not listed, half lack a value.
+  if writer.rng.random() < 0.5:
+    subtask = writer.clause(tool).text
+    answer = NO_TOOL
+    tools = writer.listed([], extra + 1, without=tool.name)
   else:
-    partial, missing = w.choice(tool.partials)
-    subtask = partial.format(**w.arguments(tool, {}))
-    answer, tools = missing_answer(missing), w.listed([tool.name], extra)
-  query = w.choice(PREFIXES) + subtask + '.'
-  return [Turn(query, (), (), (subtask,), answer)], tools
+    partial, missing = writer.choice(tool.partials)
+    subtask = partial.format(**writer.arguments(tool, {}))
+    answer = missing_answer(missing)
+    tools = writer.listed([tool.name], extra)
+  query = writer.choice(PREFIXES) + subtask + '.'
+  turn = UserTurn(query=query, calls=(), responses=(), subtasks=(subtask,), answer=answer)
+  return [turn], tools
 
 
-def _multi_turn(w: _Writer, steps: int) -> tuple[list[Turn], tuple[str, ...]]:
-  turns, needed, fresh = [], [], None
-  for _ in range(int(w.rng.integers(2, 4))):
-    if w.rng.random() < 0.25:
-      clauses = w.chain(2, must_chain=True)
+def _multi_turn(writer: _Writer, steps: int) -> _Made:
+  turns: list[UserTurn] = []
+  needed: list[str] = []
+  fresh = None
+  for _ in range(int(writer.rng.integers(2, 4))):
+    if writer.rng.random() < _LONG_TURN_SHARE:
+      clauses = writer.chain(2, must_chain=True)
     else:
-      consumers = w.consumers(fresh)
-      if consumers and w.rng.random() < 0.7:
-        tool, parameter = w.choice(consumers)
-        clauses = [w.clause(tool, parameter)]
+      consumers = writer.consumers(fresh)
+      if consumers and writer.rng.random() < _TURN_CHAIN_SHARE:
+        tool, parameter = writer.choice(consumers)
+        clauses = [writer.clause(tool, parameter)]
       else:
-        clauses = [w.clause(w.choice(list(TOOLS.values())))]
-    fresh = TOOLS[clauses[-1][1].name].produces
-    needed += [call.name for _, call, _ in clauses]
-    turns.append(w.turn(clauses, SEQUENTIAL_FORMS if len(clauses) > 1 else PARALLEL_FORMS[:1]))
-  return turns, w.listed(needed, int(w.rng.integers(0, 2)))
+        clauses = [writer.clause(writer.choice(list(TOOLS.values())))]
+    fresh = TOOLS[clauses[-1].call.name].produces
+    needed += [clause.call.name for clause in clauses]
+    forms = SEQUENTIAL_FORMS if len(clauses) > 1 else PARALLEL_FORMS[:1]
+    turns.append(writer.turn(clauses, forms))
+  return turns, writer.listed(needed, int(writer.rng.integers(0, 2)))
 
 
-_MAKERS: dict[str, Callable] = {
+_MAKERS: dict[str, Callable[[_Writer, int], _Made]] = {
   'single': _single,
   'sequential': _sequential,
   'parallel': _parallel,
@@ -240,14 +292,17 @@ _MAKERS: dict[str, Callable] = {
 
 
 def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int = 4) -> Task:
-  """The `index`-th task of a kind: a pure function of its arguments.
+  """Makes the `index`-th task of a kind: a pure function of its arguments.
 
   Args:
     kind: one of KINDS.
-    index: number of the task.
-    seed: of the whole task set.
+    index: the number of the task.
+    seed: chooses the whole set of tasks.
     split: 'train' or 'eval'; the two share no name, id or amount.
-    max_subtasks: largest number of subtasks of a sequential or parallel request, 2 to 5.
+    max_subtasks: the largest number of subtasks of a sequential or parallel request, 2 to 5.
+
+  Raises:
+    ValueError: an argument that is not one of those.
   """
   if kind not in KINDS:
     raise ValueError(f'unknown task kind {kind!r}; expected one of {KINDS}')
@@ -256,16 +311,17 @@ def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
   rng = np.random.default_rng([seed, KINDS.index(kind), SPLITS.index(split), index])
-  shares = np.array([_STEP_SHARES[k] for k in range(2, max_subtasks + 1)])
-  steps = int(rng.choice(np.arange(2, max_subtasks + 1), p=shares / shares.sum()))
+  counts = np.arange(2, max_subtasks + 1)
+  shares = np.array([_STEP_SHARES[count] for count in counts.tolist()])
+  steps = int(rng.choice(counts, p=shares / shares.sum()))
   writer = _Writer(rng, split)
   turns, tools = _MAKERS[kind](writer, steps)
   writer.distract()
   return Task(
-    f'toolworld-{split}-{seed}-{kind}-{index}',
-    kind,
-    writer.choice(POLICIES),
-    tools,
-    writer.initial,
-    tuple(turns),
+    id=f'toolworld-{split}-{seed}-{kind}-{index}',
+    kind=kind,
+    turns=tuple(turns),
+    policy=writer.choice(POLICIES),
+    tools=tools,
+    initial_state=writer.initial,
   )

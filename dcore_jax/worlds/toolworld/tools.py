@@ -1,4 +1,4 @@
-"""The tools of ToolWorld: what they are called, how people ask for them, and what they really do to the state."""
+"""The tools of ToolWorld: their names, how people ask for them, and what they do to the state."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 from dcore_jax.chat.messages import ToolSpec
 
-State = dict[str, dict[str, Any]]
+Tables = dict[str, dict[str, Any]]  # the state: table -> key -> row
 TABLES = ('orders', 'flights', 'hotels', 'phones', 'files', 'accounts')
 
 
@@ -15,11 +15,17 @@ class ToolError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tool:
-  """`parameters` maps a parameter to the kind of entity it takes; `produces` is the key of the entity it returns.
+class ToolDefinition:
+  """One tool.
 
-  Phrasings name an id as '<kind> {<parameter>}' so that a chained request can say 'that <kind>' instead. `partials`
-  are requests that leave out one required parameter, with the name of what is missing.
+  Attributes:
+    name: what a call names.
+    parameters: parameter -> the kind of entity that it takes.
+    phrasings: requests in words. They name an id as '<kind> {<parameter>}', so that a chained
+      request can say 'that <kind>' instead.
+    run: executes a call on the state, with the parameters as keyword arguments.
+    partials: (a request that lacks the value of one parameter, the name of that parameter).
+    produces: the key of the entity in the output that a later request can speak of.
   """
 
   name: str
@@ -31,48 +37,49 @@ class Tool:
 
   @property
   def spec(self) -> ToolSpec:
-    properties = {
-      p: {'type': 'integer' if kind in ('amount', 'nights') else 'string'}
-      for p, kind in self.parameters.items()
-    }
-    return ToolSpec(
-      self.name,
-      self.name.replace('_', ' '),
-      {'type': 'object', 'properties': properties, 'required': list(self.parameters)},
-    )
+    """The tool as JSON schema, for prompts that list tools in that way."""
+    properties = {}
+    for parameter, kind in self.parameters.items():
+      properties[parameter] = {'type': 'integer' if kind in ('amount', 'nights') else 'string'}
+    schema = {'type': 'object', 'properties': properties, 'required': list(self.parameters)}
+    return ToolSpec(self.name, self.name.replace('_', ' '), schema)
 
 
-def _row(state: State, table: str, key: Any) -> dict[str, Any]:
+# What tools do. Errors are short texts, because the organism reads them token by token.
+
+
+def _row(state: Tables, table: str, key: Any) -> dict[str, Any]:
   if key not in state[table]:
     raise ToolError(f'no such {table[:-1]}')
   return state[table][key]
 
 
-def _find(state: State, table: str, field: str, value: Any, key: str) -> dict[str, Any]:
+def _find(state: Tables, table: str, field: str, value: Any, key: str) -> dict[str, Any]:
   for identifier, row in state[table].items():
     if row.get(field) == value:
       return {key: identifier}
   raise ToolError(f'no {key} found')
 
 
-def _set(state: State, table: str, key: Any, status: str, **fields) -> dict[str, Any]:
+def _set(state: Tables, table: str, key: Any, status: str, **fields) -> dict[str, Any]:
   _row(state, table, key).update(status=status, **fields)
   return {'status': status}
 
 
-def _refund(state: State, order: str) -> dict[str, Any]:
+def _refund(state: Tables, order: str) -> dict[str, Any]:
   row = _row(state, 'orders', order)
   row['status'] = 'refunded'
   return {'amount': row['price']}
 
 
-def _pay(state: State, person: str, amount: int) -> dict[str, Any]:
+def _pay(state: Tables, person: str, amount: int) -> dict[str, Any]:
   _number(amount)
   _row(state, 'accounts', person)['balance'] += amount
   return {'status': 'paid'}
 
 
 def _number(value: Any) -> int:
+  # A bool is an int to Python, and a model may well write one.
   if isinstance(value, bool) or not isinstance(value, int):
     raise ToolError('not a number')
   return value
@@ -81,148 +88,153 @@ def _number(value: Any) -> int:
 TOOLS = {
   tool.name: tool
   for tool in (
-    Tool(
-      'find_order',
-      {'customer': 'name'},
-      ('find the order of {customer}', 'look up the order of {customer}'),
-      lambda s, customer: _find(s, 'orders', 'customer', customer, 'order'),
-      (('find the order', 'customer'), ('look up an order', 'customer')),
-      'order',
+    ToolDefinition(
+      name='find_order',
+      parameters={'customer': 'name'},
+      phrasings=('find the order of {customer}', 'look up the order of {customer}'),
+      run=lambda s, customer: _find(s, 'orders', 'customer', customer, 'order'),
+      partials=(('find the order', 'customer'), ('look up an order', 'customer')),
+      produces='order',
     ),
-    Tool(
-      'cancel_order',
-      {'order': 'order'},
-      ('cancel order {order}', 'stop order {order}'),
-      lambda s, order: _set(s, 'orders', order, 'cancelled'),
-      (('cancel an order', 'order'), ('stop the order', 'order')),
+    ToolDefinition(
+      name='cancel_order',
+      parameters={'order': 'order'},
+      phrasings=('cancel order {order}', 'stop order {order}'),
+      run=lambda s, order: _set(s, 'orders', order, 'cancelled'),
+      partials=(('cancel an order', 'order'), ('stop the order', 'order')),
     ),
-    Tool(
-      'ship_order',
-      {'order': 'order', 'city': 'name'},
-      ('ship order {order} to {city}', 'send order {order} off to {city}'),
-      lambda s, order, city: _set(s, 'orders', order, 'shipped', city=city),
-      (('ship order {order}', 'city'), ('ship the order to {city}', 'order')),
+    ToolDefinition(
+      name='ship_order',
+      parameters={'order': 'order', 'city': 'name'},
+      phrasings=('ship order {order} to {city}', 'send order {order} off to {city}'),
+      run=lambda s, order, city: _set(s, 'orders', order, 'shipped', city=city),
+      partials=(('ship order {order}', 'city'), ('ship the order to {city}', 'order')),
     ),
-    Tool(
-      'refund_order',
-      {'order': 'order'},
-      ('refund order {order}', 'give the money back for order {order}'),
-      _refund,
-      (('refund an order', 'order'), ('give the money back', 'order')),
-      'amount',
+    ToolDefinition(
+      name='refund_order',
+      parameters={'order': 'order'},
+      phrasings=('refund order {order}', 'give the money back for order {order}'),
+      run=_refund,
+      partials=(('refund an order', 'order'), ('give the money back', 'order')),
+      produces='amount',
     ),
-    Tool(
-      'find_flight',
-      {'city': 'name'},
-      ('find a flight to {city}', 'look for a flight to {city}'),
-      lambda s, city: _find(s, 'flights', 'city', city, 'flight'),
-      (('find a flight', 'city'), ('look for a flight', 'city')),
-      'flight',
+    ToolDefinition(
+      name='find_flight',
+      parameters={'city': 'name'},
+      phrasings=('find a flight to {city}', 'look for a flight to {city}'),
+      run=lambda s, city: _find(s, 'flights', 'city', city, 'flight'),
+      partials=(('find a flight', 'city'), ('look for a flight', 'city')),
+      produces='flight',
     ),
-    Tool(
-      'book_flight',
-      {'flight': 'flight', 'person': 'name'},
-      ('book flight {flight} for {person}', 'reserve flight {flight} for {person}'),
-      lambda s, flight, person: _set(s, 'flights', flight, 'booked', person=person),
-      (('book flight {flight}', 'person'), ('book a flight for {person}', 'flight')),
+    ToolDefinition(
+      name='book_flight',
+      parameters={'flight': 'flight', 'person': 'name'},
+      phrasings=('book flight {flight} for {person}', 'reserve flight {flight} for {person}'),
+      run=lambda s, flight, person: _set(s, 'flights', flight, 'booked', person=person),
+      partials=(('book flight {flight}', 'person'), ('book a flight for {person}', 'flight')),
     ),
-    Tool(
-      'find_hotel',
-      {'city': 'name'},
-      ('find a hotel in {city}', 'look for a hotel in {city}'),
-      lambda s, city: _find(s, 'hotels', 'city', city, 'hotel'),
-      (('find a hotel', 'city'), ('look for a hotel', 'city')),
-      'hotel',
+    ToolDefinition(
+      name='find_hotel',
+      parameters={'city': 'name'},
+      phrasings=('find a hotel in {city}', 'look for a hotel in {city}'),
+      run=lambda s, city: _find(s, 'hotels', 'city', city, 'hotel'),
+      partials=(('find a hotel', 'city'), ('look for a hotel', 'city')),
+      produces='hotel',
     ),
-    Tool(
-      'book_hotel',
-      {'hotel': 'hotel', 'nights': 'nights'},
-      ('book hotel {hotel} for {nights} nights', 'reserve hotel {hotel} for {nights} nights'),
-      lambda s, hotel, nights: _set(s, 'hotels', hotel, 'booked', nights=_number(nights)),
-      (('book hotel {hotel}', 'nights'), ('book a hotel for {nights} nights', 'hotel')),
+    ToolDefinition(
+      name='book_hotel',
+      parameters={'hotel': 'hotel', 'nights': 'nights'},
+      phrasings=(
+        'book hotel {hotel} for {nights} nights',
+        'reserve hotel {hotel} for {nights} nights',
+      ),
+      run=lambda s, hotel, nights: _set(s, 'hotels', hotel, 'booked', nights=_number(nights)),
+      partials=(('book hotel {hotel}', 'nights'), ('book a hotel for {nights} nights', 'hotel')),
     ),
-    Tool(
-      'find_phone',
-      {'person': 'name'},
-      ('find the phone of {person}', 'look up the phone of {person}'),
-      lambda s, person: _find(s, 'phones', 'person', person, 'phone'),
-      (('find the phone', 'person'), ('look up the phone', 'person')),
-      'phone',
+    ToolDefinition(
+      name='find_phone',
+      parameters={'person': 'name'},
+      phrasings=('find the phone of {person}', 'look up the phone of {person}'),
+      run=lambda s, person: _find(s, 'phones', 'person', person, 'phone'),
+      partials=(('find the phone', 'person'), ('look up the phone', 'person')),
+      produces='phone',
     ),
-    Tool(
-      'call_phone',
-      {'phone': 'phone'},
-      ('call phone {phone}', 'ring phone {phone}'),
-      lambda s, phone: _set(s, 'phones', phone, 'called'),
-      (('call the phone', 'phone'), ('ring a phone', 'phone')),
+    ToolDefinition(
+      name='call_phone',
+      parameters={'phone': 'phone'},
+      phrasings=('call phone {phone}', 'ring phone {phone}'),
+      run=lambda s, phone: _set(s, 'phones', phone, 'called'),
+      partials=(('call the phone', 'phone'), ('ring a phone', 'phone')),
     ),
-    Tool(
-      'text_phone',
-      {'phone': 'phone', 'code': 'code'},
-      ('text phone {phone} the code {code}', 'message phone {phone} the code {code}'),
-      lambda s, phone, code: _set(s, 'phones', phone, 'texted', code=code),
-      (('text phone {phone}', 'code'), ('text the code {code}', 'phone')),
+    ToolDefinition(
+      name='text_phone',
+      parameters={'phone': 'phone', 'code': 'code'},
+      phrasings=('text phone {phone} the code {code}', 'message phone {phone} the code {code}'),
+      run=lambda s, phone, code: _set(s, 'phones', phone, 'texted', code=code),
+      partials=(('text phone {phone}', 'code'), ('text the code {code}', 'phone')),
     ),
-    Tool(
-      'find_file',
-      {'person': 'name'},
-      ('find the file of {person}', 'look up the file of {person}'),
-      lambda s, person: _find(s, 'files', 'person', person, 'file'),
-      (('find the file', 'person'), ('look up the file', 'person')),
-      'file',
+    ToolDefinition(
+      name='find_file',
+      parameters={'person': 'name'},
+      phrasings=('find the file of {person}', 'look up the file of {person}'),
+      run=lambda s, person: _find(s, 'files', 'person', person, 'file'),
+      partials=(('find the file', 'person'), ('look up the file', 'person')),
+      produces='file',
     ),
-    Tool(
-      'delete_file',
-      {'file': 'file'},
-      ('delete file {file}', 'remove file {file}'),
-      lambda s, file: _set(s, 'files', file, 'deleted'),
-      (('delete the file', 'file'), ('remove a file', 'file')),
+    ToolDefinition(
+      name='delete_file',
+      parameters={'file': 'file'},
+      phrasings=('delete file {file}', 'remove file {file}'),
+      run=lambda s, file: _set(s, 'files', file, 'deleted'),
+      partials=(('delete the file', 'file'), ('remove a file', 'file')),
     ),
-    Tool(
-      'share_file',
-      {'file': 'file', 'person': 'name'},
-      ('share file {file} with {person}', 'give file {file} to {person}'),
-      lambda s, file, person: _set(s, 'files', file, 'shared', reader=person),
-      (('share file {file}', 'person'), ('share a file with {person}', 'file')),
+    ToolDefinition(
+      name='share_file',
+      parameters={'file': 'file', 'person': 'name'},
+      phrasings=('share file {file} with {person}', 'give file {file} to {person}'),
+      run=lambda s, file, person: _set(s, 'files', file, 'shared', reader=person),
+      partials=(('share file {file}', 'person'), ('share a file with {person}', 'file')),
     ),
-    Tool(
-      'check_balance',
-      {'person': 'name'},
-      ('check the balance of {person}', 'get the balance of {person}'),
-      lambda s, person: {'amount': _row(s, 'accounts', person)['balance']},
-      (('check the balance', 'person'), ('get the balance', 'person')),
-      'amount',
+    ToolDefinition(
+      name='check_balance',
+      parameters={'person': 'name'},
+      phrasings=('check the balance of {person}', 'get the balance of {person}'),
+      run=lambda s, person: {'amount': _row(s, 'accounts', person)['balance']},
+      partials=(('check the balance', 'person'), ('get the balance', 'person')),
+      produces='amount',
     ),
-    Tool(
-      'pay_amount',
-      {'person': 'name', 'amount': 'amount'},
-      ('pay {person} the amount {amount}', 'give {person} the amount {amount}'),
-      _pay,
-      (('pay {person}', 'amount'), ('pay the amount {amount}', 'person')),
+    ToolDefinition(
+      name='pay_amount',
+      parameters={'person': 'name', 'amount': 'amount'},
+      phrasings=('pay {person} the amount {amount}', 'give {person} the amount {amount}'),
+      run=_pay,
+      partials=(('pay {person}', 'amount'), ('pay the amount {amount}', 'person')),
     ),
-    Tool(
-      'add_numbers',
-      {'first': 'amount', 'second': 'amount'},
-      ('add {first} and {second}', 'sum up {first} and {second}'),
-      lambda s, first, second: {'amount': _number(first) + _number(second)},
-      (('add {first}', 'second'), ('sum up {second}', 'first')),
-      'amount',
+    ToolDefinition(
+      name='add_numbers',
+      parameters={'first': 'amount', 'second': 'amount'},
+      phrasings=('add {first} and {second}', 'sum up {first} and {second}'),
+      run=lambda s, first, second: {'amount': _number(first) + _number(second)},
+      partials=(('add {first}', 'second'), ('sum up {second}', 'first')),
+      produces='amount',
     ),
   )
 }
 
 
-def execute(state: State, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-  """Runs one call against `state` (changed in place) and returns its response; errors are responses too."""
+def execute(state: Tables, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+  """Runs one call against `state`, which it changes in place, and returns the response.
+
+  What is wrong with a call is a response too: {'error': why}.
+  """
   tool = TOOLS.get(name)
   if tool is None:
     return {'error': 'unknown tool'}
   if set(arguments) != set(tool.parameters):
     return {'error': 'wrong arguments'}
+  # Every parameter is a scalar. A container cannot be hashed, so looking it up would raise.
   if any(isinstance(value, (dict, list, tuple, set)) for value in arguments.values()):
-    return {
-      'error': 'wrong arguments'
-    }  # every parameter is a scalar; a container could not even be looked up
+    return {'error': 'wrong arguments'}
   try:
     return tool.run(state, **arguments)
   except ToolError as error:

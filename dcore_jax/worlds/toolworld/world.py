@@ -2,58 +2,79 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import ToolCall
-from dcore_jax.worlds.acting import SandboxSession, TaskEpisode
-from dcore_jax.worlds.toolworld.tasks import ONE_RESPONSE, Task, make_task
-from dcore_jax.worlds.toolworld.tools import TOOLS, State, execute
+from dcore_jax.worlds.acting import SandboxWorld
+from dcore_jax.worlds.environment import Sandbox
+from dcore_jax.worlds.toolworld.tasks import KINDS, ONE_RESPONSE, Task, make_task
+from dcore_jax.worlds.toolworld.tools import TOOLS, Tables, execute
 
 
 def system_text(task: Task) -> str:
-  """Policy and one signature a line. Types are left out: they would double the prompt of a two-million-parameter model."""
+  """The policy, and one line with a tool's name and parameters for every listed tool.
+
+  The line has no types: they would double the prompt of a model of two million parameters.
+  """
   lines = [f'{name}({", ".join(TOOLS[name].parameters)})' for name in task.tools]
   return '\n'.join([task.policy, 'tools:', *lines])
-
-
-def _execute(state: State, tools: Sequence[str], call: ToolCall) -> dict[str, Any]:
-  if call.name not in tools or call.positional:
-    return {'error': 'unknown tool' if call.name not in tools else 'wrong arguments'}
-  return execute(state, call.name, call.arguments)
 
 
 class ToolWorldSandbox:
   """The listed tools over a copy of `state`; see `worlds.environment.Sandbox`."""
 
-  def __init__(self, tools: Sequence[str], state: State):
-    self._tools, self.state = tuple(tools), copy.deepcopy(state)
+  def __init__(self, tools: Sequence[str], state: Tables):
+    self._tools = tuple(tools)
+    self.state = copy.deepcopy(state)
 
   def run(self, call: ToolCall) -> str:
-    return json.dumps(_execute(self.state, self._tools, call))
+    """See `Sandbox.run`; an output is a JSON object."""
+    if call.name not in self._tools:
+      output = {'error': 'unknown tool'}
+    elif call.positional:
+      output = {'error': 'wrong arguments'}
+    else:
+      output = execute(self.state, call.name, call.arguments)
+    return json.dumps(output)
 
 
-class ToolWorld:
-  """The procedural world; see `worlds.environment.World`."""
+class ToolWorld(SandboxWorld):
+  """The procedural world; see `worlds.environment.World`.
+
+  Args:
+    max_subtasks: the largest number of subtasks in one request, 2 to 5.
+  """
+
+  kinds = KINDS
+  one_response = ONE_RESPONSE
 
   def __init__(self, max_subtasks: int = 4):
     self.max_subtasks = max_subtasks
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[Task]:
+    """See `World.tasks`; the splits have no name, id or amount in common."""
     return [
-      make_task(kind, i, seed=seed, split=split, max_subtasks=self.max_subtasks)
-      for i in range(count)
+      make_task(kind, index, seed=seed, split=split, max_subtasks=self.max_subtasks)
+      for index in range(count)
     ]
 
-  def episode(self, task: Task) -> TaskEpisode:
-    return TaskEpisode(
-      task.id,
-      system_text(task),
-      task.turns,
-      one_response=task.kind in ONE_RESPONSE,
-      listed=task.tools,
-      open_sandbox=lambda: ToolWorldSandbox(task.tools, task.initial_state),
-    )
+  def system_text(self, task: Task) -> str:
+    """See `system_text`."""
+    return system_text(task)
 
-  def session(self, task: Task) -> SandboxSession:
-    return SandboxSession(system_text(task), ToolWorldSandbox(task.tools, task.initial_state))
+  def listed(self, task: Task) -> Sequence[str]:
+    """The tools of the task."""
+    return task.tools
+
+  def sandbox_record(self, task: Task, done: Sequence[ToolCall]) -> dict[str, Any]:
+    """The listed tools and the state that `done` leaves."""
+    sandbox = ToolWorldSandbox(task.tools, task.initial_state)
+    for call in done:
+      sandbox.run(call)
+    return {'name': 'toolworld', 'tools': list(task.tools), 'state': sandbox.state}
+
+  @staticmethod
+  def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
+    """See `World.open_sandbox`."""
+    return ToolWorldSandbox(record['tools'], record['state'])

@@ -1,0 +1,305 @@
+"""The stages of the method as functions of a model: distil, fine-tune, reinforce, measure.
+
+Each takes the fields of its config section as keyword options. Those that are not given are the
+paper's (`dcore_jax.config`), or those of a `config` such as `configs.nano.get_config()`. Its other
+sections (engine, execution, mesh, world) hold as well.
+"""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from dcore_jax import distributed, sharding
+from dcore_jax.api.model import Model
+from dcore_jax.claims import claim
+from dcore_jax.config import RunConfig
+from dcore_jax.data.rows import (
+  parse_rows,
+  section_sequences,
+  split_turns,
+  training_rows,
+  with_system_prompt,
+)
+from dcore_jax.data.seed_sources import config_seeds
+from dcore_jax.data.seeds import DecisionPoint, Seed
+from dcore_jax.distill.stage import run_distillation
+from dcore_jax.evaluate.held_out import evaluate
+from dcore_jax.files import read_rows
+from dcore_jax.models import decoder
+from dcore_jax.overrides import overlay, to_json
+from dcore_jax.progress import progress
+from dcore_jax.rollout.local_backend import LocalBackend
+from dcore_jax.rollout.policy import Policy, make_engine
+from dcore_jax.run.config import read_config
+from dcore_jax.run.pipeline import check_fields, make_execution, rl_seed, rl_source
+from dcore_jax.train.metrics import Metrics
+from dcore_jax.train.rl_loop import run_rl
+from dcore_jax.train.sft_loop import run_sft
+from dcore_jax.train.stage_run import StageRun
+from dcore_jax.worlds.registry import make_world
+from dcore_jax.worlds.rollouts import act
+
+Folder = str | pathlib.Path
+
+
+def distill_seeds(
+  model: Model,
+  seeds: Sequence[Seed] | None = None,
+  *,
+  config: ml_collections.ConfigDict | RunConfig | None = None,
+  workdir: Folder | None = None,
+  seed: int | None = None,
+  **options: Any,
+) -> list[dict[str, Any]]:
+  """Lets the model write training rows for seeds it then passes on: D-CORE, algorithm 1.
+
+  Args:
+    model: decomposes the tasks and solves the subtasks.
+    seeds: queries with reference calls, see `data.seeds`; by default those of the options `files`
+      or `tasks`.
+    config: what holds where no option says otherwise.
+    workdir: keeps answers and rows in its folder `distill`, with figures in distill.json; a call
+      that was interrupted goes on there. By default nothing is kept.
+    seed: of everything that is drawn.
+    **options: fields of section `distill`; the organism needs wording='organism', examples=0.
+
+  Returns:
+    Rows {id, conversations, ...}, which `sft` takes.
+
+  Raises:
+    ValueError: an unknown option, seeds both given and named by one, or no row that could be kept.
+  """
+  settings = _configured('distill', options, config, seed)
+  _check_source('seeds', seeds, options, ('files', 'tasks'))
+  policy = _policy(model)
+  mesh = distributed.training_mesh(settings)
+  seeds = config_seeds(settings) if seeds is None else seeds
+
+  # A function, since a config that names an endpoint needs no engine here.
+  def local(journal: pathlib.Path) -> LocalBackend:
+    params = policy.load(mesh)
+    engine = make_engine(settings, policy, params, mesh)
+    return LocalBackend(engine, model.tokenizer, journal=journal, model=policy.name(params))
+
+  with _folder(workdir) as folder:
+    with progress(total=len(seeds), description='distill') as bar:
+      run_distillation(settings, folder / 'distill', seeds, local, progress=bar.update)
+    # Shards are numbered with leading zeros: the rows come in the order of their seeds.
+    rows = []
+    for path in sorted((folder / 'distill').glob('rows-*.jsonl')):
+      rows += read_rows(path)
+  return rows
+
+
+def sft(
+  model: Model,
+  rows: Sequence[dict[str, Any]] | None = None,
+  /,
+  *,
+  config: ml_collections.ConfigDict | RunConfig | None = None,
+  workdir: Folder | None = None,
+  seed: int | None = None,
+  **options: Any,
+) -> Model:
+  """Fine-tunes on rows; returns the trained model, in float32, and leaves the given one as it is.
+
+  Args:
+    model: where to start from.
+    rows: {id, conversations}, as `distill_seeds` gives them; by default those of the option
+      `files`.
+    config: what holds where no option says otherwise.
+    workdir: keeps checkpoints and metrics.jsonl; a call that was interrupted goes on there. By
+      default nothing is kept.
+    seed: of the order of the rows.
+    **options: fields of section `sft`, such as learning_rate=1e-4, epochs=1. Its field `rows`,
+      packed rows a step, is one of them: the training rows are given by position.
+
+  Raises:
+    ValueError: an unknown option, rows that cannot be trained on, rows both given and named by
+      `files`, or a `workdir` that holds another fine-tuning.
+  """
+  settings = _configured('sft', options, config, seed)
+  section = settings.sft
+  policy = _policy(model)
+  mesh = distributed.training_mesh(settings)
+  _check_source('rows', rows, options, ('files',))
+  with _folder(workdir) as folder:
+    if rows is None:
+      rows, _ = training_rows(section, folder)
+    else:
+      # What `training_rows` does with the rows that it reads.
+      rows = parse_rows(rows[: section.max_rows or None])
+      rows = with_system_prompt(rows, section.system_prompt, section.stock_system_prompts)
+      rows = split_turns(rows) if section.split_turns else rows
+    params = policy.load(mesh)
+    _claim(folder, 'sft', settings, section, policy.name(params))
+    # The model is what is asked for; the figures of the stage are in a workdir's metrics.jsonl.
+    with Metrics(folder) as metrics, jax.set_mesh(mesh):
+      checkpoints = folder / 'checkpoints' / 'sft'
+      run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=settings.seed)
+      sequences = section_sequences(model.tokenizer, rows, section)
+      execution = make_execution(settings.execution)
+      params, _ = run_sft(params, policy, sequences, section, run, execution=execution)
+  return model.with_params(params)
+
+
+def da_grpo(
+  model: Model,
+  points: Sequence[DecisionPoint] | None = None,
+  *,
+  config: ml_collections.ConfigDict | RunConfig | None = None,
+  workdir: Folder | None = None,
+  seed: int | None = None,
+  **options: Any,
+) -> Model:
+  """Reinforces by DA-GRPO (D-CORE, eq. 6); returns the trained model, in float32.
+
+  The given model is left as it is.
+
+  Args:
+    model: where to start from; the KL term is against it.
+    points: decision points with reference answers; by default those of the options `files` or
+      `tasks`, or with episodes=True whole tasks of the world.
+    config: what holds where no option says otherwise.
+    workdir: keeps checkpoints, rollouts and metrics.jsonl; a call that was interrupted goes on
+      there. By default nothing is kept.
+    seed: of everything that is drawn.
+    **options: fields of section `rl`, such as steps=8, alpha=0.1, or estimator='grpo' for plain
+      GRPO.
+
+  Raises:
+    ValueError: an unknown option, points both given and named by one, sizes that do not fit each
+      other, or a `workdir` that holds another reinforcement.
+  """
+  settings = _configured('rl', options, config, seed)
+  section = settings.rl
+  check_fields(settings)
+  _check_source('points', points, options, ('files', 'tasks', 'episodes'))
+  policy = _policy(model)
+  mesh = distributed.training_mesh(settings)
+  world = make_world(settings.world)
+  source, _ = rl_source(settings, model.tokenizer, world, points)
+
+  def engine(params: Any) -> Any:
+    # The rollouts of an episode's group share its first prompt alone.
+    return make_engine(settings, policy, params, mesh, groups=not section.episodes)
+
+  with _folder(workdir) as folder:
+    # The loop makes its frozen reference from them before the first update.
+    params = policy.load(mesh)
+    _claim(folder, 'rl', settings, section, policy.name(params))
+    with Metrics(folder) as metrics, jax.set_mesh(mesh):
+      checkpoints = folder / 'checkpoints' / section.estimator
+      run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=rl_seed(settings))
+      params, _ = run_rl(
+        params,
+        policy,
+        source,
+        section,
+        run,
+        make_engine=engine,
+        execution=make_execution(settings.execution),
+      )
+  return model.with_params(params)
+
+
+def evaluate_model(
+  model: Model,
+  *,
+  config: ml_collections.ConfigDict | RunConfig | None = None,
+  workdir: Folder | None = None,
+  seed: int | None = None,
+  **options: Any,
+) -> dict[str, Any]:
+  """Acts out held-out tasks of every kind; returns accuracy, lazy reasoning and more, by kind.
+
+  Args:
+    model: what is measured.
+    config: what holds where no option says otherwise.
+    workdir: keeps every task as it went, in trajectories.jsonl. By default nothing is kept.
+    seed: of tasks and sampling; models are compared at the same one.
+    **options: fields of section `evaluate`, such as tasks=16, temperature=0.6.
+
+  Raises:
+    ValueError: an unknown option.
+  """
+  settings = _configured('evaluate', options, config, seed)
+  # By section `engine`, and not the engine that answers: the pipeline's stages have these figures.
+  policy = _policy(model)
+  mesh = distributed.training_mesh(settings)
+  engine = make_engine(settings, policy, policy.load(mesh), mesh)
+
+  def actor(world, tasks, sampling, told):
+    return act(engine, model.tokenizer, world, tasks, sampling, told)
+
+  with _folder(workdir) as folder:
+    return evaluate(settings, folder, actor, model.folder.name)
+
+
+def _configured(
+  section: str,
+  options: Mapping[str, Any],
+  config: ml_collections.ConfigDict | RunConfig | None,
+  seed: int | None,
+) -> RunConfig:
+  """The config of a call, with `options` in one section; ValueError names unknown ones."""
+  # Checked as a config file is, so that an option that no section has cannot be ignored.
+  values: dict[str, Any] = {section: dict(options)}
+  if seed is not None:
+    values['seed'] = seed
+  return overlay(RunConfig() if config is None else read_config(config), values)
+
+
+def _check_source(
+  what: str, given: Any, options: Mapping[str, Any], sources: Sequence[str]
+) -> None:
+  """Raises ValueError where data is given and named by an option: one would be ignored."""
+  named = [name for name in sources if options.get(name)]
+  if given is not None and named:
+    raise ValueError(f'{what} are given, and {named[0]} names others: leave one of them out')
+
+
+def _policy(model: Model) -> Policy:
+  """The model as the stages take it, its parameters copied at every load."""
+
+  def load(mesh: Mesh | None) -> Any:
+    # A training step donates its parameters, and would take the person's model away.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32, copy=True), model.params())
+    if mesh is None:
+      return params
+    specs = decoder.abstract_params(model.config)
+    return jax.device_put(params, sharding.shardings(specs, mesh))
+
+  # A model that was trained here has the tokenizer and the stop tokens of the one it came from.
+  return Policy(
+    config=model.config,
+    load=load,
+    tokenizer=model.tokenizer,
+    tokenizer_dir=model.folder,
+    path=model.folder,
+  )
+
+
+def _claim(folder: pathlib.Path, stage: str, settings: RunConfig, section: Any, name: str) -> None:
+  """Ties checkpoints to the weights and options that they were made from."""
+  # Checkpoints are resumed from: without this, a second call on the same folder would return the
+  # first call's model whatever it was asked for.
+  mine = {'model': name, 'seed': settings.seed, 'options': to_json(section)}
+  claim(folder / f'{stage}.json', mine, f'holds the stage {stage} with other')
+
+
+@contextlib.contextmanager
+def _folder(workdir: Folder | None) -> Iterator[pathlib.Path]:
+  """The work directory of a call; one that is removed at its end where none is given."""
+  if workdir is not None:
+    yield pathlib.Path(workdir)
+    return
+  with tempfile.TemporaryDirectory(prefix='dcore_jax-') as folder:
+    yield pathlib.Path(folder)

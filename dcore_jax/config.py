@@ -1,0 +1,363 @@
+"""Every field of a run's config: its type, its default, and what it means.
+
+One frozen dataclass a section, `RunConfig` for the whole. They are the only source of the
+defaults, of what is checked (`dcore_jax.overrides`), and of what `--help` prints. The defaults are
+the paper's values where it has one (docs/method.md, sections 2.4 and 3); `configs/*.py` change
+what their model needs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+STAGES = (
+  'evaluate_base',
+  'distill',
+  'sft',
+  'evaluate_sft',
+  'rl',
+  'evaluate_rl',
+  'export',
+  'report',
+)
+
+
+def _option(default: Any, doc: str) -> Any:
+  """A field with its default and what it means, in units."""
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata={'doc': doc})
+  return dataclasses.field(default=default, metadata={'doc': doc})
+
+
+def _section(kind: type, doc: str) -> Any:
+  """A field that holds another section."""
+  return dataclasses.field(default_factory=kind, metadata={'doc': doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """Which model is trained: without `path` and `init` the organism inside the package."""
+
+  path: str = _option('', "Hugging Face directory; '' is the organism inside the package.")
+  tokenizer: str = _option(
+    '', "Directory of the tokenizer; '' is the model's own. Looked up under the data folder too."
+  )
+  preset: str = _option(
+    '', 'Name in models/presets.py: what `path` must hold, and what a plan takes it to hold.'
+  )
+  init: Mapping[str, Any] = _option(
+    {}, 'A config.json to initialise at random instead of loading `path`.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionSection:
+  """How training passes run. What they compute does not depend on it."""
+
+  attention: str = _option('auto', "'auto', or the name of an attention of packed rows.")
+  # Accelerators round the operands of float32 products unless JAX_DEFAULT_MATMUL_PRECISION=highest.
+  compute: str = _option(
+    'auto',
+    "'bfloat16', 'float32', or 'auto': bfloat16 on accelerators. Parameters and moments stay "
+    'float32.',
+  )
+  remat: str = _option(
+    'none', "What the backward pass recomputes: 'none', 'full' (each layer), 'attention' or 'dots'."
+  )
+  offload: tuple[str, ...] = _option(
+    (),
+    "Of 'optimizer' and 'reference', what lies in host memory while it is idle; accelerators only.",
+  )
+  unroll: bool = _option(
+    True, 'Without remat, compile layer by layer: faster on a CPU, too much code for deep models.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  """How the devices of all hosts are divided: data x fsdp x tensor. -1 is what the others leave."""
+
+  data: int = _option(1, 'Copies of the parameters.')
+  fsdp: int = _option(-1, 'Ways that parameters are split, and with them the rows.')
+  tensor: int = _option(1, 'Ways that heads, ffn and vocabulary are split.')
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSection:
+  """The world whose tasks are evaluated, distilled and acted out; see worlds/registry.py."""
+
+  name: str = _option('toolworld', 'A registered world.')
+  max_subtasks: int = _option(4, 'Subtasks of a ToolWorld task at most, 2 to 5.')
+  options: Mapping[str, Any] = _option({}, "Options of another world than ToolWorld's.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSection:
+  """The rollout engine."""
+
+  lanes: int = _option(64, 'Rollouts in flight.')
+  max_len: int = _option(1024, 'Tokens of prompt and response together.')
+  max_new: int = _option(0, 'Tokens of a response; 0 is max_len.')
+  # Episodes share their first prompt alone, so that their rollouts need a trunk each.
+  trunks: int = _option(
+    0, 'Prompts held at once where rollouts come in groups, but for episodes; 0 is one a lane.'
+  )
+  tile: int = _option(0, "Lanes decoded together; 0 is the engine's choice.")
+  steps_per_call: int = _option(16, 'Tokens decoded between two looks of the host.')
+  tensor: int = _option(
+    0, 'Ways that the engine splits heads, ffn and vocabulary; 0 is as in training.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSection:
+  """Held-out tasks, acted out before, between and after the training stages."""
+
+  tasks: int = _option(128, 'Tasks of each kind.')
+  temperature: float = _option(0.6, "Qwen3's recommendation for thinking.")
+  max_tokens: int = _option(512, 'Tokens of a response.')
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsSection:
+  """Pseudo-labels, where distill.reference is 'pseudo'."""
+
+  samples: int = _option(5, 'Solutions whose majority is the label.')
+  base_url: str = _option('', "An endpoint that labels; '' is the distilling model itself.")
+  model: str = _option('', 'Name of the model at the endpoint.')
+  prompt_price: float = _option(0.0, 'Price of a million prompt tokens there; 0 is not known.')
+  completion_price: float = _option(
+    0.0, 'Price of a million completion tokens there; 0 is not known.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSection:
+  """Self-distillation: decompose, solve, compose, verify (D-CORE, algorithm 1)."""
+
+  tasks: Mapping[str, int] = _option(
+    {'single': 150, 'sequential': 250, 'parallel': 300, 'irrelevant': 150, 'multi_turn': 120},
+    'Training tasks of the world, by kind, whose turns are the seeds.',
+  )
+  files: tuple[str, ...] = _option(
+    (), "Seed files (`experiments.seeds` writes them) instead of the world's tasks."
+  )
+  # For worlds whose refusals are canonical.
+  exact_refusals: bool = _option(
+    False, 'Drop irrelevant seeds whose refusal is not the reference text.'
+  )
+  wording: str = _option(
+    'english', "Prompts and templates: 'english', 'organism', or a JSON file (distill/wording.py)."
+  )
+  reference: str = _option(
+    'shown', "Calls that the decomposer sees: 'shown', 'hidden', or 'pseudo' (majority labels)."
+  )
+  examples: int = _option(3, 'Worked decompositions in the prompt.')
+  strict_count: bool = _option(
+    False, 'As many subtasks as calls, as in the released code; else a subtask may own several.'
+  )
+  candidates: int = _option(1, 'Decompositions sampled at once; the first that verifies is kept.')
+  samples: int = _option(1, 'Samples of a subtask until its calls are right.')
+  # The released code repeats a failed request once.
+  retries: int = _option(1, 'Repetitions of completions that cannot be read.')
+  verify: str = _option(
+    'calls', "'calls', or 'state': whatever leaves the same state, where a world executes calls."
+  )
+  max_chars: int = _option(200_000, 'Characters of a row.')
+  temperature: float = _option(0.6, 'Sampling temperature.')
+  top_p: float = _option(1.0, 'Nucleus of the sampled distribution; 1 is all of it.')
+  top_k: int = _option(0, 'Tokens sampled among; 0 is all.')
+  max_tokens: int = _option(256, 'Tokens of a response.')
+  shard_seeds: int = _option(1000, 'Seeds of one file of rows.')
+  labels: LabelsSection = _section(LabelsSection, 'Pseudo-labels.')
+  backend: str = _option('local', "'local' is our engine, 'openai' an endpoint.")
+  base_url: str = _option('', "The endpoint's address; its key is read from OPENAI_API_KEY.")
+  model: str = _option('', 'Name of the model at the endpoint.')
+  prompt_price: float = _option(
+    0.0, 'Price of a million prompt tokens there, for the cost in distill.json; 0 is not known.'
+  )
+  completion_price: float = _option(
+    0.0, 'Price of a million completion tokens there; 0 is not known.'
+  )
+  concurrency: int = _option(64, 'Requests under way at the endpoint.')
+  timeout: float = _option(600.0, 'Seconds that the endpoint has for a request.')
+  request_retries: int = _option(5, 'Repetitions of a request that failed at the endpoint.')
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSection:
+  """Supervised fine-tuning on packed rows."""
+
+  # `schema:` stands before a name where the schema is not to be guessed from a row's fields.
+  files: tuple[str, ...] = _option(
+    (), 'Data sets instead of the distilled rows: [schema:]PATH or owner/name[#configuration].'
+  )
+  call_style: str = _option(
+    'python', "How calls are written that rows hold as data: 'python' or 'hermes' (JSON in tags)."
+  )
+  unreadable: str = _option(
+    'error', "Rows whose calls or tools cannot be read: 'error', or 'drop' (counted and logged)."
+  )
+  max_rows: int = _option(0, 'Rows used, the first ones; 0 is all.')
+  # D-CORE's own rows are split already.
+  split_turns: bool = _option(
+    False, 'A row for every assistant message, earlier ones without their thoughts.'
+  )
+  system_prompt: str = _option('', "System message of rows that have none; '' adds none.")
+  stock_system_prompts: tuple[str, ...] = _option(
+    (), 'System messages that system_prompt replaces.'
+  )
+  loss_mask: str = _option(
+    'final', "'final' (paper), 'final+structure' (released code) or 'all_assistant'."
+  )
+  overlong: str = _option(
+    'drop', "Rows longer than capacity: 'drop' (counted and logged) or 'error'; never truncated."
+  )
+  epochs: int = _option(3, 'Passes over the rows.')
+  capacity: int = _option(16384, 'Tokens of a packed row.')
+  rows: int = _option(16, 'Packed rows a step.')
+  accumulate: int = _option(1, 'Micro-batches that the rows of a step are split into.')
+  optimizer: str = _option('adamw', "'adamw' or 'muon'.")
+  learning_rate: float = _option(1e-5, 'Peak learning rate.')
+  adam_learning_rate: float = _option(
+    0.0, 'Peak learning rate of the embedding and norms under Muon.'
+  )
+  warmup: float = _option(0.05, 'Share of the steps over which the learning rate rises.')
+  floor: float = _option(0.01, 'Share of the peak learning rate that is left at the end.')
+  weight_decay: float = _option(0.0, 'Decoupled weight decay.')
+  clip: float = _option(1.0, 'Norm that gradients are clipped to.')
+  checkpoint_every: int = _option(100, 'Steps between checkpoints.')
+
+
+@dataclasses.dataclass(frozen=True)
+class RlSection:
+  """Reinforcement learning: rollouts, rewards, advantages, updates."""
+
+  files: tuple[str, ...] = _option(
+    (), "Files of ToolRL rows to ask about instead of the world's decision points."
+  )
+  tasks: Mapping[str, int] = _option(
+    {'single': 60, 'sequential': 120, 'parallel': 120, 'irrelevant': 60, 'multi_turn': 40},
+    'Training tasks of the world, by kind.',
+  )
+  seed: int = _option(
+    0, "Seed of prompt order and sampling, beside the run's own: the repetitions of a sweep."
+  )
+  steps: int = _option(468, 'Rollout batches; 468 is 5,000 prompts / 32 x 3 epochs.')
+  prompts: int = _option(32, 'Prompts a step.')
+  episodes: bool = _option(
+    False, 'Act whole tasks of the world out and reward the state they leave.'
+  )
+  group: int = _option(8, 'Rollouts of a prompt.')
+  wave: int = _option(
+    32, 'Prompts sampled and written down together: a kill loses the rollouts of one wave at most.'
+  )
+  validation: int = _option(
+    32, 'Prompts set aside, measured before, after, and at each checkpoint.'
+  )
+  updates: int = _option(4, 'Optimizer steps a rollout batch.')
+  estimator: str = _option('da_grpo', 'An advantage estimator of learn/advantages.py.')
+  alpha: float = _option(0.1, 'Weight of the entropy advantage psi (D-CORE, eq. 6).')
+  delta: float = _option(0.5, 'Bound of the entropy advantage (D-CORE, eq. 6), nats.')
+  zero_test: str = _option(
+    'group', "Where psi acts: 'group', 'token' (released code), or 'below' (eq. 6 to the letter)."
+  )
+  psi_multiplier: float = _option(1.0, 'Factor of psi; the released code has 2.')
+  psi_when_wrong: str = _option(
+    'reinforce',
+    "For uniform groups whose reward is not above right_above: 'reinforce', 'ignore' or 'punish'.",
+  )
+  right_above: float = _option(0.0, 'Reward above which a uniform group counts as right.')
+  psi_words: tuple[str, ...] = _option(
+    (), 'Words on whose tokens alone psi acts; () is all tokens.'
+  )
+  # The share is measured in the first mini-batch of a step that has any psi.
+  alpha_measure: str = _option(
+    '',
+    "What alpha is adapted to hold: 'entropy' (nats a token), 'psi_share' (psi's part of the "
+    "gradient norm), '' keeps alpha.",
+  )
+  alpha_target: float = _option(0.3, 'Value of alpha_measure that is held.')
+  alpha_rate: float = _option(0.1, "Change of alpha's logarithm a step.")
+  alpha_low: float = _option(0.01, 'Least alpha.')
+  alpha_high: float = _option(1.0, 'Greatest alpha.')
+  reward: str = _option(
+    'toolrl', 'A reward of learn/rewards.py; episodes are rewarded by the state they leave.'
+  )
+  overlong_buffer: int = _option(
+    0, 'Tokens before max_tokens over which the reward falls (DAPO); 0 is off.'
+  )
+  overlong_penalty: float = _option(1.0, 'Reward lost at max_tokens.')
+  dynamic_rounds: int = _option(
+    0, "Further rounds of prompts for groups with reward variance (DAPO's dynamic sampling)."
+  )
+  # DA-GRPO has a use for some of them.
+  uniform_share: float = _option(
+    0.0, 'Share of a batch that groups without variance may fill under dynamic sampling.'
+  )
+  learning_rate: float = _option(1e-6, 'Learning rate.')
+  weight_decay: float = _option(0.01, 'Decoupled weight decay.')
+  clip: float = _option(1.0, 'Norm that gradients are clipped to.')
+  objective: str = _option(
+    'ppo', "A loss of learn/objectives.py; 'gspo' clips sequences, at 3e-4 and 4e-4."
+  )
+  clip_low: float = _option(0.2, 'Clipping range of the ratio below 1.')
+  clip_high: float = _option(0.2, 'Clipping range of the ratio above 1.')
+  dual_clip: float = _option(3.0, 'Bound of the loss where the advantage is negative.')
+  cov_share: float = _option(0.002, 'Share of the tokens that KL-Cov holds back.')
+  cov_penalty: float = _option(0.1, 'KL coefficient of the tokens that KL-Cov holds back.')
+  # The paper prints 'sequence'; a sequence is one response, also of an episode.
+  aggregation: str = _option(
+    'token', "Weights of tokens: 'token' (as released), 'sequence', or 'dr' (by max_tokens)."
+  )
+  kl_coefficient: float = _option(0.001, 'Coefficient of the KL term; 0 needs no reference policy.')
+  kl_estimator: str = _option('k3', "'k1', 'k2' or 'k3'.")
+  uniform_kl: float = _option(
+    0.0, 'Coefficient of KL(uniform || policy) in groups of equal rewards.'
+  )
+  # For engines that are not exact.
+  importance_cap: float = _option(
+    0.0, 'Above 0, tokens weigh min(old policy / rollout engine, cap).'
+  )
+  temperature: float = _option(1.0, 'Sampling temperature of rollouts.')
+  max_prompt_tokens: int = _option(
+    8192, 'Longer prompts (first prompts of episodes) are dropped and counted.'
+  )
+  max_tokens: int = _option(4096, 'Tokens of a response.')
+  capacity: int = _option(16384, 'Tokens of a packed row.')
+  rows: int = _option(4, 'Packed rows of a micro-batch.')
+  checkpoint_every: int = _option(25, 'Steps between checkpoints.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSection:
+  """The final Hugging Face directory."""
+
+  dtype: str = _option('bfloat16', "'bfloat16' or 'float32'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSection:
+  """report.html."""
+
+  traces: int = _option(3, 'Tasks shown side by side, before and after.')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A whole run."""
+
+  name: str = _option('unnamed', 'Shown in the report.')
+  seed: int = _option(0, 'Seed of everything that is drawn.')
+  stages: tuple[str, ...] = _option(STAGES, 'Stages that are run, always in this order.')
+  model: ModelSection = _section(ModelSection, 'The model that is trained.')
+  execution: ExecutionSection = _section(ExecutionSection, 'How training passes run.')
+  mesh: MeshSection = _section(MeshSection, 'How devices are divided.')
+  world: WorldSection = _section(WorldSection, 'Where tasks come from.')
+  engine: EngineSection = _section(EngineSection, 'The rollout engine.')
+  evaluate: EvaluateSection = _section(EvaluateSection, 'Measurements on held-out tasks.')
+  distill: DistillSection = _section(DistillSection, 'Self-distillation.')
+  sft: SftSection = _section(SftSection, 'Supervised fine-tuning.')
+  rl: RlSection = _section(RlSection, 'Reinforcement learning.')
+  export: ExportSection = _section(ExportSection, 'The exported checkpoint.')
+  report: ReportSection = _section(ReportSection, 'The report.')

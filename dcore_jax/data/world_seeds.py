@@ -1,0 +1,46 @@
+"""Tasks of any world as seeds: one for each user turn, with the reference history before it."""
+
+from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.data.seeds import Seed, reference_steps
+from dcore_jax.worlds.environment import UserTurn, World, WorldTask
+
+
+def task_seeds(world: World, task: WorldTask) -> list[Seed]:
+  """The turns of a task in order, each with what executes calls from that turn on.
+
+  Args:
+    world: the world that made the task.
+    task: one of its tasks.
+  """
+  one_response = task.kind in world.one_response
+  seeds = []
+  history = [Message('system', world.system_text(task))]
+  done: list[ToolCall] = []
+  for number, turn in enumerate(task.turns):
+    # A task that is judged on its first response ends with its calls. Only where the dialogue goes
+    # on, or nothing is called, is a text part of the reference.
+    answer = '' if one_response and turn.calls else turn.answer
+    query = Message('user', turn.query)
+    seed = Seed(
+      id=f'{task.id}/{number}',
+      kind=_seed_kind(turn, one_response),
+      conversations=(*history, query),
+      calls=turn.calls,
+      tool_response=turn.responses,
+      answer=answer,
+      world=world.sandbox_record(task, done),
+      dialogue=task.id,
+    )
+    seeds.append(seed)
+    history += [query, *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    done += turn.calls
+  return seeds
+
+
+def _seed_kind(turn: UserTurn, one_response: bool) -> str:
+  """How the subtasks of a turn relate, as one of `seeds.KINDS`."""
+  if not turn.calls:
+    return 'irrelevant'
+  if len(turn.calls) == 1:
+    return 'single'
+  return 'parallel' if one_response else 'sequential'

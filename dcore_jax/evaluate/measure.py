@@ -1,0 +1,97 @@
+"""The figures of a model: what its trajectories through a world's tasks come to."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dcore_jax.evaluate.behaviours import behaviour_counts
+from dcore_jax.evaluate.lazy_reasoning import count_reflections, lazy_ratio
+from dcore_jax.worlds.rollouts import Trajectory
+
+
+def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
+  """Figures of one stage by kind of task, in the shape of `summary.json`.
+
+  Lazy reasoning is counted per response, with the verdict of the whole episode, over right and
+  wrong responses. `accuracy_by_subtasks` and `decomposition_rate` are about the kinds whose
+  requests have several subtasks (ToolWorld's sequential and parallel). The rate is the share of
+  those requests whose first response announces a decomposition. A figure for which no task came to
+  a response is None.
+
+  Args:
+    trajectories: kind -> at least one finished task.
+  """
+  by_subtasks = {}
+  first_reasonings = []
+  for kind, group in trajectories.items():
+    if all(_has_subtasks(trajectory) for trajectory in group):
+      by_subtasks[kind] = _by_subtasks(group)
+      for trajectory in group:
+        first_reasonings += trajectory.reasonings[:1]
+  reasonings = []
+  reasoning_tokens = []
+  for group in trajectories.values():
+    for trajectory in group:
+      reasonings += trajectory.reasonings
+      reasoning_tokens += trajectory.reasoning_tokens
+  decompositions = behaviour_counts(first_reasonings)['decomposition']
+  behaviours = behaviour_counts(reasonings)
+  unfinished = {}
+  for kind, group in trajectories.items():
+    unfinished[kind] = sum(trajectory.unfinished for trajectory in group)
+  return {
+    'accuracy': {kind: _accuracy(group) for kind, group in trajectories.items()},
+    'lazy_ratio': {kind: _lazy_ratio(group) for kind, group in trajectories.items()},
+    'n': {kind: len(group) for kind, group in trajectories.items()},
+    'failures': {kind: _failures(group) for kind, group in trajectories.items()},
+    'unfinished': unfinished,
+    'accuracy_by_subtasks': by_subtasks,
+    'decomposition_rate': _mean(decompositions > 0),
+    'reflections_per_response': _mean([count_reflections(text) for text in reasonings]),
+    'reasoning_tokens_mean': _mean(reasoning_tokens),
+    'behaviours': {name: _mean(counts) for name, counts in behaviours.items()},
+  }
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float | None:
+  """The mean; None of no values, because JSON has no NaN."""
+  return float(np.mean(values)) if len(values) else None
+
+
+def _accuracy(group: Sequence[Trajectory]) -> float:
+  return float(np.mean([trajectory.outcome.correct for trajectory in group]))
+
+
+def _failures(group: Sequence[Trajectory]) -> dict[str, int]:
+  """Reason -> number of tasks, the most frequent first."""
+  reasons = [trajectory.outcome.reason for trajectory in group]
+  return dict(collections.Counter(reason for reason in reasons if reason).most_common())
+
+
+def _lazy_ratio(group: Sequence[Trajectory]) -> float:
+  reasonings = []
+  tokens = []
+  wrong = []
+  for trajectory in group:
+    reasonings += trajectory.reasonings
+    tokens += trajectory.reasoning_tokens
+    wrong += [not trajectory.outcome.correct] * len(trajectory.texts)
+  return lazy_ratio(reasonings, tokens, wrong)['ratio']
+
+
+def _has_subtasks(trajectory: Trajectory) -> bool:
+  """Whether the task is one request that takes several calls."""
+  return len(trajectory.task.turns) == 1 and trajectory.task.steps > 1
+
+
+def _by_subtasks(group: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
+  """Accuracy and number of tasks by their number of reference calls."""
+  by_steps = collections.defaultdict(list)
+  for trajectory in group:
+    by_steps[trajectory.task.steps].append(trajectory)
+  return {
+    str(steps): {'accuracy': _accuracy(by_steps[steps]), 'n': len(by_steps[steps])}
+    for steps in sorted(by_steps)
+  }

@@ -1,0 +1,58 @@
+"""Numbers of a summary as a page shows them: what is missing is a dash."""
+
+import math
+from typing import Any
+
+STAGE_LABELS = {
+  'base': 'base',
+  'sft': 'after SFT',
+  'grpo': 'after GRPO',
+  'dr_grpo': 'after Dr. GRPO',
+  'rloo': 'after RLOO',
+  'rl_zvp': 'after RL-ZVP',
+  'da_grpo': 'after DA-GRPO',
+}
+
+Stages = dict[str, dict[str, Any]]
+
+
+def stage_label(name: str) -> str:
+  """Returns what a stage is called on the page; any estimator may have trained it."""
+  return STAGE_LABELS.get(name, f'after {name}')
+
+
+def kind_label(kind: str) -> str:
+  """Returns what a kind of task is called on the page."""
+  return kind.replace('_', '-')
+
+
+def kinds_of(stages: Stages) -> list[str]:
+  """Returns the kinds of task that any stage was measured on, in the order of the first."""
+  kinds: dict[str, None] = {}
+  for stage in stages.values():
+    for field in ('accuracy', 'lazy_ratio'):
+      kinds.update(dict.fromkeys(stage.get(field) or {}))
+  return list(kinds)
+
+
+def number(value: Any) -> float | None:
+  """A finite number, or None for what is missing, null or not a number."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    return None
+  return value
+
+
+def entry(stage: dict[str, Any], field: str, kind: str | None = None) -> float | None:
+  """A figure of a stage, of one kind or of all; None where it was not measured."""
+  value = stage.get(field)
+  return number((value or {}).get(kind)) if kind else number(value)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+  """A share as per cent, or a dash."""
+  return '–' if share is None else f'{100 * share:.{digits}f} %'
+
+
+def plain(value: float | None, digits: int = 1) -> str:
+  """A number, or a dash."""
+  return '–' if value is None else f'{value:,.{digits}f}'

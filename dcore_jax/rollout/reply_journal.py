@@ -1,0 +1,82 @@
+"""A journal of replies: what was answered once is not asked again, also by a later process."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from dcore_jax.rollout.backends import Reply
+
+# What parsing a line raises that is no JSON, no object, or an object with other fields.
+_NO_REPLY = (ValueError, TypeError, KeyError, AttributeError)
+
+
+class ReplyJournal:
+  """Replies by what was asked, one JSON object a line.
+
+  Only the place of each line is kept in memory: 100,000 replies of a reasoning model are half a
+  gigabyte of text.
+
+  Args:
+    path: the file, made where it is not there. A line that was cut short by a kill is removed.
+
+  Raises:
+    ValueError: a line that is no reply.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._places: dict[str, int] = {}  # bytes from the start of the file
+    # Bytes and not text: places are counted in them, and a line may hold half a character.
+    self._file = path.open('a+b')
+    self._file.seek(0)
+    end = 0
+    for number, line in enumerate(self._file, 1):
+      # A kill cuts the last line short, and only that one.
+      if not line.endswith(b'\n'):
+        break
+      try:
+        key, _ = _parse(line)
+      except _NO_REPLY as error:
+        raise ValueError(f'{path}, line {number} is no reply: {line[:80]!r}') from error
+      self._places[key] = end
+      end += len(line)
+    self._file.truncate(end)
+
+  def find(self, body: dict[str, Any]) -> Reply | None:
+    """Returns the reply to the same request, if there was one."""
+    key = _key(body)
+    place = self._places.get(key)
+    if place is None:
+      return None
+    self._file.seek(place)
+    try:
+      found, reply = _parse(self._file.readline())
+    except _NO_REPLY:
+      return None
+    # Where another process writes to the file as well, another line may stand at this place.
+    return reply if found == key else None
+
+  def append(self, body: dict[str, Any], reply: Reply) -> None:
+    """Keeps a reply, in the file before anything is made of it."""
+    key = _key(body)
+    record = {'key': key, **dataclasses.asdict(reply)}
+    # 'surrogatepass': a model may write half of a surrogate pair, which is no valid UTF-8.
+    line = json.dumps(record, ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n'
+    self._places[key] = self._file.seek(0, os.SEEK_END)
+    self._file.write(line)
+    # Each reply reaches the file at once: it may have cost minutes, or money.
+    self._file.flush()
+
+
+def _parse(line: bytes) -> tuple[str, Reply]:
+  record = json.loads(line)
+  key = record.pop('key')
+  return key, Reply(**record)
+
+
+def _key(body: dict[str, Any]) -> str:
+  # Sorted: a request is the same in whatever order its fields were put together.
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

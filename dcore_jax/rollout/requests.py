@@ -1,0 +1,140 @@
+"""What an engine is asked for and what it gives back."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dcore_jax.rollout.sampling import Alternatives
+
+# Requests, completions and progress are compared by identity (eq=False): arrays have no single
+# truth value for == to return.
+Tag = Any  # whatever a caller of `Engine.stream` knows a rollout by
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+  """One rollout to be made.
+
+  Attributes:
+    prompt: token ids, int [n] with n >= 1.
+    key_id: names its random stream, e.g. (step, prompt, sample).
+    max_tokens: tokens to sample at most; None: the sampling rule's number. Either is cut to what
+      there is room for.
+    top: alternatives to be reported with each token, at most `sampling.TOP`.
+  """
+
+  prompt: np.ndarray
+  key_id: tuple[int, ...]
+  max_tokens: int | None = None
+  top: int = 0
+
+
+# The engine asks a source with the number of free lanes, and gets up to that many requests.
+RequestSource = Callable[[int], Sequence[tuple[Tag, Request]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Completion:
+  """What was sampled, token by token: a trainer learns from exactly these ids.
+
+  Attributes:
+    tokens: int32 [m], the stop token included.
+    logprobs: float32 [m], under the policy that sampled (after temperature and truncation).
+    full_logprobs: float32 [m], before truncation: what a trainer computes at the same temperature.
+    entropies: float32 [m], nats, of the distributions before truncation.
+    finished: whether the last token is a stop token. Otherwise the budget was used up, or a stop
+      string was completed.
+    stop: the stop string that the last token completed, if any.
+    prompt_len: tokens of the prompt.
+  """
+
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  full_logprobs: np.ndarray
+  entropies: np.ndarray
+  finished: bool
+  stop: str | None
+  prompt_len: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Progress:
+  """What one step drew for one rollout.
+
+  Attributes:
+    handle: of the rollout.
+    tokens: int32 [k].
+    logprobs: float32 [k].
+    full_logprobs: float32 [k].
+    completion: all that was sampled, where the rollout has ended. It has no alternatives: the
+      engine does not keep them.
+    top: alternatives [k, request's `top`]; None where the request asks for none.
+  """
+
+  handle: int
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  full_logprobs: np.ndarray
+  completion: Completion | None
+  top: Alternatives | None = None
+
+
+@dataclasses.dataclass
+class EngineStats:
+  """Counts since the engine was made.
+
+  Attributes:
+    prefill_tokens: prompt tokens that went through the model.
+    reused_tokens: prompt tokens whose keys and values were there from another rollout or an earlier
+      turn.
+    decoded_tokens: tokens handed out, which is also the number of lane-steps that did something.
+    lane_steps: decode steps times the lanes of their tiles.
+    decode_steps: each reads the weights once.
+    slots_read: slots (keys and values of one token) that decode steps read.
+    prefill_calls: calls of the prefill program.
+    decode_calls: calls of the decode program.
+    compilations: programs compiled.
+  """
+
+  prefill_tokens: int = 0
+  reused_tokens: int = 0
+  decoded_tokens: int = 0
+  lane_steps: int = 0
+  decode_steps: int = 0
+  slots_read: int = 0
+  prefill_calls: int = 0
+  decode_calls: int = 0
+  compilations: int = 0
+
+  @property
+  def occupancy(self) -> float:
+    """The share of the lane-steps that drew a token of a rollout."""
+    return self.decoded_tokens / max(self.lane_steps, 1)
+
+
+def checked_prompt(request: Request, max_len: int, vocab: int) -> np.ndarray:
+  """Returns the prompt of a request as int32.
+
+  Raises:
+    ValueError: it is no row of token ids, leaves no room in `max_len`, or has ids outside the
+      vocabulary.
+  """
+  name = f'request {request.key_id}'
+  tokens = np.asarray(request.prompt)
+  if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in 'iu':
+    raise ValueError(
+      f'{name}: a prompt is a row of at least one token id, got {tokens.dtype} {tokens.shape}'
+    )
+  # At least one slot must be left for a token that is sampled.
+  if len(tokens) >= max_len:
+    raise ValueError(
+      f'{name}: a prompt of {len(tokens)} tokens leaves no room in max_len={max_len}'
+    )
+  if tokens.min() < 0 or tokens.max() >= vocab:
+    raise ValueError(
+      f'{name}: token ids {tokens.min()}..{tokens.max()} exceed the vocabulary of {vocab}'
+    )
+  # A copy: the caller may change its array while the rollout waits.
+  return tokens.astype(np.int32)

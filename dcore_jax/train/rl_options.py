@@ -1,0 +1,167 @@
+"""Section `rl` as the loop reads it: objects made of its options, sizes, and checks before a run.
+
+A wrong option is an error here, before anything is sampled, and not hours later at the step that
+first reads it.
+"""
+
+import math
+
+import numpy as np
+
+from dcore_jax import sharding
+from dcore_jax.config import RlSection
+from dcore_jax.learn import advantages, objectives
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.train.sources import RolloutSource
+
+
+def policy_loss(config: RlSection) -> objectives.PolicyLoss:
+  """What section `rl` minimises."""
+  return objectives.PolicyLoss(
+    objective=config.objective,
+    clip_low=config.clip_low,
+    clip_high=config.clip_high,
+    dual_clip=config.dual_clip,
+    cov_share=config.cov_share,
+    cov_penalty=config.cov_penalty,
+    aggregation=config.aggregation,
+    max_tokens=config.max_tokens,
+    kl_coefficient=config.kl_coefficient,
+    kl_estimator=config.kl_estimator,
+    uniform_kl=config.uniform_kl,
+    importance_cap=config.importance_cap,
+  )
+
+
+def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
+  """The advantage estimator that `rl.estimator` names, with the options of the section.
+
+  An option that only an estimator from outside this package knows keeps its default.
+
+  Args:
+    config: section `rl`.
+    alpha: stands for `rl.alpha`, which may be adapted during a run.
+  """
+  return advantages.make_estimator(
+    config.estimator,
+    {
+      'alpha': alpha,
+      'delta': config.delta,
+      'zero_test': config.zero_test,
+      'psi_multiplier': config.psi_multiplier,
+      'psi_when_wrong': config.psi_when_wrong,
+      'right_above': config.right_above,
+    },
+  )
+
+
+def next_alpha(config: RlSection, alpha: float, measured: float) -> float:
+  """`advantages.adapted_alpha` with the section's target, rate and bounds."""
+  return advantages.adapted_alpha(
+    alpha,
+    measured,
+    config.alpha_target,
+    rate=config.alpha_rate,
+    low=config.alpha_low,
+    high=config.alpha_high,
+  )
+
+
+def length_penalty(config: RlSection, lengths: np.ndarray) -> np.ndarray:
+  """`advantages.overlong_penalty` of responses with these numbers of tokens."""
+  return advantages.overlong_penalty(
+    lengths,
+    max_tokens=config.max_tokens,
+    buffer=config.overlong_buffer,
+    penalty=config.overlong_penalty,
+  )
+
+
+def sampling_params(config: RlSection, seed: int) -> SamplingParams:
+  """How rollouts are drawn."""
+  return SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
+
+
+def rows_multiple(config: RlSection, longest_prompt: int, response: int) -> int:
+  """Rows that a mini-batch comes in multiples of, so that all steps have one shape.
+
+  As many rows as rollouts of full length fill. Where packing leaves gaps, the next multiple is
+  taken; micro-batches that stay empty are skipped on the device.
+
+  Args:
+    config: section `rl`.
+    longest_prompt: tokens.
+    response: tokens that a rollout has at most, all its responses together.
+  """
+  tokens = config.prompts // config.updates * (longest_prompt + config.group * response)
+  return config.rows * math.ceil(tokens / (config.rows * config.capacity))
+
+
+def check_options(config: RlSection, engine: Engine, source: RolloutSource) -> None:
+  """Checks the section before anything is sampled.
+
+  Raises:
+    ValueError: naming a field whose value means nothing, or sizes that do not fit each other.
+  """
+  for name, value, least in (
+    ('updates', config.updates, 1),
+    ('group', config.group, 1),
+    ('wave', config.wave, 1),
+    ('checkpoint_every', config.checkpoint_every, 1),
+    ('dynamic_rounds', config.dynamic_rounds, 0),
+  ):
+    if value < least:
+      raise ValueError(f'rl.{name} = {value} must be at least {least}')
+  if config.prompts % config.updates:
+    raise ValueError(
+      f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}'
+    )
+  if config.rows % sharding.shards():
+    raise ValueError(
+      f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows'
+    )
+  _check_sizes(config, engine, source)
+  policy_loss(config)
+  # Options of functions are checked by the functions themselves, on the smallest input they take.
+  nothing_PG = np.zeros((1, 2))
+  nothing_PGT = np.zeros((1, 2, 1))
+  make_estimator(config, config.alpha)(nothing_PG, nothing_PGT, nothing_PGT)
+  advantages.select_groups(nothing_PG, 1, uniform_share=config.uniform_share)
+  if config.overlong_buffer:
+    length_penalty(config, np.zeros(1))
+  _check_alpha(config)
+
+
+def _check_alpha(config: RlSection) -> None:
+  if config.alpha_measure not in ('', 'entropy', 'psi_share'):
+    raise ValueError(
+      f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'"
+    )
+  if config.alpha_measure:
+    next_alpha(config, config.alpha, math.nan)
+  about_psi = config.alpha_measure or config.psi_words
+  if about_psi and not advantages.uses_entropy(config.estimator):
+    raise ValueError(
+      f'rl.alpha_measure and rl.psi_words are about psi, which {config.estimator!r} does not have'
+    )
+
+
+def _check_sizes(config: RlSection, engine: Engine, source: RolloutSource) -> None:
+  """ValueError where a prompt does not fit the engine, or a rollout not a packed row."""
+  if source.longest_prompt >= engine.max_len:
+    raise ValueError(
+      f'a prompt of {source.longest_prompt} tokens leaves no room in '
+      f'engine.max_len = {engine.max_len}; '
+      f'rl.max_prompt_tokens = {config.max_prompt_tokens} drops only longer ones'
+    )
+  # Later prompts of an episode grow up to the engine's limit; a single response has its own.
+  longest = engine.max_len
+  if source.responses == 1:
+    response = min(config.max_tokens, engine.max_new)
+    longest = min(longest, source.longest_prompt + response)
+  if longest > config.capacity:
+    raise ValueError(
+      f'rl.capacity = {config.capacity} does not hold a rollout of {longest} tokens, '
+      'prompt and response'
+    )

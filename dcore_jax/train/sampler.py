@@ -1,0 +1,167 @@
+"""Rollouts of a step: sampled in waves, kept in a journal, scored, and selected (DAPO's rounds)."""
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dcore_jax.config import RlSection
+from dcore_jax.learn import advantages
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.train.checksum import tree_sum
+from dcore_jax.train.journal import JournaledEngine, RolloutJournal
+from dcore_jax.train.prompt_order import PromptOrder
+from dcore_jax.train.rl_options import length_penalty, sampling_params
+from dcore_jax.train.rollout_batch import (
+  Rollout,
+  RolloutBatch,
+  prompt_means,
+  rollout_metrics,
+  take_groups,
+)
+from dcore_jax.train.sources import RolloutSource
+
+_MEASURED = 2**32 - 1  # the random stream of measurements; no step has this number
+
+
+class SampledStep(NamedTuple):
+  """What a step learns from.
+
+  Attributes:
+    batch: the scored groups.
+    judging: seconds that scoring took.
+    asked: figures of all groups that were asked, where some were left out.
+  """
+
+  batch: RolloutBatch
+  judging: float
+  asked: dict[str, float]
+
+
+class Sampler:
+  """Samples and scores the rollouts of each step.
+
+  Args:
+    engine: where rollouts are made, with the weights that it has at that time.
+    source: what is asked, and how answers are judged.
+    order: which items each step asks; its seed is that of sampling, too.
+    config: section `rl`.
+    journal: where rollouts are kept until a checkpoint covers them; None keeps none.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    source: RolloutSource,
+    order: PromptOrder,
+    config: RlSection,
+    journal: RolloutJournal | None = None,
+  ):
+    self._engine = engine
+    self._source = source
+    self._order = order
+    self._config = config
+    self._journal = journal
+    self._sampling = sampling_params(config, order.seed)
+
+  def step(self, step: int) -> SampledStep:
+    """Samples, scores and selects the groups of a step.
+
+    With `rl.dynamic_rounds`, more items are asked as long as too few groups have reward variance
+    (DAPO's dynamic sampling). Where the rounds do not suffice, the first of the other groups fill
+    the batch.
+    """
+    config = self._config
+    parts = []
+    judging = 0.0
+    # Every round asks as many items as a step has, whose rollouts fill the engine's lanes.
+    for turn in range(config.dynamic_rounds + 1):
+      rollouts = self.rollouts(step, turn)
+      began = time.monotonic()
+      judged = self._source.judge(self._order.chosen(step, turn), rollouts)
+      parts.append(self._penalised(judged))
+      judging += time.monotonic() - began
+      if not config.dynamic_rounds:
+        return SampledStep(batch=parts[0], judging=judging, asked={})
+      rewards_PG = np.concatenate([part.total_PG for part in parts])
+      kept = advantages.select_groups(
+        rewards_PG, config.prompts, uniform_share=config.uniform_share
+      )
+      if len(kept) == config.prompts:
+        break
+    others = np.setdiff1d(np.arange(len(rewards_PG)), kept)
+    filling = others[: config.prompts - len(kept)]
+    asked = {
+      'asked_groups': len(rewards_PG),
+      'asked_zero_variance': float(advantages.uniform_groups(rewards_PG).mean()),
+    }
+    # In the order in which they were asked.
+    batch = take_groups(parts, np.sort(np.concatenate([kept, filling])))
+    return SampledStep(batch=batch, judging=judging, asked=asked)
+
+  def _penalised(self, batch: RolloutBatch) -> RolloutBatch:
+    """With DAPO's penalty for responses that come close to the limit, where the config asks for it.
+
+    The longest response of a rollout counts.
+    """
+    if not self._config.overlong_buffer:
+      return batch
+    lengths = []
+    for rollout in batch.rollouts:
+      own = [len(completion.tokens) for _, completion in rollout.exchanges]
+      lengths.append(max(own, default=0))
+    penalty = length_penalty(self._config, np.array(lengths)).astype(np.float32)
+    total_PG = batch.total_PG + penalty.reshape(batch.total_PG.shape)
+    return dataclasses.replace(batch, total_PG=total_PG)
+
+  def rollouts(self, step: int, turn: int = 0) -> list[Rollout]:
+    """Samples one turn of a step, wave by wave, or reads what an earlier process has sampled."""
+    chosen = self._order.chosen(step, turn)
+    wave = self._config.wave
+    # Rollouts of other weights must never be taken for these, e.g. after a fallback.
+    weights = int(tree_sum(self._engine.params)) if self._journal else 0
+    # File numbers go on over the turns of a step.
+    waves_before = turn * -(-len(chosen) // wave)
+    rollouts = []
+    for first in range(0, len(chosen), wave):
+      items = chosen[first : first + wave]
+      engine = self._engine
+      if self._journal:
+        engine = self._journaled(step, waves_before + first // wave, items, weights)
+      rollouts += self._sample(engine, items, step, turn * len(chosen) + first)
+    return rollouts
+
+  def _journaled(self, step: int, wave: int, items: list[int], weights: int) -> JournaledEngine:
+    """The engine behind a wave's journal. What rollouts depend on is the file's fingerprint."""
+    origin = (
+      weights,
+      self._source.fingerprint,
+      items,
+      self._config.group,
+      self._sampling,
+      self._engine.max_len,
+    )
+    # The text of these values is part of the file format: another order would be another run.
+    fingerprint = zlib.crc32(repr(origin).encode())
+    return self._journal.engine(self._engine, step, wave, fingerprint)
+
+  def measured(self, items: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(`rollout_metrics`, `prompt_means`) of held-out items, from the same streams every time."""
+    batch = self._source.judge(items, self._sample(self._engine, items, _MEASURED, 0))
+    return rollout_metrics(batch), prompt_means(batch)
+
+  def _sample(
+    self, engine: Engine | JournaledEngine, items: Sequence[int], step: int, first: int
+  ) -> list[Rollout]:
+    """A group of each item; `first` is the place of the first item among those of the step."""
+    repeated = []
+    keys = []
+    for place, item in enumerate(items):
+      for g in range(self._config.group):
+        repeated.append(item)
+        # A random stream is named by what is asked, so that waves and lanes do not matter.
+        keys.append((step, first + place, g))
+    return self._source.sample(engine, repeated, keys, self._sampling)

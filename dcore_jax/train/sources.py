@@ -1,0 +1,213 @@
+"""What reinforcement learning asks, and how answers are judged.
+
+Two sources offer the same interface, so that the loop need not know which it has. `Questions` are
+decision points, answered once and compared with a reference (the paper's setting). `Episodes` are
+tasks of a world, acted out over all their turns and judged by the state that is left behind.
+Letters: P prompts (items of a source), G rollouts of a prompt.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dcore_jax.chat.template import render_prompt
+from dcore_jax.data.seeds import DecisionPoint
+from dcore_jax.learn import rewards
+from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.train.journal import JournaledEngine
+from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
+from dcore_jax.worlds.environment import World
+from dcore_jax.worlds.rollouts import Exchange, act
+
+
+class RolloutSource(Protocol):
+  """Items to ask about, by number.
+
+  Attributes:
+    kinds: what each item is, by which rewards are reported.
+    fingerprint: tells whether a checkpoint was made from the same items.
+    longest_prompt: tokens of the longest first prompt.
+    responses: responses that a rollout has at most, or as many as are usual; the number that shapes
+      are compiled for.
+  """
+
+  kinds: list[str]
+  fingerprint: int
+  longest_prompt: int
+  responses: int
+
+  def sample(
+    self,
+    engine: Engine | JournaledEngine,
+    chosen: Sequence[int],
+    keys: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+  ) -> list[Rollout]:
+    """Makes a rollout for each entry of `chosen`, which as a rule names an item more than once.
+
+    keys[i] names the random stream of the i-th rollout.
+    """
+
+  def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
+    """Scores the rollouts of the items `chosen`, equally many of each, item by item."""
+
+
+# --- decision points ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A decision point with its prompt as token ids, int32 [n]."""
+
+  point: DecisionPoint
+  tokens: np.ndarray
+
+
+def encode_prompts(
+  tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: int
+) -> tuple[list[Prompt], int]:
+  """(prompts of at most `max_tokens` tokens, number of those dropped for being longer)."""
+  prompts = []
+  for point in points:
+    text = render_prompt(tokenizer, list(point.messages))
+    tokens = np.array(tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    # Never truncated: a prompt without its end is another question.
+    if len(tokens) <= max_tokens:
+      prompts.append(Prompt(point, tokens))
+  return prompts, len(points) - len(prompts)
+
+
+class Questions:
+  """Decision points with reference answers.
+
+  Args:
+    tokenizer: the policy's.
+    prompts: from `encode_prompts`.
+    reward: a name of `rewards.REWARDS`, which compares an answer with the reference.
+
+  Raises:
+    ValueError: an unknown reward, or a reference that it cannot read; now, and not at the step that
+      draws it.
+  """
+
+  def __init__(self, tokenizer: Any, prompts: Sequence[Prompt], reward: str):
+    self._tokenizer = tokenizer
+    self._prompts = prompts
+    self._reward = reward
+    self.kinds = [prompt.point.kind for prompt in prompts]
+    self.responses = 1
+    self.longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
+    contents = [prompt.tokens.tobytes() + prompt.point.reference.encode() for prompt in prompts]
+    self.fingerprint = zlib.crc32(b'\n'.join(contents))
+    references = [prompt.point.reference for prompt in prompts]
+    # What the reference itself would earn, by which an answer counts as right.
+    answers = [f'<think>\n \n</think>\n\n{reference}' for reference in references]
+    best = rewards.batch_reward(reward, answers, references)
+    self._best = np.asarray(best.correctness)
+
+  def sample(
+    self,
+    engine: Engine | JournaledEngine,
+    chosen: Sequence[int],
+    keys: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+  ) -> list[Rollout]:
+    """Answers each chosen decision point once."""
+    prompts = [self._prompts[index].tokens for index in chosen]
+    requests = [Request(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
+    completions = engine.generate(requests, sampling)
+    texts = self._tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+    rollouts = []
+    for prompt, completion, text in zip(prompts, completions, texts, strict=True):
+      rollouts.append(Rollout(exchanges=[Exchange(prompt, completion)], texts=[text]))
+    return rollouts
+
+  def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
+    """Compares every answer with the reference of its item."""
+    P = len(chosen)
+    G = len(rollouts) // P
+    references = []
+    for index in chosen:
+      references += [self._prompts[index].point.reference] * G
+    texts = [rollout.texts[0] for rollout in rollouts]
+    reward = rewards.batch_reward(self._reward, texts, references)
+    correctness_PG = np.asarray(reward.correctness).reshape(P, G)
+    return RolloutBatch(
+      kinds=[self.kinds[index] for index in chosen],
+      rollouts=rollouts,
+      total_PG=np.asarray(reward.total).reshape(P, G),
+      format_PG=np.asarray(reward.format).reshape(P, G),
+      correctness_PG=correctness_PG,
+      right_PG=correctness_PG == self._best[list(chosen), None],
+    )
+
+
+# --- episodes ---
+
+
+def short_tasks(
+  tokenizer: Any, world: World, tasks: Sequence[Any], max_tokens: int
+) -> tuple[list[Any], int]:
+  """(tasks whose first prompt has at most `max_tokens` tokens, number of those dropped)."""
+  short = [task for task in tasks if _first_prompt_tokens(tokenizer, world, task) <= max_tokens]
+  return short, len(tasks) - len(short)
+
+
+def _first_prompt_tokens(tokenizer: Any, world: World, task: Any) -> int:
+  text = render_prompt(tokenizer, world.episode(task).messages)
+  return len(tokenizer(text, add_special_tokens=False)['input_ids'])
+
+
+class Episodes:
+  """Tasks of a world, acted out to their end.
+
+  The reward is `rewards.state_reward`'s correctness: 3 where the state and the outputs that an
+  episode leaves behind are the reference's and every response has closed its thoughts, else -3. Its
+  format part is logged and not rewarded.
+  """
+
+  def __init__(self, tokenizer: Any, world: World, tasks: Sequence[Any]):
+    self._tokenizer = tokenizer
+    self._world = world
+    self._tasks = tasks
+    self.kinds = [task.kind for task in tasks]
+    # A response for each call, and one that ends each turn.
+    self.responses = max((task.steps + len(task.turns) for task in tasks), default=1)
+    lengths = [_first_prompt_tokens(tokenizer, world, task) for task in tasks]
+    self.longest_prompt = max(lengths, default=0)
+    # Tasks are drawn from a seed: their names say all.
+    self.fingerprint = zlib.crc32('\n'.join(task.id for task in tasks).encode())
+
+  def sample(
+    self,
+    engine: Engine | JournaledEngine,
+    chosen: Sequence[int],
+    keys: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+  ) -> list[Rollout]:
+    """Acts each chosen task out once."""
+    tasks = [self._tasks[index] for index in chosen]
+    rollouts = []
+    for acted in act(engine, self._tokenizer, self._world, tasks, sampling, keys=keys):
+      rollouts.append(Rollout(exchanges=acted.exchanges, texts=acted.texts, outcome=acted.outcome))
+    return rollouts
+
+  def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
+    """Scores every episode by the state that it left."""
+    P = len(chosen)
+    G = len(rollouts) // P
+    scored = [rewards.state_reward(rollout.texts, rollout.outcome.correct) for rollout in rollouts]
+    format_PG = np.array([reward.format for reward in scored], np.float32).reshape(P, G)
+    correctness_PG = np.array([reward.correctness for reward in scored], np.float32).reshape(P, G)
+    return RolloutBatch(
+      kinds=[self.kinds[index] for index in chosen],
+      rollouts=rollouts,
+      total_PG=correctness_PG,
+      format_PG=format_PG,
+      correctness_PG=correctness_PG,
+      right_PG=correctness_PG > 0,
+    )

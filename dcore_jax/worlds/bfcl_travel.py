@@ -1,0 +1,352 @@
+"""What can be asked of BFCL's travel agency."""
+
+from typing import Any
+
+from dcore_jax.chat.messages import ToolCall
+from dcore_jax.worlds.bfcl_writer import (
+  FIRST,
+  LAST,
+  LINES,
+  Clause,
+  Mention,
+  Output,
+  Repertoire,
+  Writer,
+)
+
+_AIRPORTS = {
+  'San Francisco': 'SFO',
+  'Los Angeles': 'LAX',
+  'New York': 'JFK',
+  'Chicago': 'ORD',
+  'Boston': 'BOS',
+  'Rivermist': 'RMS',
+  'Stonebrook': 'SBK',
+  'Maplecrest': 'MPC',
+  'Silverpine': 'SVP',
+}
+# Flights that the API knows in this direction; it has no price for others.
+_ROUTES = (
+  ('SFO', 'ORD'),
+  ('SFO', 'SVP'),
+  ('SFO', 'GFD'),
+  ('LAX', 'SBK'),
+  ('LAX', 'CRH'),
+  ('JFK', 'BOS'),
+  ('JFK', 'HND'),
+  ('ORD', 'MPC'),
+  ('ORD', 'PHV'),
+  ('BOS', 'RMS'),
+  ('BOS', 'OKD'),
+  ('RMS', 'SVP'),
+  ('SBK', 'SHD'),
+  ('MPC', 'OKD'),
+  ('SVP', 'SSV'),
+)
+_CLASSES = ('economy', 'business', 'first')
+_COVERS = ('baggage', 'cancellation', 'medical', 'delay')
+_CURRENCIES = ('RMB', 'EUR', 'JPY', 'GBP', 'CAD', 'AUD', 'INR', 'BRL', 'MXN')
+
+
+def _travel_scenario(w: Writer) -> dict[str, Any]:
+  first = w.choice(FIRST).title()
+  last = w.choice(LAST)
+  token = str(w.number(10**5, 10**6 - 1))
+  cards = {
+    str(w.number(10**11, 10**12 - 1)): {
+      'card_number': str(w.number(4 * 10**15, 5 * 10**15)),
+      'expiration_date': f'{w.number(1, 12):02}/20{w.number(28, 33)}',
+      'cardholder_name': f'{first} {last}',
+      'card_verification_number': w.number(100, 999),
+      'balance': w.number(90, 600) * 100,
+    }
+    for _ in range(2)
+  }
+  bookings = {}
+  for _ in range(3):
+    start, end = w.choice(_ROUTES)
+    number = str(w.number(10**6, 10**7 - 1))
+    bookings[number] = {
+      'card_id': w.choice(cards),
+      'travel_date': _date(w),
+      'travel_from': start,
+      'travel_to': end,
+      'travel_class': w.choice(_CLASSES),
+      'travel_cost': float(w.number(2, 40) * 50),
+      'transaction_id': str(w.number(10**7, 10**8 - 1)),
+    }
+  w.briefing = f'The user is logged in to the travel system with the access token {token}.'
+  return {
+    'random_seed': w.number(1, 10**6),
+    'credit_card_list': cards,
+    'booking_record': bookings,
+    'access_token': token,
+    'token_type': 'Bearer',
+    'token_expires_in': 1000,
+    'token_scope': 'read_write',
+    'user_first_name': first,
+    'user_last_name': last,
+  }
+
+
+def _date(w: Writer) -> str:
+  return f'2027-{w.number(1, 12):02}-{w.number(1, 28):02}'
+
+
+def _token(w: Writer, **arguments: Any) -> dict[str, Any]:
+  return {'access_token': w.api.access_token, **arguments}
+
+
+def _cards(w: Writer, balance: float) -> list[str]:
+  """The cards that the user can name and that hold at least `balance` dollars."""
+  return [
+    card
+    for card, record in w.api.credit_card_list.items()
+    if card not in w.fresh and record['balance'] >= balance
+  ]
+
+
+def _flight_cost(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, sorted({start for start, _ in _ROUTES}), 'airport')
+  if not found:
+    return None
+  end = w.choice([end for start, end in _ROUTES if start == found.value])
+  date = _date(w)
+  cabin = w.choice(_CLASSES)
+  call = ToolCall(
+    'get_flight_cost',
+    {'travel_from': found.value, 'travel_to': end, 'travel_date': date, 'travel_class': cabin},
+  )
+  return Clause(
+    text=f'get the price of a flight in {cabin} class from {found.words} to {end} on {date}',
+    calls=[call],
+    report=f'This is the price of the flight to {end}.',
+    chained=chained,
+    partial=(
+      f'get the price of a flight from {found.words} to {end} on {date}',
+      'In which class do you want to fly?',
+    ),
+  )
+
+
+def _book_flight(w: Writer, chained: bool) -> Clause | None:
+  start, end = w.choice(_ROUTES)
+  date = _date(w)
+  cabin = w.choice(_CLASSES)
+  (cost,) = w.api.get_flight_cost(start, end, date, cabin)['travel_cost_list']
+  cards = _cards(w, max(cost, w.api.budget_limit or 0))
+  if not cards:
+    return None
+  card = w.choice(cards)
+  call = ToolCall(
+    'book_flight',
+    _token(w, card_id=card, travel_date=date, travel_from=start, travel_to=end, travel_class=cabin),
+  )
+  return Clause(
+    text=f'book a flight in {cabin} class from {start} to {end} on {date} with card {card}',
+    calls=[call],
+    report=f'The flight to {end} is booked.',
+    partial=(
+      f'book a flight from {start} to {end} with card {card}',
+      'When and in which class do you want to fly?',
+    ),
+    makes=Mention('that booking', Output('booking_id')),
+  )
+
+
+def _cancel_booking(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
+  if not found:
+    return None
+  return Clause(
+    text=f'cancel {found.words}',
+    calls=[ToolCall('cancel_booking', _token(w, booking_id=found.value))],
+    report=f'Booking {found.value} is cancelled.',
+    chained=chained,
+    partial=('cancel my booking', 'Which booking do you mean?'),
+  )
+
+
+def _invoice(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
+  if not found:
+    return None
+  return Clause(
+    text=f'get the invoice of {found.words}',
+    calls=[ToolCall('retrieve_invoice', _token(w, booking_id=found.value))],
+    report=f'This is the invoice of booking {found.value}.',
+    chained=chained,
+    partial=('get me an invoice', 'Of which booking do you want the invoice?'),
+  )
+
+
+def _insure(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
+  cover = w.choice(_COVERS)
+  cost = w.number(4, 30) * 5
+  cards = _cards(w, cost)
+  if not found or not cards or (w.api.budget_limit is not None and w.api.budget_limit < cost):
+    return None
+  card = w.choice(cards)
+  call = ToolCall(
+    'purchase_insurance',
+    _token(w, insurance_type=cover, booking_id=found.value, insurance_cost=cost, card_id=card),
+  )
+  return Clause(
+    text=f'buy {cover} insurance for {found.words} for {cost} dollars with card {card}',
+    calls=[call],
+    report=f'Booking {found.value} is insured.',
+    chained=chained,
+    partial=(
+      f'buy {cover} insurance for {found.words}',
+      'What may it cost, and which card pays for it?',
+    ),
+  )
+
+
+def _ask_support(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
+  words = w.choice(LINES)
+  if not found:
+    return None
+  return Clause(
+    text=f'write "{words}" to customer support about {found.words}',
+    calls=[ToolCall('contact_customer_support', {'booking_id': found.value, 'message': words})],
+    report=f'Customer support has your message about booking {found.value}.',
+    chained=chained,
+    partial=(f'write to customer support about {found.words}', 'What shall I write?'),
+  )
+
+
+def _balance(w: Writer, chained: bool) -> Clause | None:
+  found = w.which(chained, w.api.credit_card_list, 'card', 'card {}')
+  if not found:
+    return None
+  return Clause(
+    text=f'get the balance of {found.words}',
+    calls=[ToolCall('get_credit_card_balance', _token(w, card_id=found.value))],
+    report=f'This is the balance of card {found.value}.',
+    chained=chained,
+    partial=('get the balance of my card', 'Of which card?'),
+  )
+
+
+def _register_card(w: Writer, chained: bool) -> Clause:
+  number = str(w.number(4 * 10**15, 5 * 10**15))
+  code = w.number(100, 999)
+  expires = f'{w.number(1, 12):02}/20{w.number(28, 33)}'
+  holder = f'{w.choice(FIRST).title()} {w.choice(LAST)}'
+  call = ToolCall(
+    'register_credit_card',
+    _token(
+      w,
+      card_number=number,
+      expiration_date=expires,
+      cardholder_name=holder,
+      card_verification_number=code,
+    ),
+  )
+  return Clause(
+    text=(
+      f'register the credit card {number} of {holder}, which expires {expires} '
+      f'and has the code {code}'
+    ),
+    calls=[call],
+    report=f'The card of {holder} is registered.',
+    partial=(
+      f'register a credit card of {holder}',
+      'What are its number, its date of expiry and its code?',
+    ),
+    makes=Mention('that card', Output('card_id')),
+  )
+
+
+def _budget(w: Writer, chained: bool) -> Clause:
+  limit = w.number(5, 40) * 50
+  return Clause(
+    text=f'set my budget limit to {limit} dollars',
+    calls=[ToolCall('set_budget_limit', _token(w, budget_limit=limit))],
+    report=f'Your budget limit is {limit} dollars.',
+    partial=('set a budget limit', 'How much shall the limit be?'),
+  )
+
+
+def _exchange(w: Writer, chained: bool) -> Clause:
+  amount = w.number(2, 90) * 10
+  currency = w.choice(_CURRENCIES)
+  call = ToolCall(
+    'compute_exchange_rate', {'base_currency': 'USD', 'target_currency': currency, 'value': amount}
+  )
+  return Clause(
+    text=f'convert {amount} USD to {currency}',
+    calls=[call],
+    report=f'{amount} USD have been converted to {currency}.',
+    partial=(f'convert my dollars to {currency}', 'How many dollars are there?'),
+  )
+
+
+def _airport(w: Writer, chained: bool) -> Clause:
+  city = w.choice(_AIRPORTS)
+  return Clause(
+    text=f'find the airport nearest to {city}',
+    calls=[ToolCall('get_nearest_airport_by_city', {'location': city})],
+    report=f'The airport nearest to {city} is found.',
+    partial=('find the nearest airport', 'Nearest to which city?'),
+    makes=Mention('that airport', Output('nearest_airport')),
+  )
+
+
+def _verify_traveller(w: Writer, chained: bool) -> Clause:
+  first = w.api.user_first_name
+  last = w.api.user_last_name
+  born = f'{w.number(1950, 1995)}-{w.number(1, 12):02}-{w.number(1, 28):02}'
+  passport = f'US{w.number(10**6, 10**7 - 1)}'
+  call = ToolCall(
+    'verify_traveler_information',
+    {'first_name': first, 'last_name': last, 'date_of_birth': born, 'passport_number': passport},
+  )
+  return Clause(
+    text=f'verify that {first} {last}, born on {born} with passport {passport}, may travel',
+    calls=[call],
+    report=f'The details of {first} {last} have been verified.',
+    partial=(
+      f'verify that {first} {last} may travel',
+      'What are the date of birth and the passport number?',
+    ),
+  )
+
+
+REPERTOIRES = {
+  'TravelAPI': Repertoire(
+    scenario=_travel_scenario,
+    moves=(
+      _flight_cost,
+      _book_flight,
+      _cancel_booking,
+      _invoice,
+      _insure,
+      _ask_support,
+      _balance,
+      _register_card,
+      _budget,
+      _exchange,
+      _airport,
+      _verify_traveller,
+    ),
+    sole=frozenset(
+      {
+        'get_flight_cost',
+        'book_flight',
+        'cancel_booking',
+        'retrieve_invoice',
+        'purchase_insurance',
+        'contact_customer_support',
+        'register_credit_card',
+        'set_budget_limit',
+        'compute_exchange_rate',
+        'get_nearest_airport_by_city',
+        'verify_traveler_information',
+      }
+    ),
+  ),
+}

@@ -1,0 +1,57 @@
+"""A model behind a server of this process, and in a terminal."""
+
+import socket
+import threading
+
+import openai
+import pytest
+
+import dcore_jax
+
+
+def test_a_model_is_served_and_taken_back(organism):
+  server = dcore_jax.serve_model(organism, port=0, name='small', lanes=2, background=True)
+  try:
+    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0) as client:
+      assert [model.id for model in client.models.list()] == ['small']
+      choice = client.completions.create(model='small', prompt='find the order', max_tokens=4)
+      assert choice.usage.completion_tokens == 4
+  finally:
+    server.close()
+  assert 'engine' not in {thread.name for thread in threading.enumerate()}
+  with pytest.raises(openai.APIConnectionError):
+    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0) as client:
+      client.models.list()
+
+
+def test_a_port_that_is_taken_is_named(tiny):
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(OSError, match=f'listen on 127.0.0.1:{port}'):
+      dcore_jax.serve_model(tiny, port=port, lanes=2, background=True)
+
+
+def test_a_conversation_in_the_terminal(organism, capsys):
+  lines = ['find the order of Mora.', '/new', '/nonsense']
+  dcore_jax.chat_with(organism, system='Be brief.', lines=lines, max_tokens=1, temperature=0)
+  said = capsys.readouterr().out
+  assert 'Ctrl-D ends the program' in said and 'the budget is used up' in said
+  assert 'there is no /nonsense' in said
+
+
+def test_what_is_typed_ends_with_the_input(organism, capsys, monkeypatch):
+  typed = iter(['/nonsense', KeyboardInterrupt, EOFError])
+
+  def type_line(prompt):
+    line = next(typed)
+    if isinstance(line, str):
+      return line
+    raise line
+
+  monkeypatch.setattr('builtins.input', type_line)
+  dcore_jax.chat_with(organism, world='toolworld', kind='single')
+  assert 'there is no /nonsense' in capsys.readouterr().out
+  with pytest.raises(ValueError, match="unknown world 'mars'"):
+    dcore_jax.chat_with(organism, world='mars')
