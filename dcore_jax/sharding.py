@@ -174,8 +174,7 @@ def shards(axis: str = 'batch') -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of arrays [A, R or M, ...], whose second axis holds rows or loss
-  tokens."""
+  """Returns the sharding of arrays [A, R or M, ...], split along their second axis."""
   # A size that divides in any case: only the axis names matter here.
   spec = partition_spec(
     ('batch',), (math.prod(mesh.shape[name] for name in mesh_axes('batch')),), mesh

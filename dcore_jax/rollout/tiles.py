@@ -51,6 +51,7 @@ def plan_tiles(
     reach[trunk] = int((length_B[readers] + slot_B[readers]).max())
 
   def by_length(lane: int) -> tuple[int, ...]:
+    """The order of lanes: by their trunk's reach, then trunk by trunk."""
     trunk = trunk_B[lane]
     # The lane decides between equals, so that the order is the same in every run.
     return reach[trunk], trunk, slot_B[lane], lane
