@@ -25,6 +25,7 @@ class UserTurn:
 
   query: str
   calls: tuple[ToolCall, ...]
+  # Kept with the task, so that nobody has to run the world to write training rows.
   responses: tuple[str, ...]
   subtasks: tuple[str, ...]
   answer: str
@@ -47,6 +48,7 @@ class WorldTask:
   @property
   def steps(self) -> int:
     """The number of reference calls over all turns."""
+    # One call a step: how many of them a response holds is the model's choice.
     return sum(len(turn.calls) for turn in self.turns)
 
 
@@ -60,6 +62,7 @@ class Outcome:
     steps: the number of assistant messages.
   """
 
+  # A verdict, not a score: rewards are made from it elsewhere.
   correct: bool
   reason: str
   steps: int
@@ -72,6 +75,7 @@ class Sandbox(Protocol):
     state: plain data; two states are equal where `==` says so.
   """
 
+  # Equality of states is how two ways to reach a goal are compared.
   state: Any
 
   def run(self, call: ToolCall) -> str:
@@ -89,6 +93,7 @@ class Episode(Protocol):
     done: whether the episode is over.
   """
 
+  # The caller renders prompts: a world knows neither templates nor tokens.
   messages: list[Message]
   done: bool
 
@@ -112,6 +117,7 @@ class Session(Protocol):
   """
 
   messages: list[Message]
+  # Whose turn it is: a session has no end of its own.
   asked: bool
   state: Any
 
@@ -137,6 +143,7 @@ class World(Protocol):
       out together, as in BFCL's single-turn categories.
   """
 
+  # An order, since tables and charts list kinds in it.
   kinds: Sequence[str]
   one_response: Collection[str]
 
@@ -164,6 +171,7 @@ class World(Protocol):
     The entry 'name' is the world's name in the registry; `open_sandbox` reads the others.
     """
 
+  # Static: distillation opens sandboxes from files, without a world.
   @staticmethod
   def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
     """Makes a fresh sandbox from a `sandbox_record`; no world object is needed for it.

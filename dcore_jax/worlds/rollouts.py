@@ -78,9 +78,11 @@ class _Acted:
   @property
   def next_key(self) -> tuple[int, ...]:
     """Names the random stream of the next response."""
+    # The task's key and the number of the response: streams do not depend on scheduling.
     return (*self.key, len(self.texts))
 
   def trajectory(self) -> Trajectory:
+    """The finished episode, with what was sampled in it."""
     return Trajectory(
       task=self.task,
       outcome=self.episode.outcome(),
@@ -104,10 +106,12 @@ class _Acting:
     progress: Callable[[int], Any] | None,
   ):
     if keys is None:
+      # By default a task's stream is its place in the list.
       keys = [(number,) for number in range(len(tasks))]
     self.acted = [
       _Acted(task, world.episode(task), key) for task, key in zip(tasks, keys, strict=True)
     ]
+    # Deque: conversations go back to the front, new tasks wait behind them.
     self._waiting = collections.deque(range(len(tasks)))
     self._progress = progress
 
@@ -117,6 +121,7 @@ class _Acting:
 
   def take(self, number: int, text: str, reasoning_tokens: int, finished: bool) -> None:
     """Runs the calls of a response; the task waits again unless that was its end."""
+    # Whole texts, thoughts included: reports and analyses show them.
     acted = self.acted[number]
     acted.texts.append(text)
     acted.reasonings.append(thoughts(text, finished))
@@ -133,6 +138,7 @@ class _Acting:
 
   def stop(self, number: int, reason: str) -> None:
     """Ends a task as a failure."""
+    # The world counts it as a failure; the caller goes on with the other tasks.
     self.acted[number].episode.stop(reason)
     self._finished_one()
 
@@ -179,12 +185,14 @@ def act(
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, Request]]:
+    """Gives the engine the prompts of tasks that wait."""
     requests = []
     while len(requests) < free:
       number = acting.next()
       if number is None:
         break
       acted = acting.acted[number]
+      # Rendered anew each time, since the template drops earlier thoughts.
       text = render_prompt(tokenizer, acted.episode.messages)
       prompt = tokenizer(text, add_special_tokens=False)['input_ids']
       # A response of a hundred calls is followed by a hundred outputs, so any prompt can grow too
@@ -192,6 +200,7 @@ def act(
       if len(prompt) >= engine.max_len:
         acting.stop(number, TOO_LONG)
         continue
+      # Kept until the answer comes: a trainer needs the ids, not the text.
       prompts[number] = np.array(prompt, np.int32)
       requests.append((number, Request(prompts[number], acted.next_key)))
     return requests
@@ -199,7 +208,9 @@ def act(
   for number, completion in engine.stream(source, sampling):
     exchange = Exchange(prompts.pop(number), completion)
     acting.acted[number].exchanges.append(exchange)
+    # The stop token ends the turn, and is no part of the text.
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
+    # Special tokens are kept: the tags of thoughts and calls may be among them.
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     length = count_reasoning.of_tokens(tokens, text, completion.finished)
     acting.take(number, text, length, completion.finished)
@@ -232,6 +243,7 @@ def act_through(
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, ChatRequest]]:
+    """Gives the backend the conversations of tasks that wait."""
     requests = []
     while len(requests) < free:
       number = acting.next()
@@ -243,6 +255,7 @@ def act_through(
 
   for number, reply in backend.stream(source, sampling):
     if reply.error:
+      # The kind of error alone: behind the colon stands the endpoint's message.
       acting.stop(number, reply.error.partition(':')[0])
       continue
     length = count_reasoning.of_text(reply.text, reply.finished)
@@ -260,6 +273,7 @@ class _TokenCounter:
     self._think_end = None if end == tokenizer.unk_token_id else end
 
   def of_text(self, text: str, finished: bool) -> int:
+    """Counts the tokens between the tags of a text, by tokenizing it anew."""
     inside, closed, _ = text.partition('</think>')
     if not closed:
       inside = thoughts(text, finished)
@@ -270,6 +284,7 @@ class _TokenCounter:
     """The same for a response as token ids, int32 [n], whose text is `text`."""
     if self._think_end is None:
       return self.of_text(text, finished)
+    # By the tag's id: tokenizing the text anew may split it elsewhere.
     ends = np.flatnonzero(tokens == self._think_end)
     if len(ends):
       before = int(ends[0])
