@@ -31,6 +31,7 @@ def clean_reasoning(text: str) -> str:
 
 
 def _listed(subtasks: Sequence[str], templates: Templates) -> str:
+  # Numbered from 1, as the plan's readers count.
   lines = [
     templates.item.format(number=number, subtask=subtask) + '\n'
     for number, subtask in enumerate(subtasks, 1)
@@ -62,6 +63,7 @@ def sequential(
   (docs/method.md, section 7, point 14).
   """
   done = ''
+  # The first step has nothing behind it, and no such heading.
   if current:
     done = f'{templates.done}\n' + _listed(subtasks[:current], templates)
   return (
