@@ -49,6 +49,7 @@ def _plan(subtasks: Sequence[str], templates: Templates) -> str:
 
 
 def _now(number: int, subtask: str, reasoning: str, templates: Templates) -> str:
+  # The model's own reasoning stands under a heading with its subtask.
   heading = templates.now.format(number=number, subtask=subtask)
   return f'{heading}\n{clean_reasoning(reasoning)}\n'
 
@@ -86,9 +87,11 @@ def parallel(
   """
   # Each answer is a list in brackets, and the target makes all calls in one list.
   calls = '[' + ', '.join(one.answer[1:-1] for one in solved) + ']'
+  # Reasonings in the order of the subtasks, whatever order they were made in.
   body = ''
   for number, one in enumerate(solved, 1):
     body += _now(number, one.subtask, one.reasoning, templates)
+  # The calls stand twice: at the end of the reasoning, and as the answer.
   closing = templates.close + calls
   if newline_before_close:
     closing += '\n'

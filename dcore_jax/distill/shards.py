@@ -70,6 +70,7 @@ class Shards:
   # The last shard may be smaller than the others.
   @property
   def _shards(self) -> range:
+    # Rounded up.
     return range(-(-len(self._seeds) // self._size))
 
   def unfinished(self) -> list[int]:

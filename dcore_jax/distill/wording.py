@@ -121,7 +121,9 @@ ORGANISM_WORDING = Wording(
     decompose=(
       'list the subtasks of this request as json.\nrequest: {query}\ncalls: {calls}\nsubtasks:'
     ),
+    # Without the calls the prompt is the same but for that one line.
     decompose_blind='list the subtasks of this request as json.\nrequest: {query}\nsubtasks:',
+    # One line of instruction, then the request, as in the other two.
     explain='say which tool or value is missing for this request.\nrequest: {query}',
     # One chain and one list: the two shapes that a request can have.
     examples=(
@@ -204,6 +206,7 @@ _SEEN = dict(
 _BLIND = dict(
   given='You see a request and split it up.',
   fourth='',
+  # Without calls there are no numbers to share out.
   rules='- A request that cannot be split is its own only subtask.\n',
   source='you can guess that its number is 88213',
   form='[{{"step": 1, "description": "..."}}, {{"step": 2, "description": "..."}}]',
@@ -224,6 +227,7 @@ ENGLISH_WORDING = Wording(
     decompose_blind=_PARTS + 'Subtasks:',
     instructions=_TASK.format(**_SEEN),
     instructions_blind=_TASK.format(**_BLIND),
+    # Tags around each example keep it apart from the request that is asked about.
     example=(
       '<example_{number}>\n'
       + _PARTS

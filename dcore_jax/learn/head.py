@@ -356,7 +356,7 @@ def _logit_gradient(
   """
   V = logits_CV.shape[1]
   logp_bar_C, entropy_bar_C = bars
-  # Of this device's ids; the partition sum is that of the whole vocabulary.
+  # Log-probabilities of this device's ids: the partition sum is that of the whole vocabulary.
   log_p_CV = logits_CV - scores.partition[:, None]
   # d logp / d z_v = [v = target] - p_v;   d H / d z_v = -p_v (log p_v + H)
   pull_CV = logp_bar_C[:, None]

@@ -529,8 +529,7 @@ def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
 
 
 def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
-  """Contracts the first `inputs` axes of a weight: [B, T, *in] times [*in, *out] -> [B, T,
-  *out]."""
+  """Multiplies [B, T, *in] with [*in, *out]; `inputs` counts the axes *in of the weight."""
   B, T = x.shape[:2]
   if isinstance(weight, Turned):
     out = weight.matrix.shape[:-inputs]

@@ -1,5 +1,4 @@
-"""The paper's models and their sizes by name: the fields of their public `config.json` that define
-the function.
+"""The paper's models by name: the fields of their public `config.json` that define the function.
 
 A preset stands in for a checkpoint that is not there, for a plan or a random initialisation. A real
 checkpoint is read from its own file, and `same_model` compares the two.

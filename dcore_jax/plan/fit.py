@@ -251,7 +251,8 @@ def _largest(program: Program, compiled: _Compiled) -> list[tuple[str, int]]:
       found[f'{name}{jax.tree_util.keystr(path)}'] = device_bytes(leaf)
   sources: dict[tuple[str, str], str] = {}
   for dtype, dimensions, source in _MADE.findall(compiled.hlo):
-    sources.setdefault((dtype, dimensions), source)  # of many arrays of a shape the first
+    # Where many arrays have one shape, the first stands for them.
+    sources.setdefault((dtype, dimensions), source)
   for (dtype, dimensions), source in sources.items():
     size = collectives.shape_bytes(dtype, dimensions)
     found[f'{dtype}[{dimensions}] of {source}'] = size

@@ -192,7 +192,7 @@ def decoding(
     steps: of a call; each gives every lane a token.
     bytes_each: of a number.
   """
-  # Of an embedding that is not the head, a step reads one row for each lane, which is nothing.
+  # Where the embedding is not the head, a step reads one row of it a lane, which is nothing.
   embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
   weights = model.param_count - embedding
   # flops_per_token averages over a causal row: a token that sees `cached` ones is the average of a

@@ -108,7 +108,8 @@ class RunShapes:
     with jax.set_mesh(self.mesh):
       self.shards = sharding.shards()
       parameters = {'embed': jax.ShapeDtypeStruct((), jnp.float32)}
-      self.dtype = self.execution.dtype(parameters)  # of computation
+      # The dtype in which training passes compute.
+      self.dtype = self.execution.dtype(parameters)
     # Parameters and moments are float32, whatever training passes compute in.
     self._specs = decoder.abstract_params(model)
     weights = self.compute_weights()

@@ -220,7 +220,7 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, to
     score_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
   alternatives = None
   if top:
-    # Of equally likely tokens top_k gives the first ones, as a greedy draw does.
+    # Where tokens are equally likely, top_k gives the first ones, as a greedy draw does.
     score_BJ, token_BJ = jax.lax.top_k(score_BV, top)
     log_total_B1 = jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))
     alternatives = Alternatives(token_BJ, score_BJ - log_total_B1)

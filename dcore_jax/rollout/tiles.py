@@ -45,7 +45,7 @@ def plan_tiles(
   """
   # A tile is read as far as its longest lane, so that lanes of like lengths belong together; and
   # lanes of one trunk, which is then read once for all of them.
-  reach = {}  # of each trunk: tokens of its longest lane
+  reach = {}  # trunk -> tokens of its longest lane
   for trunk in np.unique(trunk_B[live]):
     readers = live[trunk_B[live] == trunk]
     reach[trunk] = int((length_B[readers] + slot_B[readers]).max())

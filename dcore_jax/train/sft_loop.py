@@ -86,7 +86,7 @@ def run_sft(
       # Both, since tqdm computes its rate from `initial`.
       bar.initial = start
       bar.n = start
-    # Of the steps before this process too: the result tells the first and last loss of the run.
+    # Losses of earlier processes as well: the result has the first and the last loss of the run.
     losses = []
     # Rows behind the checkpoint are cut off: their steps are taken again.
     for row in run.metrics.rewind('sft', start):

@@ -54,7 +54,8 @@ class TaskEpisode:
     self._turn = 0
     self._steps = 0
     self._steps_in_turn = 0
-    self._responses: list[str] = []  # of all turns, because BFCL counts earlier outputs as evidence
+    # Outputs of all turns, because BFCL counts earlier ones as evidence.
+    self._responses: list[str] = []
     self._failure = ''
 
   def step(self, text: str) -> None:

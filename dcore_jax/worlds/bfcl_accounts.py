@@ -43,6 +43,7 @@ def _message_scenario(w: Writer) -> dict[str, Any]:
 
 # Nobody writes to themselves.
 def _others(w: Writer) -> list[str]:
+  # From the live API: contacts may have been added since the scenario.
   return [user for user in w.api.user_map.values() if user != w.api.current_user]
 
 
@@ -84,6 +85,7 @@ def _look_up(w: Writer, chained: bool) -> Clause:
   return Clause(
     text=f'look up the user id of {name}',
     calls=[ToolCall('get_user_id', {'user': name})],
+    # The report does not repeat the id, which only the output holds.
     report=f'The user id of {name} is found.',
     partial=('look up the user id of my colleague', 'What is the name of your colleague?'),
     makes=Mention('that user', Output('user_id')),
@@ -158,6 +160,7 @@ def _message_counts(w: Writer, chained: bool) -> Clause:
 
 # Made-up figures of stocks, orders and an account, in dollars.
 def _trading_scenario(w: Writer) -> dict[str, Any]:
+  # Six of ten, so that states differ in the stocks they have.
   symbols = w.several(_SYMBOLS, 6)
   # Prices have cents.
   stocks = {
@@ -184,6 +187,7 @@ def _trading_scenario(w: Writer) -> dict[str, Any]:
     }
     for i in range(4)
   }
+  # Balances of 2,000 to 30,000 dollars.
   account = {
     'account_id': w.number(10_000, 99_999),
     'balance': float(w.number(20, 300) * 100),
@@ -219,6 +223,7 @@ def _quote(w: Writer, chained: bool) -> Clause | None:
 
 def _order(order_type: str) -> Move:
   """A move that places an order; its number is the next one."""
+  # The words of the request and the report follow from the type.
   verb = order_type.lower()
 
   def move(w: Writer, chained: bool) -> Clause | None:
@@ -306,6 +311,7 @@ def _unwatch(w: Writer, chained: bool) -> Clause | None:
 def _moved(w: Writer, chained: bool) -> Clause:
   # Two, since the function takes a list.
   stocks = w.several(w.api.stocks, 2)
+  # Whole percents: scenarios move by up to 5.
   percent = w.number(1, 4)
   call = ToolCall('notify_price_change', {'stocks': stocks, 'threshold': percent})
   return Clause(
@@ -355,6 +361,7 @@ def _look(tool: str, words: str, report: str) -> Move:
   """A move that lists something of the account."""
 
   def move(w: Writer, chained: bool) -> Clause:
+    # No arguments and no value to leave out, so that `partial` is None.
     return Clause(text=words, calls=[ToolCall(tool, {})], report=report, makes=NOTHING)
 
   return move
@@ -455,6 +462,7 @@ def _convert(w: Writer, chained: bool) -> Clause:
 def _round(w: Writer, chained: bool) -> Clause:
   # Five decimals, so that one or two places change the number.
   number = w.number(10**6, 10**7) / 10**5
+  # One or two places of five.
   places = w.number(1, 2)
   call = ToolCall('round_number', {'number': number, 'decimal_places': places})
   return Clause(

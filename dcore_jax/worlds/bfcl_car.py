@@ -73,6 +73,7 @@ def _car_scenario(w: Writer) -> dict[str, Any]:
 
 
 def _fill_tank(w: Writer, chained: bool) -> Clause | None:
+  # From the live API: an earlier clause may have filled the tank.
   room = _TANK - w.api.fuelLevel
   # The amount is the one that a clause before has converted.
   if chained:
@@ -138,6 +139,7 @@ def _doors(unlock: bool) -> Move:
 def _climate(w: Writer, chained: bool) -> Clause:
   degrees = w.number(16, 28)
   fan = w.number(1, 9) * 10
+  # The mode 'auto' is left out: scenarios begin with it.
   mode = w.choice(('cool', 'heat', 'defrost'))
   return Clause(
     text=(
@@ -206,6 +208,7 @@ def _start_engine(w: Writer, chained: bool) -> Clause | None:
 
 
 def _car_status(w: Writer, chained: bool) -> Clause:
+  # The API's word for the part; the request has ours.
   option = w.choice(_STATUS)
   return Clause(
     text=f'show me the state of the {_STATUS[option]}',
@@ -244,6 +247,7 @@ def _navigate(w: Writer, chained: bool) -> Clause | None:
 
 
 def _feasible(w: Writer, chained: bool) -> Clause:
+  # Some trips within the range, some beyond.
   miles = w.number(40, 900)
   return Clause(
     text=f'tell me whether the fuel is enough for {miles} miles',

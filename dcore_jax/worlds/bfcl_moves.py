@@ -130,6 +130,7 @@ def _close_ticket(w: Writer, chained: bool) -> Clause | None:
 
 def _resolve_ticket(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
+  # A resolution is a short text of our own.
   note = w.choice(_NOTES)
   if not found:
     return None
@@ -177,6 +178,7 @@ def _list_tickets(w: Writer, chained: bool) -> Clause:
 def _post_scenario(w: Writer) -> dict[str, Any]:
   names = [str(name) for name in w.rng.permutation(FIRST)]
   # Without repetition: two users of a name would be one.
+  # Made up of two of our words.
   users = [f'{name}_{w.choice(PLACES)}' for name in names[:5]]
   first = w.number(20, 400)
   tweets = {
@@ -204,6 +206,7 @@ def _post_scenario(w: Writer) -> dict[str, Any]:
 
 def _post_tweet(w: Writer, chained: bool) -> Clause:
   content = f'{w.choice(PLACES)}: {w.choice(LINES)}'
+  # Drawn in any case, whether or not the request uses it.
   tag = w.choice(_TAGS)
   # Known before the call: the API numbers tweets by this counter.
   number = w.api.tweet_counter
@@ -320,6 +323,7 @@ def _search(w: Writer, chained: bool) -> Clause:
 def _file_scenario(w: Writer) -> dict[str, Any]:
   def files(count: int) -> dict[str, Any]:
     # Stems without repetition, so that no two names of a folder are equal.
+    # Names are stem, number and ending, such as ledger_12.csv.
     stems = w.rng.permutation(_STEMS)[:count]
     names = [f'{stem}_{w.number(1, 60)}.{w.choice(_ENDINGS)}' for stem in stems]
     contents = {}
@@ -339,7 +343,9 @@ def _file_scenario(w: Writer) -> dict[str, Any]:
 def _here(w: Writer, folders: bool = False) -> list[str]:
   """The names of the files, or of the folders, in the current folder."""
   # BFCL offers no public way to look without printing.
+  # The live folder: files may have been written, moved or deleted since the scenario.
   contents = w.api._current_dir.contents  # pylint: disable=protected-access
+  # Only folders have contents.
   return [name for name, item in contents.items() if hasattr(item, 'contents') == folders]
 
 

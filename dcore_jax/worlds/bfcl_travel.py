@@ -55,6 +55,7 @@ def _travel_scenario(w: Writer) -> dict[str, Any]:
   first = w.choice(FIRST).title()
   last = w.choice(LAST)
   token = str(w.number(10**5, 10**6 - 1))
+  # Ids of twelve digits and numbers of sixteen, as the API makes them.
   cards = {
     str(w.number(10**11, 10**12 - 1)): {
       'card_number': str(w.number(4 * 10**15, 5 * 10**15)),
@@ -69,6 +70,7 @@ def _travel_scenario(w: Writer) -> dict[str, Any]:
   bookings = {}
   for _ in range(3):
     start, end = w.choice(_ROUTES)
+    # Seven digits, like the numbers that the API gives out.
     number = str(w.number(10**6, 10**7 - 1))
     bookings[number] = {
       'card_id': w.choice(cards),
@@ -101,6 +103,7 @@ def _date(w: Writer) -> str:
 
 # Arguments of a call that needs the user's token.
 def _token(w: Writer, **arguments: Any) -> dict[str, Any]:
+  # The token of the live API, which the briefing has named.
   return {'access_token': w.api.access_token, **arguments}
 
 
@@ -152,6 +155,7 @@ def _book_flight(w: Writer, chained: bool) -> Clause | None:
   card = w.choice(cards)
   call = ToolCall(
     'book_flight',
+    # Every detail is in the request: nothing has to be guessed.
     _token(w, card_id=card, travel_date=date, travel_from=start, travel_to=end, travel_class=cabin),
   )
   return Clause(
@@ -308,6 +312,7 @@ def _exchange(w: Writer, chained: bool) -> Clause:
 
 
 def _airport(w: Writer, chained: bool) -> Clause:
+  # Cities by name: the call looks the code up.
   city = w.choice(_AIRPORTS)
   return Clause(
     text=f'find the airport nearest to {city}',
@@ -324,6 +329,7 @@ def _verify_traveller(w: Writer, chained: bool) -> Clause:
   last = w.api.user_last_name
   # Born before 1996: the API verifies nobody below 18.
   born = f'{w.number(1950, 1995)}-{w.number(1, 12):02}-{w.number(1, 28):02}'
+  # The API takes passports of the United States alone.
   passport = f'US{w.number(10**6, 10**7 - 1)}'
   call = ToolCall(
     'verify_traveler_information',

@@ -52,6 +52,7 @@ class BfclWorld(SandboxWorld):
     # Without one, a task whose function is missing would list nothing.
     if extra_functions is not None and extra_functions < 1:
       raise ValueError(f'extra_functions is {extra_functions}; expected at least 1')
+    # Plain values: a task is a pure function of them, its index and the seed.
     self._max_subtasks = max_subtasks
     self._classes = tuple(classes)
     self._extra_functions = extra_functions
@@ -94,6 +95,7 @@ class BfclWorld(SandboxWorld):
       'classes': list(task.classes),
       'config': task.config,
       # Without the list's brackets: a record holds one call a line.
+      # As text: a record is JSON.
       'done': [print_calls([call])[1:-1] for call in done],
     }
 

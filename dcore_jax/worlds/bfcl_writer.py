@@ -142,6 +142,8 @@ class Writer:
     self.name = name
     self.repertoire = repertoire
     self.briefing = ''
+    # The scenario is drawn with this writer, and may set `briefing`: it comes after the fields
+    # above.
     self.config = {name: repertoire.scenario(self)}
     self.sandbox = BfclSandbox([name], self.config)
     self.outputs: list[str] = []
@@ -192,6 +194,7 @@ class Writer:
     if chained:
       self._spoken = self._latest
       return self._latest if self._latest.value in candidates else None
+    # The user cannot name what was made in this turn: its number is not known yet.
     known = [candidate for candidate in candidates if candidate not in self.fresh]
     if not known:
       return None
@@ -207,11 +210,13 @@ class Writer:
     # A move that cannot be chained returns its plain form, which was not asked for.
     if clause is None or clause.chained != chained:
       return None
+    # Compared as text, in which equal calls are equal.
     printed = {print_calls([call]) for call in clause.calls}
     # A repeated call would be one subtask twice.
     if printed & self._made:
       return None
     self._made |= printed
+    # Executed at once: the next clause is drawn from the state that this one leaves.
     self.outputs = [self.sandbox.run(call) for call in clause.calls]
     # An error here is a fault of the move, and not of a model: it must not become data.
     if any(_is_error(output) for output in self.outputs):

@@ -24,10 +24,13 @@ class UserTurn:
   """
 
   query: str
+  # Calls are data: parsed, compared and run, never evaluated as Python.
   calls: tuple[ToolCall, ...]
   # Kept with the task, so that nobody has to run the world to write training rows.
   responses: tuple[str, ...]
+  # A reference for decompositions; worlds know how they have put a request together.
   subtasks: tuple[str, ...]
+  # Trained as it is, so that every row of a world ends in the world's own words.
   answer: str
 
 
@@ -42,7 +45,9 @@ class WorldTask:
   """
 
   id: str
+  # Results are shown by kind.
   kind: str
+  # Requests of later turns may speak of what earlier ones did.
   turns: tuple[UserTurn, ...]
 
   @property
@@ -64,6 +69,7 @@ class Outcome:
 
   # A verdict, not a score: rewards are made from it elsewhere.
   correct: bool
+  # Reasons are counted, so that they must be few and short.
   reason: str
   steps: int
 
@@ -145,6 +151,7 @@ class World(Protocol):
 
   # An order, since tables and charts list kinds in it.
   kinds: Sequence[str]
+  # Kept by the world, since only it knows what its verdict needs.
   one_response: Collection[str]
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[WorldTask]:

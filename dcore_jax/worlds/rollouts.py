@@ -117,6 +117,7 @@ class _Acting:
 
   def next(self) -> int | None:
     """The number of a task that waits for a response; None where none does."""
+    # A conversation that has begun stands in front.
     return self._waiting.popleft() if self._waiting else None
 
   def take(self, number: int, text: str, reasoning_tokens: int, finished: bool) -> None:
@@ -181,7 +182,8 @@ def act(
     failure with the reason `TOO_LONG`.
   """
   acting = _Acting(world, tasks, keys, progress)
-  prompts: dict[int, np.ndarray] = {}  # of the tasks that are being answered, int32 [n]
+  # Prompts of the tasks that are being answered, int32 [n] each.
+  prompts: dict[int, np.ndarray] = {}
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, Request]]:
@@ -239,6 +241,7 @@ def act_through(
   Raises:
     ConnectionError: an endpoint that stays away, see `OpenAIBackend`.
   """
+  # Without keys, the random streams follow the places of the tasks.
   acting = _Acting(world, tasks, None, progress)
   count_reasoning = _TokenCounter(tokenizer)
 
@@ -250,6 +253,7 @@ def act_through(
       if number is None:
         break
       acted = acting.acted[number]
+      # No tools beside the messages: the system message lists them in the world's own form.
       requests.append((number, ChatRequest(tuple(acted.episode.messages), acted.next_key)))
     return requests
 

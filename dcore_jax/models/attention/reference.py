@@ -1,5 +1,4 @@
-"""Grouped-query attention over a boolean mask, the masks of training and decoding, and shared
-trunks.
+"""Grouped-query attention over a boolean mask: for training, for caches, behind shared trunks.
 
 Everything runs in the layout [B, K, G, T, H] (keys [B, K, S, H]): with the batch axes first, both
 products are plain batched matrix products, which on a CPU are 2 to 5 times faster than in the [B,

@@ -25,8 +25,10 @@ from jax.experimental.pallas import tpu as pltpu
 from dcore_jax.models.attention import tree_blocks, tree_kernels
 from dcore_jax.models.attention.tree_kernels import dot
 
-_LANES = 128  # of a register; one number a query is kept as a whole row of 128 equal ones
-_SCALAR_BYTES = 512 * 1024  # for the list, of the 1 MiB of scalar memory (v5, v6)
+# A register has 128 lanes. One number a query is kept as a whole row of 128 equal ones.
+_LANES = 128
+# The list may take half of the 1 MiB of scalar memory (v5, v6).
+_SCALAR_BYTES = 512 * 1024
 
 # The compiler gives a kernel 16 MiB of vector memory (v5) unless it asks for more. That is enough
 # for bfloat16 and G = 8, and too little for float32 and G = 4. Of these chips v5p has the least, 64
@@ -172,6 +174,7 @@ def _backward(
 _attend = tree_kernels.differentiable(_forward, _backward)
 
 
+# Tokens and head must be the last two axes: a TPU's tiles are 8 x 128 of them.
 def _queries_inside(x_BTNH, K):
   """[B, T, N, H] -> [B, K, G, T, H]."""
   B, T, N, H = x_BTNH.shape

@@ -38,7 +38,7 @@ def visible_blocks(end_BT: jax.Array | np.ndarray, block_q: int, block_k: int) -
     raise ValueError(
       f'{T} tokens do not divide into blocks of {block_q} queries and {block_k} keys'
     )
-  # Of a key block, the key whose subtree ends last is the one that the latest queries see.
+  # The latest queries see the key whose subtree ends last; it stands for its whole block.
   last_end_BY = end_BT.reshape(B, T // block_k, block_k).max(axis=2)
   # numpy, since block indices are constants of the compiled program.
   first_q_X = np.arange(0, T, block_q)

@@ -75,6 +75,7 @@ def _set(state: Tables, table: str, key: Any, status: str, **fields) -> dict[str
 def _refund(state: Tables, order: str) -> dict[str, Any]:
   row = _row(state, 'orders', order)
   # The price is returned, so that a later request can speak of "that amount".
+  # The row itself changes, so that the state shows the refund.
   row['status'] = 'refunded'
   return {'amount': row['price']}
 
