@@ -46,8 +46,8 @@ def tree_attention(
     q_BTNH: queries; k_BTKH, v_BTKH: keys and values of the same dtype, N a multiple of K. A head
       size that is no power of two is padded to the next, which costs a copy.
     end_BT: int32, at least i + 1 for token i (tokentree).
-      block_q, block_k: tokens that a program owns, and tokens that it takes at a step; powers of
-        two from 16. By default 128 and 64 for 16-bit inputs up to H = 128, else 64 and 32.
+    block_q, block_k: tokens that a program owns, and tokens that it takes at a step; powers of two
+      from 16. By default 128 and 64 for 16-bit inputs up to H = 128, else 64 and 32.
     interpret: run as plain JAX on whatever device there is, for tests.
 
   Raises:
