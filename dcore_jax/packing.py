@@ -56,6 +56,7 @@ def plan_rows(lengths: np.ndarray, common: np.ndarray, capacity: int) -> Plan:
 
 
 def _cost(plan: Plan) -> tuple[int, int]:
+  # Rows first: each row costs the computation of a full one, however few tokens it holds.
   row_of, fresh = plan
   return row_of.max(initial=-1), fresh.sum()
 
@@ -66,6 +67,7 @@ def common_prefixes(keys: list[bytes]) -> np.ndarray:
   Keys are big-endian int32 tokens.
   """
   common = np.zeros(len(keys), np.int64)
+  # Compared as arrays: token by token in Python would take seconds for a large batch.
   arrays = [np.frombuffer(key, '>i4') for key in keys]
   for index in range(1, len(keys)):
     left = arrays[index - 1]
@@ -152,6 +154,7 @@ def fullest(lengths: np.ndarray, common: np.ndarray, capacity: int, pieces: list
   row_of = np.zeros(len(lengths), np.int64)
   row = 0
   while len(left):
+    # `by_size` is sorted, so that the first piece left is the largest one.
     room = capacity - int(whole[0])
     costs = whole - np.where(tree == tree[0], depth, 0)
     candidates = 1 + np.flatnonzero(costs[1:] <= room)[:_CANDIDATES]

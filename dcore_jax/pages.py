@@ -16,8 +16,11 @@ def render_page(template: pathlib.Path, **values: Any) -> str:
   """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(template.parent),
+    # Names end in .jinja, from which Jinja would not guess that they are HTML.
     autoescape=True,
+    # A misspelled name is an error, not an empty place in a report.
     undefined=jinja2.StrictUndefined,
+    # Lines that hold only a template's statement leave no blank line behind.
     trim_blocks=True,
     lstrip_blocks=True,
   )

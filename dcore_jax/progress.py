@@ -1,6 +1,4 @@
-"""What a person sees while waiting: bars with rate and time left on a terminal, a line now and then
-in a log file.
-"""
+"""Progress for a person who waits: bars on a terminal, a line now and then in a log file."""
 
 import contextlib
 import dataclasses
@@ -15,22 +13,31 @@ LOG_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 
 
 class _LineBar(tqdm.tqdm):
-  """A tqdm bar for logs: whole lines, at most one every `LOG_INTERVAL`, and a last one when it is
-  done.
+  """A tqdm bar for logs.
+
+  It prints whole lines, at most one every `LOG_INTERVAL` seconds, and a last one when it is done.
   """
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    """Prints the bar as a line; tqdm calls this wherever it would redraw."""
+    # `pos` is the bar's line on a terminal, which a log does not have.
     del pos
-    if self.n:  # the empty bar that tqdm shows at once says nothing in a log
+    # The empty bar that tqdm shows at once says nothing in a log.
+    if self.n:
       print(msg or str(self), file=self.fp, flush=True)
     return True
 
   def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **figures: Any) -> None:
-    super().set_postfix(ordered_dict, False, **figures)  # tqdm's own default prints a line at once
+    """Sets the figures behind the bar, for the next line."""
+    # False, whatever the caller asks: tqdm's own default would print a line at every call.
+    super().set_postfix(ordered_dict, False, **figures)
 
   def close(self) -> None:
+    """Prints the last line, once."""
+    # tqdm closes a bar at the end of its loop, and again when it is deleted.
     if self.disable:
       return
+    # tqdm's own `close` would rub the line out or move the cursor.
     self.disable = True
     self._decr_instances(self)
     self.display()
@@ -44,8 +51,9 @@ def progress(
   unit: str = 'it',
   stream: TextIO | None = None,
 ) -> tqdm.tqdm:
-  """A progress bar on stderr: iterate over it, or `update(n)` it inside a `with`;
-  `set_postfix(loss=..)` adds figures.
+  """Makes a progress bar on stderr.
+
+  Iterate over it, or `update(n)` it inside a `with`; `set_postfix(loss=..)` adds figures.
 
   Args:
     total: number of `unit`s expected; taken from the iterable where it has a length. Without one
@@ -53,6 +61,7 @@ def progress(
     stream: where to write; stderr by default, as stdout belongs to the JSON that programs print.
   """
   stream = stream or sys.stderr
+  # `unit_scale` prints 12.3k tokens; counts of steps stay exact.
   if stream.isatty():
     return tqdm.tqdm(
       iterable,
@@ -97,10 +106,11 @@ class StageTimer:
 
 @contextlib.contextmanager
 def stage(name: str, stream: TextIO | None = None) -> Iterator[StageTimer]:
-  """Times a stage and prints one line before and one after it, the latter also when it fails."""
+  """Times a stage, and prints one line before it and one after it, also when it fails."""
   stream = stream or sys.stderr
   timer = StageTimer(name, time.perf_counter())
   print(f'==> {name}', file=stream, flush=True)
+  # It stays so if the body raises.
   outcome = 'failed after'
   try:
     yield timer
@@ -111,9 +121,10 @@ def stage(name: str, stream: TextIO | None = None) -> Iterator[StageTimer]:
 
 
 def format_seconds(seconds: Any) -> str:
-  """A duration for people: '8.4 s', '3 min 20 s', '2 h 5 min'."""
+  """Writes a duration for people: '8.4 s', '3 min 20 s', '2 h 5 min'."""
   if seconds < 60:
     return f'{seconds:.1f} s'
+  # Rounded before it is split, so that 119.7 s reads 2 min and not 1 min 60 s.
   minutes, rest = divmod(round(seconds), 60)
   if minutes < 60:
     return f'{minutes} min {rest} s' if rest else f'{minutes} min'

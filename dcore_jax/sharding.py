@@ -1,9 +1,9 @@
-"""Where arrays live: logical axes, named by parameters and activations, and the mesh axes (data,
-fsdp, tensor) that split them.
+"""Where arrays live: logical axes, and the mesh axes (data, fsdp, tensor) that split them.
 
-`data` replicates parameters and splits the batch, `fsdp` splits parameters and the batch, `tensor`
-splits heads, ffn and vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without
-one, everything here is the one-device case.
+Parameters and activations name their logical axes. `data` replicates parameters and splits the
+batch, `fsdp` splits parameters and the batch, `tensor` splits heads, feed-forward layer and
+vocabulary. Training runs under a mesh in context (`jax.set_mesh`); without one, everything here is
+the one-device case.
 """
 
 import math
@@ -29,16 +29,21 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   'norm': None,
   'length': None,
   'micro_batch': None,
-  'hidden': None,  # the width of activations, of which `embed` is the side in parameters
-  'lanes': None,  # rows of the rollout engine
-  'shared_batch': 'data',  # rows of which every device of fsdp holds its own columns
+  # The width of activations. It is the same dimension as `embed`, which parameters split over fsdp;
+  # activations keep it whole, since fsdp already splits their rows.
+  'hidden': None,
+  # Rows of the rollout engine, which holds them whole on every device.
+  'lanes': None,
+  # The batch where every device of fsdp holds its own columns of all rows.
+  'shared_batch': 'data',
 }
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-  """The mesh axes that a logical axis is split over; ValueError for an unknown one."""
+  """Returns the mesh axes that split a logical axis; ValueError for an unknown one."""
   if axis not in RULES:
     raise ValueError(f'unknown logical axis {axis!r}; known are {sorted(RULES)}')
+  # One form for all three kinds of rule: a tuple, empty where the axis is whole.
   target = RULES[axis]
   return (target,) if isinstance(target, str) else target or ()
 
@@ -46,30 +51,29 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 def make_mesh(
   data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh of data * fsdp * tensor devices, GSPMD style; one size may be -1, for what the others
-  leave.
+  """Makes a mesh of data * fsdp * tensor devices; one size may be -1, for what the others leave.
 
   Raises:
-    ValueError: sizes that do not give the number of devices, or more than one of them open.
+    ValueError: sizes that do not give the number of devices, or more than one size of -1.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
   if sizes.count(-1) == 1:
+    # The product with -1 is minus the product of the others; 0 is caught below.
     sizes[sizes.index(-1)] = len(devices) // max(1, -math.prod(sizes))
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise ValueError(
       f'data={data} * fsdp={fsdp} * tensor={tensor} does not give the {len(devices)} devices'
     )
+  # Auto: the compiler propagates shardings from parameters and `constrain` (GSPMD).
   return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-  """One array's partition; ValueError: an unknown axis, two axes on one mesh axis, a size that does
-  not divide.
+  """Returns the partition of one array.
 
-  Mesh axes of one device are left out, and so are trailing axes that are whole: this is how jax
-  describes what a step returns, and a state that comes back described otherwise would be compiled
-  for anew.
+  Raises:
+    ValueError: an unknown axis, two logical axes on one mesh axis, or a size that does not divide.
   """
   owner = {}
   entries = []
@@ -77,17 +81,22 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> Part
     names = mesh_axes(axis)
     ways = 1
     for name in names:
+      # An array cannot be split twice over the same devices.
       if name in owner:
         raise ValueError(
           f'logical axes {owner[name]!r} and {axis!r} both map to mesh axis {name!r}'
         )
       owner[name] = axis
       ways *= mesh.shape[name]
+    # `shard_map` cannot split unevenly, and elsewhere XLA would compute with padding.
     if size % ways:
       raise ValueError(
         f'logical axis {axis!r} of size {size} does not divide over '
         f'mesh axes {names} of size {ways}'
       )
+    # Mesh axes of one device are left out, and so are trailing axes that are whole. jax describes
+    # what a step returns in this way; a state that comes back described otherwise would be compiled
+    # for anew.
     split = tuple(name for name in names if mesh.shape[name] > 1)
     entries.append(split if len(split) > 1 else split[0] if split else None)
   while entries and entries[-1] is None:
@@ -96,8 +105,9 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> Part
 
 
 def shardings(abstract_tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:
-  """The tree of NamedShardings for a tree of specs with `.axes` and `.shape`
-  (models.decoder.abstract_params).
+  """Makes a tree of NamedShardings from a tree of specs with `.axes` and `.shape`.
+
+  `models.decoder.abstract_params` is such a tree.
   """
   return jax.tree.map(
     lambda spec: NamedSharding(
@@ -108,7 +118,7 @@ def shardings(abstract_tree: Any, mesh: Mesh, memory_kind: str | None = None) ->
 
 
 def abstract(specs: Any, mesh: Mesh) -> Any:
-  """Arrays that are not there, for compiling: a tree of ShapeDtypeStructs split over the mesh."""
+  """Makes ShapeDtypeStructs split over the mesh: arrays that do not exist, to compile with."""
   return jax.tree.map(
     lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place),
     specs,
@@ -117,10 +127,11 @@ def abstract(specs: Any, mesh: Mesh) -> Any:
 
 
 def constrain(array: jax.Array, *axes: str) -> jax.Array:
-  """The array, split over the mesh in context as its axes say; inside of jit.
+  """Splits an array over the mesh in context as its axes say; inside of jit.
 
   Without a mesh it is returned as it is.
   """
+  # The abstract mesh is known while a function is traced, also for devices that are not there.
   mesh = jax.sharding.get_abstract_mesh()
   return (
     array
@@ -130,18 +141,17 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
 
 
 def constrain_tree(tree: Any, specs: Any) -> Any:
-  """`constrain` for a tree of arrays with a tree of specs beside it."""
+  """Applies `constrain` to a tree of arrays, with a tree of specs beside it."""
   return jax.tree.map(lambda spec, array: constrain(array, *spec.axes), specs, tree)
 
 
 def on_shards(
   function: Callable[..., jax.Array], arrays: Sequence[Any], axes: Sequence[Sequence[str]]
 ) -> jax.Array:
-  """function(*arrays), under a mesh by each device on its part of them; for what XLA cannot split,
-  or would gather first.
+  """Computes function(*arrays); under a mesh, each device on its part of them.
 
-  `axes` names the axes of each of the first arrays, the others are whole everywhere; the result is
-  like the first array.
+  It serves what XLA cannot split, or would gather first. `axes` names the axes of each of the first
+  arrays; the others are whole everywhere. The result is split like the first array.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -151,31 +161,33 @@ def on_shards(
   for names, array in zip(axes, arrays, strict=False):
     specs.append(partition_spec(names, array.shape, mesh))
   whole = [PartitionSpec()] * (len(arrays) - len(specs))
+  # Unchecked: jax cannot follow a kernel, whose result varies by device as its inputs do.
   return jax.shard_map(function, in_specs=(*specs, *whole), out_specs=specs[0], check_vma=False)(
     *arrays
   )
 
 
 def shards(axis: str = 'batch') -> int:
-  """Parts that the mesh in context splits a logical axis into; 1 without a mesh."""
+  """Returns the number of parts that the mesh in context splits a logical axis into; else 1."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays [A, R or M, ...] with rows or loss tokens along their second axis."""
+  """Returns the sharding of arrays [A, R or M, ...], split along their second axis."""
+  # A size that divides in any case: only the axis names matter here.
   spec = partition_spec(
     ('batch',), (math.prod(mesh.shape[name] for name in mesh_axes('batch')),), mesh
   )
+  # Axis A is a loop over micro-batches, and stays whole.
   return NamedSharding(mesh, PartitionSpec(None, *spec))
 
 
 def place_batch(batch: Any, *, whole: bool = False) -> Any:
-  """Host arrays [A, R or M, ...] as arrays split along their second axis over the mesh in context,
-  which spans all hosts.
+  """Places host arrays [A, R or M, ...], split along their second axis, on the mesh in context.
 
-  Each host gives its own part of the rows, or with `whole` all of them. Without a mesh the batch is
-  returned as it is.
+  The mesh spans all hosts. Each host gives its own part of the rows, or with `whole` all of them.
+  Without a mesh the batch is returned as it is.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
@@ -183,7 +195,9 @@ def place_batch(batch: Any, *, whole: bool = False) -> Any:
   rows = batch_sharding(mesh)
 
   def place(leaf):
+    """Places one array, of which this host has its part or the whole."""
     leaf = np.asarray(leaf)
+    # The global shape follows from the hosts' parts, unless each host has the whole.
     return jax.make_array_from_process_local_data(rows, leaf, leaf.shape if whole else None)
 
   return jax.tree.map(place, batch)
@@ -194,6 +208,7 @@ def platform(mesh: Mesh | None = None) -> str:
 
   The devices are those of `mesh`, else of the mesh in context, else of the process.
   """
+  # A plan's mesh has no real devices, so that its platform is asked first.
   context = jax.sharding.get_abstract_mesh()
   if mesh is not None:
     name = mesh.devices.flat[0].platform

@@ -14,9 +14,10 @@ import numpy as np
 
 from dcore_jax.packing import common_prefixes, plan_rows
 
-# Shorter common prefixes are not merged; in rows below 2,048 tokens those below a 32nd of the row.
-# Merging a chat header that all sequences of a row share would save 4 tokens of each, but every
-# block of queries would read its block: single turns of 800 tokens took 12 % longer so.
+# Common prefixes of fewer tokens than this, or in rows below 2,048 tokens than a 32nd of the row,
+# are not merged. Merging a chat header that all sequences of a row share would save 4 tokens of
+# each, but every block of queries would then read the header's block: single turns of 800 tokens
+# took 12 % longer.
 _LEAST_SHARED = 64
 
 
@@ -40,6 +41,7 @@ class TokenSequence:
   weights: np.ndarray
   shared: int
 
+  # Checked here, where the example is known: in a packed row the cause could not be found any more.
   def __post_init__(self):
     size = len(self.tokens)
     if np.shape(self.weights) != (size,):
@@ -135,24 +137,27 @@ class TokenTree:
 
   @property
   def dedup(self) -> float:
+    # Sequences that were dropped have empty paths, and so count on neither side.
     """Tokens of the flat sequences per token of the tree: the factor of work that merging saves."""
     return sum(map(len, self.paths)) / max(1, self.live)
 
   def gather(self, values_RT: np.ndarray) -> list[np.ndarray]:
-    """Turns per-token values of the rows into those of each sequence, in the order of `pack`."""
+    """Reads per-token values of the rows back as one array a sequence, in the order of `pack`."""
     flat = np.asarray(values_RT).reshape(-1)
     return [flat[path] for path in self.paths]
 
   def scatter(
     self, values: Sequence[np.ndarray], dtype: type[np.generic] = np.float32
   ) -> np.ndarray:
-    """Lays values of each sequence's tokens on the rows -> [R, T], 0 elsewhere.
+    """Writes values of each sequence's tokens onto the rows -> [R, T], 0 elsewhere.
 
-    An array shorter than its sequence belongs to the last tokens of it, as the values of a response
-    do. Of merged tokens the last sequence's value stays. Values of dropped sequences are ignored.
+    An array shorter than its sequence belongs to its last tokens, as the values of a response do.
+    Where sequences share a token, the value of the last sequence stays. Values of dropped sequences
+    are ignored.
     """
     flat = np.zeros(self.tokens.size, dtype)
     for path, value in zip(self.paths, values, strict=True):
+      # A dropped sequence has no place, whatever its values are.
       if len(path):
         flat[path[len(path) - len(value) :]] = value
     return flat.reshape(self.tokens.shape)
@@ -165,15 +170,18 @@ class TokenTree:
     return dataclasses.replace(self, extras=self.extras | extras)
 
   def loss_budget(self, rows: int, shards: int = 1) -> int:
-    """Loss tokens that no choice of `rows` rows exceeds, divided evenly over the shards.
+    """Returns a number of loss tokens that no choice of `rows` rows exceeds.
 
-    It gives one shape for every batch of that many rows. Rounded up to quarters of the rows' size,
-    so that the trees of one run share a few shapes, and with them the compiled programs.
+    It gives one shape for every batch of that many rows, divided evenly over the shards. It is
+    rounded up to quarters of the rows' size, so that the trees of one run share a few shapes, and
+    with them the compiled programs.
     """
+    # Each shard has a part of its own, which must hold the fullest rows that may meet in it.
     rows //= shards
     # The fullest rows together bound any choice of that many.
     most = int(np.sort(np.count_nonzero(self.weight, axis=1))[-rows:].sum())
     step = -(-rows * self.capacity // 4)
+    # At least one quarter: a batch without loss tokens has an array to be empty in.
     return shards * step * max(1, -(-most // step))
 
   def batch(
@@ -201,11 +209,14 @@ class TokenTree:
       raise ValueError(
         f'{len(rows)} rows do not divide into {accumulate} micro-batches of {shards} shards'
       )
+    # Rows stay in the caller's order: micro-batch 0 takes the first `size` of them.
     size = len(rows) // accumulate
     budget = self.loss_budget(size, shards) if budget is None else budget
     if budget % shards:
       raise ValueError(f'a budget of {budget} loss tokens does not divide into {shards} shards')
     own = budget // shards  # loss tokens of one shard
+    # Micro-batch by micro-batch, shard by shard within it: the order in which devices split an
+    # axis.
     parts = [self._loss_tokens(part, own) for part in np.split(rows, accumulate * shards)]
 
     def joined(arrays: list[np.ndarray]) -> np.ndarray:
@@ -224,6 +235,7 @@ class TokenTree:
       position=self.position[rows].reshape(shape),
       end=self.end[rows].reshape(shape),
       parent=joined([part.parent for part in parts]),
+      # Unused places point at slot 0, which exists and has weight 0.
       slot=np.where(weight != 0, slot + offset[None], 0),
       target=joined([part.target for part in parts]),
       weight=weight,
@@ -235,10 +247,12 @@ class TokenTree:
     row, column = np.nonzero(self.weight[rows])
     if len(row) > budget:
       raise ValueError(f'{len(row)} loss tokens exceed the budget of {budget}')
+    # `row` counts within these rows, `source` within the whole tree.
     source = rows[row]
     base = row * self.capacity
 
     def padded(array: np.ndarray) -> np.ndarray:
+      # Zeros behind the loss tokens: weight 0 makes a place unused.
       return np.pad(array, (0, budget - len(row)))
 
     return _LossTokens(
@@ -277,18 +291,20 @@ def pack(
   if capacity < 1 or rows_multiple < 1:
     raise ValueError(f'capacity = {capacity} and rows_multiple = {rows_multiple} must be positive')
   dropped = [index for index, sequence in enumerate(sequences) if len(sequence.tokens) > capacity]
-  # Big-endian bytes compare as the token lists do; sorting brings common prefixes together, shorter
-  # ones first.
+  # Only the first `shared` tokens may be merged, so that they alone make the key. Big-endian bytes
+  # sort as the lists of tokens would; sorting brings common prefixes together, shorter ones first.
   keys = [
     np.asarray(sequence.tokens[: sequence.shared]).astype('>i4').tobytes() for sequence in sequences
   ]
   order = sorted(set(range(len(sequences))) - set(dropped), key=keys.__getitem__)
   lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
   common = common_prefixes([keys[index] for index in order])
+  # No prefix is longer than a row, so that capacity + 1 merges nothing.
   least = min(_LEAST_SHARED, capacity // 32) if merge else capacity + 1
   common[common < least] = 0
   # From here on a sequence is its length and what it shares with its neighbour.
   row_of, fresh = plan_rows(lengths, common, capacity)
+  # Rows are numbered from 0; `initial` serves an empty list of sequences.
   rows = -(-(row_of.max(initial=-1) + 1) // rows_multiple) * rows_multiple
 
   built = _Rows(rows, capacity, pad_id)
@@ -303,6 +319,7 @@ def pack(
       row,
       [sequences[index] for index in chosen],
       lengths[members],
+      # What a sequence does not add, its row holds already.
       lengths[members] - fresh[members],
     )
     for index, path in zip(chosen, laid_out, strict=True):
@@ -344,6 +361,7 @@ class _Rows:
     fresh = lengths - common
     start = row * self.capacity
     begins = start + np.concatenate([[0], np.cumsum(fresh)])
+    # `path` is that of the sequence before, whose first `shared` tokens are also this one's.
     paths = []
     path = np.zeros(0, np.int64)
     for index, sequence in enumerate(sequences):
@@ -353,8 +371,11 @@ class _Rows:
       path = np.concatenate([path[:shared], np.arange(begin, stop)])
       paths.append(path)
       self.tokens[begin:stop] = sequence.tokens[shared:]
+      # Positions count from the root, not from the row: a branch continues its trunk.
       self.position[begin:stop] = np.arange(shared, shared + stop - begin)
       if stop > begin:
+        # A branch hangs on the last shared token, a root on nothing; other tokens follow each
+        # other.
         self.parent[begin] = path[shared - 1] - start if shared else -1
         self.parent[begin + 1 : stop] = np.arange(begin - start, stop - start - 1)
       # Added, not set: an earlier sequence may have trained the shared tokens already.
@@ -371,6 +392,7 @@ class _Rows:
     begins: np.ndarray,
   ) -> None:
     """Writes `end`, backwards: a node ends where the next branch leaves its path above it."""
+    # Backwards, the branches after a node are known when it is reached.
     start = begins[0]
     # By depth: where the node of that depth ends. The row's last token ends all of them.
     until = np.full(int(lengths.max(initial=0)), begins[-1])
@@ -378,4 +400,5 @@ class _Rows:
       shared = common[place]
       begin = begins[place]
       self.end[begin : begins[place + 1]] = until[shared : lengths[place]] - start
+      # Nodes below the branching end where this sequence begins; those above go on.
       until[shared:] = begin

@@ -73,7 +73,9 @@ class _Conversations:
   def __init__(self, seeds: Sequence[Seed], ask: Callable[[Seed], Ask], purpose: str):
     self._ask = ask
     self._purpose = purpose
+    # Lazily: a hundred thousand seeds need not all have a conversation in memory.
     self._unstarted = iter(enumerate(seeds))
+    # First in, first out, and ahead of seeds that have not begun.
     self._waiting: collections.deque[tuple[_Conversation, int, ChatRequest]] = collections.deque()
     self.ended: collections.deque[tuple[int, SeedOutcome]] = collections.deque()
 
@@ -97,12 +99,14 @@ class _Conversations:
       key=_key(self._purpose + seed.id),
       outcome=SeedOutcome(seed.id, seed.kind),
     )
+    # Runs to the first question, or to the end of a seed that has none.
     self._go_on(conversation, None)
 
   def answer(self, conversation: _Conversation, place: int, reply: Reply) -> None:
     """Takes the reply to one question; the conversation goes on when all are answered."""
     _count(conversation.outcome, reply)
     conversation.replies[place] = reply
+    # The questions of one round were asked together, and are answered in any order.
     if None not in conversation.replies:
       # These completions ran side by side: the slowest one says how long they took.
       conversation.outcome.seconds += max(reply.seconds for reply in conversation.replies)
@@ -111,6 +115,7 @@ class _Conversations:
   def _go_on(self, conversation: _Conversation, replies: list[Reply] | None) -> None:
     outcome = conversation.outcome
     try:
+      # A generator that has not begun takes None; later it is sent the replies to its questions.
       prompts = conversation.ask.send(replies)
     except Dropped as dropped:
       outcome.reason = str(dropped)
@@ -147,6 +152,7 @@ def converse(
   conversations = _Conversations(seeds, ask, purpose)
   for (conversation, place), reply in backend.stream(conversations.source, sampling):
     conversations.answer(conversation, place, reply)
+    # Ended ones leave at once, so that a killed run loses as little as possible.
     while conversations.ended:
       yield conversations.ended.popleft()
   # Conversations that ended without a single question have had no reply.
@@ -167,6 +173,7 @@ def _count(outcome: SeedOutcome, reply: Reply) -> None:
   text = reply.text
   if len(text) > _LAST_CHARS:
     text = text[:_LAST_CHARS] + ' ...'
+  # A refused request has no text, and says why instead.
   outcome.last = reply.error or text
 
 
@@ -176,12 +183,14 @@ def by_length(seeds: Iterable[Seed]) -> list[int]:
   The longest chains of dependent completions come first, so that single short completions are left
   when an engine's lanes begin to empty.
   """
+  # In completions: how long each of them will be is not known.
   lengths = [_chain_length(seed) for seed in seeds]
   return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
 
 def _chain_length(seed: Seed) -> int:
   """The number of completions that wait for each other, the decomposition included."""
+  # Its subtasks follow each other, one completion or more each.
   if seed.kind == 'sequential':
     return 1 + len(seed.calls)
   return 2 if seed.kind == 'parallel' else 1
@@ -219,6 +228,7 @@ def distill(
       'completion_tokens': outcome.completion_tokens,
       'seconds': round(outcome.seconds, 3),
     }
+    # Every row says what it was made with, since files of rows are copied and joined.
     outcome.value = [row | {'provenance': provenance} for row in outcome.value or ()]
     yield number, outcome
 
@@ -233,6 +243,7 @@ def label(
   Raises:
     ValueError: no seeds, two of one id, or no attempts.
   """
+  # Before anything is asked: a wrong option must not cost completions.
   check_ids(seeds)
   if samples < 1:
     raise ValueError(f'samples = {samples}: a pseudo-label needs at least one')
@@ -249,6 +260,7 @@ def check_ids(seeds: Sequence[Seed]) -> None:
   """Raises ValueError where there are no seeds, or two have one id."""
   if not seeds:
     raise ValueError('no seeds to distil')
+  # Ids name random streams and files of results, so that two of one name would be mixed up.
   counts = collections.Counter(seed.id for seed in seeds)
   duplicate = [name for name, count in counts.items() if count > 1]
   if duplicate:
@@ -268,6 +280,7 @@ def summarise(outcomes: Iterable[SeedOutcome | dict[str, Any]]) -> dict[str, Any
       where there is one, is the kind that the seed had before it was labelled anew. The seed is
       counted by that kind, and where the label has no subtasks its decomposition does not hold.
   """
+  # Records of shards are dicts, fresh outcomes are not.
   records = [vars(one) if isinstance(one, SeedOutcome) else one for one in outcomes]
   kept = [record for record in records if not record['reason']]
   several = [record for record in records if _asked_kind(record) in SEVERAL]
@@ -278,6 +291,7 @@ def summarise(outcomes: Iterable[SeedOutcome | dict[str, Any]]) -> dict[str, Any
   decomposed = [record for record in split if record['stage'] not in ('decompose', 'label')]
   verified = [record for record in split if not record['reason']]
   scenarios = {}
+  # By the kind that was given; labels change kinds, and rates are about the given seeds.
   for kind in sorted({_asked_kind(record) for record in records}):
     mine = [record for record in records if _asked_kind(record) == kind]
     right = [record for record in mine if not record['reason']]

@@ -56,6 +56,7 @@ def ask_until_accepted(
   # reply, and more samples than one change what the success rate means.
   allowed = {Unreadable: retries, Wrong: samples - 1}
   refusals = [collections.Counter() for _ in prompts]
+  # Overwritten by the first reply; a prompt always has one.
   values: list[T | Dropped] = [Dropped('', '')] * len(prompts)
   waiting = list(range(len(prompts)))
   while waiting:

@@ -31,6 +31,7 @@ def clean_reasoning(text: str) -> str:
 
 
 def _listed(subtasks: Sequence[str], templates: Templates) -> str:
+  # Numbered from 1, as the plan's readers count.
   lines = [
     templates.item.format(number=number, subtask=subtask) + '\n'
     for number, subtask in enumerate(subtasks, 1)
@@ -48,6 +49,7 @@ def _plan(subtasks: Sequence[str], templates: Templates) -> str:
 
 
 def _now(number: int, subtask: str, reasoning: str, templates: Templates) -> str:
+  # The model's own reasoning stands under a heading with its subtask.
   heading = templates.now.format(number=number, subtask=subtask)
   return f'{heading}\n{clean_reasoning(reasoning)}\n'
 
@@ -62,6 +64,7 @@ def sequential(
   (docs/method.md, section 7, point 14).
   """
   done = ''
+  # The first step has nothing behind it, and no such heading.
   if current:
     done = f'{templates.done}\n' + _listed(subtasks[:current], templates)
   return (
@@ -84,9 +87,11 @@ def parallel(
   """
   # Each answer is a list in brackets, and the target makes all calls in one list.
   calls = '[' + ', '.join(one.answer[1:-1] for one in solved) + ']'
+  # Reasonings in the order of the subtasks, whatever order they were made in.
   body = ''
   for number, one in enumerate(solved, 1):
     body += _now(number, one.subtask, one.reasoning, templates)
+  # The calls stand twice: at the end of the reasoning, and as the answer.
   closing = templates.close + calls
   if newline_before_close:
     closing += '\n'

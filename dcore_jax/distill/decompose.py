@@ -116,6 +116,7 @@ def explain_messages(context: Sequence[Message], query: str, prompts: Prompts) -
 
 def print_subtasks(subtasks: Sequence[str], index: Sequence[Sequence[int]] | None) -> str:
   """Writes a decomposition as a JSON list; without `index` where there are no calls to own."""
+  # Steps count from 1, positions of calls from 0, as the prompts say.
   items = [{'step': number, 'description': text} for number, text in enumerate(subtasks, 1)]
   if index is not None:
     items = [item | {'index': list(owned)} for item, owned in zip(items, index, strict=True)]
@@ -128,6 +129,7 @@ def parse_subtasks(text: str) -> Subtasks | None:
   Words and code fences around it, any order of keys, further keys and trailing commas are allowed.
   """
   for candidate in _arrays(text[:MAX_CHARS]):
+    # A trailing comma is not JSON, but models write it; strings keep theirs.
     try:
       items = json.loads(_TRAILING_COMMA.sub(lambda match: match[1] or '', candidate))
     except (ValueError, RecursionError):
@@ -147,6 +149,7 @@ def _arrays(text: str) -> Iterator[str]:
   starts = [match.start() for match in re.finditer(r'\[\s*\{', text)]
   for start in starts[:_STARTS]:
     if start < end:
+      # An array inside one that was read already.
       continue
     depth = 0
     for token in _TOKEN.finditer(text, start):

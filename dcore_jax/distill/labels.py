@@ -42,11 +42,13 @@ class _Attempt:
   failed: bool = False
 
   def __post_init__(self):
+    # One sandbox an attempt: its calls add up, and other attempts do not see them.
     self._sandbox = open_sandbox(self.seed.world) if self.seed.world else None
 
   @property
   def messages(self) -> list[Message]:
     """The conversation as the next prompt shows it."""
+    # Rebuilt from the calls, so that thoughts of earlier steps are not shown.
     messages = list(self.seed.conversations)
     for calls, outputs in zip(self.steps, self.outputs, strict=True):
       messages += [
@@ -114,6 +116,7 @@ def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask
     Dropped: no attempt came to an end.
   """
   attempts = [_Attempt(seed) for _ in range(samples)]
+  # All attempts take a step together, so that their completions run side by side.
   for _ in range(max_steps):
     live = [attempt for attempt in attempts if not attempt.done]
     if not live:
@@ -127,6 +130,7 @@ def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask
       else:
         raise Dropped('refused by the endpoint', 'label')
   best = _majority(attempts)
+  # The winner's own calls and outputs, not a mixture of several attempts.
   calls = tuple(best.calls)
   outputs = tuple(itertools.chain.from_iterable(best.outputs))
   if not calls:
@@ -142,6 +146,7 @@ def pseudo_labelled(seed: Seed, samples: int, max_steps: int = MAX_STEPS) -> Ask
     seed,
     kind=kind,
     calls=calls,
+    # With some outputs missing, none are kept: a row must not show a wrong one.
     tool_response=outputs if len(outputs) == len(calls) else (),
     answer=best.text,
   )

@@ -54,12 +54,14 @@ class Shards:
     self._folder = folder
     self._seeds = seeds
     self._size = size
+    # Outcomes that wait for the others of their shard; at most the open shards are in memory.
     self._open: dict[int, dict[int, SeedOutcome]] = collections.defaultdict(dict)
 
   def _numbers(self, shard: int) -> range:
     return range(shard * self._size, min((shard + 1) * self._size, len(self._seeds)))
 
   def _rows_path(self, shard: int) -> pathlib.Path:
+    # Five digits, so that names sort in the order of the shards.
     return self._folder / f'rows-{shard:05d}.jsonl'
 
   def _outcomes_path(self, shard: int) -> pathlib.Path:
@@ -68,6 +70,7 @@ class Shards:
   # The last shard may be smaller than the others.
   @property
   def _shards(self) -> range:
+    # Rounded up.
     return range(-(-len(self._seeds) // self._size))
 
   def unfinished(self) -> list[int]:
@@ -94,6 +97,7 @@ class Shards:
     records = []
     rows = []
     for seed in self._numbers(shard):
+      # A record holds the number of rows; the rows have a file of their own.
       records.append(vars(done[seed]) | {'value': len(done[seed].value)})
       rows += done[seed].value
     # Rows are written last, because a shard with a file of rows counts as finished.
@@ -111,6 +115,7 @@ class Shards:
     The rows are those of the first kept seeds of each kind. The outcomes are those of the first
     dropped seeds of each reason.
     """
+    # One pass over the outcomes, which need not fit into memory together.
     kept: collections.Counter[str] = collections.Counter()
     wanted = set()
     dropped = collections.defaultdict(list)
@@ -124,6 +129,7 @@ class Shards:
     rows = []
     for shard in self._shards:
       for row in read_json_lines(self._rows_path(shard)):
+        # By the seed that a row names: one seed has several rows.
         if row['provenance']['seed'] in wanted:
           rows.append(row)
     lost = []

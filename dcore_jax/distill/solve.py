@@ -76,6 +76,7 @@ class Distiller:
   exact_refusals: bool = False
 
   def __post_init__(self):
+    # Everything is checked here, before a seed has cost a completion.
     if self.verify not in VERIFY:
       raise ValueError(f'verify = {self.verify!r}; expected one of {VERIFY}')
     if min(self.candidates, self.samples, self.max_chars) < 1 or self.retries < 0:
@@ -93,6 +94,7 @@ class Distiller:
     Raises:
       Dropped: the seed gives no rows.
     """
+    # One method for each scenario of the paper.
     scenarios = {
       'single': self._single,
       'irrelevant': self._irrelevant,
@@ -117,6 +119,7 @@ class Distiller:
       reasoning, answer = _read_solution(text)
       calls, problem = verify.read_calls(answer)
       if problem or not check(place, calls):
+        # Whether it can be read decides the reason; both count as a wrong sample.
         raise Wrong(problem or 'wrong call', 'verify')
       return reasoning, calls
 
@@ -127,6 +130,7 @@ class Distiller:
 
   def _decompose(self, seed: Seed) -> Ask[list[Candidate]]:
     """Asks for decompositions; returns the distinct ones that hold, in the order of sampling."""
+    # A decomposer that sees the calls can say which of them belongs to which subtask.
     calls = seed.calls if self.show_reference else None
     prompt = decompose.decompose_messages(
       seed.context, seed.query, calls, self.wording.prompts, self.examples
@@ -184,6 +188,7 @@ class Distiller:
       return self._by_state(seed) or calls_equal(calls, seed.calls, ordered=True)
 
     [(reasoning, calls)] = yield from self._solve([list(seed.conversations)], check)
+    # Where the seed has a world, what the calls do is compared as well.
     self._check_end(seed, calls, ordered=True)
     answer = print_calls(calls)
     row = self._row(seed, '', seed.conversations, compose.single(reasoning, answer))
@@ -208,11 +213,13 @@ class Distiller:
     made: list[ToolCall] = []
     targets = []
     for number, (text, index) in enumerate(subtasks):
+      # What this step must make begins where the step before ended.
       check = self._step_check(seed, len(made), index)
       solving.append(Message('user', text))
       [(reasoning, calls)] = yield from self._solve([list(solving)], check)
       solved = Solved(text, reasoning, print_calls(calls))
       target = compose.sequential(seed.query, texts, number, solved, self.wording.templates)
+      # A copy, since the conversation grows below.
       targets.append((list(history), target))
       if sandbox:
         outputs = [sandbox.run(call) for call in calls]
@@ -259,8 +266,10 @@ class Distiller:
       _, index = subtasks[place]
       if self._by_state(seed) or index is None:
         return True
+      # Any order within a subtask, since its calls are independent, too.
       return calls_equal(calls, [seed.calls[i] for i in index], ordered=False)
 
+    # Every subtask after the same context: none of them sees another's solution.
     prompts = [[*seed.context, Message('user', text)] for text, _ in subtasks]
     solutions = yield from self._solve(prompts, check)
     calls: list[ToolCall] = []
@@ -269,6 +278,7 @@ class Distiller:
       calls += made
       solved.append(Solved(text, reasoning, print_calls(made)))
     self._check_end(seed, calls, ordered=False)
+    # The order of the subtasks, whatever the order of their completions.
     target = compose.parallel(seed.query, solved, self.wording.templates)
     row = self._row(seed, '', seed.conversations, target)
     # Without a report nothing follows the calls, and their outputs may not be recorded.
@@ -295,6 +305,7 @@ class Distiller:
       [prompt], accept, retries=self.retries, samples=self.samples
     )
     [reasoning] = all_accepted(reasonings)
+    # The reference answer is trained; the model gives only the reasoning for it.
     target = compose.irrelevant(seed.query, reasoning, seed.answer, self.wording.templates)
     return [self._row(seed, '', seed.conversations, target)]
 
@@ -306,6 +317,7 @@ class Distiller:
   def _check_end(self, seed: Seed, calls: Sequence[ToolCall], *, ordered: bool) -> None:
     """Compares all calls with the reference, and what they do where they can be executed."""
     if not self._by_state(seed) and not calls_equal(calls, seed.calls, ordered=ordered):
+      # Too few calls and wrong ones are different faults, and are counted apart.
       enough = len(calls) >= len(seed.calls)
       raise Dropped('wrong call' if enough else 'calls are missing', 'verify')
     problem = verify.state_problem(seed, calls)
@@ -321,6 +333,7 @@ class Distiller:
 
   def _row(self, seed: Seed, suffix: str, history: Sequence[Message], target: str) -> Row:
     messages = [*history, Message('assistant', target)]
+    # A row that is unfit drops the whole seed: its other rows would lack a step.
     problem = verify.row_problem(messages, self.max_chars)
     if problem:
       raise Dropped(problem, 'verify')

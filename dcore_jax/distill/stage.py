@@ -41,6 +41,7 @@ from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.requests import EngineStats
 from dcore_jax.rollout.sampling import SamplingParams
 
+# Whether the decomposer sees the reference calls, or labels take their place.
 REFERENCES = ('shown', 'hidden', 'pseudo')
 BACKENDS = ('local', 'openai')
 
@@ -74,17 +75,21 @@ def run_distillation(
     ConnectionError: an endpoint that stays away. Nothing that was answered is lost: call again.
   """
   section = config.distill
+  # Options are checked before the first completion is paid for.
   _check_section(section)
   check_ids(seeds)
+  # It runs from here, so that loading a model counts as time of the run.
   clock = Clock(folder / 'seconds.json')
   distiller = _make_distiller(section)
   sampling = _make_sampling(config)
   backend = _make_backend(section, folder / 'replies.jsonl', local)
+  # Before the first row: a folder of other rows must not be added to.
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
   # The engine may have served other stages. Its occupancy is that of what distillation adds.
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   # Labels may change the kind of a seed and drop it. Success rates are about the given seeds.
   given = seeds
+  # Without labels the given seeds are their own.
   labels = _Labels(labelled=list(seeds))
   if section.reference == 'pseudo':
     labels = _pseudo_labels(section, folder, seeds, backend, sampling)
@@ -93,8 +98,10 @@ def run_distillation(
   run = Shards(folder, seeds, section.shard_seeds)
   # The seeds of all unfinished shards are begun together: while the last seeds of one shard are
   # under way, those of the next keep the engine's lanes busy.
+  # Whole shards only: an unfinished one is begun again, from the journal of replies.
   numbers = run.unfinished()
   progress(len(seeds) - len(numbers))
+  # Finished by an earlier call: nothing is recomputed, and the same content is returned.
   if not numbers and (folder / 'distill.json').exists():
     return read_json(folder / 'distill.json')
   # Without numbers all rows are written, but the call that wrote them was killed before it summed
@@ -104,6 +111,7 @@ def run_distillation(
       run.file(numbers[place], outcome)
       clock.tick()
       progress(1)
+  # From the files, not from memory: earlier calls have written some of them.
   summary = summarise(_asked_records(run, given, labels)) | labels.counts
   summary['model'] = backend.model
   summary['wording'] = distiller.wording.version
@@ -117,6 +125,7 @@ def run_distillation(
 
 def _finish(folder: pathlib.Path, run: Shards, summary: dict[str, Any]) -> None:
   """Writes the sample page and the summary; raises ValueError where no row was kept."""
+  # A run without a row ends here, and not in the training that would read it.
   if not summary['rows']:
     raise ValueError(
       f'self-distillation kept none of {summary["seeds"]} seeds: {summary["dropped"]}'
@@ -131,6 +140,7 @@ def _ignore(count: int) -> None:
 
 
 def _check_section(section: DistillSection) -> None:
+  # One error for the three, which a person sets together.
   if (
     section.reference not in REFERENCES
     or section.backend not in BACKENDS
@@ -147,6 +157,7 @@ def _make_distiller(section: DistillSection) -> Distiller:
   """Makes the distiller of section `distill`; raises ValueError where an option does not hold."""
   return Distiller(
     wording=load_wording(section.wording),
+    # Labels are shown like references: the decomposer sees the calls in both cases.
     show_reference=section.reference != 'hidden',
     examples=section.examples,
     strict_count=section.strict_count,
@@ -166,6 +177,7 @@ def _make_sampling(config: RunConfig) -> SamplingParams:
     top_p=section.top_p,
     top_k=section.top_k,
     max_tokens=section.max_tokens,
+    # The run's seed: another one gives other answers to the same questions.
     seed=config.seed,
   )
 
@@ -173,6 +185,7 @@ def _make_sampling(config: RunConfig) -> SamplingParams:
 def _make_backend(section: DistillSection, journal: pathlib.Path, local: Local) -> Backend:
   if section.backend == 'openai':
     return endpoint(section, section.base_url, section.model, journal, prices(section))
+  # Options of an endpoint that no endpoint reads would be a silent mistake.
   if section.base_url or section.prompt_price or section.completion_price:
     raise ValueError(
       f'distill.base_url = {section.base_url!r} and the prices {section.prompt_price} and '
@@ -193,6 +206,7 @@ def endpoint(
   Raises:
     ValueError: one of the two is not given.
   """
+  # The endpoint may serve several models, and the journal knows replies by the model's name.
   if not base_url or not model:
     raise ValueError(
       f'an endpoint needs a URL and the name of its model, got {base_url!r} and {model!r}'
@@ -220,6 +234,7 @@ def _asked_records(run: Shards, given: Sequence[Seed], labels: '_Labels') -> lis
 
   `asked` is the kind that a seed had before it was labelled.
   """
+  # By id, since labels drop seeds and thereby shift their numbers.
   asked = {seed.id: seed.kind for seed in given}
   records = [record | {'asked': asked[record['seed']]} for record in run.outcomes()]
   for name, reason in labels.reasons.items():
@@ -229,6 +244,7 @@ def _asked_records(run: Shards, given: Sequence[Seed], labels: '_Labels') -> lis
 
 def _occupancy(before: EngineStats, now: EngineStats) -> float:
   """The share of an engine's lanes that were busy since `before`."""
+  # Counts are since the engine was made, so that those of before are taken off.
   spent = {name: value - getattr(before, name) for name, value in vars(now).items()}
   return EngineStats(**spent).occupancy
 
@@ -255,6 +271,7 @@ _PLACES = (
 def _settings(config: RunConfig) -> dict[str, Any]:
   """Returns the options on which rows depend, as JSON."""
   section = to_json(config.distill)
+  # What is left decides the content of the rows.
   for name in _PLACES:
     del section[name]
   return {'seed': config.seed, 'world': to_json(config.world), 'distill': section}
@@ -275,6 +292,7 @@ def check_rows(config: RunConfig, folder: pathlib.Path) -> None:
     return
   mine = _settings(config)
   # A field that the record lacks did not exist when the rows were made.
+  # Completed by defaults, which is how a run without that field behaved.
   world = completed(WorldSection(), theirs['world'])
   section = completed(DistillSection(), theirs['distill'])
   different = []
@@ -282,6 +300,7 @@ def check_rows(config: RunConfig, folder: pathlib.Path) -> None:
     different.append('seed')
   if mine['world'] != world:
     different.append('world')
+  # By field, so that the error names each option that differs.
   for name, value in mine['distill'].items():
     if value != section[name]:
       different.append(f'distill.{name}')
@@ -302,10 +321,12 @@ def _describe(
 
   Where the model is, and how many questions are under way, may change between two calls.
   """
+  # A digest of the content: the order of seeds and each of their fields counts.
   digest = hashlib.sha256()
   for seed in seeds:
     digest.update(json.dumps(seed.to_json(), sort_keys=True).encode())
   options = {field.name: getattr(distiller, field.name) for field in dataclasses.fields(distiller)}
+  # Labels are made by another model, perhaps; then the rows depend on it.
   labels = {'reference': config.distill.reference}
   if config.distill.reference == 'pseudo':
     labels |= {'samples': config.distill.labels.samples, 'label_model': config.distill.labels.model}
@@ -331,6 +352,7 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
   if path.exists():
     theirs = read_json(path)
     # A file of seeds may have moved; what it holds is compared by its digest.
+    # `settings` came later than claims, and repeats what the other entries say.
     names = (mine.keys() | theirs.keys()) - {'settings'}
     different = sorted(name for name in names if mine.get(name) != theirs.get(name))
     if different:
@@ -338,6 +360,7 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
         f'{str(folder)!r} was begun with other {", ".join(different)}; name another --workdir'
       )
   else:
+    # Whole or not at all: half a claim would lock the folder for good.
     write_json_atomic(path, mine)
 
 
@@ -368,8 +391,10 @@ def _pseudo_labels(
 ) -> _Labels:
   """Labels the seeds with `backend`, or with the endpoint that section `distill.labels` names."""
   options = section.labels
+  # The labeller is the model itself, unless an endpoint is named.
   if not options.base_url:
     return _labelled(folder, seeds, backend, sampling, options.samples)
+  # A journal of its own: another model answers, and its questions may be the same.
   journal = folder / 'label_replies.jsonl'
   labeller = endpoint(section, options.base_url, options.model, journal, prices(options))
   labels = _labelled(folder, seeds, labeller, sampling, options.samples)
@@ -386,6 +411,7 @@ def _labelled(
 ) -> _Labels:
   """Labels seeds, or reads labels.jsonl where an earlier call has written it."""
   path = folder / 'labels.jsonl'
+  # Labels are made once. A later call reads them, so that all rows have the same.
   if not path.exists():
     found: dict[int, SeedOutcome] = dict(label(seeds, backend, sampling, samples))
     records = []
@@ -394,6 +420,7 @@ def _labelled(
       if outcome.value:
         records.append(outcome.value.to_json())
       else:
+        # Dropped seeds are written, too, so that a later call can count them.
         records.append({'id': seed.id, 'dropped': outcome.reason})
     replace_text(path, json_lines(records))
   records = read_json_lines(path)
@@ -406,6 +433,7 @@ def _labelled(
   counts = {
     'seeds': len(seeds),
     'labelled': len(labelled),
+    # How often the label equals the reference, where seeds have one.
     'agree': sum(seed.calls == given[seed.id].calls for seed in labelled),
     'dropped': dropped,
   }
@@ -416,5 +444,6 @@ def render_sample(
   summary: dict[str, Any], rows: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]]
 ) -> str:
   """Makes a page of kept rows and dropped seeds, on which what models wrote stays text."""
+  # The template is a file of the package, beside this one.
   template = pathlib.Path(__file__).with_name('distill_sample.html.jinja')
   return render_page(template, summary=summary, rows=rows, dropped=dropped)

@@ -31,6 +31,7 @@ def decomposition_problem(seed: Seed, subtasks: Subtasks, *, seen: bool, strict_
       and leak nothing of them.
     strict_count: see `decompose.own_calls`.
   """
+  # An empty description would be a prompt without a request.
   if any(not text.strip() for text, _ in subtasks):
     return 'empty subtask'
   if strict_count and len(subtasks) != len(seed.calls):
@@ -77,9 +78,11 @@ def state_problem(seed: Seed, calls: Sequence[ToolCall]) -> str:
   """
   if not seed.world:
     return ''
+  # Two fresh worlds: each sees one list of calls alone.
   mine = open_sandbox(seed.world)
   reference = open_sandbox(seed.world)
   # More outputs than the reference has are allowed: an additional look-up does no harm.
+  # Counted, so that an output that the reference has twice must be there twice.
   outputs = Counter(map(mine.run, calls))
   expected = Counter(map(reference.run, seed.calls))
   if mine.state != reference.state:

@@ -103,7 +103,9 @@ class Wording:
   @property
   def version(self) -> str:
     """The name with a fingerprint of all texts, by which rows say what they were made with."""
+    # Sorted keys: the fingerprint depends on the texts, and not on the order of fields.
     texts = json.dumps(dataclasses.asdict(self), sort_keys=True)
+    # Eight hex digits: enough to tell the versions of one wording apart.
     digest = hashlib.sha256(texts.encode()).hexdigest()
     return f'{self.name}-{digest[:8]}'
 
@@ -115,11 +117,15 @@ class Wording:
 ORGANISM_WORDING = Wording(
   'organism',
   Prompts(
+    # Short prompts: a model of two million parameters reads them with every seed.
     decompose=(
       'list the subtasks of this request as json.\nrequest: {query}\ncalls: {calls}\nsubtasks:'
     ),
+    # Without the calls the prompt is the same but for that one line.
     decompose_blind='list the subtasks of this request as json.\nrequest: {query}\nsubtasks:',
+    # One line of instruction, then the request, as in the other two.
     explain='say which tool or value is missing for this request.\nrequest: {query}',
+    # One chain and one list: the two shapes that a request can have.
     examples=(
       Example(
         system='',
@@ -144,6 +150,7 @@ ORGANISM_WORDING = Wording(
       ),
     ),
   ),
+  # The defaults of `Templates` are the organism's texts.
   Templates(),
 )
 
@@ -172,6 +179,7 @@ Only this JSON list, nothing before or after it:
 {form}
 {{examples}}
 Begin."""
+# Fills the placeholders of `_TASK`. Doubled braces survive until examples are filled in.
 _SEEN = dict(
   given=(
     'You see a request and the calls that carried it out, and work out how the request was split '
@@ -180,6 +188,7 @@ _SEEN = dict(
   fourth=(
     '4. Calls: the list of calls that carried the request out, in order. The first is number 0.\n'
   ),
+  # Numbers from 0, in rising order, which `decompose.own_calls` checks.
   rules=(
     '- Give every subtask the numbers of the calls that belong to it ("index"). '
     'Each call belongs to one subtask,\n'
@@ -193,14 +202,18 @@ _SEEN = dict(
     '{{"step": 2, "description": "...", "index": [1, 2]}}]'
   ),
 )
+# The same task for a decomposer that does not see the calls.
 _BLIND = dict(
   given='You see a request and split it up.',
   fourth='',
+  # Without calls there are no numbers to share out.
   rules='- A request that cannot be split is its own only subtask.\n',
   source='you can guess that its number is 88213',
   form='[{{"step": 1, "description": "..."}}, {{"step": 2, "description": "..."}}]',
 )
+# The parts of every example and of the question, in one form.
 _PARTS = '## Policy and tools\n{system}\n\n## Conversation\n{history}\n\n## Request\n{query}\n\n'
+# A made-up world.
 _LIBRARY = (
   'Librarians look members up before they lend. A member has at most three loans.\n'
   '[{"name": "find_member"}, {"name": "list_loans"}, {"name": "extend_loan"}, '
@@ -214,6 +227,7 @@ ENGLISH_WORDING = Wording(
     decompose_blind=_PARTS + 'Subtasks:',
     instructions=_TASK.format(**_SEEN),
     instructions_blind=_TASK.format(**_BLIND),
+    # Tags around each example keep it apart from the request that is asked about.
     example=(
       '<example_{number}>\n'
       + _PARTS
@@ -225,6 +239,7 @@ ENGLISH_WORDING = Wording(
       'cannot be carried out with the tools at hand. Tell the user so in a sentence or two, and '
       'call nothing.\n\nRequest: {query}'
     ),
+    # A chain, a request behind a conversation, and independent subtasks.
     examples=(
       Example(
         system=_LIBRARY,
@@ -270,6 +285,7 @@ ENGLISH_WORDING = Wording(
       ),
     ),
   ),
+  # Words of our own around the placeholders of docs/method.md, section 1.7.
   Templates(
     open='The task as a whole is: {query}',
     plan='It breaks down into these subtasks:',
@@ -290,6 +306,7 @@ ENGLISH_WORDING = Wording(
   ),
 )
 
+# By the names that `distill.wording` gives.
 WORDINGS = {wording.name: wording for wording in (ORGANISM_WORDING, ENGLISH_WORDING)}
 
 # The placeholders that are filled in each text. A text without an entry here has none.
@@ -317,6 +334,7 @@ def load_wording(name: str) -> Wording:
     ValueError: neither, a field that does not exist, or a text with a placeholder that nothing
       fills.
   """
+  # A name first: a file that happens to be called 'english' does not hide it.
   if name in WORDINGS:
     return WORDINGS[name]
   path = pathlib.Path(name)
@@ -324,13 +342,16 @@ def load_wording(name: str) -> Wording:
     raise ValueError(f'distill.wording = {name!r} is neither one of {sorted(WORDINGS)} nor a file')
   record = read_json(path)
   known = {'name', 'base', 'prompts', 'templates'}
+  # Unknown entries are refused, since a misspelled one would change nothing.
   if not isinstance(record, dict) or record.keys() - known or record.get('base') not in WORDINGS:
     raise ValueError(
       f'{name}: a wording is an object of name, base (one of {sorted(WORDINGS)}), prompts and '
       'templates'
     )
+  # What the file leaves out stays as its base has it.
   base = WORDINGS[record['base']]
   return Wording(
+    # Without a name, rows are marked by the file's.
     name=str(record.get('name', path.stem)),
     prompts=_changed(base.prompts, record.get('prompts', {}), name),
     templates=_changed(base.templates, record.get('templates', {}), name),
@@ -347,6 +368,7 @@ def _changed(texts: Texts, changes: Mapping[str, Any], where: str) -> Texts:
   for field, value in changes.items():
     if field not in known:
       raise ValueError(f'{where}: {field!r} is none of {sorted(known)}')
+    # Examples are records, all other fields are texts.
     if field == 'examples':
       values[field] = tuple(_read_example(record, where) for record in value)
     else:
@@ -359,6 +381,7 @@ def _check_placeholders(field: str, text: Any, where: str) -> None:
   """Raises ValueError unless a text can be filled; otherwise distillation would fail late."""
   slots = _SLOTS.get(field, ())
   try:
+    # Filled with empty values: the braces and names are tried, whatever the texts.
     text.format(**dict.fromkeys(slots, ''))
   except (AttributeError, IndexError, KeyError, ValueError) as error:
     raise ValueError(
@@ -368,6 +391,7 @@ def _check_placeholders(field: str, text: Any, where: str) -> None:
 
 def _read_example(record: Any, where: str) -> Example:
   try:
+    # Tuples, as in the wordings above.
     subtasks = tuple((item['description'], tuple(item['index'])) for item in record['subtasks'])
     return Example(
       system=record['system'],

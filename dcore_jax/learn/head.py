@@ -1,7 +1,7 @@
 """Losses, log-probabilities and entropies from hidden states without the whole logits.
 
 The vocabulary projection of Qwen3 has 151,936 outputs: the logits of 16,384 tokens are 10 GB, and a
-plain loss holds several arrays of that size. Here tokens are worked off in chunks, forward and
+plain loss holds several arrays of that size. Here tokens are processed in chunks, forward and
 backward, with sums in float32. Under a mesh (`jax.set_mesh`) the vocabulary is split over its
 tensor axis and the tokens over its batch axes; devices exchange a few numbers a token.
 
@@ -24,13 +24,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from dcore_jax import sharding
 
-# Float32 logits of one chunk: from 128 MiB on a CPU, 220 tokens of Qwen3's vocabulary. Accelerators
-# need more tokens to hide the traffic of adding a chunk's [V, D] gradient to the sum: 8 bytes
-# against 6 C operations for each of its entries.
+# Float32 logits of one chunk: 2^25 of them are 128 MiB, or 220 tokens of Qwen3's vocabulary. An
+# accelerator needs more tokens a chunk, 2^29 logits, to hide the traffic of adding a chunk's [V, D]
+# gradient to the sum: each of its entries takes 8 bytes of traffic and 6 C operations.
 _CHUNK_ENTRIES = {'cpu': 2**25, 'gpu': 2**29, 'tpu': 2**29}
-# Tokens of a chunk are a multiple of it on a TPU, whose tiles hold 8 rows of float32, 16 of
-# bfloat16: between [32769, 4096] and [9, 3641, 4096] each reshape takes its compiler 150 s, between
-# [32832, 4096] and [9, 3648, 4096] one.
+# On a TPU a chunk's tokens are a multiple of this, since its tiles hold 8 rows of float32 and 16 of
+# bfloat16. Its compiler takes 150 s for each reshape between [32769, 4096] and [9, 3641, 4096], and
+# 1 s between [32832, 4096] and [9, 3648, 4096].
 _TILE_ROWS = 16
 
 Objective = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
@@ -78,6 +78,7 @@ class _Scores(NamedTuple):
 
 def _check(temperature: float, chunk: int | None) -> None:
   if not temperature > 0:
+    # Temperature 0 puts all mass on one token: every other log-probability would be -inf.
     raise ValueError(
       f'temperature = {temperature} must be positive; a greedy policy has no log-probabilities'
     )
@@ -136,6 +137,7 @@ def token_loss(
     values: pytree of [M, ...] arrays for the objective: weights, advantages, old log-probabilities.
     options: temperature, entropies and chunks; static.
   """
+  # Positional, since `custom_vjp` tells differentiable arguments apart by their place.
   return _token_loss(objective, options, hidden_MD, head_VD, targets_M, values)
 
 
@@ -155,6 +157,7 @@ def log_probs_and_entropy(
   everywhere are skipped and give 0. Other arguments and errors as for `token_loss`.
   """
   _check(temperature, chunk)
+  # A Python float: a static argument must be hashable, which a jax scalar is not.
   return _scores(float(temperature), chunk, hidden_MD, head_VD, targets_M, used_M)
 
 
@@ -168,6 +171,7 @@ def uniform_gap(
   the same as in the target's log-probability.
   """
   _check(temperature, None)
+  # Summed in float32: in the head's 16 bits a mean over 151,936 rows would be lost to rounding.
   mean_D = jnp.mean(head_VD, axis=0, dtype=jnp.float32)
   rows_MD = mean_D[None, :] - head_VD[targets_M].astype(jnp.float32)
   gap_M = jnp.einsum('md,md->m', hidden_MD.astype(jnp.float32), rows_MD) / temperature
@@ -180,6 +184,7 @@ def uniform_gap(
 def _chunked(tokens: _Tokens, V: int, chunk: int | None) -> _Tokens:
   """Cuts leaves [M, ...] into [N, C, ...], filled up with zeros."""
   M = tokens.targets.shape[0]
+  # A caller's chunk is an upper bound, hence more chunks; the default is a size to stay near.
   if chunk:
     N = math.ceil(M / chunk)
   else:
@@ -188,10 +193,12 @@ def _chunked(tokens: _Tokens, V: int, chunk: int | None) -> _Tokens:
     N = M // max(1, _CHUNK_ENTRIES.get(sharding.platform(), 2**25) // V)
   N = max(1, N)
   C = math.ceil(M / N)
+  # A single chunk is not reshaped, so that its size may stay odd.
   if not chunk and N > 1 and sharding.platform() == 'tpu':
     C += -C % _TILE_ROWS
 
   def cut(leaf: jax.Array) -> jax.Array:
+    # Zeros everywhere: a padding token has weight 0 and target 0, which is a valid id.
     fill = [(0, N * C - M)] + [(0, 0)] * (leaf.ndim - 1)
     return jnp.pad(leaf, fill).reshape(N, C, *leaf.shape[1:])
 
@@ -226,7 +233,9 @@ def _where_used(step: Callable, nothing: Callable, chunks: _Tokens) -> Callable:
 
   def step_or_nothing(carry, part):
     leaves = jax.tree.leaves(part.values)
+    # All leaves count: where only the advantage is 0, an objective may still have a KL term.
     used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in leaves]))
+    # `cond` runs one branch, where `jnp.where` would compute the chunk and discard it.
     return jax.lax.cond(used, step, nothing, carry, part)
 
   return step_or_nothing
@@ -244,11 +253,14 @@ def _on_devices(
   along the first axis like the batch, 'head_gradient' as the head is stored, 'all' the same
   everywhere.
   """
+  # Cast before the devices gather it, so that 2 bytes an entry travel instead of 4.
   head_VD = head_VD.astype(tokens.hidden.dtype)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
+    # Without a mesh the split is empty, and every exchange below is left out.
     return function(_Split(), tokens, head_VD)
   by_token = sharding.partition_spec(('batch',), tokens.targets.shape, mesh)
+  # Inside, each device has whole rows of the head: `hidden` is never split, as `embed` may be.
   by_vocabulary = sharding.partition_spec(('vocab', 'hidden'), head_VD.shape, mesh)
   specs = {
     'tokens': by_token,
@@ -264,12 +276,14 @@ def _on_devices(
     functools.partial(function, split),
     in_specs=(by_token, by_vocabulary),
     out_specs=tuple(specs[kind] for kind in out_kinds),
+    # Unchecked by jax: results of kind 'all' are equal on all devices because `_psum` summed them.
     check_vma=False,
   )
   return run(tokens, head_VD)
 
 
 def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
+  # Without axes there is nothing to sum, and no mesh that `psum` could name.
   return jax.lax.psum(tree, axes) if axes else tree
 
 
@@ -278,10 +292,12 @@ def _sum_over_tokens(head_grad_VD: jax.Array, split: _Split) -> jax.Array:
 
   Each device keeps those columns of the sum that it stores.
   """
+  # Devices that differ in `columns` scatter; those that do not keep the whole sum.
   whole = tuple(axis for axis in split.tokens if axis not in split.columns)
   head_grad_VD = _psum(head_grad_VD, whole)
   if not split.columns:
     return head_grad_VD
+  # Scattered as it is summed: each device receives its own columns, not the whole [V, D].
   return jax.lax.psum_scatter(head_grad_VD, split.columns, scatter_dimension=1, tiled=True)
 
 
@@ -294,6 +310,7 @@ def _first_id(V: int, split: _Split) -> jax.Array | int:
 
 
 def _logits(hidden_CD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
+  # In float32: bfloat16 logits near 20 are 0.125 apart.
   logits_CV = jnp.einsum('cd,vd->cv', hidden_CD, head_VD, preferred_element_type=jnp.float32)
   return logits_CV / temperature
 
@@ -301,16 +318,22 @@ def _logits(hidden_CD: jax.Array, head_VD: jax.Array, temperature: float) -> jax
 def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split, entropy: bool) -> _Scores:
   """Reduces the logits of a chunk, of which each device has those of its own ids."""
   V = logits_CV.shape[1]
+  # Subtracting the maximum keeps exp below 1. It is taken over all devices of a vocabulary, so that
+  # their sums have one scale.
   top_C = logits_CV.max(axis=1)
   if split.vocab:
     top_C = jax.lax.pmax(top_C, split.vocab)
   shifted_CV = logits_CV - top_C[:, None]
   exp_CV = jnp.exp(shifted_CV)
+  # Ids of other devices fall outside 0..V - 1: clipped to be looked up, then replaced by 0, so that
+  # the sum over devices has one summand.
   here_C = targets_C - _first_id(V, split)
   hit_C = jnp.take_along_axis(shifted_CV, jnp.clip(here_C, 0, V - 1)[:, None], axis=1)[:, 0]
   sums = {'exp': exp_CV.sum(axis=1), 'hit': jnp.where((0 <= here_C) & (here_C < V), hit_C, 0)}
+  # With m = sum exp(s) s and Z = sum exp(s) over shifted logits s, the entropy is log Z - m / Z.
   if entropy:
     sums['moment'] = (exp_CV * shifted_CV).sum(axis=1)
+  # One exchange of three numbers a token.
   sums = _psum(sums, split.vocab)
   log_sum_C = jnp.log(sums['exp'])
   entropy_C = None
@@ -333,11 +356,13 @@ def _logit_gradient(
   """
   V = logits_CV.shape[1]
   logp_bar_C, entropy_bar_C = bars
+  # Log-probabilities of this device's ids: the partition sum is that of the whole vocabulary.
   log_p_CV = logits_CV - scores.partition[:, None]
   # d logp / d z_v = [v = target] - p_v;   d H / d z_v = -p_v (log p_v + H)
   pull_CV = logp_bar_C[:, None]
   if entropy_bar_C is not None:
     pull_CV += entropy_bar_C[:, None] * (log_p_CV + scores.entropy[:, None])
+  # Compared, not scattered: XLA fuses the comparison into the elementwise work that follows.
   hit_CV = (targets_C - _first_id(V, split))[:, None] == jnp.arange(V)[None, :]
   return jnp.where(hit_CV, logp_bar_C[:, None], 0) - jnp.exp(log_p_CV) * pull_CV
 
@@ -363,6 +388,7 @@ def _through_projection(
 
 def _zero_sums(objective: Objective, options: LossOptions, chunks: _Tokens) -> Any:
   """Returns zeros of what the objective gives for a chunk: (loss, sums)."""
+  # Shapes suffice to learn what the objective returns; nothing is computed.
   scores = jax.ShapeDtypeStruct(chunks.targets.shape[1:], jnp.float32)
   shapes = jax.eval_shape(
     objective,
@@ -383,6 +409,7 @@ def _loss_shard(
     logits_CV = _logits(part.hidden, head_VD, options.temperature)
     scores = _summary(logits_CV, part.targets, split, options.entropy != 'none')
     added = objective(scores.logp, scores.entropy, part.values)
+    # Losses add up over tokens, so that chunks do, too.
     return jax.tree.map(jnp.add, total, added), None
 
   def nothing(total, part):
@@ -390,6 +417,7 @@ def _loss_shard(
 
   zeros = _zero_sums(objective, options, chunks)
   total, _ = _over_chunks(_where_used(step, nothing, chunks), zeros, chunks)
+  # Devices of one vocabulary hold the same total; only those with other tokens are summed.
   return _psum(total, split.tokens)
 
 
@@ -397,6 +425,7 @@ def _objective_gradient(
   objective: Objective, options: LossOptions, scores: _Scores, values: Any
 ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, jax.Array | None]]:
   """Returns ((loss, sums), gradients with respect to (log-probability, entropy)) of a chunk."""
+  # Two cases, because `jax.vjp` over an unused entropy would still compute its term below.
   if options.entropy == 'gradient':
     loss, pull, sums = jax.vjp(
       lambda logp_C, entropy_C: objective(logp_C, entropy_C, values),
@@ -404,6 +433,7 @@ def _objective_gradient(
       scores.entropy,
       has_aux=True,
     )
+    # A gradient of 1: `_token_loss_backward` applies that of the loss later.
     logp_bar_C, entropy_bar_C = pull(jnp.ones_like(loss))
     return (loss, sums), (logp_bar_C, entropy_bar_C)
   loss, pull, sums = jax.vjp(
@@ -424,6 +454,7 @@ def _loss_and_gradient_shard(
     logits_CV = _logits(part.hidden, head_VD, options.temperature)
     scores = _summary(logits_CV, part.targets, split, options.entropy != 'none')
     added, bars = _objective_gradient(objective, options, scores, part.values)
+    # While the chunk's logits are there: computing them again would be a fourth product.
     grad_CV = _logit_gradient(logits_CV, part.targets, scores, bars, split)
     hidden_grad_CD, chunk_grad_VD = _through_projection(
       grad_CV, part.hidden, head_VD, options.temperature
@@ -443,6 +474,7 @@ def _loss_and_gradient_shard(
   )
   loss, sums = _psum(total, split.tokens)
   hidden_grad_MD = _joined(hidden_grad_NCD, tokens.targets.shape[0])
+  # Each device has pulled back through its own ids; their sum is the gradient.
   hidden_grad_MD = _psum(hidden_grad_MD, split.vocab).astype(tokens.hidden.dtype)
   return loss, sums, hidden_grad_MD, _sum_over_tokens(head_grad_VD, split)
 
@@ -460,11 +492,13 @@ def _token_loss_forward(objective, options, hidden_MD, head_VD, targets_M, value
   loss, sums, hidden_grad_MD, head_grad_VD = _on_devices(
     function, tokens, head_VD, ('all', 'all', 'tokens', 'head_gradient')
   )
+  # In the head's own dtype, as jax requires of a gradient.
   return (loss, sums), (hidden_grad_MD, head_grad_VD.astype(head_VD.dtype))
 
 
 def _token_loss_backward(objective, options, grads, bars):
   loss_bar, _ = bars  # the sums are for logging
+  # The loss is a scalar, so that its gradient only scales what the forward pass has computed.
   hidden_grad_MD, head_grad_VD = (grad * loss_bar.astype(grad.dtype) for grad in grads)
   return hidden_grad_MD, head_grad_VD, None, None
 
@@ -480,6 +514,8 @@ def _score_shard(
 ) -> tuple[_Scores, jax.Array | None]:
   """Returns (scores [M], the logits [M, V] where they are kept)."""
   chunks = _chunked(tokens, head_VD.shape[0], chunk)
+  # One chunk's logits fit by choice of the chunk size. Under a split vocabulary each device has
+  # others, which `_on_devices` cannot return by token.
   keep = chunks.targets.shape[0] == 1 and not split.vocab
 
   def step(_, part):
@@ -489,6 +525,7 @@ def _score_shard(
 
   def nothing(_, part):
     zeros_C = jnp.zeros(part.targets.shape, jnp.float32)
+    # 0 is what the docstring promises for tokens that are not used.
     return None, (_Scores(logp=zeros_C, entropy=zeros_C, partition=zeros_C), None)
 
   _, scores = _over_chunks(_where_used(step, nothing, chunks), None, chunks)
@@ -533,6 +570,7 @@ def _scores_forward(temperature, chunk, *arrays):
   scores, logits_MV = _on_devices(function, tokens, head_VD, ('tokens', 'tokens'))
   # The backward pass has no use for the log-probabilities themselves.
   tokens = tokens._replace(saved=(scores._replace(logp=None), logits_MV))
+  # Chunks are cut again in the backward pass: `tokens` is kept as the caller gave it.
   return (scores.logp, scores.entropy), (tokens, head_VD)
 
 

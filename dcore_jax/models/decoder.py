@@ -1,7 +1,7 @@
 """The decoder of Qwen3, Qwen2.5, Llama and DeepSeek-Coder: pure functions of a parameter tree.
 
-RMSNorm before each block, grouped-query attention, rotary embedding in float32, SwiGLU; by family,
-biases on queries, keys and values (Qwen2.5) or per-head RMSNorm on queries and keys (Qwen3). The
+RMSNorm before each block, grouped-query attention, rotary embedding in float32, SwiGLU. Qwen2.5
+adds biases on queries, keys and values; Qwen3 adds RMSNorm on each head of queries and keys. The
 layers are stacked along a leading axis and scanned, so that compile time does not grow with depth.
 `abstract_params` is the one description of the parameters: initialisation, sharding, checkpoint
 import and export all follow it. Shape letters: config.py.
@@ -23,16 +23,19 @@ from dcore_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 
+# 'auto' follows the device, so that one config trains on an accelerator and is debugged on a CPU.
 COMPUTE = ('auto', 'float32', 'bfloat16')
+# What may wait in host memory: it is read once an update or once a pass, not in every layer.
 OFFLOAD = ('optimizer', 'reference')
-# Per token and layer of Qwen3-8B in bfloat16: full 8 KiB (the layer's input), attention 16 KiB,
-# dots 84 KiB.
+# What the backward pass keeps, in bytes per token and layer of Qwen3-8B in bfloat16: 'full' 8 KiB
+# (the layer's input alone), 'attention' 16 KiB, 'dots' 84 KiB.
 REMAT: dict[str, Callable[..., bool] | None] = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
   'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# How many leading axes of a projection's weight are contracted. 'o' contracts (heads, head_dim).
 _INPUTS = {
   'q': 1,
   'k': 1,
@@ -41,8 +44,9 @@ _INPUTS = {
   'gate': 1,
   'up': 1,
   'down': 1,
-}  # axes of a projection that are contracted
-# Logical axes of [B, T, N, H] and [B, K, S, H] where rollouts are made.
+}
+# Logical axes of [B, T, N, H] and [B, K, S, H] in the rollout engine. Lanes have an axis of their
+# own, since no mesh splits them, while it does split the rows of a training batch.
 _LANE_QUERIES = ('lanes', 'length', 'heads', 'head_dim')
 _LANE_KEYS = ('lanes', 'kv_heads', 'length', 'head_dim')
 
@@ -63,20 +67,19 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a training pass runs, whatever it computes.
+  """How a training pass runs; rounding apart, no field changes what is computed.
 
   Attributes:
     attention: a name of `tree_attention`.
-    compute: dtype of activations, to which the layers' parameters are cast as they are used:
-      'bfloat16', 'float32', or 'auto', which is bfloat16 on accelerators and the parameters' own
-      dtype on a CPU.
-    remat: what the backward pass finds instead of computing it again, one of `REMAT`. Beside a
-      layer's input, 'full' keeps nothing, 'attention' the outputs of attention, 'dots' those of the
+    compute: dtype of activations, to which a layer's parameters are cast when it runs: 'bfloat16',
+      'float32', or 'auto', which is bfloat16 on accelerators and the parameters' own dtype on a
+      CPU.
+    remat: what the forward pass keeps for the backward pass, one of `REMAT`. Beside a layer's
+      input, 'full' keeps nothing, 'attention' the outputs of attention, 'dots' the outputs of the
       projections; 'none' keeps all activations.
     unroll: whether the layers are compiled one by one instead of as one scanned body. On a CPU the
-      unrolled step takes 0.6 of the time; compiled code grows with depth. Rematerialised layers are
-      scanned in any case: unrolled, XLA recomputes all of them before it needs the first (8 layers,
-      16,384 tokens: 9.5 GiB of temporaries against 1.9).
+      unrolled step takes 0.6 of the time, but compiled code grows with depth. Rematerialised layers
+      are scanned in any case.
     offload: 'optimizer' keeps the optimizer's moments in host memory between updates, 'reference'
       the reference policy between its passes, where the backend has such memory (learn.optimizer).
   """
@@ -88,9 +91,9 @@ class Execution:
   offload: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if (
-      self.attention != 'auto'
-    ):  # which asks jax for its devices: too early where a module makes a default
+    # 'auto' is resolved later: resolving it asks jax for its devices, and a module that makes a
+    # default `Execution` at import must not initialise the backend.
+    if self.attention != 'auto':
       tree_attention.resolve(self.attention)
     for name, known in (('compute', COMPUTE), ('remat', tuple(REMAT))):
       if getattr(self, name) not in known:
@@ -99,8 +102,9 @@ class Execution:
       raise ValueError(f'execution.offload = {self.offload!r} is not of {OFFLOAD}')
 
   def dtype(self, params: Params) -> jnp.dtype:
-    """What `params` are computed in."""
+    """Returns the dtype in which a pass over `params` computes."""
     if self.compute == 'auto':
+      # On a CPU nothing is rounded: the tests there compare with float32 references.
       return params['embed'].dtype if sharding.platform() == 'cpu' else jnp.dtype('bfloat16')
     return jnp.dtype(self.compute)
 
@@ -108,12 +112,10 @@ class Execution:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys (rotated) and values of B lanes, each [L, B, K, S, H].
+  """Keys (already rotated) and values of B lanes, each [L, B, K, S, H].
 
-  Slot s of a lane holds the token at position s.
-
-  Or, unstacked, a tuple of L arrays [B, K, S, H] each: then no layer has to be cut out of the stack
-    before it is read.
+  Slot s of a lane holds the token at position s. An unstacked cache is a tuple of L arrays [B, K,
+  S, H] each: then no layer has to be cut out of the stack before it is read.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
@@ -121,8 +123,9 @@ class KVCache:
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-  """The parameter tree with a ParamSpec for every array; 'head' is there only where the embedding
-  is not tied.
+  """Describes every array of the parameter tree by a ParamSpec.
+
+  'head' is there only where the embedding is not tied.
   """
   D = config.hidden_size
   F = config.intermediate_size
@@ -133,11 +136,15 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
   std = config.initializer_range
 
   def matrix(shape, *axes):
-    return ParamSpec(shape, jnp.dtype(dtype), axes, std)
+    """A weight, drawn from a normal distribution."""
+    return ParamSpec(shape=shape, dtype=jnp.dtype(dtype), axes=axes, init=std)
 
   def norm(shape, *axes):
-    return ParamSpec(shape, jnp.dtype(dtype), axes, None)
+    """The factors of an RMSNorm, which start at one."""
+    return ParamSpec(shape=shape, dtype=jnp.dtype(dtype), axes=axes, init=None)
 
+  # Heads are an axis of their own, not folded into D: a mesh splits whole heads, and no device
+  # holds half of one.
   layers = {
     'attn_norm': norm((L, D), 'layers', 'norm'),
     'q': matrix((L, D, N, H), 'layers', 'embed', 'heads', 'head_dim'),
@@ -149,16 +156,21 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     'up': matrix((L, D, F), 'layers', 'embed', 'mlp'),
     'down': matrix((L, F, D), 'layers', 'mlp', 'embed'),
   }
+  # Qwen2.5: biases start at zero, as in Hugging Face's initialisation.
   if config.qkv_bias:
 
     def bias(heads, axis):
-      return ParamSpec((L, heads, H), jnp.dtype(dtype), ('layers', axis, 'head_dim'), 0.0)
+      """The bias of one projection, which starts at zero."""
+      return ParamSpec(
+        shape=(L, heads, H), dtype=jnp.dtype(dtype), axes=('layers', axis, 'head_dim'), init=0.0
+      )
 
     layers |= {
       'q_bias': bias(N, 'heads'),
       'k_bias': bias(K, 'kv_heads'),
       'v_bias': bias(K, 'kv_heads'),
     }
+  # Qwen3: one factor a component of a head, shared by all heads of a layer.
   if config.qk_norm:
     layers |= {'q_norm': norm((L, H), 'layers', 'norm'), 'k_norm': norm((L, H), 'layers', 'norm')}
   params = {
@@ -166,6 +178,7 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     'layers': layers,
     'final_norm': norm((D,), 'norm'),
   }
+  # Absent, not aliased: an alias would be donated, sharded and counted twice.
   if not config.tie_word_embeddings:
     params['head'] = matrix((config.vocab_size, D), 'vocab', 'embed')
   return params
@@ -176,8 +189,10 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
   specs, treedef = jax.tree.flatten(abstract_params(config, dtype))
 
   def draw(index, spec):
+    """One array; its key depends on its place alone, so that shapes elsewhere do not change it."""
     if spec.init is None:
       return jnp.ones(spec.shape, spec.dtype)
+    # Drawn in float32 and then rounded, so that every dtype starts from the same draw.
     return (spec.init * jax.random.normal(jax.random.fold_in(key, index), spec.shape)).astype(
       spec.dtype
     )
@@ -186,7 +201,7 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
 
 
 def head_matrix(params: Params) -> jax.Array:
-  """[V, D]: logits = hidden @ head.T. The embedding where it is tied."""
+  """[V, D], where logits = hidden @ head.T; the embedding where the two are tied."""
   return params['head'] if 'head' in params else params['embed']
 
 
@@ -200,38 +215,45 @@ def hidden_states(
 ) -> jax.Array:
   """Final-normed hidden states [B, T, D] of packed rows.
 
-  Query i sees key j iff j <= i < end[j]; plain causal rows have end = T.
+  Query i sees key j iff j <= i < end[j]; plain causal rows have end = T. Under a mesh, rows are
+  split over its batch axes, and heads, feed-forward layer and vocabulary over its tensor axis.
 
   Args:
-    params: the parameter tree; computation runs in `execution.compute`, norms, rotary angles,
-      scores and softmax in float32.
+    params: the parameter tree. The pass runs in `execution.compute`; norms, rotary angles, scores
+      and softmax are float32.
     config: its configuration.
     tokens_BT: token ids.
     position_BT: rotary positions, the depth of each token below its own root.
     end_BT: row index one past the last descendant of each token.
     execution: which attention and dtype, what is recomputed, whether the layers are unrolled.
-
-  Under a mesh rows are split over its batch axes, heads, ffn and vocabulary over its tensor axis.
   """
   dtype = execution.dtype(params)
-  params = sharding.constrain_tree(
-    params, abstract_params(config)
-  )  # and so, transposed, their gradients
+  # The constraint also holds for the gradients, its transpose: each device then keeps only its
+  # shard of a gradient, as it does of the parameter.
+  params = sharding.constrain_tree(params, abstract_params(config))
+  # The angles depend on positions alone, so that all layers share one table.
   cos, sin = rotary.rope_tables(
     position_BT, config.head_dim, config.rope_theta, config.rope_scaling
   )
 
   def layer_step(hidden_BTD, layer):
+    """One step of the scan over layers."""
+
     def attend(q_BTNH, k_BTKH, v_BTKH):
+      """Attention within packed rows, by the mask that `end_BT` describes."""
       return tree_attention.attend(q_BTNH, k_BTKH, v_BTKH, end_BT, execution.attention)
 
-    # Cast here, a layer is gathered from the devices in 2 bytes a parameter, and there is never a
-    # whole copy of the model.
+    # The cast stands inside the scan: a sharded layer is then gathered from the devices in 2 bytes
+    # a parameter instead of 4, and there is never a whole copy of the model in `dtype`.
     hidden_BTD = _block(cast(layer, dtype), config, hidden_BTD, cos, sin, attend)
+    # Without the constraint, the partitioner may choose another layout for the carry and exchange
+    # it in every layer.
     return sharding.constrain(hidden_BTD, 'batch', 'length', 'hidden'), None
 
   if execution.remat != 'none':
     layer_step = jax.checkpoint(layer_step, policy=REMAT[execution.remat])
+  # Rematerialised layers stay a loop: unrolled, XLA recomputes all of them before it needs the
+  # first (8 layers, 16,384 tokens: 9.5 GiB of temporaries against 1.9).
   hidden_BTD, _ = jax.lax.scan(
     layer_step,
     _embedded(params['embed'], tokens_BT, dtype),
@@ -242,12 +264,12 @@ def hidden_states(
 
 
 def cast(params: Params, dtype: Any) -> Params:
-  """The tree in another dtype; the same arrays where it is theirs already."""
+  """Casts every array of the tree; an array that has the dtype already is not copied."""
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def unstack(params: Params) -> Params:
-  """The tree with 'layers' as a tuple of trees, a copy of each layer's arrays."""
+  """Splits 'layers' into a tuple of trees, which copies each layer's arrays."""
   layers = []
   for index in range(len(params['layers']['q'])):
     layers.append(jax.tree.map(operator.itemgetter(index), params['layers']))
@@ -255,38 +277,41 @@ def unstack(params: Params) -> Params:
 
 
 class Turned(NamedTuple):
-  """A projection the other way round, for the few rows of a decode step on a CPU, see
-  `_turned_product`.
+  """A transposed projection, outputs first.
+
+  It serves the few rows of a decode step on a CPU; `_turned_product` says why.
   """
 
   matrix: jax.Array  # [*out, *in]
 
 
 def turn(params: Params) -> Params:
-  """`unstack`, every projection `Turned`: what `extend_branches` and `logits` read fastest on a
-  CPU.
+  """Unstacks the layers and transposes every projection into a `Turned`.
+
+  On a CPU, `extend_branches` and `logits` read this form fastest.
   """
 
   def turned(name, weight):
+    """The weight with its inputs last, or as it is where it is no projection."""
     inputs = _INPUTS.get(name)
-    return (
-      weight if inputs is None else Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
-    )
+    if inputs is None:
+      return weight
+    return Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
 
   params = unstack(params)
-  return {
-    **params,
-    'layers': tuple(
-      {name: turned(name, weight) for name, weight in layer.items()} for layer in params['layers']
-    ),
-  }
+  layers = []
+  for layer in params['layers']:
+    layers.append({name: turned(name, weight) for name, weight in layer.items()})
+  return {**params, 'layers': tuple(layers)}
 
 
 def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-  """The specs of `turn`'s tree."""
+  """Describes the tree that `turn` returns, as `abstract_params` describes the stacked one."""
   specs = abstract_params(config, dtype)
 
   def turned(name, spec):
+    """The spec of one layer's array, with its inputs last where it is a projection."""
+    # The leading axis counts layers, which `turn` has unstacked.
     shape = spec.shape[1:]
     axes = spec.axes[1:]
     inputs = _INPUTS.get(name, 0)
@@ -295,6 +320,7 @@ def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     )
     return Turned(spec) if name in _INPUTS else spec
 
+  # All layers have the same specs.
   layer = {name: turned(name, spec) for name, spec in specs['layers'].items()}
   return {**specs, 'layers': (layer,) * config.num_hidden_layers}
 
@@ -302,23 +328,31 @@ def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
 def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
   """Computes float32 logits [M, V] of a few final-normed hidden states.
 
-  Parameters that `turn` made are multiplied by a turned product.
+  Where `turn` made the parameters, the product is a transposed one.
   """
   head_VD = head_matrix(params)
+  # The head needs no `Turned`: [V, D] has its outputs first already.
   if isinstance(params['layers'], tuple):
     return _turned_product(head_VD, hidden_MD)
+  # Logits in bfloat16 would have 8 significant bits: of two tokens at 20.0 and 20.05, neither would
+  # be the likelier.
   return jnp.einsum('md,vd->mv', hidden_MD, head_VD, preferred_element_type=jnp.float32)
 
 
 def init_cache(
   config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True
 ) -> KVCache:
-  """An empty cache of B lanes with S slots each; its content is never read before it is written."""
+  """Makes a cache of B lanes with S slots each; a slot is always written before it is read."""
   L = config.num_hidden_layers
   shape = (B, config.num_key_value_heads, S, config.head_dim)
   if stacked:
     return KVCache(jnp.zeros((L, *shape), dtype), jnp.zeros((L, *shape), dtype))
-  return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(L)) for _ in range(2)))
+  keys = []
+  values = []
+  for _ in range(L):
+    keys.append(jnp.zeros(shape, dtype))
+    values.append(jnp.zeros(shape, dtype))
+  return KVCache(k=tuple(keys), v=tuple(values))
 
 
 def extend(
@@ -333,9 +367,9 @@ def extend(
   """Appends T tokens to every lane: (final-normed hidden [B, T, D], cache).
 
   Lane b's tokens take the slots and rotary positions start_b .. start_b + T - 1; the query at
-  position p sees slots 0..p of its lane. That is prefill (start 0, right padding is never seen and
-  later overwritten), continuation and decoding (T = 1) in one. Writes at slots >= S are dropped.
-  Donate the cache: it is updated in place.
+  position p sees slots 0..p of its lane. One function serves prefill (start 0), continuation and
+  decoding (T = 1). Padding stands on the right, where no query sees it, and later tokens overwrite
+  it. Writes at slots >= S are dropped. Donate the cache: it is updated in place.
 
   Args:
     params: the parameter tree.
@@ -343,8 +377,8 @@ def extend(
     cache: lanes as `init_cache` or an earlier call left them, stacked.
     tokens_BT: token ids.
     start_B: the slot of each lane's first token, >= 0.
-    span: static; only the first `span` slots are read. start + T <= span must hold for the lanes
-      that matter.
+    span: static; only the first `span` slots are read. Lanes whose result is used must keep start +
+      T <= span.
 
   Raises:
     ValueError: `span` outside 1..S.
@@ -358,18 +392,25 @@ def extend(
   cos, sin = rotary.rope_tables(
     position_BT, config.head_dim, config.rope_theta, config.rope_scaling
   )
+  # Shape [B, 1] broadcasts against the slots [B, T], so that one scatter writes all lanes.
   lane_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
 
   def layer_step(carry, layer_and_index):
+    """One step of the scan over layers, with the cache in its carry."""
     hidden_BTD, keys, values = carry
     layer, index = layer_and_index
+    # `attend` is called inside `_block`, which returns the hidden states alone.
     written = []
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
+      """Writes the new keys and values, then attends over the first `span` slots."""
       slots = (index, lane_B1, slice(None), position_BT)
+      # A lane that is full writes outside the cache: such writes are lost, and no other slot
+      # changes.
       new_k = keys.at[slots].set(k_BTKH.astype(keys.dtype), mode='drop')
       new_v = values.at[slots].set(v_BTKH.astype(values.dtype), mode='drop')
       written.extend([new_k, new_v])
+      # Reading fewer slots than S saves memory traffic, which bounds decoding.
       seen = (index, slice(None), slice(None), slice(span))
       return sharding.on_shards(
         reference.attend,
@@ -400,30 +441,30 @@ def extend_branches(
 ) -> tuple[jax.Array, KVCache]:
   """Appends one token to every branch: (final-normed hidden [B, D], branches).
 
-  The step of a decode loop.
-
-  Lane b's token takes slot `slot_B` of its branch and the rotary position that many tokens behind
-  its trunk; it sees the trunk and its branch up to itself. Writes at slots beyond the branch are
-  dropped.
+  This is the step of a decode loop. Lane b's token takes slot `slot_B` of its branch, and its
+  rotary position is that many tokens behind its trunk. It sees its trunk, and its branch up to
+  itself. Writes at slots beyond the branch are dropped.
 
   Args:
-    params: the parameter tree, or better on a CPU, where cutting a layer out of its stack is a
-      copy, its `turn`.
+    params: the parameter tree. On a CPU, `turn`'s tree is better: there, cutting a layer out of its
+      stack is a copy.
     config: its configuration.
     trunks: unstacked cache of R trunks.
-    branches: unstacked cache of B branches. With unstacked ones the layers are unrolled: decoding
-      takes some 30 % less time on a CPU, and compiling grows with depth.
+    branches: unstacked cache of B branches. Unstacked caches unroll the layers: on a CPU decoding
+      takes some 30 % less time, and compile time grows with depth.
     sharing: which lane reads which trunk.
     token_B: token ids.
     slot_B: where they go, >= 0.
   """
   W = sharing.lane_RW.shape[1]
+  # `place` counts over all places of all trunks, W to a trunk.
   position_B1 = (sharing.length_R[sharing.place_B // W] + slot_B)[:, None]
   cos, sin = rotary.rope_tables(
     position_B1, config.head_dim, config.rope_theta, config.rope_scaling
   )
   lane_B = jnp.arange(token_B.shape[0])
   hidden_B1D = params['embed'][token_B][:, None]
+  # Lists, since each layer replaces its own array.
   keys = list(branches.k)
   values = list(branches.v)
 
@@ -432,12 +473,16 @@ def extend_branches(
   ):
 
     def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
+      """Writes one key and value a lane, then attends over its trunk and its branch."""
       for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
+        # A slice stands between the two index arrays: numpy's rule then puts their axis first, so
+        # that the update is [B, K, H].
         held[index] = (
           held[index]
           .at[lane_B, :, slot_B]
           .set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
         )
+      # A query sees the token that it has just written, hence slot + 1 tokens of the branch.
       return sharding.on_shards(
         reference.attend_branches,
         (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
@@ -450,9 +495,9 @@ def extend_branches(
 
 
 def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-  """[B, T, D]. Under a mesh each device looks its columns of all rows up, then rows are exchanged
-  for columns: the table is not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient.
-  """
+  """Looks token ids up: [B, T, D] in `dtype`."""
+  # Under a mesh each device looks up its columns of all rows; then rows are exchanged for columns.
+  # So the table is not gathered (Qwen3-8B: 1.2 GB), and neither is its gradient.
   hidden_BTD = sharding.constrain(
     embed_VD[tokens_BT].astype(dtype), 'shared_batch', 'length', 'embed'
   )
@@ -461,19 +506,22 @@ def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Arra
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   """Root-mean-square normalisation of the last axis in float32 (Zhang and Sennrich 2019)."""
+  # A bfloat16 sum of equal terms stops growing at 256 of them, and D is 1,024 and more.
   wide = x.astype(jnp.float32)
   normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+  # Rounded before the weight is applied, which is the order of Hugging Face's code.
   return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
-  """float32 [M, O] = x matrix^T, computed as matrix x^T: XLA's CPU compiler packs what stands on
-  the right, which had better be the few rows than the weights.
+  """float32 [M, O] = x matrix^T, computed as matrix x^T.
 
-  The barriers keep it from turning the product round again. 16 products of 512 x 1536 on 2 cores,
-  in ms, against x @ W: 2.0 (2.1) for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1
-  (12.5) for 16, 11.0 (19.0) for 32.
+  XLA's CPU compiler packs the right-hand operand, and packing the few rows costs less than packing
+  the weights. 16 products of 512 x 1536 on 2 cores take, in ms, with x @ W in brackets: 2.0 (2.1)
+  for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1 (12.5) for 16, 11.0 (19.0) for
+  32.
   """
+  # The barriers keep the compiler from transposing the product back.
   columns_IM = jax.lax.optimization_barrier(x_MI.T)
   return jax.lax.optimization_barrier(
     jnp.matmul(matrix_OI, columns_IM, preferred_element_type=jnp.float32)
@@ -481,19 +529,15 @@ def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
 
 
 def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
-  """[B, T, *in] times [*in, *out] -> [B, T, *out], the first `inputs` axes of the weight
-  contracted.
-
-  Written as a product of two matrices: from the three-dimensional einsum XLA's CPU compiler makes a
-    weight gradient
-  that first copies its operand transposed, fused with the activation's derivative (SwiGLU block,
-  2,304 tokens: 615 ms of CPU time against 346 ms).
-  """
+  """Multiplies [B, T, *in] with [*in, *out]; `inputs` counts the axes *in of the weight."""
   B, T = x.shape[:2]
   if isinstance(weight, Turned):
     out = weight.matrix.shape[:-inputs]
     product = _turned_product(weight.matrix.reshape(math.prod(out), -1), x.reshape(B * T, -1))
     return product.astype(x.dtype).reshape(B, T, *out)
+  # A product of two matrices, not a three-dimensional einsum: of that, XLA's CPU compiler makes a
+  # weight gradient that first copies its operand transposed, fused with the activation's derivative
+  # (SwiGLU block, 2,304 tokens: 615 ms of CPU time against 346 ms).
   contracted = math.prod(weight.shape[:inputs])
   out = x.reshape(B * T, contracted) @ weight.reshape(contracted, -1)
   return out.reshape(B, T, *weight.shape[inputs:])
@@ -508,11 +552,14 @@ def _block(
   attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   rows: str = 'batch',
 ) -> jax.Array:
-  """One layer; `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, `rows` is the
-  logical axis of B.
+  """Runs one layer.
+
+  `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, so that training and decoding
+  share this function. `rows` is the logical axis of B.
   """
 
   def spread(x, heads):
+    """Splits the heads of an array over the tensor axis."""
     return sharding.constrain(x, rows, 'length', heads, 'head_dim')
 
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
@@ -522,16 +569,23 @@ def _block(
       x + layer[name][None, None]
       for x, name in ((q_BTNH, 'q_bias'), (k_BTKH, 'k_bias'), (v_BTKH, 'v_bias'))
     )
+  # Constrained here, each device computes whole heads, and attention exchanges nothing.
   q_BTNH = spread(q_BTNH, 'heads')
   k_BTKH = spread(k_BTKH, 'kv_heads')
   v_BTKH = spread(v_BTKH, 'kv_heads')
+  # Qwen3 normalises before it rotates. A rotation keeps the norm, but the weights of q_norm differ
+  # by component, so that the order matters.
   if config.qk_norm:
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
   out_BTNH = spread(
-    attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH), 'heads'
+    # Values are not rotated: positions enter through the scores alone.
+    attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH),
+    'heads',
   )
+  # `o` sums over heads, which is the one exchange of attention under tensor parallelism.
   hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=_INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
+  # SwiGLU (Shazeer 2020, arXiv:2002.05202): the gate alone passes through SiLU.
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])
   return hidden_BTD + _project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])

@@ -43,6 +43,7 @@ class Decoder(nnx.Module):
     rngs: nnx.Rngs | None = None,
     dtype: Any = jnp.float32,
   ):
+    # Both would leave open which of them counts.
     if (params is None) == (rngs is None):
       raise ValueError('a decoder needs either its parameters or random numbers to draw them from')
     if params is None:
@@ -63,6 +64,7 @@ class Decoder(nnx.Module):
     tree = {}
     for name, spec in abstract_params(self.config).items():
       held = getattr(self, name)
+      # The stacked layers are a dictionary of arrays; what stands beside them is one array each.
       if isinstance(spec, dict):
         tree[name] = {inner: held[inner][...] for inner in spec}
       else:
@@ -83,18 +85,19 @@ class Decoder(nnx.Module):
       end_BT: row index one past the last descendant of each token, see `hidden_states`; by default
         T, which makes the rows plain causal sequences.
     """
-    # Lists and numpy arrays are welcome.
+    # Lists and numpy arrays are taken as well: a notebook passes what its tokenizer returned.
     tokens_BT = jnp.asarray(tokens_BT)
     B, T = tokens_BT.shape
     if position_BT is None:
       position_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     if end_BT is None:
+      # Every query then sees all keys before it.
       end_BT = jnp.full((B, T), T)
     return _logits(self.params(), self.config, tokens_BT, position_BT, end_BT)
 
 
-# Compiled here as well as by a caller's own jit: scanned layers called eagerly are traced anew, and
-# compiled anew, at every call.
+# Compiled here as well as by a caller's own jit: an eager call would trace and compile the scanned
+# layers anew each time.
 @functools.partial(jax.jit, static_argnames='config')
 def _logits(
   params: Params,

@@ -83,7 +83,12 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
   for name, record in header.items():
     try:
       begin, end = record['data_offsets']
-      entry = Entry(record['dtype'], tuple(record['shape']), start + begin, start + end)
+      entry = Entry(
+        dtype=record['dtype'],
+        shape=tuple(record['shape']),
+        begin=start + begin,
+        end=start + end,
+      )
     except (TypeError, KeyError, ValueError) as error:
       raise ValueError(f'its header describes {name} as {record!r}') from error
     if not start <= entry.begin <= entry.end <= len(data):

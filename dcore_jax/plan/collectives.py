@@ -18,10 +18,10 @@ _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _NAME = re.compile(r'[\w.\-]+')
 _BODY = re.compile(r'body=%?([\w.\-]+)')
 _CONDITION = re.compile(r'condition=%?([\w.\-]+)')
-# The compilers for CPUs and GPUs say how many turns a loop takes.
+# The compilers for CPUs and GPUs print the number of a loop's iterations.
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# The compiler for TPUs leaves it at a condition `counter < constant`, of a body that adds another
-# constant to the counter.
+# The compiler for TPUs prints no number. Its loops have the condition `counter < constant`, and a
+# body that adds another constant to the counter.
 _CONSTANT = re.compile(r'%([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)')
 _LESS = re.compile(r'ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT')
 _PLACE = re.compile(r'%([\w.\-]+) = .* get-tuple-element\(.*\), index=(\d+)')
@@ -41,12 +41,12 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: its name in HLO.
-    bytes: of the whole: what a gather makes, what a reduction reduces, what is exchanged.
-    times: in one call of the program: turns of the loops around it, where a loop of unknown length
-      counts once.
+    bytes: size of the whole array that is gathered, reduced or exchanged.
+    times: how often it runs in one call of the program: the product of the iterations of the loops
+      around it, where a loop of unknown length counts once.
     in_loop: whether there is a loop around it.
     group: devices that take part.
-    source: the jax operation it was made for.
+    source: the jax operation that it was made for.
   """
 
   kind: str
@@ -59,6 +59,7 @@ class Collective(NamedTuple):
   @property
   def sent(self) -> int:
     """Bytes that each device sends in one call, by ring algorithms."""
+    # Each device sends its array to one other device.
     if self.kind == 'collective-permute':
       return self.times * self.bytes
     # Each device has one part in `group` already.
@@ -71,12 +72,14 @@ class Collective(NamedTuple):
 def collectives(hlo_text: str) -> list[Collective]:
   """Returns the collectives of `compiled.as_text()`.
 
-  One in the body of a loop is there once, with the number of the loop's turns.
+  A collective in the body of a loop appears once, with the number of the loop's iterations.
   """
   bodies, entry = _computations(hlo_text)
   found = []
 
   def visit(name: str, times: int, in_loop: bool) -> None:
+    """Collects the collectives of a computation and of those that it calls."""
+    # Names that the text does not define are skipped.
     for line in bodies.get(name, ()):
       match = _COLLECTIVE.search(line)
       if match:
@@ -87,6 +90,7 @@ def collectives(hlo_text: str) -> list[Collective]:
       for callee in _callees(line):
         visit(callee, times * turns, in_loop or is_loop)
 
+  # Outside of the entry, computations run only where they are called.
   visit(entry, 1, False)
   return found
 
@@ -129,7 +133,7 @@ def _callees(line: str) -> list[str]:
 
 
 def _turns(line: str, bodies: Mapping[str, Sequence[str]]) -> int:
-  """Returns the turns of a loop, which counts from 0; 1 where that is not known."""
+  """Returns the iterations of a loop that counts from 0; 1 where the number is not known."""
   trips = _TRIPS.search(line)
   if trips:
     return int(trips.group(1))
@@ -150,6 +154,7 @@ def _turns(line: str, bodies: Mapping[str, Sequence[str]]) -> int:
   # Where the addition cannot be found, the counter is taken to go up by 1.
   addend = _pairs(_ADD, body).get(next_counter)
   step = _pairs(_CONSTANT, body).get(addend, '1')
+  # Rounded up: the last step may pass the limit.
   return -(-int(limit) // int(step))
 
 
@@ -181,6 +186,7 @@ def _pairs(pattern: re.Pattern, lines: Iterable[str]) -> dict[str, str]:
 def _collective(line: str, match: re.Match, times: int, in_loop: bool) -> Collective:
   result, kind, asynchronous = match.groups()
   group = _group_size(line)
+  # The result's type says the size; an asynchronous start has a tuple of arrays as its type.
   whole = sum(shape_bytes(dtype, dimensions) for dtype, dimensions in _SHAPE.findall(result))
   if asynchronous and kind in ('all-gather', 'reduce-scatter'):
     # The type of a start names a device's part beside the whole.
@@ -188,6 +194,7 @@ def _collective(line: str, match: re.Match, times: int, in_loop: bool) -> Collec
   elif asynchronous and kind != 'all-reduce':
     # Here it names what goes in beside what comes out, and both are as large.
     whole //= 2
+  # The type of a reduce-scatter is one device's part.
   elif kind == 'reduce-scatter':
     whole *= group
   # What XLA adds while it optimizes may have no operation of jax behind it.
@@ -216,6 +223,7 @@ def _group_size(line: str) -> int:
   mesh, axes = match.groups()
   sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
   group = 1
+  # Named axes of a mesh: the group is the product of the sizes of those that are named.
   for axis in re.findall(r"'(\w+)'", axes):
     group *= int(sizes[axis])
   return group

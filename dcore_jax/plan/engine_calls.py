@@ -24,15 +24,13 @@ from dcore_jax.rollout.tiles import WIDTH, Tile
 class EngineCalls:
   """An engine's longest prefill and decode calls on a mesh.
 
-  Attributes:
-    model: the model's configuration.
-    mesh: where the weights are.
-    sizes: of the engine, resolved.
-    prompt: tokens of the longest prompt.
-    stop_ids: number of tokens that end a rollout.
-    groups: whether the rollouts of a tile share prompts, eight to one; else each has a trunk of its
-      own.
-    dtype: of weights and caches.
+  model: the model's configuration.
+  mesh: the mesh that holds the weights.
+  sizes: the engine's sizes, resolved.
+  prompt: tokens of the longest prompt.
+  stop_ids: number of tokens that end a rollout.
+  groups: whether rollouts share prompts, eight to one; otherwise each has its own trunk.
+  dtype: dtype of weights and caches.
   """
 
   model: DecoderConfig
@@ -48,10 +46,11 @@ class EngineCalls:
     return sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
 
   def decode_weights(self) -> decoder.Params:
-    """Returns the weights that decode calls read as shapes.
+    """Returns as shapes the weights that decode calls read.
 
     On a CPU they are a second copy, layer by layer and transposed; elsewhere they are the weights.
     """
+    # The same question as `Engine` asks, so that the plan counts the copy that the engine makes.
     if sharding.platform(self.mesh) != 'cpu':
       return self.weights()
     return sharding.abstract(decoder.abstract_turned(self.model, self.dtype), self.mesh)
@@ -60,15 +59,18 @@ class EngineCalls:
     """Returns all weights that the engine holds, as trees of shapes."""
     if sharding.platform(self.mesh) != 'cpu':
       return self.weights()
+    # Both copies stay in memory: prefill reads the stacked one.
     return self.weights(), self.decode_weights()
 
   def state(self) -> State:
     """Returns trunks and branches as shapes."""
 
     def make() -> State:
+      """The engine's empty state; `eval_shape` reads its shapes and allocates nothing."""
       return device.init_state(self.model, self.sizes, self.dtype, None)
 
     def place(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+      """The same shape, placed on the mesh."""
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     # On one device the engine has no placement; shapes need one, to say which devices they are for.
@@ -79,6 +81,7 @@ class EngineCalls:
     """Returns the call for the last piece of the longest prompt."""
     lanes = self.sizes.lanes
     ladder = bucket_ladder(self.sizes.max_len)
+    # A piece is the longest that one call takes; the rest of a prompt is other calls.
     length = bucket(ladder, min(self.prompt, PIECE))
     tokens_XT = np.zeros((lanes, length), np.int32)
     place_4X = np.zeros((4, lanes), np.int32)
@@ -91,11 +94,13 @@ class EngineCalls:
       rows=prefill_rows(length, lanes),
       placement=self._placement,
     )
+    # The engine's programs are traced under its own mesh.
     with jax.set_mesh(self.mesh):
       return device.prefill.lower(self.weights(), self.state(), *inputs, shape=shape)
 
   def decode(self) -> jax.stages.Lowered:
     """Returns the call for a tile of lanes at the end of their responses to the longest prompts."""
+    # The full tile: smaller ones cost less.
     lanes = self.sizes.tile
     rows = self.trunks_of_tile
     # A row that holds one lane has one place, and not `WIDTH` of them.
@@ -141,6 +146,7 @@ class EngineCalls:
   @property
   def trunk_span(self) -> int:
     """Slots of a trunk that a decode call reads."""
+    # The engine reads slots in steps of this ladder; between two steps it reads the longer one.
     return bucket(span_ladder(self.sizes.max_len), self.prompt)
 
   @property
@@ -156,6 +162,7 @@ class EngineCalls:
 
   @property
   def _everywhere(self) -> NamedSharding:
+    # Small arrays are whole on every device.
     return NamedSharding(self.mesh, jax.P())
 
   def _inputs(self, tree: Any) -> Any:

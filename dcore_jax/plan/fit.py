@@ -1,9 +1,8 @@
 """Whether a run fits its devices, and how long it takes at least, known before there is a device.
 
-Each step is compiled for the target from shapes. Its peak, plus what else the run holds at that
-time, must stay below the device's memory less 10 %, which communication buffers, libraries and
-fragmentation take. Times are the roofline's (plan/roofline.py) for several accelerators, whatever
-the target.
+Each step is compiled for the target from shapes. Its peak, and all that the run holds beside it,
+must stay below 90 % of the device's memory: communication buffers, libraries and fragmentation take
+the rest. Times are the roofline's (plan/roofline.py) for several accelerators, whatever the target.
 """
 
 import dataclasses
@@ -37,23 +36,23 @@ class StepPlan:
   """One step on one device; sizes are in bytes.
 
   Attributes:
-    name: of the step.
-    per: the unit that `calls` calls of the step make.
-    calls: calls for a unit.
-    arguments: of the compiled program.
-    temporaries: of the compiled program.
-    peak: of the compiled program, its arguments included.
+    name: the step's name.
+    per: the unit of work that `calls` calls of the step make.
+    calls: calls in one unit.
+    arguments: arguments of the compiled program.
+    temporaries: temporaries of the compiled program.
+    peak: the most that the compiled program uses at once, its arguments included.
     beside: what else is held meanwhile, by name.
-    limit: what may be used.
+    limit: what the step may use.
     flops: operations of a call that the mathematics needs.
-    done_flops: operations of a call that are done.
+    done_flops: operations of a call that are done, recomputation included.
     moved: memory traffic of a call (roofline.Work).
     collectives: kind -> {'count', 'bytes'} of a call: how many, and bytes sent.
     bounds: accelerator -> least seconds, what bounds them, highest MFU.
     largest: (what, bytes), descending, where the step does not fit.
-    remedies: what would make it fit, where it does not.
-    compile_seconds: of this plan.
-    error: of a compiler that refuses what does not fit.
+    remedies: options that save memory, where the step does not fit.
+    compile_seconds: seconds that this plan took to compile.
+    error: the compiler's message, where it refuses what does not fit.
   """
 
   name: str
@@ -77,11 +76,13 @@ class StepPlan:
   @property
   def total(self) -> int:
     """Bytes that are held at once."""
+    # The program's peak covers only what it takes and makes; the rest of the run stays in memory.
     return self.peak + sum(self.beside.values())
 
   @property
   def fits(self) -> bool:
     """Whether a device has room for it."""
+    # A compiler that refuses reports a lower bound, which may lie below the limit.
     return not self.error and self.total <= self.limit
 
   def to_json(self) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def plan(config: RunConfig, target: str, steps: tuple[str, ...] = ()) -> list[St
     raise ValueError(f'unknown steps {sorted(unknown)}; expected some of {names}')
   # All programs are described before any is compiled: a name that is wrong is found at once.
   limit = int(HEAD_ROOM * memory)
+  # In the order of the run, whatever the order on the command line.
   wanted = [program for program in known if not steps or program.name in steps]
   return [_step_plan(run, program, limit) for program in wanted]
 
@@ -152,6 +154,7 @@ class _Compiled(NamedTuple):
 
 
 def _compile(program: Program) -> _Compiled:
+  # Tracing comes first: its errors are faults of the config, and pass through.
   lowered = program.lower()
   try:
     compiled = lowered.compile()
@@ -179,11 +182,14 @@ def _compile(program: Program) -> _Compiled:
 
 
 def _step_plan(run: RunShapes, program: Program, limit: int) -> StepPlan:
+  # Compile time is a cost of the plan, and shows which step a person waits for.
   began = time.monotonic()
   compiled = _compile(program)
   kinds, sent = _sent_by_kind(compiled.hlo, program.loop_share)
+  # What is sent is read from the program, since XLA places collectives by itself.
   work = dataclasses.replace(program.work, sent=sent)
   bounds = {}
+  # Several accelerators, so that one plan tells which would be worth its price.
   for name, accelerator in roofline.ACCELERATORS.items():
     bounds[name] = roofline.bound(work, accelerator)
   result = StepPlan(
@@ -205,6 +211,8 @@ def _step_plan(run: RunShapes, program: Program, limit: int) -> StepPlan:
     compile_seconds=time.monotonic() - began,
     error=compiled.error,
   )
+  # Naming arrays takes as long as parsing the program's text, and is left out where nothing is
+  # missing.
   if result.fits:
     return result
   return dataclasses.replace(
@@ -219,10 +227,11 @@ def _sent_by_kind(hlo: str, loop_share: float) -> tuple[dict[str, dict[str, floa
   for each in collectives.collectives(hlo):
     if not each.sent:
       continue
-    # What stands outside of the program's own loop is sent once, however many turns that takes.
+    # A collective outside of the program's own loop runs once, however many iterations the loop
+    # has.
     share = loop_share if each.in_loop else 1
     kind = kinds.setdefault(each.kind, {'count': 0, 'bytes': 0.0})
-    # A share of a loop's turns need not be a whole number of them.
+    # A share of a loop's iterations need not be a whole number.
     kind['count'] += round(each.times * share)
     kind['bytes'] += each.sent * share
     sent += each.sent * share
@@ -242,7 +251,8 @@ def _largest(program: Program, compiled: _Compiled) -> list[tuple[str, int]]:
       found[f'{name}{jax.tree_util.keystr(path)}'] = device_bytes(leaf)
   sources: dict[tuple[str, str], str] = {}
   for dtype, dimensions, source in _MADE.findall(compiled.hlo):
-    sources.setdefault((dtype, dimensions), source)  # of many arrays of a shape the first
+    # Where many arrays have one shape, the first stands for them.
+    sources.setdefault((dtype, dimensions), source)
   for (dtype, dimensions), source in sources.items():
     size = collectives.shape_bytes(dtype, dimensions)
     found[f'{dtype}[{dimensions}] of {source}'] = size
@@ -256,6 +266,7 @@ def _remedies(run: RunShapes, program: Program, result: StepPlan) -> list[str]:
   """
   missing = result.total - result.limit
   lines = [f'{_gib(missing)} too much']
+  # Training's options first: they cost time, where more devices cost money.
   options = _training_remedies(run, program, result) + _engine_remedies(run, program)
   split = sum(result.beside.values()) + result.arguments
   # Temporaries depend on the rows of a device, which may stay as many: they are not counted.
@@ -361,6 +372,7 @@ def _unit_lines(plans: list[StepPlan]) -> list[str]:
   """Returns the least seconds of each unit (an SFT step, a DA-GRPO step) on each accelerator."""
   units: dict[str, dict[str, float]] = {}
   for step in plans:
+    # Units in the order of their first step.
     seconds = units.setdefault(step.per, dict.fromkeys(step.bounds, 0.0))
     for name, bound in step.bounds.items():
       seconds[name] += step.calls * bound.seconds

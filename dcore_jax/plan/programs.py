@@ -25,8 +25,8 @@ from dcore_jax.rollout.prefill import PIECE
 from dcore_jax.train import rl_options
 
 _RL_STEP = 'DA-GRPO step'
-# Steps of the learning rate's schedule. Any number gives the same program, as it is a constant of
-# it.
+# Total steps of the learning rate's schedule. They are a constant in the program, so that any
+# number gives a program of the same size.
 _SCHEDULE_STEPS = 1000
 
 
@@ -35,17 +35,17 @@ class Program:
   """One compiled step.
 
   Attributes:
-    name: of the step.
+    name: the step's name.
     lower: traces it.
-    arguments: name -> tree of shapes, to tell what is large.
-    beside: name -> bytes per device that are held while it runs and are not its arguments.
-    work: of one call on one device. What is sent is read from the compiled program.
-    calls: calls that make a unit of `per`.
-    per: what the calls are counted for.
-    loop_share: turns of the program's own loop that are taken, per turn that the compiled program
-      tells of. A loop over micro-batches is compiled for more turns than are taken: there it is the
-      share. The length of a decode loop is unknown to the compiler, which counts one turn: there it
-      is the number of turns.
+    arguments: name -> tree of shapes, to tell which of them are large.
+    beside: name -> bytes on each device that are held while it runs and are not its arguments.
+    work: the work of one call on one device. What is sent is read from the compiled program.
+    calls: calls in one unit of `per`.
+    per: the unit that the calls are counted for.
+    loop_share: iterations of the program's own loop that run, over those that its text shows. A
+      loop over micro-batches is compiled for more than run, which makes a share below 1. The
+      compiler does not know the length of a decode loop and shows one iteration, which makes the
+      share their number.
   """
 
   name: str
@@ -62,9 +62,11 @@ def of_run(run: RunShapes) -> list[Program]:
   """Returns the SFT step and what a DA-GRPO step consists of, where the config has these stages."""
   config = run.config
   found = []
+  # A stage that the config leaves out needs no room.
   if 'sft' in config.stages:
     found.append(sft_step(run))
   if 'rl' in config.stages:
+    # A DA-GRPO step scores with the policy before the update, for the importance ratios.
     found.append(old_scores(run))
     # Without a KL term there is no reference policy, and only some estimators read entropies.
     if config.rl.kl_coefficient:
@@ -97,9 +99,11 @@ def sft_step(run: RunShapes) -> Program:
     adam_learning_rate=section.adam_learning_rate or None,
   )
   A = section.accumulate
+  # Rows of one micro-batch: the others run one after the other, in the same memory.
   R = run.micro_batch_rows('sft', section.rows, A)
   T = section.capacity
   state = run.state(tx)
+  # R * T loss tokens, since every token of a full row is trained.
   batch = abstract_batch(run.mesh, A, R, T, R * T)
   # Rows are taken to be full, with a loss on each token: the most that a step can cost.
   step = sft.make_sft_step(run.model, tx, run.execution)
@@ -116,6 +120,7 @@ def sft_step(run: RunShapes) -> Program:
 
 def rl_optimizer(section: RlSection) -> optax.GradientTransformation:
   """Returns the optimizer of section `rl`."""
+  # The rate is constant in RL, which has no schedule.
   return optimizer.make_optimizer(
     'adamw', section.learning_rate, weight_decay=section.weight_decay, clip=section.clip
   )
@@ -124,6 +129,7 @@ def rl_optimizer(section: RlSection) -> optax.GradientTransformation:
 def old_scores(run: RunShapes) -> Program:
   """Returns a pass over `rl.rows` rows with the policy's parameters."""
   state = run.state(rl_optimizer(run.config.rl))
+  # The moments are not read by this pass, but stay where they are.
   beside = {
     'moments': device_bytes(state.opt_state),
     'reference policy': device_bytes(run.reference),
@@ -149,6 +155,7 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
   T = section.capacity
   # One micro-batch a call: there is no gradient to be accumulated.
   batch = abstract_batch(run.mesh, 1, R, T, R * T)
+  # Rows are divided over the devices of the batch; heads over the others, see `_tensor_share`.
   rows = R / run.shards
   work = roofline.forward(run.model, rows, T, rows * T)
   score = grpo.make_score_pass(run.model, temperature=section.temperature, execution=run.execution)
@@ -158,6 +165,7 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
     arguments={'parameters': params, 'batch': batch},
     beside=beside | run.engine_bytes(),
     work=_tensor_share(run, work),
+    # Every group at its longest, so that no step of the run makes more calls.
     calls=math.ceil(section.prompts * run.rows_per_group / section.rows),
     per=_RL_STEP,
   )
@@ -186,6 +194,7 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
   section = run.config.rl
   R = run.micro_batch_rows('rl', section.rows)
   T = section.capacity
+  # Prompts of a step are divided over its updates; the last one may have fewer.
   rows = math.ceil(section.prompts / section.updates) * run.rows_per_group
   used = math.ceil(rows / R)
   # Mini-batches are compiled for so many micro-batches; the empty ones are skipped at run time.
@@ -254,6 +263,7 @@ def grpo_update(run: RunShapes) -> Program:
 
 def _lower(run: RunShapes, function: Any, *arguments: Any) -> jax.stages.Lowered:
   with jax.set_mesh(run.mesh):
+    # Kernels and constraints ask the mesh in context what they are compiled for.
     return function.lower(*arguments)
 
 
@@ -264,7 +274,8 @@ def _training_work(run: RunShapes, R: int, T: int) -> Work:
 
 
 def _tensor_share(run: RunShapes, work: Work) -> Work:
-  """Returns a device's share of work whose heads, ffn and vocabulary the tensor axis splits."""
+  """Returns one device's share of the work, of which the tensor axis gives each an equal part."""
+  # The tensor axis splits heads, feed-forward layer and vocabulary, which are nearly all the work.
   return work * (1 / run.mesh.shape['tensor'])
 
 
@@ -333,6 +344,7 @@ def decode_apart(run: RunShapes) -> Program:
 
 
 def _beside_engine(run: RunShapes) -> dict[str, int]:
+  # The engine and the trainer share the devices: training state stays while rollouts are made.
   state = run.state(rl_optimizer(run.config.rl))
   return {'train state': device_bytes(state)} | run.reference_bytes()
 
@@ -343,6 +355,7 @@ def _decode_work(run: RunShapes, calls: EngineCalls) -> Work:
     run.model,
     ways=calls.mesh.shape['tensor'],
     lanes=sizes.tile,
+    # Trunks are read once for all their lanes, branches once a lane.
     slots=calls.trunks_of_tile * calls.trunk_span + sizes.tile * calls.span,
     cached=calls.trunk_span + calls.span,
     steps=sizes.steps_per_call,

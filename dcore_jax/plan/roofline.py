@@ -1,10 +1,9 @@
 """How long a step takes at least: its work against what an accelerator can do.
 
-The work is arithmetic, memory traffic and what is sent. All of it is counted from shapes, because
-the compiler's own count takes the body of a scanned loop once. Where a number depends on data the
-most is
-assumed: full rows, each of them one causal sequence, every token trained.
-Letters as in models/config.py; M loss tokens.
+The work is arithmetic, memory traffic and communication. All of it is counted from shapes, because
+the compiler's own count takes the body of a scanned loop once. Where a number depends on data, the
+most is assumed: full rows, each of them one causal sequence, every token trained. Letters as in
+models/config.py; M loss tokens.
 """
 
 import dataclasses
@@ -12,8 +11,8 @@ from collections.abc import Mapping
 
 from dcore_jax.models.config import DecoderConfig
 
-_ADAM_OPERATIONS = 12  # for each parameter, about
-_ADAM_MOVES = 7  # gradient, parameter and two moments are read, all but the gradient written
+_ADAM_OPERATIONS = 12  # a parameter, about
+_ADAM_MOVES = 7  # gradient, parameter and two moments are read; the latter three are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Accelerator:
   Attributes:
     flops: bfloat16 operations a second.
     memory_rate: memory bytes a second.
-    link_rate: bytes a second that it can send to its neighbours: NVLink, or all of its inter-chip
-      links, in one direction. A small slice of TPUs wires half of them.
+    link_rate: bytes a second that it can send to its neighbours in one direction, over NVLink or
+      all of its inter-chip links. A small slice of TPUs has half of them wired.
   """
 
   flops: float
@@ -32,6 +31,7 @@ class Accelerator:
   link_rate: float
 
 
+# Dense rates without sparsity, from the vendors' data sheets.
 ACCELERATORS: Mapping[str, Accelerator] = {
   'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
   'h100': Accelerator(989e12, 3.35e12, 450e9),
@@ -66,6 +66,7 @@ class Work:
       sent=self.sent + other.sent,
     )
 
+  # A count of calls, or the share of the work that one device does.
   def __mul__(self, times: float) -> 'Work':
     return Work(
       model_flops=times * self.model_flops,
@@ -120,6 +121,7 @@ def forward(
   N = model.num_attention_heads
   K = model.num_key_value_heads
   H = model.head_dim
+  # A multiplication and an addition for each entry.
   head = 2.0 * V * D
   # The head runs on the loss tokens alone, and is counted apart.
   layers = (model.flops_per_token(T) - head) * rows * T
@@ -137,12 +139,15 @@ def forward(
 def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, remat: str) -> Work:
   """Returns the work of forward and backward of the same rows.
 
-  The backward pass takes twice the forward pass, and once more what `remat` (decoder.REMAT) has not
-  kept of it.
+  The backward pass takes twice the forward pass. In addition it recomputes what `remat`
+  (decoder.REMAT) has not kept.
   """
+  # The backward pass has two products for each of the forward pass: one for each operand.
   total = forward(model, rows, T, loss_tokens) * 3
   layers = forward(model, rows, T, 0)
   width = model.num_attention_heads * model.head_dim
+  # Two products, q k and p v, of 2 * width operations a key; a token of a causal row sees (T + 1) /
+  # 2 keys on average.
   attention = model.num_hidden_layers * 2 * width * (T + 1) * rows * T
   # What the backward pass does again; `remat` concerns the layers alone.
   again = {
@@ -158,6 +163,7 @@ def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, rema
 
 def update(params_per_device: float) -> Work:
   """Returns the work of AdamW in float32."""
+  # AdamW reads gradients and writes parameters; no product of the model is part of it.
   return Work(
     model_flops=0.0,
     flops=_ADAM_OPERATIONS * params_per_device,
@@ -175,7 +181,7 @@ def decoding(
   *,
   bytes_each: int = 2,
 ) -> Work:
-  """Returns the work of a decode call, each step of which reads the weights and the cached tokens.
+  """Returns the work of a decode call; each step reads the weights and the cached tokens.
 
   Args:
     model: the model's configuration.
@@ -186,12 +192,13 @@ def decoding(
     steps: of a call; each gives every lane a token.
     bytes_each: of a number.
   """
-  # Of an embedding that is not the head, a step reads one row for each lane, which is nothing.
+  # Where the embedding is not the head, a step reads one row of it a lane, which is nothing.
   embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
   weights = model.param_count - embedding
   # flops_per_token averages over a causal row: a token that sees `cached` ones is the average of a
   # row twice as long.
   flops = lanes * model.flops_per_token(2 * int(cached)) / ways
+  # Attention reads a key and a value of each slot, once a step.
   cache_bytes = slots * model.kv_bytes_per_token('bfloat16')
   step = Work(model_flops=flops, flops=flops, bytes=(weights * bytes_each + cache_bytes) / ways)
   return step * steps

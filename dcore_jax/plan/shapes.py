@@ -25,6 +25,7 @@ def device_bytes(tree: Any) -> int:
   """Returns the bytes of a tree of shapes on each device, less what lies in host memory."""
   total = 0
   for leaf in jax.tree.leaves(tree):
+    # Host memory is counted apart: `host_bytes`.
     if leaf.sharding.memory_kind != optimizer.HOST:
       total += _shard_bytes(leaf)
   return total
@@ -57,6 +58,7 @@ def abstract_batch(
     M: loss tokens of a micro-batch.
     extras: names of values for each loss token.
   """
+  # The trainer's own function places the batch, so that a plan cannot differ from the run.
   # All arrays of a batch have rows or loss tokens along their second axis, which is split.
   place = sharding.batch_sharding(mesh)
   row = jax.ShapeDtypeStruct((A, R, T), jnp.int32, sharding=place)
@@ -106,7 +108,8 @@ class RunShapes:
     with jax.set_mesh(self.mesh):
       self.shards = sharding.shards()
       parameters = {'embed': jax.ShapeDtypeStruct((), jnp.float32)}
-      self.dtype = self.execution.dtype(parameters)  # of computation
+      # The dtype in which training passes compute.
+      self.dtype = self.execution.dtype(parameters)
     # Parameters and moments are float32, whatever training passes compute in.
     self._specs = decoder.abstract_params(model)
     weights = self.compute_weights()
@@ -152,6 +155,7 @@ class RunShapes:
 
   def reference_bytes(self) -> dict[str, int]:
     """Returns bytes of the reference policy on each device, where the run has one."""
+    # Without a KL term nothing reads a reference policy, and the run holds none.
     if not self.config.rl.kl_coefficient:
       return {}
     return {'reference policy': device_bytes(self.reference)}
@@ -185,6 +189,7 @@ class RunShapes:
         f'rl.capacity = {rl.capacity} does not hold a prompt of {rl.max_prompt_tokens} and a '
         f'response of {rl.max_tokens} tokens'
       )
+    # Rounded up: the last row of a group may hold fewer responses, but is computed in full.
     return math.ceil(rl.group / fit)
 
   def _on_host(self, tree: Any, what: str, moved: Any) -> Any:
@@ -199,6 +204,7 @@ class RunShapes:
       return tree
 
     def place(leaf: jax.ShapeDtypeStruct, move: bool) -> jax.ShapeDtypeStruct:
+      """One array's shape, in host memory where it is to move."""
       if not move:
         return leaf
       host = leaf.sharding.with_memory_kind(optimizer.HOST)

@@ -1,18 +1,17 @@
-"""Accelerators that are not there: what a step needs on an A100 or a TPU slice.
+"""Accelerators that this host need not have: what a step needs on an A100 or a TPU slice.
 
-It is known by compiling the step for one.
+The step is compiled for them.
 
     accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ..., 'cpu:8'
     mesh = sharding.make_mesh(fsdp=8, devices=accelerators.devices)
     with jax.set_mesh(mesh):    # kernels ask the mesh in context what they are compiled for
-      compiled = jax.jit(step).lower(*shapes).compile()    # shapes carry NamedShardings on that
-      mesh
+      compiled = jax.jit(step).lower(*shapes).compile()    # shapes carry NamedShardings on the mesh
     topology.footprint(compiled).peak <= accelerators.device_bytes
 
-The compiler is the real one (XLA for CUDA, Triton included, or libtpu with Mosaic) and comes with
-`pip install -e .[aot]`, without drivers or CUDA libraries; only running is not possible. It works
-on any host, and JAX_PLATFORMS=cpu keeps it quiet. Too large a step is an error of the TPU compiler,
-which `refusal` reads, and none of the GPU's: compare the footprint.
+The compiler is the real one: XLA for CUDA with Triton, or libtpu with Mosaic. It comes with `pip
+install -e .[aot]` and needs no drivers or CUDA libraries; only running is impossible. It works on
+any host, and JAX_PLATFORMS=cpu keeps it quiet. The TPU compiler refuses a step that is too large,
+and `refusal` reads its error. The GPU compiler does not: compare the footprint.
 """
 
 import importlib.util
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+# A DGX or HGX board; more GPUs are whole hosts, linked by the network.
 _GPUS_PER_HOST = 8
 
 # Hardware numbers by the field names of XLA's GpuDeviceInfoProto, in bytes and GHz. A core is a
@@ -60,15 +60,14 @@ _GPUS = {
   ),
 }
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
-# How libtpu says that a program is too large, early on or when it has laid it out, and the arrays
-# that it then lists.
+# How libtpu says that a program is too large, before or after it has laid the program out; and the
+# arrays that it lists in the second case.
 _SIZE = r'([\d.]+)([KMGT])'
 _NEEDED = re.compile(_SIZE + r'(?: of [\d.]+[KMGT] hbm|, has |\) exceeds available HBM)')
 _ALLOCATION = re.compile(
   r'Size: ' + _SIZE + r'\n(?:\s+Operator: op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\w+\[[\d,]*\])'
 )
-# What libtpu would otherwise ask Google's metadata server for: there is no slice to find on this
-# host.
+# Without these, libtpu would ask a metadata server for the slice that this host is part of.
 _NO_TPU_HERE = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
@@ -144,6 +143,7 @@ def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footpri
     host_arguments: bytes of its arguments that lie in host memory. The compiler for GPUs takes them
       to be on the device.
   """
+  # Sizes are those of one device.
   analysis = compiled.memory_analysis()
   arguments = analysis.argument_size_in_bytes
   outputs = analysis.output_size_in_bytes
@@ -165,7 +165,7 @@ def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footpri
 
 
 def refusal(message: str) -> tuple[int, dict[str, int]] | None:
-  """Reads from a compiler's error by how much a program is too large.
+  """Reads from a compiler's error how much memory the program would need.
 
   Returns:
     (bytes that a device would need, the largest arrays by name, where the compiler had laid them
@@ -182,6 +182,7 @@ def refusal(message: str) -> tuple[int, dict[str, int]] | None:
 
 
 def _bytes(number: str, unit: str) -> int:
+  # Binary units: the blank stands for 2^0, K for 2^10.
   return int(float(number) * 2 ** (10 * (' KMGT'.index(unit))))
 
 
@@ -200,6 +201,7 @@ def _gpu(kind: str, count: int, name: str) -> Target:
 
 def _tpu(kind: str, name: str) -> Target:
   _require('libtpu', 'libtpu', name)
+  # What the environment says already takes precedence.
   for variable, value in _NO_TPU_HERE.items():
     os.environ.setdefault(variable, value)
   try:

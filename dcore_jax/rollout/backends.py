@@ -15,7 +15,9 @@ from typing import Any, Protocol
 from dcore_jax.chat.messages import Message, ToolSpec
 from dcore_jax.rollout.sampling import SamplingParams
 
+# Compared by identity or by value, as the caller likes; a backend only hands it back.
 Tag = Any  # whatever a caller of `Backend.stream` knows a request by
+# `Reply.error` of a prompt that the model has no room for, which callers count apart.
 TOO_LONG = 'prompt too long'
 
 
@@ -31,6 +33,7 @@ class ChatRequest:
   """
 
   messages: tuple[Message, ...]
+  # Folded into the random key, so that a reply does not depend on which lane or process makes it.
   key_id: tuple[int, ...]
   tools: tuple[ToolSpec, ...] = ()
   max_tokens: int | None = None
@@ -59,6 +62,7 @@ class Reply:
   seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
+# A pull, not a push: a backend has no queue that could grow without bound.
 # A backend asks a source with its free places, and gets up to that many requests.
 ChatSource = Callable[[int], Sequence[tuple[Tag, ChatRequest]]]
 
@@ -95,6 +99,7 @@ class Usage:
   completion_price: float = 0.0
 
   def add(self, reply: Reply) -> None:
+    # Tokens are the backend's own counts, by which an endpoint bills.
     """Counts an answer that was made now."""
     self.requests += 1
     self.prompt_tokens += reply.prompt_tokens
@@ -113,6 +118,7 @@ class Usage:
       return counts
     prompts = self.prompt_tokens * self.prompt_price
     completions = self.completion_tokens * self.completion_price
+    # Prices are per million tokens.
     return counts | {'cost': round((prompts + completions) / 1e6, 6)}
 
 

@@ -144,6 +144,7 @@ def init_state(
   """
 
   def make() -> State:
+    """Empty caches and hidden states."""
     return State(
       trunks=decoder.init_cache(config, sizes.trunks, sizes.max_len, dtype),
       trunk_hidden_UD=jnp.zeros((sizes.trunks, config.hidden_size), dtype),
@@ -176,8 +177,8 @@ def prefill(
 ) -> State:
   """Appends the first `count` rows of `tokens_XT` to trunks.
 
-  Rows go through the model `shape.rows` at a time, and what is left one by one. The loops have as
-  many turns as there are rows, so that a call costs what its rows cost.
+  Rows go through the model `shape.rows` at a time, and the remaining ones singly. The loops run
+  over the rows that are there, so that a call costs what its rows cost.
 
   Args:
     params: the model's parameters.
@@ -192,6 +193,7 @@ def prefill(
   T = tokens_XT.shape[1]
 
   def fill(first: jax.Array, state: State, rows: int) -> State:
+    """Appends `rows` rows of tokens, from row `first` on."""
     place_4R = jax.lax.dynamic_slice_in_dim(place_4X, first, rows, axis=1)
     source_R, target_R, start_R, length_R = place_4R
     # Each row works on a copy of its source, and is written to its target when it is complete: the
@@ -212,9 +214,11 @@ def prefill(
     return state._replace(trunks=trunks, trunk_hidden_UD=hidden_UD)
 
   def fill_batch(turn: jax.Array, state: State) -> State:
+    """Appends one batch of rows."""
     return fill(turn * shape.rows, state, shape.rows)
 
   def fill_one(row: jax.Array, state: State) -> State:
+    """Appends a single row."""
     return fill(row, state, 1)
 
   # The rows that are left go one by one. Filled up to a batch they would cost as much as a full
@@ -271,9 +275,11 @@ def decode(
   trunks = _gather(state.trunks, tile.trunk_R, shape.trunk_span)
 
   def unfinished(now: _Decoding) -> jax.Array:
+    """Whether a live lane has steps left."""
     return (now.steps < shape.steps) & jnp.any(now.live_B)
 
   def step(now: _Decoding) -> _Decoding:
+    """Draws one token a lane and extends the branches by it."""
     logits_BV = decoder.logits(params, now.hidden_BD)
     # The number of a token in its completion chooses its random numbers, and not the step of this
     # call: a rollout that waited or changed its neighbours draws the same.
@@ -372,9 +378,11 @@ def _append(
   window = min(shape.steps, shape.span)
 
   def copy(index: jax.Array, stored: decoder.KVCache) -> decoder.KVCache:
+    """Writes one branch of the tile back into the stored branches."""
     first = jnp.minimum(slot_B[index], shape.span - window)
 
     def cut(layer: jax.Array) -> jax.Array:
+      """The window of one layer."""
       size = (1, layer.shape[1], window, layer.shape[3])
       return jax.lax.dynamic_slice(layer, (index, 0, first, 0), size)
 
@@ -391,6 +399,7 @@ def _read(cache: decoder.KVCache, row: jax.Array, span: int) -> decoder.KVCache:
   """Returns the first `span` slots of one row, as a cache of one row."""
 
   def read(stored: jax.Array) -> jax.Array:
+    """The slots of one array, keys or values."""
     L, _, K, _, H = stored.shape
     return jax.lax.dynamic_slice(stored, (0, row, 0, 0, 0), (L, 1, K, span, H))
 
@@ -403,6 +412,7 @@ def _write(
   """Returns `cache` with the one-row cache `part` in `row` from `slot` on."""
 
   def write(stored: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes into one array, keys or values."""
     return jax.lax.dynamic_update_slice(stored, new, (0, row, 0, slot, 0))
 
   return jax.tree.map(write, cache, part)
@@ -415,6 +425,7 @@ def _gather(cache: decoder.KVCache, row_R: jax.Array, span: int) -> decoder.KVCa
   """
 
   def copy(index: jax.Array, gathered: decoder.KVCache) -> decoder.KVCache:
+    """Copies one row of the stack into the arrays of the layers."""
     part = jax.tree.map(tuple, _read(cache, row_R[index], span))
     return jax.tree.map(
       lambda layer, new: jax.lax.dynamic_update_slice_in_dim(layer, new, index, 0), gathered, part

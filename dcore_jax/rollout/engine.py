@@ -92,6 +92,7 @@ class Engine:
     sizes: EngineSizes = _DEFAULT_SIZES,
     decode: Decode | None = None,
   ):
+    # Out of range, a stop id would never be drawn, and rollouts would run to their limits.
     if any(not 0 <= stop < config.vocab_size for stop in stop_ids):
       raise ValueError(
         f'stop_ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}'
@@ -103,9 +104,12 @@ class Engine:
     self.config = config
     self.sizes = sizes.resolved(config, self._platform)
     self.decode = decode
+    # Sorted and without repetition: the array is an argument of a compiled program, and its length
+    # decides which.
     self.stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self.stats = EngineStats()
     self._set_weights(_committed(params))
+    # The caches have the parameters' dtype, so that a step casts neither.
     dtype = params['embed'].dtype
     self._state = _committed(device.init_state(config, self.sizes, dtype, self._placement))
     self._trunks = TrunkTable(self.sizes.trunks, self.sizes.max_len)
@@ -119,6 +123,7 @@ class Engine:
     self._handles = 0
     self._streaming = False
     self._rollouts: dict[int, InFlight] = {}
+    # First in, first out; a rollout that cannot have a trunk yet keeps its place.
     self._queue: collections.deque[InFlight] = collections.deque()
 
   @property
@@ -141,6 +146,7 @@ class Engine:
   @property
   def free(self) -> int:
     """Lanes that neither run a rollout nor are promised to one that waits."""
+    # Waiting rollouts take lanes at the next step, so that theirs count as taken.
     return max(0, self._lanes.free - len(self._queue))
 
   @property
@@ -188,6 +194,7 @@ class Engine:
     rollout = self._rollouts.get(handle)
     if rollout is None:
       raise ValueError(f'cancel: there is no rollout {handle}')
+    # One that waits has no lane to free, but would be given one.
     if rollout in self._queue:
       self._queue.remove(rollout)
     self._remove(rollout)
@@ -202,6 +209,7 @@ class Engine:
       FloatingPointError: a log-probability is not a number.
     """
     # Several rounds: prompts that share a prefix with one of a round are copied in the next.
+    # Each round that admits a rollout shortens the queue, so that the loop ends.
     while self._queue and self._admit_round():
       pass
     return self._advance()
@@ -246,9 +254,11 @@ class Engine:
     `progress` is called with the number of tokens of each completion as it ends.
     """
     waiting = collections.deque(enumerate(requests))
+    # Rollouts end in any order, and each is put where its request stood.
     done: list[Completion | None] = [None] * len(waiting)
 
     def source(free: int) -> list[tuple[int, Request]]:
+      # No more than there are lanes for; the rest stay in the caller's list.
       return [waiting.popleft() for _ in range(min(free, len(waiting)))]
 
     for index, completion in self.stream(source, sampling):
@@ -290,6 +300,7 @@ class Engine:
           raise ValueError(f'the source returned {len(arrivals)} requests for {free} free lanes')
         for tag, request in arrivals:
           tags[self.submit(request, sampling)] = tag
+        # The source had nothing, and nothing is in flight.
         if not tags:
           return
         for part in self.step():
@@ -305,6 +316,7 @@ class Engine:
 
   def _set_weights(self, params: decoder.Params) -> None:
     self.params = params
+    # On an accelerator both names hold the same arrays.
     self._decode_params = params
     if self._platform == 'cpu':
       # A second copy for decoding, layer by layer and transposed. Cut out of their stacks in every
@@ -341,6 +353,7 @@ class Engine:
       self._lanes.start(rollout)
       if fill:
         fills.append(fill)
+      # Prompt tokens that were not computed, because another rollout or turn had left them.
       self.stats.reused_tokens += fill.start if fill else len(rollout.prompt)
     # Those that wait keep their places before the ones that came after them.
     self._queue.extendleft(reversed(later))
@@ -350,6 +363,7 @@ class Engine:
     return admitted
 
   def _prefill(self, call: PrefillCall) -> None:
+    # Shapes depend on the ladder alone, so that few programs serve all prompts.
     tokens_XT, place_4X = call.arrays(self.lanes)
     shape = PrefillShape(
       config=self.config,
@@ -363,6 +377,7 @@ class Engine:
       self._state,
       tokens_XT,
       place_4X,
+      # An array, not a Python int: another count must not compile another program.
       np.int32(len(call.pieces)),
       shape=shape,
     )
@@ -374,6 +389,7 @@ class Engine:
     # idles.
     calls = [(tile, *self._decode(tile)) for tile in self._lanes.tiles(self._trunks.length_U)]
     result = []
+    # Calls end in the order in which they were made.
     for tile, slots, drawn in calls:
       # Here the host waits for the device.
       drawn = jax.device_get(drawn)
@@ -382,6 +398,7 @@ class Engine:
       self.stats.decode_steps += steps
       self.stats.lane_steps += steps * len(tile.lane_B)
       self.stats.slots_read += steps * slots
+      # Lanes that only fill the tile up have nothing to collect.
       for column in np.flatnonzero(self._lanes.inputs.live_B[tile.lane_B]).tolist():
         lane = int(tile.lane_B[column])
         rollout = self._lanes.rollouts[lane]
@@ -400,6 +417,7 @@ class Engine:
     top = min(TOP, self.config.vocab_size) if any(rollout.top for rollout in rollouts) else 0
     shape = DecodeShape(
       config=self.config,
+      # The smallest compiled spans that hold this tile; a step reads no slots beyond them.
       trunk_span=bucket(span_ladder(self.max_len), int(tile.sharing.length_R.max())),
       span=bucket(span_ladder(self.max_new), _reach(inputs, self.sizes.steps_per_call)),
       # One program draws for all lanes of the tile, each by a rule of its own.
@@ -434,6 +452,7 @@ class Engine:
     return result
 
 
+# One compiled program: layer by layer, each copy would be dispatched on its own.
 _turn = jax.jit(decoder.turn)
 
 
@@ -452,10 +471,12 @@ def _place_of(held: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _put(value: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
+  # Cast on the way, so that no second copy in the trainer's dtype stays on the device.
   return jax.device_put(jnp.asarray(value, place.dtype), place.sharding)
 
 
 def _reach(inputs: LaneInputs, steps: int) -> int:
   """Returns the slots that the longest of the live branches can have in use `steps` steps later."""
+  # A lane near its limit uses fewer slots than the call has steps.
   new_B = np.minimum(steps, inputs.limit_B - inputs.slot_B)
   return int((inputs.slot_B + new_B)[inputs.live_B].max())

@@ -36,6 +36,7 @@ class InFlight:
   handle: int
   prompt: np.ndarray
   limit: int
+  # The random key is that of the request, whichever lane runs it.
   key: np.ndarray
   sampling: SamplingParams
   top: int
@@ -65,6 +66,7 @@ class LaneTable:
     decode: Decode | None,
   ):
     lanes = sizes.lanes
+    # Any valid rule: the numbers of an idle lane are never used.
     rule = SamplingParams().rule()
     self.inputs = LaneInputs(
       key_B2=np.zeros((lanes, 2), np.uint32),
@@ -102,6 +104,7 @@ class LaneTable:
     inputs.slot_B[lane] = 0
     inputs.limit_B[lane] = rollout.limit
     inputs.live_B[lane] = True
+    # In the order of `Rule`'s fields, which both sides share.
     for number_B, number in zip(inputs.rule, rollout.sampling.rule(), strict=True):
       number_B[lane] = number
 
@@ -190,6 +193,7 @@ class LaneTable:
       entropies=entropies,
       finished=bool(tokens[-1] in self._stop_ids),
       stop=stop,
+      # A stop token that is also the last one that fits counts as finished.
       prompt_len=len(self.rollouts[lane].prompt),
     )
 

@@ -61,6 +61,7 @@ class LocalBackend:
       """Fills the engine's free lanes, and puts what needs none into `ready`."""
       result: list[tuple[_Asked, Request]] = []
       while len(result) < free and len(ready) < _READY:
+        # Known replies take no lane, so that the source is asked until the lanes are full.
         arrivals = source(free - len(result))
         if not arrivals:
           break
@@ -70,6 +71,7 @@ class LocalBackend:
           body = self._body(request, sampling)
           reply = self._without_engine(body)
           prompt = [] if reply else self._encode(request)
+          # The same test as the engine's own, which would end the stream with an error.
           if len(prompt) >= self.engine.max_len:
             reply = _too_long(prompt)
           if reply:
@@ -123,6 +125,7 @@ class LocalBackend:
 
   def _encode(self, request: ChatRequest) -> list[int]:
     tools = function_specs(request.tools) or None
+    # None, not an empty list: templates differ in how they test for tools.
     text = render_prompt(self.tokenizer, list(request.messages), tools)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 

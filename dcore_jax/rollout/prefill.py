@@ -66,6 +66,7 @@ def prefill_calls(fills: Sequence[Fill], sizes: EngineSizes) -> Iterator[Prefill
   while fills:
     # Each (length, span) is a program, and the pieces of a call share it.
     by_shape: dict[tuple[int, int], list[Fill]] = collections.defaultdict(list)
+    # What does not fit into one piece waits for the next round of calls.
     rest = []
     for fill in fills:
       # The first piece reads the source and writes the target; what follows continues the target.

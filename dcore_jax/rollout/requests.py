@@ -10,6 +10,7 @@ from dcore_jax.rollout.sampling import Alternatives
 
 # Requests, completions and progress are compared by identity (eq=False): arrays have no single
 # truth value for == to return.
+# The engine never looks into it.
 Tag = Any  # whatever a caller of `Engine.stream` knows a rollout by
 
 
@@ -26,6 +27,7 @@ class Request:
   """
 
   prompt: np.ndarray
+  # Ids of the stream, not its place: the same id draws the same tokens in any lane.
   key_id: tuple[int, ...]
   max_tokens: int | None = None
   top: int = 0
@@ -51,7 +53,10 @@ class Completion:
   """
 
   tokens: np.ndarray
+  # Two log-probabilities a token: importance weights need the policy that drew, and the trainer
+  # compares with the one before truncation.
   logprobs: np.ndarray
+  # Kept although they could be recomputed: the entropy is there when the token is drawn.
   full_logprobs: np.ndarray
   entropies: np.ndarray
   finished: bool
@@ -111,6 +116,7 @@ class EngineStats:
   @property
   def occupancy(self) -> float:
     """The share of the lane-steps that drew a token of a rollout."""
+    # Before the first step there are no lane-steps to divide by.
     return self.decoded_tokens / max(self.lane_steps, 1)
 
 
@@ -123,6 +129,7 @@ def checked_prompt(request: Request, max_len: int, vocab: int) -> np.ndarray:
   """
   name = f'request {request.key_id}'
   tokens = np.asarray(request.prompt)
+  # Text or floats would be cast to something that is no prompt.
   if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in 'iu':
     raise ValueError(
       f'{name}: a prompt is a row of at least one token id, got {tokens.dtype} {tokens.shape}'
@@ -132,6 +139,7 @@ def checked_prompt(request: Request, max_len: int, vocab: int) -> np.ndarray:
     raise ValueError(
       f'{name}: a prompt of {len(tokens)} tokens leaves no room in max_len={max_len}'
     )
+  # An id outside the vocabulary would be looked up at the last row, without an error.
   if tokens.min() < 0 or tokens.max() >= vocab:
     raise ValueError(
       f'{name}: token ids {tokens.min()}..{tokens.max()} exceed the vocabulary of {vocab}'

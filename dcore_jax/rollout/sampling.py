@@ -76,6 +76,7 @@ class SamplingParams:
 
   def rule(self) -> 'Rule':
     """Returns the numbers of one lane: numpy scalars."""
+    # Numbers of each lane, as arguments: only the mode decides which program is compiled.
     return Rule(
       temperature_B=np.float32(self.temperature),
       top_p_B=np.float32(self.top_p),
@@ -219,7 +220,7 @@ def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, to
     score_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
   alternatives = None
   if top:
-    # Of equally likely tokens top_k gives the first ones, as a greedy draw does.
+    # Where tokens are equally likely, top_k gives the first ones, as a greedy draw does.
     score_BJ, token_BJ = jax.lax.top_k(score_BV, top)
     log_total_B1 = jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))
     alternatives = Alternatives(token_BJ, score_BJ - log_total_B1)
@@ -249,6 +250,7 @@ def truncate(
   bits_BV = jax.lax.bitcast_convert_type(mass_BV, jnp.int32)
 
   def enough_tokens(threshold_B: jax.Array) -> jax.Array:
+    """Whether top_k tokens are at least this likely."""
     return jnp.sum(bits_BV >= threshold_B[:, None], axis=-1) >= top_k_B
 
   threshold_B = _largest(enough_tokens, (top_k_B > 0) & (top_k_B < vocab))
@@ -256,6 +258,7 @@ def truncate(
   wanted_B = top_p_B * jnp.sum(kept_BV, axis=-1)
 
   def enough_mass(threshold_B: jax.Array) -> jax.Array:
+    """Whether tokens at least this likely hold the wanted mass."""
     return jnp.sum(jnp.where(bits_BV >= threshold_B[:, None], kept_BV, 0), axis=-1) >= wanted_B
 
   threshold_B = _largest(enough_mass, top_p_B < 1)
@@ -270,6 +273,7 @@ def _largest(holds: Callable[[jax.Array], jax.Array], wanted_B: jax.Array) -> ja
   """
 
   def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Halves the interval between a pattern that holds and one that does not."""
     low_B, high_B = bounds
     middle_B = (low_B + high_B + 1) // 2
     true_B = holds(middle_B)

@@ -58,9 +58,11 @@ class EngineSizes:
     tile = self.tile or _default_tile(self.lanes, platform)
     max_new = self.max_new or self.max_len
     trunks = self.trunks or self.lanes
+    # A last tile of another size would be a program of its own.
     if tile < 1 or self.lanes % tile:
       raise ValueError(f'tile={tile} does not divide lanes={self.lanes}')
     smallest = min(self.lanes, self.steps_per_call, max_new, trunks)
+    # One token of prompt and one to sample are the least.
     if smallest < 1 or not 2 <= self.max_len <= config.max_position_embeddings:
       raise ValueError(
         f'lanes={self.lanes}, steps_per_call={self.steps_per_call}, max_new={max_new}, '
@@ -72,6 +74,7 @@ class EngineSizes:
   def tiles(self, platform: str) -> tuple[int, ...]:
     """Returns the numbers of lanes that are decoded together, ascending: a tile and parts of it."""
     parts = (self.tile, *_CPU_PARTS) if platform == 'cpu' else _PARTS
+    # A set: the parts of a small tile coincide.
     return tuple(sorted({self.tile // part for part in parts if self.tile >= part}))
 
 
@@ -107,6 +110,7 @@ def span_ladder(max_len: int) -> tuple[int, ...]:
   for step in bucket_ladder(max_len):
     power_of_two = step.bit_count() == 1
     if step > 512 or step == max_len or power_of_two:
+      # Powers of two alone up to 512, every step of the ladder above.
       kept.append(step)
   return tuple(kept)
 

@@ -45,12 +45,13 @@ def plan_tiles(
   """
   # A tile is read as far as its longest lane, so that lanes of like lengths belong together; and
   # lanes of one trunk, which is then read once for all of them.
-  reach = {}  # of each trunk: tokens of its longest lane
+  reach = {}  # trunk -> tokens of its longest lane
   for trunk in np.unique(trunk_B[live]):
     readers = live[trunk_B[live] == trunk]
     reach[trunk] = int((length_B[readers] + slot_B[readers]).max())
 
   def by_length(lane: int) -> tuple[int, ...]:
+    """The order of lanes: by their trunk's reach, then trunk by trunk."""
     trunk = trunk_B[lane]
     # The lane decides between equals, so that the order is the same in every run.
     return reach[trunk], trunk, slot_B[lane], lane

@@ -114,6 +114,7 @@ class TrunkTable:
         idle.append(trunk)
 
     def age(trunk: int) -> tuple[bool, int]:
+      """Orders idle trunks: empty ones first, then by when a lane last read them."""
       return self.length_U[trunk] > 0, self._used_U[trunk]
 
     # Empty ones first; then the one whose tokens are least likely to be asked for again.

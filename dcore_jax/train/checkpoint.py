@@ -42,7 +42,9 @@ class _Keep:
     """Tells for each checkpoint whether it survives; Orbax calls it."""
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
+    # `best` may be None, which is no step and does no harm in the set.
     kept = {*sorted(steps)[-self.newest :], self.best}
+    # Orbax asks by place in its own list, in whatever order that is.
     return [step in kept for step in steps]
 
 
@@ -65,9 +67,13 @@ class Checkpoints:
     self._directory = pathlib.Path(directory).absolute()
     self._keep = _Keep(keep)
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=self._keep, enable_async_checkpointing=True, create=True
+      # Asynchronous: writing goes on while the run takes its next steps.
+      preservation_policy=self._keep,
+      enable_async_checkpointing=True,
+      create=True,
     )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
+    # Scores of an earlier process, so that its best step survives this one.
     for step in self.all_steps():
       try:
         score = self._read_record(step)['score']
@@ -112,7 +118,9 @@ class Checkpoints:
       raise ValueError(
         f'{self._directory} already holds step {latest}; refusing to save the older step {step}'
       )
+    # Encoded first: a leaf that cannot be stored must raise before anything is written.
     leaves = {path: _encode(path, leaf) for path, leaf in _flatten(tree)}
+    # Sums of the arrays on the devices, before their memory may be donated.
     sums = _sums(leaves)
     described = {
       path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'sum': sums[path]}
@@ -121,14 +129,19 @@ class Checkpoints:
     record = {'extra': extra or {}, 'score': score, 'leaves': described}
     # Orbax stores no empty array; the manifest alone says how to make one again.
     stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
+    # One write at a time, so that at most one copy of the arrays waits in host memory.
     self.wait()
+    # Orbax refuses to overwrite a step.
     if step == latest:
       self._manager.delete(step)
+    # Before `save`, whose preservation policy reads the scores.
     if score is not None:
       self._keep.scores[step] = score
+    # The record is an item of the same step, so that both are there or neither.
     arguments = {'record': ocp.args.JsonSave(record)}
     if stored:
       arguments['tree'] = ocp.args.StandardSave(stored)
+    # `force`: Orbax would otherwise skip steps by a rule of its own.
     self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
   def restore(
@@ -150,12 +163,15 @@ class Checkpoints:
         differences are named. (An edited config must never silently restart a run.) Or `step` is
         not there, or is damaged.
     """
+    # A step that is still being written is not complete, and would not be found.
     self.wait()
     if step is not None and step not in self.all_steps():
       raise ValueError(f'{self._directory} has no step {step}; it has {self.all_steps()}')
+    # Newest first; an explicit step has no alternatives.
     for candidate in [step] if step is not None else self.all_steps()[::-1]:
       record, error = _attempt(self._read_record, candidate)
       if error is None:
+        # Structure first: a config that was edited is an error, and not damage to be skipped.
         _check_structure(record['leaves'], example, f'{self._directory}/{candidate}')
         tree, error = _attempt(self._read_tree, candidate, record['leaves'], example)
       if error is None:
@@ -178,8 +194,10 @@ class Checkpoints:
     self.close()
 
   def _read_record(self, step: int) -> dict[str, Any]:
+    # The record alone: it is small, and tells whether the arrays fit.
     restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
     record = restored['record']
+    # A file that is JSON, but not one of ours.
     if not {'extra', 'score', 'leaves'} <= record.keys():
       raise ValueError(f'the record of step {step} has the fields {sorted(record)}')
     return record
@@ -187,6 +205,7 @@ class Checkpoints:
   def _read_tree(self, step: int, described: dict[str, dict], example: PyTree) -> PyTree:
     examples = dict(_flatten(example))
     targets = {path: _target(leaf) for path, leaf in examples.items()}
+    # Orbax has stored no empty arrays, so that it cannot return any.
     wanted = {path: target for path, target in targets.items() if 0 not in target.shape}
     values = {}
     if wanted:
@@ -194,9 +213,11 @@ class Checkpoints:
         step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(wanted))
       )
       values = restored['tree']
+    # Compared where the values are, before anything uses them.
     _check_sums(values, described)
     empty = {path: np.zeros(t.shape, t.dtype) for path, t in targets.items() if path not in wanted}
     leaves = [_decode((values | empty)[path], leaf) for path, leaf in examples.items()]
+    # The example's structure: a manifest names leaves by paths, and holds no containers.
     return jax.tree.unflatten(jax.tree.structure(example), leaves)
 
   def _give_up_on(self, step: int, error: Exception, *, explicit: bool) -> None:
@@ -214,9 +235,12 @@ class Checkpoints:
     if jax.process_index() == 0:
       aside = self._directory / f'{step}.unreadable'
       shutil.rmtree(aside, ignore_errors=True)
+      # Renamed by one host; all hosts share the directory.
       (self._directory / str(step)).rename(aside)
     distributed.wait_for_others(f'without {step}')
+    # A step that cannot be read must not be kept as the best one.
     self._keep.scores.pop(step, None)
+    # Orbax caches the list of steps.
     self._manager.reload()
 
 
@@ -231,17 +255,24 @@ def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:
   """
   targets = {path: _target(leaf) for path, leaf in _flatten(example)}
   try:
+    # Without a manager, which would create folders and clean up in another run's directory.
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       described = reader.restore(step_dir / 'record')['leaves']
   except Exception as error:  # damage shows as any of a dozen types
     raise ValueError(f'checkpoint {step_dir} cannot be read: {error}') from error
   _check_structure(
-    {path: leaf for path, leaf in described.items() if path in targets}, example, str(step_dir)
+    # Only the wanted leaves: whatever else the checkpoint holds is not this caller's business.
+    {path: leaf for path, leaf in described.items() if path in targets},
+    example,
+    str(step_dir),
   )
   try:
     with ocp.PyTreeCheckpointer() as reader:
       arguments = ocp.args.PyTreeRestore(
-        targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True
+        # Partial: Orbax otherwise insists on every leaf of the checkpoint.
+        targets,
+        ocp.checkpoint_utils.construct_restore_args(targets),
+        partial_restore=True,
       )
       values = reader.restore(step_dir / 'tree', args=arguments)
   except Exception as error:
@@ -262,6 +293,7 @@ def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception 
   # Damage shows as any of a dozen types: OSError, JSONDecodeError, tensorstore's own.
   except Exception as found:
     error = found
+  # All hosts decide alike: one that went on alone would wait for the others' collectives.
   if not distributed.everywhere(error is None):
     error = error or ValueError('another host cannot read it')
   return value, error
@@ -271,6 +303,7 @@ def _flatten(tree: PyTree) -> list[tuple[str, Any]]:
   """(path, leaf) of each leaf; the paths are names in the manifest."""
   flat = []
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    # A tree that is a single leaf has an empty path.
     flat.append((jax.tree_util.keystr(path, simple=True, separator='/') or 'leaf', leaf))
   return flat
 
@@ -282,10 +315,12 @@ def _is_key(leaf: Any) -> bool:
 def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
   """The leaf as an array that Orbax stores as it is."""
   if _is_key(leaf):
+    # Typed keys are stored as the integers behind them; the example says how to wrap them again.
     return jax.random.key_data(leaf)
   if isinstance(leaf, jax.Array):
     return leaf
   array = np.asarray(leaf)
+  # Objects, text and times: numpy would pickle them or store what nothing can read back.
   if array.dtype.kind in 'OUSMm':
     raise ValueError(
       f'{path} is a {type(leaf).__name__}: checkpoint leaves are numbers '
@@ -303,6 +338,7 @@ def _decode(value: Any, example: Any) -> Any:
   value = np.asarray(value)
   if isinstance(example, np.ndarray):
     return value
+  # The same kind as the example: numpy's scalar type, or Python's own.
   return value[()] if isinstance(example, np.generic) else value.item()
 
 
@@ -319,12 +355,14 @@ def _target(example: Any) -> jax.ShapeDtypeStruct | np.ndarray:
 
 
 def _default_sharding() -> jax.sharding.Sharding:
+  # An array without a sharding of its own, as a single process has it.
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
   """The checksum of each leaf."""
   sums = {}
+  # Grouped by devices: one program cannot read arrays of different device sets.
   groups = collections.defaultdict(dict)
   for path, leaf in leaves.items():
     if not isinstance(leaf, jax.Array):
@@ -356,6 +394,7 @@ def _check_structure(described: dict[str, dict], example: PyTree, where: str) ->
   problems = [f'{path} is missing' for path in sorted(targets.keys() - described.keys())]
   problems += [f'{path} is not expected' for path in sorted(described.keys() - targets.keys())]
   for path in sorted(targets.keys() & described.keys()):
+    # Shape and dtype by their names in JSON.
     found = (tuple(described[path]['shape']), described[path]['dtype'])
     wanted = (tuple(targets[path].shape), str(targets[path].dtype))
     if found != wanted:

@@ -18,6 +18,7 @@ _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by their size in bytes
 def _array_sum(array: jax.Array) -> jax.Array:
   """uint32 checksum of one array."""
   if jnp.iscomplexobj(array):
+    # Real and imaginary part are words of their own.
     array = jnp.stack([array.real, array.imag], axis=-1)
   if array.dtype == bool:
     array = array.astype(jnp.uint8)

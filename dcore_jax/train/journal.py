@@ -1,11 +1,11 @@
 """A journal of rollouts: what a killed step had sampled is read again instead of sampled again.
 
 Updates are cheap beside rollouts. With every wave of rollouts on disk, a run that goes back to a
-checkpoint some steps ago repeats only the updates, and samples only the wave anew that was under
-way when it was killed. A wave is kept whole or not at all, as one stream of the engine: its
-rollouts were decoded in shared tiles, and the last bits of a log-probability depend on the tile, so
-that sampling part of a wave would give other bits than an undisturbed run. Hosts of one run share
-the folder: all sample the same rollouts and read the same files, and the first host writes them.
+checkpoint some steps ago repeats only the updates, and samples only the wave that was under way
+when it was killed. A wave is one stream of the engine, and is kept whole or not at all. Its
+rollouts were decoded in shared tiles, and the last bits of a log-probability depend on the tile:
+sampling part of a wave would give other bits than an undisturbed run. The hosts of a run share the
+folder: all sample the same rollouts and read the same files, and the first host writes them.
 """
 
 import pathlib
@@ -35,12 +35,14 @@ class RolloutJournal:
     A file counts only with the same `fingerprint`, which stands for weights, prompts and sampling
     rules.
     """
+    # Padded with zeros, so that names sort in the order of the steps.
     return JournaledEngine(engine, self._folder / f'{step:08d}.{wave:04d}.npz', fingerprint)
 
   def forget(self, before: int) -> None:
     """Deletes the waves of the steps before `before`."""
     if not distributed.writes():
       return
+    # The step is the first part of a name; partial files end otherwise.
     for path in self._folder.glob('*.npz'):
       if int(path.name.split('.')[0]) < before:
         path.unlink()
@@ -53,6 +55,7 @@ class JournaledEngine:
     self._engine = engine
     self._path = path
     self._fingerprint = fingerprint
+    # Read by those who render prompts, to refuse what does not fit.
     self.max_len = engine.max_len
 
   def generate(
@@ -62,6 +65,7 @@ class JournaledEngine:
     progress: Callable[[int], None] | None = None,
   ) -> list[Completion]:
     """As `Engine.generate`, which is a loop over `stream` and can run on this one's."""
+    # Called unbound: it needs nothing of an engine but `stream`.
     return Engine.generate(self, requests, sampling, progress)
 
   def stream(
@@ -74,11 +78,14 @@ class JournaledEngine:
     """
     if sampling.stop:
       raise ValueError(f'rollouts with stop strings {sampling.stop} cannot be journaled')
+    # Read whole before the first rollout is handed out: a damaged file means sampling all of them.
     held = self._read()
     if held is not None:
+      # All lanes are free: nothing is sampled, and the source gives as much as it has.
       arrivals = source(self._engine.lanes)
       while arrivals:
         for tag, request in arrivals:
+          # By the id of the random stream, which does not depend on the order of requests.
           yield tag, held[request.key_id]
         arrivals = source(self._engine.lanes)
       return
@@ -88,20 +95,24 @@ class JournaledEngine:
     # Completions come without their key; remember it by the tag of the request.
     def noted(free: int) -> Sequence[tuple[Tag, Request]]:
       arrivals = source(free)
+      # Tags are the caller's, and may be used again when a rollout has ended.
       keys.update({tag: request.key_id for tag, request in arrivals})
       return arrivals
 
     for tag, completion in self._engine.stream(noted, sampling):
       made[keys.pop(tag)] = completion
       yield tag, completion
+    # Only a stream that came to its end is written.
     self._write(made)
 
   def _write(self, made: dict[tuple[int, ...], Completion]) -> None:
     """Writes the completions by key_id: per-token columns end to end, and one entry each."""
     if not made:
       return  # no task fitted the engine
+    # Every host has sampled the same; one file is enough.
     if not distributed.writes():
       return
+    # In the order of finishing; the key ids go along.
     completions = list(made.values())
     columns = {
       'tokens': np.concatenate([c.tokens for c in completions]),
@@ -127,8 +138,10 @@ class JournaledEngine:
       return None
     try:
       # A zip archive has a checksum for every array, so that damage shows as an error.
+      # No pickle: a file in a work directory is data.
       with np.load(self._path, allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files}
+      # Other weights, prompts or rules: the rollouts of another run.
       if columns['fingerprint'] != self._fingerprint:
         return None
       return _completions(columns)
@@ -143,6 +156,7 @@ class JournaledEngine:
 
 def _completions(columns: dict[str, np.ndarray]) -> dict[tuple[int, ...], Completion]:
   """The inverse of `JournaledEngine._write`."""
+  # The last end is that of the whole column, where `split` needs no cut.
   ends = np.cumsum(columns['lengths'])[:-1]
   tokens = np.split(columns['tokens'], ends)
   logprobs = np.split(columns['logprobs'], ends)

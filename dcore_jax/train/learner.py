@@ -1,9 +1,9 @@
 """The updates of a reinforcement step: old policy, advantages, reference, optimizer steps.
 
-Everything a response knows of its tokens stays with it (`learn.grpo.Response`) until it is laid on
-its mini-batch's packed rows. Updates are dispatched and not waited for: what a person reads of them
-comes later, from `Update.numbers`.
-Letters: P prompts, G rollouts of a prompt, R rows, T tokens in a row, A micro-batches.
+A response keeps all that is known of its tokens (`learn.grpo.Response`) until it is laid on its
+mini-batch's packed rows. Updates are dispatched and not waited for: `Update.numbers` waits, and
+returns what a person reads of them. Letters: P prompts, G rollouts of a prompt, R rows, T tokens in
+a row, A micro-batches.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Programs(NamedTuple):
   psi_norm: Any
 
 
-# Runs of a sweep, and tests, often differ in nothing that is compiled.
+# Cached by all that is compiled in. Runs of a sweep, and tests, often differ in nothing else.
 @functools.lru_cache(maxsize=4)
 def _programs(
   model: DecoderConfig,
@@ -85,9 +85,12 @@ class Reference:
   """
 
   def __init__(self, params: Params, execution: Execution):
+    # The reference is only scored, so that two bytes a number suffice where the policy computes in
+    # bfloat16.
     dtype = execution.dtype(params)
     # A copy even where the dtype is the same: the first update donates the parameters' memory.
     copied = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=True), params)
+    # Where each array belongs on the devices, to bring it back after offloading.
     self._placed = jax.tree.map(lambda leaf: leaf.sharding, copied)
     self._held = copied
     if 'reference' in execution.offload:
@@ -98,6 +101,7 @@ class Reference:
 
   def params(self) -> Params:
     """The parameters on the devices, for as long as the caller holds them."""
+    # Nothing moves where the arrays are there already.
     return jax.device_put(self._held, self._placed)
 
 
@@ -150,6 +154,8 @@ def sampled_responses(rollout: Rollout) -> list[Response]:
       Response(
         prompt=prompt,
         tokens=completion.tokens,
+        # The engine's two numbers differ where sampling was truncated: one is of the truncated
+        # policy, the other of the whole one, which a trainer computes.
         behaviour_logp=completion.logprobs,
         old_logp=completion.full_logprobs,
         entropy=completion.entropies,
@@ -212,6 +218,7 @@ class Update:
 
   def numbers(self, engine: Engine) -> dict[str, float]:
     """Waits for the device and returns all that is written down of the update and its phases."""
+    # The first call that waits: until here, device and host have worked side by side.
     jax.block_until_ready(self.values)
     updated = time.monotonic()
     # The engine has its own copy of the weights, whose dispatch came last.
@@ -220,6 +227,7 @@ class Update:
     values = jax.device_get(self.values)
     row = {}
     for name in values[0]:
+      # Averages over the optimizer steps of a batch; the two that are left out are no averages.
       if name not in ('skipped', 'weight'):
         row[name] = float(np.mean([value[name] for value in values]))
     # The steps' entropy is of the policy while it is updated; `facts` has that of the old one.
@@ -233,6 +241,7 @@ class Update:
     row['skipped'] = int(sum(value['skipped'] for value in values))
     for name, seconds in self.seconds.items():
       row[f'seconds_{name}'] = seconds
+    # Two phases, so that a slow transfer to the engine is not taken for a slow update.
     row['seconds_update'] = updated - self.began
     row['seconds_engine_update'] = self.ended - updated
     return row
@@ -265,13 +274,16 @@ class Learner:
     self._policy = policy
     self._engine = engine
     self._config = config
+    # Resolved once: a wrong option is an error before the first rollout.
     self._loss = policy_loss(config)
     self._with_psi = advantages.uses_entropy(config.estimator)
     # Loss tokens of a micro-batch. All places are budgeted: where prompts are shared, most tokens
     # of a row are sampled ones.
     self._budget = config.rows * config.capacity
+    # The longest response that the engine can give, all turns of an episode together.
     response = source.responses * min(config.max_tokens, engine.max_new)
     self._rows = rows_multiple(config, source.longest_prompt, response)
+    # Positional, since lru_cache takes a keyword for another key.
     self.programs = _programs(
       policy.config,
       execution,
@@ -284,6 +296,7 @@ class Learner:
 
   def adapt_alpha(self, row: dict[str, float]) -> None:
     """Takes the numbers of a step, before the next one's advantages are computed."""
+    # Measured on this step, used from the next one on: alpha follows with one step's delay.
     if self._config.alpha_measure == 'entropy':
       self.alpha = next_alpha(self._config, self.alpha, row['entropy'])
     elif self._config.alpha_measure == 'psi_share':
@@ -298,16 +311,19 @@ class Learner:
     Returns:
       (the state after them, what is under way).
     """
+    # Both phases are in every row of metrics, also where one is not run.
     seconds = {'score': 0.0, 'reference': 0.0}
     with _timed(seconds, 'score'):
       minis, scores = self._score(state.params, self.mini_batches(batch))
       minis = [self._with_advantages(number, mini) for number, mini in enumerate(minis)]
+    # Only a KL term reads the reference.
     if self._config.kl_coefficient:
       with _timed(seconds, 'reference'):
         minis = self._with_reference(reference, minis)
     # Only what the loss reads goes to the device.
     names = self._loss.extras
     trees = [grpo.lay_values(mini.tree, mini.responses, names) for mini in minis]
+    # Before the updates: psi's gradient is that of the policy which sampled.
     psi = self._psi(state.params, minis, trees) if self._with_psi else None
     began = time.monotonic()
     values = []
@@ -320,6 +336,7 @@ class Learner:
     self._engine.update(state.params)
     # Sampling computes what a forward pass does, and an update three times that.
     passes = 5 if self._config.kl_coefficient else 4
+    # Counted from the trees, without padding: what the mathematics needs.
     forward = sum(forward_flops(self._policy.config, mini.tree) for mini in minis)
     update = Update(
       began=began,
@@ -333,6 +350,7 @@ class Learner:
 
   def _facts(self, minis: Sequence[MiniBatch], scores: Sequence[Scores]) -> dict[str, float]:
     gap = np.concatenate([part.gap for part in scores])
+    # Each host has all responses, so that these figures need no exchange.
     loss_tokens = sum(np.count_nonzero(mini.tree.weight) for mini in minis)
     # Summed over packed rows, so that the order of addition, and with it the last bit that an
     # adapted alpha depends on, is that of earlier versions' runs.
@@ -353,6 +371,7 @@ class Learner:
 
   def mini_batches(self, batch: RolloutBatch) -> list[MiniBatch]:
     """Splits a rollout batch into the mini-batches of its optimizer steps, and packs them."""
+    # Prompts divide evenly over the updates, which `check_options` has made sure of.
     size = len(batch.kinds) // self._config.updates
     minis = []
     for first in range(0, len(batch.kinds), size):
@@ -368,6 +387,7 @@ class Learner:
     return minis
 
   def _pack(self, responses: Sequence[Response]) -> TokenTree:
+    # Without a padding token any id will do, since padding weighs nothing.
     tree = grpo.pack_responses(
       responses, self._config.capacity, self._rows, self._policy.tokenizer.pad_token_id or 0
     )
@@ -388,6 +408,7 @@ class Learner:
     Whether it does is measured on the first group. Where it does not, or computes in another dtype,
     the trainer scores everything.
     """
+    # Only a float32 engine can agree to 1e-4.
     if self._engine.params['embed'].dtype == np.float32:
       rollouts = _flat([mini.rollouts for mini in minis])
       # A rollout has no response where its first prompt was too long.
@@ -409,6 +430,7 @@ class Learner:
       self.programs.score, params, tree, self._config.rows, self._budget
     )
     logp = grpo.gather_values(tree, responses, logp_RT)
+    # Both are read off the same pass, so that the entropy costs no forward pass of its own.
     entropy = grpo.gather_values(tree, responses, entropy_RT)
     engine_logp = np.concatenate([response.old_logp for response in responses])
     engine_entropy = np.concatenate([response.entropy for response in responses])
@@ -430,11 +452,13 @@ class Learner:
       raise ValueError(
         f'{len(responses)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}'
       )
+    # None: every token may have its psi.
     psi_tokens = None
     if self._config.psi_words:
       words = self._config.psi_words
       marks = grpo.reflective_tokens(responses, self._policy.tokenizer, words)
       psi_tokens = _like(mini.rollouts, marks)
+    # Made anew for each mini-batch, since alpha changes from step to step.
     estimator = make_estimator(self._config, self.alpha)
     rollouts = grpo.with_advantages(mini.rollouts, mini.rewards_PG, estimator, psi_tokens)
     # The first mini-batch is trained on the very policy that its old log-probabilities are of.
@@ -450,6 +474,7 @@ class Learner:
     held = reference.params()
     result = []
     for mini in minis:
+      # In rows of the same shape as for the old policy, so that one program serves both.
       logp_RT, _ = grpo.score_rows(
         self.programs.score, held, mini.tree, self._config.rows, self._budget
       )
@@ -464,6 +489,7 @@ class Learner:
     """Measures psi's gradient on the first mini-batch that has any psi, by one backward pass."""
     for place, (mini, tree) in enumerate(zip(minis, trees, strict=True)):
       responses = mini.responses
+      # A group whose rewards differ has no psi under DA-GRPO; the first mini-batch may have none.
       if not any(response.psi.any() for response in responses):
         continue
       batch = self._row_batch(grpo.lay_values(tree, responses, {'psi'}))
@@ -473,6 +499,7 @@ class Learner:
         batch, share = only_psi(batch)
       norm = self.programs.psi_norm(params, sharding.place_batch(batch, whole=True))
       return Psi(norm=norm, share=share, place=place)
+    # Zeros on the device: a step without psi has the same metrics as any other.
     return Psi(norm=jnp.zeros(()), share=1.0, place=0)
 
 

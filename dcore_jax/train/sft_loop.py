@@ -55,32 +55,40 @@ def run_sft(
     ValueError: a row longer than the model has positions, checkpoints made from other rows, or an
       option that means nothing.
   """
+  # Before anything is packed or compiled.
   _check_positions(sequences, config.capacity, policy.config.max_position_embeddings)
   if config.checkpoint_every < 1:
     raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
+  # Packed before the optimizer is made: the schedule needs the number of steps.
   data = _make_batches(sequences, policy, config, run.seed)
   tx = _optimizer(config, steps=len(data))
   step_fn = sft.make_sft_step(policy.config, tx, execution)
   state = init_state(params, tx, offload='optimizer' in execution.offload)
   tree = data.tree
+  # Rows and not options: a resumed run must go on with the very same batches.
   fingerprint = _fingerprint(tree)
   with (
     Checkpoints(run.checkpoints) as saved,
     progress(total=len(data), description='sft') as bar,
   ):
+    # A fresh run starts at 0, and has spent nothing before.
     start = 0
     seconds_before = 0.0
     opened = time.monotonic()
+    # Restored into the shapes and shardings of `state`.
     found = saved.restore(state)
     if found:
       state, extra, start = found
+      # The row order is drawn from the rows, so that other rows would be skipped or repeated.
       if extra['rows'] != fingerprint:
         raise ValueError(f'the checkpoints in {str(run.checkpoints)!r} were made from other rows')
       seconds_before = extra['seconds']
+      # Both, since tqdm computes its rate from `initial`.
       bar.initial = start
       bar.n = start
-    # Of the steps before this process too: the result tells the first and last loss of the run.
+    # Losses of earlier processes as well: the result has the first and the last loss of the run.
     losses = []
+    # Rows behind the checkpoint are cut off: their steps are taken again.
     for row in run.metrics.rewind('sft', start):
       losses.append(math.nan if row['loss'] is None else row['loss'])
     # Tokens of the unmerged sequences that a step stands for: what a rate is compared by.
@@ -100,18 +108,21 @@ def run_sft(
       bar.set_postfix(loss=f'{losses[-1]:.3f}')
 
     waiting = None
+    # The first batch is that of the step to go on with; earlier ones are not made.
     for step, batch in enumerate(data.prefetched(start), start):
       state, values = step_fn(state, sharding.place_batch(batch))
       # Numbers of the step before are fetched only now, when the device is busy with this one.
       if waiting:
         log(*waiting)
       waiting = (step, values)
+      # A checkpoint must not be newer than the metrics, or a kill would leave a gap between them.
       if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(data):
         log(*waiting)
         waiting = None
         seconds = seconds_before + time.monotonic() - opened
         saved.save(step + 1, state, {'seconds': seconds, 'rows': fingerprint})
       bar.update(1)
+  # A tenth of the steps smooths single batches, and shows the trend.
   tenth = max(1, len(losses) // 10)
   return state.params, {
     'rows': len(sequences),
@@ -135,6 +146,7 @@ def _make_batches(
 ) -> Batches:
   """Packs the sequences; this host gets its part of each batch."""
   shape = BatchShape(
+    # Rows of all hosts together; each host packs all and keeps its part.
     rows=config.rows,
     accumulate=config.accumulate,
     shards=sharding.shards(),
@@ -167,6 +179,7 @@ def _optimizer(config: SftSection, steps: int) -> optax.GradientTransformation:
 def _check_positions(sequences: Sequence[TokenSequence], capacity: int, positions: int) -> None:
   """ValueError where a sequence that is not dropped has more tokens than the model positions."""
   lengths = [len(sequence.tokens) for sequence in sequences]
+  # Sequences above the capacity are dropped, so that they need no positions.
   longest = max((length for length in lengths if length <= capacity), default=0)
   if longest > positions:
     raise ValueError(
@@ -177,6 +190,7 @@ def _check_positions(sequences: Sequence[TokenSequence], capacity: int, position
 
 def _fingerprint(tree: TokenTree) -> int:
   """Tells whether a checkpoint was made from the same packed rows."""
+  # Tokens and weights: the same text with other loss masks is other data.
   return zlib.crc32(tree.weight.tobytes(), zlib.crc32(tree.tokens.tobytes()))
 
 

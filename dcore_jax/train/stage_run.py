@@ -6,6 +6,7 @@ import pathlib
 from dcore_jax.train.metrics import Metrics
 
 
+# What the loops of all stages take.
 @dataclasses.dataclass(frozen=True)
 class StageRun:
   """One training stage of one run.
@@ -16,6 +17,8 @@ class StageRun:
     seed: of everything that it draws.
   """
 
+  # Rows of other stages share the file, told apart by the stage's name.
   metrics: Metrics
+  # Not shared: two stages in one folder would go on with each other's steps.
   checkpoints: pathlib.Path
   seed: int

@@ -22,9 +22,11 @@ def forward_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
   loss tokens.
   """
   head = 2.0 * config.vocab_size * config.hidden_size
+  # Two products, q k and p v, of two operations a component.
   one_key = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
   return (
     tree.live * (config.flops_per_token(1) - head)
+    # The key that a token always sees, itself, is counted in flops_per_token(1).
     + one_key * float(tree.position.sum(dtype=np.int64))
     + head * np.count_nonzero(tree.weight)
   )
@@ -40,10 +42,12 @@ def matmul_rate(dtype: str) -> float:
   size = _CPU_SIZE if jax.default_backend() == 'cpu' else _ACCELERATOR_SIZE
   a = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: a @ a)
+  # The first call is not timed.
   jax.block_until_ready(product(a))  # compiles
   seconds = []
   for _ in range(3):
     began = time.perf_counter()
     jax.block_until_ready(product(a))
     seconds.append(time.perf_counter() - began)
+  # Measured on one device; all devices are taken to be alike.
   return jax.device_count() * 2 * size**3 / min(seconds)

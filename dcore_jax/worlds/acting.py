@@ -17,6 +17,7 @@ SESSION_STEPS = 8
 # Assistant messages of a turn beyond its reference calls and its report, before it is stopped: room
 # for a wrong call or two, and not for trying every tool.
 SPARE_STEPS = 2
+# JSON, as the errors of the tools themselves are.
 UNREADABLE = '{"error": "unreadable calls"}'  # a session's answer to calls that cannot be read
 
 
@@ -47,22 +48,27 @@ class TaskEpisode:
     self._task = task
     self._one_response = one_response
     self._listed = listed
+    # Each sandbox owns its state, so that a model's calls cannot reach the reference.
     self._sandbox = open_sandbox()
     self._reference = open_sandbox()
     self._turn = 0
     self._steps = 0
     self._steps_in_turn = 0
-    self._responses: list[str] = []  # of all turns, because BFCL counts earlier outputs as evidence
+    # Outputs of all turns, because BFCL counts earlier ones as evidence.
+    self._responses: list[str] = []
     self._failure = ''
 
   def step(self, text: str) -> None:
     """See `Episode.step`. Raises ValueError when the episode is over."""
     if self.done:
       raise ValueError(f'episode of {self._task.id} is over')
+    # Thoughts are not shown to the world: calls that a model only thought about do not run.
     _, answer = split_reasoning(text)
+    # Both counts include responses that turn out to be unreadable.
     self._steps += 1
     self._steps_in_turn += 1
     turn = self._task.turns[self._turn]
+    # The answer alone, since the next prompt must not repeat earlier thoughts.
     self.messages.append(Message('assistant', answer))
     try:
       calls = parse_calls(answer)
@@ -75,6 +81,7 @@ class TaskEpisode:
       self.done = True
     elif calls:
       self._run(calls)
+      # Its reference calls one at a time, its report, and some spare.
       if self._steps_in_turn >= len(turn.calls) + 1 + SPARE_STEPS:
         self._fail('too many steps')
     else:
@@ -86,6 +93,7 @@ class TaskEpisode:
 
   def outcome(self) -> Outcome:
     """See `Episode.outcome`; an episode that is not over is not correct."""
+    # A run that was cut short must not count as a success.
     if not self.done:
       return Outcome(False, 'unfinished', self._steps)
     return Outcome(not self._failure, self._failure, self._steps)
@@ -102,14 +110,17 @@ class TaskEpisode:
     if not turn.calls:
       if calls:
         return 'called a tool'
+      # A refusal, or a question for the missing value, is the right response here.
       return '' if _answers(text, answer) else 'no answer'
     if not calls:
       return 'no calls'
     unlisted = [call.name for call in calls if call.name not in self._listed]
     if unlisted:
       return f'tool {unlisted[0][:40]!r} is not listed'
+    # Compared before they run: parallel calls may come in any order, but must be these.
     if not calls_equal(calls, list(turn.calls), ordered=False):
       return 'wrong calls'
+    # They run nevertheless: in another order, equal calls may leave another state.
     self._run(calls)
     self._advance_reference(turn)
     return self._state_difference(turn)
@@ -119,6 +130,7 @@ class TaskEpisode:
       self._reference.run(call)
 
   def _end_turn(self, text: str, answer: str, turn: UserTurn) -> None:
+    # The reference catches up turn by turn, so that states are compared at the same point.
     self._advance_reference(turn)
     failure = self._state_difference(turn)
     if not failure and not _answers(text, answer):
@@ -126,6 +138,7 @@ class TaskEpisode:
     if failure:
       self._fail(failure)
       return
+    # A failed turn ends the task: later turns build on its state.
     self._turn += 1
     self._steps_in_turn = 0
     if self._turn == len(self._task.turns):
@@ -141,6 +154,7 @@ class TaskEpisode:
     """
     if self._sandbox.state != self._reference.state:
       return 'wrong state'
+    # Compared as text: both sides run the same code.
     if not all(response in self._responses for response in turn.responses):
       return 'missing output'
     return ''
@@ -177,10 +191,12 @@ class SandboxSession:
     self.messages.append(Message('assistant', answer))
     try:
       outputs = [self._sandbox.run(call) for call in parse_calls(answer) or ()]
+    # An error in place of outputs, so that the model can correct itself.
     except ToolCallError:
       outputs = [UNREADABLE]
     if outputs:
       self.messages.append(_outputs_message(outputs))
+    # Without calls the assistant has answered, and the person speaks next.
     self.asked = bool(outputs) and self._steps < SESSION_STEPS
 
 
@@ -217,6 +233,7 @@ class SandboxWorld(abc.ABC):
 
   def task_sandbox(self, task: WorldTask) -> Sandbox:
     """The tools of a task over its initial state, as a model has them that acts in it."""
+    # Called twice by an episode, which needs two independent states.
     return self.open_sandbox(self.sandbox_record(task, ()))
 
   def episode(self, task: WorldTask) -> TaskEpisode:

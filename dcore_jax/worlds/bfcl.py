@@ -73,6 +73,7 @@ def _class(name: str) -> type:
 
 def function_docs(name: str) -> list[dict[str, Any]]:
   """The functions of an API as BFCL describes them: {name, description, parameters, response}."""
+  # One JSON object a line, although the file's name ends in .json.
   path = package_folder() / 'data' / 'multi_turn_func_doc' / f'{CLASSES[name][1]}.json'
   return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
 
@@ -95,10 +96,12 @@ class BfclSandbox:
     for name in classes:
       instance = _class(name)()
       if hasattr(instance, '_load_scenario'):  # the calculator has no state
+        # A copy, since the API keeps and changes what it is given.
         scenario = copy.deepcopy(config.get(name, {}))
         instance._load_scenario(scenario)  # pylint: disable=protected-access
       self.instances[name] = instance
       for method_name, method in inspect.getmembers(instance, inspect.ismethod):
+        # Only public methods can be called: private ones load scenarios and reset state.
         if not method_name.startswith('_'):
           self._methods[method_name] = method
     for call in parse_reference(list(done)):
@@ -110,6 +113,7 @@ class BfclSandbox:
 
     A state that is too large to look at equals no other.
     """
+    # A list, so that the recursion shares one count.
     budget = [_NODES]
     try:
       return {name: _plain(instance, budget) for name, instance in self.instances.items()}
@@ -119,6 +123,7 @@ class BfclSandbox:
   def run(self, call: ToolCall) -> str:
     """See `Sandbox.run`; outputs are those that BFCL shows."""
     method = self._methods.get(call.name)
+    # The name is text that a model wrote, and may be of any length.
     if method is None:
       return json.dumps({'error': f'there is no function {call.name[:80]}'})
     try:

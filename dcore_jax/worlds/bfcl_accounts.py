@@ -22,12 +22,15 @@ _PENDING = ('Open', 'Pending')  # the states in which an order can be cancelled
 # --- messages ---
 
 
+# Users, their ids and the inbox. The first user is the one who asks.
 def _message_scenario(w: Writer) -> dict[str, Any]:
   names = w.several(FIRST, 5)
   first = w.number(20, 900)
+  # Ids follow each other, as those that the API gives out will continue.
   users = {name.title(): f'USR{first + i:03}' for i, name in enumerate(names)}
   me, *others = users.values()
   inbox = [{w.choice(others): f'{w.choice(PLACES)}: {w.choice(LINES)}'} for _ in range(4)]
+  # Fields and types are those of BFCL's own scenarios, which `_load_scenario` reads.
   return {
     'random_seed': w.number(1, 10**6),
     'user_count': first + 4,
@@ -38,13 +41,17 @@ def _message_scenario(w: Writer) -> dict[str, Any]:
   }
 
 
+# Nobody writes to themselves.
 def _others(w: Writer) -> list[str]:
+  # From the live API: contacts may have been added since the scenario.
   return [user for user in w.api.user_map.values() if user != w.api.current_user]
 
 
+# Chained, the receiver is the user that was looked up or added before.
 def _send(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _others(w), 'user', 'user {}')
   words = w.choice(LINES)
+  # None says that this draw does not fit the state; another one follows.
   if not found:
     return None
   return Clause(
@@ -58,6 +65,7 @@ def _send(w: Writer, chained: bool) -> Clause | None:
 
 def _write_to(w: Writer, chained: bool) -> Clause:
   """One subtask of two calls: the user's id is looked up first."""
+  # Names and ids together: the name is asked for, the id is what the reference sends to.
   name, user = w.choice([(n, u) for n, u in w.api.user_map.items() if u != w.api.current_user])
   words = w.choice(LINES)
   return Clause(
@@ -71,11 +79,13 @@ def _write_to(w: Writer, chained: bool) -> Clause:
   )
 
 
+# Its result is not in the request: a later clause can refer to "that user".
 def _look_up(w: Writer, chained: bool) -> Clause:
   name = w.choice(w.api.user_map)
   return Clause(
     text=f'look up the user id of {name}',
     calls=[ToolCall('get_user_id', {'user': name})],
+    # The report does not repeat the id, which only the output holds.
     report=f'The user id of {name} is found.',
     partial=('look up the user id of my colleague', 'What is the name of your colleague?'),
     makes=Mention('that user', Output('user_id')),
@@ -83,6 +93,7 @@ def _look_up(w: Writer, chained: bool) -> Clause:
 
 
 def _add_contact(w: Writer, chained: bool) -> Clause | None:
+  # A name that is there already would be refused.
   names = [name.title() for name in FIRST if name.title() not in w.api.user_map]
   if not names:
     return None
@@ -96,8 +107,10 @@ def _add_contact(w: Writer, chained: bool) -> Clause | None:
   )
 
 
+# The API deletes the latest message to a user, so that only receivers can be named.
 def _delete_message(w: Writer, chained: bool) -> Clause | None:
   users: set[str] = set()
+  # The inbox is a list of {receiver: message}.
   for message in w.api.inbox:
     users |= message.keys()
   found = w.which(chained, sorted(users), 'user', 'user {}')
@@ -117,6 +130,7 @@ def _sent(w: Writer, chained: bool) -> Clause:
     text='show me the messages that I have sent',
     calls=[ToolCall('view_messages_sent', {})],
     report='Here are your messages.',
+    # A list has nothing that "that ..." could refer to.
     makes=NOTHING,
   )
 
@@ -144,8 +158,11 @@ def _message_counts(w: Writer, chained: bool) -> Clause:
 # --- trading ---
 
 
+# Made-up figures of stocks, orders and an account, in dollars.
 def _trading_scenario(w: Writer) -> dict[str, Any]:
+  # Six of ten, so that states differ in the stocks they have.
   symbols = w.several(_SYMBOLS, 6)
+  # Prices have cents.
   stocks = {
     symbol: {
       'price': w.number(800, 40_000) / 100,
@@ -156,6 +173,7 @@ def _trading_scenario(w: Writer) -> dict[str, Any]:
     }
     for symbol in symbols
   }
+  # Numbers below the counter, so that the next order is the next number.
   first = w.number(2000, 90_000)
   orders = {
     str(first + i): {
@@ -164,22 +182,26 @@ def _trading_scenario(w: Writer) -> dict[str, Any]:
       'symbol': w.choice(symbols),
       'price': w.number(800, 40_000) / 100,
       'amount': w.number(1, 60),
+      # The first order is completed, and therefore cannot be cancelled.
       'status': 'Open' if i else 'Completed',
     }
     for i in range(4)
   }
+  # Balances of 2,000 to 30,000 dollars.
   account = {
     'account_id': w.number(10_000, 99_999),
     'balance': float(w.number(20, 300) * 100),
     'binding_card': w.number(10**15, 2 * 10**15),
   }
   return {
+    # Logged in, with an open market: otherwise transactions would fail.
     'orders': orders,
     'account_info': account,
     'authenticated': True,
     'market_status': 'Open',
     'order_counter': first + 4,
     'stocks': stocks,
+    # Half of the stocks, so that some can be added and some removed.
     'watch_list': symbols[:3],
     'transaction_history': [],
     'random_seed': w.number(1, 10**6),
@@ -201,9 +223,11 @@ def _quote(w: Writer, chained: bool) -> Clause | None:
 
 def _order(order_type: str) -> Move:
   """A move that places an order; its number is the next one."""
+  # The words of the request and the report follow from the type.
   verb = order_type.lower()
 
   def move(w: Writer, chained: bool) -> Clause | None:
+    # Stocks are named by symbol; `which` draws one, or takes the one spoken of.
     found = w.which(chained, w.api.stocks, 'stock')
     amount = w.number(2, 90)
     price = w.number(800, 40_000) / 100
@@ -219,6 +243,7 @@ def _order(order_type: str) -> Move:
       report=f'The order to {verb} {found.value} is placed.',
       chained=chained,
       partial=(f'{verb} shares of {found.words}', 'How many shares, and at which price?'),
+      # Known before the call: the API numbers orders by this counter.
       makes=Mention('that order', w.api.order_counter),
     )
 
@@ -239,6 +264,7 @@ def _show_order(w: Writer, chained: bool) -> Clause | None:
 
 
 def _cancel_order(w: Writer, chained: bool) -> Clause | None:
+  # A completed order would make the call fail.
   pending = [number for number, order in w.api.orders.items() if order['status'] in _PENDING]
   found = w.which(chained, pending, 'order', 'order {}')
   if not found:
@@ -252,6 +278,7 @@ def _cancel_order(w: Writer, chained: bool) -> Clause | None:
   )
 
 
+# Only stocks that are not on the list yet.
 def _watch(w: Writer, chained: bool) -> Clause | None:
   found = w.which(
     chained, [symbol for symbol in w.api.stocks if symbol not in w.api.watch_list], 'stock'
@@ -267,6 +294,7 @@ def _watch(w: Writer, chained: bool) -> Clause | None:
   )
 
 
+# Only stocks that are on the list.
 def _unwatch(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.watch_list, 'stock')
   if not found:
@@ -281,7 +309,9 @@ def _unwatch(w: Writer, chained: bool) -> Clause | None:
 
 
 def _moved(w: Writer, chained: bool) -> Clause:
+  # Two, since the function takes a list.
   stocks = w.several(w.api.stocks, 2)
+  # Whole percents: scenarios move by up to 5.
   percent = w.number(1, 4)
   call = ToolCall('notify_price_change', {'stocks': stocks, 'threshold': percent})
   return Clause(
@@ -296,6 +326,7 @@ def _moved(w: Writer, chained: bool) -> Clause:
 
 
 def _fund(w: Writer, chained: bool) -> Clause:
+  # Multiples of 50 dollars.
   amount = w.number(2, 90) * 50
   return Clause(
     text=f'add {amount} dollars to my account',
@@ -330,6 +361,7 @@ def _look(tool: str, words: str, report: str) -> Move:
   """A move that lists something of the account."""
 
   def move(w: Writer, chained: bool) -> Clause:
+    # No arguments and no value to leave out, so that `partial` is None.
     return Clause(text=words, calls=[ToolCall(tool, {})], report=report, makes=NOTHING)
 
   return move
@@ -338,6 +370,7 @@ def _look(tool: str, words: str, report: str) -> Move:
 # --- calculator ---
 
 _LENGTHS = ('km', 'm', 'cm', 'mm')
+# The API refuses pairs of units that are not in its table; these are.
 _IMPERIAL = (
   ('cm', 'in'),
   ('in', 'cm'),
@@ -360,7 +393,9 @@ def _over_list(tool: str, words: str) -> Move:
   """A move that works out one number from a list: `words` is what the number is called."""
 
   def move(w: Writer, chained: bool) -> Clause:
+    # Small integers, so that results are short enough to be repeated in a later call.
     numbers = [w.number(2, 95) for _ in range(w.number(4, 6))]
+    # As a person lists numbers: "4, 7 and 9".
     listed = f'{", ".join(map(str, numbers[:-1]))} and {numbers[-1]}'
     return Clause(
       text=f'work out the {words} of {listed}',
@@ -381,16 +416,20 @@ def _over_two(tool: str, words: str, high: int) -> Move:
     words: the request, with {0} and {1} for the numbers.
     high: the largest second number.
   """
+  # The API names its two numbers differently in these two functions.
   first, second = {'power': ('base', 'exponent'), 'percentage': ('part', 'whole')}.get(
     tool, ('a', 'b')
   )
 
   def move(w: Writer, chained: bool) -> Clause | None:
+    # A result of an earlier clause has the words "that result" in the request.
     name, value = w.latest if chained else ('', w.number(3, 95))
+    # What was spoken of last may be no number of the calculator's.
     if chained and name != 'that result':
       return None
     other = w.number(2, high)
     return Clause(
+      # The value itself, unless it is spoken of.
       text=words.format(name or value, other),
       calls=[ToolCall(tool, {first: value, second: other})],
       report='That has been worked out.',
@@ -404,6 +443,7 @@ def _over_two(tool: str, words: str, high: int) -> Move:
 
 def _convert(w: Writer, chained: bool) -> Clause:
   value = w.number(3, 700)
+  # Half of the requests convert within the metric system.
   metric = w.rng.random() < 0.5
   unit_in, unit_out = w.rng.permutation(_LENGTHS)[:2].tolist() if metric else w.choice(_IMPERIAL)
   call = ToolCall(
@@ -420,7 +460,9 @@ def _convert(w: Writer, chained: bool) -> Clause:
 
 
 def _round(w: Writer, chained: bool) -> Clause:
+  # Five decimals, so that one or two places change the number.
   number = w.number(10**6, 10**7) / 10**5
+  # One or two places of five.
   places = w.number(1, 2)
   call = ToolCall('round_number', {'number': number, 'decimal_places': places})
   return Clause(
@@ -445,6 +487,7 @@ REPERTOIRES = {
       _find_messages,
       _message_counts,
     ),
+    # What the others show can be had in another way.
     sole=frozenset({'send_message', 'add_contact', 'delete_message'}),
   ),
   'TradingBot': Repertoire(
@@ -469,6 +512,7 @@ REPERTOIRES = {
       ),
     ),
     sole=frozenset(
+      # The functions whose effect no other function of this API has.
       {
         'get_stock_info',
         'place_order',
@@ -499,6 +543,7 @@ REPERTOIRES = {
       _convert,
       _round,
     ),
+    # A sum, a mean or a quotient can be had from other functions.
     sole=frozenset({'round_number'}),
   ),
 }

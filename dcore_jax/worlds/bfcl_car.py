@@ -14,6 +14,7 @@ from dcore_jax.worlds.bfcl_writer import (
   Writer,
 )
 
+# The API's names of doors, and the words for them in a request.
 _DOORS = {
   'driver': 'driver door',
   'passenger': 'passenger door',
@@ -29,6 +30,7 @@ _STATUS = {
   'parkingBrake': 'parking brake',
   'engine': 'engine',
 }
+# Cities whose zip codes the API has in its table.
 _CITIES = (
   'Rivermist',
   'Stonebrook',
@@ -43,12 +45,16 @@ _TANK = 50  # gallons
 
 
 def _car_scenario(w: Writer) -> dict[str, Any]:
+  # All doors locked in half of the cars: only then the engine can be started.
   locked = w.rng.random() < 0.5
   doors = {door: 'locked' if locked or w.rng.random() < 0.4 else 'unlocked' for door in _DOORS}
+  # The pedal is pressed in some cars, for requests that release it.
   pedal = {'brakePedalStatus': 'pressed', 'brakePedalForce': 500.0} if w.rng.random() < 0.4 else {}
   return {
+    # Quarters of a gallon, which print exactly.
     'fuelLevel': w.number(20, 160) / 4,
     'batteryVoltage': w.number(115, 135) / 10,
+    # Stopped, so that there is an engine to start.
     'engineState': 'stopped',
     'doorStatus': doors,
     'acTemperature': w.number(16, 28),
@@ -67,9 +73,12 @@ def _car_scenario(w: Writer) -> dict[str, Any]:
 
 
 def _fill_tank(w: Writer, chained: bool) -> Clause | None:
+  # From the live API: an earlier clause may have filled the tank.
   room = _TANK - w.api.fuelLevel
+  # The amount is the one that a clause before has converted.
   if chained:
     name, amount = w.latest
+    # More than the tank has room for would be refused.
     if name != 'that amount' or amount > room:
       return None
     return Clause(
@@ -80,6 +89,7 @@ def _fill_tank(w: Writer, chained: bool) -> Clause | None:
     )
   if room < 2:  # the call refuses more than the tank holds
     return None
+  # Whole gallons.
   amount = w.number(1, int(room))
   return Clause(
     text=f'put {amount} gallons of fuel into the tank',
@@ -96,6 +106,7 @@ def _to_gallons(w: Writer, chained: bool) -> Clause:
     calls=[ToolCall('liter_to_gallon', {'liter': litres})],
     report=f'{litres} liters have been converted.',
     partial=('convert my liters to gallons', 'How many liters are there?'),
+    # The converted amount is in the output alone.
     makes=Mention('that amount', Output('gallon')),
   )
 
@@ -111,10 +122,12 @@ def _doors(unlock: bool) -> Move:
     candidates = [door for door, status in w.api.doorStatus.items() if status == before]
     if not candidates:
       return None
+    # One or two doors; see above.
     doors = w.several(candidates, w.number(1, 2))
     names = ' and the '.join(_DOORS[door] for door in doors)
     return Clause(
       text=f'{verb} the {names}',
+      # `unlock` is an argument of the one function that locks, too.
       calls=[ToolCall('lockDoors', {'unlock': unlock, 'door': doors})],
       report=f'The {names}: {verb}ed.',
       partial=(f'{verb} one of the doors', f'Which door shall I {verb}?'),
@@ -126,6 +139,7 @@ def _doors(unlock: bool) -> Move:
 def _climate(w: Writer, chained: bool) -> Clause:
   degrees = w.number(16, 28)
   fan = w.number(1, 9) * 10
+  # The mode 'auto' is left out: scenarios begin with it.
   mode = w.choice(('cool', 'heat', 'defrost'))
   return Clause(
     text=(
@@ -141,6 +155,7 @@ def _climate(w: Writer, chained: bool) -> Clause:
 
 
 def _headlights(w: Writer, chained: bool) -> Clause:
+  # The other state: setting what is set already would change nothing.
   mode = 'off' if w.api.headLightStatus == 'on' else 'on'
   return Clause(
     text=f'turn the headlights {mode}',
@@ -159,12 +174,14 @@ def _parking_brake(w: Writer, chained: bool) -> Clause:
 
 
 def _brake_pedal(w: Writer, chained: bool) -> Clause:
+  # Pressed and released are two functions of the API.
   if w.api.brakePedalStatus == 'pressed':
     return Clause(
       text='release the brake pedal',
       calls=[ToolCall('releaseBrakePedal', {})],
       report='The brake pedal is released.',
     )
+  # Not 1: that is how the pedal stands when the engine is started.
   position = w.choice((0.25, 0.5, 0.75))
   return Clause(
     text=f'press the brake pedal to position {position}',
@@ -176,11 +193,13 @@ def _brake_pedal(w: Writer, chained: bool) -> Clause:
 
 def _start_engine(w: Writer, chained: bool) -> Clause | None:
   """One subtask of two calls; the engine starts only if all doors are locked."""
+  # The API refuses to start with a door unlocked.
   if w.api.remainingUnlockedDoors or w.api.engine_state == 'running':
     return None
   return Clause(
     text='press the brake pedal to position 1 and start the engine',
     calls=[
+      # The pedal first: the API checks it when the engine starts.
       ToolCall('pressBrakePedal', {'pedalPosition': 1}),
       ToolCall('startEngine', {'ignitionMode': 'START'}),
     ],
@@ -189,6 +208,7 @@ def _start_engine(w: Writer, chained: bool) -> Clause | None:
 
 
 def _car_status(w: Writer, chained: bool) -> Clause:
+  # The API's word for the part; the request has ours.
   option = w.choice(_STATUS)
   return Clause(
     text=f'show me the state of the {_STATUS[option]}',
@@ -204,15 +224,18 @@ def _tire_shop(w: Writer, chained: bool) -> Clause:
     text='find the nearest tire shop',
     calls=[ToolCall('find_nearest_tire_shop', {})],
     report='The nearest tire shop is found.',
+    # The address is in the output alone.
     makes=Mention('that shop', Output('shopLocation')),
   )
 
 
 def _navigate(w: Writer, chained: bool) -> Clause | None:
   name, place = w.latest
+  # What was spoken of last need not be a shop.
   if chained and name != 'that shop':
     return None
   if not chained:
+    # A made-up address: the API takes any text.
     name = place = f'{w.number(2, 180)} {w.choice(PLACES).title()} Street, {w.choice(_CITIES)}, CA'
   return Clause(
     text=f'set the navigation to {name}',
@@ -224,6 +247,7 @@ def _navigate(w: Writer, chained: bool) -> Clause | None:
 
 
 def _feasible(w: Writer, chained: bool) -> Clause:
+  # Some trips within the range, some beyond.
   miles = w.number(40, 900)
   return Clause(
     text=f'tell me whether the fuel is enough for {miles} miles',
@@ -263,6 +287,7 @@ REPERTOIRES = {
       _feasible,
       _zip_code,
     ),
+    # Functions whose effect no other function of this API has.
     sole=frozenset(
       {
         'fillFuelTank',

@@ -49,12 +49,14 @@ _STEMS = (
 )
 _ENDINGS = ('txt', 'csv', 'md', 'log')
 _FOLDERS = ('attic', 'inbox', 'spring', 'sealed', 'shared', 'voyage', 'kiln', 'almanac')
+# Tags begin with #, as the API's documentation asks.
 _TAGS = ('#harvest', '#lanterns', '#tides', '#granite', '#sparrows', '#ferns')
 
 
 # --- tickets ---
 
 
+# Tickets of one user, who is logged in.
 def _ticket_scenario(w: Writer) -> dict[str, Any]:
   user = w.choice(FIRST).title()
   first = w.number(300, 900)
@@ -63,15 +65,18 @@ def _ticket_scenario(w: Writer) -> dict[str, Any]:
       'id': first + i,
       'title': f'{w.choice(PLACES)} {w.choice(_TROUBLES)}',
       'description': w.choice(LINES),
+      # The first ticket is closed, so that not every ticket fits every request.
       'status': 'Open' if i else 'Closed',
       'priority': w.number(1, 5),
       'created_by': user,
     }
     for i in range(w.number(4, 6))
   ]
+  # The counter is the number of the next ticket.
   return {'ticket_queue': tickets, 'ticket_counter': first + len(tickets), 'current_user': user}
 
 
+# Only open tickets are closed, resolved or edited.
 def _open_tickets(w: Writer) -> list[int]:
   return [ticket['id'] for ticket in w.api.ticket_queue if ticket['status'] == 'Open']
 
@@ -81,9 +86,11 @@ def _create_ticket(w: Writer, chained: bool) -> Clause:
   priority = w.number(1, 5)
   arguments = {'title': title, 'priority': priority}
   text = f'open a ticket titled "{title}" with priority {priority}'
+  # An optional argument, given in some requests and left out in others.
   if w.rng.random() < 0.4:
     arguments['description'] = w.choice(LINES)
     text += f' and the description "{arguments["description"]}"'
+  # Known before the call: the API numbers tickets by this counter.
   number = w.api.ticket_counter
   return Clause(
     text=text,
@@ -94,6 +101,7 @@ def _create_ticket(w: Writer, chained: bool) -> Clause:
   )
 
 
+# Any ticket can be shown, closed ones as well.
 def _get_ticket(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, [ticket['id'] for ticket in w.api.ticket_queue], 'ticket', 'ticket {}')
   if not found:
@@ -122,6 +130,7 @@ def _close_ticket(w: Writer, chained: bool) -> Clause | None:
 
 def _resolve_ticket(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _open_tickets(w), 'ticket', 'ticket {}')
+  # A resolution is a short text of our own.
   note = w.choice(_NOTES)
   if not found:
     return None
@@ -141,6 +150,7 @@ def _edit_ticket(w: Writer, chained: bool) -> Clause | None:
     return None
   return Clause(
     text=f'set the priority of {found.words} to {priority}',
+    # The API takes the changes as a dict.
     calls=[ToolCall('edit_ticket', {'ticket_id': found.value, 'updates': {'priority': priority}})],
     report=f'Ticket {found.value} now has priority {priority}.',
     chained=chained,
@@ -156,6 +166,7 @@ def _list_tickets(w: Writer, chained: bool) -> Clause:
     text='list my open tickets',
     calls=[ToolCall('get_user_tickets', {'status': 'Open'})],
     report='Here are your open tickets.',
+    # A list has nothing that "that ..." could refer to.
     makes=NOTHING,
   )
 
@@ -163,13 +174,17 @@ def _list_tickets(w: Writer, chained: bool) -> Clause:
 # --- posts ---
 
 
+# Four tweets of three users; the first user is logged in and follows two others.
 def _post_scenario(w: Writer) -> dict[str, Any]:
   names = [str(name) for name in w.rng.permutation(FIRST)]
+  # Without repetition: two users of a name would be one.
+  # Made up of two of our words.
   users = [f'{name}_{w.choice(PLACES)}' for name in names[:5]]
   first = w.number(20, 400)
   tweets = {
     str(first + i): {
       'id': first + i,
+      # Three of five users have posted.
       'username': users[i % 3],
       'content': f'{w.choice(PLACES)}: {w.choice(LINES)}',
       'tags': [w.choice(_TAGS)],
@@ -191,10 +206,13 @@ def _post_scenario(w: Writer) -> dict[str, Any]:
 
 def _post_tweet(w: Writer, chained: bool) -> Clause:
   content = f'{w.choice(PLACES)}: {w.choice(LINES)}'
+  # Drawn in any case, whether or not the request uses it.
   tag = w.choice(_TAGS)
+  # Known before the call: the API numbers tweets by this counter.
   number = w.api.tweet_counter
   arguments = {'content': content}
   text = f'post a tweet saying "{content}"'
+  # An optional argument, given in half of the requests.
   if w.rng.random() < 0.5:
     arguments['tags'] = [tag]
     text += f' with the tag {tag}'
@@ -223,6 +241,7 @@ def _comment(w: Writer, chained: bool) -> Clause | None:
 
 def _retweet(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
+  # A second retweet of a tweet would change nothing.
   if not found or found.value in w.api.retweets.get(w.api.username, []):
     return None
   return Clause(
@@ -236,6 +255,7 @@ def _retweet(w: Writer, chained: bool) -> Clause | None:
 
 def _mention(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.tweets, 'tweet', 'tweet {}')
+  # A made-up name: the API does not check that the user exists.
   user = f'@{w.choice(FIRST)}_{w.choice(PLACES)}'
   if not found:
     return None
@@ -250,6 +270,7 @@ def _mention(w: Writer, chained: bool) -> Clause | None:
 
 def _follow(w: Writer, chained: bool) -> Clause | None:
   user = f'{w.choice(FIRST)}_{w.choice(PLACES)}'
+  # Following somebody twice would change nothing.
   if user in w.api.following_list:
     return None
   return Clause(
@@ -261,6 +282,7 @@ def _follow(w: Writer, chained: bool) -> Clause | None:
 
 
 def _unfollow(w: Writer, chained: bool) -> Clause | None:
+  # After other requests nobody may be left to unfollow.
   if not w.api.following_list:
     return None
   user = w.choice(w.api.following_list)
@@ -273,6 +295,7 @@ def _unfollow(w: Writer, chained: bool) -> Clause | None:
 
 
 def _stats(w: Writer, chained: bool) -> Clause:
+  # Sorted, since the order of a set is not the same in every process.
   user = w.choice(sorted({tweet['username'] for tweet in w.api.tweets.values()}))
   return Clause(
     text=f'get the statistics of {user}',
@@ -296,12 +319,16 @@ def _search(w: Writer, chained: bool) -> Clause:
 # --- files ---
 
 
+# One folder with four files, and two folders of two files in it.
 def _file_scenario(w: Writer) -> dict[str, Any]:
   def files(count: int) -> dict[str, Any]:
+    # Stems without repetition, so that no two names of a folder are equal.
+    # Names are stem, number and ending, such as ledger_12.csv.
     stems = w.rng.permutation(_STEMS)[:count]
     names = [f'{stem}_{w.number(1, 60)}.{w.choice(_ENDINGS)}' for stem in stems]
     contents = {}
     for name in names:
+      # Several lines, so that sorting and searching them does something.
       lines = [w.choice(LINES) for _ in range(w.number(2, 4))]
       contents[name] = {'type': 'file', 'content': '\n'.join(lines)}
     return contents
@@ -316,7 +343,9 @@ def _file_scenario(w: Writer) -> dict[str, Any]:
 def _here(w: Writer, folders: bool = False) -> list[str]:
   """The names of the files, or of the folders, in the current folder."""
   # BFCL offers no public way to look without printing.
+  # The live folder: files may have been written, moved or deleted since the scenario.
   contents = w.api._current_dir.contents  # pylint: disable=protected-access
+  # Only folders have contents.
   return [name for name, item in contents.items() if hasattr(item, 'contents') == folders]
 
 
@@ -343,6 +372,7 @@ def _read_file(name: str, tool: str, words: str, report: str, more: dict[str, An
       partial=(words.format(file='the file'), 'Which file do you mean?'),
     )
 
+  # Named, since all moves of this kind are the same inner function.
   move.__name__ = f'_{name}'
   return move
 
@@ -352,6 +382,7 @@ def _grep(w: Writer, chained: bool) -> Clause | None:
   if not found:
     return None
   text = w.api._current_dir.contents[found.value].content  # pylint: disable=protected-access
+  # A word that occurs, so that the search finds at least one line.
   word = w.choice(text.split() or ['x'])
   call = ToolCall('grep', {'file_name': found.value, 'pattern': word})
   return Clause(
@@ -364,6 +395,7 @@ def _grep(w: Writer, chained: bool) -> Clause | None:
 
 
 def _write_file(w: Writer, chained: bool) -> Clause:
+  # Numbers above those of the scenario, so that none of its files is overwritten.
   name = f'{w.choice(_STEMS)}_{w.number(61, 99)}.{w.choice(_ENDINGS)}'
   words = w.choice(LINES)
   return Clause(
@@ -377,7 +409,9 @@ def _write_file(w: Writer, chained: bool) -> Clause:
 
 def _copy_file(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _here(w), 'file')
+  # A third range of numbers, apart from the scenario's and from new files'.
   name = f'{w.choice(_STEMS)}_{w.number(100, 140)}.{w.choice(_ENDINGS)}'
+  # A copy needs a name that is free.
   if not found or name in _here(w):
     return None
   return Clause(
@@ -394,11 +428,13 @@ def _file_away(w: Writer, chained: bool) -> Clause | None:
   """One subtask of two calls: a folder is made, and a file moved into it."""
   found = w.which(chained, _here(w), 'file')
   folder = w.choice(_FOLDERS) + f'_{w.number(1, 30)}'
+  # The API refuses to make a folder that exists.
   if not found or folder in _here(w, folders=True):
     return None
   return Clause(
     text=f'make a folder {folder} and move {found.words} into it',
     calls=[
+      # The folder must exist before the file moves: the order of these calls matters.
       ToolCall('mkdir', {'dir_name': folder}),
       ToolCall('mv', {'source': found.value, 'destination': folder}),
     ],
@@ -411,6 +447,7 @@ def _file_away(w: Writer, chained: bool) -> Clause | None:
 def _move_file(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, _here(w), 'file')
   folders = _here(w, folders=True)
+  # Without a folder there is nowhere to move the file.
   if not found or not folders:
     return None
   folder = w.choice(folders)

@@ -15,6 +15,7 @@ from dcore_jax.worlds.bfcl_writer import Clause, Writer
 from dcore_jax.worlds.environment import UserTurn, WorldTask
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
+# Drawn for each task, so that a model meets more than one wording of the policy.
 POLICIES = (
   'You help the user with the functions below. Use no value that you were not given or did not '
   'look up.',
@@ -22,6 +23,7 @@ POLICIES = (
   'missing, say so.',
   'Carry out what the user asks, with the functions below and nothing else.',
 )
+# How clauses become a sentence. {0} is the first clause, {1} the others.
 _FRAMES = {
   'single': ('{0}.', 'Please {0}.', 'Could you {0}?'),
   'sequential': ('First {0}, then {1}.', 'Please {0}, and after that {1}.'),
@@ -67,11 +69,13 @@ class BfclTask(WorldTask):
 
 
 def _capitalised(text: str) -> str:
+  # The first letter alone: `capitalize` would lower the rest, and with it names.
   return text[0].upper() + text[1:]
 
 
 def _sentence(writer: Writer, kind: str, texts: list[str]) -> str:
   joiner = ', and also ' if kind == 'parallel' else ', then '
+  # One clause has no order, whatever the kind.
   frame = writer.choice(_FRAMES['single' if len(texts) == 1 else kind])
   return _capitalised(frame.format(texts[0], joiner.join(texts[1:])))
 
@@ -81,6 +85,7 @@ def _draw(writer: Writer, chained: bool) -> Clause | None:
     clause = writer.clause(chained)
     if clause is not None:
       return clause
+  # The caller gives the whole task up, and draws it anew.
   return None
 
 
@@ -97,11 +102,13 @@ def _turn(writer: Writer, kind: str, count: int, *, later: bool = False) -> _Dra
     count: of the clauses.
     later: whether a turn came before, which the first clause may take up.
   """
+  # What was made in an earlier turn has been reported, so that the user can name it.
   writer.fresh = set()
   clauses: list[Clause] = []
   calls: list[ToolCall] = []
   outputs: list[str] = []
   for number in range(count):
+    # In a parallel request no clause may depend on another.
     follows = kind == 'sequential' and (number > 0 or later)
     clause = _draw(writer, follows and writer.rng.random() < _CHAIN_SHARE)
     if clause is None:
@@ -125,9 +132,11 @@ def _turn(writer: Writer, kind: str, count: int, *, later: bool = False) -> _Dra
 
 def _independent(writer: Writer, turn: UserTurn, owned: list[list[ToolCall]]) -> bool:
   """Whether the subtasks in the opposite order give the same outputs and leave the same state."""
+  # From the same initial state, not from the one after the turn.
   other = BfclSandbox([writer.name], writer.config)
   outputs: list[str] = []
   for calls in reversed(owned):
+    # Outputs are put back into the order of the turn, to be compared one by one.
     outputs = [other.run(call) for call in calls] + outputs
   return outputs == list(turn.responses) and other.state == writer.sandbox.state
 
@@ -144,8 +153,10 @@ class _Parts:
 def _irrelevant(writer: Writer) -> _Parts | None:
   """A request that cannot be carried out: half of them lack a value, the others a function."""
   clause = _draw(writer, False)
+  # Some requests lack nothing when a value is left out, such as "show my messages".
   if clause is None or clause.partial is None:
     return None
+  # A dict keeps the order of the calls, which a set does not.
   names = dict.fromkeys(call.name for call in clause.calls)
   if writer.rng.random() < 0.5:
     text, answer = clause.partial
@@ -157,6 +168,7 @@ def _irrelevant(writer: Writer) -> _Parts | None:
       return None
     text = clause.text
     answer = f'I have no function with which I could {text}.'
+    # Nothing is needed: the functions that are listed are all distractors.
     needed = frozenset()
     without = tuple(names)
   query = _sentence(writer, 'single', [text])
@@ -187,8 +199,10 @@ def _parts(writer: Writer, kind: str, max_subtasks: int) -> _Parts | None:
     if drawn is None:
       return None
     turn, owned = drawn
+    # A single task is judged on one call; some clauses need two.
     if kind == 'single' and len(turn.calls) > 1:
       return None
+    # Subtasks that interfere would have to be sequential.
     if kind == 'parallel' and not _independent(writer, turn, owned):
       return None
     turns.append(turn)
@@ -231,11 +245,14 @@ def make_task(
   """
   if kind not in KINDS:
     raise ValueError(f'unknown task kind {kind!r}; expected one of {KINDS}')
+  # Tasks go round the APIs, so that each has an equal share.
   name = classes[index % len(classes)]
   for attempt in range(_TRIES):
+    # Every attempt has its own stream: a task does not depend on how often others failed.
     rng = np.random.default_rng([seed, KINDS.index(kind), index, attempt])
     writer = Writer(rng, name, _REPERTOIRES[name])
     policy = writer.choice(POLICIES)
+    # The scenario may have told the writer something that the model must know.
     if writer.briefing:
       policy = f'{policy} {writer.briefing}'
     parts = _parts(writer, kind, max_subtasks)

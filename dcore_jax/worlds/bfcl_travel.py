@@ -14,6 +14,7 @@ from dcore_jax.worlds.bfcl_writer import (
   Writer,
 )
 
+# Some of the cities that the API knows, and their airports.
 _AIRPORTS = {
   'San Francisco': 'SFO',
   'Los Angeles': 'LAX',
@@ -43,15 +44,18 @@ _ROUTES = (
   ('MPC', 'OKD'),
   ('SVP', 'SSV'),
 )
+# Cabin classes, kinds of insurance and currencies to draw from.
 _CLASSES = ('economy', 'business', 'first')
 _COVERS = ('baggage', 'cancellation', 'medical', 'delay')
 _CURRENCIES = ('RMB', 'EUR', 'JPY', 'GBP', 'CAD', 'AUD', 'INR', 'BRL', 'MXN')
 
 
+# A logged-in user with two cards and three bookings.
 def _travel_scenario(w: Writer) -> dict[str, Any]:
   first = w.choice(FIRST).title()
   last = w.choice(LAST)
   token = str(w.number(10**5, 10**6 - 1))
+  # Ids of twelve digits and numbers of sixteen, as the API makes them.
   cards = {
     str(w.number(10**11, 10**12 - 1)): {
       'card_number': str(w.number(4 * 10**15, 5 * 10**15)),
@@ -62,9 +66,11 @@ def _travel_scenario(w: Writer) -> dict[str, Any]:
     }
     for _ in range(2)
   }
+  # Past bookings, to be cancelled, insured or invoiced.
   bookings = {}
   for _ in range(3):
     start, end = w.choice(_ROUTES)
+    # Seven digits, like the numbers that the API gives out.
     number = str(w.number(10**6, 10**7 - 1))
     bookings[number] = {
       'card_id': w.choice(cards),
@@ -75,6 +81,7 @@ def _travel_scenario(w: Writer) -> dict[str, Any]:
       'travel_cost': float(w.number(2, 40) * 50),
       'transaction_id': str(w.number(10**7, 10**8 - 1)),
     }
+  # The token is part of nearly every call, and a model can know it from the prompt alone.
   w.briefing = f'The user is logged in to the travel system with the access token {token}.'
   return {
     'random_seed': w.number(1, 10**6),
@@ -89,11 +96,14 @@ def _travel_scenario(w: Writer) -> dict[str, Any]:
   }
 
 
+# Never beyond the 28th, which every month has.
 def _date(w: Writer) -> str:
   return f'2027-{w.number(1, 12):02}-{w.number(1, 28):02}'
 
 
+# Arguments of a call that needs the user's token.
 def _token(w: Writer, **arguments: Any) -> dict[str, Any]:
+  # The token of the live API, which the briefing has named.
   return {'access_token': w.api.access_token, **arguments}
 
 
@@ -102,14 +112,17 @@ def _cards(w: Writer, balance: float) -> list[str]:
   return [
     card
     for card, record in w.api.credit_card_list.items()
+    # A card that was registered in this turn has an id that the user has not seen.
     if card not in w.fresh and record['balance'] >= balance
   ]
 
 
 def _flight_cost(w: Writer, chained: bool) -> Clause | None:
+  # Chained, the start is the airport that was found before.
   found = w.which(chained, sorted({start for start, _ in _ROUTES}), 'airport')
   if not found:
     return None
+  # Only routes with a price, since the API refuses others.
   end = w.choice([end for start, end in _ROUTES if start == found.value])
   date = _date(w)
   cabin = w.choice(_CLASSES)
@@ -133,13 +146,16 @@ def _book_flight(w: Writer, chained: bool) -> Clause | None:
   start, end = w.choice(_ROUTES)
   date = _date(w)
   cabin = w.choice(_CLASSES)
+  # The price is asked of the live API, whose tables decide it.
   (cost,) = w.api.get_flight_cost(start, end, date, cabin)['travel_cost_list']
+  # The API compares the card's balance with the budget limit as well as with the price.
   cards = _cards(w, max(cost, w.api.budget_limit or 0))
   if not cards:
     return None
   card = w.choice(cards)
   call = ToolCall(
     'book_flight',
+    # Every detail is in the request: nothing has to be guessed.
     _token(w, card_id=card, travel_date=date, travel_from=start, travel_to=end, travel_class=cabin),
   )
   return Clause(
@@ -150,6 +166,7 @@ def _book_flight(w: Writer, chained: bool) -> Clause | None:
       f'book a flight from {start} to {end} with card {card}',
       'When and in which class do you want to fly?',
     ),
+    # The API makes the booking's number up: it is known when the call has run.
     makes=Mention('that booking', Output('booking_id')),
   )
 
@@ -183,8 +200,10 @@ def _invoice(w: Writer, chained: bool) -> Clause | None:
 def _insure(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
   cover = w.choice(_COVERS)
+  # Multiples of 5 dollars, from 20 to 150.
   cost = w.number(4, 30) * 5
   cards = _cards(w, cost)
+  # Above the budget limit the API refuses; cards that could not pay are left out.
   if not found or not cards or (w.api.budget_limit is not None and w.api.budget_limit < cost):
     return None
   card = w.choice(cards)
@@ -204,6 +223,7 @@ def _insure(w: Writer, chained: bool) -> Clause | None:
   )
 
 
+# The one request about a booking that needs no token.
 def _ask_support(w: Writer, chained: bool) -> Clause | None:
   found = w.which(chained, w.api.booking_record, 'booking', 'booking {}')
   words = w.choice(LINES)
@@ -219,6 +239,7 @@ def _ask_support(w: Writer, chained: bool) -> Clause | None:
 
 
 def _balance(w: Writer, chained: bool) -> Clause | None:
+  # Chained, the card is the one that was registered before.
   found = w.which(chained, w.api.credit_card_list, 'card', 'card {}')
   if not found:
     return None
@@ -232,6 +253,7 @@ def _balance(w: Writer, chained: bool) -> Clause | None:
 
 
 def _register_card(w: Writer, chained: bool) -> Clause:
+  # 16 digits that begin with 4, as numbers of credit cards do.
   number = str(w.number(4 * 10**15, 5 * 10**15))
   code = w.number(100, 999)
   expires = f'{w.number(1, 12):02}/20{w.number(28, 33)}'
@@ -257,10 +279,12 @@ def _register_card(w: Writer, chained: bool) -> Clause:
       f'register a credit card of {holder}',
       'What are its number, its date of expiry and its code?',
     ),
+    # The API answers with an id of its own, by which later calls name the card.
     makes=Mention('that card', Output('card_id')),
   )
 
 
+# It changes which later purchases are possible.
 def _budget(w: Writer, chained: bool) -> Clause:
   limit = w.number(5, 40) * 50
   return Clause(
@@ -275,7 +299,9 @@ def _exchange(w: Writer, chained: bool) -> Clause:
   amount = w.number(2, 90) * 10
   currency = w.choice(_CURRENCIES)
   call = ToolCall(
-    'compute_exchange_rate', {'base_currency': 'USD', 'target_currency': currency, 'value': amount}
+    # Always from dollars: the API has no rates from other currencies.
+    'compute_exchange_rate',
+    {'base_currency': 'USD', 'target_currency': currency, 'value': amount},
   )
   return Clause(
     text=f'convert {amount} USD to {currency}',
@@ -286,12 +312,14 @@ def _exchange(w: Writer, chained: bool) -> Clause:
 
 
 def _airport(w: Writer, chained: bool) -> Clause:
+  # Cities by name: the call looks the code up.
   city = w.choice(_AIRPORTS)
   return Clause(
     text=f'find the airport nearest to {city}',
     calls=[ToolCall('get_nearest_airport_by_city', {'location': city})],
     report=f'The airport nearest to {city} is found.',
     partial=('find the nearest airport', 'Nearest to which city?'),
+    # The code is in the output alone: a later clause can only say "that airport".
     makes=Mention('that airport', Output('nearest_airport')),
   )
 
@@ -299,10 +327,13 @@ def _airport(w: Writer, chained: bool) -> Clause:
 def _verify_traveller(w: Writer, chained: bool) -> Clause:
   first = w.api.user_first_name
   last = w.api.user_last_name
+  # Born before 1996: the API verifies nobody below 18.
   born = f'{w.number(1950, 1995)}-{w.number(1, 12):02}-{w.number(1, 28):02}'
+  # The API takes passports of the United States alone.
   passport = f'US{w.number(10**6, 10**7 - 1)}'
   call = ToolCall(
     'verify_traveler_information',
+    # The name must be that of the user, which the API checks.
     {'first_name': first, 'last_name': last, 'date_of_birth': born, 'passport_number': passport},
   )
   return Clause(
@@ -333,6 +364,7 @@ REPERTOIRES = {
       _airport,
       _verify_traveller,
     ),
+    # All but the balance, which `get_all_credit_cards` shows as well.
     sole=frozenset(
       {
         'get_flight_cost',

@@ -12,6 +12,7 @@ from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, package_folder
 from dcore_jax.worlds.bfcl_tasks import KINDS, BfclTask, make_task
 from dcore_jax.worlds.environment import Sandbox
 
+# The order is part of every task's seed and must not change.
 SPLITS = ('train', 'eval')
 
 
@@ -40,7 +41,9 @@ class BfclWorld(SandboxWorld):
     classes: Sequence[str] = tuple(CLASSES),
     extra_functions: int | None = None,
   ):
+    # Asked now: without BFCL, the first task would fail in the middle of a run.
     package_folder()
+    # A subtask is a clause, and a request of one clause is of the kind 'single'.
     if max_subtasks not in (2, 3, 4):
       raise ValueError(f'max_subtasks is {max_subtasks}; the world bfcl expects 2 to 4')
     unknown = [name for name in classes if name not in CLASSES]
@@ -49,6 +52,7 @@ class BfclWorld(SandboxWorld):
     # Without one, a task whose function is missing would list nothing.
     if extra_functions is not None and extra_functions < 1:
       raise ValueError(f'extra_functions is {extra_functions}; expected at least 1')
+    # Plain values: a task is a pure function of them, its index and the seed.
     self._max_subtasks = max_subtasks
     self._classes = tuple(classes)
     self._extra_functions = extra_functions
@@ -57,6 +61,7 @@ class BfclWorld(SandboxWorld):
     """See `World.tasks`; the states of both splits are made of the same few names."""
     if split not in SPLITS:
       raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
+    # Even seeds are training, odd ones evaluation: no seed serves both.
     drawn = len(SPLITS) * seed + SPLITS.index(split)
     return [self._task(kind, index, drawn) for index in range(count)]
 
@@ -80,6 +85,7 @@ class BfclWorld(SandboxWorld):
 
   def task_sandbox(self, task: BfclTask) -> Sandbox:
     """The listed functions over the scenario of the task."""
+    # A call to a function that the prompt does not list must fail.
     return _ListedOnly(BfclSandbox(task.classes, task.config), self.listed(task))
 
   def sandbox_record(self, task: BfclTask, done: Sequence[ToolCall]) -> dict[str, Any]:
@@ -88,6 +94,8 @@ class BfclWorld(SandboxWorld):
       'name': 'bfcl',
       'classes': list(task.classes),
       'config': task.config,
+      # Without the list's brackets: a record holds one call a line.
+      # As text: a record is JSON.
       'done': [print_calls([call])[1:-1] for call in done],
     }
 
@@ -106,9 +114,12 @@ class _ListedOnly:
 
   @property
   def state(self) -> object:
+    """The state of the sandbox inside."""
     return self._sandbox.state
 
   def run(self, call: ToolCall) -> str:
+    """Runs a call of a listed function; any other has an error as its output."""
     if call.name not in self._listed:
+      # The same words as for a name that no API has: the model cannot tell the two apart.
       return json.dumps({'error': f'there is no function {call.name[:80]}'})
     return self._sandbox.run(call)

@@ -142,10 +142,13 @@ class Writer:
     self.name = name
     self.repertoire = repertoire
     self.briefing = ''
+    # The scenario is drawn with this writer, and may set `briefing`: it comes after the fields
+    # above.
     self.config = {name: repertoire.scenario(self)}
     self.sandbox = BfclSandbox([name], self.config)
     self.outputs: list[str] = []
     self.fresh: set[Any] = set()
+    # A clause may make something, and speaks of something; the next one can refer to either.
     self._latest = NOTHING  # what a chained clause speaks of
     self._spoken: Mention | None = None  # what the clause that is being drawn speaks of
     self._made: set[str] = set()  # printed calls, each of which is made once in a task
@@ -172,6 +175,7 @@ class Writer:
 
   def number(self, low: int, high: int) -> int:
     """An integer from `low` to `high`, both included."""
+    # numpy excludes the upper end, and its integers do not print as Python's.
     return int(self.rng.integers(low, high + 1))
 
   def which(self, chained: bool, candidates: Any, noun: str, called: str = '{}') -> Mention | None:
@@ -186,12 +190,15 @@ class Writer:
     Returns:
       None where no candidate fits.
     """
+    # Nothing else can be meant by "that ...", so that there is no choice.
     if chained:
       self._spoken = self._latest
       return self._latest if self._latest.value in candidates else None
+    # The user cannot name what was made in this turn: its number is not known yet.
     known = [candidate for candidate in candidates if candidate not in self.fresh]
     if not known:
       return None
+    # The user names it in this clause, and a later clause can refer to it.
     value = self.choice(known)
     self._spoken = Mention(f'that {noun}', value)
     return Mention(called.format(value), value)
@@ -200,28 +207,37 @@ class Writer:
     """A clause that has been executed; None where a draw does not fit the state."""
     self._spoken = None
     clause = self.choice(self.repertoire.moves)(self, chained)
+    # A move that cannot be chained returns its plain form, which was not asked for.
     if clause is None or clause.chained != chained:
       return None
+    # Compared as text, in which equal calls are equal.
     printed = {print_calls([call]) for call in clause.calls}
+    # A repeated call would be one subtask twice.
     if printed & self._made:
       return None
     self._made |= printed
+    # Executed at once: the next clause is drawn from the state that this one leaves.
     self.outputs = [self.sandbox.run(call) for call in clause.calls]
+    # An error here is a fault of the move, and not of a model: it must not become data.
     if any(_is_error(output) for output in self.outputs):
       raise RuntimeError(f'reference calls {print_calls(clause.calls)} fail: {self.outputs}')
     makes = clause.makes
+    # Only the executed call knows the value.
     if makes and isinstance(makes.value, Output):
       value = json.loads(self.outputs[-1])[makes.value.key]
+      # A model that repeats a long float would have to copy every digit.
       if isinstance(value, float) and len(repr(value)) > _DIGITS:
         makes = NOTHING
       else:
         makes = Mention(makes.words, value)
+    # The user has not seen it: within this turn it can only be called "that ...".
     if makes:
       self.fresh.add(makes.value)
     self._latest = makes or self._spoken or self._latest
     return clause
 
 
+# BFCL's APIs report errors in two ways: as text, and as a field of their output.
 def _is_error(output: str) -> bool:
   if output.startswith('Error during execution'):
     return True

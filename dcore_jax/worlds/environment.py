@@ -24,9 +24,13 @@ class UserTurn:
   """
 
   query: str
+  # Calls are data: parsed, compared and run, never evaluated as Python.
   calls: tuple[ToolCall, ...]
+  # Kept with the task, so that nobody has to run the world to write training rows.
   responses: tuple[str, ...]
+  # A reference for decompositions; worlds know how they have put a request together.
   subtasks: tuple[str, ...]
+  # Trained as it is, so that every row of a world ends in the world's own words.
   answer: str
 
 
@@ -41,12 +45,15 @@ class WorldTask:
   """
 
   id: str
+  # Results are shown by kind.
   kind: str
+  # Requests of later turns may speak of what earlier ones did.
   turns: tuple[UserTurn, ...]
 
   @property
   def steps(self) -> int:
     """The number of reference calls over all turns."""
+    # One call a step: how many of them a response holds is the model's choice.
     return sum(len(turn.calls) for turn in self.turns)
 
 
@@ -60,7 +67,9 @@ class Outcome:
     steps: the number of assistant messages.
   """
 
+  # A verdict, not a score: rewards are made from it elsewhere.
   correct: bool
+  # Reasons are counted, so that they must be few and short.
   reason: str
   steps: int
 
@@ -72,6 +81,7 @@ class Sandbox(Protocol):
     state: plain data; two states are equal where `==` says so.
   """
 
+  # Equality of states is how two ways to reach a goal are compared.
   state: Any
 
   def run(self, call: ToolCall) -> str:
@@ -89,6 +99,7 @@ class Episode(Protocol):
     done: whether the episode is over.
   """
 
+  # The caller renders prompts: a world knows neither templates nor tokens.
   messages: list[Message]
   done: bool
 
@@ -112,6 +123,7 @@ class Session(Protocol):
   """
 
   messages: list[Message]
+  # Whose turn it is: a session has no end of its own.
   asked: bool
   state: Any
 
@@ -137,7 +149,9 @@ class World(Protocol):
       out together, as in BFCL's single-turn categories.
   """
 
+  # An order, since tables and charts list kinds in it.
   kinds: Sequence[str]
+  # Kept by the world, since only it knows what its verdict needs.
   one_response: Collection[str]
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[WorldTask]:
@@ -164,6 +178,7 @@ class World(Protocol):
     The entry 'name' is the world's name in the registry; `open_sandbox` reads the others.
     """
 
+  # Static: distillation opens sandboxes from files, without a world.
   @staticmethod
   def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
     """Makes a fresh sandbox from a `sandbox_record`; no world object is needed for it.

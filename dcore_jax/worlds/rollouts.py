@@ -78,9 +78,11 @@ class _Acted:
   @property
   def next_key(self) -> tuple[int, ...]:
     """Names the random stream of the next response."""
+    # The task's key and the number of the response: streams do not depend on scheduling.
     return (*self.key, len(self.texts))
 
   def trajectory(self) -> Trajectory:
+    """The finished episode, with what was sampled in it."""
     return Trajectory(
       task=self.task,
       outcome=self.episode.outcome(),
@@ -104,19 +106,23 @@ class _Acting:
     progress: Callable[[int], Any] | None,
   ):
     if keys is None:
+      # By default a task's stream is its place in the list.
       keys = [(number,) for number in range(len(tasks))]
     self.acted = [
       _Acted(task, world.episode(task), key) for task, key in zip(tasks, keys, strict=True)
     ]
+    # Deque: conversations go back to the front, new tasks wait behind them.
     self._waiting = collections.deque(range(len(tasks)))
     self._progress = progress
 
   def next(self) -> int | None:
     """The number of a task that waits for a response; None where none does."""
+    # A conversation that has begun stands in front.
     return self._waiting.popleft() if self._waiting else None
 
   def take(self, number: int, text: str, reasoning_tokens: int, finished: bool) -> None:
     """Runs the calls of a response; the task waits again unless that was its end."""
+    # Whole texts, thoughts included: reports and analyses show them.
     acted = self.acted[number]
     acted.texts.append(text)
     acted.reasonings.append(thoughts(text, finished))
@@ -133,6 +139,7 @@ class _Acting:
 
   def stop(self, number: int, reason: str) -> None:
     """Ends a task as a failure."""
+    # The world counts it as a failure; the caller goes on with the other tasks.
     self.acted[number].episode.stop(reason)
     self._finished_one()
 
@@ -175,16 +182,19 @@ def act(
     failure with the reason `TOO_LONG`.
   """
   acting = _Acting(world, tasks, keys, progress)
-  prompts: dict[int, np.ndarray] = {}  # of the tasks that are being answered, int32 [n]
+  # Prompts of the tasks that are being answered, int32 [n] each.
+  prompts: dict[int, np.ndarray] = {}
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, Request]]:
+    """Gives the engine the prompts of tasks that wait."""
     requests = []
     while len(requests) < free:
       number = acting.next()
       if number is None:
         break
       acted = acting.acted[number]
+      # Rendered anew each time, since the template drops earlier thoughts.
       text = render_prompt(tokenizer, acted.episode.messages)
       prompt = tokenizer(text, add_special_tokens=False)['input_ids']
       # A response of a hundred calls is followed by a hundred outputs, so any prompt can grow too
@@ -192,6 +202,7 @@ def act(
       if len(prompt) >= engine.max_len:
         acting.stop(number, TOO_LONG)
         continue
+      # Kept until the answer comes: a trainer needs the ids, not the text.
       prompts[number] = np.array(prompt, np.int32)
       requests.append((number, Request(prompts[number], acted.next_key)))
     return requests
@@ -199,7 +210,9 @@ def act(
   for number, completion in engine.stream(source, sampling):
     exchange = Exchange(prompts.pop(number), completion)
     acting.acted[number].exchanges.append(exchange)
+    # The stop token ends the turn, and is no part of the text.
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
+    # Special tokens are kept: the tags of thoughts and calls may be among them.
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     length = count_reasoning.of_tokens(tokens, text, completion.finished)
     acting.take(number, text, length, completion.finished)
@@ -228,21 +241,25 @@ def act_through(
   Raises:
     ConnectionError: an endpoint that stays away, see `OpenAIBackend`.
   """
+  # Without keys, the random streams follow the places of the tasks.
   acting = _Acting(world, tasks, None, progress)
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, ChatRequest]]:
+    """Gives the backend the conversations of tasks that wait."""
     requests = []
     while len(requests) < free:
       number = acting.next()
       if number is None:
         break
       acted = acting.acted[number]
+      # No tools beside the messages: the system message lists them in the world's own form.
       requests.append((number, ChatRequest(tuple(acted.episode.messages), acted.next_key)))
     return requests
 
   for number, reply in backend.stream(source, sampling):
     if reply.error:
+      # The kind of error alone: behind the colon stands the endpoint's message.
       acting.stop(number, reply.error.partition(':')[0])
       continue
     length = count_reasoning.of_text(reply.text, reply.finished)
@@ -260,6 +277,7 @@ class _TokenCounter:
     self._think_end = None if end == tokenizer.unk_token_id else end
 
   def of_text(self, text: str, finished: bool) -> int:
+    """Counts the tokens between the tags of a text, by tokenizing it anew."""
     inside, closed, _ = text.partition('</think>')
     if not closed:
       inside = thoughts(text, finished)
@@ -270,6 +288,7 @@ class _TokenCounter:
     """The same for a response as token ids, int32 [n], whose text is `text`."""
     if self._think_end is None:
       return self.of_text(text, finished)
+    # By the tag's id: tokenizing the text anew may split it elsewhere.
     ends = np.flatnonzero(tokens == self._think_end)
     if len(ends):
       before = int(ends[0])

@@ -1,16 +1,16 @@
-"""Tree attention on NVIDIA GPUs: Pallas-Triton programs that walk over the visible blocks, forward
-and backward.
+"""Tree attention on NVIDIA GPUs: Pallas-Triton programs that walk over the visible blocks.
 
-Three programs, none of which holds more of the T x T scores than one block, in the layout [B, T,
-heads, H] as it comes: a token's head is 2 H contiguous bytes (256 at H = 128, two cache lines), so
-that there is nothing to transpose.
-    forward  owns block_q queries of a head and takes block_k of the keys that they see at a step:
-             out, log-sum-exp
+There are three programs; none of them holds more of the T x T scores than one block. They read the
+layout [B, T, heads, H] as it comes: one head of a token is 2 H contiguous bytes (256 at H = 128,
+two cache lines), so that nothing need be transposed.
+    forward  owns block_q queries of a head; a step takes block_k of the keys that they see: out,
+    log-sum-exp
     dQ       the same walk
-    dK, dV   owns block_q keys of a key head and takes block_k of the queries that see them, of all
-             its G heads in turn
-The larger block owns, since it and its accumulators stay in registers while the other passes
-through shared memory. Letters as in `tree_kernels`.
+    dK, dV   owns block_q keys of a key head; a step takes block_k of the queries that see them, of
+    one of its G heads
+
+The owned block is the larger one, since it and its accumulators stay in registers, while the other
+one passes through shared memory. Letters as in `tree_kernels`.
 """
 
 import functools
@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 from dcore_jax.models.attention import tree_blocks, tree_kernels
 from dcore_jax.models.attention.tree_kernels import dot
 
-_LOG2_E = math.log2(math.e)  # the hardware has 2^x only
+_LOG2_E = math.log2(math.e)  # e^x is computed as 2^(x log2 e): the hardware has 2^x only
 
 
 def tree_attention(
@@ -37,11 +37,10 @@ def tree_attention(
   block_k: int | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """softmax(q k / sqrt(H)) v in [B, T, N, H] where query i sees key j iff j <= i < end[j];
-  differentiable in q, k, v.
+  """softmax(q k / sqrt(H)) v in [B, T, N, H], differentiable in q, k and v.
 
-  Scores, softmax and sums are float32, products on the dtype of the inputs, probabilities in the
-  dtype of v.
+  Query i sees key j iff j <= i < end[j]. Scores, softmax and sums are float32, products run in the
+  dtype of the inputs, probabilities have the dtype of v.
 
   Args:
     q_BTNH: queries; k_BTKH, v_BTKH: keys and values of the same dtype, N a multiple of K. A head
@@ -54,10 +53,11 @@ def tree_attention(
   Raises:
     ValueError: shapes, dtypes or blocks that do not fit.
   """
+  # Triton's blocks have power-of-two sizes, and a tensor core multiplies at least 16 components.
   head_size = max(16, 1 << (q_BTNH.shape[-1] - 1).bit_length())
   # Compiled for an A100 (163 KiB of shared memory, 255 registers a thread), bf16 at H = 128 takes
-  # 96 KiB and 255 registers with 20 bytes spilled; float32 would take 225 KiB at these sizes and
-  # takes 104 KiB, nothing spilled, at half of them.
+  # 96 KiB and 255 registers, with 20 bytes spilled. At these sizes float32 would take 225 KiB; at
+  # half of them it takes 104 KiB and spills nothing.
   small = q_BTNH.dtype.itemsize <= 2 and head_size <= 128
   block_q = block_q or (128 if small else 64)
   block_k = block_k or (64 if small else 32)
@@ -79,14 +79,16 @@ def tree_attention(
 
 
 def _forward(launch: tree_kernels.Launch, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array):
+  """The output, and the log-sum-exp of each query in units of log 2."""
   B, T, N, H = q.shape
   lists = tree_blocks.block_map(end, launch.block_q, launch.block_k)
   specs = _query_owner_specs(launch, q, k)
-  # Four warps read a block of keys from shared memory half as often as eight, where their registers
-  # hold it all.
+  # Four warps read a block of keys from shared memory half as often as eight do, as long as their
+  # registers hold the accumulators.
   return _program(
     _forward_program,
     launch,
+    # Heads are the fastest axis of the grid: programs that share a key head then run together.
     grid=(N, T // launch.block_q, B),
     warps=4 if H * q.dtype.itemsize <= 128 else 8,
     in_specs=[specs['list'], specs['count'], specs['end'], specs['q'], specs['k'], specs['k']],
@@ -108,17 +110,21 @@ def _backward(
   delta: jax.Array,
   dout: jax.Array,
 ):
+  """Gradients of q, k and v, by two programs that each write every result once."""
   B, T, N, H = q.shape
   K = k.shape[2]
   G = N // K
   lists = tree_blocks.block_map(end, launch.block_q, launch.block_k)
   specs = _query_owner_specs(launch, q, k)
+  # dQ is summed over keys and dK over queries. Two walks cost the scores twice; one walk would need
+  # atomic additions, whose order changes from run to run.
   dq = _program(
     _dq_program,
     launch,
     grid=(N, T // launch.block_q, B),
     warps=8,
     in_specs=[
+      # `dout` lies like q; the log-sum-exp and delta are one number a query.
       specs['list'],
       specs['count'],
       specs['end'],
@@ -132,12 +138,14 @@ def _backward(
     out_specs=specs['q'],
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
   )(lists.keys_BXY, lists.key_count_BX, end, q, k, v, dout, lse, delta)
-  # The keys own now, so that the two sizes change sides. The first keys, which most queries see, go
-  # first.
+  # Now the keys own, so that the two sizes are exchanged. The first keys go first: most queries see
+  # them, so that theirs are the longest programs.
   owned = launch.block_q
   taken = launch.block_k
   lists = tree_blocks.block_map(end, taken, owned)
   own = pl.BlockSpec((None, owned, None, H), lambda head, y, b: (b, y, head, 0))
+  # A program reads the queries of all G heads: it sums their gradients in registers, where one
+  # program a query head would have to add them up in memory.
   heads = pl.BlockSpec((None, T, G, H), lambda head, y, b: (b, 0, head, 0))
   rows = pl.BlockSpec((None, G, T), lambda head, y, b: (b, head, 0))
   dk, dv = _program(
@@ -166,8 +174,9 @@ _attend = tree_kernels.differentiable(_forward, _backward)
 
 
 def _program(body, launch, *, grid, warps, **call):
-  # Two stages: the next block is copied while this one is worked on. A third fits an A100 but no
-  # card with 99 KiB (sm_86).
+  """Makes the call of one program."""
+  # Two stages: the next block is copied while this one is computed. A third would fit an A100, but
+  # no card with 99 KiB of shared memory (sm_86).
   return pl.pallas_call(
     functools.partial(body, launch),
     grid=grid,
@@ -179,47 +188,54 @@ def _program(body, launch, *, grid, warps, **call):
 
 
 def _query_owner_specs(launch, q, k):
-  """What a program of the grid (N, X, B) reads.
+  """Describes what a program of the grid (N, X, B) reads and writes.
 
-  The G heads of a key head run side by side and meet it in the cache.
-
-  Query blocks go last to first: the last ones see most, and long programs that start late leave the
-    device idle.
+  Query blocks go last to first: the last ones see most keys, and a long program that starts late
+  leaves the rest of the device idle.
   """
   T, N, H = q.shape[1:]
   G = N // k.shape[2]
   X = T // launch.block_q
   Y = T // launch.block_k
+  # None drops an axis of size one from what the program sees.
   return {
     'list': pl.BlockSpec((None, None, Y), lambda n, x, b: (b, X - 1 - x, 0)),
     'count': pl.BlockSpec((None, None), lambda n, x, b: (b, X - 1 - x)),
     'end': pl.BlockSpec((None, T), lambda n, x, b: (b, 0)),
     'q': pl.BlockSpec((None, launch.block_q, None, H), lambda n, x, b: (b, X - 1 - x, n, 0)),
+    # n // G: the G heads of a key head run side by side, and find its keys in the cache.
     'k': pl.BlockSpec((None, T, None, H), lambda n, x, b: (b, 0, n // G, 0)),
     'row': pl.BlockSpec((None, None, launch.block_q), lambda n, x, b: (b, n, X - 1 - x)),
   }
 
 
 def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref):
+  """The online softmax over the key blocks that a query block sees."""
   q = q_ref[:, :]
+  # Scores are scaled inside the exponential, in base 2: one multiplication does both.
   factor = launch.scale * _LOG2_E
+  # The grid runs backwards over query blocks, see `_query_owner_specs`.
   first_q = (pl.num_programs(1) - 1 - pl.program_id(1)) * launch.block_q
 
   def step(place, carry):
+    """Takes one block of keys into the running maximum, sum and output."""
     top, total, acc = carry
     first_k = list_ref[place] * launch.block_k
     tokens = pl.ds(first_k, launch.block_k)
+    # `list_ref` names blocks; the keys of the row are read from memory by their tokens.
     v = v_ref[tokens, :]
     scores = _hide(
       dot(q, k_ref[tokens, :], transpose_b=True), first_q, first_k, end_ref[tokens], key_axis=1
     )
     new_top = jnp.maximum(top, scores.max(axis=1))
     weights = jax.lax.exp2(scores * factor - (new_top * factor)[:, None])
+    # What has been summed so far refers to the old maximum.
     shrink = jax.lax.exp2((top - new_top) * factor)
     return (
       new_top,
       total * shrink + weights.sum(axis=1),
       acc * shrink[:, None] + dot(weights.astype(v.dtype), v),
+      # The tensor cores take probabilities in the dtype of v; the sum above has them in float32.
     )
 
   start = (
@@ -227,6 +243,7 @@ def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, 
     jnp.zeros(q.shape[:1], jnp.float32),
     jnp.zeros(q.shape, jnp.float32),
   )
+  # A token sees at least itself, so that `total` is never 0.
   top, total, acc = jax.lax.fori_loop(0, count_ref[...], step, start)
   out_ref[:, :] = (acc / total[:, None]).astype(out_ref.dtype)
   lse_ref[:] = top * factor + jnp.log2(total)
@@ -235,6 +252,7 @@ def _forward_program(launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, 
 def _dq_program(
   launch, list_ref, count_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref
 ):
+  """dQ of the query block that a program owns."""
   q = q_ref[:, :]
   dout = dout_ref[:, :]
   lse = lse_ref[:]
@@ -242,15 +260,19 @@ def _dq_program(
   first_q = (pl.num_programs(1) - 1 - pl.program_id(1)) * launch.block_q
 
   def step(place, dq):
+    """Adds what one block of keys contributes."""
     first_k = list_ref[place] * launch.block_k
     tokens = pl.ds(first_k, launch.block_k)
     k = k_ref[tokens, :]
     scores = _hide(dot(q, k, transpose_b=True), first_q, first_k, end_ref[tokens], key_axis=1)
+    # exp2(score - lse) is the probability itself, recomputed instead of read.
     weights = jax.lax.exp2(scores * (launch.scale * _LOG2_E) - lse[:, None])
+    # The derivative of softmax: dS = P (dP - delta), with delta = out . dout.
     dscores = weights * (dot(dout, v_ref[tokens, :], transpose_b=True) - delta[:, None])
     return dq + dot(dscores.astype(k.dtype), k)
 
   dq = jax.lax.fori_loop(0, count_ref[...], step, jnp.zeros(q.shape, jnp.float32))
+  # The scale of q k enters dQ once, after the sum.
   dq_ref[:, :] = (dq * launch.scale).astype(dq_ref.dtype)
 
 
@@ -268,7 +290,9 @@ def _dkv_program(
   dk_ref,
   dv_ref,
 ):
-  """Scores with the keys as rows: what is summed over queries are then plain products, with nothing
+  """dK and dV of the key block that a program owns.
+
+  The scores have the keys as rows: sums over queries are then plain products, and nothing is
   transposed.
   """
   k = k_ref[:, :]
@@ -279,7 +303,9 @@ def _dkv_program(
   first_k = pl.program_id(1) * launch.block_q
 
   def step(place, carry):
+    """Adds what one query block of one head contributes."""
     dk, dv = carry
+    # Heads run fastest: the G heads of a query block share the ends and the mask's tokens.
     head = jax.lax.rem(place, G)
     first_q = list_ref[jax.lax.div(place, G)] * taken
     tokens = pl.ds(first_q, taken)
@@ -292,14 +318,16 @@ def _dkv_program(
     return dk + dot(dscores.astype(q.dtype), q), dv
 
   zeros = jnp.zeros(k.shape, jnp.float32)
+  # One loop over blocks and heads, so that a head's block is copied while the last is computed.
   dk, dv = jax.lax.fori_loop(0, count_ref[...] * G, step, (zeros, zeros))
   dk_ref[:, :] = (dk * launch.scale).astype(dk_ref.dtype)
   dv_ref[:, :] = dv.astype(dv_ref.dtype)
 
 
 def _hide(scores, first_q, first_k, end, key_axis):
-  """HIDDEN_SCORE where query i does not see key j; keys along `key_axis`, `end` [keys of the
-  block].
+  """Replaces the score by HIDDEN_SCORE where query i does not see key j.
+
+  Keys lie along `key_axis`; `end` holds the ends of the block's keys.
   """
   k_size = scores.shape[key_axis]
   q_size = scores.shape[1 - key_axis]

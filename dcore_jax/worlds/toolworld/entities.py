@@ -42,6 +42,7 @@ class Entities:
     # Eight values are too few to be split, or to be used up by a task.
     if kind == 'nights':
       return int(self._rng.integers(2, 10))
+    # One value in five belongs to 'eval', the others to 'train': a few draws find a fresh one.
     while True:
       if kind == 'name':
         value = str(self._rng.choice(FIRST_SYLLABLES)) + str(self._rng.choice(SECOND_SYLLABLES))

@@ -18,6 +18,7 @@ POLICIES = (
   'policy: use a listed tool or say why not.',
   'policy: never guess a value.',
 )
+# (frame, joiner): the words around the clauses of a request, and between them.
 SEQUENTIAL_FORMS = (('{}', ', then '), ('first {}', ', next '))
 PARALLEL_FORMS = (('{}', ', and '), ('{}', '; also '))
 PREFIXES = ('', 'please ')
@@ -32,6 +33,7 @@ _TABLE = {
   'phone': 'phones',
   'file': 'files',
 }
+# What each of these tools finds, and by which of its fields.
 _FIND = {
   'find_order': ('order', 'customer'),
   'find_flight': ('flight', 'city'),
@@ -80,6 +82,7 @@ def report(response: str) -> str:
   Args:
     response: the last tool response, a JSON object with one entry.
   """
+  # The only entry is unpacked: a response with several would be an error here.
   ((key, value),) = json.loads(response).items()
   return f'done: {key} {value}.'
 
@@ -100,16 +103,19 @@ class _Writer:
     self.rng = rng
     self.entities = Entities(rng, split)
     self.initial: Tables = {table: {} for table in TABLES}
+    # Two states: a task begins with the first one, and the calls of the writer change the second.
     self.state: Tables = {table: {} for table in TABLES}
     # Kind of entity -> the value that the words 'that <kind>' mean now.
     self.produced: dict[str, str | int] = {}
 
   def choice(self, options):
+    # By place and not by numpy's `choice`, which would turn options into numpy scalars.
     return options[int(self.rng.integers(len(options)))]
 
   def add_row(self, table: str, key, row: dict) -> None:
     """Adds a row that exists from the start, so also to the state that is being executed."""
     for state in (self.initial, self.state):
+      # `setdefault`: a row that a clause before has changed must stay as it is.
       state[table].setdefault(key, copy.deepcopy(row))
 
   def add_entity(self, kind: str, key: str, **fields) -> None:
@@ -128,9 +134,11 @@ class _Writer:
         arguments[parameter] = given[parameter]
       else:
         arguments[parameter] = self.entities.draw(kind)
+    # Something must be there to be found: a row that has the given field.
     if tool.name in _FIND:
       kind, field = _FIND[tool.name]
       self.add_entity(kind, self.entities.draw(kind), **{field: arguments[field]})
+    # Ids that the request spells out must exist; those that were given do already.
     for parameter, kind in tool.parameters.items():
       if kind in _TABLE and parameter not in given:
         self.add_entity(kind, arguments[parameter])
@@ -145,13 +153,17 @@ class _Writer:
     phrasing = self.choice(tool.phrasings)
     if chained is not None:
       kind = tool.parameters[chained]
+      # The longest wording first, so that 'the amount 5' becomes 'that amount' and not 'the that
+      # amount'.
       for written in (f'the {kind} {{{chained}}}', f'{kind} {{{chained}}}', f'{{{chained}}}'):
         if written in phrasing:
           phrasing = phrasing.replace(written, f'that {kind}')
           break
+    # Executed, not predicted: the reference outputs are those of the world itself.
     response = execute(self.state, tool.name, arguments)
     if 'error' in response:
       raise RuntimeError(f'reference call {tool.name}({arguments}) fails: {response["error"]}')
+    # The latest result of a kind is the one that "that <kind>" means.
     if tool.produces:
       self.produced[tool.produces] = response[tool.produces]
     call = ToolCall(tool.name, arguments)
@@ -164,6 +176,7 @@ class _Writer:
       for parameter, taken in tool.parameters.items():
         if taken == kind:
           pairs.append((tool, parameter))
+    # Drawn also where no pair is a sum: tasks are fixed by their draws.
     if self.rng.random() < _SUM_SHARE:
       return pairs
     return [(tool, parameter) for tool, parameter in pairs if tool.name != 'add_numbers']
@@ -181,6 +194,7 @@ class _Writer:
         tool, parameter = self.choice(consumers)
         clauses.append(self.clause(tool, parameter))
       else:
+        # A clause that is not the last one must produce something for the next.
         pool = [tool for tool in TOOLS.values() if tool.produces or last]
         tool = self.choice(pool)
         clauses.append(self.clause(tool))
@@ -190,8 +204,10 @@ class _Writer:
   def listed(self, needed: list[str], extra: int, without: str | None = None) -> tuple[str, ...]:
     """The needed tools and `extra` others, shuffled; `without` is never among them."""
     others = [name for name in TOOLS if name not in needed and name != without]
+    # Once each, however often the reference calls them.
     names = list(dict.fromkeys(needed))
     names += [str(name) for name in self.rng.permutation(others)[:extra]]
+    # Shuffled, so that a tool's place in the list says nothing.
     return tuple(str(name) for name in self.rng.permutation(names))
 
   def distract(self) -> None:
@@ -202,6 +218,7 @@ class _Writer:
   def turn(self, clauses: list[_Clause], forms) -> UserTurn:
     subtasks = tuple(clause.text for clause in clauses)
     responses = tuple(clause.response for clause in clauses)
+    # Only wording is drawn here; the clauses are fixed.
     frame, joiner = self.choice(forms)
     query = self.choice(PREFIXES) + frame.format(joiner.join(subtasks)) + '.'
     return UserTurn(
@@ -233,6 +250,7 @@ def _sequential(writer: _Writer, steps: int) -> _Made:
 
 def _parallel(writer: _Writer, steps: int) -> _Made:
   pool = list(TOOLS.values())
+  # One tool is drawn first, which a share of the subtasks repeats.
   one = writer.choice(pool)
   tools = []
   for _ in range(steps):
@@ -250,6 +268,7 @@ def _irrelevant(writer: _Writer, steps: int) -> _Made:
   if writer.rng.random() < 0.5:
     subtask = writer.clause(tool).text
     answer = NO_TOOL
+    # One more tool than elsewhere, so that the list is not shorter by the one that is left out.
     tools = writer.listed([], extra + 1, without=tool.name)
   else:
     partial, missing = writer.choice(tool.partials)
@@ -265,6 +284,7 @@ def _multi_turn(writer: _Writer, steps: int) -> _Made:
   turns: list[UserTurn] = []
   needed: list[str] = []
   fresh = None
+  # Two or three turns.
   for _ in range(int(writer.rng.integers(2, 4))):
     if writer.rng.random() < _LONG_TURN_SHARE:
       clauses = writer.chain(2, must_chain=True)
@@ -275,6 +295,7 @@ def _multi_turn(writer: _Writer, steps: int) -> _Made:
         clauses = [writer.clause(tool, parameter)]
       else:
         clauses = [writer.clause(writer.choice(list(TOOLS.values())))]
+    # What the last call of a turn produced can be spoken of in the next turn.
     fresh = TOOLS[clauses[-1].call.name].produces
     needed += [clause.call.name for clause in clauses]
     forms = SEQUENTIAL_FORMS if len(clauses) > 1 else PARALLEL_FORMS[:1]
@@ -311,11 +332,13 @@ def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
   rng = np.random.default_rng([seed, KINDS.index(kind), SPLITS.index(split), index])
+  # From 2 subtasks on; shares are scaled to those that the limit allows.
   counts = np.arange(2, max_subtasks + 1)
   shares = np.array([_STEP_SHARES[count] for count in counts.tolist()])
   steps = int(rng.choice(counts, p=shares / shares.sum()))
   writer = _Writer(rng, split)
   turns, tools = _MAKERS[kind](writer, steps)
+  # Last, so that the rows of the clauses come first in every table.
   writer.distract()
   return Task(
     id=f'toolworld-{split}-{seed}-{kind}-{index}',

@@ -6,7 +6,9 @@ from typing import Any
 
 from dcore_jax.chat.messages import ToolSpec
 
+# Plain data, so that a state is copied, compared and written to JSON as it is.
 Tables = dict[str, dict[str, Any]]  # the state: table -> key -> row
+# Every state has all of them, so that tools need not ask.
 TABLES = ('orders', 'flights', 'hotels', 'phones', 'files', 'accounts')
 
 
@@ -40,6 +42,7 @@ class ToolDefinition:
     """The tool as JSON schema, for prompts that list tools in that way."""
     properties = {}
     for parameter, kind in self.parameters.items():
+      # ToolWorld has no other types: whatever is not counted is a word.
       properties[parameter] = {'type': 'integer' if kind in ('amount', 'nights') else 'string'}
     schema = {'type': 'object', 'properties': properties, 'required': list(self.parameters)}
     return ToolSpec(self.name, self.name.replace('_', ' '), schema)
@@ -49,12 +52,14 @@ class ToolDefinition:
 
 
 def _row(state: Tables, table: str, key: Any) -> dict[str, Any]:
+  # The table's name less its plural: 'no such order'.
   if key not in state[table]:
     raise ToolError(f'no such {table[:-1]}')
   return state[table][key]
 
 
 def _find(state: Tables, table: str, field: str, value: Any, key: str) -> dict[str, Any]:
+  # The first row that fits; tables keep the order in which rows were added.
   for identifier, row in state[table].items():
     if row.get(field) == value:
       return {key: identifier}
@@ -62,18 +67,22 @@ def _find(state: Tables, table: str, field: str, value: Any, key: str) -> dict[s
 
 
 def _set(state: Tables, table: str, key: Any, status: str, **fields) -> dict[str, Any]:
+  # One status a row: what was done last to an order or a flight decides what it is.
   _row(state, table, key).update(status=status, **fields)
   return {'status': status}
 
 
 def _refund(state: Tables, order: str) -> dict[str, Any]:
   row = _row(state, 'orders', order)
+  # The price is returned, so that a later request can speak of "that amount".
+  # The row itself changes, so that the state shows the refund.
   row['status'] = 'refunded'
   return {'amount': row['price']}
 
 
 def _pay(state: Tables, person: str, amount: int) -> dict[str, Any]:
   _number(amount)
+  # Added, not set: several payments to one person add up.
   _row(state, 'accounts', person)['balance'] += amount
   return {'status': 'paid'}
 
@@ -86,6 +95,7 @@ def _number(value: Any) -> int:
 
 
 TOOLS = {
+  # Keyed by name, in an order that tasks depend on: choices are drawn by place.
   tool.name: tool
   for tool in (
     ToolDefinition(
@@ -93,6 +103,7 @@ TOOLS = {
       parameters={'customer': 'name'},
       phrasings=('find the order of {customer}', 'look up the order of {customer}'),
       run=lambda s, customer: _find(s, 'orders', 'customer', customer, 'order'),
+      # Each partial lacks the value of one parameter, and says which.
       partials=(('find the order', 'customer'), ('look up an order', 'customer')),
       produces='order',
     ),
@@ -107,6 +118,7 @@ TOOLS = {
       name='ship_order',
       parameters={'order': 'order', 'city': 'name'},
       phrasings=('ship order {order} to {city}', 'send order {order} off to {city}'),
+      # The city is not checked: any name is a place.
       run=lambda s, order, city: _set(s, 'orders', order, 'shipped', city=city),
       partials=(('ship order {order}', 'city'), ('ship the order to {city}', 'order')),
     ),
@@ -148,6 +160,7 @@ TOOLS = {
         'book hotel {hotel} for {nights} nights',
         'reserve hotel {hotel} for {nights} nights',
       ),
+      # The number of nights is checked first, before anything changes.
       run=lambda s, hotel, nights: _set(s, 'hotels', hotel, 'booked', nights=_number(nights)),
       partials=(('book hotel {hotel}', 'nights'), ('book a hotel for {nights} nights', 'hotel')),
     ),
@@ -199,6 +212,7 @@ TOOLS = {
       name='check_balance',
       parameters={'person': 'name'},
       phrasings=('check the balance of {person}', 'get the balance of {person}'),
+      # Reading changes nothing; a wrong name is an error.
       run=lambda s, person: {'amount': _row(s, 'accounts', person)['balance']},
       partials=(('check the balance', 'person'), ('get the balance', 'person')),
       produces='amount',
@@ -214,6 +228,7 @@ TOOLS = {
       name='add_numbers',
       parameters={'first': 'amount', 'second': 'amount'},
       phrasings=('add {first} and {second}', 'sum up {first} and {second}'),
+      # The only tool that needs no state.
       run=lambda s, first, second: {'amount': _number(first) + _number(second)},
       partials=(('add {first}', 'second'), ('sum up {second}', 'first')),
       produces='amount',
@@ -228,8 +243,10 @@ def execute(state: Tables, name: str, arguments: dict[str, Any]) -> dict[str, An
   What is wrong with a call is a response too: {'error': why}.
   """
   tool = TOOLS.get(name)
+  # In this order, so that every error names the first thing that is wrong.
   if tool is None:
     return {'error': 'unknown tool'}
+  # Exactly the parameters: a model must neither leave one out nor make one up.
   if set(arguments) != set(tool.parameters):
     return {'error': 'wrong arguments'}
   # Every parameter is a scalar. A container cannot be hashed, so looking it up would raise.
@@ -237,5 +254,6 @@ def execute(state: Tables, name: str, arguments: dict[str, Any]) -> dict[str, An
     return {'error': 'wrong arguments'}
   try:
     return tool.run(state, **arguments)
+  # Errors are outputs: a model reads them and may correct itself.
   except ToolError as error:
     return {'error': str(error)}

@@ -17,6 +17,7 @@ def system_text(task: Task) -> str:
 
   The line has no types: they would double the prompt of a model of two million parameters.
   """
+  # A model reads them in every task, so that each tool is one short line.
   lines = [f'{name}({", ".join(TOOLS[name].parameters)})' for name in task.tools]
   return '\n'.join([task.policy, 'tools:', *lines])
 
@@ -26,16 +27,20 @@ class ToolWorldSandbox:
 
   def __init__(self, tools: Sequence[str], state: Tables):
     self._tools = tuple(tools)
+    # A copy, so that an episode's calls do not change the task.
     self.state = copy.deepcopy(state)
 
   def run(self, call: ToolCall) -> str:
     """See `Sandbox.run`; an output is a JSON object."""
+    # Unlisted tools do not exist for a model, whatever the world can do.
     if call.name not in self._tools:
       output = {'error': 'unknown tool'}
+    # Arguments are always named: a listed line gives the names, and no order to rely on.
     elif call.positional:
       output = {'error': 'wrong arguments'}
     else:
       output = execute(self.state, call.name, call.arguments)
+    # JSON, as chat templates show the outputs of tools.
     return json.dumps(output)
 
 
@@ -54,6 +59,7 @@ class ToolWorld(SandboxWorld):
 
   def tasks(self, kind: str, count: int, *, seed: int, split: str) -> list[Task]:
     """See `World.tasks`; the splits have no name, id or amount in common."""
+    # Each task from its own random stream, so that the first ones do not depend on `count`.
     return [
       make_task(kind, index, seed=seed, split=split, max_subtasks=self.max_subtasks)
       for index in range(count)
@@ -69,6 +75,7 @@ class ToolWorld(SandboxWorld):
 
   def sandbox_record(self, task: Task, done: Sequence[ToolCall]) -> dict[str, Any]:
     """The listed tools and the state that `done` leaves."""
+    # Calls made before are executed, and the record holds the state that they leave.
     sandbox = ToolWorldSandbox(task.tools, task.initial_state)
     for call in done:
       sandbox.run(call)
