@@ -367,7 +367,10 @@ def rl_source(
     short, dropped = short_tasks(tokenizer, world, tasks, section.max_prompt_tokens)
     return Episodes(tokenizer, world, short), dropped
   if points is None:
-    points = rl_points(section.files) if section.files else _world_points(config)
+    if section.files:
+      points = rl_points(section.files, unreadable=section.unreadable)
+    else:
+      points = _world_points(config)
   prompts, dropped = encode_prompts(tokenizer, points, section.max_prompt_tokens)
   return Questions(tokenizer, prompts, section.reward), dropped
 
