@@ -135,7 +135,7 @@ def sft(
     with Metrics(folder) as metrics, jax.set_mesh(mesh):
       checkpoints = folder / 'checkpoints' / 'sft'
       run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=settings.seed)
-      sequences = section_sequences(model.tokenizer, rows, section)
+      _, sequences = section_sequences(model.tokenizer, rows, section)
       execution = make_execution(settings.execution)
       params, _ = run_sft(params, policy, sequences, section, run, execution=execution)
   return model.with_params(params)

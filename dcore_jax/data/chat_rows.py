@@ -458,7 +458,10 @@ def _check_answers(said: list[_Said]) -> None:
       stop += 1
     if stop > start:
       calls = _calls_before(said, start)
-      said[start:stop] = _in_order(said[start:stop], calls, start)
+      answers = said[start:stop]
+      if start and said[start - 1].calls and len(answers) > len(calls):
+        raise ValueError(f'message {start}: {len(answers)} tool messages answer {len(calls)} calls')
+      said[start:stop] = _in_order(answers, calls, start)
     start = stop + 1
 
 
@@ -481,7 +484,7 @@ def _in_order(answers: Sequence[_Said], calls: Sequence[_Call], start: int) -> l
   for number, answer in enumerate(answers):
     where = f'message {start + number} (tool)'
     place = number
-    if answer.call_id and any(ids):
+    if answer.call_id and (any(ids) or not calls):
       if answer.call_id not in ids:
         raise ValueError(f"{where}: 'tool_call_id' {answer.call_id!r} names no call before it")
       place = ids.index(answer.call_id)

@@ -163,7 +163,7 @@ def _csv_records(text: str, name: str) -> Iterator[Found]:
       else:
         yield {column: cell for column, cell in row.items() if cell}
   except csv.Error as error:
-    raise ValueError(f'{name}, line {reader.line_num} is not CSV: {error}') from error
+    raise ValueError(f'{name} is not CSV behind line {reader.line_num}: {error}') from error
   finally:
     csv.field_size_limit(limit)
 
@@ -204,7 +204,7 @@ def parse_strictly(text: str) -> Any:
 
 def _check_depth(value: Any) -> None:
   level = [value] if isinstance(value, (dict, list)) else []
-  for _ in range(MAX_DEPTH + 1):
+  for _ in range(MAX_DEPTH):
     items = itertools.chain.from_iterable(
       one.values() if isinstance(one, dict) else one for one in level
     )

@@ -185,23 +185,41 @@ def encode_rows(
   Raises:
     ValueError: naming a row that cannot be trained on.
   """
-  if loss_mask not in LOSS_MASKS:
-    raise ValueError(f'sft.loss_mask = {loss_mask!r}; expected one of {LOSS_MASKS}')
   if overlong not in ('drop', 'error'):
     raise ValueError(f"sft.overlong = {overlong!r}; expected 'drop' or 'error'")
+  _, sequences = _encode(tokenizer, rows, loss_mask, unreadable='error')
+  if capacity:
+    _report_overlong(rows, sequences, capacity, overlong)
+  return sequences
+
+
+def _encode(
+  tokenizer: Any, rows: Sequence[SftRow], loss_mask: str, unreadable: str
+) -> tuple[list[SftRow], list[tokentree.TokenSequence]]:
+  """Encodes rows -> (those that can be trained on, their sequences)."""
+  if loss_mask not in LOSS_MASKS:
+    raise ValueError(f'sft.loss_mask = {loss_mask!r}; expected one of {LOSS_MASKS}')
   turns = turn_format(tokenizer)
+  kept = []
   examples = []
+  problem = ''
   for row in rows:
     try:
       pieces = cut_example(tokenizer, turns, row.messages, loss_mask, row.tools)
       examples.append(_without_untrained(pieces, row.messages, turns))
+      kept.append(row)
     except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
-      raise ValueError(f'row {row.id!r} cannot be trained on: {error!r}') from error
+      problem = problem or f'row {row.id!r} cannot be trained on: {error!r}'
+      if unreadable == 'error':
+        raise ValueError(problem) from error
+  if problem:
+    if not kept:
+      raise ValueError(f'none of {len(rows)} rows can be trained on; the first: {problem}')
+    logging.warning(
+      '%d of %d rows are left out; the first: %s', len(rows) - len(kept), len(rows), problem
+    )
   encoded = encode_pieces(tokenizer, turns, examples, loss_mask)
-  sizes = [len(tokens) for tokens, _ in encoded]
-  if capacity:
-    _report_overlong(rows, sizes, capacity, overlong)
-  return [
+  return kept, [
     tokentree.TokenSequence(tokens, weights, shared=len(tokens)) for tokens, weights in encoded
   ]
 
@@ -225,21 +243,27 @@ def _without_untrained(
 
 def section_sequences(
   tokenizer: Any, rows: Sequence[SftRow], config: SftSection
-) -> list[tokentree.TokenSequence]:
-  """Encodes rows as a config's section `sft` says; see `encode_rows`."""
-  return encode_rows(
-    tokenizer,
-    rows,
-    loss_mask=config.loss_mask,
-    capacity=config.capacity,
-    overlong=config.overlong,
-  )
+) -> tuple[list[SftRow], list[tokentree.TokenSequence]]:
+  """Encodes rows as a config's section `sft` says -> (rows, their sequences).
+
+  With `unreadable` = 'drop' rows that the chat template or the loss mask cannot take are missing
+  from both, counted and logged. Otherwise see `encode_rows`.
+  """
+  if config.overlong not in ('drop', 'error'):
+    raise ValueError(f"sft.overlong = {config.overlong!r}; expected 'drop' or 'error'")
+  kept, sequences = _encode(tokenizer, rows, config.loss_mask, config.unreadable)
+  _report_overlong(kept, sequences, config.capacity, config.overlong)
+  return kept, sequences
 
 
 def _report_overlong(
-  rows: Sequence[SftRow], sizes: Sequence[int], capacity: int, overlong: str
+  rows: Sequence[SftRow],
+  sequences: Sequence[tokentree.TokenSequence],
+  capacity: int,
+  overlong: str,
 ) -> None:
   """Logs how many rows are longer than `capacity` tokens, or raises with 'error'."""
+  sizes = [len(sequence.tokens) for sequence in sequences]
   count = sum(size > capacity for size in sizes)
   if not count:
     return

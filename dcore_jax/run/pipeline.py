@@ -253,7 +253,8 @@ class Pipeline:
     if self.mesh:
       # The engine's caches make room for activations; what it compiled is kept by jax.
       self._engine = None
-    sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
+    kept, sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
+    unreadable += len(rows) - len(kept)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       run = StageRun(
         metrics=metrics,
