@@ -142,6 +142,9 @@ class DistillSection:
   files: tuple[str, ...] = _option(
     (), "Seed files (`experiments.seeds` writes them) instead of the world's tasks."
   )
+  unreadable: str = _option(
+    'error', "Records of files that are no seeds: 'error', or 'drop' (counted and logged)."
+  )
   # For worlds whose refusals are canonical.
   exact_refusals: bool = _option(
     False, 'Drop irrelevant seeds whose refusal is not the reference text.'
@@ -196,7 +199,7 @@ class SftSection:
     'python', "How calls are written that rows hold as data: 'python' or 'hermes' (JSON in tags)."
   )
   unreadable: str = _option(
-    'error', "Rows whose calls or tools cannot be read: 'error', or 'drop' (counted and logged)."
+    'error', "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
   )
   max_rows: int = _option(0, 'Rows used, the first ones; 0 is all.')
   # D-CORE's own rows are split already.
@@ -234,7 +237,12 @@ class RlSection:
   """Reinforcement learning: rollouts, rewards, advantages, updates."""
 
   files: tuple[str, ...] = _option(
-    (), "Files of ToolRL rows to ask about instead of the world's decision points."
+    (),
+    "Data sets to ask about instead of the world's decision points: ToolRL rows, or messages, "
+    'tools and reference calls.',
+  )
+  unreadable: str = _option(
+    'error', "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
   )
   tasks: Mapping[str, int] = _option(
     {'single': 60, 'sequential': 120, 'parallel': 120, 'irrelevant': 60, 'multi_turn': 40},

@@ -23,10 +23,24 @@ def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
 
 def read_json(path: str | os.PathLike) -> Any:
   """Reads a JSON file; raises ValueError with its name where it is not JSON."""
+  return parse_json(decode_utf8(pathlib.Path(path).read_bytes(), str(path)), str(path))
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+  """Decodes UTF-8 text, without a byte-order mark in front.
+
+  Raises:
+    ValueError: naming the file and the line where the bytes are something else.
+  """
   try:
-    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
+    text = data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start) + 1
+    raise ValueError(f'{name}, line {line} is not UTF-8 text: {error.reason}') from error
+  # UTF-16 of plain letters is valid UTF-8 with a zero byte beside every letter.
+  if '\0' in text[:1000]:
+    raise ValueError(f'{name}, line 1 is not UTF-8 text: it holds zero bytes, as UTF-16 does')
+  return text
 
 
 def read_json_lines(path: pathlib.Path) -> list[Any]:
@@ -37,7 +51,7 @@ def read_json_lines(path: pathlib.Path) -> list[Any]:
   """
   values = []
   # Text in JSON may hold other line separators, such as U+2028: only '\n' ends a value.
-  for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+  for number, line in enumerate(decode_utf8(path.read_bytes(), path.name).split('\n'), 1):
     if line.strip():
       values.append(parse_json(line, f'{path.name}, line {number}'))
   return values
@@ -96,7 +110,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   if path.suffix == '.jsonl':
     rows = read_json_lines(path)
   else:
-    rows = parse_json(path.read_text(encoding='utf-8'), path.name)
+    rows = parse_json(decode_utf8(path.read_bytes(), path.name), path.name)
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
     raise ValueError(f'{path.name}: expected a list of objects')
   return rows
@@ -106,5 +120,5 @@ def parse_json(text: str, where: str) -> Any:
   """Parses JSON text; raises ValueError with `where` if it is not JSON."""
   try:
     return json.loads(text)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{where} is not JSON: {error}') from error

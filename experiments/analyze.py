@@ -4,7 +4,9 @@
 
 `lazy` gives the lazy-reasoning ratios of one model's BFCL v3 outputs, by group:
 {"parallel": {"lazy", "total", "ratio"}, "irrelevance": {...}, "multi_turn": {...}}. A group is null
-where some of its files (BFCL_v3_*_result.json and BFCL_v3_*_score.json) are missing.
+where some of its files (BFCL_v3_*_result.json and BFCL_v3_*_score.json) are missing. Items without
+an answer, since their inference failed or they are missing, are not part of a ratio: `left_out`
+says how many.
 """
 
 import json

@@ -5,8 +5,8 @@ r"""Makes seeds of self-distillation from any mix of sources, without duplicates
       --source=Team-ACE/ToolACE --out=seeds.jsonl
 
 Sources are the worlds (toolworld, bfcl, and those that a module named by --register brings), tau2,
-taubench[:FILE], files of seeds, and data sets of ToolACE, xLAM, APIGen-MT, Hermes and ToolRL rows
-by path or hub name (data/seed_sources.py).
+taubench[:FILE], files of seeds, and data sets by path or hub name in any schema of
+data/row_schemas.py or data/reference_rows.py.
 
 A seed that repeats a test task of BFCL or tau2-bench, in words or in calls, is refused with its
 whole dialogue. That needs both packages (`make harnesses`); with --allow_unchecked, seeds are

@@ -39,14 +39,15 @@ def main() -> None:
   config = read_config(_CONFIG.value)
   tokenizer, _ = load_tokenizer(config.model)
   rows, unreadable = training_rows(config.sft, pathlib.Path(_WORKDIR.value))
-  sequences = section_sequences(tokenizer, rows, config.sft)
+  kept, sequences = section_sequences(tokenizer, rows, config.sft)
+  unreadable += len(rows) - len(kept)
   tree = tokentree.pack(
     sequences, config.sft.capacity, config.sft.rows, tokenizer.pad_token_id or 0
   )
   row, query = find_query(tree, _ROW.value, _SEQUENCE.value, _TOKEN.value)
   view = RowView(
     tree,
-    [str(one.id) for one in rows],
+    [str(one.id) for one in kept],
     tokenizer,
     row,
     colour=use_colour(sys.stdout),

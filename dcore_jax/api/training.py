@@ -20,13 +20,7 @@ from dcore_jax import distributed, sharding
 from dcore_jax.api.model import Model
 from dcore_jax.claims import claim
 from dcore_jax.config import RunConfig
-from dcore_jax.data.rows import (
-  parse_rows,
-  section_sequences,
-  split_turns,
-  training_rows,
-  with_system_prompt,
-)
+from dcore_jax.data.rows import given_rows, section_sequences, training_rows
 from dcore_jax.data.seed_sources import config_seeds
 from dcore_jax.data.seeds import DecisionPoint, Seed
 from dcore_jax.distill.stage import run_distillation
@@ -112,8 +106,8 @@ def sft(
 
   Args:
     model: where to start from.
-    rows: {id, conversations}, as `distill_seeds` gives them; by default those of the option
-      `files`.
+    rows: as `distill_seeds` gives them, or in any schema of `data/row_schemas.py`; by default
+      those of the option `files`.
     config: what holds where no option says otherwise.
     workdir: keeps checkpoints and metrics.jsonl; a call that was interrupted goes on there. By
       default nothing is kept.
@@ -134,17 +128,14 @@ def sft(
     if rows is None:
       rows, _ = training_rows(section, folder)
     else:
-      # What `training_rows` does with the rows that it reads.
-      rows = parse_rows(rows[: section.max_rows or None])
-      rows = with_system_prompt(rows, section.system_prompt, section.stock_system_prompts)
-      rows = split_turns(rows) if section.split_turns else rows
+      rows, _ = given_rows(rows, section)
     params = policy.load(mesh)
     _claim(folder, 'sft', settings, section, policy.name(params))
     # The model is what is asked for; the figures of the stage are in a workdir's metrics.jsonl.
     with Metrics(folder) as metrics, jax.set_mesh(mesh):
       checkpoints = folder / 'checkpoints' / 'sft'
       run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=settings.seed)
-      sequences = section_sequences(model.tokenizer, rows, section)
+      _, sequences = section_sequences(model.tokenizer, rows, section)
       execution = make_execution(settings.execution)
       params, _ = run_sft(params, policy, sequences, section, run, execution=execution)
   return model.with_params(params)

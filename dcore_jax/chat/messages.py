@@ -4,9 +4,30 @@ They are plain and frozen, and go to JSON and back.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 ROLES = ('system', 'user', 'assistant', 'tool')
+# Fields of messages that say nothing which a model should see or learn.
+BOOKKEEPING = frozenset(
+  'id index uuid timestamp created created_at date model finish_reason stop_reason logprobs usage '
+  'token_ids token_count num_tokens metadata'.split()
+)
+
+
+def refuse_unknown(
+  record: dict[str, Any], known: Collection[str], where: str, free: Collection[str] = BOOKKEEPING
+) -> None:
+  """Refuses a record that says something in a field which nothing reads.
+
+  Fields without a value (null, '', [] and {}) say nothing.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  for name, value in record.items():
+    if name not in known and name not in free and value not in (None, '', [], {}):
+      raise ValueError(f'{where}: the field {name!r} is not known, and would be lost')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +72,37 @@ class Message:
   """One message of a conversation.
 
   `content` is the text as the model sees or wrote it, with its `<think>` block where there is one.
+  An assistant's message that is not `trained` is context alone, whatever a loss mask would train.
   """
 
   role: str
   content: str
+  trained: bool = True
 
   def __post_init__(self):
     if self.role not in ROLES:
       raise ValueError(f'unknown role {self.role!r}; expected one of {ROLES}')
 
-  def to_json(self) -> dict[str, str]:
-    """Returns the message as {role, content}."""
-    return {'role': self.role, 'content': self.content}
+  def to_json(self) -> dict[str, Any]:
+    """Returns the message as {role, content}, and train = False where it is not trained."""
+    record: dict[str, Any] = {'role': self.role, 'content': self.content}
+    if not self.trained:
+      record['train'] = False
+    return record
 
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'Message':
-    """Reads a message; raises ValueError without a role and a text content."""
+    """Reads a message that `to_json` wrote.
+
+    Raises:
+      ValueError: no role, no text content, or another field that says something.
+    """
     if not (
       isinstance(record, dict) and isinstance(record.get('content'), str) and 'role' in record
     ):
       raise ValueError(f'a message needs a role and a text content, got {str(record)[:120]!r}')
-    return cls(record['role'], record['content'])
+    refuse_unknown(record, ('role', 'content', 'train'), f'a message of role {record["role"]!r}')
+    return cls(record['role'], record['content'], record.get('train', True) is not False)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:

@@ -3,20 +3,27 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from absl import logging
 
-from dcore_jax.data import row_schemas
+from dcore_jax.data import reference_rows, row_schemas
+from dcore_jax.data.dialogues import CALL_STYLES, Record
+from dcore_jax.data.record_files import TEXT_FILES, Found, Unreadable, file_kind, read_records
 from dcore_jax.data.seeds import DecisionPoint
-from dcore_jax.files import data_path, read_rows
+from dcore_jax.files import data_path
 
-_FILES = ('.json', '.jsonl', '.parquet')
+_FILES = (*TEXT_FILES, '.parquet')
 _HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
+# What adapters raise for records that are built otherwise than their schema says. An error of the
+# program itself could be among them; it is logged, as every record that is left out is.
+ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+Made = TypeVar('Made')
 
 
-def load_records(name: str) -> list[dict[str, Any]]:
+def load_records(name: str) -> list[Found]:
   """Loads the records of a data set.
 
   JSON files are read here and not by `datasets`: Arrow knows one type a column, and fills the
@@ -24,23 +31,32 @@ def load_records(name: str) -> list[dict[str, Any]]:
   `datasets`, fields without a value are taken out again.
 
   Args:
-    name: a JSON or JSON-lines file, or a Parquet file or folder that `datasets` reads, by its path
-      or below the data folder. Otherwise `owner/name[#configuration]` on the hub (its split
-      `train`).
+    name: a JSON, JSON-lines or CSV file, perhaps compressed (.gz, .zst), or a Parquet file or
+      folder that `datasets` reads, by its path or below the data folder. Otherwise
+      `owner/name[#configuration]` on the hub (its split `train`).
+
+  Returns:
+    The records in order; an `Unreadable` in the place of one that cannot be parsed.
 
   Raises:
-    ValueError: nothing of that name, or content that cannot be read.
+    ValueError: nothing of that name, or a file that cannot be read.
   """
   place, _, configuration = name.partition('#')
-  on_hub = pathlib.Path(place).suffix not in _FILES and _HUB_NAME.fullmatch(place)
+  kind = file_kind(pathlib.Path(place))
+  on_hub = kind not in _FILES and _HUB_NAME.fullmatch(place)
   try:
     path = data_path(place)
   except ValueError:
     if not on_hub:
       raise
     path = None
-  if path is not None and path.suffix in ('.json', '.jsonl'):
-    return read_rows(path)
+  if path is not None and path.is_file():
+    if kind in TEXT_FILES:
+      return read_records(path)
+    if path.suffix != '.parquet':
+      raise ValueError(
+        f'{name!r} is no file of rows; known are {_FILES}, the first with .gz or .zst'
+      )
   # Importing `datasets` takes 1.5 s, which programs on JSON files should not pay.
   import datasets
 
@@ -68,6 +84,103 @@ def _without_nulls(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Converted(Generic[Made]):
+  """What became of records, and how many were left out as unreadable."""
+
+  made: list[Made]
+  unreadable: int
+
+
+# (record, name of the record) -> what is made of it; raises one of ODD for what it cannot read.
+Convert = Callable[[Record, str], list[Made]]
+
+
+def convert_records(
+  records: Sequence[Any], place: str, convert: Convert[Made], *, unreadable: str, option: str
+) -> Converted[Made]:
+  """Converts records one by one; what is odd about one of them stays with it.
+
+  Args:
+    records: of any types; only objects can be converted.
+    place: where they are from. A record is named after it where it has no id.
+    convert: see `Convert`.
+    unreadable: 'error', or 'drop': what cannot be converted is left out, counted and logged.
+    option: the config's field that says so.
+
+  Raises:
+    ValueError: a record that cannot be converted, by place and number; no records, or none that can
+      be converted.
+  """
+  if unreadable not in ('error', 'drop'):
+    raise ValueError(f"{option} = {unreadable!r}; expected 'error' or 'drop'")
+  if not records:
+    raise ValueError(f'{place} holds no records')
+  stem = pathlib.Path(place).name.partition('.')[0]
+  made = []
+  problems = []
+  for number, record in enumerate(records):
+    try:
+      if isinstance(record, Unreadable):
+        raise ValueError(f'cannot be read: {record.reason}')
+      if not isinstance(record, dict):
+        raise ValueError(f'cannot be read: it is of type {type(record).__name__}, not an object')
+      made += convert(record, f'{stem}-{number}')
+    except ODD as error:
+      problems.append(f'{place}, row {number}, {_reason(error)}')
+      if unreadable == 'error':
+        raise ValueError(f"{problems[0]}; {option} = 'drop' would leave it out") from error
+  if problems:
+    logging.warning(
+      '%d of %d records of %s are left out; the first: %s',
+      len(problems),
+      len(records),
+      place,
+      problems[0],
+    )
+    if len(problems) == len(records):
+      raise ValueError(f'none of {len(records)} records can be read; the first: {problems[0]}')
+  return Converted(made, len(problems))
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, KeyError):
+    return f'cannot be read: it lacks {error}'
+  if isinstance(error, RecursionError):
+    return 'cannot be read: it is nested too deeply'
+  text = str(error) or type(error).__name__
+  return text if text.startswith('cannot be read') else f'cannot be read: {text}'
+
+
+def _by_schema(
+  convert: Callable[[Record, str, str], list[Made]], schema: str | None
+) -> Convert[Made]:
+  """Makes a `Convert` of a function of (record, schema, name)."""
+
+  def adapted(record: Record, name: str) -> list[Made]:
+    found = schema or row_schemas.recognise(record)
+    if found is None:
+      raise ValueError(
+        f'no known schema has the fields {sorted(record)}; known are {row_schemas.SCHEMAS}'
+      )
+    try:
+      return convert(record, found, name)
+    except ODD as error:
+      reason = _reason(error).removeprefix('cannot be read: ')
+      raise ValueError(f'cannot be read as {found}: {reason}') from error
+
+  return adapted
+
+
+def _split_schema(name: str) -> tuple[str | None, str]:
+  """Returns (schema, or None where it is to be guessed; place) of `[schema:]place`."""
+  schema, _, place = name.partition(':')
+  return (schema, place) if schema in row_schemas.SCHEMAS else (None, name)
+
+
+# --- rows for fine-tuning -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
   """Rows {id, conversations[, tools]}, and how many records were left out as unreadable."""
 
@@ -84,70 +197,77 @@ def sft_rows(
     names: as `load_records` takes them. A schema before a colon is not guessed: `toolace:PATH`.
     call_style: how tools and calls are written where a schema holds them as data, see
       `row_schemas`.
-    unreadable: 'error', or 'drop': records that break their schema's promises are left out, counted
-      and logged.
+    unreadable: 'error', or 'drop': records that cannot be read are left out, counted and logged.
 
   Raises:
-    ValueError: a record of no known schema, by file, number and fields; one that cannot be read; a
+    ValueError: a record that cannot be read or is of no known schema, by file, number and reason; a
       data set without a readable record.
   """
-  if unreadable not in ('error', 'drop'):
-    raise ValueError(f"sft.unreadable = {unreadable!r}; expected 'error' or 'drop'")
-  if call_style not in row_schemas.CALL_STYLES:
-    raise ValueError(f'sft.call_style = {call_style!r}; expected one of {row_schemas.CALL_STYLES}')
   rows = []
   left_out = 0
   for name in names:
-    found = _data_set_rows(name, call_style, unreadable)
+    schema, place = _split_schema(name)
+    found = adapt_rows(
+      load_records(place), place, call_style=call_style, unreadable=unreadable, schema=schema
+    )
     rows += found.rows
     left_out += found.unreadable
   return Rows(rows, left_out)
 
 
-def _data_set_rows(name: str, call_style: str, unreadable: str) -> Rows:
-  schema, _, place = name.partition(':')
-  if schema not in row_schemas.SCHEMAS:
-    schema = None
-    place = name
-  stem = pathlib.Path(place).stem
-  records = load_records(place)
-  if not records:
-    raise ValueError(f'{place} holds no records')
-  rows = []
-  problems = []
-  for number, record in enumerate(records):
-    found = schema or row_schemas.recognise(record)
-    if found is None:
-      raise ValueError(
-        f'{place}, row {number}: no known schema has the fields {sorted(record)}; '
-        f'known are {row_schemas.SCHEMAS}'
-      )
-    try:
-      rows += row_schemas.to_rows(record, found, f'{stem}-{number}', call_style)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-      reason = f'it lacks {error}' if isinstance(error, KeyError) else error
-      problems.append(f'{place}, row {number}, cannot be read as {found}: {reason}')
-      if unreadable == 'error':
-        raise ValueError(problems[0] + "; sft.unreadable = 'drop' would leave it out") from error
-  if problems:
-    logging.warning(
-      '%d of %d records of %s are left out; the first: %s',
-      len(problems),
-      len(records),
-      place,
-      problems[0],
-    )
-    if len(problems) == len(records):
-      raise ValueError(f'none of {len(records)} records can be read; the first: {problems[0]}')
-  return Rows(rows, len(problems))
+def adapt_rows(
+  records: Sequence[Any],
+  place: str,
+  *,
+  call_style: str = 'python',
+  unreadable: str = 'error',
+  schema: str | None = None,
+) -> Rows:
+  """Makes rows of records that are there already; see `sft_rows`.
+
+  Args:
+    records: in any of the schemas.
+    place: what errors call them.
+    call_style, unreadable: see `sft_rows`.
+    schema: that of all records; None guesses it for each.
+
+  Raises:
+    ValueError: as `sft_rows`.
+  """
+  if call_style not in CALL_STYLES:
+    raise ValueError(f'sft.call_style = {call_style!r}; expected one of {CALL_STYLES}')
+
+  def convert(record: Record, found: str, name: str) -> list[Record]:
+    return row_schemas.to_rows(record, found, name, call_style)
+
+  converted = convert_records(
+    records, place, _by_schema(convert, schema), unreadable=unreadable, option='sft.unreadable'
+  )
+  return Rows(converted.made, converted.unreadable)
 
 
-def rl_points(names: Sequence[str]) -> list[DecisionPoint]:
-  """Loads the decision points of the named files of ToolRL rows."""
+# --- rows for reinforcement learning --------------------------------------------------------------
+
+
+def rl_points(names: Sequence[str], *, unreadable: str = 'error') -> list[DecisionPoint]:
+  """Loads the decision points of the named data sets.
+
+  Args:
+    names: as `sft_rows` takes them; see `reference_rows` for what a record holds.
+    unreadable: 'error', or 'drop': records that cannot be read are left out, counted and logged.
+
+  Raises:
+    ValueError: as `sft_rows`.
+  """
   points = []
   for name in names:
-    path = data_path(name)
-    for number, record in enumerate(read_rows(path)):
-      point, _ = row_schemas.toolrl_point(record, f'{path.stem}-{number}')
-      points.append(point)
+    schema, place = _split_schema(name)
+
+    def convert(record: Record, name: str, schema: str | None = schema) -> list[DecisionPoint]:
+      return reference_rows.read_points(record, schema, name)
+
+    converted = convert_records(
+      load_records(place), place, convert, unreadable=unreadable, option='rl.unreadable'
+    )
+    points += converted.made
   return points

@@ -1,7 +1,10 @@
 """The schemas that rows for fine-tuning are published in, and one adapter from each to ours.
 
-    rows        conversations of {role, content}: D-CORE's rows; self-distillation writes them too
-    packed      the same and single_conv_last_idx: D-CORE's packs, several rows in one
+    rows        messages or conversations of {role, content}, as OpenAI's interface has them, and
+                tools: D-CORE's rows, too; self-distillation writes such rows
+    completion  prompt, completion: texts or lists of such messages
+    preference  chosen, rejected and perhaps prompt, of which the chosen answer is taken
+    packed      conversations and single_conv_last_idx: D-CORE's packs, several rows in one
     toolrl      instruction, input, output: ToolRL
     xlam        query, tools, answers: Salesforce/xlam-function-calling-60k
     toolace     system, conversations of {from, value}: Team-ACE/ToolACE
@@ -9,30 +12,33 @@
     hermes      conversations of {from, value}, no system: NousResearch/hermes-function-calling-v1
 
 Our row is {id, conversations: [{role, content}]}, with `tools` where the chat template is to show
-them. The first three schemas come with their tools and calls as text, which stays as it is. The
-others are read as data and written in one of two styles, so that rows of different sources ask and
-answer alike:
-    python  specs in the system message, calls as [f(a=1)], tool responses as user messages (as in
-            D-CORE's and ToolRL's rows)
-    hermes  specs through the template's `tools`, calls as <tool_call> JSON, tool responses in the
-            role `tool`
+them. Calls that stand as text in messages {role, content}, or in ToolRL's rows, stay as they are.
+What is read as data is written in one of the two styles of `dialogues`, so that rows of different
+sources ask and answer alike. A field that no adapter reads is refused by name, unless it is known
+to say nothing about the conversation.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
-from dcore_jax.chat.tool_calls import parse_python, print_calls, tool_response
-from dcore_jax.chat.tool_specs import CALL_FORMAT, read_literal, read_tools, system_text
+from dcore_jax.chat.messages import Message, ToolCall, ToolSpec, refuse_unknown
+from dcore_jax.chat.tool_calls import parse_python, print_calls
+from dcore_jax.chat.tool_specs import CALL_FORMAT, read_literal, read_tools
+from dcore_jax.data import chat_rows
+from dcore_jax.data.dialogues import (
+  FREE_FIELDS,
+  Dialogue,
+  DialogueTurn,
+  Record,
+  check_row,
+  python_name,
+  python_named,
+  write_row,
+)
 from dcore_jax.data.seeds import DecisionPoint
-
-CALL_STYLES = ('python', 'hermes')
-
-Record = dict[str, Any]
-Named = TypeVar('Named', ToolCall, ToolSpec)
 
 _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
 _TAGGED_CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
@@ -50,26 +56,19 @@ _ROLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DialogueTurn:
-  """One message of a dialogue, by 'user', 'assistant' or 'tool'.
-
-  Where an assistant makes calls, its `text` is the thought before them, '' for none.
-  """
-
-  role: str
-  text: str
-  calls: tuple[ToolCall, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialogue:
-  """A record as data. Tools are named as in the source."""
-
-  id: str
-  policy: str  # system text without the tools; '' for none
-  tools: tuple[ToolSpec, ...]
-  turns: tuple[DialogueTurn, ...]
+# What each schema's records say, beside what says nothing about a conversation.
+_CHAT_FIELDS = ('system', 'tools', 'functions')
+_FIELDS = {
+  'rows': (*chat_rows.MESSAGE_FIELDS, *_CHAT_FIELDS),
+  'completion': ('prompt', 'completion', *_CHAT_FIELDS),
+  'preference': ('prompt', 'chosen', 'rejected', *_CHAT_FIELDS),
+  'packed': ('conversations', 'single_conv_last_idx', *_CHAT_FIELDS),
+  'toolrl': ('instruction', 'input', 'output'),
+  'xlam': ('query', 'tools', 'answers'),
+  'toolace': ('system', 'conversations'),
+  'apigen_mt': ('system', 'conversations', 'tools'),
+  'hermes': ('conversations', 'tools', 'schema'),  # the schema stands in the system text, too
+}
 
 
 # --- recognising and adapting ---------------------------------------------------------------------
@@ -85,53 +84,56 @@ def recognise(record: Record) -> str | None:
     return 'toolrl'
   if {'query', 'tools', 'answers'} <= fields:
     return 'xlam'
-  turns = record.get('conversations')
-  if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
-    return None
-  if {'role', 'content'} <= turns[0].keys():
-    return 'packed' if 'single_conv_last_idx' in fields else 'rows'
-  if {'from', 'value'} <= turns[0].keys():
+  if fields & set(chat_rows.MESSAGE_FIELDS):
+    return _message_schema(record, fields)
+  if 'chosen' in fields:
+    return 'preference'
+  return 'completion' if {'prompt', 'completion'} <= fields else None
+
+
+def _message_schema(record: Record, fields: set[str]) -> str:
+  try:
+    messages = chat_rows.message_list(record)
+  except ValueError:
+    return 'rows'  # whose reader says what is wrong
+  said = [message for message in messages if isinstance(message, dict)]
+  if any('from' in message for message in said) and not any('role' in one for one in said):
     if 'system' not in fields:
       return 'hermes'
     return 'apigen_mt' if 'tools' in fields else 'toolace'
-  return None
+  return 'packed' if 'single_conv_last_idx' in fields else 'rows'
 
 
 def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
   """Reads a record as data, with names that a Python-style call can have.
 
-  Returns None for schemas whose calls are text.
+  Calls that stand in a text are read, too. Returns None for ToolRL, whose tools are text, and for
+  packs.
 
   Raises:
     ValueError, KeyError, TypeError: as `to_rows`.
   """
+  name = _record_name(record, name)
+  if schema in _CHATS:
+    record = _chat_record(record, schema)
+    return python_named(_with_text_calls(chat_rows.chat_dialogue(record, name)))
   if schema not in _DIALOGUES:
     return None
-  dialogue = _DIALOGUES[schema](record, _record_name(record, name))
-  turns = tuple(
-    dataclasses.replace(turn, calls=_with_python_names(turn.calls)) for turn in dialogue.turns
-  )
-  return dataclasses.replace(dialogue, tools=_python_named_tools(dialogue.tools), turns=turns)
+  return python_named(_data_dialogue(record, schema, name))
+
+
+def _with_text_calls(dialogue: Dialogue) -> Dialogue:
+  turns = []
+  for number, turn in enumerate(dialogue.turns):
+    if turn.role == 'assistant' and not turn.calls:
+      read = _read_answer(turn.text, dialogue.tools, number)
+      turn = dataclasses.replace(read, trained=turn.trained)
+    turns.append(turn)
+  return dataclasses.replace(dialogue, turns=tuple(turns))
 
 
 def _record_name(record: Record, otherwise: str) -> str:
   return str(record['id']) if record.get('id') is not None else otherwise
-
-
-def _with_python_names(things: Iterable[Named]) -> tuple[Named, ...]:
-  return tuple(dataclasses.replace(thing, name=_python_name(thing.name)) for thing in things)
-
-
-def _python_named_tools(tools: Sequence[ToolSpec]) -> tuple[ToolSpec, ...]:
-  renamed = _with_python_names(tools)
-  _refuse_equal_names(renamed)
-  return renamed
-
-
-def _refuse_equal_names(tools: Sequence[ToolSpec]) -> None:
-  names = [tool.name for tool in tools]
-  if len(set(names)) < len(names):
-    raise ValueError(f'two tools have one name: {sorted(names)}')
 
 
 def to_rows(record: Record, schema: str, name: str, style: str = 'python') -> list[Record]:
@@ -144,37 +146,69 @@ def to_rows(record: Record, schema: str, name: str, style: str = 'python') -> li
     style: one of CALL_STYLES.
 
   Raises:
-    ValueError: a record that breaks what its schema promises.
+    ValueError: a record that breaks what its schema promises, or says what nothing reads.
     KeyError, TypeError: one that lacks fields or nests them otherwise.
   """
   name = _record_name(record, name)
-  if schema in _DIALOGUES:
-    return [write_row(_DIALOGUES[schema](record, name), style)]
-  return _TEXTS[schema](record, name, style)
+  if schema in _CHATS:
+    rows = [_chat_row(_chat_record(record, schema), name, style)]
+  elif schema in _DIALOGUES:
+    rows = [write_row(_data_dialogue(record, schema, name), style)]
+  else:
+    rows = _TEXTS[schema](record, name, style)
+    check_fields(record, schema)
+  return [check_row(row) for row in rows]
 
 
-def _our_row(record: Record, name: str, style: str) -> list[Record]:
-  del style  # these rows hold their calls as text, which is not rewritten
-  messages = [Message.from_json(message) for message in record['conversations']]
-  if not any(message.role == 'assistant' for message in messages):
-    raise ValueError('the assistant never speaks')
-  row = {'id': name, 'conversations': record['conversations']}
-  if record.get('tools'):
-    row['tools'] = record['tools']
-  return [row]
+def check_fields(record: Record, schema: str, more: Sequence[str] = ()) -> None:
+  """Refuses a record with a field that no adapter of its schema reads.
+
+  Args:
+    record: as published.
+    schema: one of SCHEMAS.
+    more: fields that the caller reads.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  # These say how calls are sampled. Only their usual values are the same as saying nothing.
+  usual = {'auto', 'none'} & {str(record.get('tool_choice'))}
+  known = (*_FIELDS[schema], *(['tool_choice'] if usual else []), *more)
+  refuse_unknown(record, known, f'a row of schema {schema!r}', FREE_FIELDS)
+
+
+def _chat_record(record: Record, schema: str) -> Record:
+  check_fields(record, schema)
+  return record if schema == 'rows' else chat_rows.with_messages(record)
+
+
+def _data_dialogue(record: Record, schema: str, name: str) -> Dialogue:
+  adapted = record
+  if 'conversations' in _FIELDS[schema]:
+    # The list may have the other name, or be JSON text.
+    adapted = {**record, 'conversations': chat_rows.message_list(record)}
+  dialogue = _DIALOGUES[schema](adapted, name)
+  check_fields(record, schema, chat_rows.MESSAGE_FIELDS)
+  return dialogue
+
+
+def _chat_row(record: Record, name: str, style: str) -> Record:
+  row = chat_rows.text_row(record, name)
+  return row if row is not None else write_row(chat_rows.chat_dialogue(record, name), style)
 
 
 def _packed_rows(record: Record, name: str, style: str) -> list[Record]:
   """Takes a pack apart into its rows: each ends with the message that its index points to."""
-  del style
   messages = record['conversations']
   lasts = record['single_conv_last_idx']
+  shared = {field: record[field] for field in _CHAT_FIELDS if field in record}
   rows = []
   start = 0
   for last in lasts:
     if not (isinstance(last, int) and start <= last < len(messages)):
       raise ValueError(f'single_conv_last_idx = {lasts} does not cut {len(messages)} messages')
-    rows.append({'id': f'{name}-{len(rows)}', 'conversations': messages[start : last + 1]})
+    part = {**shared, 'conversations': messages[start : last + 1]}
+    rows.append(_chat_row(part, f'{name}-{len(rows)}', style))
     start = last + 1
   if start != len(messages):
     raise ValueError(
@@ -256,29 +290,32 @@ def _hermes(record: Record, name: str) -> Dialogue:
 
 
 def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[DialogueTurn, ...]:
-  """Reads ShareGPT messages {from, value} up to the assistant's last one.
+  """Reads ShareGPT messages {from, value} up to the assistant's last one that is trained.
 
-  What follows that one is cut off: no answer is given after it.
+  What follows that one is cut off: nothing is learned after it.
   """
   turns = []
   last = -1
   for number, record in enumerate(records):
     role = _ROLES.get(record.get('from'))
     text = record.get('value')
+    where = f'message {number} ({record.get("from")})'
+    refuse_unknown(record, ('from', 'value', *chat_rows.TRAIN_FIELDS), where)
+    trained = chat_rows.is_trained(record, where)
     if role is None or not isinstance(text, str):
       raise ValueError(
         f'message {number} is by {record.get("from")!r} with a value of type '
         f'{type(text).__name__}; expected text by one of {sorted(_ROLES)}'
       )
     if role == 'function_call':
-      turns.append(DialogueTurn('assistant', '', _read_calls(text)))
+      turns.append(DialogueTurn('assistant', '', _read_calls(text), trained=trained))
     elif role == 'tool':
       turns += [DialogueTurn('tool', part) for part in _TAGGED_RESPONSE.findall(text) or [text]]
     elif role == 'assistant':
-      turns.append(_read_answer(text, tools, number))
+      turns.append(dataclasses.replace(_read_answer(text, tools, number), trained=trained))
     else:
       turns.append(DialogueTurn('user', text))
-    if turns[-1].role == 'assistant':
+    if turns[-1].role == 'assistant' and trained:
       last = len(turns) - 1
   if last < 0:
     raise ValueError('the assistant never speaks')
@@ -286,19 +323,21 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
 
 
 def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueTurn:
-  """Reads an assistant's text; words beside tagged calls are dropped, as calls stand alone."""
+  """Reads an assistant's text: thoughts, calls, and the words beside tagged calls."""
   thought, closed, answer = text.rpartition('</think>')
   bodies = _TAGGED_CALL.findall(answer)
   stripped = answer.strip()
   calls: tuple[ToolCall, ...] = ()
+  words = ''
   if bodies:
     for body in bodies:
       calls += _read_calls(body)
+    words = _TAGGED_CALL.sub('', answer).strip()
   elif tools and stripped[:1] == '[' and stripped[-1:] == ']':
     calls = _read_python_calls(stripped, tools)
   if not calls and not stripped:
     raise ValueError(f'message {number}: the assistant says nothing')
-  return DialogueTurn('assistant', thought + closed if calls else text, calls)
+  return DialogueTurn('assistant', thought + closed if calls else text, calls, words)
 
 
 def _read_python_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...]:
@@ -306,13 +345,13 @@ def _read_python_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, 
 
   Such a name is made readable where a call begins, and put back afterwards.
   """
-  names = {_python_name(tool.name): tool.name for tool in tools}
+  names = {python_name(tool.name): tool.name for tool in tools}
   odd = [name for name in names.values() if name not in names]
   if odd:
     # The longest name comes first, since one name may begin another.
     odd.sort(key=len, reverse=True)
     pattern = r'(?<=[\[,\s])(' + '|'.join(map(re.escape, odd)) + r')(?=\()'
-    text = re.sub(pattern, lambda match: _python_name(match[1]), text)
+    text = re.sub(pattern, lambda match: python_name(match[1]), text)
   return tuple(
     dataclasses.replace(call, name=names.get(call.name, call.name)) for call in parse_python(text)
   )
@@ -327,7 +366,7 @@ def _read_calls(value: Any) -> tuple[ToolCall, ...]:
   records = value if isinstance(value, list) else [value]
   calls = []
   for call in records:
-    arguments = read_literal(call.get('arguments', {})) if isinstance(call, dict) else None
+    arguments = _call_arguments(call) if isinstance(call, dict) else None
     if not isinstance(arguments, dict) or not isinstance(call.get('name'), str):
       raise ValueError(f'a tool call needs a name and arguments, got {str(call)[:80]!r}')
     calls.append(ToolCall(call['name'], arguments))
@@ -336,62 +375,13 @@ def _read_calls(value: Any) -> tuple[ToolCall, ...]:
   return tuple(calls)
 
 
-# --- writing our rows -----------------------------------------------------------------------------
-
-
-def write_row(dialogue: Dialogue, style: str) -> Record:
-  """Writes a dialogue as our row in one of CALL_STYLES.
-
-  Raises:
-    ValueError: two tools get the same name, or a call cannot be written.
-  """
-  if style == 'python':
-    return _python_row(dialogue)
-  _refuse_equal_names(dialogue.tools)
-  messages = [Message('system', dialogue.policy)] if dialogue.policy else []
-  messages += [Message(turn.role, _turn_text(turn, turn.calls, style)) for turn in dialogue.turns]
-  row = {'id': dialogue.id, 'conversations': [message.to_json() for message in messages]}
-  if dialogue.tools:
-    row['tools'] = [{'type': 'function', 'function': tool.to_json()} for tool in dialogue.tools]
-  return row
-
-
-def _python_row(dialogue: Dialogue) -> Record:
-  tools = _python_named_tools(dialogue.tools)
-  system = system_text(dialogue.policy, tools) if tools else dialogue.policy
-  messages = [Message('system', system)] if system else []
-  before = ''  # role of the turn before
-  for turn in dialogue.turns:
-    if turn.role != 'tool':
-      text = _turn_text(turn, _with_python_names(turn.calls), 'python')
-      messages.append(Message(turn.role, text))
-    elif before == 'tool':
-      # Responses that follow each other share a message, as in Qwen3's template.
-      text = messages[-1].content + '\n' + tool_response(turn.text)
-      messages[-1] = Message('user', text)
-    else:
-      messages.append(Message('user', tool_response(turn.text)))
-    before = turn.role
-  return {'id': dialogue.id, 'conversations': [message.to_json() for message in messages]}
-
-
-def _turn_text(turn: DialogueTurn, calls: Sequence[ToolCall], style: str) -> str:
-  if not calls:
-    return turn.text
-  thought = turn.text + '\n\n' if turn.text else ''
-  return thought + print_calls(calls, style)
-
-
-def _python_name(name: str) -> str:
-  """Makes a dotted identifier of a tool name that may hold spaces, slashes or quotes."""
-  parts = []
-  for word in name.split('.'):
-    part = re.sub(r'\W+', '_', word).strip('_')
-    if part[:1].isdigit():
-      part = '_' + part
-    if part:
-      parts.append(part)
-  return '.'.join(parts) or 'unnamed'
+def _call_arguments(call: Record) -> Any:
+  """Returns the arguments of a call, which some sets call parameters."""
+  refuse_unknown(call, ('name', 'arguments', 'parameters'), 'a tool call', ('id', 'index', 'type'))
+  given = [key for key in ('arguments', 'parameters') if call.get(key) not in (None, '', {})]
+  if len(given) > 1:
+    raise ValueError("a tool call has both 'arguments' and 'parameters'")
+  return read_literal(call[given[0]]) if given else {}
 
 
 # --- ToolRL ---------------------------------------------------------------------------------------
@@ -419,7 +409,7 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   # The instruction's tool list is kept, with names that a Python-style call can have. ToolRL's own
   # output format, which stands behind it, is replaced by ours.
   tools = record['instruction'].split('**Steps for Each Turn**')[0]
-  tools = _LISTED_NAME.sub(lambda match: match[1] + _python_name(match[2]), tools)
+  tools = _LISTED_NAME.sub(lambda match: match[1] + python_name(match[2]), tools)
   messages = (
     Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT),
     Message('user', record['input']),
@@ -448,11 +438,11 @@ def _toolrl_call(line: str, name: str) -> ToolCall:
     or not isinstance(call.get('parameters'), dict)
   ):
     raise ValueError(f'row {name!r}: a tool call needs a name and parameters, got {line[:80]!r}')
-  return ToolCall(_python_name(call['name']), call['parameters'])
+  return ToolCall(python_name(call['name']), call['parameters'])
 
 
+_CHATS = ('rows', 'completion', 'preference')
 _TEXTS: dict[str, Callable[[Record, str, str], list[Record]]] = {
-  'rows': _our_row,
   'packed': _packed_rows,
   'toolrl': _toolrl_row,
 }
@@ -462,4 +452,4 @@ _DIALOGUES: dict[str, Callable[[Record, str], Dialogue]] = {
   'apigen_mt': _apigen_mt,
   'hermes': _hermes,
 }
-SCHEMAS = (*_TEXTS, *_DIALOGUES)
+SCHEMAS = (*_CHATS, *_TEXTS, *_DIALOGUES)

@@ -13,11 +13,11 @@ import jinja2
 from absl import logging
 
 from dcore_jax import tokentree
-from dcore_jax.chat.examples import LOSS_MASKS, cut_example, encode_pieces
+from dcore_jax.chat.examples import LOSS_MASKS, Piece, cut_example, encode_pieces
 from dcore_jax.chat.messages import Message, split_reasoning
-from dcore_jax.chat.template import turn_format
+from dcore_jax.chat.template import TurnFormat, turn_format
 from dcore_jax.config import SftSection
-from dcore_jax.data.records import sft_rows
+from dcore_jax.data.records import adapt_rows, sft_rows
 from dcore_jax.files import read_rows
 
 
@@ -37,10 +37,10 @@ class SftRow:
 
 
 def parse_rows(records: Sequence[dict[str, Any]]) -> list[SftRow]:
-  """Reads rows {id, conversations: [{role, content}][, tools]}.
+  """Reads rows of ours, {id, conversations: [{role, content[, train]}][, tools]}.
 
   Raises:
-    ValueError: naming a row that has no readable conversation.
+    ValueError: naming a row that has no readable conversation, or says what would be lost.
   """
   rows = []
   for number, record in enumerate(records):
@@ -73,12 +73,24 @@ def training_rows(config: SftSection, workdir: pathlib.Path) -> tuple[list[SftRo
     unreadable = found.unreadable
   else:
     records = _distilled_records(workdir / 'distill')
+  return _prepared(records, config), unreadable
+
+
+def given_rows(records: Sequence[Any], config: SftSection) -> tuple[list[SftRow], int]:
+  """Does what `training_rows` does, for records of any schema that a caller gives.
+
+  Raises:
+    ValueError: as `training_rows`.
+  """
+  found = adapt_rows(records, 'rows', call_style=config.call_style, unreadable=config.unreadable)
+  return _prepared(found.rows, config), found.unreadable
+
+
+def _prepared(records: Sequence[dict[str, Any]], config: SftSection) -> list[SftRow]:
   # `max_rows` counts rows as they are published, before a row becomes several by its turns.
   rows = parse_rows(records[: config.max_rows or None])
   rows = with_system_prompt(rows, config.system_prompt, config.stock_system_prompts)
-  if config.split_turns:
-    rows = split_turns(rows)
-  return rows, unreadable
+  return split_turns(rows) if config.split_turns else rows
 
 
 def _distilled_records(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -125,7 +137,7 @@ def with_system_prompt(
 
 
 def split_turns(rows: Sequence[SftRow]) -> list[SftRow]:
-  """Makes one row of every assistant message: everything up to it.
+  """Makes one row of every assistant message that is trained: everything up to it.
 
   Earlier assistant messages lose their thoughts, as in docs/method.md, section 2.1. Where a row
   becomes several, they are called `<id>/<number>`.
@@ -139,12 +151,13 @@ def split_turns(rows: Sequence[SftRow]) -> list[SftRow]:
     conversations = []
     for message in row.messages:
       if message.role == 'assistant':
-        conversations.append((*context, message))
+        if message.trained:
+          conversations.append((*context, message))
         _, answer = split_reasoning(message.content)
         message = Message('assistant', answer)
       context.append(message)
     if not conversations:
-      raise ValueError(f'row {row.id!r} cannot be split: the assistant never speaks')
+      raise ValueError(f'row {row.id!r} cannot be split: no message of the assistant is trained')
     for number, messages in enumerate(conversations):
       name = f'{row.id}/{number}' if len(conversations) > 1 else row.id
       result.append(SftRow(id=name, messages=messages, tools=row.tools))
@@ -172,43 +185,85 @@ def encode_rows(
   Raises:
     ValueError: naming a row that cannot be trained on.
   """
-  if loss_mask not in LOSS_MASKS:
-    raise ValueError(f'sft.loss_mask = {loss_mask!r}; expected one of {LOSS_MASKS}')
   if overlong not in ('drop', 'error'):
     raise ValueError(f"sft.overlong = {overlong!r}; expected 'drop' or 'error'")
+  _, sequences = _encode(tokenizer, rows, loss_mask, unreadable='error')
+  if capacity:
+    _report_overlong(rows, sequences, capacity, overlong)
+  return sequences
+
+
+def _encode(
+  tokenizer: Any, rows: Sequence[SftRow], loss_mask: str, unreadable: str
+) -> tuple[list[SftRow], list[tokentree.TokenSequence]]:
+  """Encodes rows -> (those that can be trained on, their sequences)."""
+  if loss_mask not in LOSS_MASKS:
+    raise ValueError(f'sft.loss_mask = {loss_mask!r}; expected one of {LOSS_MASKS}')
   turns = turn_format(tokenizer)
+  kept = []
   examples = []
+  problem = ''
   for row in rows:
     try:
-      examples.append(cut_example(tokenizer, turns, row.messages, loss_mask, row.tools))
+      pieces = cut_example(tokenizer, turns, row.messages, loss_mask, row.tools)
+      examples.append(_without_untrained(pieces, row.messages, turns))
+      kept.append(row)
     except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
-      raise ValueError(f'row {row.id!r} cannot be trained on: {error!r}') from error
+      problem = problem or f'row {row.id!r} cannot be trained on: {error!r}'
+      if unreadable == 'error':
+        raise ValueError(problem) from error
+  if problem:
+    if not kept:
+      raise ValueError(f'none of {len(rows)} rows can be trained on; the first: {problem}')
+    logging.warning(
+      '%d of %d rows are left out; the first: %s', len(rows) - len(kept), len(rows), problem
+    )
   encoded = encode_pieces(tokenizer, turns, examples, loss_mask)
-  sizes = [len(tokens) for tokens, _ in encoded]
-  if capacity:
-    _report_overlong(rows, sizes, capacity, overlong)
-  return [
+  return kept, [
     tokentree.TokenSequence(tokens, weights, shared=len(tokens)) for tokens, weights in encoded
   ]
 
 
+def _without_untrained(
+  pieces: list[Piece], messages: Sequence[Message], turns: TurnFormat
+) -> list[Piece]:
+  """Turns pieces of messages that are not to be trained into context."""
+  if not messages[-1].trained:
+    raise ValueError('its last message is marked as not to be trained')
+  flags = [message.trained for message in messages if message.role == 'assistant']
+  places = [place for place, piece in enumerate(pieces) if piece.trained]
+  pieces = list(pieces)
+  # A mask trains the last messages of the assistant: the last one, or all.
+  for place, trained in zip(places, flags[-len(places) :], strict=True):
+    if not trained:
+      # The encoder ends trained pieces by this token; here it is part of the context.
+      pieces[place] = Piece(pieces[place].text + turns.end_of_turn, False)
+  return pieces
+
+
 def section_sequences(
   tokenizer: Any, rows: Sequence[SftRow], config: SftSection
-) -> list[tokentree.TokenSequence]:
-  """Encodes rows as a config's section `sft` says; see `encode_rows`."""
-  return encode_rows(
-    tokenizer,
-    rows,
-    loss_mask=config.loss_mask,
-    capacity=config.capacity,
-    overlong=config.overlong,
-  )
+) -> tuple[list[SftRow], list[tokentree.TokenSequence]]:
+  """Encodes rows as a config's section `sft` says -> (rows, their sequences).
+
+  With `unreadable` = 'drop' rows that the chat template or the loss mask cannot take are missing
+  from both, counted and logged. Otherwise see `encode_rows`.
+  """
+  if config.overlong not in ('drop', 'error'):
+    raise ValueError(f"sft.overlong = {config.overlong!r}; expected 'drop' or 'error'")
+  kept, sequences = _encode(tokenizer, rows, config.loss_mask, config.unreadable)
+  _report_overlong(kept, sequences, config.capacity, config.overlong)
+  return kept, sequences
 
 
 def _report_overlong(
-  rows: Sequence[SftRow], sizes: Sequence[int], capacity: int, overlong: str
+  rows: Sequence[SftRow],
+  sequences: Sequence[tokentree.TokenSequence],
+  capacity: int,
+  overlong: str,
 ) -> None:
   """Logs how many rows are longer than `capacity` tokens, or raises with 'error'."""
+  sizes = [len(sequence.tokens) for sequence in sequences]
   count = sum(size > capacity for size in sizes)
   if not count:
     return

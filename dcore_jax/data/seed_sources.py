@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from dcore_jax.chat import tool_specs
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
-from dcore_jax.data import row_schemas, tau2_tasks
+from dcore_jax.data import reference_rows, row_schemas, tau2_tasks
+from dcore_jax.data.dialogues import Dialogue, DialogueTurn, Record, check_row
 from dcore_jax.data.leakage import Said, call_values, words_of
-from dcore_jax.data.records import load_records
-from dcore_jax.data.row_schemas import Dialogue, DialogueTurn
+from dcore_jax.data.record_files import Unreadable
+from dcore_jax.data.records import ODD, convert_records, load_records
 from dcore_jax.data.seeds import Seed
 from dcore_jax.data.world_seeds import task_seeds
-from dcore_jax.files import data_path, read_rows
 from dcore_jax.worlds.environment import World, WorldTask
 from dcore_jax.worlds.registry import WORLDS, WorldSection, find_world, make_world
 
@@ -98,8 +98,22 @@ def config_seeds(config: TasksSection) -> list[Seed]:
     return training_seeds(config, config.distill.tasks, DISTILL)
   seeds = []
   for name in config.distill.files:
-    seeds += [Seed.from_json(record) for record in read_rows(data_path(name))]
+    converted = convert_records(
+      load_records(name),
+      name,
+      _recorded_seed,
+      unreadable=config.distill.unreadable,
+      option='distill.unreadable',
+    )
+    seeds += converted.made
   return seeds
+
+
+def _recorded_seed(record: Record, name: str) -> list[Seed]:
+  del name  # a seed has an id of its own
+  seed = Seed.from_json(record)
+  check_row(seed.to_json())
+  return [seed]
 
 
 def load_seeds(source: str, *, count: int, seed: int) -> Found:
@@ -120,7 +134,7 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   if source == 'tau2':
     return tau2_seeds()
   if name == 'taubench':
-    records = read_rows(data_path(place or TAUBENCH))
+    records = load_records(place or TAUBENCH)
     return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
   if name in row_schemas.SCHEMAS:
     schema = name
@@ -131,7 +145,7 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   def read(record: dict[str, Any], number: str, found: Found) -> list[Seed]:
     return _read_record(record, schema, number, found)
 
-  return _collect(load_records(place), read, pathlib.Path(place).stem)
+  return _collect(load_records(place), read, pathlib.Path(place).name.partition('.')[0])
 
 
 def _world_source(name: str, count: int, seed: int) -> Found:
@@ -153,18 +167,23 @@ def _seeds_of(world: World, tasks: Sequence[WorldTask]) -> list[Seed]:
   return seeds
 
 
-# (record, name of the record, where drops are counted) -> seeds. A reader raises ValueError,
-# KeyError, TypeError, AttributeError or IndexError for a record that it cannot read.
+# (record, name of the record, where drops are counted) -> seeds. A reader raises ValueError or
+# another one of `records.ODD` for a record that it cannot read.
 Reader = Callable[[dict[str, Any], str, Found], list[Seed]]
 
 
-def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Found:
+def _collect(records: Sequence[Any], read: Reader, stem: str) -> Found:
   found = Found([], len(records), collections.Counter())
   problem = ''
   for number, record in enumerate(records):
     try:
-      found.seeds += read(record, f'{stem}-{number}', found)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+      if isinstance(record, Unreadable):
+        raise ValueError(record.reason)
+      seeds = read(record, f'{stem}-{number}', found)
+      for seed in seeds:
+        check_row(seed.to_json())
+      found.seeds += seeds
+    except ODD as error:
       found.dropped['unreadable record'] += 1
       problem = problem or f'row {number}: {error!r}'
   if not found.seeds:
@@ -175,10 +194,13 @@ def _collect(records: Sequence[dict[str, Any]], read: Reader, stem: str) -> Foun
 
 
 def _read_record(record: dict[str, Any], schema: str | None, name: str, found: Found) -> list[Seed]:
-  if schema is None and {'id', 'conversations', 'ground_truth'} <= record.keys():
+  if schema is None and reference_rows.is_seed(record):
     return [Seed.from_json(record)]
+  if schema is None and reference_rows.has_reference(record):
+    return [_asked_seed(record, name)]
   schema = schema or row_schemas.recognise(record)
   if schema == 'toolrl':
+    row_schemas.check_fields(record, schema)
     return [_toolrl_seed(record, name)]
   dialogue = row_schemas.to_dialogue(record, schema, name) if schema else None
   if dialogue is None:
@@ -186,6 +208,19 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
       f'rows of schema {schema} hold no reference calls as data; its fields are {sorted(record)}'
     )
   return list(dialogue_seeds(dialogue, found))
+
+
+def _asked_seed(record: dict[str, Any], name: str) -> Seed:
+  """A seed of messages and, in a field of its own, the calls of one response."""
+  asked = reference_rows.read_asked(record, name)
+  return Seed(
+    id=str(record['id']) if record.get('id') is not None else name,
+    kind=_kind_of(asked.calls, together=True),
+    conversations=asked.messages,
+    calls=asked.calls,
+    tool_response=(),
+    answer=asked.words,
+  )
 
 
 def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
@@ -223,9 +258,10 @@ class _Step:
 
   @property
   def said(self) -> str:
-    """What later prompts show of the message: its calls, or its text without the thoughts."""
+    """What later prompts show of the message: its words and calls, without the thoughts."""
     if self.message.calls:
-      return print_calls(list(self.message.calls))
+      words = self.message.words + '\n\n' if self.message.words else ''
+      return words + print_calls(list(self.message.calls))
     return self.message.text.rsplit('</think>', 1)[-1].strip()
 
 
@@ -270,6 +306,8 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     refusals: whether there are irrelevant seeds.
   """
   history = [Message('system', tool_specs.system_text(dialogue.policy, dialogue.tools))]
+  if any(turn.role == 'system' for turn in dialogue.turns):
+    raise ValueError('a system message stands inside the dialogue, where no seed can show it')
   requests = _requests(dialogue.turns)
   for number, request in enumerate(requests):
     calls = request.calls

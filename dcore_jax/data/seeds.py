@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.chat.messages import Message, ToolCall, refuse_unknown
 from dcore_jax.chat.tool_calls import parse_calls, parse_reference, print_calls, tool_response
+from dcore_jax.data.dialogues import FREE_FIELDS
 
 KINDS = ('single', 'sequential', 'parallel', 'irrelevant')
 
@@ -105,6 +106,8 @@ class Seed:
         f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}'
       )
     try:
+      known = [field.name for field in dataclasses.fields(cls)] + ['ground_truth']
+      refuse_unknown(record, known, 'the record', FREE_FIELDS)
       truth = record['ground_truth']
       calls = tuple(parse_calls(truth) or () if isinstance(truth, str) else parse_reference(truth))
       responses = record.get('tool_response', [])

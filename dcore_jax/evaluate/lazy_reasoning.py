@@ -12,8 +12,12 @@ import json
 import pathlib
 from typing import Any, Callable, Iterator, Sequence
 
+from dcore_jax.files import decode_utf8
+
 # Counted as substrings of the lower-cased text, as published: 'but' is also found in 'attribute'.
 REFLECTION_WORDS = ('wait', 'but', 'alternatively', 'however')
+# How bfcl-eval begins the result of an item for which the model could not be asked.
+_FAILED = 'error'
 # What the released code logs during reinforcement learning, over the whole response
 # (docs/method.md, section 3.7).
 LOGGED_WORDS = ('wait', 'but', 'however', 'alternatively', 'perhaps', 'because')
@@ -91,14 +95,18 @@ def lazy_ratio(
 # --- BFCL's files ---
 
 
-def read_results(path: pathlib.Path) -> list[Result]:
-  """The items of a BFCL result file.
+def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
+  """The items of a BFCL result file -> (those with an answer, ids of those whose inference failed).
 
   Raises:
     ValueError: a row that is no item, with file and line.
   """
   results = []
+  failed = set()
   for where, row in _rows(path):
+    if 'id' in row and _inference_failed(row):
+      failed.add(row['id'])
+      continue
     if 'id' not in row or 'reasoning_content' not in row:
       raise ValueError(f'{where}: a result row needs id and reasoning_content, has {sorted(row)}')
     try:
@@ -107,7 +115,17 @@ def read_results(path: pathlib.Path) -> list[Result]:
       raise ValueError(
         f'{where}: reasoning_content is neither text nor lists of texts: {error}'
       ) from error
-  return results
+  return results, failed
+
+
+def _inference_failed(row: dict[str, Any]) -> bool:
+  """Whether a row holds an error in the place of an answer."""
+  if row.get('reasoning_content') is not None:
+    return False
+  result = row.get('result')
+  if result is None or 'traceback' in row:
+    return True
+  return isinstance(result, str) and result.lower().startswith(_FAILED)
 
 
 def read_failures(path: pathlib.Path) -> set[str]:
@@ -136,17 +154,16 @@ def read_failures(path: pathlib.Path) -> set[str]:
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   """The pair ('file:line', record) of each line that is not blank."""
-  with open(path, encoding='utf-8') as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-      except ValueError as error:
-        raise ValueError(f'{path}:{number}: not JSON: {error}') from error
-      if not isinstance(row, dict):
-        raise ValueError(f'{path}:{number}: expected an object, got {type(row).__name__}')
-      yield f'{path}:{number}', row
+  for number, line in enumerate(decode_utf8(path.read_bytes(), str(path)).split('\n'), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'{path}:{number}: not JSON: {error}') from error
+    if not isinstance(row, dict):
+      raise ValueError(f'{path}:{number}: expected an object, got {type(row).__name__}')
+    yield f'{path}:{number}', row
 
 
 def _texts(content: Any) -> Iterator[str]:
@@ -198,13 +215,15 @@ def group_ratio(
     categories: BFCL's names; `GROUPS` has those of the published ratios.
     count_tokens: B texts -> their token counts, special tokens not added.
     min_reflections, min_tokens: see `is_lazy`.
-    note: takes a text that says which files are missing.
+    note: takes a text that says which files are missing, or what was left out.
 
   Returns:
-    As `lazy_ratio`; None where a file is missing.
+    As `lazy_ratio`, over the items that have an answer, with the number of the others as `left_out`
+    where there are any: their inference failed, or the score file judges them and the result file
+    lacks them. None where a file is missing, or no item has an answer.
 
   Raises:
-    ValueError: an unreadable row, or a score file that speaks of items which its result file lacks.
+    ValueError: an unreadable row, or a score file that judges other items than its result file has.
   """
   files = {}
   for category in categories:
@@ -216,22 +235,31 @@ def group_ratio(
     return None
   reasonings = []
   wrong = []
+  left_out = 0
   for category in categories:
-    results = read_results(files[category, 'result'])
+    results, failed = read_results(files[category, 'result'])
     failures = read_failures(files[category, 'score'])
-    strangers = failures - {result.id for result in results}
-    if strangers:
+    known = failed.union(result.id for result in results)
+    missing = failures - known
+    if missing and len(missing) == len(failures):
       raise ValueError(
-        f'{files[category, "score"]} judges {len(strangers)} items that '
-        f'{files[category, "result"]} lacks, such as {min(strangers)!r}'
+        f'{files[category, "score"]} judges {len(missing)} items that '
+        f'{files[category, "result"]} lacks, such as {min(missing)!r}, and none that it has'
       )
+    if failed or missing:
+      note(f'{category}: {len(failed)} failed inferences and {len(missing)} missing items left out')
+    left_out += len(failed) + len(missing)
     for result in results:
       reasonings += result.reasonings
       wrong += [result.id in failures] * len(result.reasonings)
-  return lazy_ratio(
+  if left_out and not reasonings:
+    note(f'no answer in {", ".join(categories)}')
+    return None
+  ratio = lazy_ratio(
     reasonings,
     count_tokens(reasonings),
     wrong,
     min_reflections=min_reflections,
     min_tokens=min_tokens,
   )
+  return ratio | {'left_out': left_out} if left_out else ratio

@@ -253,7 +253,8 @@ class Pipeline:
     if self.mesh:
       # The engine's caches make room for activations; what it compiled is kept by jax.
       self._engine = None
-    sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
+    kept, sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
+    unreadable += len(rows) - len(kept)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       run = StageRun(
         metrics=metrics,
@@ -367,7 +368,10 @@ def rl_source(
     short, dropped = short_tasks(tokenizer, world, tasks, section.max_prompt_tokens)
     return Episodes(tokenizer, world, short), dropped
   if points is None:
-    points = rl_points(section.files) if section.files else _world_points(config)
+    if section.files:
+      points = rl_points(section.files, unreadable=section.unreadable)
+    else:
+      points = _world_points(config)
   prompts, dropped = encode_prompts(tokenizer, points, section.max_prompt_tokens)
   return Questions(tokenizer, prompts, section.reward), dropped
 

@@ -139,6 +139,8 @@ def packed():
 def test_schemas_are_recognised_by_their_fields():
   cases = dict(
     rows=plain(),
+    completion={'prompt': 'hi', 'completion': 'ho'},
+    preference={'prompt': 'hi', 'chosen': 'ho', 'rejected': 'no'},
     packed=packed(),
     toolrl=toolrl_row(''),
     xlam=xlam(),
@@ -150,15 +152,13 @@ def test_schemas_are_recognised_by_their_fields():
   for name, record in cases.items():
     assert recognise(record) == name
   assert recognise(hermes(system=None)) == 'hermes'  # a column that other records fill
-  for record in (
-    {},
-    {'text': 'x'},
-    {'query': 'x'},
-    {'conversations': []},
-    {'conversations': 'x'},
-    {'conversations': [['user', 'x']]},
-  ):
+  for record in ({}, {'text': 'x'}, {'query': 'x'}, {'prompt': 'x'}, {'conversations': None}):
     assert recognise(record) is None
+  # The reader of messages says what is wrong with these.
+  for messages in ([], 'x', [['user', 'x']], {}, 3):
+    assert recognise({'conversations': messages}) == 'rows'
+    with pytest.raises(ValueError, match="'conversations'|message 0|conversations is not JSON"):
+      to_rows({'conversations': messages}, 'rows', 'r')
 
 
 def roles(row):
@@ -248,7 +248,8 @@ def test_hermes_reads_python_literals_and_specs_from_either_place(tools):
     contents[0].startswith('You may call') and '"get_weather"' in contents[0]
   )  # what the stock text says is said once
   assert (
-    contents[2] == "[get_weather(city='Oslo')]"
+    # Calls stand alone in this style: the words before them end the thoughts.
+    contents[2] == "<think>\nI look.\n</think>\n\n[get_weather(city='Oslo')]"
     and contents[3] == '<tool_response>\n{"is": "snow"}\n</tool_response>'
   )
   (answer,) = to_rows(

@@ -159,7 +159,7 @@ def test_every_published_schema(tmp_path):
 def test_what_gives_no_seed_is_counted_or_named(tmp_path):
   good = toolace(('user', 'x'), ('assistant', '[Get Weather(city="Oslo")]'))
   assert load(tmp_path, good, {'what': 1}, good | {'system': 3}).dropped == {'unreadable record': 2}
-  with pytest.raises(ValueError, match='none of 1 records.*rows'):
+  with pytest.raises(ValueError, match='none of 1 records.*the assistant never speaks'):
     load(tmp_path, {'conversations': [{'role': 'user', 'content': 'x'}]})
   for source in ('nowhere.json', 'taubench:nowhere.json'):
     with pytest.raises(ValueError, match='nowhere'):

@@ -102,7 +102,6 @@ def test_multi_turn_counts_steps(tmp_path):
       r'result\.json:3: reasoning_content is neither',
     ),
     ('score', '{"valid": false}', r'score\.json:3: a failing item needs an id'),
-    ('score', '{"id": "stranger"}', "judges 1 items that .* lacks, such as 'stranger'"),
   ],
 )
 def test_bad_rows_are_named(tmp_path, kind, line, reason):
@@ -110,6 +109,36 @@ def test_bad_rows_are_named(tmp_path, kind, line, reason):
   path = tmp_path / kind / f'BFCL_v3_multi_turn_base_{kind}.json'
   path.write_text(path.read_text() + line + '\n')
   with pytest.raises(ValueError, match=reason):
+    group(tmp_path, [])
+
+
+def test_failed_and_missing_items_are_left_out_and_counted(tmp_path):
+  multi_turn_files(tmp_path)
+  whole = group(tmp_path, [])
+  path = tmp_path / 'result' / 'BFCL_v3_multi_turn_base_result.json'
+  lines = [
+    {'id': 'a', 'result': 'Error during inference: timed out', 'traceback': '...'},
+    {'id': 'b', 'result': 'Error during inference: timed out', 'reasoning_content': None},
+    {'id': 'c', 'result': None},
+  ]
+  path.write_text('\ufeff' + path.read_text() + '\n'.join(map(json.dumps, lines)))
+  score = tmp_path / 'score' / 'BFCL_v3_multi_turn_base_score.json'
+  score.write_text(score.read_text() + '{"id": "a"}\n{"id": "missing"}\n')
+  notes = []
+  assert group(tmp_path, notes) == whole | {'left_out': 4}
+  assert notes == ['multi_turn_base: 3 failed inferences and 1 missing items left out']
+
+
+def test_files_of_which_nothing_is_left(tmp_path):
+  multi_turn_files(tmp_path)
+  for path in (tmp_path / 'result').rglob('*.json'):
+    path.write_text('{"id": "a", "result": "Error during inference: x"}\n')
+  for path in (tmp_path / 'score').rglob('*.json'):
+    path.write_text('{"accuracy": 0}\n{"id": "a"}\n')
+  notes = []
+  assert group(tmp_path, notes) is None and 'no answer in' in notes[-1]
+  path.write_text('{"accuracy": 0}\n{"id": "stranger"}\n')
+  with pytest.raises(ValueError, match="judges 1 items that .* lacks, such as 'stranger'"):
     group(tmp_path, [])
 
 

@@ -1,0 +1,152 @@
+"""Rows that ask something and hold the answer to compare with: for reinforcement learning, and as
+seeds.
+
+    ToolRL rows, and every schema of `row_schemas` that ends with the assistant's message: what
+        comes before that message is asked
+    messages (or a prompt that is a list of them), tools, and the reference in a field of its own:
+        ground_truth, answer, answers, reference, or reward_model.ground_truth
+    seeds, which are asked at each step of their reference
+
+A reference is calls, as data or as text, or an answer in words. Tools and calls are written in the
+Python style, in which rewards compare them.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.chat.tool_calls import parse_calls, parse_reference, print_calls
+from dcore_jax.data import chat_rows, row_schemas
+from dcore_jax.data.dialogues import Record, check_row, python_messages, python_name
+from dcore_jax.data.record_files import parse_strictly
+from dcore_jax.data.seeds import DecisionPoint, Seed, decision_points
+
+REFERENCE_FIELDS = ('ground_truth', 'answer', 'answers', 'reference', 'reference_calls')
+
+
+class Asked(NamedTuple):
+  """What a row asks, and its reference: calls, or else words."""
+
+  messages: tuple[Message, ...]
+  calls: tuple[ToolCall, ...]
+  words: str
+
+
+def read_points(record: Record, schema: str | None, name: str) -> list[DecisionPoint]:
+  """Reads the decision points of a record: several of a seed, one of anything else.
+
+  Args:
+    record: as published.
+    schema: one of `row_schemas.SCHEMAS`; None guesses it.
+    name: the point's id where the record has none.
+
+  Raises:
+    ValueError, KeyError, TypeError: a record that cannot be read.
+  """
+  if schema is None and is_seed(record):
+    return list(decision_points(Seed.from_json(record)))
+  if schema is None and has_reference(record):
+    asked = read_asked(record, name)
+  else:
+    schema = schema or row_schemas.recognise(record)
+    if schema is None:
+      raise ValueError(
+        f'no known schema has the fields {sorted(record)}; known are {row_schemas.SCHEMAS}, and '
+        f'messages with one of {REFERENCE_FIELDS}'
+      )
+    if schema == 'toolrl':
+      point, _ = row_schemas.toolrl_point(record, name)
+      row_schemas.check_fields(record, schema)
+      return [_checked(point)]
+    asked = _last_answer(record, schema, name)
+  kind = 'irrelevant' if not asked.calls else 'single' if len(asked.calls) == 1 else 'parallel'
+  point = DecisionPoint(
+    id=str(record['id']) if record.get('id') is not None else name,
+    kind=kind,
+    messages=asked.messages,
+    reference=print_calls(asked.calls) if asked.calls else asked.words,
+  )
+  return [_checked(point)]
+
+
+def _checked(point: DecisionPoint) -> DecisionPoint:
+  check_row({'prompt': [m.to_json() for m in point.messages], 'reference': point.reference})
+  return point
+
+
+def is_seed(record: Record) -> bool:
+  """Says whether a record is a seed as `Seed.to_json` writes it."""
+  own = {'kind', 'tool_response', 'world', 'dialogue'} & record.keys()
+  return bool(own) and {'id', 'conversations', 'ground_truth'} <= record.keys()
+
+
+def has_reference(record: Record) -> bool:
+  """Says whether a record has messages and, in another field, a reference."""
+  has_messages = any(record.get(field) is not None for field in chat_rows.MESSAGE_FIELDS)
+  return (has_messages or isinstance(record.get('prompt'), list)) and bool(_references(record))
+
+
+def _references(record: Record) -> dict[str, Any]:
+  found = {field: record[field] for field in REFERENCE_FIELDS if record.get(field) is not None}
+  model = record.get('reward_model')
+  if isinstance(model, dict) and model.get('ground_truth') is not None:
+    found['reward_model'] = model['ground_truth']
+  return found
+
+
+def read_asked(record: Record, name: str) -> Asked:
+  """Reads a row of messages whose reference stands in a field of its own.
+
+  Raises:
+    ValueError: naming the message or field that cannot be read.
+  """
+  references = _references(record)
+  if len(references) > 1:
+    raise ValueError(f'the fields {sorted(references)} all hold references')
+  ((field, value),) = references.items()
+  fields = {key: item for key, item in record.items() if key not in references}
+  if isinstance(fields.get('prompt'), list):
+    fields['messages'] = fields.pop('prompt')
+  row_schemas.check_fields(fields, 'rows')
+  dialogue = chat_rows.prompt_dialogue(fields, name)
+  calls, words = _read_reference(value, field)
+  return Asked(tuple(python_messages(dialogue)), _python_calls(calls), words)
+
+
+def _last_answer(record: Record, schema: str, name: str) -> Asked:
+  dialogue = row_schemas.to_dialogue(record, schema, name)
+  if dialogue is None:
+    raise ValueError(f'rows of schema {schema!r} hold no reference')
+  *before, last = dialogue.turns
+  messages = python_messages(dataclasses.replace(dialogue, turns=tuple(before)))
+  if not messages or messages[-1].role != 'user':
+    raise ValueError('nothing is asked before the last message of the assistant')
+  if last.calls:
+    return Asked(tuple(messages), last.calls, '')
+  calls, words = _read_reference(last.text.rpartition('</think>')[2], 'the last message')
+  return Asked(tuple(messages), _python_calls(calls), words)
+
+
+def _python_calls(calls: list[ToolCall]) -> tuple[ToolCall, ...]:
+  return tuple(dataclasses.replace(call, name=python_name(call.name)) for call in calls)
+
+
+def _read_reference(value: Any, where: str) -> tuple[list[ToolCall], str]:
+  """Reads a reference -> (calls, words); one of the two is empty."""
+  if isinstance(value, str):
+    text = value.strip()
+    if not text:
+      raise ValueError(f'{where} is empty: there is nothing to compare with')
+    if text[0] == '{' or text[:1] == '[' and text[1:].lstrip()[:1] in ('{', '"'):
+      value = parse_strictly(text)
+    else:
+      calls = parse_calls(text)
+      return (calls, '') if calls else ([], text)
+  if isinstance(value, dict):
+    value = [value]
+  if not isinstance(value, list) or not value:
+    raise ValueError(f'{where} holds neither calls nor words')
+  if all(isinstance(item, str) for item in value):
+    return parse_reference(value), ''
+  calls = [chat_rows.read_call(item, f'{where}[{number}]') for number, item in enumerate(value)]
+  return calls, ''
