@@ -338,13 +338,14 @@ def _answer(tokenizer: Any, parser: ReplyParser, completion: Completion) -> Answ
   if completion.stop is not None:
     text = text.partition(completion.stop)[0]
   # The server's parser, so that an answer here says what a client would read.
-  delta = parser.push(text, last=True)
+  finished = completion.finished or completion.stop is not None
+  delta = parser.push(text, last=True, cut=not finished)
   calls = tuple(ToolCall(name, json.loads(arguments)) for name, arguments in delta.calls)
   return Answer(
     content=delta.content,
     reasoning=delta.reasoning,
     calls=calls,
-    finished=completion.finished or completion.stop is not None,
+    finished=finished,
     prompt_tokens=completion.prompt_len,
     completion_tokens=len(completion.tokens),
   )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from dcore_jax.chat import tool_specs
+from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
 from dcore_jax.data import row_schemas, tau2_tasks
@@ -226,7 +227,7 @@ class _Step:
     """What later prompts show of the message: its calls, or its text without the thoughts."""
     if self.message.calls:
       return print_calls(list(self.message.calls))
-    return self.message.text.rsplit('</think>', 1)[-1].strip()
+    return split_answer(self.message.text)[1].strip()
 
 
 @dataclasses.dataclass
