@@ -15,6 +15,7 @@ import transformers
 from dcore_jax import distributed
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.template import render_records
+from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.files import data_path
 from dcore_jax.models.config import DecoderConfig
@@ -251,7 +252,7 @@ def generate(
   answers = []
   for text, completion in zip(texts, completions, strict=True):
     # Some templates open the block of thoughts themselves.
-    parser = ReplyParser(specs, thinking=text.rstrip().endswith('<think>'))
+    parser = ReplyParser(specs, thinking=bool(opened_thoughts(text)))
     answers.append(_answer(model.tokenizer, parser, completion))
   return answers
 

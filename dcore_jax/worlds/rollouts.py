@@ -12,6 +12,7 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.rollout.backends import TOO_LONG, Backend, ChatRequest
 from dcore_jax.rollout.engine import Completion, Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -32,7 +33,8 @@ class Trajectory:
   Attributes:
     task: what was asked for.
     outcome: the world's verdict.
-    texts: the assistant's whole responses in order.
+    texts: the assistant's whole responses in order, with the tag by which a prompt has opened their
+      thoughts.
     reasonings: the thoughts of each response; '' where it has none.
     reasoning_tokens: the number of tokens of each reasoning.
     unfinished: how many responses were cut off by the token budget.
@@ -176,6 +178,7 @@ def act(
   """
   acting = _Acting(world, tasks, keys, progress)
   prompts: dict[int, np.ndarray] = {}  # of the tasks that are being answered, int32 [n]
+  openings: dict[int, str] = {}  # by which these prompts have opened the thoughts
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, Request]]:
@@ -193,6 +196,7 @@ def act(
         acting.stop(number, TOO_LONG)
         continue
       prompts[number] = np.array(prompt, np.int32)
+      openings[number] = opened_thoughts(text)
       requests.append((number, Request(prompts[number], acted.next_key)))
     return requests
 
@@ -200,8 +204,10 @@ def act(
     exchange = Exchange(prompts.pop(number), completion)
     acting.acted[number].exchanges.append(exchange)
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
-    text = tokenizer.decode(tokens, skip_special_tokens=False)
-    length = count_reasoning.of_tokens(tokens, text, completion.finished)
+    said = tokenizer.decode(tokens, skip_special_tokens=False)
+    text = with_opening(said, openings.pop(number))
+    tagged = text == said  # the response holds the opening tag itself
+    length = count_reasoning.of_tokens(tokens, text, completion.finished, tagged=tagged)
     acting.take(number, text, length, completion.finished)
   return acting.trajectories()
 
@@ -266,8 +272,11 @@ class _TokenCounter:
     inside = inside.removeprefix('<think>')
     return len(self._tokenizer(inside, add_special_tokens=False)['input_ids'])
 
-  def of_tokens(self, tokens: np.ndarray, text: str, finished: bool) -> int:
-    """The same for a response as token ids, int32 [n], whose text is `text`."""
+  def of_tokens(self, tokens: np.ndarray, text: str, finished: bool, *, tagged: bool = True) -> int:
+    """The same for a response as token ids, int32 [n], whose text is `text`.
+
+    Without `tagged` the opening tag of the text is not among the tokens.
+    """
     if self._think_end is None:
       return self.of_text(text, finished)
     ends = np.flatnonzero(tokens == self._think_end)
@@ -277,4 +286,4 @@ class _TokenCounter:
       before = len(tokens)
     else:
       return 0
-    return max(0, before - 1)  # the opening tag is one token
+    return max(0, before - tagged)  # the opening tag is one token
