@@ -15,6 +15,7 @@ import transformers
 from dcore_jax import distributed
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.template import render_records
+from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.files import data_path
 from dcore_jax.models.config import DecoderConfig
@@ -251,7 +252,7 @@ def generate(
   answers = []
   for text, completion in zip(texts, completions, strict=True):
     # Some templates open the block of thoughts themselves.
-    parser = ReplyParser(specs, thinking=text.rstrip().endswith('<think>'))
+    parser = ReplyParser(specs, thinking=bool(opened_thoughts(text)))
     answers.append(_answer(model.tokenizer, parser, completion))
   return answers
 
@@ -338,13 +339,14 @@ def _answer(tokenizer: Any, parser: ReplyParser, completion: Completion) -> Answ
   if completion.stop is not None:
     text = text.partition(completion.stop)[0]
   # The server's parser, so that an answer here says what a client would read.
-  delta = parser.push(text, last=True)
+  finished = completion.finished or completion.stop is not None
+  delta = parser.push(text, last=True, cut=not finished)
   calls = tuple(ToolCall(name, json.loads(arguments)) for name, arguments in delta.calls)
   return Answer(
     content=delta.content,
     reasoning=delta.reasoning,
     calls=calls,
-    finished=completion.finished or completion.stop is not None,
+    finished=finished,
     prompt_tokens=completion.prompt_len,
     completion_tokens=len(completion.tokens),
   )

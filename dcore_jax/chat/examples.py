@@ -14,6 +14,7 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import TurnFormat, render_prompt, turn_format
+from dcore_jax.chat.thoughts import without_opening
 
 LOSS_MASKS = ('final', 'final+structure', 'all_assistant')
 # Pieces of one tokenizer call: enough to keep its threads busy, and few enough that the Python
@@ -40,9 +41,11 @@ def cut_example(
 ) -> list[Piece]:
   """Cuts a conversation that ends with the assistant's message into context and trained text.
 
-  The last piece is the last message's content, verbatim. With 'all_assistant' the earlier assistant
-  messages are pieces too, as the template renders them. Then the prompt of each must be a prefix of
-  the whole text.
+  The last piece is the last message's content, verbatim but for what its prompt says already: where
+  the template opens the thoughts, the content begins behind that tag (`without_opening`).
+
+  With 'all_assistant' the earlier assistant messages are pieces too, as the template renders them.
+  Then the prompt of each must be a prefix of the whole text.
 
   Raises:
     ValueError: a conversation without an assistant's answer at its end. Trained text that holds the
@@ -74,7 +77,8 @@ def cut_example(
     pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
     # The encoder puts the end-of-turn token behind every trained piece.
     done = end + len(turns.end_of_turn)
-  return [*pieces, Piece(text[done:], False), Piece(last.content + turns.before, True)]
+  answer = without_opening(last.content, text)
+  return [*pieces, Piece(text[done:], False), Piece(answer + turns.before, True)]
 
 
 def _refuse(text: str, tokens: Sequence[str], where: str) -> None:
@@ -112,7 +116,7 @@ def _assistant_spans(
       )
     start = len(prompt)
     end = text.find(turns.end_of_turn, start)
-    if text[start:end].strip() != message.content.strip():
+    if text[start:end].strip() != without_opening(message.content, prompt).strip():
       raise ValueError(
         f'the chat template does not render message {index} as it is (Qwen3 drops earlier '
         'thoughts); split the conversation with sft.split_turns'

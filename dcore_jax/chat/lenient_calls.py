@@ -9,7 +9,7 @@ import ast
 import operator
 from typing import Any
 
-from dcore_jax.chat.tool_calls import (
+from dcore_jax.chat.python_calls import (
   MAX_DEPTH,
   MAX_INT_BITS,
   ToolCallError,
@@ -55,7 +55,11 @@ def _lenient_call(node: ast.Call, depth: int) -> dict[str, dict[str | None, Any]
   if isinstance(function, ast.Name):
     parts.append(function.id)
   name = '.'.join(reversed(parts))
-  arguments = {item.arg: _lenient_value(item.value, depth + 1) for item in node.keywords}
+  arguments: dict[str | None, Any] = {}
+  for item in node.keywords:
+    value = _lenient_value(item.value, depth + 1)
+    # `**{'from': 1}` is the older form in which this project wrote the argument `from=1`.
+    arguments |= value if item.arg is None and isinstance(value, dict) else {item.arg: value}
   return {name: arguments}
 
 

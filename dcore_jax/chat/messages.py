@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from dcore_jax.chat.call_text import closing_tags
+
 ROLES = ('system', 'user', 'assistant', 'tool')
 # Fields of messages that say nothing which a model should see or learn.
 BOOKKEEPING = frozenset(
@@ -110,10 +112,11 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
   The reasoning is '' where no `<think>` block is closed.
   """
-  if '</think>' not in text:
+  closings = closing_tags(text)
+  if not closings:
     return '', text
   # A model may open or close its thoughts more than once. The reasoning ends at the first closing
-  # tag, and the answer begins after the last one.
-  reasoning = text.split('</think>', 1)[0].rsplit('<think>', 1)[-1].strip('\n')
-  answer = text.rsplit('</think>', 1)[-1].lstrip('\n')
+  # tag, and the answer begins after the last one that is not a part of a call.
+  reasoning = text[: closings[0]].rsplit('<think>', 1)[-1].strip('\n')
+  answer = text[closings[-1] + len('</think>') :].lstrip('\n')
   return reasoning, answer

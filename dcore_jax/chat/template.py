@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import Message, ToolCall
-from dcore_jax.chat.tool_calls import ToolCallError, parse_hermes
+from dcore_jax.chat.python_calls import ToolCallError
+from dcore_jax.chat.tagged_calls import parse_hermes
 
 # A tool name and arguments that no template writes itself, so that they can be found in its text.
 _PROBE_NAME = 'probe_name'
@@ -59,10 +60,48 @@ def render_records(
   """
   if not records:
     raise ValueError('a prompt needs at least one message')
-  _need_template(tokenizer)
-  return tokenizer.apply_chat_template(
-    records, tools=tools, tokenize=False, add_generation_prompt=True, **options
-  )
+  return _rendered(tokenizer, records, tools=tools, add_generation_prompt=True, **options)
+
+
+def _rendered(
+  tokenizer: Any,
+  records: Sequence[dict[str, Any]],
+  tools: Sequence[dict[str, Any]] | None = None,
+  **options: Any,
+) -> str:
+  template = template_text(tokenizer, tools)
+  if not isinstance(tokenizer.chat_template, str):
+    options['chat_template'] = template
+  return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, **options)
+
+
+def template_text(tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None) -> str:
+  """Returns the Jinja text by which a tokenizer renders a conversation.
+
+  A tokenizer may have several by name. With tools it is 'tool_use' where there is one, and else
+  'default'; a template that is alone is used whatever its name.
+
+  Raises:
+    ValueError: no chat template, or none of these names among several.
+  """
+  templates = tokenizer.chat_template
+  if not templates:
+    raise ValueError(
+      'the tokenizer has no chat template; set tokenizer.chat_template = qwen3_template()'
+    )
+  if isinstance(templates, str):
+    return templates
+  if not isinstance(templates, dict):
+    # The form in which tokenizer_config.json lists them.
+    templates = {entry['name']: entry['template'] for entry in templates}
+  for name in ('tool_use', 'default') if tools else ('default',):
+    if name in templates:
+      return templates[name]
+  if len(templates) > 1:
+    raise ValueError(
+      f"the tokenizer has the chat templates {sorted(templates)}, and 'default' is not among them"
+    )
+  return next(iter(templates.values()))
 
 
 def render_begun_call(
@@ -87,8 +126,7 @@ def render_begun_call(
     'content': '',
     'tool_calls': [{'type': 'function', 'function': call}],
   }
-  _need_template(tokenizer)
-  text = tokenizer.apply_chat_template([*records, turn], tools=tools, tokenize=False)
+  text = _rendered(tokenizer, [*records, turn], tools=tools)
   before, tag, rest = text.rpartition('<tool_call>')
   cut = _PROBE_NAME if name is None else _PROBE_ARGUMENTS
   begun, found, _ = (tag + rest).partition(cut)
@@ -107,11 +145,18 @@ def render_begun_call(
   return before + begun, begun
 
 
-def _need_template(tokenizer: Any) -> None:
-  if not tokenizer.chat_template:
-    raise ValueError(
-      'the tokenizer has no chat template; set tokenizer.chat_template = qwen3_template()'
-    )
+def encode_raw(tokenizer: Any, text: str) -> list[int]:
+  """Encodes a text that no template has rendered, such as the prompt of a completion.
+
+  It begins with the beginning-of-text token once, where the tokenizer puts that token in front.
+  """
+  ids = tokenizer(text, add_special_tokens=False)['input_ids']
+  first = tokenizer.bos_token_id
+  if first is None or ids[:1] == [first]:
+    return ids
+  # Some tokenizers name such a token and were never trained with it (GPT-2). A word shows whether
+  # they put it in front.
+  return [first, *ids] if tokenizer('a')['input_ids'][:1] == [first] else ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +186,6 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     ValueError: the tokenizer has no template, or one that does not end an assistant's message by a
       special token of the tokenizer.
   """
-  _need_template(tokenizer)
   # The contents are words that no template writes itself. A user message follows the assistant's,
   # because templates add thoughts to an assistant message that stands last.
   answer = 'probe-said'
@@ -151,7 +195,7 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     {'role': 'assistant', 'content': answer},
     {'role': 'user', 'content': reply},
   ]
-  text = tokenizer.apply_chat_template(turns, tokenize=False)
+  text = _rendered(tokenizer, turns)
   gap = text.partition(answer)[2].partition(reply)[0]
   special = {
     token_id: str(token)
@@ -169,7 +213,7 @@ def turn_format(tokenizer: Any) -> TurnFormat:
       f'the chat template writes {before!r} between what an assistant says and {end}'
     )
   # What stands behind the last message belongs to it, and not to a message that follows.
-  ending = tokenizer.apply_chat_template(turns[:2], tokenize=False).rpartition(answer)[2]
+  ending = _rendered(tokenizer, turns[:2]).rpartition(answer)[2]
   after = ending.removeprefix(before + end)
   return TurnFormat(
     end_of_turn=end,

@@ -1,39 +1,43 @@
 """Tool calls as data, and the two syntaxes in which they stand in a text.
 
-Python style, as in BFCL and the paper: `[f(a=1, b='x'), g.h(c=[2])]`. Hermes/Qwen JSON:
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. A model's text is only ever *read*:
-Python's own parser makes a syntax tree, and a literal reader turns the tree into JSON-like values.
-Nothing is evaluated, so that `9**9**9` or `__import__('os')` is an error like any other. Text,
-nesting and integers are bounded.
+Python style, as in BFCL and the paper: `[f(a=1, b='x'), g.h(c=[2])]` (python_calls.py).
+Hermes/Qwen JSON: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (tagged_calls.py).
 
-This reader keeps everything that a call says. `lenient_calls` holds a second reader of the same
-tree, which forgives and drops what the reference implementation does.
+These readers keep everything that a call says; what they do not understand is an error.
+`lenient_calls` holds a second reader of the Python style, which forgives and drops what the
+reference implementation does.
 """
 
-import ast
 import json
 import keyword
-import math
 import re
 import unicodedata
-import warnings
 from typing import Any, Callable, Iterator, Sequence
 
+from dcore_jax.chat.call_text import OPEN_CALL
 from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.python_calls import (
+  MAX_CHARS,
+  ToolCallError,
+  check_depth,
+  checked_constant,
+  clip,
+  parse_python,
+)
+from dcore_jax.chat.tagged_calls import parse_hermes, read_calls
 
-MAX_CHARS = 65_536  # characters of one call list; an answer of 16k tokens fits
-MAX_DEPTH = 64  # levels of brackets
-MAX_INT_BITS = 4_096  # bits of an integer; Python refuses to print more than 4,300 digits
-
-# Models that were trained on JSON write these words inside Python-style calls too.
-JSON_WORDS = {'true': True, 'false': False, 'null': None, 'none': None}
-
-_HERMES_CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
-
-
-class ToolCallError(ValueError):
-  """Text that has the outer form of a call list, and cannot be read as one."""
-
+__all__ = [
+  'MAX_CHARS',
+  'ToolCallError',
+  'calls_equal',
+  'leaf_values',
+  'parse_calls',
+  'parse_hermes',
+  'parse_python',
+  'parse_reference',
+  'print_calls',
+  'tool_response',
+]
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -51,45 +55,7 @@ def parse_calls(text: str) -> list[ToolCall] | None:
   stripped = text.strip()
   if stripped[:1] == '[' and stripped[-1:] == ']':
     return parse_python(stripped)
-  return parse_hermes(stripped) if '<tool_call>' in stripped else None
-
-
-def parse_python(text: str) -> list[ToolCall]:
-  """Reads the calls of `[f(a=1), g(2)]`.
-
-  Tuples become lists and a bare name its string; JSON's true, false and null get their meaning.
-
-  Raises:
-    ToolCallError: anything else.
-  """
-  tree = parse_expression(text.strip())
-  if not isinstance(tree, ast.List):
-    raise ToolCallError(f'expected a bracketed list of calls, got {_clip(text)}')
-  return [_read_call(node) for node in tree.elts]
-
-
-def parse_hermes(text: str) -> list[ToolCall]:
-  """Reads every `<tool_call>{...}</tool_call>` in `text`.
-
-  Arguments may be an object or the JSON text of one.
-
-  Raises:
-    ToolCallError: no call, one that is never closed, or one that is not JSON of the right form.
-  """
-  _check_length(text)
-  bodies = _HERMES_CALL.findall(text)
-  if not bodies or text.count('<tool_call>') != len(bodies):
-    raise ToolCallError(f'a <tool_call> is never closed in {_clip(text)}')
-  calls = []
-  for body in bodies:
-    record = _read_json(body)
-    arguments = record.get('arguments', {}) if isinstance(record, dict) else None
-    if isinstance(arguments, str):
-      arguments = _read_json(arguments)
-    if not isinstance(arguments, dict) or not isinstance(record.get('name'), str):
-      raise ToolCallError(f'expected {{"name": ..., "arguments": {{...}}}}, got {_clip(body)}')
-    calls.append(ToolCall(record['name'], arguments))
-  return calls
+  return parse_hermes(stripped) if OPEN_CALL in stripped else None
 
 
 def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
@@ -101,7 +67,7 @@ def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
     ValueError: one string instead of a list (ToolCallError: a string that is no call).
   """
   if isinstance(calls, str):
-    raise ValueError(f'a reference is a list of call strings, got one string: {_clip(calls)}')
+    raise ValueError(f'a reference is a list of call strings, got one string: {clip(calls)}')
   parsed = []
   for i, call in enumerate(calls):
     text = call.strip()
@@ -112,134 +78,13 @@ def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
   return parsed
 
 
-def parse_expression(text: str) -> ast.expr:
-  """Parses one expression of bounded size into Python's syntax tree.
-
-  Raises:
-    ToolCallError: text that is no expression; no text raises anything else.
-  """
-  _check_length(text)
-  try:
-    with warnings.catch_warnings():
-      # The parser warns of strings like '\d'. That helps programmers; here a model wrote the text.
-      warnings.simplefilter('ignore')
-      return ast.parse(text, mode='eval').body
-  except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-    reason = getattr(error, 'msg', None) or str(error) or type(error).__name__
-    raise ToolCallError(f'not an expression ({reason}): {_clip(text)}') from error
-
-
-def _read_call(node: ast.expr) -> ToolCall:
-  if not isinstance(node, ast.Call):
-    raise ToolCallError(f'expected a call, got {describe(node)}')
-  name = _dotted_name(node.func)
-  if name is None:
-    raise ToolCallError(f'a tool is called by its name, got {describe(node.func)}')
-  arguments: dict[str, Any] = {}
-  for item in node.keywords:
-    value = _read_value(item.value, 0)
-    # An argument whose name is no Python identifier is written as `**{'from': 1}`.
-    if item.arg is not None:
-      given = {item.arg: value}
-    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
-      given = value
-    else:
-      raise ToolCallError(f'{name}: ** needs a dict with text keys')
-    for key, inner in given.items():
-      if key in arguments:
-        raise ToolCallError(f'{name}: argument {key!r} is given twice')
-      arguments[key] = inner
-  positional = tuple(_read_value(item, 0) for item in node.args)
-  return ToolCall(name, arguments, positional)
-
-
-def _read_value(node: ast.expr, depth: int) -> Any:
-  """Returns the JSON-like value of a literal; whatever would have to be computed is an error."""
-  if depth > MAX_DEPTH:
-    raise ToolCallError(f'more than {MAX_DEPTH} levels of brackets')
-  if isinstance(node, ast.Constant):
-    return _checked_constant(node.value)
-  if isinstance(node, ast.Name):
-    return JSON_WORDS.get(node.id, node.id)
-  if isinstance(node, ast.Attribute):
-    name = _dotted_name(node)
-    if name:
-      return name
-  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-    value = _read_value(node.operand, depth + 1)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-      return -value
-  if isinstance(node, (ast.List, ast.Tuple)):
-    return [_read_value(item, depth + 1) for item in node.elts]
-  if isinstance(node, ast.Dict) and None not in node.keys:
-    keys = [_read_value(key, depth + 1) for key in node.keys]
-    if not any(isinstance(key, (list, dict)) for key in keys):
-      values = [_read_value(value, depth + 1) for value in node.values]
-      return dict(zip(keys, values, strict=True))
-  raise ToolCallError(f'expected a literal value, got {describe(node)}')
-
-
-def _checked_constant(value: Any) -> Any:
-  if isinstance(value, float) and not math.isfinite(value):
-    raise ToolCallError('numbers must be finite')
-  if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
-    raise ToolCallError(f'an integer of more than {MAX_INT_BITS} bits')
-  if not isinstance(value, (str, int, float, bool, type(None))):
-    raise ToolCallError(f'expected a JSON-like value, got a {type(value).__name__}')
-  return value
-
-
-def _read_json(text: str) -> Any:
-  try:
-    record = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise ToolCallError(f'not JSON ({error}): {_clip(text)}') from error
-  _check_json(record, 0)
-  return record
-
-
-def _check_json(value: Any, depth: int) -> None:
-  if depth > MAX_DEPTH:
-    raise ToolCallError(f'more than {MAX_DEPTH} levels of brackets')
-  if isinstance(value, dict):
-    value = list(value.values())
-  if isinstance(value, list):
-    for item in value:
-      _check_json(item, depth + 1)
-  else:
-    _checked_constant(value)
-
-
-def _dotted_name(node: ast.expr) -> str | None:
-  """Returns 'a.b.c' for a name or a chain of attributes, None for anything else."""
-  parts = []
-  while isinstance(node, ast.Attribute):
-    parts.append(node.attr)
-    node = node.value
-  if not isinstance(node, ast.Name):
-    return None
-  return '.'.join([node.id, *reversed(parts)])
-
-
-def _check_length(text: str) -> None:
-  if len(text) > MAX_CHARS:
-    raise ToolCallError(f'{len(text)} characters; a call list has at most {MAX_CHARS}')
-
-
-def _clip(text: str) -> str:
-  return repr(text if len(text) <= 80 else text[:77] + '...')
-
-
-def describe(node: ast.AST) -> str:
-  """Says what a node is and where it stands, for error messages."""
-  return f'{type(node).__name__} at column {getattr(node, "col_offset", 0)}'
-
-
 # --- writing and comparing ------------------------------------------------------------------------
 
 
 def print_calls(calls: Sequence[ToolCall], style: str = 'python') -> str:
   """Writes calls as text that `parse_calls` reads back to equal calls; style 'python' or 'hermes'.
+
+  No tag of thoughts stands in the text, so that it can follow a block of them.
 
   Raises:
     ValueError: another style, or a name or value that the syntax cannot carry (Hermes has no
@@ -255,24 +100,33 @@ def _print_python(calls: Sequence[ToolCall]) -> str:
 
 
 def _print_call(call: ToolCall) -> str:
-  if not all(map(_is_identifier, call.name.split('.'))):
+  parts = call.name.split('.')
+  if not all(map(_is_identifier, parts)) or any(map(keyword.iskeyword, parts)):
     raise ValueError(f'{call.name!r} is no name that a Python-style call can have')
+  # Python's keywords are written as other names are, `from='SFO'`: that is how models write them.
   plain = {key: value for key, value in call.arguments.items() if _is_identifier(key)}
   other = {key: value for key, value in call.arguments.items() if key not in plain}
-  parts = [_print_value(value) for value in call.positional]
-  parts += [f'{key}={_print_value(value)}' for key, value in plain.items()]
+  parts = [_print_value(value, 0) for value in call.positional]
+  parts += [f'{key}={_print_value(value, 0)}' for key, value in plain.items()]
   if other:
-    parts.append(f'**{_print_value(other)}')
+    # The braces are those of the syntax: values in them are as deep as those beside them.
+    parts.append(f'**{_print_value(other, 0)}')
   return f'{call.name}({", ".join(parts)})'
 
 
-def _print_value(value: Any) -> str:
+def _print_value(value: Any, depth: int) -> str:
+  check_depth(depth)
   if isinstance(value, dict):
-    items = [f'{_print_value(key)}: {_print_value(item)}' for key, item in value.items()]
+    items = [
+      f'{_print_value(key, depth + 1)}: {_print_value(item, depth + 1)}'
+      for key, item in value.items()
+    ]
     return '{' + ', '.join(items) + '}'
   if isinstance(value, (list, tuple)):
-    return '[' + ', '.join(map(_print_value, value)) + ']'
-  return repr(_checked_constant(value))
+    return '[' + ', '.join(_print_value(item, depth + 1) for item in value) + ']'
+  text = repr(checked_constant(value))
+  # Readers of whole answers look for this tag before they read a call.
+  return re.sub('<(?=/?think>)', r'\\x3c', text) if isinstance(value, str) else text
 
 
 def _print_hermes(calls: Sequence[ToolCall]) -> str:
@@ -283,17 +137,29 @@ def _hermes_json(call: ToolCall) -> str:
   if call.positional:
     raise ValueError(f'{call.name}: a JSON call has no positional arguments')
   _check_keys(call.arguments)
-  text = json.dumps(
-    {'name': call.name, 'arguments': call.arguments}, ensure_ascii=False, allow_nan=False
-  )
-  # Readers end a call at the first closing tag. Inside a value the tag's last character is
-  # therefore written as a JSON escape.
-  return text.replace('tool_call>', 'tool_call\\u003e')
+  record = {'name': call.name, 'arguments': call.arguments}
+  # Readers of others end a call at the first closing tag. Inside a value the last character of a
+  # tag is therefore written as a JSON escape.
+  text = re.sub('(tool_call|think)>', r'\1\\u003e', json_text(record))
+  # What could not be read again is not written.
+  read_calls(text)
+  return text
+
+
+def json_text(value: Any) -> str:
+  """Writes a value as JSON that can be encoded as UTF-8.
+
+  Raises:
+    ValueError: a number that is not finite.
+  """
+  text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+  # Half of a surrogate pair is no character: it can only be written as an escape.
+  return re.sub('[\ud800-\udfff]', lambda match: f'\\u{ord(match[0]):04x}', text)
 
 
 def _check_keys(value: Any) -> None:
   if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-    raise ValueError(f'a JSON call has text keys only, got {_clip(repr(value))}')
+    raise ValueError(f'a JSON call has text keys only, got {clip(repr(value))}')
   if isinstance(value, dict):
     value = list(value.values())
   if isinstance(value, (list, tuple)):
@@ -302,10 +168,8 @@ def _check_keys(value: Any) -> None:
 
 
 def _is_identifier(name: str) -> bool:
-  if not name.isidentifier() or keyword.iskeyword(name):
-    return False
   # Python's parser folds identifiers to NFKC: a name that changes would not come back as it was.
-  return unicodedata.normalize('NFKC', name) == name
+  return name.isidentifier() and unicodedata.normalize('NFKC', name) == name
 
 
 _PRINTERS: dict[str, Callable[[Sequence[ToolCall]], str]] = {

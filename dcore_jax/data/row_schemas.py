@@ -24,7 +24,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_CALL, split_answer
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec, refuse_unknown
+from dcore_jax.chat.python_calls import ToolCallError
+from dcore_jax.chat.tagged_calls import read_calls, tagged_blocks
 from dcore_jax.chat.tool_calls import parse_python, print_calls
 from dcore_jax.chat.tool_specs import CALL_FORMAT, read_literal, read_tools
 from dcore_jax.data import chat_rows
@@ -41,7 +44,8 @@ from dcore_jax.data.dialogues import (
 from dcore_jax.data.seeds import DecisionPoint
 
 _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
-_TAGGED_CALL = re.compile(r'<tool_call>(.*?)</tool_call>', re.DOTALL)
+# What begins a call. The tag alone may be a word about calls.
+_TAGGED_CALL = re.compile(r'<tool_call>\s*[\[{]')
 _TAGGED_RESPONSE = re.compile(r'<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
 _TAGGED_TOOLS = re.compile(r'<tools>\s*([\[{].*?[\]}])\s*</tools>', re.DOTALL)
 _ROLES = {
@@ -324,20 +328,22 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
 
 def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueTurn:
   """Reads an assistant's text: thoughts, calls, and the words beside tagged calls."""
-  thought, closed, answer = text.rpartition('</think>')
-  bodies = _TAGGED_CALL.findall(answer)
+  thought, answer = split_answer(text)
   stripped = answer.strip()
   calls: tuple[ToolCall, ...] = ()
   words = ''
-  if bodies:
-    for body in bodies:
-      calls += _read_calls(body)
-    words = _TAGGED_CALL.sub('', answer).strip()
+  if _TAGGED_CALL.search(answer):
+    place = 0
+    for block in tagged_blocks(answer):
+      words += answer[place : answer.find(OPEN_CALL, place)]
+      calls += tuple(block.calls)
+      place = block.end
+    words = (words + answer[place:]).strip()
   elif tools and stripped[:1] == '[' and stripped[-1:] == ']':
     calls = _read_python_calls(stripped, tools)
   if not calls and not stripped:
     raise ValueError(f'message {number}: the assistant says nothing')
-  return DialogueTurn('assistant', thought + closed if calls else text, calls, words)
+  return DialogueTurn('assistant', thought if calls else text, calls, words)
 
 
 def _read_python_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...]:
@@ -358,30 +364,20 @@ def _read_python_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, 
 
 
 def _read_calls(value: Any) -> tuple[ToolCall, ...]:
-  """Reads calls {name, arguments} from JSON values, their text, or a Python literal.
-
-  Some rows of Hermes hold Python literals in the place of JSON.
-  """
-  value = read_literal(value)
-  records = value if isinstance(value, list) else [value]
-  calls = []
-  for call in records:
-    arguments = _call_arguments(call) if isinstance(call, dict) else None
-    if not isinstance(arguments, dict) or not isinstance(call.get('name'), str):
-      raise ValueError(f'a tool call needs a name and arguments, got {str(call)[:80]!r}')
-    calls.append(ToolCall(call['name'], arguments))
+  """Reads calls {name, arguments} from JSON values, their text, or a Python literal."""
+  if isinstance(value, list):
+    # Readers of Parquet fill the fields of other records' calls with None.
+    value = [_without_empty(call) for call in value]
+  calls = tuple(read_calls(value))
   if not calls:
     raise ValueError('the list of calls is empty')
-  return tuple(calls)
+  return calls
 
 
-def _call_arguments(call: Record) -> Any:
-  """Returns the arguments of a call, which some sets call parameters."""
-  refuse_unknown(call, ('name', 'arguments', 'parameters'), 'a tool call', ('id', 'index', 'type'))
-  given = [key for key in ('arguments', 'parameters') if call.get(key) not in (None, '', {})]
-  if len(given) > 1:
-    raise ValueError("a tool call has both 'arguments' and 'parameters'")
-  return read_literal(call[given[0]]) if given else {}
+def _without_empty(call: Any) -> Any:
+  if not isinstance(call, dict):
+    return call
+  return {name: field for name, field in call.items() if field is not None}
 
 
 # --- ToolRL ---------------------------------------------------------------------------------------
@@ -400,9 +396,8 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   if missing:
     raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
   # A thought may speak of `<tool_call>` itself, so only what stands behind it is searched.
-  thought, _, rest = record['output'].rpartition('</think>')
-  lines = _part(rest, 'tool_call').split('\n')
-  calls = [_toolrl_call(line, name) for line in lines if line.strip()]
+  thought, rest = split_answer(record['output'])
+  calls = _toolrl_calls(rest, name) if _TAGGED_CALL.search(rest) else []
   reference = print_calls(calls) if calls else _part(rest, 'response')
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')
@@ -414,7 +409,7 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
     Message('system', tools.rstrip() + '\n\n' + CALL_FORMAT),
     Message('user', record['input']),
   )
-  thought = thought.split('<think>', 1)[-1].strip()
+  thought = thought.removesuffix(CLOSE_THOUGHTS).split('<think>', 1)[-1].strip()
   point = DecisionPoint(id=name, kind='toolrl', messages=messages, reference=reference)
   return point, thought
 
@@ -427,18 +422,13 @@ def _part(output: str, tag: str) -> str:
   return output[start + len(tag) + 2 : end].strip()
 
 
-def _toolrl_call(line: str, name: str) -> ToolCall:
+def _toolrl_calls(text: str, name: str) -> list[ToolCall]:
+  """Reads the calls of the first tag, one a line; what stands behind it is no part of the row."""
   try:
-    call = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'a tool call of row {name!r} is not JSON: {error}') from error
-  if (
-    not isinstance(call, dict)
-    or not isinstance(call.get('name'), str)
-    or not isinstance(call.get('parameters'), dict)
-  ):
-    raise ValueError(f'row {name!r}: a tool call needs a name and parameters, got {line[:80]!r}')
-  return ToolCall(python_name(call['name']), call['parameters'])
+    calls = next(tagged_blocks(text)).calls
+  except ToolCallError as error:
+    raise ValueError(f'row {name!r}: a tool call needs a name and parameters ({error})') from error
+  return [dataclasses.replace(call, name=python_name(call.name)) for call in calls]
 
 
 _CHATS = ('rows', 'completion', 'preference')

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from dcore_jax.chat import tool_specs
+from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import parse_calls, print_calls, tool_response
 from dcore_jax.data import reference_rows, row_schemas, tau2_tasks
@@ -262,7 +263,7 @@ class _Step:
     if self.message.calls:
       words = self.message.words + '\n\n' if self.message.words else ''
       return words + print_calls(list(self.message.calls))
-    return self.message.text.rsplit('</think>', 1)[-1].strip()
+    return split_answer(self.message.text)[1].strip()
 
 
 @dataclasses.dataclass

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.chat.thoughts import holds_tag
 from dcore_jax.chat.tool_calls import calls_equal, parse_calls, print_calls, tool_response
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill import compose, decompose, verify
@@ -101,7 +103,12 @@ class Distiller:
       'sequential': self._sequential,
       'parallel': self._parallel,
     }
-    return scenarios[seed.kind](seed)
+    # What a trace quotes must not close its thoughts. That of a single call quotes the request only
+    # in its report.
+    quotes = seed.kind != 'single' or bool(seed.answer)
+    if quotes and holds_tag(seed.query + seed.answer):
+      raise Dropped(verify.TAG_IN_TEXT, 'decompose')
+    return (yield from scenarios[seed.kind](seed))
 
   # --- asking -------------------------------------------------------------------------------------
 
@@ -138,7 +145,7 @@ class Distiller:
 
     def accept(_: int, text: str) -> Candidate:
       # The thoughts may hold drafts of the list. Only what follows them is meant.
-      subtasks = decompose.parse_subtasks(text.rsplit('</think>', 1)[-1])
+      subtasks = decompose.parse_subtasks(split_answer(text)[1])
       if not subtasks:
         raise Unreadable('decomposition unparsable', 'decompose')
       problem = verify.decomposition_problem(

@@ -9,7 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from dcore_jax.chat.call_text import closing_tags
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
+from dcore_jax.chat.thoughts import holds_tag
 from dcore_jax.chat.tool_calls import parse_calls, print_calls
 from dcore_jax.data.leakage import leaked_facts
 from dcore_jax.data.seeds import Seed
@@ -19,6 +21,7 @@ from dcore_jax.worlds.registry import open_sandbox
 # A script that the conversation lacks is another language from this share of a reasoning's letters.
 # A few letters, as in a formula or a name, are not.
 _FOREIGN = 0.1
+TAG_IN_TEXT = 'tag of thoughts in a text'  # why a row, a subtask or a seed is refused
 
 
 def decomposition_problem(seed: Seed, subtasks: Subtasks, *, seen: bool, strict_count: bool) -> str:
@@ -34,6 +37,8 @@ def decomposition_problem(seed: Seed, subtasks: Subtasks, *, seen: bool, strict_
   # An empty description would be a prompt without a request.
   if any(not text.strip() for text, _ in subtasks):
     return 'empty subtask'
+  if any(holds_tag(text) for text, _ in subtasks):
+    return TAG_IN_TEXT
   if strict_count and len(subtasks) != len(seed.calls):
     return 'not as many subtasks as calls'
   # What the decomposer has not seen it can neither share out nor leak.
@@ -50,7 +55,8 @@ def read_solution(text: str) -> tuple[str, str] | None:
 
   Returns None unless exactly one `</think>` closes the reasoning (docs/method.md, section 1.5).
   """
-  if text.count('</think>\n\n') != 1:
+  closings = closing_tags(text)
+  if sum(text.startswith('</think>\n\n', place) for place in closings) != 1:
     return None
   reasoning, answer = split_reasoning(text)
   return (reasoning, answer.strip()) if answer.strip() else None
@@ -99,6 +105,9 @@ def row_problem(messages: Sequence[Message], max_chars: int) -> str:
   text = messages[-1].content
   if not re.match(r'<think>\n.*?\n</think>\n\n.', text, re.DOTALL):
     return 'bad format'
+  # A tag that a request, a subtask or an answer has brought along would end the thoughts early.
+  if text.count('<think>') != 1 or text.count('</think>') != 1:
+    return TAG_IN_TEXT
   if sum(len(m.content) for m in messages) > max_chars:
     return 'too long'
   return 'another language' if foreign_script(text, [m.content for m in messages[:-1]]) else ''

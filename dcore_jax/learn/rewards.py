@@ -16,8 +16,10 @@ from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import numpy as np
 import scipy.optimize
 
+from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.lenient_calls import parse_lenient
 from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.thoughts import taken_as_opened
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
 
 _THOUGHTS_OPEN = '<think>\n'
@@ -292,7 +294,7 @@ def _own_turn(text: str) -> str:
 
 
 def _after_think(text: str) -> str:
-  return text.rsplit('</think>', 1)[-1].strip()
+  return split_answer(text)[1].strip()
 
 
 def _reference_answer(reference: str) -> str:
@@ -373,8 +375,17 @@ REWARDS: dict[str, Callable[[str, str], Reward]] = {
 }
 
 
-def batch_reward(name: str, predictions: Sequence[str], references: Sequence[str]) -> Reward:
+def batch_reward(
+  name: str, predictions: Sequence[str], references: Sequence[str], *, whole: bool = False
+) -> Reward:
   """Rewards of B responses, each against its own reference: a Reward of float64 arrays [B].
+
+  Args:
+    name: one of REWARDS.
+    predictions: B responses.
+    references: B references.
+    whole: whether a response whose prompt has opened the thoughts begins with that tag. Otherwise
+      one that closes thoughts without opening any is taken for such a response.
 
   Raises:
     ValueError: an unknown reward, different lengths, or a bad reference (with its row).
@@ -386,7 +397,8 @@ def batch_reward(name: str, predictions: Sequence[str], references: Sequence[str
   rows = []
   for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
     try:
-      rows.append(REWARDS[name](prediction, reference))
+      text = prediction if whole else taken_as_opened(_own_turn(prediction))
+      rows.append(REWARDS[name](text, reference))
     except ValueError as error:
       raise ValueError(f'row {row}: {error}') from error
   form, correctness, total = np.asarray(rows, np.float64).reshape(-1, 3).T

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.from_thread
 
 from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.tagged_calls import read_arguments
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.rollout.backends import ChatRequest, ChatSource, Reply, Tag, Usage, function_specs
 from dcore_jax.rollout.reply_journal import ReplyJournal
@@ -323,7 +323,7 @@ def _text(message: Any, finished: bool) -> str:
   text += message.content or ''
   asked = [call.function for call in message.tool_calls or ()]
   try:
-    calls = [ToolCall(call.name, dict(json.loads(call.arguments or '{}'))) for call in asked]
+    calls = [ToolCall(call.name, read_arguments(call.arguments)) for call in asked]
     return text + (print_calls(calls, 'hermes') if calls else '')
   except (ValueError, TypeError, RecursionError):
     # Nothing that can be called. The text then shows what was written.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.rollout.backends import (
   TOO_LONG,
   ChatRequest,
@@ -32,6 +33,7 @@ class _Asked(NamedTuple):
   tag: Tag
   body: dict[str, Any]
   began: float  # seconds, by time.perf_counter
+  opening: str  # by which the prompt has opened the thoughts
 
 
 class LocalBackend:
@@ -70,14 +72,16 @@ class LocalBackend:
           # rendered: rendering is most of the host's work, and a known reply needs none.
           body = self._body(request, sampling)
           reply = self._without_engine(body)
-          prompt = [] if reply else self._encode(request)
+          text = '' if reply else self._render(request)
+          prompt = self.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
           # The same test as the engine's own, which would end the stream with an error.
           if len(prompt) >= self.engine.max_len:
             reply = _too_long(prompt)
           if reply:
             ready.append((tag, reply))
             continue
-          asked = _Asked(tag, body, began=time.perf_counter())
+          began = time.perf_counter()
+          asked = _Asked(tag=tag, body=body, began=began, opening=opened_thoughts(text))
           result.append((asked, Request(prompt, request.key_id, request.max_tokens)))
       return result
 
@@ -85,7 +89,7 @@ class LocalBackend:
       # The stream ends when the source has nothing to ask now; who takes `ready` may have more.
       for asked, completion in self.engine.stream(ask, sampling):
         yield from _drained(ready)
-        reply = self._reply(completion, time.perf_counter() - asked.began)
+        reply = self._reply(completion, asked.opening, time.perf_counter() - asked.began)
         self.usage.add(reply)
         if self._journal:
           self._journal.append(asked.body, reply)
@@ -101,14 +105,14 @@ class LocalBackend:
       self.usage.from_journal += 1
     return known
 
-  def _reply(self, completion: Completion, seconds: float) -> Reply:
+  def _reply(self, completion: Completion, opening: str, seconds: float) -> Reply:
     # The end of the turn is a special token; thoughts and calls are text.
     text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
     if completion.stop is not None:
       # As endpoints do: the stop string is no part of the answer.
       text = text.partition(completion.stop)[0]
     return Reply(
-      text=text,
+      text=with_opening(text, opening),
       finished=completion.finished or completion.stop is not None,
       prompt_tokens=completion.prompt_len,
       completion_tokens=len(completion.tokens),
@@ -123,11 +127,10 @@ class LocalBackend:
       'room': [self.engine.max_len, self.engine.max_new],
     }
 
-  def _encode(self, request: ChatRequest) -> list[int]:
-    tools = function_specs(request.tools) or None
+  def _render(self, request: ChatRequest) -> str:
     # None, not an empty list: templates differ in how they test for tools.
-    text = render_prompt(self.tokenizer, list(request.messages), tools)
-    return self.tokenizer(text, add_special_tokens=False)['input_ids']
+    tools = function_specs(request.tools) or None
+    return render_prompt(self.tokenizer, list(request.messages), tools)
 
 
 def _too_long(prompt: list[int]) -> Reply:

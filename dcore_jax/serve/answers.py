@@ -104,8 +104,9 @@ class Choice(abc.ABC):
     text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
     # The engine ends a rollout at a stop string, but for those that special tokens interrupt.
     stopped = self._reader.stopped or (done is not None and done.stop is not None)
-    pieces = self._more(text, last=stopped or done is not None)
-    if stopped or done is not None:
+    ended = stopped or done is not None
+    pieces = self._more(text, last=ended, cut=ended and not (turn_ended or stopped))
+    if ended:
       self.finish_reason = self._reason('stop' if turn_ended or stopped else 'length')
       pieces.append(self._piece({}))
     if pieces and self._logprobs is not None:
@@ -146,8 +147,8 @@ class Choice(abc.ABC):
     """The entry of an answer that is not streamed, once it has ended."""
 
   @abc.abstractmethod
-  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
-    """Entries for a further piece of text."""
+  def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
+    """Entries for a further piece of text; `cut` says that the budget ended with it."""
 
   def _reason(self, reason: str) -> str:
     return reason
@@ -212,8 +213,8 @@ class ChatChoice(Choice):
       'logprobs': logprobs,
     }
 
-  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
-    delta = self._parser.push(self._begun + text, last)
+  def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
+    delta = self._parser.push(self._begun + text, last, cut=cut)
     self._begun = ''
     self._all.reasoning += delta.reasoning
     self._all.content += delta.content
@@ -269,7 +270,8 @@ class TextChoice(Choice):
     logprobs = None if self._logprobs is None else self._show_logprobs(0)
     return self._piece(self._text) | {'logprobs': logprobs}
 
-  def _more(self, text: str, last: bool) -> list[dict[str, Any]]:
+  def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
+    del last, cut  # plain text is the same wherever it ends
     self._text += text
     return [self._piece(text)] if text else []
 

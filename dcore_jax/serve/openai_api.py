@@ -23,7 +23,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dcore_jax.chat.template import render_begun_call, render_records
+from dcore_jax.chat.template import (
+  encode_raw,
+  render_begun_call,
+  render_records,
+  template_text,
+)
+from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.rollout import requests as rollout_requests
 from dcore_jax.serve.answers import ChatChoice, Choice, ReplyForm, Rollouts, TextChoice
 from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, describe, encode, respond
@@ -240,7 +246,7 @@ class Service:
     tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
     options = {} if asked.chat_template_kwargs is None else asked.chat_template_kwargs.model_dump()
     for name in options:
-      if name not in self.tokenizer.chat_template:
+      if name not in template_text(self.tokenizer, tools):
         raise RequestError(
           f'the chat template of {self.model!r} knows no {name}', 'chat_template_kwargs'
         )
@@ -255,7 +261,7 @@ class Service:
       raise RequestError(
         f'the chat template cannot show this conversation: {error}', 'messages'
       ) from error
-    return asked, self._encode(text), text.rstrip().endswith('<think>'), begun
+    return asked, self._encode(text), bool(opened_thoughts(text)), begun
 
   def _begin_call(
     self, asked: ChatRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -280,7 +286,8 @@ class Service:
       ):
         raise RequestError(f'a prompt needs text, or token ids below {vocabulary}', 'prompt')
     return asked, [
-      self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+      encode_raw(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+      for prompt in asked.prompts
     ]
 
   def _encode(self, text: str) -> list[int]:

@@ -1,23 +1,21 @@
 """What a model wrote as what an OpenAI client reads: thoughts, content and tool calls, told apart
 while the text comes.
 
-Calls are read by `chat.tool_calls` in either syntax, and given out when they are whole and
-readable; what is not stays content. An answer that is not streamed is the sum of these pieces, so
-that both kinds say the same.
+Calls are read by `chat` in either syntax, and given out when they are whole and readable; what is
+not stays content. An answer that is not streamed is the sum of these pieces, so that both kinds say
+the same.
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_CALL, OPEN_THOUGHTS
 from dcore_jax.chat.messages import ToolCall, ToolSpec
-from dcore_jax.chat.tool_calls import ToolCallError, parse_hermes, parse_python
+from dcore_jax.chat.python_calls import ToolCallError, parse_python
+from dcore_jax.chat.tagged_calls import BlockReader
+from dcore_jax.chat.tool_calls import json_text
 
-_OPEN_THOUGHTS = '<think>'
-_CLOSE_THOUGHTS = '</think>'
-_OPEN_CALL = '<tool_call>'
-_CLOSE_CALL = '</tool_call>'
 # A list of Python-style calls as far as it has come. Anything else in brackets is content at once;
 # this waits for its end.
 _PYTHON_START = re.compile(r'\[\s*([^\W\d][\w.]*\s*(\(.*)?)?', re.DOTALL)
@@ -49,14 +47,21 @@ class ReplyParser:
     self._parameters = {tool.name: list(tool.parameters.get('properties', ())) for tool in tools}
     self._most_calls = most_calls
     self._text = ''  # not decided yet
-    self._state = self._thoughts if thinking else self._start
+    self._opened = thinking
+    self._state = self._start
     self._blank = True  # nothing of this part was given out yet: white space before it is left out
     self._ended = False
+    self._cut = False
+    self._block: BlockReader | None = None  # a call in tags whose end has not come yet
 
-  def push(self, text: str, last: bool = False) -> Delta:
-    """What is certain with this text; everything where it is the `last`."""
+  def push(self, text: str, last: bool = False, *, cut: bool = False) -> Delta:
+    """What is certain with this text; everything where it is the `last`.
+
+    `cut` says that the turn was not at its end there: a call without its closing tag is then none.
+    """
     self._text += text
     self._ended = last
+    self._cut = cut
     delta = Delta()
     while self._state(delta):
       pass
@@ -67,24 +72,28 @@ class ReplyParser:
   def _start(self, _: Delta) -> bool:
     """White space, then thoughts or the answer."""
     text = self._text.lstrip()
-    if text.startswith(_OPEN_THOUGHTS):
-      self._text = text[len(_OPEN_THOUGHTS) :]
+    if text.startswith(OPEN_THOUGHTS):
+      self._text = text[len(OPEN_THOUGHTS) :]
       self._state = self._thoughts
-    elif self._ended or not _OPEN_THOUGHTS.startswith(text):
-      self._answer_begins(blank=False)
+    elif self._ended or not OPEN_THOUGHTS.startswith(text):
+      # A prompt that has opened the thoughts is mostly not followed by a second tag.
+      if self._opened:
+        self._state = self._thoughts
+      else:
+        self._answer_begins(blank=False)
     return self._state != self._start
 
   def _thoughts(self, delta: Delta) -> bool:
     """Up to the closing tag, without the newlines at either end."""
     if self._blank:
       self._text = self._text.lstrip('\n')
-    thoughts, closed, rest = self._text.partition(_CLOSE_THOUGHTS)
+    thoughts, closed, rest = self._text.partition(CLOSE_THOUGHTS)
     if closed:
       delta.reasoning += thoughts.rstrip('\n')
       self._text = rest
       self._answer_begins(blank=True)
       return True
-    certain = thoughts if self._ended else _before(thoughts, _CLOSE_THOUGHTS).rstrip('\n')
+    certain = thoughts if self._ended else _before(thoughts, CLOSE_THOUGHTS).rstrip('\n')
     delta.reasoning += self._give(certain)
     return False
 
@@ -107,31 +116,45 @@ class ReplyParser:
     text = self._text.strip()
     if not self._ended and (not text or _PYTHON_START.fullmatch(text)):
       return False
-    if text[:1] == '[' and text[-1:] == ']' and self._call(delta, text, parse_python):
+    if text[:1] == '[' and text[-1:] == ']' and self._python_calls(delta, text):
       self._text = ''
     self._state = self._mixed
     return True
 
+  def _python_calls(self, delta: Delta, text: str) -> bool:
+    try:
+      return self._call(delta, parse_python(text))
+    except ToolCallError:
+      return False
+
   def _mixed(self, delta: Delta) -> bool:
     """Content with calls in tags; white space between the two is left out."""
+    if self._block is not None:
+      return self._tagged(delta)
     if self._blank:
       self._text = self._text.lstrip()
-    content, opened, rest = self._text.partition(_OPEN_CALL)
+    content, opened, _ = self._text.partition(OPEN_CALL)
     if not opened:
-      certain = content if self._ended else _before(content, _OPEN_CALL).rstrip()
+      certain = content if self._ended else _before(content, OPEN_CALL).rstrip()
       delta.content += self._give(certain)
       return False
     said = self._give(content.rstrip())
     delta.content += said
-    body, closed, rest = rest.partition(_CLOSE_CALL)
-    block = content.removeprefix(said) + _OPEN_CALL + body + closed
-    if not closed and not self._ended:
+    # The white space before the tag is content again where the tag begins no call.
+    self._block = BlockReader(len(content) - len(said))
+    return True
+
+  def _tagged(self, delta: Delta) -> bool:
+    """A call in tags, which its JSON ends."""
+    block = self._block.read(self._text, ended=self._ended, cut=self._cut)
+    if block is None:
       return False
-    if closed and self._call(delta, block, parse_hermes):
-      self._text = rest
+    self._block = None
+    if self._call(delta, block.calls):
+      self._text = self._text[block.end :]
       self._blank = True
     else:
-      delta.content += self._give(block)
+      delta.content += self._give(self._text[: block.end])
     return True
 
   def _give(self, text: str) -> str:
@@ -140,25 +163,23 @@ class ReplyParser:
     self._text = self._text.removeprefix(text)
     return text
 
-  def _call(self, delta: Delta, text: str, parse: Callable[[str], list[ToolCall]]) -> bool:
-    """Adds the calls of a text; False where it has none that can be read."""
+  def _call(self, delta: Delta, calls: Sequence[ToolCall]) -> bool:
+    """Adds calls; False where there are none that can be made."""
     try:
-      calls = [(call.name, self._arguments(call)) for call in parse(text)]
+      named = [(call.name, self._arguments(call)) for call in calls]
     except ToolCallError:
       return False
-    room = len(calls) if self._most_calls is None else self._most_calls - self.calls
-    delta.calls += calls[: max(room, 0)]
-    self.calls += len(calls[: max(room, 0)])
-    return bool(calls)
+    room = len(named) if self._most_calls is None else self._most_calls - self.calls
+    delta.calls += named[: max(room, 0)]
+    self.calls += len(named[: max(room, 0)])
+    return bool(named)
 
   def _arguments(self, call: ToolCall) -> str:
     """As JSON text; what stands by its position gets the name that the tool's spec has there."""
     names = self._parameters.get(call.name, [])[: len(call.positional)]
     if len(names) < len(call.positional) or set(names) & call.arguments.keys():
       raise ToolCallError(f'{call.name}: its arguments cannot be named')
-    return json.dumps(
-      dict(zip(names, call.positional, strict=True)) | call.arguments, ensure_ascii=False
-    )
+    return json_text(dict(zip(names, call.positional, strict=True)) | call.arguments)
 
 
 def _before(text: str, tag: str) -> str:

@@ -5,7 +5,6 @@ null is the same as leaving a field out. `user`, `metadata`, `safety_identifier`
 `prompt_cache_key` are accepted and ignored: no answer depends on them.
 """
 
-import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,8 @@ import pydantic
 from pydantic import Field
 
 from dcore_jax.chat.messages import ToolSpec
+from dcore_jax.chat.python_calls import ToolCallError
+from dcore_jax.chat.tagged_calls import read_arguments
 from dcore_jax.rollout.sampling import TOP, SamplingParams
 
 # OpenAI's number; bytes, since each step looks through as many tokens
@@ -53,7 +54,7 @@ class TextPart(_Strict):
 
 
 class FunctionCall(_Strict):
-  """`arguments` is JSON text of an object."""
+  """`arguments` is JSON text of an object, or '' for none."""
 
   name: str
   arguments: str = '{}'
@@ -113,16 +114,11 @@ class ChatMessage(_Strict):
 
 def _arguments(function: FunctionCall) -> dict[str, Any]:
   try:
-    arguments = json.loads(function.arguments)
-  except (ValueError, RecursionError) as error:
+    return read_arguments(function.arguments)
+  except ToolCallError as error:
     raise RequestError(
-      f'the arguments of a call of {function.name!r} are not JSON: {error}', 'messages'
+      f'the arguments of a call of {function.name!r} are no JSON object: {error}', 'messages'
     ) from error
-  if not isinstance(arguments, dict):
-    raise RequestError(
-      f'the arguments of a call of {function.name!r} are no JSON object', 'messages'
-    )
-  return arguments
 
 
 class Function(_Strict):

@@ -9,6 +9,7 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.rollout.engine import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.replies import ReplyParser
@@ -46,7 +47,7 @@ class Speaker:
     self._turn = itertools.count()
 
   def answer(self, messages: Sequence[Message]) -> str:
-    """The assistant's whole text.
+    """The assistant's whole text, with the tag by which the prompt has opened the thoughts.
 
     Raises:
       Cancelled: Ctrl-C; the lane is free again.
@@ -56,7 +57,8 @@ class Speaker:
     prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
     events: queue.SimpleQueue = queue.SimpleQueue()
     reader = TextReader(self._tokenizer, self._sampling.stop)
-    parser = ReplyParser(thinking=text.rstrip().endswith('<think>'))
+    opening = opened_thoughts(text)
+    parser = ReplyParser(thinking=bool(opening))
     job = self._scheduler.submit(
       [Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event)
     )
@@ -81,7 +83,7 @@ class Speaker:
         self.show(delta.content)
         if done is not None:
           self.show('\n' if done.finished else '\n(the budget is used up)\n')
-          return whole
+          return with_opening(whole, opening)
     except KeyboardInterrupt:
       self._scheduler.cancel(job)
       self.show('\n(cancelled)\n')

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.learn import rewards
 from dcore_jax.rollout.engine import Engine, Request
@@ -61,10 +62,14 @@ class RolloutSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A decision point with its prompt as token ids, int32 [n]."""
+  """A decision point with its prompt as token ids, int32 [n].
+
+  `opening` is the tag by which the prompt opens the thoughts, '' where it does not.
+  """
 
   point: DecisionPoint
   tokens: np.ndarray
+  opening: str = ''
 
 
 def encode_prompts(
@@ -77,7 +82,7 @@ def encode_prompts(
     tokens = np.array(tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
     # Never truncated: a prompt without its end is another question.
     if len(tokens) <= max_tokens:
-      prompts.append(Prompt(point, tokens))
+      prompts.append(Prompt(point, tokens, opened_thoughts(text)))
   return prompts, len(points) - len(prompts)
 
 
@@ -122,8 +127,10 @@ class Questions:
     completions = engine.generate(requests, sampling)
     texts = self._tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     rollouts = []
-    for prompt, completion, text in zip(prompts, completions, texts, strict=True):
-      rollouts.append(Rollout(exchanges=[Exchange(prompt, completion)], texts=[text]))
+    for index, completion, text in zip(chosen, completions, texts, strict=True):
+      prompt = self._prompts[index]
+      exchange = Exchange(prompt.tokens, completion)
+      rollouts.append(Rollout(exchanges=[exchange], texts=[with_opening(text, prompt.opening)]))
     return rollouts
 
   def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
@@ -134,7 +141,7 @@ class Questions:
     for index in chosen:
       references += [self._prompts[index].point.reference] * G
     texts = [rollout.texts[0] for rollout in rollouts]
-    reward = rewards.batch_reward(self._reward, texts, references)
+    reward = rewards.batch_reward(self._reward, texts, references, whole=True)
     correctness_PG = np.asarray(reward.correctness).reshape(P, G)
     return RolloutBatch(
       kinds=[self.kinds[index] for index in chosen],

@@ -12,6 +12,7 @@ import numpy as np
 
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.rollout.backends import TOO_LONG, Backend, ChatRequest
 from dcore_jax.rollout.engine import Completion, Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -32,7 +33,8 @@ class Trajectory:
   Attributes:
     task: what was asked for.
     outcome: the world's verdict.
-    texts: the assistant's whole responses in order.
+    texts: the assistant's whole responses in order, with the tag by which a prompt has opened their
+      thoughts.
     reasonings: the thoughts of each response; '' where it has none.
     reasoning_tokens: the number of tokens of each reasoning.
     unfinished: how many responses were cut off by the token budget.
@@ -184,6 +186,8 @@ def act(
   acting = _Acting(world, tasks, keys, progress)
   # Prompts of the tasks that are being answered, int32 [n] each.
   prompts: dict[int, np.ndarray] = {}
+  # What these prompts end in where they have opened the thoughts; '' where they have not.
+  openings: dict[int, str] = {}
   count_reasoning = _TokenCounter(tokenizer)
 
   def source(free: int) -> list[tuple[int, Request]]:
@@ -204,6 +208,7 @@ def act(
         continue
       # Kept until the answer comes: a trainer needs the ids, not the text.
       prompts[number] = np.array(prompt, np.int32)
+      openings[number] = opened_thoughts(text)
       requests.append((number, Request(prompts[number], acted.next_key)))
     return requests
 
@@ -213,8 +218,11 @@ def act(
     # The stop token ends the turn, and is no part of the text.
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
     # Special tokens are kept: the tags of thoughts and calls may be among them.
-    text = tokenizer.decode(tokens, skip_special_tokens=False)
-    length = count_reasoning.of_tokens(tokens, text, completion.finished)
+    said = tokenizer.decode(tokens, skip_special_tokens=False)
+    text = with_opening(said, openings.pop(number))
+    # Whether the response holds the opening tag itself: then it is no part of the reasoning.
+    tagged = text == said
+    length = count_reasoning.of_tokens(tokens, text, completion.finished, tagged=tagged)
     acting.take(number, text, length, completion.finished)
   return acting.trajectories()
 
@@ -284,8 +292,11 @@ class _TokenCounter:
     inside = inside.removeprefix('<think>')
     return len(self._tokenizer(inside, add_special_tokens=False)['input_ids'])
 
-  def of_tokens(self, tokens: np.ndarray, text: str, finished: bool) -> int:
-    """The same for a response as token ids, int32 [n], whose text is `text`."""
+  def of_tokens(self, tokens: np.ndarray, text: str, finished: bool, *, tagged: bool = True) -> int:
+    """The same for a response as token ids, int32 [n], whose text is `text`.
+
+    Without `tagged` the opening tag of the text is not among the tokens.
+    """
     if self._think_end is None:
       return self.of_text(text, finished)
     # By the tag's id: tokenizing the text anew may split it elsewhere.
@@ -296,4 +307,4 @@ class _TokenCounter:
       before = len(tokens)
     else:
       return 0
-    return max(0, before - 1)  # the opening tag is one token
+    return max(0, before - tagged)  # the opening tag is one token

@@ -8,7 +8,7 @@ import random
 import pytest
 import transformers
 
-from dcore_jax.chat import template
+from dcore_jax.chat import examples, template
 from dcore_jax.chat.messages import Message
 from dcore_jax.organism.tokenizer import build_tokenizer
 
@@ -187,6 +187,39 @@ def test_calls_that_would_not_be_read_are_not_begun(llama):
     for name in ('f', None):
       with pytest.raises(ValueError, match='does not write calls as <tool_call>'):
         template.render_begun_call(other, records, TOOLS, name)
+
+
+DEFAULT = '{%- for m in messages -%}{{- m.content + "<|im_end|>" -}}{%- endfor -%}'
+TOOL_USE = '{{- "tools: " -}}' + DEFAULT
+
+
+@pytest.mark.parametrize('form', ['dict', 'list'])
+def test_a_tokenizer_with_several_templates(form):
+  tokenizer = other_family('', [])
+
+  def give(**templates):
+    entries = [{'name': name, 'template': text} for name, text in templates.items()]
+    tokenizer.chat_template = templates if form == 'dict' else entries
+
+  give(rag='{{- 0/0 -}}', tool_use=TOOL_USE, default=DEFAULT)
+  asked = [Message('user', 'hi')]
+  assert template.render_prompt(tokenizer, asked) == 'hi<|im_end|>'
+  assert template.render_prompt(tokenizer, asked, []) == 'hi<|im_end|>'
+  assert template.render_prompt(tokenizer, asked, TOOLS) == 'tools: hi<|im_end|>'
+  assert template.template_text(tokenizer, TOOLS) == TOOL_USE
+  assert template.turn_format(tokenizer).end_of_turn == '<|im_end|>'
+  tokens, _ = examples.encode_example(tokenizer, [*asked, Message('assistant', 'a')], tools=TOOLS)
+  assert tokenizer.decode(tokens) == 'tools: hi<|im_end|>a<|im_end|>'
+  give(tool_use=TOOL_USE, default=template.qwen3_template())
+  with pytest.raises(ValueError, match='does not write calls'):
+    template.render_begun_call(tokenizer, [asked[0].to_json()], TOOLS)
+  give(default=DEFAULT, rag='{{- 0/0 -}}')
+  assert template.render_prompt(tokenizer, asked, TOOLS) == 'hi<|im_end|>'
+  give(rag=DEFAULT)
+  assert template.render_prompt(tokenizer, asked) == 'hi<|im_end|>'
+  give(rag=DEFAULT, tool_use=TOOL_USE)
+  with pytest.raises(ValueError, match=r"templates \['rag', 'tool_use'\], and 'default'"):
+    template.render_prompt(tokenizer, asked)
 
 
 def test_bad_tokenizers():

@@ -1,5 +1,7 @@
 """Reading, writing and comparing tool calls, hostile text included."""
 
+import keyword
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -83,7 +85,29 @@ def test_plain_text_is_no_call_list(text):
     ('[(lambda: 1)()]', 'called by its name'),
     ('[f(a=__import__("os").system("true"))]', 'expected a literal value'),
     ('[f(a="\x00")]', 'not an expression|null'),
-    ('<tool_call>{"name": "f"}', 'never closed'),
+    ('[f(a={1: 2, True: 3})]', 'given twice'),
+    ("[f(from=1, **{'from': 2})]", "argument 'from' is given twice"),
+    ('[f(from=1, from=2)]', "argument 'from' is given twice"),
+    ('[f(a==1)]', 'expected a literal value'),
+    ('[f(from==1)]', 'not an expression'),
+    ('<tool_call>{"name": "f"', 'never closed'),
+    ('<tool_call>{"name": "f", "arguments": {"a": "x</tool_call>', 'not JSON'),
+    ('<tool_call>{"name": "f"} and more</tool_call>', 'not JSON'),
+    ('<tool_call> is a tag', 'holds no call'),
+    ('<tool_call>{"name": "f"}\n<tool_call>{"name"', 'never closed'),
+    ('<tool_call>{"name": "f", "args": {}}</tool_call>', "unknown key 'args'"),
+    ('<tool_call>{"name": "f", "type": "tool"}</tool_call>', "unknown key 'type'"),
+    ('<tool_call>{"name": "f", "function": {"name": "f"}}</tool_call>', "unknown key 'name'"),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {}}</tool_call>', 'differ'),
+    ('<tool_call>{"name": "f", "name": "g"}</tool_call>', 'given twice'),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1, "a": 1}}</tool_call>', 'given twice'),
+    (
+      '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1, \\"a\\": 2}"}</tool_call>',
+      'given twice',
+    ),
+    ('<tool_call>{"name": "f", "arguments": "[]"}</tool_call>', 'expected {"name"'),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1e400}}</tool_call>', 'finite'),
+    ("<tool_call>{'name': f}</tool_call>", 'neither JSON nor a literal'),
     ('<tool_call>{"name": f}</tool_call>', 'not JSON'),
     ('<tool_call>[]</tool_call>', 'expected {"name"'),
     ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', 'expected {"name"'),
@@ -147,21 +171,99 @@ def test_hermes_calls():
   ]
 
 
-ODD_TEXTS = ['true', 'it\'s "so"', '</tool_call>', '[f(a=1)]', '\\', '\x00']
+@pytest.mark.parametrize(
+  'body',
+  [
+    '{"name": "f", "arguments": {"a": 1}}',
+    '{"name": "f", "parameters": {"a": 1}}',
+    '{"arguments": "{\\"a\\": 1}", "name": "f"}',
+    '{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 1}}',
+    '{"name": "f", "arguments": null, "parameters": {"a": 1}}',
+    '{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}',
+    '{"type": "function", "name": "f", "parameters": {"a": 1}}',
+    '[{"name": "f", "arguments": {"a": 1}}]',
+    "{'name': 'f', 'arguments': {'a': 1}}",
+  ],
+)
+def test_spellings_of_one_call(body):
+  for text in (f'<tool_call>{body}</tool_call>', f'So:\n<tool_call>\n {body} \n</tool_call>\n'):
+    assert parse_calls(text) == [ToolCall('f', {'a': 1})]
+
+
+@pytest.mark.parametrize('value', ['{}', '""', 'null', '" "', '"{}"', '"null"'])
+@pytest.mark.parametrize('key', ['arguments', 'parameters'])
+def test_calls_without_arguments(key, value):
+  text = '<tool_call>{"name": "f", "%s": %s}</tool_call>' % (key, value)
+  assert parse_calls(text) == [ToolCall('f', {})]
+
+
+def test_the_object_says_where_a_call_ends():
+  inside = 'a\n</tool_call>\r<tool_call>\t</think>{"'
+  body = '{"name": "f", "arguments": {"a": "a\n</tool_call>\r<tool_call>\t</think>{\\""}}'
+  call = ToolCall('f', {'a': inside})
+  for text in (
+    f'<tool_call>{body}</tool_call>',
+    f'<tool_call>\n{body}\n',
+    f'<tool_call>{body}</tool',
+    f'<tool_call>{body}',
+  ):
+    assert parse_calls(text) == [call]
+  for between in ('', '\n', '</tool_call>and\n<tool_call>', '</tool_call><tool_call>'):
+    assert parse_calls(f'<tool_call>{body}{between}{body}') == [call, call]
+  assert parse_calls(f'<tool_call>{body}\n<tool_call>{body}') == [call, call]
+
+
+def test_line_breaks_inside_of_python_strings():
+  assert parse_calls("[f(a='x\n y\\n', b=r'\\d', c=\"it's\n\")]") == [
+    ToolCall('f', {'a': 'x\n y\n', 'b': '\\d', 'c': "it's\n"})
+  ]
+
+
+@pytest.mark.parametrize('word', keyword.kwlist + ['__debug__', 'match', 'print'])
+def test_python_keywords_name_arguments(word):
+  """In the first place and behind others, beside strings that look like them."""
+  call = ToolCall('book', {word: ', %s=1' % word, 'to': [word, {word: None}]})
+  text = print_calls([call])
+  assert text.startswith(f'[book({word}=') and '**' not in text
+  assert parse_calls(text) == [call]
+  assert parse_calls(f'[ book(to = 1 ,\n {word} = 2) ]') == [ToolCall('book', {'to': 1, word: 2})]
+  assert parse_calls("[book(**{'%s': 2}, to=1)]" % word) == [ToolCall('book', {'to': 1, word: 2})]
+  assert parse_lenient(f'[book({word}=2, to=k_1)]') == [{'book': {word: 2, 'to': 'k_1'}}]
+  assert parse_lenient("[book(to=1, **{'%s': 2})]" % word) == [{'book': {word: 2, 'to': 1}}]
+
+
+ODD_TEXTS = [
+  'true',
+  'it\'s "so"',
+  '</tool_call>',
+  '</think>',
+  '<think>',
+  '[f(a=1)]',
+  '\\',
+  '\x00',
+  '\ud800',
+  ', from=1',
+  '{"}',
+]
 SCALARS = (
   st.none()
   | st.booleans()
   | st.integers()
+  | st.integers(-(2**4000), 2**4000)
   | st.floats(allow_nan=False, allow_infinity=False)
   | st.text(max_size=8)
   | st.sampled_from(ODD_TEXTS)
 )
-VALUES = SCALARS | st.lists(
-  SCALARS | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2), max_size=3
+NAMES = st.sampled_from(['f', 'a.b.c', '_x1', 'find_flights', 'größe', 'true', 'print'])
+KEYS = (
+  st.sampled_from(['a', 'b', 'ﬁ', 'self', 'two words', '', 'a.b', 'k_', '__debug__'])
+  | st.sampled_from(keyword.kwlist)
+  | st.text(max_size=5)
 )
-NAMES = st.sampled_from(['f', 'a.b.c', '_x1', 'find_flights', 'größe'])
-KEYS = st.sampled_from(['a', 'b', 'from', 'class', 'ﬁ', 'self', 'two words', '']) | st.text(
-  max_size=5
+VALUES = st.recursive(
+  SCALARS,
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=2),
+  max_leaves=6,
 )
 ARGUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
 
@@ -192,6 +294,28 @@ def test_hermes_round_trip(calls):
   assert parse_calls(print_calls(calls, 'hermes')) == calls
 
 
+@hypothesis.given(
+  st.text(max_size=6) | st.sampled_from(keyword.kwlist), st.sampled_from(['', 'a.'])
+)
+def test_a_python_name_is_written_so_that_it_is_read_or_refused(name, before):
+  call = ToolCall(before + name, {'a': 1})
+  try:
+    text = print_calls([call])
+  except ValueError as error:
+    assert 'is no name' in str(error)
+    with pytest.raises(AssertionError):
+      assert _read_or_none(f'[{call.name}(a=1)]') == [call]
+    return
+  assert parse_calls(text) == [call]
+
+
+def _read_or_none(text):
+  try:
+    return parse_calls(text)
+  except ToolCallError:
+    return None
+
+
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(
   st.text(st.sampled_from('[](){}f,a=1\'"-.*: tn\\<'), max_size=30).map(lambda inner: f'[{inner}]')
@@ -204,6 +328,23 @@ def test_any_text_is_calls_or_an_error(text):
   assert calls is not None and calls_equal(parse_calls(print_calls(calls)), calls)
 
 
+def nested(levels):
+  value = -1
+  for _ in range(levels):
+    value = [value]
+  return value
+
+
+def test_no_tag_of_thoughts_stands_in_printed_calls():
+  calls = [ToolCall('f', {'a': 'x</think>\n\n<think>', 'b': {'</think>': ['<think>']}})]
+  for style in ('python', 'hermes'):
+    text = print_calls(calls, style)
+    assert 'think>' not in text.replace('x3cthink>', '').replace('x3c/think>', '')
+    assert parse_calls(text) == calls
+  deep = [ToolCall('f', {'a': nested(64)})]
+  assert parse_calls(print_calls(deep)) == deep
+
+
 @pytest.mark.parametrize(
   'call, style, reason',
   [
@@ -214,6 +355,9 @@ def test_any_text_is_calls_or_an_error(text):
     (ToolCall('f', {'a': float('nan')}), 'python', 'finite'),
     (ToolCall('f', {'a': float('inf')}), 'hermes', 'JSON'),
     (ToolCall('f', {'a': {1: 2}}), 'hermes', 'text keys'),
+    (ToolCall('f', {'a': nested(65)}), 'python', 'levels'),
+    (ToolCall('f', {'a': nested(64)}), 'hermes', 'levels'),
+    (ToolCall('f', {'a': 2**4097}), 'hermes', 'bits'),
     (ToolCall('f', {}, (1,)), 'hermes', 'positional'),
     (ToolCall('f', {}), 'xml', 'unknown call style'),
   ],

@@ -282,6 +282,34 @@ def test_a_thought_before_a_call_is_kept():
   )
 
 
+@pytest.mark.parametrize(
+  'answer',
+  [
+    '<tool_call>\n{"name": "f", "parameters": {"from": "a</tool_call>\nb"}}\n</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"from": "a</tool_call>\\nb"}}',
+    "<tool_call>{'name': 'f', 'arguments': {'from': 'a\\x3c/tool_call>\\nb'}}</tool_call>",
+    '<tool_call>[{"name": "f", "parameters": '
+    '"{\\"from\\": \\"a</tool_call>\\\\nb\\"}"}]</tool_call>',
+  ],
+)
+def test_spellings_of_a_call_in_a_row(answer):
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': answer}]
+  (row,) = to_rows(hermes(conversations=turns), 'hermes', 'r')
+  assert row['conversations'][-1]['content'] == "[f(from='a</tool_call>\\nb')]"
+
+
+def test_words_about_a_tag_are_no_call():
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': 'I write <tool_call> first.'}]
+  (row,) = to_rows(hermes(conversations=turns), 'hermes', 'r')
+  assert row['conversations'][-1]['content'] == 'I write <tool_call> first.'
+
+
+def test_calls_of_a_column_that_others_fill():
+  call = {'name': 'f', 'arguments': None, 'parameters': {'a': 1}, 'result': None}
+  (row,) = to_rows(xlam() | {'answers': [call]}, 'xlam', 'r')
+  assert row['conversations'][-1]['content'] == '[f(a=1)]'
+
+
 def test_packs_come_apart_where_they_were_put_together():
   first, second = to_rows(packed(), 'packed', 'r')
   assert (first['id'], second['id']) == ('9-0', '9-1')
@@ -300,6 +328,8 @@ def test_packs_come_apart_where_they_were_put_together():
     (xlam() | {'answers': '[]'}, 'list of calls is empty'),
     (xlam() | {'answers': 'f(x)'}, 'neither JSON'),
     (xlam() | {'answers': '[{"name": "f", "arguments": 3}]'}, 'needs a name and arguments'),
+    (xlam() | {'answers': '[{"name": "f", "args": {"a": 1}}]'}, "unknown key 'args'"),
+    (xlam() | {'answers': '[{"name": "f", "name": "g"}]'}, 'given twice'),
     (xlam() | {'tools': '[3]'}, 'a tool needs'),
     (xlam() | {'tools': '[{"name": "a b"}, {"name": "a/b"}]'}, 'two tools have one name'),
     (
@@ -333,6 +363,10 @@ def test_toolrl_row_becomes_a_decision_point():
     '1. Name: Get_Top_Apps\n' in point.messages[0].content
     and 'Steps for Each Turn' not in point.messages[0].content
   )
+  assert thought == 'use the <tool_call> tags'
+  output = output.replace('{"n": 3}', '{"from": "a</tool_call>\n</think>"}').replace('{}', '""')
+  point, thought = toolrl_point(toolrl_row(output), 'r')
+  assert point.reference == "[Get_Top_Apps(from='a</tool_call>\\n\\x3c/think>'), a._2b()]"
   assert thought == 'use the <tool_call> tags'
   point, _ = toolrl_point(toolrl_row('<think> x </think>\n<response> which one? </response>'), 'r')
   assert point.reference == 'which one?'

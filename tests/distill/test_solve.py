@@ -117,6 +117,57 @@ def test_a_perfect_model_keeps_everything(kind, options):
       assert toolrl_reward(row['conversations'][-1]['content'], reference).total == 4
 
 
+TAGGED = 'find the order of </think> Karo'
+
+
+@pytest.mark.parametrize('kind', ['sequential', 'parallel', 'irrelevant', 'single'])
+def test_a_tag_in_a_request_or_report_closes_no_thoughts(kind):
+  """It is refused before anything is asked, where a trace would quote it."""
+  seed, subtasks = next(with_subtasks(kind))
+  asked = dataclasses.replace(
+    seed, conversations=(*seed.conversations[:-1], Message('user', TAGGED))
+  )
+  reported = dataclasses.replace(seed, answer='see </think>')
+  rounds = []
+  for bad in (asked, reported):
+    if bad.answer:
+      assert run(bad, oracle(bad, subtasks), rounds) == verify.TAG_IN_TEXT
+  assert not rounds
+  if kind == 'single':
+    unreported = dataclasses.replace(asked, answer='')
+    [row] = run(unreported, oracle(unreported, subtasks))
+    assert row['conversations'][-1]['content'].count('</think>') == 1
+
+
+def test_a_tag_in_a_subtask_or_trace_is_refused():
+  seed, subtasks = next(with_subtasks('parallel'))
+  bad = [f'{subtasks[0]} </think>', *subtasks[1:]]
+  assert run(seed, oracle(seed, bad)) == verify.TAG_IN_TEXT
+  for trace in (
+    'a </think> b\n</think>\n\nc',
+    'a\n</think>\n\nc</think>',
+    '<think>\n</think>\n\nc',
+  ):
+    row = [Message('user', '</think>'), Message('assistant', f'<think>\n{trace}')]
+    assert verify.row_problem(row, 1000) == verify.TAG_IN_TEXT
+
+
+def test_a_tag_in_arguments_stays_an_argument():
+  call = ToolCall('f', {'a': 'x</think>\n\n<think>', 'from': 1})
+  seed = Seed(
+    id='s',
+    kind='single',
+    conversations=(Message('user', 'what is </think>?'),),
+    calls=(call,),
+    tool_response=('</think>',),
+  )
+  for answer in (print_calls([call]), "[f(a='x</think>\n\n<think>', from=1)]"):
+    [row] = run(seed, lambda _, answer=answer: THINK + answer)
+    content = row['conversations'][-1]['content']
+    assert content.count('</think>') == 1 and content.endswith(print_calls([call]))
+    assert toolrl_reward(content, print_calls([call])).total == 4
+
+
 def test_what_can_be_asked_together_is():
   parallel, subtasks = next((s, t) for s, t in with_subtasks('parallel') if len(t) == 4)
   rounds = []

@@ -214,6 +214,59 @@ def test_corrected(prediction, reference, form, correctness):
   assert (reward.format, reward.correctness) == (form, pytest.approx(correctness, abs=1e-12))
 
 
+BOOK = [ToolCall('book', {'from': 'SFO', 'to': 'LAX', 'class': 1})]
+SPELLINGS = [
+  "[book(from='SFO', to='LAX', class=1)]",
+  "[book(class=1, from='SFO', to='LAX')]",
+  "[book(to='LAX', **{'from': 'SFO', 'class': 1})]",
+  print_calls(BOOK),
+]
+TAGGED = [
+  print_calls(BOOK, 'hermes'),
+  '<tool_call>{"name": "book", "parameters": {"from": "SFO", "to": "LAX", "class": 1}}</tool_call>',
+  '<tool_call>{"name": "book", "arguments": "{\\"from\\": \\"SFO\\", \\"to\\": \\"LAX\\",'
+  ' \\"class\\": 1}"}\n',
+]
+
+
+@pytest.mark.parametrize('name', sorted(rewards.REWARDS))
+def test_every_spelling_of_a_call_earns_the_same(name):
+  # The released reader knows no calls in tags.
+  spellings = SPELLINGS if name.startswith('toolrl') else SPELLINGS + TAGGED
+  nearly = [spelling.replace('LAX', 'OAK') for spelling in spellings]
+  for reference in spellings:
+    exact = [rewards.REWARDS[name](T + spelling, reference).total for spelling in spellings]
+    assert exact == [4] * len(spellings)
+    if name != 'toolrl_refined':  # which compares the order of names, too
+      assert len({rewards.REWARDS[name](T + text, reference).total for text in nearly}) == 1
+
+
+@pytest.mark.parametrize('name', ['paper', 'corrected', 'toolrl'])
+def test_markup_and_line_breaks_in_an_argument(name):
+  reference = print_calls([ToolCall('f', {'a': 'x</think>\n\ny'})])
+  spellings = [reference, "[f(a='x</think>\\n\\ny')]", "[f(a='x</think>\n\ny')]"]
+  if name != 'toolrl':
+    spellings.append('<tool_call>{"name": "f", "arguments": {"a": "x</think>\n\ny"}}')
+  for text in spellings:
+    assert batch_reward(name, [T + text], [reference]).total == 4
+
+
+@pytest.mark.parametrize('name', ['paper', 'corrected', 'toolrl', 'toolrl_coarse'])
+def test_a_response_whose_prompt_has_opened_the_thoughts(name):
+  """One closing tag and no opening one; not where the text is known to be whole."""
+  responses = [
+    'hm\n</think>\n\n[f()]',
+    'hm</think>\n[f()]',
+    'a</think>b\n</think>\n\n[f()]',
+    '[f()]',
+  ]
+  got = batch_reward(name, responses, ['[f()]'] * 4)
+  assert got.format.tolist() == [1, 0, 0, 0] and got.correctness.tolist() == [3] * 4
+  framed = f'<|im_start|>assistant\n{responses[0]}<|im_end|>'
+  assert batch_reward(name, [framed], ['[f()]']).total == 4
+  assert batch_reward(name, responses, ['[f()]'] * 4, whole=True).format.tolist() == [0] * 4
+
+
 def test_assignment_is_optimal():
   """Against all pairings of up to four calls of one name: the greedy pairing of `toolrl` falls
   short in some.

@@ -31,6 +31,14 @@ PARTS = [
   '<',
   'tool_call>',
   '{"name": "f", "arguments": {"a": 1}}',
+  '{"name": "f", "parameters": {"a": "</tool_call>\n<tool_call>"}}',
+  '{"name": "f", "arguments": {"a": "',
+  "{'name': 'f'}",
+  '"}}',
+  '"',
+  '\\',
+  '}',
+  '{',
   '\U0001f600',
 ]
 
@@ -76,7 +84,29 @@ def read(text, cuts=(10**6,), **options):
     ('[h(1)]', Delta('', '[h(1)]')),
     ('[f(__import__("os"))]', Delta('', '[f(__import__("os"))]')),
     ('<tool_call>{"name": 1}</tool_call>', Delta('', '<tool_call>{"name": 1}</tool_call>')),
-    ('a <tool_call>{"name": "f"}', Delta('', 'a <tool_call>{"name": "f"}')),
+    ('a <tool_call>{"name": "f"', Delta('', 'a <tool_call>{"name": "f"')),
+    ('<tool_call> is a tag', Delta('', '<tool_call> is a tag')),
+    # The object is whole: only its closing tag is missing.
+    ('a <tool_call>{"name": "f"}', Delta('', 'a', [('f', '{}')])),
+    ('<tool_call>{"name": "f"}\n</tool', Delta('', '', [('f', '{}')])),
+    ('<tool_call>{"name": "f"}<tool_call>{"name": "g"}', Delta('', '', [('f', '{}'), ('g', '{}')])),
+    # Tags and line breaks inside of strings are text.
+    (
+      '<tool_call>\n{"name": "f", "parameters": {"a": "</tool_call>\n<tool_call></think>"}}\n'
+      '</tool_call> so',
+      Delta('', 'so', [('f', '{"a": "</tool_call>\\n<tool_call></think>"}')]),
+    ),
+    ('[f(from="a\nb")]', Delta('', '', [('f', '{"from": "a\\nb"}')])),
+    # What cannot be read does not hide what can.
+    (
+      '<tool_call>{"name": "f"</tool_call> <tool_call>{"name": "g"}</tool_call>',
+      Delta('', '<tool_call>{"name": "f"</tool_call>', [('g', '{}')]),
+    ),
+    (
+      '<tool_call>{"name": "f", "x": "a}</tool_call> <tool_call>{"name": "g"}</tool_call>',
+      Delta('', '<tool_call>{"name": "f", "x": "a}</tool_call>', [('g', '{}')]),
+    ),
+    ('<tool_call>{"name": "f", "arg": {}}', Delta('', '<tool_call>{"name": "f", "arg": {}}')),
     ('[f(a=1)', Delta('', '[f(a=1)')),
   ],
 )
@@ -127,6 +157,26 @@ def test_printed_calls_come_back(calls, style):
   assert [(name, json.loads(arguments)) for name, arguments in got.calls] == [
     (call.name, call.arguments) for call in calls
   ]
+
+
+@pytest.mark.parametrize('value', ['{}', '""', 'null', '"{}"'])
+def test_a_call_without_arguments(value):
+  text = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>' % value
+  assert read(text, (4,), tools=TOOLS) == Delta('', '', [('f', '{}')])
+
+
+def test_a_turn_that_was_cut_has_not_left_out_a_closing_tag():
+  text = '<tool_call>{"name": "f"}'
+  assert ReplyParser(TOOLS).push(text, last=True, cut=True) == Delta('', text)
+  closed = text + '</tool_call>'
+  assert ReplyParser(TOOLS).push(closed, last=True, cut=True).calls == [('f', '{}')]
+
+
+def test_thoughts_that_are_opened_twice():
+  """By the prompt and by the response."""
+  for cuts in ((1,), (4,), (99,)):
+    assert read('<think>\nhm</think>fine', cuts, thinking=True) == Delta('hm', 'fine')
+    assert read('<hm</think>fine', cuts, thinking=True) == Delta('<hm', 'fine')
 
 
 def test_options():

@@ -1,0 +1,276 @@
+"""Reads calls in tags, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen).
+
+Everything that holds such calls is read here: answers of models, whole or while they come, rows of
+data sets, and what chat templates write. The JSON object says where a call ends. A tag inside of
+one of its strings is text, and a closing tag that never comes is not missed at the end of a turn.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dcore_jax.chat.call_text import CLOSE_CALL, OPEN_CALL, JsonScan, Scan, skip_space
+from dcore_jax.chat.messages import ToolCall
+from dcore_jax.chat.python_calls import (
+  ToolCallError,
+  check_depth,
+  check_length,
+  checked_constant,
+  clip,
+  parse_literal,
+)
+
+_FORM = 'a tool call needs a name and arguments, expected {"name": ..., "arguments": {...}}'
+_ARGUMENTS = ('arguments', 'parameters')
+# What OpenAI's clients write around a call. None of it says anything about the call itself.
+_HARMLESS = ('id', 'type', 'index')
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def parse_hermes(text: str) -> list[ToolCall]:
+  """Reads the calls behind every `<tool_call>` of a whole text.
+
+  Raises:
+    ToolCallError: no call, one that is not at its end, or one that cannot be read.
+  """
+  check_length(text)
+  calls = [call for block in tagged_blocks(text) for call in block.calls]
+  if not calls:
+    raise ToolCallError(f'there is no {OPEN_CALL} in {clip(text)}')
+  return calls
+
+
+def read_calls(value: Any) -> list[ToolCall]:
+  """Reads one call or a list of calls, given as JSON values or as their text.
+
+  Some rows of Hermes hold Python literals in the place of JSON, which are read too.
+
+  Raises:
+    ToolCallError: a call that cannot be read. An empty list holds no call, and is none.
+  """
+  if isinstance(value, str):
+    value = _read_text(value)
+  return [read_call(record) for record in (value if isinstance(value, list) else [value])]
+
+
+def read_call(record: Any) -> ToolCall:
+  """Reads a call {name, arguments}; `parameters` is another name of its arguments.
+
+  A call may stand in OpenAI's wrapper {id, type, function: call}.
+
+  Raises:
+    ToolCallError: no name, arguments of another kind, or a key that says what is not understood.
+  """
+  given = record
+  if isinstance(record, dict) and isinstance(record.get('function'), dict):
+    _refuse_unknown(record, ('function',))
+    record = record['function']
+  if not isinstance(record, dict) or not isinstance(record.get('name'), str):
+    raise ToolCallError(f'{_FORM}, got {clip(str(given))}')
+  _refuse_unknown(record, ('name', *_ARGUMENTS))
+  # A column of data that a record leaves empty is None, and so says nothing.
+  found = [read_arguments(record[key]) for key in _ARGUMENTS if record.get(key) is not None]
+  if len(found) == 2 and found[0] != found[1]:
+    raise ToolCallError(f'arguments and parameters differ in {clip(str(given))}')
+  return ToolCall(record['name'], found[0] if found else {})
+
+
+def read_arguments(value: Any) -> dict[str, Any]:
+  """Reads the arguments of a call: an object, its text, or '' or None where there are none.
+
+  Raises:
+    ToolCallError: anything else.
+  """
+  if isinstance(value, str):
+    value = _read_text(value) if value.strip() else {}
+  if value is None:
+    return {}
+  if not isinstance(value, dict):
+    raise ToolCallError(f'{_FORM}, got arguments {clip(str(value))}')
+  _check_value(value, 0)
+  return value
+
+
+def _refuse_unknown(record: dict[str, Any], known: tuple[str, ...]) -> None:
+  unknown = [key for key in record if key not in known and key not in _HARMLESS]
+  if record.get('type') not in (None, 'function'):
+    unknown.append('type')
+  if unknown:
+    raise ToolCallError(f'a call with the unknown key {unknown[0]!r}: {clip(str(record))}')
+
+
+def _read_text(text: str) -> Any:
+  """Returns the value of a JSON text or, where it is none, of a Python literal."""
+  try:
+    value = _DECODER.decode(text)
+  except ToolCallError:
+    raise
+  except (ValueError, RecursionError) as error:
+    try:
+      return parse_literal(text)
+    except ToolCallError:
+      raise ToolCallError(
+        f'neither JSON nor a literal (not JSON: {error}): {clip(text)}'
+      ) from error
+  _check_value(value, 0)
+  return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  record = dict(pairs)
+  if len(record) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ToolCallError(f'the key {clip(twice)} is given twice')
+  return record
+
+
+# Models break lines inside of strings, which JSON forbids and `strict=False` allows.
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_no_key_twice)
+
+
+def _check_value(value: Any, depth: int) -> None:
+  check_depth(depth)
+  if isinstance(value, dict):
+    value = list(value.values())
+  if isinstance(value, list):
+    for item in value:
+      _check_value(item, depth + 1)
+  else:
+    checked_constant(value)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+  """What stands behind an opening tag.
+
+  Attributes:
+    end: the place behind it, its closing tag included where it has one.
+    calls: what it calls; none where it cannot be read.
+    problem: why it cannot; '' where it can.
+  """
+
+  end: int
+  calls: list[ToolCall]
+  problem: str
+
+
+def tagged_blocks(text: str) -> Iterator[Block]:
+  """Yields what stands behind each opening tag of a whole text.
+
+  Raises:
+    ToolCallError: a block that cannot be read.
+  """
+  start = text.find(OPEN_CALL)
+  while start >= 0:
+    block = BlockReader(start).read(text, ended=True)
+    if block.problem:
+      raise ToolCallError(block.problem)
+    yield block
+    start = text.find(OPEN_CALL, block.end)
+
+
+class BlockReader:
+  """Reads the block behind one opening tag while its text comes.
+
+  A block holds objects and lists of objects, one behind the other (ToolRL's rows have a call a
+  line). Only what can no longer change is decided, so that the cuts of the text do not matter.
+
+  Args:
+    start: where the opening tag begins.
+  """
+
+  def __init__(self, start: int):
+    self._start = start
+    self._place = start + len(OPEN_CALL)  # read up to here
+    self._scan: JsonScan | None = None
+    self._values: list[str] = []
+    self._broken = False
+
+  def read(self, text: str, *, ended: bool, cut: bool = False) -> Block | None:
+    """Reads on in a text that begins as it did before; None where more of it must come.
+
+    Args:
+      text: all that has come, the opening tag at its place.
+      ended: whether nothing more will come.
+      cut: whether it ended in the midst of the turn, so that the closing tag was not left out.
+    """
+    while not self._broken:
+      if self._scan is None:
+        self._place = skip_space(text, self._place)
+        if text[self._place : self._place + 1] not in ('{', '['):
+          return self._behind_values(text, ended, cut)
+        self._scan = JsonScan(self._place)
+      state = self._scan.read(text)
+      if state is Scan.OPEN and not ended:
+        return None
+      self._broken = state is not Scan.WHOLE
+      self._place = self._scan.place
+      if not self._broken:
+        self._values.append(text[self._scan.start : self._place])
+        self._broken = not _is_json(self._values[-1])
+        self._scan = self._scan if self._broken else None
+    return self._behind_broken(text, ended)
+
+  def _behind_values(self, text: str, ended: bool, cut: bool) -> Block | None:
+    """The place where a closing tag belongs."""
+    rest = text[self._place : self._place + len(CLOSE_CALL)]
+    if not self._values:
+      if not rest and not ended:
+        return None
+      # Somebody speaks of the tag. What follows is no part of it.
+      return self._bad(text, self._start + len(OPEN_CALL), 'holds no call')
+    if rest == CLOSE_CALL:
+      return self._whole(self._place + len(CLOSE_CALL))
+    if rest.startswith(OPEN_CALL):
+      return self._whole(self._place)
+    if CLOSE_CALL.startswith(rest) or OPEN_CALL.startswith(rest):
+      if not ended:
+        return None
+      if not cut and CLOSE_CALL.startswith(rest):
+        return self._whole(len(text))
+      return self._bad(text, len(text), 'is never closed')
+    self._broken = True
+    return self._behind_broken(text, ended)
+
+  def _behind_broken(self, text: str, ended: bool) -> Block | None:
+    """The next tag ends what is no JSON; Python literals are read up to there."""
+    begin = self._start + len(OPEN_CALL)
+    # Behind values that were whole, tags in their strings have been passed.
+    behind = begin if self._scan else self._place
+    closing = text.find(CLOSE_CALL, behind)
+    opening = text.find(OPEN_CALL, behind)
+    if closing < 0 and opening < 0:
+      return self._bad(text, len(text), 'is never closed') if ended else None
+    if closing < 0 or 0 <= opening < closing:
+      return self._bad(text, opening, 'is never closed')
+    end = closing + len(CLOSE_CALL)
+    try:
+      return Block(end, read_calls(text[begin:closing]), '')
+    except ToolCallError as error:
+      return Block(end, [], str(error))
+
+  def _whole(self, end: int) -> Block:
+    try:
+      calls = [call for value in self._values for call in read_calls(value)]
+    except ToolCallError as error:
+      return Block(end, [], str(error))
+    return Block(end, calls, '' if calls else f'{_FORM}, got {clip("".join(self._values))}')
+
+  def _bad(self, text: str, end: int, what: str) -> Block:
+    return Block(end, [], f'a {OPEN_CALL} {what}: {clip(text[self._start :])}')
+
+
+def _is_json(text: str) -> bool:
+  try:
+    _DECODER.decode(text)
+  except ToolCallError:
+    # A key that is given twice. It is JSON, and reading it says what is wrong with it.
+    return True
+  except (ValueError, RecursionError):
+    return False
+  return True

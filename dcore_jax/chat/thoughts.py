@@ -1,0 +1,67 @@
+"""The block of thoughts where it meets the prompt.
+
+Some chat templates (Qwen3-Thinking, QwQ, the R1 distillations) end a prompt with `<think>`. What is
+sampled then begins inside the thoughts. Readers of whole responses are given the opening and the
+response together; training is given the response without the opening, which its prompt holds.
+"""
+
+import os.path
+import re
+
+from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_THOUGHTS, closing_tags
+
+_OPENED = re.compile(OPEN_THOUGHTS + r'\s*\Z')
+_BLOCK_AT_END = re.compile(OPEN_THOUGHTS + r'\s*(?:' + CLOSE_THOUGHTS + r'\s*)?\Z')
+
+
+def opened_thoughts(prompt: str) -> str:
+  """Returns the tag, and the white space behind it, with which a prompt ends; '' without one."""
+  found = _OPENED.search(prompt)
+  return found[0] if found else ''
+
+
+def with_opening(response: str, opening: str) -> str:
+  """Returns a response together with the tag by which its prompt has opened the thoughts.
+
+  A response that opens its thoughts itself stays as it is, so that no tag stands there twice.
+  """
+  return response if response.lstrip().startswith(OPEN_THOUGHTS) else opening + response
+
+
+def without_opening(text: str, prompt: str) -> str:
+  """Returns what is left to say of an assistant's text behind a prompt that may begin it.
+
+  Behind a prompt that does not end in a block of thoughts that is the whole text. A text without
+  thoughts closes the block that the prompt has opened, as templates write such an answer.
+  """
+  found = _BLOCK_AT_END.search(prompt)
+  if not found:
+    return text
+  begun = found[0]
+  body = text.lstrip()
+  if body.startswith(begun):
+    return body[len(begun) :]
+  # Behind an empty block that is closed the model may think anew; the text says whether it does.
+  if CLOSE_THOUGHTS in begun:
+    return text
+  if body.startswith(OPEN_THOUGHTS):
+    # The white space behind the two tags differs: what the prompt has of it is not said again.
+    spaces = begun.removeprefix(OPEN_THOUGHTS)
+    body = body.removeprefix(OPEN_THOUGHTS)
+    return body.removeprefix(os.path.commonprefix([spaces, body]))
+  return text if closing_tags(text) else f'\n{CLOSE_THOUGHTS}\n\n{text}'
+
+
+def taken_as_opened(response: str) -> str:
+  """Returns a response as a whole one whose prompt is not known.
+
+  A single closing tag without an opening one says that the prompt has opened the thoughts.
+  """
+  if OPEN_THOUGHTS in response or len(closing_tags(response)) != 1:
+    return response
+  return f'{OPEN_THOUGHTS}\n{response}'
+
+
+def holds_tag(text: str) -> bool:
+  """Tells whether a text holds a tag that a reader would take for an end of thoughts."""
+  return OPEN_THOUGHTS in text or CLOSE_THOUGHTS in text
