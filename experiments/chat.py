@@ -11,9 +11,9 @@ from absl import app, flags, logging
 
 from dcore_jax.data.show_rows import use_colour
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.terminal import Chat, Speaker
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import DTYPES, load_model
-from dcore_jax.serve.terminal import Chat, Speaker
 from dcore_jax.worlds.registry import world_and_kind
 
 _MODEL = flags.DEFINE_string(

@@ -1,8 +1,9 @@
 """Serves a model to OpenAI clients: python -m experiments.serve --model=DIR [--port=8000]
 
 It listens on this machine only unless --host says otherwise. The API key, if any, is read from the
-environment variable that --api_key_env names, so that no process list shows it. After SIGTERM it
-finishes what is under way and refuses the rest.
+environment variable that --api_key_env names, so that no process list shows it. --name may be
+given several times; the path of the model is always a name of it, too. After SIGTERM it finishes
+what is under way and refuses the rest.
 """
 
 import os
@@ -12,13 +13,13 @@ from absl import app, flags, logging
 
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
-from dcore_jax.serve.server import DTYPES, Server, load_model
+from dcore_jax.serve.server import DTYPES, Server, check_port, load_model
 
 _MODEL = flags.DEFINE_string(
   'model', '', 'Hugging Face directory; default: the organism inside the package.'
 )
-_NAME = flags.DEFINE_string(
-  'name', '', 'What clients call the model; default: the name of its directory.'
+_NAMES = flags.DEFINE_multi_string(
+  'name', [], 'What clients call the model; may be given again. Default: the name of its directory.'
 )
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is free.')
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
   if _API_KEY_ENV.value and not key:
     sys.exit(f'error: --api_key_env names {_API_KEY_ENV.value}, which is not set')
   try:
+    check_port(_PORT.value)
     model = load_model(
       _MODEL.value,
       dtype=_DTYPE.value,
@@ -73,12 +75,20 @@ def main(argv: list[str]) -> None:
     limits = Limits(model.engine.max_new, _MAX_BODY.value, requests=_MAX_REQUESTS.value)
   except ValueError as error:
     sys.exit(f'error: {error}')
-  service = Service(scheduler, model.tokenizer, _NAME.value or model.name, limits, key)
+  service = Service(
+    scheduler,
+    model.tokenizer,
+    names=_NAMES.value or model.name,
+    limits=limits,
+    api_key=key,
+    folder=model.folder,
+  )
   if not key and _HOST.value not in ('127.0.0.1', '::1', 'localhost'):
     print(f'{_HOST.value} may be reached by others, and no API key is asked for', file=sys.stderr)
 
   def announce(url: str) -> None:
-    print(f'{url} serves {service.model}: {model.summary()}', file=sys.stderr, flush=True)
+    names = ' and '.join(service.names)
+    print(f'{url} serves {names}: {model.summary()}', file=sys.stderr, flush=True)
 
   Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce).run()
   if scheduler.failure is not None:

@@ -3,15 +3,15 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dcore_jax.api.model import Model, make_engine, sampling_rule
 from dcore_jax.data.show_rows import use_colour
+from dcore_jax.run.terminal import Chat, Speaker
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
-from dcore_jax.serve.server import Server
-from dcore_jax.serve.terminal import Chat, Speaker
+from dcore_jax.serve.server import Server, check_port
 from dcore_jax.worlds.registry import WORLDS
 
 _MOST_TOKENS = 2048  # of an answer in the terminal
@@ -63,7 +63,7 @@ def serve_model(
   *,
   port: int = 8000,
   host: str = '127.0.0.1',
-  name: str = '',
+  name: str | Sequence[str] = '',
   lanes: int = 32,
   background: bool = False,
 ) -> BackgroundServer | None:
@@ -75,26 +75,32 @@ def serve_model(
     model: from `load`; the server keeps the weights that it has now.
     port: 0 takes one that is free.
     host: the address to listen on; by default only this machine reaches it.
-    name: what clients call the model; by default the name of its directory.
+    name: what clients call the model, a name or several; by default the name of its directory. Its
+      path is always a name, too.
     lanes: rollouts at once.
     background: returns a server that runs on a thread instead of waiting for the end.
 
   Raises:
+    ValueError: a port that there is not.
     OSError: a background server that cannot listen there.
     RuntimeError: the engine failed.
   """
+  check_port(port)
   # An engine of its own: a scheduler's thread is the only one that may touch its engine.
   engine = make_engine(model, lanes=lanes)
   scheduler = Scheduler(engine, _MAX_WAITING)
-  name = name or model.folder.resolve().name
   service = Service(
-    scheduler, model.tokenizer, model=name, limits=Limits(max_tokens=engine.max_new)
+    scheduler,
+    model.tokenizer,
+    names=name or model.folder.resolve().name,
+    limits=Limits(max_tokens=engine.max_new),
+    folder=model.folder,
   )
   if background:
     return BackgroundServer(service, host, port)
 
   def announce(url: str) -> None:
-    print(f'{url} serves {name}', file=sys.stderr, flush=True)
+    print(f'{url} serves {service.names[0]}', file=sys.stderr, flush=True)
 
   server = Server(service, host, port, drain_seconds=_DRAIN_SECONDS, announce=announce)
   server.run()

@@ -83,8 +83,10 @@ def read_arguments(value: Any) -> dict[str, Any]:
   Raises:
     ToolCallError: anything else.
   """
-  if isinstance(value, str):
-    value = _read_text(value) if value.strip() else {}
+  # Twice: some clients write the text of an object as JSON once more.
+  for _ in range(2):
+    if isinstance(value, str):
+      value = _read_text(value) if value.strip() else {}
   if value is None:
     return {}
   if not isinstance(value, dict):

@@ -29,7 +29,7 @@ from dcore_jax.chat.messages import Message, ToolCall, ToolSpec, refuse_unknown
 from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import read_calls, tagged_blocks
 from dcore_jax.chat.tool_calls import parse_python, print_calls
-from dcore_jax.chat.tool_specs import CALL_FORMAT, read_literal, read_tools
+from dcore_jax.chat.tool_specs import CALL_FORMAT, read_tools
 from dcore_jax.data import chat_rows
 from dcore_jax.data.dialogues import (
   FREE_FIELDS,

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio.from_thread
+from absl import logging
 
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tagged_calls import read_arguments
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.rollout.backends import ChatRequest, ChatSource, Reply, Tag, Usage, function_specs
+from dcore_jax.rollout.dialect import Dialect, refused_field
 from dcore_jax.rollout.reply_journal import ReplyJournal
 from dcore_jax.rollout.sampling import SamplingParams
 
@@ -109,6 +111,7 @@ class OpenAIBackend:
     # The client does not start without a key, and servers of one's own ask for none.
     self._api_key = api_key or os.environ.get('OPENAI_API_KEY') or 'none'
     self._journal = ReplyJournal(journal) if journal else None
+    self._dialect = Dialect()
 
   def stream(self, source: ChatSource, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
     """Answers as `Backend.stream` says.
@@ -215,13 +218,15 @@ class OpenAIBackend:
       return known
     began = time.perf_counter()
     try:
-      reply = await self._ask(client, body)
+      reply = await self._ask_in_dialect(client, body)
     except openai.APIError as error:
       status = getattr(error, 'status_code', None)
       if status not in _REFUSALS:
         kind = ConnectionError if status in _LOCKED_OUT else _Failed
         raise kind(f'{self.base_url}, model {self.model!r}: {error}') from error
-      reply = _without_text(f'refused with status {error.status_code}: {error.message}')
+      reply = _without_text(
+        f'refused with status {error.status_code}: {error.message}{_in_vain(error, body)}'
+      )
     reply = dataclasses.replace(reply, seconds=round(time.perf_counter() - began, 4))
     self.usage.add(reply)
     # A refusal is not kept: the request may be taken when the server has been set up anew.
@@ -253,7 +258,7 @@ class OpenAIBackend:
       'messages': [message.to_json() for message in request.messages],
       'temperature': sampling.temperature,
       'top_p': sampling.top_p,
-      # The older name of the field, which every compatible server takes.
+      # The older name of the field, which every compatible server takes; `_dialect` knows others.
       'max_tokens': request.max_tokens or sampling.max_tokens,
       'seed': int.from_bytes(digest[:4], 'big') >> 1,
     }
@@ -271,6 +276,33 @@ class OpenAIBackend:
       body['extra_body'] = extra
     return body
 
+  async def _ask_in_dialect(self, client: 'openai.AsyncOpenAI', body: dict[str, Any]) -> Reply:
+    """Asks, and once more for each field that the endpoint does not take and that is not needed.
+
+    Raises:
+      openai.APIError, _Failed: as `_ask`.
+    """
+    import openai
+
+    dialect = self._dialect
+    while True:
+      try:
+        reply = await self._ask(client, dialect.write(body))
+      except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        dialect = dialect.after(refused_field(error.body, error.message), body)
+        if dialect is None:
+          raise
+        continue
+      # Only now: the answer has shown that this is how the endpoint wants to be asked. Requests
+      # that were under way meanwhile may have learned something else.
+      known = self._dialect
+      self._dialect = known | dialect
+      if 'seed' in self._dialect.left_out - known.left_out:
+        logging.warning(
+          '%s takes no seed: an answer can be repeated from the journal alone', self.base_url
+        )
+      return reply
+
   async def _ask(self, client: 'openai.AsyncOpenAI', body: dict[str, Any]) -> Reply:
     """Asks until there is a message.
 
@@ -287,6 +319,15 @@ class OpenAIBackend:
       # Seconds. As long as the client waits after a failure that it recognises by itself.
       await asyncio.sleep(min(8, 0.5 * 2**attempt))
     raise _Failed(f'{self.base_url} answers without a message: {malformed!r}') from malformed
+
+
+def _in_vain(error: Any, body: dict[str, Any]) -> str:
+  """Returns what is to be said of a refused field that a request cannot do without."""
+  field = refused_field(getattr(error, 'body', None), error.message)
+  sent = body | body.get('extra_body', {})
+  if field is None or field not in sent or field == 'max_tokens':
+    return ''
+  return f' ({field} = {sent[field]!r} changes the answers, so that it is not left out)'
 
 
 def _without_text(error: str) -> Reply:

@@ -20,7 +20,8 @@ The programs that can be compiled are:
 - a prefill for each length and span of `bucket_ladder(max_len)` with the length not above the span;
 - a decode for each span of trunks, span of branches and shape of a tile (its lanes, and the rows of
   its trunks: as many as lanes, or an eighth or a quarter of that), in each mode of sampling, with
-  and without alternatives.
+  and without alternatives;
+- a scoring of prompts for each length of the ladder, with and without alternatives.
 Nothing else of a request is compiled in.
 
 Letters as in device.py.
@@ -40,7 +41,7 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device
 from dcore_jax.rollout import sampling as sampling_lib
 from dcore_jax.rollout.device import DecodeShape, LaneInputs, PrefillShape
-from dcore_jax.rollout.lane_table import Decode, InFlight, LaneTable
+from dcore_jax.rollout.lane_table import Decode, InFlight, LaneTable, empty_progress
 from dcore_jax.rollout.prefill import PrefillCall, prefill_calls, prefill_rows
 from dcore_jax.rollout.requests import (
   Completion,
@@ -52,6 +53,7 @@ from dcore_jax.rollout.requests import (
   checked_prompt,
 )
 from dcore_jax.rollout.sampling import TOP, SamplingParams
+from dcore_jax.rollout.scoring import ScoringShape, first_alternatives, score_prompt
 from dcore_jax.rollout.sizes import EngineSizes, bucket, span_ladder
 from dcore_jax.rollout.tiles import Tile
 from dcore_jax.rollout.trunk_table import TrunkTable
@@ -166,11 +168,12 @@ class Engine:
     prompt = checked_prompt(request, self.max_len, self.config.vocab_size)
     if sampling.stop and self.decode is None:
       raise ValueError(f'{name}: stop strings need an engine with `decode`')
-    if not 0 <= request.top <= TOP:
-      raise ValueError(f'{name}: top={request.top} alternatives; there may be {TOP}')
+    for top in (request.top, request.prompt_top or 0):
+      if not 0 <= top <= TOP:
+        raise ValueError(f'{name}: top={top} alternatives; there may be {TOP}')
     limit = sampling.max_tokens if request.max_tokens is None else request.max_tokens
-    if limit < 1:
-      raise ValueError(f'{name}: max_tokens={limit} must be at least 1')
+    if limit < 0:
+      raise ValueError(f'{name}: max_tokens={limit} must be at least 0')
     rollout = InFlight(
       handle=self._handles,
       prompt=prompt,
@@ -179,6 +182,7 @@ class Engine:
       key=sampling_lib.request_key(sampling.seed, request.key_id),
       sampling=sampling,
       top=request.top,
+      prompt_top=request.prompt_top,
     )
     self._handles += 1
     self._rollouts[rollout.handle] = rollout
@@ -202,17 +206,22 @@ class Engine:
   def step(self) -> list[Progress]:
     """Gives waiting rollouts their lanes and decodes once, `steps_per_call` tokens at most.
 
+    A prompt that is to be scored is scored before its rollout gets a lane, one a step: who decodes
+    waits for no more than that.
+
     Returns:
-      What was drawn for each rollout that runs.
+      What was drawn for each rollout that runs, and the end of those that sample nothing.
 
     Raises:
       FloatingPointError: a log-probability is not a number.
     """
+    self._score_next()
+    ended = self._end_empty()
     # Several rounds: prompts that share a prefix with one of a round are copied in the next.
     # Each round that admits a rollout shortens the queue, so that the loop ends.
     while self._queue and self._admit_round():
       pass
-    return self._advance()
+    return ended + self._advance()
 
   # --- many --------------------------------------------------------------------------------------
 
@@ -331,6 +340,39 @@ class Engine:
       self._trunks.release(rollout.trunk)
       self._lanes.vacate(rollout.lane)
 
+  def _score_next(self) -> None:
+    """Scores the first prompt that waits for it, for all rollouts of it that want the same."""
+    first = next((rollout for rollout in self._queue if rollout.unscored), None)
+    if first is None:
+      return
+    scores = score_prompt(
+      self._counted,
+      self.params,
+      first.prompt,
+      self.max_len,
+      ScoringShape(
+        config=self.config,
+        # All alternatives that there may be, as for `_decode`.
+        top=min(TOP, self.config.vocab_size) if first.prompt_top else 0,
+        placement=self._placement,
+      ),
+    )
+    self.stats.scored_tokens += len(first.prompt)
+    for rollout in self._queue:
+      same = rollout.unscored and rollout.prompt_top == first.prompt_top
+      if rollout is first or same and np.array_equal(rollout.prompt, first.prompt):
+        rollout.prompt_scores = first_alternatives(scores, first.prompt_top)
+
+  def _end_empty(self) -> list[Progress]:
+    """Ends the rollouts that sample nothing, once their prompts are scored."""
+    ended = []
+    for rollout in list(self._queue):
+      if not rollout.limit and not rollout.unscored:
+        self._queue.remove(rollout)
+        self._remove(rollout)
+        ended.append(empty_progress(rollout))
+    return ended
+
   def _admit_round(self) -> bool:
     """Gives waiting rollouts lanes and trunks, in order, and prefills what the trunks lack.
 
@@ -344,7 +386,7 @@ class Engine:
     while self._queue and self._lanes.free:
       rollout = self._queue.popleft()
       # A rollout that has to wait does not hold up those behind it: their prompts may be there.
-      found = self._trunks.acquire(rollout.prompt)
+      found = None if rollout.unscored else self._trunks.acquire(rollout.prompt)
       if found is None:
         later.append(rollout)
         continue

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dcore_jax.rollout.device import Drawn, LaneInputs
-from dcore_jax.rollout.requests import Completion, Progress
+from dcore_jax.rollout.requests import Completion, Progress, PromptScores
 from dcore_jax.rollout.sampling import Alternatives, SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.rollout.tiles import Tile, plan_tiles
@@ -29,6 +29,8 @@ class InFlight:
     key: uint32 [2], of its random stream.
     sampling: its rule.
     top: alternatives to be reported with each token.
+    prompt_top: the same for the tokens of the prompt; None: they are not scored.
+    prompt_scores: those that the next progress reports.
     trunk: which holds the prompt; meaningless without a lane.
     lane: None while it waits.
   """
@@ -40,8 +42,21 @@ class InFlight:
   key: np.ndarray
   sampling: SamplingParams
   top: int
+  prompt_top: int | None
+  prompt_scores: PromptScores | None = None
   trunk: int = -1
   lane: int | None = None
+
+  @property
+  def unscored(self) -> bool:
+    """Whether its prompt is still to be scored, before it gets a lane."""
+    return self.prompt_top is not None and self.prompt_scores is None and self.lane is None
+
+  def take_scores(self) -> PromptScores | None:
+    """Returns the scores of the prompt, once."""
+    scores = self.prompt_scores
+    self.prompt_scores = None
+    return scores
 
 
 class LaneTable:
@@ -179,6 +194,7 @@ class LaneTable:
       full_logprobs=full_logprobs,
       completion=self._completion(lane, stop) if ended else None,
       top=top,
+      prompt=rollout.take_scores(),
     )
 
   def _completion(self, lane: int, stop: str | None) -> Completion:
@@ -196,6 +212,29 @@ class LaneTable:
       # A stop token that is also the last one that fits counts as finished.
       prompt_len=len(self.rollouts[lane].prompt),
     )
+
+
+def empty_progress(rollout: InFlight) -> Progress:
+  """Returns the end of a rollout that samples nothing."""
+  tokens = np.zeros(0, np.int32)
+  logprobs = np.zeros(0, np.float32)
+  completion = Completion(
+    tokens=tokens,
+    logprobs=logprobs,
+    full_logprobs=logprobs,
+    entropies=logprobs,
+    finished=False,
+    stop=None,
+    prompt_len=len(rollout.prompt),
+  )
+  return Progress(
+    handle=rollout.handle,
+    tokens=tokens,
+    logprobs=logprobs,
+    full_logprobs=logprobs,
+    completion=completion,
+    prompt=rollout.take_scores(),
+  )
 
 
 def _first_stop(

@@ -6,10 +6,11 @@ A model is the packaged organism, a local directory, or random weights.
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh
@@ -37,15 +38,15 @@ class Policy:
 
   Attributes:
     config: its configuration.
-    load: returns the parameters, float32, in their shards on a mesh; they are read or drawn at
-      every call.
+    load: returns the parameters in their shards on a mesh, float32 or in the dtype that it is
+      given; they are read or drawn at every call.
     tokenizer: its tokenizer.
     tokenizer_dir: where the tokenizer was loaded from.
     path: of the weights; None where they are random.
   """
 
   config: DecoderConfig
-  load: Callable[[Mesh | None], Any]
+  load: Callable[..., Any]
   tokenizer: transformers.PreTrainedTokenizerBase
   tokenizer_dir: pathlib.Path
   path: pathlib.Path | None
@@ -68,6 +69,10 @@ class Policy:
   def stop_ids(self) -> list[int]:
     """All tokens that end an answer."""
     return find_stop_ids(self.config, self.tokenizer, self.path)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of tokens as an engine looks for stop strings in it."""
+    return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | None) -> list[int]:
@@ -201,15 +206,16 @@ def load_policy(config: ModelSection, *, seed: int) -> Policy:
     )
   specs = decoder.abstract_params(model)
 
-  def draw(mesh: Mesh | None) -> decoder.Params:
+  def draw(mesh: Mesh | None, dtype: Any = jnp.float32) -> decoder.Params:
     placed = sharding.shardings(specs, mesh) if mesh else None
     init = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)
-    return init(model, jax.random.key(seed))
+    return decoder.cast(init(model, jax.random.key(seed)), dtype)
 
-  def read(mesh: Mesh | None) -> decoder.Params:
+  def read(mesh: Mesh | None, dtype: Any = jnp.float32) -> decoder.Params:
     placed = sharding.shardings(specs, mesh) if mesh else None
-    # The config that comes with the parameters has been read already.
-    return load_params(path, shardings=placed)[1]
+    # The config that comes with the parameters has been read already. They are converted while they
+    # are read: a model of bfloat16 is never held in float32.
+    return load_params(path, dtype, shardings=placed)[1]
 
   return Policy(
     config=model,

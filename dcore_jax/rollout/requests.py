@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dcore_jax.rollout.sampling import Alternatives
@@ -22,8 +23,9 @@ class Request:
     prompt: token ids, int [n] with n >= 1.
     key_id: names its random stream, e.g. (step, prompt, sample).
     max_tokens: tokens to sample at most; None: the sampling rule's number. Either is cut to what
-      there is room for.
+      there is room for. 0 samples nothing: the prompt is scored, if that.
     top: alternatives to be reported with each token, at most `sampling.TOP`.
+    prompt_top: the same for the tokens of the prompt; None: they are not scored.
   """
 
   prompt: np.ndarray
@@ -31,6 +33,7 @@ class Request:
   key_id: tuple[int, ...]
   max_tokens: int | None = None
   top: int = 0
+  prompt_top: int | None = None
 
 
 # The engine asks a source with the number of free lanes, and gets up to that many requests.
@@ -64,6 +67,23 @@ class Completion:
   prompt_len: int
 
 
+class PromptScores(NamedTuple):
+  """How likely the tokens of a prompt are, from the second one on: entry i is of token i + 1.
+
+  They are the model's own probabilities, at temperature 1 and without truncation, whatever the rule
+  of sampling is.
+
+  Attributes:
+    logprobs: float32 [n - 1].
+    ranks: int32 [n - 1]; 1: no token is more likely.
+    top: alternatives [n - 1, request's `prompt_top`]; None where there are none.
+  """
+
+  logprobs: jax.Array | np.ndarray
+  ranks: jax.Array | np.ndarray
+  top: Alternatives | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Progress:
   """What one step drew for one rollout.
@@ -76,6 +96,7 @@ class Progress:
     completion: all that was sampled, where the rollout has ended. It has no alternatives: the
       engine does not keep them.
     top: alternatives [k, request's `top`]; None where the request asks for none.
+    prompt: the scores of the prompt, with the first progress, where they are asked for.
   """
 
   handle: int
@@ -84,6 +105,7 @@ class Progress:
   full_logprobs: np.ndarray
   completion: Completion | None
   top: Alternatives | None = None
+  prompt: PromptScores | None = None
 
 
 @dataclasses.dataclass
@@ -100,6 +122,7 @@ class EngineStats:
     slots_read: slots (keys and values of one token) that decode steps read.
     prefill_calls: calls of the prefill program.
     decode_calls: calls of the decode program.
+    scored_tokens: tokens of prompts that were scored.
     compilations: programs compiled.
   """
 
@@ -111,6 +134,7 @@ class EngineStats:
   slots_read: int = 0
   prefill_calls: int = 0
   decode_calls: int = 0
+  scored_tokens: int = 0
   compilations: int = 0
 
   @property

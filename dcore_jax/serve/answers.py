@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.rollout.engine import Progress, Request
+from dcore_jax.rollout.requests import Progress, PromptScores, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.replies import Delta, ReplyParser
 from dcore_jax.serve.scheduler import Scheduler
@@ -65,11 +65,14 @@ class Rollouts:
 
 
 class Scored(NamedTuple):
-  """A sampled token as text, and the likeliest tokens in its place with log-probabilities."""
+  """A token with its log-probability, and the likeliest tokens in its place with theirs.
 
-  text: str
-  logprob: float
-  top: list[tuple[str, float]]
+  The first token of a prompt has no log-probability.
+  """
+
+  token: int
+  logprob: float | None
+  top: list[tuple[int, float]]
 
 
 @functools.lru_cache(maxsize=1 << 18)
@@ -82,24 +85,65 @@ def _token_text(tokenizer: Any, token: int) -> str:
   return tokenizer.decode([token])
 
 
-class Choice(abc.ABC):
-  """One of a request's answers as it grows. A subclass says what becomes of its text."""
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a request wants to know beside the text.
 
-  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
+  Attributes:
+    stop: strings before which the text ends.
+    logprobs: whether log-probabilities of the sampled tokens.
+    alternatives: tokens to be listed beside each of them.
+    prompt_logprobs: the same of the prompt, in a field of its own; None: not wanted.
+    token_ids: whether the ids of prompt and answer.
+    ids_as_tokens: whether log-probabilities name tokens by their ids.
+  """
+
+  stop: Sequence[str]
+  logprobs: bool
+  alternatives: int
+  prompt_logprobs: int | None
+  token_ids: bool
+  ids_as_tokens: bool
+
+
+class Choice(abc.ABC):
+  """One of a request's answers as it grows. A subclass says what becomes of its text.
+
+  Args:
+    index: its place among the choices.
+    tokenizer: a transformers tokenizer.
+    prompt: token ids.
+    report: what is told beside the text.
+  """
+
+  def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], report: Report):
     self.index = index
-    self.tokens = 0
     self.finish_reason: str | None = None
     self._tokenizer = tokenizer
-    self._reader = TextReader(tokenizer, stop)
-    self._logprobs: list[Scored] | None = [] if logprobs else None
-    self._streamed = 0  # log-probabilities that a piece of the stream has carried
+    self._prompt = prompt
+    self._report = report
+    self._reader = TextReader(tokenizer, report.stop)
+    self._token_ids: list[int] = []
+    self._prompt_scores: PromptScores | None = None
+    self._scored: list[Scored] = []
+    # What a piece of the stream has carried.
+    self._streamed_scores = 0
+    self._streamed_ids = 0
+
+  @property
+  def tokens(self) -> int:
+    """Tokens sampled so far."""
+    return len(self._token_ids)
 
   def take(self, part: Progress) -> list[dict[str, Any]]:
     """What is new, as entries for `choices` of a stream's pieces; it is kept for `whole` too."""
     done = part.completion
-    self.tokens += len(part.tokens)
-    if self._logprobs is not None:
-      self._logprobs += self._scored(part)
+    self._token_ids += part.tokens.tolist()
+    if part.prompt is not None:
+      self._prompt_scores = part.prompt
+    if self._report.logprobs:
+      self._scored += self._opening_scores() if part.prompt is not None else []
+      self._scored += _scored(part)
     turn_ended = done is not None and done.finished
     text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
     # The engine ends a rollout at a stop string, but for those that special tokens interrupt.
@@ -109,38 +153,21 @@ class Choice(abc.ABC):
     if ended:
       self.finish_reason = self._reason('stop' if turn_ended or stopped else 'length')
       pieces.append(self._piece({}))
-    if pieces and self._logprobs is not None:
-      pieces[0]['logprobs'] = self._show_logprobs(self._streamed)
-      self._streamed = len(self._logprobs)
+    if pieces and self._report.logprobs:
+      pieces[0]['logprobs'] = self._show_logprobs(self._streamed_scores)
+      self._streamed_scores = len(self._scored)
+    if pieces and self._report.token_ids:
+      pieces[0]['token_ids'] = self._token_ids[self._streamed_ids :]
+      self._streamed_ids = len(self._token_ids)
     return pieces
-
-  def _scored(self, part: Progress) -> list[Scored]:
-    tokens = part.tokens.tolist()
-    logprobs = part.logprobs.tolist()
-    scored = []
-    for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-      text = _token_text(self._tokenizer, token)
-      scored.append(Scored(text=text, logprob=logprob, top=self._alternatives(part, place)))
-    return scored
-
-  def _alternatives(self, part: Progress, place: int) -> list[tuple[str, float]]:
-    """Returns the likeliest tokens at one place, but for those that truncation left out.
-
-    Their log-probability is minus infinity, which JSON does not know.
-    """
-    if part.top is None:
-      return []
-    tokens = part.top.token_BJ[place].tolist()
-    logprobs = part.top.logprob_BJ[place].tolist()
-    found = []
-    for token, logprob in zip(tokens, logprobs, strict=True):
-      if logprob > -math.inf:
-        found.append((_token_text(self._tokenizer, token), logprob))
-    return found
 
   def opening(self) -> list[dict[str, Any]]:
     """Entries of a stream's first piece."""
     return []
+
+  def beside(self) -> dict[str, Any]:
+    """What the whole answer has beside its choices."""
+    return {}
 
   @abc.abstractmethod
   def whole(self) -> dict[str, Any]:
@@ -160,6 +187,91 @@ class Choice(abc.ABC):
   @abc.abstractmethod
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     """Log-probabilities of the tokens from `start` on, in the form of the request's kind."""
+
+  def _opening_scores(self) -> list[Scored]:
+    """What is listed before the first sampled token."""
+    return []
+
+  def _text(self, token: int) -> str:
+    return _token_text(self._tokenizer, token)
+
+  def _name(self, token: int) -> str:
+    return f'token_id:{token}' if self._report.ids_as_tokens else self._text(token)
+
+  def _about_answer(self) -> dict[str, Any]:
+    """What the entry of a whole answer has beside its text."""
+    found: dict[str, Any] = {'finish_reason': self.finish_reason}
+    found['logprobs'] = self._show_logprobs(0) if self._report.logprobs else None
+    if self._report.token_ids:
+      found['token_ids'] = self._token_ids
+    return found
+
+  def _about_prompt(self) -> dict[str, Any]:
+    """Its token ids and their log-probabilities, as vLLM has them, where they are wanted."""
+    found: dict[str, Any] = {}
+    if self._report.token_ids:
+      found['prompt_token_ids'] = list(self._prompt)
+    if self._report.prompt_logprobs is not None and self._prompt_scores is not None:
+      found['prompt_logprobs'] = self._prompt_logprobs(self._report.prompt_logprobs)
+    return found
+
+  def _prompt_logprobs(self, count: int) -> list[dict[str, Any] | None]:
+    """Returns a table by token id for each token of the prompt, None for the first one."""
+    tables: list[dict[str, Any] | None] = [None]
+    ranks = self._prompt_scores.ranks.tolist()
+    for one, rank in zip(self._scored_prompt(count)[1:], ranks, strict=True):
+      table = {}
+      for place, (token, logprob) in enumerate(one.top, 1):
+        table[str(token)] = self._prompt_entry(token, logprob, place)
+      # The token itself is listed, likely or not.
+      table[str(one.token)] = self._prompt_entry(one.token, one.logprob, rank)
+      tables.append(table)
+    return tables
+
+  def _prompt_entry(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+    return {'logprob': logprob, 'rank': rank, 'decoded_token': self._text(token)}
+
+  def _scored_prompt(self, count: int) -> list[Scored]:
+    """Returns the prompt's tokens with `count` alternatives each."""
+    scores = self._prompt_scores
+    tops: list[list[tuple[int, float]]] = [[] for _ in scores.logprobs]
+    if scores.top is not None and count:
+      tops = [
+        list(zip(tokens[:count], logprobs[:count], strict=True))
+        for tokens, logprobs in zip(
+          scores.top.token_BJ.tolist(), scores.top.logprob_BJ.tolist(), strict=True
+        )
+      ]
+    scored = [Scored(int(self._prompt[0]), None, [])]
+    for token, logprob, top in zip(self._prompt[1:], scores.logprobs.tolist(), tops, strict=True):
+      scored.append(Scored(int(token), logprob, top))
+    return scored
+
+
+def _scored(part: Progress) -> list[Scored]:
+  """Returns the tokens that one step drew."""
+  tokens = part.tokens.tolist()
+  logprobs = part.logprobs.tolist()
+  scored = []
+  for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+    scored.append(Scored(token, logprob, _alternatives(part, place)))
+  return scored
+
+
+def _alternatives(part: Progress, place: int) -> list[tuple[int, float]]:
+  """Returns the likeliest tokens at one place, but for those that truncation left out.
+
+  Their log-probability is minus infinity, which JSON does not know.
+  """
+  if part.top is None:
+    return []
+  tokens = part.top.token_BJ[place].tolist()
+  logprobs = part.top.logprob_BJ[place].tolist()
+  found = []
+  for token, logprob in zip(tokens, logprobs, strict=True):
+    if logprob > -math.inf:
+      found.append((token, logprob))
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +295,14 @@ class ChatChoice(Choice):
   """An assistant's message: thoughts, content, calls."""
 
   def __init__(
-    self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool, form: ReplyForm
+    self,
+    index: int,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    report: Report,
+    form: ReplyForm,
   ):
-    super().__init__(index, tokenizer, stop, logprobs)
+    super().__init__(index, tokenizer, prompt, report)
     self._parser = ReplyParser(form.specs, thinking=form.thinking, most_calls=form.most_calls)
     self._begun = form.begun  # goes to the parser before the first sampled text
     self._all = Delta()
@@ -205,13 +322,11 @@ class ChatChoice(Choice):
       message['reasoning_content'] = self._all.reasoning
     if self._calls:
       message['tool_calls'] = self._calls
-    logprobs = None if self._logprobs is None else self._show_logprobs(0)
-    return {
-      'index': self.index,
-      'message': message,
-      'finish_reason': self.finish_reason,
-      'logprobs': logprobs,
-    }
+    return {'index': self.index, 'message': message, **self._about_answer()}
+
+  def beside(self) -> dict[str, Any]:
+    """What the whole answer has beside its choices, which share the prompt."""
+    return self._about_prompt()
 
   def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
     delta = self._parser.push(self._begun + text, last, cut=cut)
@@ -243,36 +358,63 @@ class ChatChoice(Choice):
     }
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+      text = self._text(token)
       # The bytes of a token that holds a part of a character are not known here.
       return {
-        'token': text,
+        'token': self._name(token),
         'logprob': logprob,
         'bytes': None if '\ufffd' in text else list(text.encode()),
       }
 
     content = []
-    for text, logprob, top in self._logprobs[start:]:
+    for token, logprob, top in self._scored[start:]:
       alternatives = [entry(*one) for one in top]
-      content.append(entry(text, logprob) | {'top_logprobs': alternatives})
+      content.append(entry(token, logprob) | {'top_logprobs': alternatives})
     return {'content': content, 'refusal': None}
 
 
 class TextChoice(Choice):
-  """Plain text, whatever is in it."""
+  """Plain text, whatever is in it.
 
-  def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], logprobs: bool):
-    super().__init__(index, tokenizer, stop, logprobs)
-    self._text = ''
+  Args:
+    index: its place among the choices.
+    tokenizer: a transformers tokenizer.
+    prompt: token ids.
+    report: what is told beside the text.
+    echo: the text of the prompt, where the answer begins with it; None: it does not.
+  """
+
+  def __init__(
+    self,
+    index: int,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    report: Report,
+    echo: str | None,
+  ):
+    super().__init__(index, tokenizer, prompt, report)
+    self._echo = echo
+    self._said = ''
+    self._begun = False
+
+  def take(self, part: Progress) -> list[dict[str, Any]]:
+    """What is new; the first piece tells the prompt, too."""
+    pieces = super().take(part)
+    if pieces and not self._begun:
+      self._begun = True
+      pieces[0] |= self._about_prompt()
+    return pieces
 
   def whole(self) -> dict[str, Any]:
     """The entry of an answer that is not streamed, once it has ended."""
-    logprobs = None if self._logprobs is None else self._show_logprobs(0)
-    return self._piece(self._text) | {'logprobs': logprobs}
+    return self._piece(self._said) | self._about_answer() | self._about_prompt()
 
   def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
     del last, cut  # plain text is the same wherever it ends
-    self._text += text
+    if self._echo is not None and not self._said:
+      text = self._echo + text
+    self._said += text
     return [self._piece(text)] if text else []
 
   def _piece(self, content: Any) -> dict[str, Any]:
@@ -283,24 +425,30 @@ class TextChoice(Choice):
       'logprobs': None,
     }
 
+  def _opening_scores(self) -> list[Scored]:
+    if self._echo is None:
+      return []
+    return self._scored_prompt(self._report.alternatives)
+
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    lengths = [len(one.text) for one in self._logprobs]
+    lengths = [len(self._text(one.token)) for one in self._scored]
     offsets = list(itertools.accumulate(lengths, initial=0))[:-1]  # where each token begins
-    shown = self._logprobs[start:]
+    shown = self._scored[start:]
     return {
-      'tokens': [one.text for one in shown],
+      'tokens': [self._name(one.token) for one in shown],
       'token_logprobs': [one.logprob for one in shown],
-      'top_logprobs': [_by_text(one) for one in shown] if shown[0].top else None,
+      'top_logprobs': list(map(self._by_name, shown)) if self._report.alternatives else None,
       'text_offset': offsets[start:],
     }
 
+  def _by_name(self, one: Scored) -> dict[str, float] | None:
+    """Returns the alternatives and the token itself, as completions show them.
 
-def _by_text(one: Scored) -> dict[str, float]:
-  """Returns the alternatives and the sampled token, as completions show them.
-
-  Tokens that are parts of characters share a text; the likeliest of them is shown.
-  """
-  shown: dict[str, float] = {}
-  for text, logprob in (*one.top, (one.text, one.logprob)):
-    shown.setdefault(text, logprob)
-  return shown
+    Tokens that are parts of characters share a text; the likeliest of them is shown.
+    """
+    if one.logprob is None:
+      return None
+    shown: dict[str, float] = {}
+    for token, logprob in (*one.top, (one.token, one.logprob)):
+      shown.setdefault(self._name(token), logprob)
+    return shown

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from dcore_jax.serve.requests import RequestError
+from dcore_jax.serve.parts import RequestError
 from dcore_jax.serve.scheduler import Overloaded, Stopped
 
 RETRY_AFTER = {'Retry-After': '1'}  # seconds; lanes come free all the time

@@ -10,12 +10,17 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hmac
+import inspect
+import os
+import pathlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import jinja2
+import transformers
+from absl import logging
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -31,13 +36,27 @@ from dcore_jax.chat.template import (
 )
 from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.rollout import requests as rollout_requests
-from dcore_jax.serve.answers import ChatChoice, Choice, ReplyForm, Rollouts, TextChoice
-from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, describe, encode, respond
-from dcore_jax.serve.requests import ChatRequest, CompletionRequest, RequestError, read_request
-from dcore_jax.serve.scheduler import Scheduler, Stopped
+from dcore_jax.serve import fields
+from dcore_jax.serve.answers import ChatChoice, Choice, ReplyForm, Report, Rollouts, TextChoice
+from dcore_jax.serve.delivery import EventStream, Run, while_connected
+from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, encode, respond
+from dcore_jax.serve.parts import RequestError
+from dcore_jax.serve.requests import (
+  ChatCompletionRequest,
+  CompletionRequest,
+  SamplingRequest,
+  read_request,
+)
+from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.telemetry import Telemetry
 
 _PATHS = ('/v1/chat/completions', '/v1/completions', '/v1/models', '/health', '/metrics')
+IGNORED_FIELDS = 'x-ignored-fields'
+_MOST_LOGGED = 256  # names of ignored fields that the log keeps apart
+# What `apply_chat_template` takes itself: a client may set what the template reads, and no more.
+_OWN_OPTIONS = frozenset(
+  inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+)
 T = TypeVar('T')
 
 
@@ -60,18 +79,27 @@ class Service:
   Args:
     scheduler: the engine's.
     tokenizer: a transformers tokenizer with a chat template.
-    model: the name that clients ask for.
+    names: what clients may call the model: a name, or several.
     limits: what is refused.
     api_key: what clients must send as bearer token; '' asks for none.
+    folder: of the model: its path is a name, too; None: it has none.
   """
 
   def __init__(
-    self, scheduler: Scheduler, tokenizer: Any, model: str, limits: Limits, api_key: str = ''
+    self,
+    scheduler: Scheduler,
+    tokenizer: Any,
+    names: str | Sequence[str],
+    limits: Limits,
+    api_key: str = '',
+    folder: pathlib.Path | None = None,
   ):
     self.scheduler = scheduler
     self.tokenizer = tokenizer
-    self.model = model
+    self.names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     self.limits = limits
+    self._folder = folder
+    self._logged: set[str] = set()
     self.telemetry = Telemetry(scheduler)
     self.draining = False  # refuse what comes from now on
     self.under_way = 0  # requests of the API
@@ -143,15 +171,16 @@ class Service:
     return Response(self.telemetry.text(), media_type='text/plain; version=0.0.4')
 
   async def _models(self, _: Request) -> Response:
-    return JSONResponse({'object': 'list', 'data': [self._card()]})
+    return JSONResponse({'object': 'list', 'data': list(map(self._card, self.names))})
 
   async def _one_model(self, request: Request) -> Response:
-    self._check_model(request.path_params['name'])
-    return JSONResponse(self._card())
+    name = request.path_params['name']
+    self._check_model(name)
+    return JSONResponse(self._card(name))
 
-  def _card(self) -> dict[str, Any]:
+  def _card(self, name: str) -> dict[str, Any]:
     return {
-      'id': self.model,
+      'id': name,
       'object': 'model',
       'created': self._started,
       'owned_by': 'dcore_jax',
@@ -159,8 +188,31 @@ class Service:
     }
 
   def _check_model(self, name: str) -> None:
-    if name != self.model:
-      raise Refusal(404, f'there is no model {name!r} here, but {self.model!r}', 'model_not_found')
+    if name not in self.names and not self._is_folder(name):
+      known = ' or '.join(map(repr, self.names))
+      raise Refusal(404, f'there is no model {name!r} here, but {known}', 'model_not_found')
+
+  def _is_folder(self, name: str) -> bool:
+    """Whether this is a path of the model: harnesses name it by what they were given."""
+    if self._folder is None or os.sep not in name:
+      return False
+    try:
+      return pathlib.Path(name).resolve() == self._folder.resolve()
+    except (OSError, ValueError):  # too long, or with a NUL
+      return False
+
+  def _ignored(self, asked: SamplingRequest) -> dict[str, str]:
+    """Returns the header that names what is ignored of a request; the log names each once."""
+    names = list(dict.fromkeys(asked.ignored()))
+    if not names:
+      return {}
+    shown = fields.header_value(names)
+    # Bounded: names are what clients make up.
+    new = set(shown.split(', ')) - self._logged
+    if new and len(self._logged) < _MOST_LOGGED:
+      self._logged |= new
+      logging.warning('fields of requests that are ignored: %s', ', '.join(sorted(new)))
+    return {IGNORED_FIELDS: shown}
 
   # --- completions --------------------------------------------------------------------------------
 
@@ -173,30 +225,22 @@ class Service:
       begun=begun,
       most_calls=None if asked.parallel_tool_calls else 1,
     )
+    report = _report(asked, logprobs=asked.logprobs)
 
     def choice(index: int) -> ChatChoice:
-      return ChatChoice(
-        index=index,
-        tokenizer=self.tokenizer,
-        stop=asked.stop,
-        logprobs=asked.logprobs,
-        form=form,
-      )
+      return ChatChoice(index, self.tokenizer, prompt, report, form)
 
     return await self._answer(
       request, asked, [prompt], choice, 'chatcmpl', ('chat.completion', 'chat.completion.chunk')
     )
 
   async def _complete(self, request: Request) -> Response:
-    asked, prompts = await self._off_loop(self._read_completion, await self._body(request))
+    asked, prompts, texts = await self._off_loop(self._read_completion, await self._body(request))
+    report = _report(asked, logprobs=asked.logprobs is not None)
 
     def choice(index: int) -> TextChoice:
-      return TextChoice(
-        index=index,
-        tokenizer=self.tokenizer,
-        stop=asked.stop,
-        logprobs=asked.logprobs is not None,
-      )
+      number = index // asked.n
+      return TextChoice(index, self.tokenizer, prompts[number], report, texts[number])
 
     return await self._answer(
       request, asked, prompts, choice, 'cmpl', ('text_completion', 'text_completion')
@@ -236,19 +280,19 @@ class Service:
   async def _off_loop(self, function: Callable[[bytes], T], body: bytes) -> T:
     return await asyncio.get_running_loop().run_in_executor(self._encoder, function, body)
 
-  def _read_chat(self, body: bytes) -> tuple[ChatRequest, list[int], bool, str]:
+  def _read_chat(self, body: bytes) -> tuple[ChatCompletionRequest, list[int], bool, str]:
     """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the
     answer with).
     """
-    asked: ChatRequest = read_request(ChatRequest, body)
+    asked: ChatCompletionRequest = read_request(ChatCompletionRequest, body)
     self._check_model(asked.model)
     records = [message.record() for message in asked.messages]
     tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
-    options = {} if asked.chat_template_kwargs is None else asked.chat_template_kwargs.model_dump()
+    options = asked.template_options
     for name in options:
-      if name not in template_text(self.tokenizer, tools):
+      if name in _OWN_OPTIONS or name not in template_text(self.tokenizer, tools):
         raise RequestError(
-          f'the chat template of {self.model!r} knows no {name}', 'chat_template_kwargs'
+          f'the chat template of {asked.model!r} knows no {name}', 'chat_template_kwargs'
         )
     begun = ''
     try:
@@ -264,20 +308,24 @@ class Service:
     return asked, self._encode(text), bool(opened_thoughts(text)), begun
 
   def _begin_call(
-    self, asked: ChatRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
+    self, asked: ChatCompletionRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
   ) -> tuple[str, str]:
     try:
       return render_begun_call(self.tokenizer, records, tools, asked.forced_name)
     except ValueError as error:
       raise RequestError(
-        f'no call can be forced from {self.model!r}: {error}', 'tool_choice'
+        f'no call can be forced from {asked.model!r}: {error}', 'tool_choice'
       ) from error
 
-  def _read_completion(self, body: bytes) -> tuple[CompletionRequest, list[list[int]]]:
-    """(what is asked, its prompts)."""
+  def _read_completion(
+    self, body: bytes
+  ) -> tuple[CompletionRequest, list[list[int]], list[str | None]]:
+    """(what is asked, its prompts, the texts that answers begin with)."""
     asked: CompletionRequest = read_request(CompletionRequest, body)
     self._check_model(asked.model)
     vocabulary = self.scheduler.engine.config.vocab_size
+    prompts = []
+    texts: list[str | None] = []
     for prompt in asked.prompts:
       if (
         not prompt
@@ -285,10 +333,17 @@ class Service:
         and not all(0 <= token < vocabulary for token in prompt)
       ):
         raise RequestError(f'a prompt needs text, or token ids below {vocabulary}', 'prompt')
-    return asked, [
-      encode_raw(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-      for prompt in asked.prompts
-    ]
+      text = prompt
+      if isinstance(prompt, str):
+        prompt = self._encode_prompt(prompt, asked.add_special_tokens)
+      elif asked.echo:
+        text = self.tokenizer.decode(prompt)
+      prompts.append(prompt)
+      texts.append(text if asked.echo else None)
+    return asked, prompts, texts
+
+  def _encode_prompt(self, text: str, special: bool) -> list[int]:
+    return encode_raw(self.tokenizer, text) if special else self._encode(text)
 
   def _encode(self, text: str) -> list[int]:
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
@@ -296,7 +351,7 @@ class Service:
   async def _answer(
     self,
     request: Request,
-    asked: ChatRequest | CompletionRequest,
+    asked: SamplingRequest,
     prompts: list[list[int]],
     make_choice: Callable[[int], Choice],
     prefix: str,
@@ -307,6 +362,8 @@ class Service:
     count = asked.n * len(prompts)
     capacity = self.scheduler.capacity
     self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
+    self._check_stop_ids(asked)
+    ignored = self._ignored(asked)
     if not 1 <= count <= capacity:
       raise RequestError(
         f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n'
@@ -314,33 +371,46 @@ class Service:
     rows = []
     for number, prompt in enumerate(prompts):
       for sample in range(asked.n):
-        rows.append(rollout_requests.Request(prompt, (number, sample), top=asked.alternatives))
+        rows.append(
+          rollout_requests.Request(
+            prompt,
+            (number, sample),
+            max_tokens=asked.budget[1],
+            top=asked.alternatives,
+            prompt_top=asked.scores,
+          )
+        )
     head = {
       'id': f'{prefix}-{secrets.token_hex(12)}',
       'object': objects[asked.stream],
       'created': int(time.time()),
-      'model': self.model,
+      'model': asked.model,
     }
     choices = list(map(make_choice, range(count)))
     rollouts = Rollouts(
       self.scheduler, rows, asked.sampling(self.limits.max_tokens)
     )  # from here on they run
-    run = _Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
+    run = Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
     if asked.stream:
-      return _EventStream(run, asked.usage_wanted)
+      return EventStream(run, asked.usage_wanted, ignored)
     try:
-      return Response(
-        encode(await _while_connected(request.receive, run.whole())), media_type='application/json'
-      )
+      answer = await while_connected(request.receive, run.whole())
+      return Response(encode(answer), headers=ignored, media_type='application/json')
     except ClientDisconnect:
       self.telemetry.cancelled.inc()
       raise
     finally:
       run.close()
 
-  def _check_room(
-    self, asked: ChatRequest | CompletionRequest, longest: int, prompt_field: str
-  ) -> None:
+  def _check_stop_ids(self, asked: SamplingRequest) -> None:
+    others = set(asked.stop_token_ids) - set(self.scheduler.engine.stop_ids.tolist())
+    if others:
+      raise RequestError(
+        f'stop_token_ids {sorted(others)} do not end an answer here; use stop, with their text',
+        'stop_token_ids',
+      )
+
+  def _check_room(self, asked: SamplingRequest, longest: int, prompt_field: str) -> None:
     """A budget that does not fit is refused: cut, it would end answers early for a reason that no
     client sees.
     """
@@ -349,7 +419,7 @@ class Service:
     bound = self.limits.max_tokens
     if budget is not None and budget > bound:
       raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
-    if longest + (budget or 1) > room:
+    if longest + max(budget or 0, 1) > room:
       wanted = f' and {field} = {budget}' if budget else ''
       raise RequestError(
         f'the prompt has {longest} tokens{wanted}; '
@@ -359,138 +429,15 @@ class Service:
       )
 
 
-class _Run:
-  """A request on its way: takes progress in and gives the answer out; `close` frees what has not
-  ended.
-  """
-
-  def __init__(
-    self,
-    telemetry: Telemetry,
-    rollouts: Rollouts,
-    choices: list[Choice],
-    head: dict[str, Any],
-    prompt_tokens: int,
-  ):
-    self.telemetry = telemetry
-    self.head = head
-    self.choices = choices
-    self._rollouts = rollouts
-    self._prompt_tokens = prompt_tokens
-    self._began = time.perf_counter()
-    self.close = rollouts.close
-
-  async def whole(self) -> dict[str, Any]:
-    async for _ in self.pieces():
-      pass
-    return {
-      **self.head,
-      'choices': [choice.whole() for choice in self.choices],
-      'usage': self.usage(),
-    }
-
-  async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
-    """Entries of `choices` as they come."""
-    self.telemetry.prompt_tokens.inc(self._prompt_tokens)
-    first = True
-    async for place, part in self._rollouts:
-      if first:
-        self.telemetry.first_token_seconds.observe(time.perf_counter() - self._began)
-        first = False
-      self.telemetry.completion_tokens.inc(len(part.tokens))
-      choice = self.choices[place]
-      yield choice.take(part)
-      if choice.finish_reason and part.completion is None:
-        self._rollouts.drop(place)
-    self.telemetry.request_seconds.observe(time.perf_counter() - self._began)
-
-  def usage(self) -> dict[str, int]:
-    sampled = sum(choice.tokens for choice in self.choices)
-    return {
-      'prompt_tokens': self._prompt_tokens,
-      'completion_tokens': sampled,
-      'total_tokens': self._prompt_tokens + sampled,
-    }
-
-
-class _EventStream(Response):
-  """The answer in pieces, as server-sent events."""
-
-  media_type = 'text/event-stream'
-
-  def __init__(self, run: _Run, usage_wanted: bool):
-    super().__init__(headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
-    del self.headers['content-length']
-    self._run = run
-    self._usage_wanted = usage_wanted
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    try:
-      await _while_connected(receive, self._send(send))
-    except ClientDisconnect:
-      self._run.telemetry.cancelled.inc()
-    finally:
-      self._run.close()
-
-  async def _send(self, send: Send) -> None:
-    await send({'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers})
-    try:
-      opening = []
-      for choice in self._run.choices:
-        opening += choice.opening()
-      await self._send_events(send, opening)
-      async for entries in self._run.pieces():
-        await self._send_events(send, entries)
-      last = (
-        _event({**self._run.head, 'choices': [], 'usage': self._run.usage()})
-        if self._usage_wanted
-        else ''
-      )
-      await _send_text(send, f'{last}data: [DONE]\n\n')
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      await _send_text(send, _event(describe(error)[1]))
-      if not isinstance(error, Stopped):
-        raise
-    finally:
-      await send({'type': 'http.response.body', 'body': b'', 'more_body': False})
-
-  async def _send_events(self, send: Send, entries: list[dict[str, Any]]) -> None:
-    usage = {'usage': None} if self._usage_wanted else {}
-    if entries:
-      await _send_text(
-        send, ''.join(_event({**self._run.head, 'choices': [entry], **usage}) for entry in entries)
-      )
-
-
-def _event(record: dict[str, Any]) -> str:
-  return f'data: {encode(record)}\n\n'
-
-
-async def _send_text(send: Send, text: str) -> None:
-  await send({'type': 'http.response.body', 'body': text.encode(), 'more_body': True})
-
-
-async def _while_connected(receive: Receive, work: Awaitable[T]) -> T:
-  """The result of the work, which is cancelled where the client goes away first:
-
-  ClientDisconnect.
-  """
-  task = asyncio.ensure_future(work)
-  gone = asyncio.ensure_future(_disconnected(receive))
-  try:
-    await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-      raise ClientDisconnect()
-    return task.result()
-  finally:
-    task.cancel()
-    gone.cancel()
-    await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-  while (await receive())['type'] != 'http.disconnect':
-    pass
+def _report(asked: ChatCompletionRequest | CompletionRequest, logprobs: bool) -> Report:
+  return Report(
+    stop=asked.stop,
+    logprobs=logprobs,
+    alternatives=asked.alternatives,
+    prompt_logprobs=asked.prompt_logprobs,
+    token_ids=asked.return_token_ids,
+    ids_as_tokens=asked.return_tokens_as_token_ids,
+  )
 
 
 class _Gate:

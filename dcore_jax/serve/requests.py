@@ -1,208 +1,81 @@
-"""What clients may ask: OpenAI's two request bodies as far as they are honoured, and nothing else.
+"""What clients may ask: OpenAI's two request bodies, with what vLLM's and other clients add.
 
-A field that would change the answer and is not implemented is refused, and so is an unknown one.
-null is the same as leaving a field out. `user`, `metadata`, `safety_identifier` and
-`prompt_cache_key` are accepted and ignored: no answer depends on them.
+A field that would change the answer and is not implemented is refused, with what to do instead
+(`fields.py`). A field that has no effect passes, and an unknown one is ignored and named to the
+client. null is the same as leaving a field out.
 """
 
+import json
 import secrets
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
 
 from dcore_jax.chat.messages import ToolSpec
-from dcore_jax.chat.python_calls import ToolCallError
-from dcore_jax.chat.tagged_calls import read_arguments
 from dcore_jax.rollout.sampling import TOP, SamplingParams
+from dcore_jax.serve import fields
+from dcore_jax.serve.parts import Body, ChatMessage, RequestError, Tool
 
-# OpenAI's number; bytes, since each step looks through as many tokens
-_MOST_STOPS = 4
-_LONGEST_STOP = 256
+# Each step looks through as many bytes of the text.
+_MOST_STOPS = 16
+_LONGEST_STOP = 256  # bytes
 _MOST_TOOLS = 512
-_MOST_LOGPROBS = 5  # of a completion, OpenAI's number
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
 
-class RequestError(ValueError):
-  """A request that cannot be answered as it stands. `param` is the field at fault."""
+class StreamOptions(Body):
+  """`include_usage` adds a last piece with the token counts; without a stream it says nothing."""
 
-  def __init__(self, message: str, param: str | None = None, code: str | None = None):
-    super().__init__(message)
-    self.param = param
-    self.code = code
-
-
-class _Strict(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True, frozen=True)
-
-  @pydantic.model_validator(mode='before')
-  @classmethod
-  def _without_nulls(cls, record: Any) -> Any:
-    return (
-      {name: value for name, value in record.items() if value is not None}
-      if isinstance(record, dict)
-      else record
-    )
-
-
-class TextPart(_Strict):
-  """A part of a message's content; images and sound are refused."""
-
-  type: Literal['text']
-  text: str
-
-
-class FunctionCall(_Strict):
-  """`arguments` is JSON text of an object, or '' for none."""
-
-  name: str
-  arguments: str = '{}'
-
-
-class CallItem(_Strict):
-  """A call in an earlier answer."""
-
-  id: str = ''
-  type: Literal['function'] = 'function'
-  function: FunctionCall
-
-
-class ChatMessage(_Strict):
-  """One turn of the conversation, `reasoning_content` being what this server sends back beside the
-  content.
-  """
-
-  role: Literal['system', 'developer', 'user', 'assistant', 'tool']
-  content: str | list[TextPart] | None = None
-  name: str | None = None
-  tool_calls: list[CallItem] | None = None
-  tool_call_id: str | None = None
-  reasoning_content: str | None = None
-
-  def record(self) -> dict[str, Any]:
-    """As chat templates read it: content as one text, arguments as an object.
-
-    RequestError for what no template could show.
-    """
-    content = (
-      self.content
-      if isinstance(self.content, str)
-      else '\n'.join(part.text for part in self.content or ())
-    )
-    if self.role != 'assistant' and self.content is None:
-      raise RequestError(f'a message of role {self.role!r} needs content', 'messages')
-    if self.role != 'assistant' and (self.tool_calls or self.reasoning_content):
-      raise RequestError(
-        f'a message of role {self.role!r} has no tool calls or thoughts', 'messages'
-      )
-    record = {'role': 'system' if self.role == 'developer' else self.role, 'content': content}
-    for name in ('name', 'tool_call_id', 'reasoning_content'):
-      if (value := getattr(self, name)) is not None:
-        record[name] = value
-    if self.tool_calls:
-      record['tool_calls'] = [
-        {
-          'id': call.id,
-          'type': 'function',
-          'function': {'name': call.function.name, 'arguments': _arguments(call.function)},
-        }
-        for call in self.tool_calls
-      ]
-    return record
-
-
-def _arguments(function: FunctionCall) -> dict[str, Any]:
-  try:
-    return read_arguments(function.arguments)
-  except ToolCallError as error:
-    raise RequestError(
-      f'the arguments of a call of {function.name!r} are no JSON object: {error}', 'messages'
-    ) from error
-
-
-class Function(_Strict):
-  """`parameters` is a JSON schema; it is shown to the model, not enforced."""
-
-  name: Annotated[str, Field(pattern=r'^[\w.-]{1,128}$')]
-  description: str = ''
-  parameters: dict[str, Any] = Field(default_factory=lambda: {'type': 'object', 'properties': {}})
-  strict: Literal[False] | None = None
-
-  @pydantic.field_validator('parameters')
-  @classmethod
-  def _named_parameters(cls, schema: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(schema.get('properties', {}), dict):
-      raise ValueError('`properties` is no JSON object')
-    return schema
-
-
-class Tool(_Strict):
-  """A tool that the model may call."""
-
-  type: Literal['function']
-  function: Function
-
-
-class StreamOptions(_Strict):
-  """`include_usage` adds a last piece with the token counts."""
-
+  HINTS = frozenset({'include_obfuscation'})
   include_usage: bool = False
 
 
-class ResponseFormat(_Strict):
-  """Free text only: nothing forces an answer into JSON."""
-
-  type: Literal['text']
-
-
-class TemplateOptions(_Strict):
-  """Given to the chat template; Qwen3's knows this one."""
-
-  enable_thinking: bool
-
-
-class NamedFunction(_Strict):
+class NamedFunction(Body):
   """A tool by its name."""
 
   name: str
 
 
-class ForcedTool(_Strict):
+class ForcedTool(Body):
   """The tool that has to be called."""
 
   type: Literal['function']
   function: NamedFunction
 
 
-class _Request(_Strict):
+class SamplingRequest(Body):
   """What both kinds of request have in common.
 
   `seed` fixes the random numbers, whatever else runs, and so the answer up to rounding: in
   bfloat16, tokens that are nearly as likely may change places beside other requests. Without one
-  every request has its own. `top_k` and `min_p` are not OpenAI's.
+  every request has its own. These are not OpenAI's: `top_k` (0 and -1 keep all tokens), `min_p`,
+  `stop_token_ids` (of those that end an answer anyway), `prompt_logprobs` (of every token of the
+  prompt, with as many alternatives), `return_token_ids` (of prompt and answer, as they were read
+  and sampled) and `return_tokens_as_token_ids` (in log-probabilities: 'token_id:5').
+  `max_completion_tokens` goes before `max_tokens`.
   """
 
+  HINTS = fields.HINTS
+
   model: str
-  max_tokens: int | None = Field(None, ge=1)
+  max_completion_tokens: int | None = Field(None, ge=0)
+  max_tokens: int | None = Field(None, ge=0)
   temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
   top_p: float = Field(1.0, gt=0, le=1)
-  top_k: int = Field(0, ge=0, lt=2**31)
+  top_k: int = Field(0, ge=-1, lt=2**31)
   min_p: float = Field(0.0, ge=0, le=1)
   n: int = Field(1, ge=1)
+  best_of: int | None = None
   seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-(2**63), lt=2**64)
   stop: str | list[str] = ()
+  stop_token_ids: list[int] = ()
   stream: bool = False
   stream_options: StreamOptions | None = None
-  # Honoured at the value that changes nothing.
-  frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
-  presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
-  logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-  # Ignored.
-  user: str | None = None
-  metadata: dict[str, str] | None = None
-  safety_identifier: str | None = None
-  prompt_cache_key: str | None = None
+  prompt_logprobs: int | None = Field(None, ge=0, le=TOP)
+  return_token_ids: bool = False
+  return_tokens_as_token_ids: bool = False
 
   @pydantic.field_validator('stop')
   @classmethod
@@ -214,14 +87,19 @@ class _Request(_Strict):
       raise ValueError(f'at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} bytes')
     return stops
 
-  @pydantic.field_validator('stream_options')
+  @pydantic.field_validator('best_of')
   @classmethod
-  def _of_a_stream(
-    cls, options: StreamOptions | None, info: pydantic.ValidationInfo
-  ) -> StreamOptions | None:
-    if options is not None and not info.data.get('stream'):
-      raise ValueError('there is no stream')
-    return options
+  def _all_of_them(cls, best_of: int | None, info: pydantic.ValidationInfo) -> int | None:
+    if best_of not in (None, info.data.get('n')):
+      raise ValueError('answers are not ranked; ask for n and choose yourself')
+    return best_of
+
+  @pydantic.field_validator('prompt_logprobs')
+  @classmethod
+  def _without_stream(cls, top: int | None, info: pydantic.ValidationInfo) -> int | None:
+    if top is not None and info.data.get('stream'):
+      raise ValueError('the prompt is scored as a whole; ask without stream')
+    return top
 
   @property
   def usage_wanted(self) -> bool:
@@ -231,7 +109,14 @@ class _Request(_Strict):
   @property
   def budget(self) -> tuple[str, int | None]:
     """The field that bounds the answer, and its tokens; None: as many as fit."""
+    if self.max_completion_tokens is not None:
+      return 'max_completion_tokens', self.max_completion_tokens
     return 'max_tokens', self.max_tokens
+
+  @property
+  def scores(self) -> int | None:
+    """Alternatives to be reported with each token of the prompt; None: it is not scored."""
+    return self.prompt_logprobs
 
   def sampling(self, max_tokens: int) -> SamplingParams:
     """The rule; `max_tokens` for a client that does not say how many."""
@@ -242,15 +127,50 @@ class _Request(_Strict):
     return SamplingParams(
       temperature=temperature,
       top_p=self.top_p,
-      top_k=self.top_k,
-      max_tokens=wanted,
+      # vLLM, SGLang and verl write "all tokens" as -1.
+      top_k=max(self.top_k, 0),
+      # A request for no tokens has the number in its `rollout.Request`.
+      max_tokens=max(wanted, 1),
       seed=self.seed % 2**64,
       min_p=self.min_p,
       stop=self.stop,
     )
 
+  def check(self) -> None:
+    """Refuses what is known and not implemented.
 
-class ChatRequest(_Request):
+    Raises:
+      RequestError: with the field and what to do instead.
+    """
+    for name, value in (self.model_extra or {}).items():
+      known = self._unsupported(name)
+      if known and value not in known.neutral:
+        raise RequestError(f'{name} = {_short(value)} is not supported: {known.advice}', name)
+    field, budget = self.budget
+    if budget == 0 and self.scores is None and not self._shows_prompt:
+      raise RequestError(f'{field} = 0 asks for nothing; set prompt_logprobs, too', field)
+
+  def ignored(self) -> Iterator[str]:
+    """Yields the fields that nothing here reads, by their path without numbers."""
+    for path in super().ignored():
+      if not self._unsupported(path):
+        yield path
+
+  @property
+  def _shows_prompt(self) -> bool:
+    return False
+
+  @staticmethod
+  def _unsupported(name: str) -> fields.Unsupported | None:
+    return fields.UNSUPPORTED.get(name)
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 80 else text[:77] + '...'
+
+
+class ChatCompletionRequest(SamplingRequest):
   """The body of POST /v1/chat/completions.
 
   tool_choice: 'auto' (the model decides), 'none' (the tools are not shown, nothing is read as a
@@ -262,17 +182,19 @@ class ChatRequest(_Request):
   the stop token too) under the policy that sampled it, after temperature and truncation, and so are
   `top_logprobs`: what truncation leaves out is not listed. At temperature 0 both are of the
   distribution whose most likely token is taken.
+
+  `chat_template_kwargs` go to the chat template, which has to know their names; `enable_thinking`
+  beside the other fields is how Qwen's own service has it.
   """
 
   messages: list[ChatMessage] = Field(min_length=1)
-  max_completion_tokens: int | None = Field(None, ge=1)
   tools: list[Tool] = Field(default_factory=list, max_length=_MOST_TOOLS)
   tool_choice: Literal['auto', 'none', 'required'] | ForcedTool | None = None
   parallel_tool_calls: bool = True
   logprobs: bool = False
   top_logprobs: int = Field(0, ge=0, le=TOP)
-  response_format: ResponseFormat | None = None
-  chat_template_kwargs: TemplateOptions | None = None
+  chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+  enable_thinking: bool | None = None
 
   @pydantic.field_validator('tool_choice')
   @classmethod
@@ -309,11 +231,10 @@ class ChatRequest(_Request):
     return self.tools[0].function.name if len(self.tools) == 1 else None
 
   @property
-  def budget(self) -> tuple[str, int | None]:
-    """The field that bounds the answer, and its tokens: the lesser of the two that clients use."""
-    limits = {'max_completion_tokens': self.max_completion_tokens, 'max_tokens': self.max_tokens}
-    given = [(name, limit) for name, limit in limits.items() if limit is not None]
-    return min(given, key=lambda one: one[1], default=('max_completion_tokens', None))
+  def template_options(self) -> dict[str, Any]:
+    """What goes to the chat template beside messages and tools."""
+    beside = {} if self.enable_thinking is None else {'enable_thinking': self.enable_thinking}
+    return beside | self.chat_template_kwargs
 
   @property
   def specs(self) -> list[ToolSpec]:
@@ -325,16 +246,24 @@ class ChatRequest(_Request):
       for tool in self.tools
     ]
 
+  @staticmethod
+  def _unsupported(name: str) -> fields.Unsupported | None:
+    return fields.UNSUPPORTED_IN_CHAT.get(name) or fields.UNSUPPORTED.get(name)
 
-class CompletionRequest(_Request):
+
+class CompletionRequest(SamplingRequest):
   """The body of POST /v1/completions.
 
-  `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them.
+  `logprobs` 0 gives those of the sampled tokens, more as many alternatives beside them. `echo` puts
+  the prompt before the answer, its tokens among the log-probabilities: each under the model itself,
+  after the tokens before it, so that the first one has none. `add_special_tokens` is for prompts of
+  text: they begin with the tokenizer's beginning-of-text token, where it puts one in front.
   """
 
   prompt: str | list[str] | list[int] | list[list[int]]
-  logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
-  echo: Literal[False] | None = None
+  logprobs: int | None = Field(None, ge=0, le=TOP)
+  echo: bool = False
+  add_special_tokens: bool = True
 
   @property
   def alternatives(self) -> int:
@@ -342,27 +271,34 @@ class CompletionRequest(_Request):
     return self.logprobs or 0
 
   @property
+  def scores(self) -> int | None:
+    """Alternatives to be reported with each token of the prompt; None: it is not scored."""
+    echoed = self.logprobs if self.echo else None
+    wanted = [top for top in (self.prompt_logprobs, echoed) if top is not None]
+    return max(wanted, default=None)
+
+  @property
   def prompts(self) -> list[str | list[int]]:
     """One or more prompts, as texts or token ids."""
     one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
     return [self.prompt] if one else list(self.prompt)
 
+  @property
+  def _shows_prompt(self) -> bool:
+    return self.echo or self.return_token_ids
+
 
 _TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union
-_REASONS = {
-  'response_format': '; the form of an answer would need constrained sampling, '
-  'which this server does not have',
-  'frequency_penalty': '; penalties are not supported',
-  'presence_penalty': '; penalties are not supported',
-}
 
 
-def read_request(kind: type[_Request], body: bytes) -> Any:
-  """The body as a `ChatRequest` or `CompletionRequest`; RequestError names the first field that is
-  wrong.
+def read_request(kind: type[SamplingRequest], body: bytes) -> Any:
+  """Returns the body as a `ChatCompletionRequest` or `CompletionRequest`.
+
+  Raises:
+    RequestError: with the first field that is wrong, or cannot be honoured.
   """
   try:
-    return kind.model_validate_json(body)
+    asked = kind.model_validate_json(body)
   except pydantic.ValidationError as error:
     problem = max(
       error.errors(include_url=False), key=lambda one: len(one['loc'])
@@ -374,12 +310,9 @@ def read_request(kind: type[_Request], body: bytes) -> Any:
       for part in problem['loc']
       if isinstance(part, int) or part.isidentifier() and part not in _TYPES
     )
-    what = (
-      'is not supported'
-      if problem['type'] == 'extra_forbidden'
-      else problem['msg'].removeprefix('Value error, ')
-    )
-    reason = _REASONS.get(place.partition('.')[0], '')
+    what = problem['msg'].removeprefix('Value error, ')
     raise RequestError(
-      f'{place or "the body"}: {what[:1].lower() + what[1:]}{reason}', place or None
+      f'{place or "the body"}: {what[:1].lower() + what[1:]}', place or None
     ) from error
+  asked.check()
+  return asked

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import pathlib
 import signal
 import socket
 import time
@@ -11,29 +12,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import transformers
 import uvicorn
 
 from dcore_jax import distributed, sharding
-from dcore_jax.files import data_path
-from dcore_jax.models import decoder
-from dcore_jax.models.hf_checkpoint import load_config, load_params
+from dcore_jax.config import ModelSection
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.policy import ORGANISM, find_stop_ids
+from dcore_jax.rollout.policy import load_policy
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.serve.openai_api import Service
 
 _MAX_LEN = 4096
+_LAST_PORT = 65535
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 @dataclasses.dataclass
 class Model:
-  """What a server or a chat needs of a model."""
+  """What a server or a chat needs of a model; `folder` is where its weights are."""
 
-  name: str
+  folder: pathlib.Path
   engine: Engine
   tokenizer: Any
+
+  @property
+  def name(self) -> str:
+    """What it is called where nobody says otherwise."""
+    return self.folder.resolve().name
 
   def summary(self) -> str:
     """What it takes, for people."""
@@ -77,43 +81,37 @@ def load_model(
   Raises:
     ValueError: a path that is not there, a checkpoint or a size that does not fit.
   """
+  # Before anything is compiled, or the first programs would not be kept.
   distributed.keep_programs()
-  folder = data_path(path) if path else ORGANISM
   if dtype not in (*DTYPES, 'auto'):
     raise ValueError(f'dtype = {dtype!r}; expected one of {(*DTYPES, "auto")}')
   if dtype == 'auto':
     dtype = 'float32' if sharding.platform() == 'cpu' else 'bfloat16'
   if not 1 <= tensor <= jax.device_count():
     raise ValueError(f'tensor = {tensor}, but there are {jax.device_count()} devices')
-  placement = None
+  policy = load_policy(ModelSection(path=path), seed=0)
+  mesh = None
   if tensor > 1:
     mesh = sharding.make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
-    placement = sharding.shardings(
-      decoder.abstract_params(load_config(folder), DTYPES[dtype]), mesh
-    )
-  config, params = load_params(folder, DTYPES[dtype], shardings=placement)
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-  except OSError as error:
-    raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
-  if len(tokenizer) > config.vocab_size:
-    raise ValueError(
-      f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, '
-      f'the embedding {config.vocab_size} rows'
-    )
   engine = Engine(
-    params,
-    config,
-    stop_ids=find_stop_ids(config, tokenizer, folder),
+    policy.load(mesh, DTYPES[dtype]),
+    policy.config,
+    stop_ids=policy.stop_ids,
     sizes=EngineSizes(
       lanes=lanes,
-      max_len=max_len or min(_MAX_LEN, config.max_position_embeddings),
+      max_len=max_len or min(_MAX_LEN, policy.config.max_position_embeddings),
       max_new=max_new,
       steps_per_call=steps_per_call,
     ),
-    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    decode=policy.decode,
   )
-  return Model(folder.resolve().name, engine, tokenizer)
+  return Model(policy.path, engine, policy.tokenizer)
+
+
+def check_port(port: int) -> None:
+  """Raises ValueError where there is no such port: a socket would take it modulo 65,536."""
+  if not 0 <= port <= _LAST_PORT:
+    raise ValueError(f'port = {port}; expected 0 (any that is free) to {_LAST_PORT}')
 
 
 class Server(uvicorn.Server):

@@ -346,7 +346,7 @@ def test_short_prompts_share_a_call_and_steps_read_what_is_live():
     (Request(prompt(128), (0,)), '128 tokens.*max_len=128'),
     (Request(np.array([37]), (0,)), 'vocabulary of 37'),
     (Request(np.array([-1]), (0,)), 'vocabulary'),
-    (Request(prompt(3), (0,), 0), 'max_tokens=0'),
+    (Request(prompt(3), (0,), -1), 'max_tokens=-1'),
     (Request(prompt(3), (-1,)), 'key_id'),
   ],
 )

@@ -39,15 +39,18 @@ PROGRAM = textwrap.dedent("""
       compiled = engine.stats.compilations
       engine.generate(requests, sampling)
       assert engine.stats.compilations == compiled
-      return engine, done
+      engine.submit(Request(prompts[2], (9,), max_tokens=0, prompt_top=3), sampling)
+      [scored] = engine.step()
+      return engine, done, scored.prompt
 
-    _, want = run(params)
+    _, want, scores = run(params)
     for ways in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
       mesh = sharding.make_mesh(*ways)
       placed = sharding.shardings(decoder.abstract_params(config), mesh)
-      engine, got = run(jax.device_put(params, placed))
+      engine, got, sharded = run(jax.device_put(params, placed))
       held = engine._state.trunks.k
       assert held.sharding.shard_shape(held.shape)[2] == 2 // ways[2]
+      jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=1e-5), sharded, scores)
       for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)

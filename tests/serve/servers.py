@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from dcore_jax.rollout.engine import Completion, Engine, EngineStats, Progress
+from dcore_jax.rollout.requests import PromptScores
+from dcore_jax.rollout.sampling import Alternatives
 from dcore_jax.serve.server import Server
 
 # The template of the organism's own prompts, tools as it knows them: a signature a line in the
@@ -48,6 +50,7 @@ class ScriptedEngine:
     self.max_len = max_len
     self.max_new = max_new
     self.config = SimpleNamespace(vocab_size=640)
+    self.stop_ids = np.array([self.reply[-1]])
     self.stats = EngineStats()
     self.go = threading.Event()
     self.broken = None
@@ -70,7 +73,8 @@ class ScriptedEngine:
       raise ValueError('thirteen tokens')
     self._count += 1
     self.prompts.append(list(request.prompt))
-    self._rollouts[self._count] = [0, sampling, len(request.prompt)]
+    limit = sampling.max_tokens if request.max_tokens is None else request.max_tokens
+    self._rollouts[self._count] = [0, limit, request]
     return self._count
 
   def cancel(self, handle):
@@ -89,19 +93,34 @@ class ScriptedEngine:
 
   def _advance(self, handle):
     rollout = self._rollouts[handle]
-    tokens = self.reply[rollout[0] : rollout[0] + 1]
-    logprobs = np.full(1, -0.5, np.float32)
-    rollout[0] += 1
-    whole = rollout[0] == len(self.reply)
-    count = rollout[0]
-    if not whole and count < rollout[1].max_tokens:
-      return Progress(handle, tokens, logprobs, logprobs, None)
+    before, limit, request = rollout
+    count = min(before + 1, limit)
+    tokens = self.reply[before:count]
+    logprobs = np.full(len(tokens), -0.5, np.float32)
+    # As the engine: the prompt's scores come with the first progress.
+    scores = None if before or request.prompt_top is None else scripted_scores(request)
+    rollout[0] = count
+    whole = count == len(self.reply)
+    if not whole and count < limit:
+      return Progress(handle, tokens, logprobs, logprobs, None, prompt=scores)
     del self._rollouts[handle]
     logprobs_m = np.full(count, -0.5, np.float32)
     done = Completion(
-      self.reply[:count], logprobs_m, logprobs_m, -logprobs_m, whole, None, rollout[2]
+      self.reply[:count], logprobs_m, logprobs_m, -logprobs_m, whole, None, len(request.prompt)
     )
-    return Progress(handle, tokens, logprobs, logprobs, done)
+    return Progress(handle, tokens, logprobs, logprobs, done, prompt=scores)
+
+
+def scripted_scores(request):
+  """Token i of the prompt has log-probability -i; the likeliest tokens are 1, 2, ..."""
+  n = len(request.prompt) - 1
+  top = None
+  if request.prompt_top:
+    top = Alternatives(
+      np.tile(np.arange(1, request.prompt_top + 1), (n, 1)),
+      np.tile(-np.arange(1.0, request.prompt_top + 1), (n, 1)),
+    )
+  return PromptScores(-np.arange(1.0, n + 1), np.full(n, 7), top)
 
 
 @contextlib.contextmanager

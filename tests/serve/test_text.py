@@ -2,8 +2,12 @@
 stop string leaks.
 """
 
+import pytest
+import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from dcore_jax.serve.text import Detokenizer, StopScanner, TextReader
 
@@ -27,6 +31,43 @@ def test_pieces_of_any_tokens_add_up_to_their_text(tokenizer, tokens, sizes):
   detokenizer = Detokenizer(tokenizer)
   text = ''.join(map(detokenizer.push, cut(tokens, sizes))) + detokenizer.finish()
   assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.fixture(scope='module')
+def fallback():
+  """A tokenizer like Llama-2's: a few pieces of words, bytes for all else, one space cut off."""
+  pieces = ['\u2581', 'a', 'b', '\u2581the', '\u00e9', '\u8a9e', '\u2581\u2581', '.']
+  texts = ['<unk>', *(f'<0x{byte:02X}>' for byte in range(256)), *pieces]
+  vocab = {text: number for number, text in enumerate(texts)}
+  model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token='<unk>')
+  made = tokenizers.Tokenizer(model)
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace('\u2581', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )
+  made.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in ('<s>', '</s>')])
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@given(
+  tokens=st.lists(st.integers(0, 266) | st.integers(250, 266) | st.integers(225, 230), max_size=12),
+  sizes=CUTS,
+)
+def test_pieces_add_up_where_a_vocabulary_falls_back_to_bytes(fallback, tokens, sizes):
+  detokenizer = Detokenizer(fallback)
+  text = ''.join(map(detokenizer.push, cut(tokens, sizes))) + detokenizer.finish()
+  assert text == fallback.decode(tokens, skip_special_tokens=True)
+
+
+def test_bytes_that_stop_being_characters_together(fallback):
+  """'n' alone, and no character with a stray byte behind it."""
+  detokenizer = Detokenizer(fallback)
+  tokens = fallback.convert_tokens_to_ids(['a', '<0x6E>', '<0x8F>', 'b'])
+  assert [detokenizer.push([token]) for token in tokens] == ['a', '', '', '\ufffd\ufffdb']
 
 
 @given(text=st.text(max_size=30), sizes=CUTS)

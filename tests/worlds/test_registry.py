@@ -24,7 +24,7 @@ from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.run.config import default_config, read_config
-from dcore_jax.serve.terminal import Chat
+from dcore_jax.run.terminal import Chat
 from dcore_jax.train.metrics import Metrics, read_metrics
 from dcore_jax.train.rl_loop import run_rl
 from dcore_jax.train.sources import Episodes

@@ -4,15 +4,23 @@ import io
 import types
 
 import pytest
+import transformers
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tool_calls import print_calls, tool_response
+from dcore_jax.rollout.policy import ORGANISM
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run.terminal import Cancelled, Chat, Speaker
 from dcore_jax.serve.scheduler import Scheduler
-from dcore_jax.serve.terminal import Cancelled, Chat, Speaker
+from dcore_jax.serve.server import load_model
 from dcore_jax.worlds.registry import WORLDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
-from tests.serve.servers import ScriptedEngine, engine_like, until
+from tests.serve.servers import ScriptedEngine, until
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return transformers.AutoTokenizer.from_pretrained(str(ORGANISM))
 
 
 class Scripted:
@@ -164,8 +172,9 @@ def test_a_task_of_bfcl_is_acted_out_and_its_apis_answer_requests():
   assert f'{task.classes[0]} ' in voice.shown
 
 
-def test_the_organism_acts_a_task_out(organism):
-  scheduler = Scheduler(engine_like(organism.engine), 1)
+def test_the_organism_acts_a_task_out():
+  organism = load_model('', lanes=1, max_len=192, max_new=64)
+  scheduler = Scheduler(organism.engine, 1)
   out = io.StringIO()
   voice = Speaker(scheduler, organism.tokenizer, SamplingParams(0, max_tokens=64), out, False)
   chat = Chat(voice, world=ToolWorld(), kind='single')

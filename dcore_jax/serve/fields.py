@@ -1,0 +1,122 @@
+"""Fields that clients send and that no type of `requests.py` has.
+
+There are three kinds. A hint has no effect on an answer and passes. A field that would change the
+answer passes at the value that changes nothing, and is refused at any other with what to do
+instead. What is left is unknown here: it is ignored, and named to the client.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+# Of the body itself: who asks, what is kept, how soon, and how it is computed.
+HINTS = frozenset(
+  {
+    'cache_salt',
+    'guided_decoding_backend',
+    'metadata',
+    'prediction',
+    'priority',
+    'prompt_cache_key',
+    'prompt_cache_retention',
+    'request_id',
+    'safety_identifier',
+    'service_tier',
+    'spaces_between_special_tokens',
+    'store',
+    'user',
+  }
+)
+_MOST_NAMED = 16  # ignored fields in one header
+_LONGEST_NAME = 64  # characters
+
+
+class Unsupported(NamedTuple):
+  """A field that is not implemented.
+
+  Attributes:
+    neutral: its values that change no answer.
+    advice: what a client can do instead.
+  """
+
+  neutral: tuple[Any, ...]
+  advice: str
+
+
+_FORM = (
+  'the form of an answer would need constrained sampling, which this server does not have; '
+  'ask for the form in the messages, or make it the parameters of a tool and force that tool '
+  'with tool_choice'
+)
+_RULE = 'leave it out; tokens are drawn by temperature, top_p, top_k and min_p alone'
+_TOOLS = 'use tools, tool_choice and messages with tool_calls'
+_THINKING = (
+  'leave it out, or set chat_template_kwargs to {"enable_thinking": false} for no thoughts'
+)
+_TEXT_ONLY = 'leave it out; answers are text'
+_ENDS = 'leave it out; an answer ends at the end of the turn, a stop string or max_tokens'
+_PROMPT = 'leave it out; for a prompt of your own, send its token ids to /v1/completions'
+
+# Of both kinds of request.
+UNSUPPORTED: Mapping[str, Unsupported] = {
+  'allowed_token_ids': Unsupported(([],), _RULE),
+  'audio': Unsupported((), _TEXT_ONLY),
+  'bad_words': Unsupported(([],), _RULE),
+  'chat_template': Unsupported((), _PROMPT),
+  'documents': Unsupported(([],), 'put them into the messages'),
+  'early_stopping': Unsupported((False,), _RULE),
+  'ebnf': Unsupported((), _FORM),
+  'frequency_penalty': Unsupported((0,), _RULE),
+  'function_call': Unsupported(('auto', 'none'), _TOOLS),
+  'functions': Unsupported(([],), _TOOLS),
+  'grammar': Unsupported(('',), _FORM),
+  'guided_choice': Unsupported(([],), _FORM),
+  'guided_grammar': Unsupported(('',), _FORM),
+  'guided_json': Unsupported((), _FORM),
+  'guided_regex': Unsupported(('',), _FORM),
+  'ignore_eos': Unsupported((False,), _ENDS),
+  'include_reasoning': Unsupported((True,), _THINKING),
+  'include_stop_str_in_output': Unsupported((False,), 'leave it out and add the string yourself'),
+  'json_schema': Unsupported((), _FORM),
+  'length_penalty': Unsupported((1,), _RULE),
+  'logit_bias': Unsupported(({},), _RULE),
+  'logits_processors': Unsupported(([],), _RULE),
+  'min_tokens': Unsupported((0,), _ENDS),
+  'modalities': Unsupported((['text'], []), _TEXT_ONLY),
+  'presence_penalty': Unsupported((0,), _RULE),
+  'prompt_embeds': Unsupported((), 'send the prompt as text or token ids'),
+  'reasoning': Unsupported(({},), _THINKING),
+  'reasoning_effort': Unsupported((), _THINKING),
+  'regex': Unsupported(('',), _FORM),
+  'repetition_penalty': Unsupported((1,), _RULE),
+  'response_format': Unsupported(({'type': 'text'},), _FORM),
+  'separate_reasoning': Unsupported((True,), _THINKING),
+  'skip_special_tokens': Unsupported(
+    (True,), 'leave it out, or ask for the tokens with return_token_ids'
+  ),
+  'structured_outputs': Unsupported(({},), _FORM),
+  'suffix': Unsupported(('',), 'put it into the prompt'),
+  'thinking': Unsupported(({'type': 'enabled'},), _THINKING),
+  'thinking_budget': Unsupported((), _THINKING),
+  'truncate_prompt_tokens': Unsupported((), 'shorten the prompt yourself'),
+  'typical_p': Unsupported((1,), _RULE),
+  'use_beam_search': Unsupported((False,), _RULE),
+  'verbosity': Unsupported(('medium',), 'leave it out and ask for it in the messages'),
+  'web_search_options': Unsupported((), 'give the search as a tool'),
+}
+# Of chat alone: a completion's prompt is taken as it is.
+UNSUPPORTED_IN_CHAT: Mapping[str, Unsupported] = {
+  'add_generation_prompt': Unsupported((True,), _PROMPT),
+  'add_special_tokens': Unsupported((False,), _PROMPT),
+  'continue_final_message': Unsupported((False,), _PROMPT),
+  'echo': Unsupported((False,), _PROMPT),
+}
+
+
+def header_value(names: Iterable[str]) -> str:
+  """Returns ignored fields as the value of an HTTP header: printable ASCII, and not too long."""
+  shown = []
+  for name in list(names)[:_MOST_NAMED]:
+    # A name is a client's text: as JSON it holds no line break, which would begin another header.
+    shown.append(json.dumps(name)[1:-1][:_LONGEST_NAME])
+  return ', '.join(shown)

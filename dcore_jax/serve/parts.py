@@ -1,0 +1,188 @@
+"""What the bodies of requests are made of: messages, earlier calls, tools.
+
+Every part takes fields that it does not know, so that what other servers and clients put into a
+history is no error.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+from pydantic import Field
+
+from dcore_jax.chat.python_calls import ToolCallError
+from dcore_jax.chat.tagged_calls import read_arguments
+
+
+class RequestError(ValueError):
+  """A request that cannot be answered as it stands. `param` is the field at fault."""
+
+  def __init__(self, message: str, param: str | None = None, code: str | None = None):
+    super().__init__(message)
+    self.param = param
+    self.code = code
+
+
+class Body(pydantic.BaseModel):
+  """A part of a request. Fields without a type are kept in `model_extra`.
+
+  `HINTS` are those that have no effect and are not worth a word.
+  """
+
+  model_config = pydantic.ConfigDict(extra='allow', strict=True, frozen=True)
+  HINTS: ClassVar[frozenset[str]] = frozenset()
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _without_nulls(cls, record: Any) -> Any:
+    if not isinstance(record, dict):
+      return record
+    return {name: value for name, value in record.items() if value is not None}
+
+  def ignored(self) -> Iterator[str]:
+    """Yields the fields that nothing here reads, by their path without numbers."""
+    for name in self.model_extra or ():
+      if name not in self.HINTS:
+        yield name
+    for name in type(self).model_fields:
+      value = getattr(self, name)
+      for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, Body):
+          for inner in part.ignored():
+            yield f'{name}.{inner}'
+
+
+class Part(Body):
+  """A part of a message's content; images and sound are refused."""
+
+  HINTS = frozenset({'annotations', 'cache_control', 'id'})
+  type: Literal['text', 'refusal']
+  text: str = ''
+  refusal: str = ''
+
+
+class FunctionCall(Body):
+  """A call in an earlier answer.
+
+  `arguments` is an object, or JSON text of one. Clients and servers write a call without arguments
+  as '', null or nothing, too.
+  """
+
+  HINTS = frozenset({'parsed_arguments'})
+  name: str
+  arguments: str | dict[str, Any] = ''
+
+  def record(self) -> dict[str, Any]:
+    """Returns the call as chat templates read it.
+
+    Raises:
+      RequestError: the arguments are no JSON object.
+    """
+    try:
+      return {'name': self.name, 'arguments': read_arguments(self.arguments)}
+    except ToolCallError as error:
+      raise RequestError(
+        f'the arguments of a call of {self.name!r} are no JSON object: {error}', 'messages'
+      ) from error
+
+
+class CallItem(Body):
+  """A call in an earlier answer, with its id."""
+
+  # Clients that join a stream keep `index`; tau2-bench writes the tool's name beside the function.
+  HINTS = frozenset({'cache_control', 'index', 'name', 'provider_specific_fields'})
+  id: str = ''
+  type: Literal['function'] = 'function'
+  function: FunctionCall
+
+
+class ChatMessage(Body):
+  """One turn of the conversation.
+
+  `reasoning_content` is what this server sends back beside the content; vLLM calls it `reasoning`.
+  `function_call` and the role 'function' are older names of a call and of a tool's result.
+  """
+
+  HINTS = frozenset(
+    {
+      'annotations',
+      'cache_control',
+      'id',
+      'parsed',
+      'provider_specific_fields',
+      'reasoning_details',
+      'thinking_blocks',
+    }
+  )
+  role: Literal['system', 'developer', 'user', 'assistant', 'tool', 'function']
+  content: str | list[Part] | None = None
+  name: str | None = None
+  tool_calls: list[CallItem] | None = None
+  function_call: FunctionCall | None = None
+  tool_call_id: str | None = None
+  reasoning_content: str | None = None
+  reasoning: str | None = None
+  refusal: str | None = None
+
+  def record(self) -> dict[str, Any]:
+    """Returns the message as chat templates read it: content as one text, arguments as an object.
+
+    Raises:
+      RequestError: something that no template could show.
+    """
+    content = self.content
+    if isinstance(content, list):
+      content = '\n'.join(part.text or part.refusal for part in content)
+    # A function that returned nothing has null as its result.
+    if self.role in ('user', 'system', 'developer') and content is None:
+      raise RequestError(f'a message of role {self.role!r} needs content', 'messages')
+    calls = self._calls()
+    thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
+    if self.role != 'assistant' and (calls or thoughts):
+      raise RequestError(
+        f'a message of role {self.role!r} has no tool calls or thoughts', 'messages'
+      )
+    role = {'developer': 'system', 'function': 'tool'}.get(self.role, self.role)
+    record: dict[str, Any] = {'role': role, 'content': content or self.refusal or ''}
+    if self.name is not None:
+      record['name'] = self.name
+    if self.tool_call_id is not None:
+      record['tool_call_id'] = self.tool_call_id
+    if thoughts is not None:
+      record['reasoning_content'] = thoughts
+    if calls:
+      record['tool_calls'] = calls
+    return record
+
+  def _calls(self) -> list[dict[str, Any]]:
+    items = [(call.id, call.function) for call in self.tool_calls or ()]
+    if self.function_call:
+      items.append(('', self.function_call))
+    return [{'id': id_, 'type': 'function', 'function': call.record()} for id_, call in items]
+
+
+class Function(Body):
+  """`parameters` is a JSON schema; it is shown to the model, not enforced.
+
+  `strict` asks for arguments that fit the schema for certain, which is a hint here.
+  """
+
+  HINTS = frozenset({'cache_control', 'strict'})
+  name: Annotated[str, Field(pattern=r'^[\w.-]{1,128}$')]
+  description: str = ''
+  parameters: dict[str, Any] = Field(default_factory=lambda: {'type': 'object', 'properties': {}})
+
+  @pydantic.field_validator('parameters')
+  @classmethod
+  def _named_parameters(cls, schema: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(schema.get('properties', {}), dict):
+      raise ValueError('`properties` is no JSON object')
+    return schema
+
+
+class Tool(Body):
+  """A tool that the model may call."""
+
+  HINTS = frozenset({'cache_control', 'strict'})
+  type: Literal['function']
+  function: Function
