@@ -306,7 +306,11 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     found: counts what is dropped.
     refusals: whether there are irrelevant seeds.
   """
-  history = [Message('system', tool_specs.system_text(dialogue.policy, dialogue.tools))]
+  # Without tools there is no list to show: they may stand in the policy's own words.
+  system = dialogue.policy
+  if dialogue.tools:
+    system = tool_specs.system_text(dialogue.policy, dialogue.tools)
+  history = [Message('system', system)] if system else []
   if any(turn.role == 'system' for turn in dialogue.turns):
     raise ValueError('a system message stands inside the dialogue, where no seed can show it')
   requests = _requests(dialogue.turns)
