@@ -112,7 +112,7 @@ def _failures(group: Sequence[Trajectory]) -> dict[str, int]:
   return dict(collections.Counter(reason for reason in reasons if reason).most_common())
 
 
-def _lazy_ratio(group: Sequence[Trajectory]) -> float:
+def _lazy_ratio(group: Sequence[Trajectory]) -> float | None:
   reasonings = []
   tokens = []
   wrong = []
@@ -120,7 +120,7 @@ def _lazy_ratio(group: Sequence[Trajectory]) -> float:
     reasonings += trajectory.reasonings
     tokens += trajectory.reasoning_tokens
     wrong += [not trajectory.outcome.correct] * len(trajectory.texts)
-  return lazy_ratio(reasonings, tokens, wrong)['ratio']
+  return lazy_ratio(reasonings, tokens, wrong)['ratio'] if reasonings else None
 
 
 def _has_subtasks(trajectory: Trajectory) -> bool:

@@ -116,6 +116,9 @@ def test_checkpoints_of_other_prompts_or_another_reference_are_refused(tmp_path)
   train(tmp_path, rl_config(steps=1))
   with pytest.raises(ValueError, match='were made from other prompts'):
     train(tmp_path, rl_config(), count=7)
+  # They may have been trained on what would now be held out.
+  with pytest.raises(ValueError, match='were made from other prompts'):
+    train(tmp_path, rl_config(validation=3))
   with pytest.raises(ValueError, match='were made from other reference'):
     train(tmp_path, rl_config(), seed=5)
 
