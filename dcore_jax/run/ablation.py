@@ -475,7 +475,7 @@ def format_table(content: dict[str, Any]) -> str:
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
-  return name.ljust(40) + ''.join(cell.rjust(36) for cell in cells)
+  return name.ljust(40) + ''.join(cell.rjust(40) for cell in cells)
 
 
 def _cell(
