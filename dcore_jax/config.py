@@ -261,7 +261,7 @@ class RlSection:
     32, 'Prompts sampled and written down together: a kill loses the rollouts of one wave at most.'
   )
   validation: int = _option(
-    32, 'Prompts set aside, measured before, after, and at each checkpoint.'
+    32, 'Prompts set aside at most, in whole tasks; measured before, after, at each checkpoint.'
   )
   updates: int = _option(4, 'Optimizer steps a rollout batch.')
   estimator: str = _option('da_grpo', 'An advantage estimator of learn/advantages.py.')

@@ -27,7 +27,7 @@ from dcore_jax.data.records import ODD, convert_records, load_records
 from dcore_jax.data.seeds import Seed
 from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.worlds.environment import World, WorldTask
-from dcore_jax.worlds.registry import WORLDS, WorldSection, find_world, make_world
+from dcore_jax.worlds.registry import WORLDS, WorldSection, check_kinds, find_world, make_world
 
 # What a task set is for. Sets with different purposes get different seeds, because they must not
 # overlap: the train split serves distillation, reinforcement learning and the organism's
@@ -72,12 +72,10 @@ def training_tasks(
     purpose: DISTILL, RL or another number of its own.
 
   Raises:
-    ValueError: the world cannot be made, or `counts` lacks one of its kinds.
+    ValueError: the world cannot be made, or `counts` lacks one of its kinds or has another one.
   """
   world = make_world(config.world)
-  lacking = [kind for kind in world.kinds if kind not in counts]
-  if lacking:
-    raise ValueError(f'world {config.world.name!r}: no number of tasks of kind {lacking}')
+  check_kinds(f'tasks of world {config.world.name!r}', counts, world)
   tasks = []
   for kind in world.kinds:
     tasks += world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')

@@ -166,12 +166,16 @@ class DecisionPoint:
     kind: the seed's.
     messages: the prompt.
     reference: the calls of the step as text, or the text of an answer.
+    task: a name that the prompts of one task or dialogue share; '' where it is not known.
+    task_kind: the kind of that task, where it is another than the seed's.
   """
 
   id: str
   kind: str
   messages: tuple[Message, ...]
   reference: str
+  task: str = ''
+  task_kind: str = ''
 
 
 def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
@@ -183,7 +187,11 @@ def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
   if seed.kind in ('irrelevant', 'parallel'):
     reference = print_calls(list(seed.calls)) if seed.calls else seed.answer
     yield DecisionPoint(
-      id=seed.id, kind=seed.kind, messages=seed.conversations, reference=reference
+      id=seed.id,
+      kind=seed.kind,
+      messages=seed.conversations,
+      reference=reference,
+      task=seed.dialogue,
     )
     return
   references = [print_calls([call]) for call in seed.calls]
@@ -195,4 +203,5 @@ def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
       kind=seed.kind,
       messages=(*seed.conversations, *reference_steps(seed, done)),
       reference=reference,
+      task=seed.dialogue,
     )

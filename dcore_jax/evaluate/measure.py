@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dcore_jax.evaluate.behaviours import behaviour_counts
-from dcore_jax.evaluate.lazy_reasoning import count_reflections, lazy_ratio
+from dcore_jax.evaluate.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
+from dcore_jax.statistics import estimate_mean, estimate_share
 from dcore_jax.worlds.rollouts import Trajectory
 
 
@@ -18,7 +19,8 @@ def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
   wrong responses. `accuracy_by_subtasks` and `decomposition_rate` are about the kinds whose
   requests have several subtasks (ToolWorld's sequential and parallel). The rate is the share of
   those requests whose first response announces a decomposition. A figure for which no task came to
-  a response is None.
+  a response is None. `intervals` holds an estimate of each of these figures, by the same names
+  (`statistics`): its units are tasks, because responses of one task are not independent.
 
   Args:
     trajectories: kind -> at least one finished task.
@@ -52,7 +54,47 @@ def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
     'reflections_per_response': _mean([count_reflections(text) for text in reasonings]),
     'reasoning_tokens_mean': _mean(reasoning_tokens),
     'behaviours': {name: _mean(counts) for name, counts in behaviours.items()},
+    'intervals': _intervals(trajectories, decompositions > 0),
   }
+
+
+def _intervals(
+  trajectories: Mapping[str, Sequence[Trajectory]], decomposed: np.ndarray
+) -> dict[str, Any]:
+  """Estimates of the figures; None where there is no response. `decomposed` is bool, of tasks."""
+  accuracy = {}
+  lazy = {}
+  reflections: list[int] = []
+  tokens: list[int] = []
+  tasks: list[str] = []  # of each response
+  for kind, group in trajectories.items():
+    accuracy[kind] = estimate_share(_accuracy(group), len(group))
+    flags = []
+    owners = []
+    for number, trajectory in enumerate(group):
+      wrong = not trajectory.outcome.correct
+      for text, length in zip(trajectory.reasonings, trajectory.reasoning_tokens, strict=True):
+        flags.append(is_lazy(text, length, wrong))
+        reflections.append(count_reflections(text))
+        tokens.append(length)
+        owners.append(f'{kind}-{number}')
+    lazy[kind] = _estimate(flags, owners, bounds=(0.0, 1.0))
+    tasks += owners
+  return {
+    'accuracy': accuracy,
+    'lazy_ratio': lazy,
+    'decomposition_rate': estimate_share(float(decomposed.mean()), len(decomposed))
+    if len(decomposed)
+    else None,
+    'reflections_per_response': _estimate(reflections, tasks),
+    'reasoning_tokens_mean': _estimate(tokens, tasks),
+  }
+
+
+def _estimate(
+  values: Sequence[float], tasks: Sequence[str], bounds: tuple[float, float] | None = None
+) -> dict[str, Any] | None:
+  return estimate_mean(values, clusters=tasks, bounds=bounds) if values else None
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:
@@ -70,7 +112,7 @@ def _failures(group: Sequence[Trajectory]) -> dict[str, int]:
   return dict(collections.Counter(reason for reason in reasons if reason).most_common())
 
 
-def _lazy_ratio(group: Sequence[Trajectory]) -> float:
+def _lazy_ratio(group: Sequence[Trajectory]) -> float | None:
   reasonings = []
   tokens = []
   wrong = []
@@ -78,7 +120,7 @@ def _lazy_ratio(group: Sequence[Trajectory]) -> float:
     reasonings += trajectory.reasonings
     tokens += trajectory.reasoning_tokens
     wrong += [not trajectory.outcome.correct] * len(trajectory.texts)
-  return lazy_ratio(reasonings, tokens, wrong)['ratio']
+  return lazy_ratio(reasonings, tokens, wrong)['ratio'] if reasonings else None
 
 
 def _has_subtasks(trajectory: Trajectory) -> bool:

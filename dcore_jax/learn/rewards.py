@@ -33,6 +33,11 @@ _TURN_STARTS = ('<|im_start|>assistant', '<|start_header_id|>assistant<|end_head
 _TURN_ENDS = ('<|im_end|>', '<|eot_id|>')
 
 
+# Between them lies every total of the rewards below: 5 is that of a right and long answer by
+# `toolrl_length`. Statistics of held-out rewards take it from here.
+BOUNDS = (-3.0, 5.0)
+
+
 class Reward(NamedTuple):
   """format in {0, 1}; correctness in [-3, 3] (`paper`: [0, 3]); total, their sum (`toolrl_length`:
   and the length's). Floats, or float64 [B] of a batch.

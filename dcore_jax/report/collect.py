@@ -84,7 +84,7 @@ def collect_summary(
       'jax': jax.__version__,
     },
     'stages': measured,
-    # Differences come with standard errors, so that a reader sees which of them are chance.
+    # Differences come with intervals, so that a reader sees which of them are chance.
     'changes': _changes(workdir, list(measured)),
     'seconds': {stage: result['seconds'] for stage, result in results.items()},
   }
@@ -154,7 +154,9 @@ def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]
     right: dict[str, list[tuple[bool, bool]]] = {}
     for one, other in zip(first, second, strict=True):
       right.setdefault(one['kind'], []).append((one['correct'], other['correct']))
-    accuracy = {kind: paired_difference(*zip(*pairs, strict=True)) for kind, pairs in right.items()}
+    accuracy = {}
+    for kind, pairs in right.items():
+      accuracy[kind] = paired_difference(*zip(*pairs, strict=True), bounds=(0.0, 1.0))
     changes.append({'from': before, 'to': after, 'accuracy': accuracy})
   return changes
 

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from dcore_jax.statistics import estimate_share, format_estimate
+
 STAGE_LABELS = {
   'base': 'base',
   'sft': 'after SFT',
@@ -46,6 +48,38 @@ def entry(stage: dict[str, Any], field: str, kind: str | None = None) -> float |
   """A figure of a stage, of one kind or of all; None where it was not measured."""
   value = stage.get(field)
   return number((value or {}).get(kind)) if kind else number(value)
+
+
+def estimate(stage: dict[str, Any], field: str, kind: str | None = None) -> dict[str, Any] | None:
+  """The estimate of a figure, see `statistics`; None where there is no such figure.
+
+  Stages of earlier programs have a number of tasks and no estimates; without either a figure stands
+  alone.
+  """
+  value = entry(stage, field, kind)
+  if value is None:
+    return None
+  found = (stage.get('intervals') or {}).get(field)
+  if kind and found:
+    found = found.get(kind)
+  if found:
+    return found
+  n = entry(stage, 'n', kind) if kind else None
+  if field == 'accuracy' and n and 0 <= value <= 1:
+    return estimate_share(value, int(n))
+  return {'mean': value}
+
+
+def shown(
+  found: dict[str, Any] | None, digits: int = 1, scale: float = 1.0, suffix: str = ''
+) -> str:
+  """An estimate with its interval; a figure alone where it has no number of units; or a dash."""
+  value = number((found or {}).get('difference', (found or {}).get('mean')))
+  if value is None:
+    return '–'
+  if number(found.get('n')) is None:
+    return f'{scale * value:,.{digits}f}{suffix}'
+  return format_estimate(found, digits, scale, suffix)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -4,8 +4,7 @@ import json
 from typing import Any
 
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.report.figures import kinds_of
-from dcore_jax.statistics import wilson_interval
+from dcore_jax.report.figures import estimate, kinds_of, shown
 
 # Fields of a config that hold names of files, in any section.
 _PATHS = ('path', 'tokenizer', 'files', 'wording')
@@ -179,24 +178,16 @@ def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None)
   ]
   for name in names:
     stage = measured[name]
-    cells = [_share(stage['accuracy'][kind], stage['n'][kind]) for kind in kinds]
-    lazy = stage['lazy_ratio'].get('sequential')  # another world may have no such kind
-    tokens = stage['reasoning_tokens_mean']
-    cells.append('-' if lazy is None else f'{lazy:.1%}')
-    cells.append('-' if tokens is None else f'{tokens:.0f}')
+    cells = [shown(estimate(stage, 'accuracy', kind), 1, 100, '%') for kind in kinds]
+    # Another world may have no sequential tasks.
+    cells.append(shown(estimate(stage, 'lazy_ratio', 'sequential'), 1, 100, '%'))
+    cells.append(shown(estimate(stage, 'reasoning_tokens_mean'), 0))
     lines.append(f'| {_TITLES.get(name, f"after {name}")} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
 
 def _not_this(step: int | None) -> str:
   return '' if step is None else ', of the stages before; this checkpoint was not measured'
-
-
-def _share(share: float | None, n: int) -> str:
-  if share is None or not n:
-    return '-'
-  low, high = wilson_interval(share, n)
-  return f'{share:.1%} ({low:.0%} to {high:.0%})'
 
 
 def _whole(config: dict[str, Any]) -> str:

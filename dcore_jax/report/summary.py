@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from dcore_jax.statistics import format_difference
+from dcore_jax.statistics import TASKS, format_estimate
 
 _Number = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
 _Share = Annotated[float, pydantic.Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
@@ -45,11 +45,21 @@ class Stage(_Part):
 
 
 class Pair(_Part):
-  """A paired difference with its standard error, of n tasks measured twice."""
+  """A paired difference of n units measured twice, see `statistics`."""
 
   difference: _Number | None
   standard_error: _Number | None
   n: _Number | None
+  interval: tuple[_Number, _Number] | None = None
+  unit: str = TASKS
+
+  @pydantic.model_validator(mode='after')
+  def _inside(self) -> 'Pair':
+    if self.interval is not None and self.difference is not None:
+      low, high = self.interval
+      if not low <= self.difference <= high:
+        raise ValueError(f'the interval {self.interval} does not hold {self.difference}')
+    return self
 
 
 class Change(_Part):
@@ -138,12 +148,13 @@ def format_changes(summary: dict[str, Any]) -> str:
   lines = []
   for change in summary['changes']:
     kinds = ', '.join(
-      f'{kind} {format_difference(pair, 1, 100)}' for kind, pair in change['accuracy'].items()
+      f'{kind} {format_estimate(pair, 1, 100)}' for kind, pair in change['accuracy'].items()
     )
     lines.append(f'{change["from"]} -> {change["to"]}, points of held-out tasks right: {kinds}')
   validation = summary.get('rl', {}).get('validation') or {}
   for name, pair in (validation.get('difference') or {}).items():
     before, after = (validation[when][name] for when in ('before', 'after'))
-    change = format_difference(pair)
-    lines.append(f'{name} on {pair["n"]} prompts set aside: {before:.3f} -> {after:.3f}, {change}')
+    prompts = pair.get('prompts', pair['n'])
+    change = format_estimate(pair)
+    lines.append(f'{name} on {prompts} prompts set aside: {before:.3f} -> {after:.3f}, {change}')
   return '\n'.join(lines)

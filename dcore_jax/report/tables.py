@@ -7,13 +7,15 @@ from dcore_jax.progress import format_seconds
 from dcore_jax.report.figures import (
   Stages,
   entry,
+  estimate,
   kind_label,
   kinds_of,
   number,
   percent,
   plain,
+  shown,
 )
-from dcore_jax.statistics import format_difference, wilson_interval
+from dcore_jax.statistics import format_interval
 
 
 def headline(stages: Stages) -> str:
@@ -113,24 +115,26 @@ def _measured(rows: list[dict], field: str) -> list[float]:
 
 
 def accuracy_table(stages: Stages) -> list[dict[str, Any]]:
-  """Rows of {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'n'}]}, shares in per
-  cent.
+  """Rows of {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'interval'}]}.
+
+  Shares are in per cent; without an interval `low` is None, and `interval` says why.
   """
   rows = []
   for kind in kinds_of(stages):
     cells = []
     for name, stage in stages.items():
       share = entry(stage, 'accuracy', kind)
-      n = entry(stage, 'n', kind)
+      found = estimate(stage, 'accuracy', kind) or {}
       cell = {
         'stage': name,
         'text': percent(share),
         'share': None if share is None else 100 * share,
         'low': None,
+        'interval': format_interval(found, 1, 100) if 'n' in found else '',
       }
-      if share is not None and n and 0 <= share <= 1:
-        low, high = wilson_interval(share, int(n))
-        cell |= {'low': 100 * low, 'high': 100 * high, 'n': int(n)}
+      if found.get('interval'):
+        low, high = found['interval']
+        cell |= {'low': 100 * low, 'high': 100 * high}
       cells.append(cell)
     if any(cell['share'] is not None for cell in cells):
       rows.append({'label': kind_label(kind), 'cells': cells})
@@ -154,7 +158,7 @@ def changes(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
     return None
   rows = []
   for kind in kinds:
-    cells = [_difference(by_kind.get(kind), 1, 100) for by_kind in pairs]
+    cells = [shown(by_kind.get(kind), 1, 100) for by_kind in pairs]
     rows.append({'label': kind_label(kind), 'cells': cells})
   return {'steps': steps, 'rows': rows}
 
@@ -173,30 +177,34 @@ def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
     if pair := (found.get('difference') or {}).get(name):
       values = [number((found.get(when) or {}).get(name)) for when in ('before', 'after')]
       before, after = (plain(None if value is None else scale * value, digits) for value in values)
-      change = _difference(pair, digits, scale)
-      rows.append(
-        {'label': label, 'before': before, 'after': after, 'change': change, 'n': pair['n']}
-      )
+      row = {
+        'label': label,
+        'before': before,
+        'after': after,
+        'change': shown(pair, digits, scale),
+        'n': pair.get('prompts', pair['n']),
+      }
+      rows.append(row)
   return rows
-
-
-def _difference(pair: dict[str, Any] | None, digits: int, scale: float) -> str:
-  return format_difference(pair, digits, scale) if pair else '–'
 
 
 def habit_table(stages: Stages) -> list[dict[str, Any]]:
   """Rows of {'label', 'group', 'cells': [text]}: how the model reasons, stage by stage."""
-  wanted = [(f'lazy, {kind_label(kind)}', 'lazy_ratio', kind, percent) for kind in kinds_of(stages)]
+  # (label, field, kind, digits, scale, what stands behind the number)
+  wanted: list[tuple[str, str, str | None, int, float, str]] = []
+  for kind in kinds_of(stages):
+    wanted.append((f'lazy, {kind_label(kind)}', 'lazy_ratio', kind, 1, 100, ' %'))
   wanted += [
-    ('reflections per response', 'reflections_per_response', None, lambda v: plain(v, 2)),
-    ('reasoning tokens, mean', 'reasoning_tokens_mean', None, lambda v: plain(v, 0)),
-    ('plans unasked, several subtasks', 'decomposition_rate', None, percent),
+    ('reflections per response', 'reflections_per_response', None, 2, 1, ''),
+    ('reasoning tokens, mean', 'reasoning_tokens_mean', None, 0, 1, ''),
+    ('plans unasked, several subtasks', 'decomposition_rate', None, 1, 100, ' %'),
   ]
   rows = []
-  for label, field, kind, show in wanted:
-    values = [entry(stage, field, kind) for stage in stages.values()]
-    if any(value is not None for value in values):
-      rows.append({'label': label, 'group': field, 'cells': [show(value) for value in values]})
+  for label, field, kind, digits, scale, suffix in wanted:
+    found = [estimate(stage, field, kind) for stage in stages.values()]
+    if any(value is not None for value in found):
+      cells = [shown(value, digits, scale, suffix) for value in found]
+      rows.append({'label': label, 'group': field, 'cells': cells})
   return rows
 
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import scipy.stats
 
 from dcore_jax.claims import claim
 from dcore_jax.config import RunConfig
 from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS
 from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.learn.advantages import uses_entropy
+from dcore_jax.learn.rewards import BOUNDS as REWARDS
 from dcore_jax.overrides import overlay
 from dcore_jax.progress import stage
 from dcore_jax.run.config import read_config
 from dcore_jax.run.pipeline import Pipeline
-from dcore_jax.statistics import format_difference, paired_difference, standard_error
+from dcore_jax.statistics import RUNS, estimate_mean, format_estimate, paired_difference
 from dcore_jax.train.metrics import read_metrics
 
 
@@ -287,8 +287,8 @@ def compare_settings(
 ) -> list[dict[str, Any]]:
   """Returns a row for each setting that has been run: its figures beside the paper's.
 
-  `figures` are means over the seeds with their standard errors, `against_first` the difference
-  from the suite's first setting.
+  `figures` are means over the runs, and `against_first` is the difference from the suite's first
+  setting, both with intervals over runs (`statistics`). The first setting has no such difference.
 
   Args:
     settings: of the suite.
@@ -307,7 +307,7 @@ def compare_settings(
       'delta': mine[0]['delta'],
       'seeds': len(mine),
       'figures': _figures(mine),
-      'against_first': _contrast(first, mine),
+      'against_first': {} if setting is settings[0] else _contrast(first, mine),
       # Not every setting has a row in the paper.
       'published': dict(zip(_PUBLISHED, setting.published, strict=False)),
     }
@@ -316,7 +316,7 @@ def compare_settings(
 
 
 def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Mean and standard error over the seeds of one setting, by name."""
+  """Estimates over the runs of one setting, by name."""
   # Runs of one setting have the same figures: names are read off the first.
   values = {}
   for name in runs[0]['end']:
@@ -331,8 +331,16 @@ def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     # A run all of whose last steps were skipped has no value at its end.
     known = [value for value in found if value is not None]
     if known:
-      figures[name] = {'mean': _mean(known), 'standard_error': standard_error(known)}
+      figures[name] = estimate_mean(known, unit=RUNS, bounds=_bounds(name))
   return figures
+
+
+def _bounds(name: str) -> tuple[float, float] | None:
+  """The least and the largest value of a figure, where there are any."""
+  share = name.startswith('accuracy') or name.endswith(('_fraction', '_rate', '_rate_all'))
+  if share or name == 'label_agreement':
+    return 0.0, 1.0
+  return REWARDS if name in ('reward', 'validation_reward') else None
 
 
 def _contrast(
@@ -341,23 +349,28 @@ def _contrast(
   """How the policies of two settings differ on the prompts set aside, by figure.
 
   Runs of one seed answer the same prompts from the same random streams, so that they are compared
-  pair by pair. With several seeds the standard error is over the seeds. One seed says nothing of
-  others; its standard error is over its prompts.
+  seed by seed. The interval is over these pairs of runs. One pair has none: over its prompts the
+  difference of two policies could be told, and not that of two settings.
   """
+  others = {run['seed']: run for run in mine}
   contrast = {}
   for name in mine[0]['validation']['by_prompt']['after']:
-    by_seed = []
-    # While a sweep runs, the first setting is one seed ahead.
-    for one, other in zip(first, mine, strict=False):
-      before = one['validation']['by_prompt']['after'][name]
-      after = other['validation']['by_prompt']['after'][name]
-      by_seed.append(paired_difference(before, after))
-    if len(by_seed) == 1:
-      contrast[name] = by_seed[0]
-    else:
-      differences = [pair['difference'] for pair in by_seed]
-      contrast[name] = paired_difference([0.0] * len(differences), differences)
+    before = []
+    after = []
+    for run in first:
+      # While a sweep runs, the first setting is one seed ahead.
+      if run['seed'] in others:
+        other = others[run['seed']]
+        before.append(_prompt_mean(run, name))
+        after.append(_prompt_mean(other, name))
+    if before:
+      contrast[name] = paired_difference(before, after, unit=RUNS, bounds=_bounds(name))
   return contrast
+
+
+def _prompt_mean(run: dict[str, Any], name: str) -> float:
+  """The mean over the prompts set aside, after training."""
+  return float(np.mean(run['validation']['by_prompt']['after'][name]))
 
 
 # --- decomposition ---
@@ -406,7 +419,7 @@ def _decomposition_figures(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _decomposition_table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """A row a setting: means with half the width of their 95 % intervals, beside the paper's."""
+  """A row a setting: means with intervals over runs, beside the paper's."""
   table = []
   for setting in DECOMPOSITION:
     mine = [run['figures'] for run in runs if run['setting'] == setting.name]
@@ -415,7 +428,7 @@ def _decomposition_table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     figures = {}
     for name in mine[0]:
       values = [run[name] for run in mine]
-      figures[name] = {'mean': _mean(values), 'half_width': _half_width(values)}
+      figures[name] = estimate_mean(values, unit=RUNS, bounds=_bounds(name))
     success, tau = setting.published
     row = {
       'setting': setting.name,
@@ -427,14 +440,6 @@ def _decomposition_table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     }
     table.append(row)
   return table
-
-
-def _half_width(values: Sequence[float]) -> float | None:
-  """Half the width of a mean's 95 % interval, by Student's t; None for a single value."""
-  error = standard_error(values)
-  if error is None:
-    return None
-  return float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
 
 
 # --- for a terminal ---
@@ -459,28 +464,31 @@ def format_table(content: dict[str, Any]) -> str:
   names += [f'{name}, change' for name in contrasts]
   lines = [_line('setting', names)]
   for row in content['table']:
-    cells = [_with_error(row['figures'].get(name)) for name in columns]
-    cells += [format_difference(row['against_first'][name]) for name in contrasts]
+    cells = [_cell(row, row['figures'].get(name), 3) for name in columns]
+    cells += [_cell(row, row['against_first'].get(name), 3) for name in contrasts]
     lines.append(_line(row['setting'], cells))
   lines.append(
-    f'change: against {content["table"][0]["setting"]}, on the prompts set aside; ±: one standard '
-    'error, over seeds or, of one seed, over prompts'
+    f'change: against {content["table"][0]["setting"]} of the same seed, on the prompts set aside; '
+    'in brackets: 95 % intervals over runs'
   )
   return '\n'.join(lines)
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
-  return name.ljust(40) + ''.join(cell.rjust(24) for cell in cells)
+  return name.ljust(40) + ''.join(cell.rjust(40) for cell in cells)
 
 
-def _with_error(figure: dict[str, Any] | None) -> str:
-  """A mean and its standard error; not every estimator has every figure."""
+def _cell(
+  row: Mapping[str, Any], figure: Mapping[str, Any] | None, digits: int, scale: float = 1.0
+) -> str:
+  """A figure with its interval; not every estimator has every figure."""
   if figure is None:
     return '-'
-  text = f'{figure["mean"]:.3g}'
-  if figure['standard_error']:
-    text += f' ± {figure["standard_error"]:.2g}'
-  return text
+  # Tables of earlier programs do not say at each figure over how many runs it is, and with one run
+  # they compared prompts.
+  runs = row['seeds']
+  unit = RUNS if figure.get('n', runs) == runs else 'prompts'
+  return format_estimate({'n': runs, 'unit': unit} | figure, digits, scale)
 
 
 def _format_decomposition(table: Sequence[dict[str, Any]]) -> str:
@@ -492,17 +500,14 @@ def _format_decomposition(table: Sequence[dict[str, Any]]) -> str:
     'accuracy_parallel',
     'accuracy_multi_turn',
   )
-  names = [column.removeprefix('accuracy_').rjust(18) for column in columns]
+  names = [column.removeprefix('accuracy_').rjust(30) for column in columns]
   lines = ['setting'.ljust(20) + ''.join(names) + 'paper: success, tau'.rjust(24)]
   for row in table:
     line = row['setting'].ljust(20)
     for column in columns:
-      figure = row['figures'][column]
-      text = f'{100 * figure["mean"]:.1f}'
-      if figure['half_width'] is not None:
-        text += f' +- {100 * figure["half_width"]:.1f}'
-      line += text.rjust(18)
+      line += _cell(row, row['figures'][column], 1, 100).rjust(30)
     published = row['published']
     paper = f'{published["success_percent"]}, {published["tau_percent"]}'
     lines.append(line + paper.rjust(24))
+  lines.append("in brackets: 95 % intervals over runs; all figures but the paper's in per cent")
   return '\n'.join(lines)

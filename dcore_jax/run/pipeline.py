@@ -12,6 +12,7 @@ Stages meet in files, so that each can be run, resumed and looked at alone:
 A stage whose result.json is there is not run again.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +25,9 @@ from dcore_jax.claims import claim
 from dcore_jax.config import STAGES, ExecutionSection, RunConfig
 from dcore_jax.data.records import rl_points
 from dcore_jax.data.rows import section_sequences, training_rows
-from dcore_jax.data.seed_sources import RL, config_seeds, training_seeds, training_tasks
+from dcore_jax.data.seed_sources import RL, config_seeds, training_tasks
 from dcore_jax.data.seeds import DecisionPoint, decision_points
+from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.distill.stage import check_rows, run_distillation
 from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.files import read_json, write_json_atomic
@@ -48,7 +50,7 @@ from dcore_jax.train.sft_loop import run_sft
 from dcore_jax.train.sources import Episodes, Questions, RolloutSource, encode_prompts, short_tasks
 from dcore_jax.train.stage_run import StageRun
 from dcore_jax.worlds.environment import World
-from dcore_jax.worlds.registry import make_world
+from dcore_jax.worlds.registry import check_kinds, make_world
 from dcore_jax.worlds.rollouts import act
 
 # A run may be shown differently and go on with other stages, but not with other numbers.
@@ -75,6 +77,7 @@ class Pipeline:
     distributed.keep_programs()
     self.workdir = workdir
     self.world = make_world(self.config.world)
+    check_tasks(self.config, self.world)
     self.mesh = distributed.training_mesh(self.config)
     self.policy = load_policy(self.config.model, seed=self.config.seed)
     self.execution = make_execution(self.config.execution)
@@ -322,6 +325,17 @@ def check_fields(config: RunConfig) -> None:
     _check_unset('reward', config.rl.reward, defaults.reward)
 
 
+def check_tasks(config: RunConfig, world: World) -> None:
+  """Checks the numbers of tasks of the stages that will draw tasks of the world.
+
+  Raises:
+    ValueError: a kind that the world lacks, or one without a number.
+  """
+  for stage_name, section in (('distill', config.distill), ('rl', config.rl)):
+    if stage_name in config.stages and not section.files:
+      check_kinds(f'{stage_name}.tasks', section.tasks, world)
+
+
 def _check_unset(field: str, value: Any, default: Any) -> None:
   if value != default:
     raise ValueError(
@@ -377,7 +391,11 @@ def rl_source(
 
 
 def _world_points(config: RunConfig) -> list[DecisionPoint]:
+  world = make_world(config.world)
   points = []
-  for seed in training_seeds(config, config.rl.tasks, RL):
-    points += decision_points(seed)
+  for task in training_tasks(config, config.rl.tasks, RL):
+    for seed in task_seeds(world, task):
+      # A turn of a dialogue is a seed of another kind than the dialogue.
+      for point in decision_points(seed):
+        points.append(dataclasses.replace(point, task=task.id, task_kind=task.kind))
   return points

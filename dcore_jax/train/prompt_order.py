@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,26 +56,108 @@ class PromptOrder:
     return (fresh + again)[: self.prompts]
 
 
-def set_aside(kinds: Sequence[str], count: int) -> tuple[list[int], list[int]]:
-  """(`count` held-out items, the others): always the same ones, and of every kind its share.
+class Label(NamedTuple):
+  """What an item of a source belongs to.
 
-  The first items of a kind are taken, not a random sample: neighbours may be steps of one task,
-  and should be on the same side.
+  Attributes:
+    task: a name that all items of one task or dialogue share.
+    kind: of the task.
+    stream: numbers the random stream of measurements of the item, 0..2^32-1.
+  """
+
+  task: str
+  kind: str
+  stream: int
+
+
+def set_aside(labels: Sequence[Label], count: int, seed: int) -> list[int]:
+  """The numbers of up to `count` held-out items, ascending.
+
+  All items of a task are on one side: a later step or turn shows how an earlier one is answered.
+  Every kind of task has one task at least, the smallest first where `count` does not reach for all,
+  and beyond that its share of the items. There are fewer than `count` where whole tasks do not give
+  as many. Which tasks of a kind come first follows from `seed` and their names alone, not from the
+  order of the items or from other kinds.
 
   Raises:
-    ValueError: more items than there are.
+    ValueError: more items than there are, or no task with so few.
   """
-  if count > len(kinds):
-    raise ValueError(f'rl.validation = {count} exceeds the {len(kinds)} prompts')
-  members = collections.defaultdict(list)
-  for index, kind in enumerate(kinds):
-    members[kind].append(index)
-  sizes = np.array([len(group) for group in members.values()])
-  shares = np.floor(sizes * count / max(1, len(kinds))).astype(int)
-  shares[: count - shares.sum()] += 1  # the first kinds take what rounding down has left
+  if count > len(labels):
+    raise ValueError(f'rl.validation = {count} exceeds the {len(labels)} prompts')
+  if not count:
+    return []
+  items_by_task = collections.defaultdict(list)
+  # A task has one kind: that of its first label, by name, whatever the order of the items.
+  kind_by_task: dict[str, str] = {}
+  for number, label in enumerate(labels):
+    items_by_task[label.task].append(number)
+    kind_by_task[label.task] = min(label.kind, kind_by_task.get(label.task, label.kind))
+  sizes = {task: len(items) for task, items in items_by_task.items()}
+  chosen = _choose_tasks(kind_by_task, sizes, count, seed)
+  if not chosen:
+    raise ValueError(
+      f'rl.validation = {count}: tasks are set aside as a whole, and the smallest has '
+      f'{min(sizes.values())} prompts'
+    )
   aside = []
-  rest = []
-  for group, share in zip(members.values(), shares, strict=True):
-    aside += group[:share]
-    rest += group[share:]
-  return aside, rest
+  for task in chosen:
+    aside += items_by_task[task]
+  return sorted(aside)
+
+
+def _choose_tasks(
+  kind_by_task: Mapping[str, str], sizes: Mapping[str, int], count: int, seed: int
+) -> list[str]:
+  """Tasks of at most `count` items together, of as many kinds as possible."""
+  waiting: dict[str, list[str]] = collections.defaultdict(list)
+  for task in sorted(kind_by_task, key=lambda task: _rank(seed, task)):
+    waiting[kind_by_task[task]].append(task)
+  items = {kind: sum(sizes[task] for task in tasks) for kind, tasks in waiting.items()}
+  smallest = {kind: min(sizes[task] for task in tasks) for kind, tasks in waiting.items()}
+  chosen = []
+  room = count
+  # Items that each kind still lacks of its share.
+  lacking = {kind: count * items[kind] / sum(items.values()) for kind in waiting}
+
+  def take(kind: str, most: int) -> None:
+    nonlocal room
+    task = next(task for task in waiting[kind] if sizes[task] <= most)
+    waiting[kind].remove(task)
+    chosen.append(task)
+    room -= sizes[task]
+    lacking[kind] -= sizes[task]
+
+  # One task of each kind. Kinds with small tasks come first, so that most kinds find room.
+  covered = []
+  reserved = 0
+  for kind in sorted(waiting, key=lambda kind: (smallest[kind], -items[kind], kind)):
+    if reserved + smallest[kind] <= count:
+      covered.append(kind)
+      reserved += smallest[kind]
+  for kind in covered:
+    reserved -= smallest[kind]
+    take(kind, room - reserved)
+  # Then always of the kind that lacks most.
+  while True:
+    fitting = []
+    for kind, tasks in waiting.items():
+      if any(sizes[task] <= room for task in tasks):
+        fitting.append(kind)
+    if not fitting:
+      return chosen
+    take(max(fitting, key=lambda kind: (lacking[kind], kind)), room)
+
+
+def _rank(seed: int, task: str) -> bytes:
+  """Puts the tasks of a kind into an order that no other task has a part in."""
+  return hashlib.sha256(f'{seed}/{task}'.encode()).digest()
+
+
+def training_order(kinds: Sequence[str], held_out: Sequence[int]) -> list[int]:
+  """The items that are not held out, kind by kind in the order in which kinds first occur."""
+  aside = set(held_out)
+  members = collections.defaultdict(list)
+  for number, kind in enumerate(kinds):
+    if number not in aside:
+      members[kind].append(number)
+  return [number for group in members.values() for number in group]

@@ -10,6 +10,7 @@ the step's row as soon as the device has its numbers. Rollouts are journaled wav
 import concurrent.futures
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from dcore_jax.train.checkpoint import STATE, Checkpoints
 from dcore_jax.train.checksum import tree_sum
 from dcore_jax.train.journal import RolloutJournal
 from dcore_jax.train.learner import Learner, Reference, Update
-from dcore_jax.train.prompt_order import PromptOrder, set_aside
+from dcore_jax.train.prompt_order import PromptOrder, set_aside, training_order
 from dcore_jax.train.rl_options import check_options
 from dcore_jax.train.rollout_batch import RolloutBatch, rollout_metrics
 from dcore_jax.train.sampler import SampledStep, Sampler
@@ -43,7 +44,7 @@ class Position:
   """What a checkpoint holds beside the train state. Field names are the file's.
 
   Attributes:
-    prompts: fingerprint of the source.
+    prompts: fingerprint of the source, and of which items are held out.
     reference: sum over the bits of the reference policy. It is what the stage starts from, which
       stays where it is, and is not stored again.
     alpha: weight of the entropy, which may have been adapted.
@@ -85,13 +86,24 @@ class Position:
     """Measures the engine's present policy as the one after the newest step."""
     self.after, self.prompts_after = sampler.measured(held_out)
 
-  def differences(self) -> dict[str, dict[str, Any]] | None:
-    """`paired_difference` of each of the prompt means; None without held-out prompts."""
+  def differences(
+    self, tasks: Sequence[str], reward_bounds: tuple[float, float]
+  ) -> dict[str, dict[str, Any]] | None:
+    """`paired_difference` of each of the prompt means; None without held-out prompts.
+
+    Args:
+      tasks: the task of each held-out prompt. Tasks are the units, because what makes one step of a
+        task hard makes the others hard, too.
+      reward_bounds: the least and the largest reward.
+    """
     if not self.prompts_after:
       return None
+    bounds = {'reward': reward_bounds, 'right_fraction': (0.0, 1.0)}
     result = {}
     for name, before in self.prompts_before.items():
-      result[name] = paired_difference(before, self.prompts_after[name])
+      result[name] = paired_difference(
+        before, self.prompts_after[name], clusters=tasks, bounds=bounds.get(name)
+      ) | {'prompts': len(before)}
     return result
 
 
@@ -182,8 +194,8 @@ def run_rl(
 
   Returns:
     (parameters, result). The result has `prompts`; `validation`: `rollout_metrics` before and after
-    on prompts that are not trained on, with the same random streams, `paired_difference` over these
-    prompts, and the `prompt_means` behind it; `best_step`: the checkpoint with the highest reward
+    on prompts that are not trained on, with the same random streams, `paired_difference` over their
+    tasks, and the `prompt_means` behind it; `best_step`: the checkpoint with the highest reward
     there, which is kept beside the newest two; `attention`; and of earlier processes `resumed_at`
     and `seconds_before`.
 
@@ -191,7 +203,14 @@ def run_rl(
     ValueError: options or sizes that do not fit each other, or checkpoints made from other prompts
       or from another model.
   """
-  held_out, items = set_aside(source.kinds, config.validation)
+  held_out = set_aside(source.labels, config.validation, run.seed)
+  tasks = [source.labels[item].task for item in held_out]
+  items = training_order(source.kinds, held_out)
+  prompts = source.fingerprint
+  if held_out:
+    # What was measured before must be compared on the same prompts, and they must not have been
+    # trained on.
+    prompts = zlib.crc32(repr((prompts, held_out)).encode())
   # Arrays that an update or a checkpoint returns are tied to their devices. Tying these from the
   # start saves compiling every program a second time.
   params = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), params)
@@ -203,9 +222,7 @@ def run_rl(
   sampler = Sampler(engine, source, order, config, journal)
   learner = Learner(policy, engine, source, config, execution)
   reference = Reference(params, execution) if config.kl_coefficient else None
-  position = Position(
-    prompts=source.fingerprint, reference=int(tree_sum(params)), alpha=config.alpha
-  )
+  position = Position(prompts=prompts, reference=int(tree_sum(params)), alpha=config.alpha)
   state = init_state(params, learner.programs.tx, offload='optimizer' in execution.offload)
   with (
     Checkpoints(run.checkpoints / STATE) as saved,
@@ -254,7 +271,8 @@ def run_rl(
         learner.adapt_alpha(row)
         if held_out:
           position.measure(sampler, held_out)
-          _write_validation(run, step, position)
+          change = position.differences(tasks, source.reward_bounds)
+          _write_validation(run, step, position, change['reward'])
         position.seconds = seconds_before + time.monotonic() - opened
         position.alpha = learner.alpha
         score = position.after['reward'] if position.after else None
@@ -270,21 +288,27 @@ def run_rl(
     'validation': {
       'before': position.before,
       'after': position.after,
-      'difference': position.differences(),
-      'by_prompt': {'before': position.prompts_before, 'after': position.prompts_after},
+      'difference': position.differences(tasks, source.reward_bounds),
+      'by_prompt': {
+        'tasks': tasks,
+        'before': position.prompts_before,
+        'after': position.prompts_after,
+      },
     },
   }
 
 
-def _write_validation(run: StageRun, step: int, position: Position) -> None:
-  """Writes the row of a checkpoint."""
-  change = position.differences()['reward']
+def _write_validation(run: StageRun, step: int, position: Position, change: dict[str, Any]) -> None:
+  """Writes the row of a checkpoint; `change` is the paired difference of its reward."""
+  low, high = change['interval'] or (None, None)
   run.metrics.write(
     'validation',
     step,
     **position.after,
     reward_difference=change['difference'],
     reward_difference_error=change['standard_error'],
+    reward_difference_low=low,
+    reward_difference_high=high,
   )
 
 

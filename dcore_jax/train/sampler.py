@@ -131,7 +131,8 @@ class Sampler:
       engine = self._engine
       if self._journal:
         engine = self._journaled(step, waves_before + first // wave, items, weights)
-      rollouts += self._sample(engine, items, step, turn * len(chosen) + first)
+      places = range(turn * len(chosen) + first, turn * len(chosen) + first + len(items))
+      rollouts += self._sample(engine, items, step, places)
     return rollouts
 
   def _journaled(self, step: int, wave: int, items: list[int], weights: int) -> JournaledEngine:
@@ -149,19 +150,35 @@ class Sampler:
     return self._journal.engine(self._engine, step, wave, fingerprint)
 
   def measured(self, items: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(`rollout_metrics`, `prompt_means`) of held-out items, from the same streams every time."""
-    batch = self._source.judge(items, self._sample(self._engine, items, _MEASURED, 0))
+    """(`rollout_metrics`, `prompt_means`) of held-out items, from the same streams every time.
+
+    The stream of an item is its own, whichever others are held out.
+    """
+    streams = []
+    taken = set()
+    for item in items:
+      stream = self._source.labels[item].stream
+      # Two items that are one prompt still need two streams.
+      while stream in taken:
+        stream = (stream + 1) % 2**32
+      taken.add(stream)
+      streams.append(stream)
+    batch = self._source.judge(items, self._sample(self._engine, items, _MEASURED, streams))
     return rollout_metrics(batch), prompt_means(batch)
 
   def _sample(
-    self, engine: Engine | JournaledEngine, items: Sequence[int], step: int, first: int
+    self,
+    engine: Engine | JournaledEngine,
+    items: Sequence[int],
+    step: int,
+    streams: Sequence[int],
   ) -> list[Rollout]:
-    """A group of each item; `first` is the place of the first item among those of the step."""
+    """A group of each item; `streams` number the items among those of the step."""
     repeated = []
     keys = []
-    for place, item in enumerate(items):
+    for item, stream in zip(items, streams, strict=True):
       for g in range(self._config.group):
         repeated.append(item)
         # A random stream is named by what is asked, so that waves and lanes do not matter.
-        keys.append((step, first + place, g))
+        keys.append((step, stream, g))
     return self._source.sample(engine, repeated, keys, self._sampling)

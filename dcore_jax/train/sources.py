@@ -6,7 +6,9 @@ tasks of a world, acted out over all their turns and judged by the state that is
 Letters: P prompts (items of a source), G rollouts of a prompt.
 """
 
+import collections
 import dataclasses
+import hashlib
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from dcore_jax.learn import rewards
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.train.journal import JournaledEngine
+from dcore_jax.train.prompt_order import Label
 from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
 from dcore_jax.worlds.environment import World
 from dcore_jax.worlds.rollouts import Exchange, act
@@ -30,6 +33,8 @@ class RolloutSource(Protocol):
 
   Attributes:
     kinds: what each item is, by which rewards are reported.
+    labels: the task that each item belongs to.
+    reward_bounds: the least and the largest reward of a rollout.
     fingerprint: tells whether a checkpoint was made from the same items.
     longest_prompt: tokens of the longest first prompt.
     responses: responses that a rollout has at most, or as many as are usual; the number that shapes
@@ -37,6 +42,8 @@ class RolloutSource(Protocol):
   """
 
   kinds: list[str]
+  labels: list[Label]
+  reward_bounds: tuple[float, float]
   fingerprint: int
   longest_prompt: int
   responses: int
@@ -86,6 +93,36 @@ def encode_prompts(
   return prompts, len(points) - len(prompts)
 
 
+def opening(point: DecisionPoint) -> str:
+  """A digest of how a task begins: its prompt up to the end of the first request.
+
+  The later steps and turns of a dialogue all begin with it.
+  """
+  told = []
+  for message in point.messages:
+    # ToolRL's rows hold a dialogue in one message, whose requests each end with this tag.
+    text, end, _ = message.content.partition('</user>')
+    told.append(f'{message.role}: {text}')
+    if message.role == 'user' or end:
+      break
+  return hashlib.sha256('\n'.join(told).encode()).hexdigest()
+
+
+def _labels(prompts: Sequence[Prompt]) -> list[Label]:
+  """The tasks of decision points; one that names no task is told by how it begins."""
+  tasks = [prompt.point.task or opening(prompt.point) for prompt in prompts]
+  kinds = collections.defaultdict(set)
+  for task, prompt in zip(tasks, prompts, strict=True):
+    kinds[task].add(prompt.point.task_kind or prompt.point.kind)
+  labels = []
+  for task, prompt in zip(tasks, prompts, strict=True):
+    # A dialogue whose turns are of several kinds is of a kind of its own.
+    kind = ' and '.join(sorted(kinds[task]))
+    # Of the prompt itself, so that no other prompt has a part in what is sampled for this one.
+    labels.append(Label(task=task, kind=kind, stream=zlib.crc32(prompt.tokens.tobytes())))
+  return labels
+
+
 class Questions:
   """Decision points with reference answers.
 
@@ -104,6 +141,8 @@ class Questions:
     self._prompts = prompts
     self._reward = reward
     self.kinds = [prompt.point.kind for prompt in prompts]
+    self.labels = _labels(prompts)
+    self.reward_bounds = rewards.BOUNDS
     self.responses = 1
     self.longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
     contents = [prompt.tokens.tobytes() + prompt.point.reference.encode() for prompt in prompts]
@@ -182,6 +221,10 @@ class Episodes:
     self._world = world
     self._tasks = tasks
     self.kinds = [task.kind for task in tasks]
+    self.labels = [
+      Label(task=task.id, kind=task.kind, stream=zlib.crc32(task.id.encode())) for task in tasks
+    ]
+    self.reward_bounds = (-3.0, 3.0)
     # A response for each call, and one that ends each turn.
     self.responses = max((task.steps + len(task.turns) for task in tasks), default=1)
     lengths = [_first_prompt_tokens(tokenizer, world, task) for task in tasks]

@@ -14,7 +14,10 @@ from dcore_jax.worlds.bfcl import CLASSES, BfclSandbox, function_docs
 from dcore_jax.worlds.bfcl_writer import Clause, Writer
 from dcore_jax.worlds.environment import UserTurn, WorldTask
 
-KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
+# Kinds, with what names the random stream of their tasks. A kind keeps its number whichever kinds
+# there are, since another number would be other tasks.
+_STREAMS = {'single': 0, 'sequential': 1, 'parallel': 2, 'irrelevant': 3, 'multi_turn': 4}
+KINDS = tuple(_STREAMS)
 # Drawn for each task, so that a model meets more than one wording of the policy.
 POLICIES = (
   'You help the user with the functions below. Use no value that you were not given or did not '
@@ -249,7 +252,7 @@ def make_task(
   name = classes[index % len(classes)]
   for attempt in range(_TRIES):
     # Every attempt has its own stream: a task does not depend on how often others failed.
-    rng = np.random.default_rng([seed, KINDS.index(kind), index, attempt])
+    rng = np.random.default_rng([seed, _STREAMS[kind], index, attempt])
     writer = Writer(rng, name, _REPERTOIRES[name])
     policy = writer.choice(POLICIES)
     # The scenario may have told the writer something that the model must know.

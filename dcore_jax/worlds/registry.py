@@ -76,6 +76,22 @@ def make_world(section: WorldSection) -> World:
   return world(max_subtasks=section.max_subtasks, **options)
 
 
+def check_kinds(field: str, counts: Mapping[str, int], world: World) -> None:
+  """Checks that a config's numbers of tasks are of the kinds of its world, and of all of them.
+
+  Raises:
+    ValueError: names `field`, the kinds that the world lacks or that have no number, and those that
+      there are.
+  """
+  kinds = list(world.kinds)
+  unknown = [kind for kind in counts if kind not in kinds]
+  if unknown:
+    raise ValueError(f'{field}: the world has no kind {unknown}; it has {kinds}')
+  lacking = [kind for kind in kinds if kind not in counts]
+  if lacking:
+    raise ValueError(f'{field}: no number of tasks of kind {lacking}; the world has {kinds}')
+
+
 def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
   """A world with its default options and a kind of its tasks, as a person names them.
 

@@ -5,6 +5,7 @@ All tasks are acted out together: while one waits for its response, the others a
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +98,20 @@ class _Acted:
     )
 
 
+def _stream_names(tasks: Sequence[WorldTask]) -> list[tuple[int, ...]]:
+  """(A hash of the kind's name, the place among the tasks of the kind) of each task.
+
+  Tasks of two kinds share no random numbers, and what is sampled for one kind does not depend on
+  which others there are.
+  """
+  counts: collections.Counter[str] = collections.Counter()
+  names = []
+  for task in tasks:
+    names.append((zlib.crc32(task.kind.encode()), counts[task.kind]))
+    counts[task.kind] += 1
+  return names
+
+
 class _Acting:
   """Tasks that are acted out together, and which of them waits for a response."""
 
@@ -108,8 +123,7 @@ class _Acting:
     progress: Callable[[int], Any] | None,
   ):
     if keys is None:
-      # By default a task's stream is its place in the list.
-      keys = [(number,) for number in range(len(tasks))]
+      keys = _stream_names(tasks)
     self.acted = [
       _Acted(task, world.episode(task), key) for task, key in zip(tasks, keys, strict=True)
     ]
@@ -176,8 +190,8 @@ def act(
     tasks: what to do.
     sampling: how responses are drawn.
     progress: called with 1 for every finished task.
-    keys: names the random stream of each task, by default its place among the tasks. The number of
-      the response is appended.
+    keys: names the random stream of each task, by default its kind and its place among the tasks of
+      this kind. The number of the response is appended.
 
   Returns:
     The trajectories in the order of the tasks. A task whose prompt does not fit the engine is a

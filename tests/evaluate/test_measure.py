@@ -254,3 +254,20 @@ def test_an_endpoint_without_an_answer_costs_its_task_alone(tokenizer):
     '',
     '',
   ] and told == [1] * 6
+
+
+def test_every_figure_has_an_interval_over_tasks(tokenizer):
+  figures = measure(run(tokenizer))
+  intervals = figures['intervals']
+  for kind in KINDS:
+    found = intervals['accuracy'][kind]
+    assert (found['mean'], found['n'], found['unit']) == (1.0, 8, 'tasks')
+    assert found['interval'] == pytest.approx([0.67559, 1], abs=1e-5)
+    # A dialogue has several responses, which are one unit.
+    lazy = intervals['lazy_ratio'][kind]
+    assert lazy['n'] == 8 and lazy['interval'] == pytest.approx([0, 1 - 0.025 ** (1 / 8)])
+  assert intervals['decomposition_rate']['n'] == 16
+  for name in ('decomposition_rate', 'reflections_per_response', 'reasoning_tokens_mean'):
+    assert intervals[name]['mean'] == pytest.approx(figures[name])
+  assert intervals['reasoning_tokens_mean']['n'] == 40
+  json.dumps(figures, allow_nan=False)

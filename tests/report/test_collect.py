@@ -38,16 +38,15 @@ def test_models_are_compared_task_by_task(workdir):
   first, second = summary(workdir)['changes']
   assert (first['from'], first['to']) == ('base', 'sft')
   assert (second['from'], second['to']) == ('sft', 'da_grpo')
-  assert first['accuracy'] == {
-    'single': {'difference': 1, 'standard_error': None, 'n': 1},
-    'sequential': {'difference': 0, 'standard_error': 0, 'n': 2},
-    'parallel': {'difference': 0, 'standard_error': None, 'n': 1},
-  }
-  assert second['accuracy']['sequential'] == {
-    'difference': pytest.approx(1 / 2),
-    'standard_error': pytest.approx(1 / 2),
-    'n': 2,
-  }
+  alone = {'standard_error': None, 'interval': None, 'n': 1, 'unit': 'tasks'}
+  assert first['accuracy']['single'] == {'difference': 1} | alone
+  assert first['accuracy']['parallel'] == {'difference': 0} | alone
+  # Two tasks that stay as they are do not show that all do.
+  unchanged = first['accuracy']['sequential']
+  assert (unchanged['difference'], unchanged['standard_error'], unchanged['n']) == (0, None, 2)
+  assert unchanged['interval'][0] < -0.5 and unchanged['interval'][1] > 0.5
+  changed = second['accuracy']['sequential']
+  assert (changed['difference'], changed['standard_error']) == pytest.approx((1 / 2, 1 / 2))
   assert second['accuracy']['parallel']['difference'] == -1
   shutil.rmtree(workdir / 'evaluate_sft')
   [change] = summary(workdir)['changes']

@@ -1,7 +1,6 @@
 import pytest
 
 from dcore_jax.report.summary import format_changes, validate_summary
-from dcore_jax.statistics import paired_difference, wilson_interval
 from tests.report import example_run
 
 
@@ -82,50 +81,26 @@ def test_what_is_no_summary_is_refused(summary):
     validate_summary(summary)
 
 
-@pytest.mark.parametrize(
-  'share, n, low, high',
-  [
-    (0.5, 100, 0.40383, 0.59617),
-    (0.0, 10, 0.0, 0.27754),
-    (1.0, 10, 0.72246, 1.0),
-    (0.05, 100, 0.02154, 0.11175),
-  ],
-)
-def test_wilson_interval_agrees_with_published_values(share, n, low, high):
-  assert wilson_interval(share, n) == pytest.approx((low, high), abs=2e-5)
-
-
-def test_wilson_interval_refuses_no_trials():
-  with pytest.raises(ValueError, match='n=0'):
-    wilson_interval(0.5, 0)
-
-
-def test_what_tasks_have_in_common_does_not_widen_a_difference():
-  """Student's sleep data, hours gained by ten patients from two drugs.
-
-  1.58 with a standard error of 0.389, which is t = 4.06.
-  """
-  first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0, 2]
-  second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-  drugs = paired_difference(first, second)
-  assert drugs == {
-    'difference': pytest.approx(1.58),
-    'standard_error': pytest.approx(0.388959, rel=1e-5),
-    'n': 10,
-  }
-  assert paired_difference([True], [False]) == {'difference': -1, 'standard_error': None, 'n': 1}
-  for pair in (([], []), ([1], [1, 2])):
-    with pytest.raises(ValueError, match='are no pairs'):
-      paired_difference(*pair)
+def test_an_interval_must_hold_its_difference():
+  summary = example_run.a_summary()
+  pair = summary['changes'][0]['accuracy']['single']
+  pair['interval'] = [0.0, 0.05]
+  validate_summary(summary)
+  pair['interval'] = [0.02, 0.05]
+  with pytest.raises(ValueError, match=r'changes\[0\].accuracy.single: the interval .* 0.016'):
+    validate_summary(summary)
 
 
 def test_changes_are_lines():
   lines = format_changes(example_run.a_summary()).splitlines()
   assert (
     lines[0]
-    == 'base -> sft, points of held-out tasks right: single +1.6 ± 2.2, sequential +35.2 ± 4.9'
+    == 'base -> sft, points of held-out tasks right: single +1.6 [-2.8, +6.0] (128 tasks), '
+    'sequential +35.2 [+25.5, +44.9] (128 tasks)'
   )
-  assert lines[-1] == 'reward on 32 prompts set aside: 3.400 -> 3.460, +0.060 ± 0.050'
+  assert lines[-1] == (
+    'reward on 32 prompts set aside: 3.400 -> 3.460, +0.060 [-0.042, +0.162] (32 tasks)'
+  )
   assert (
     format_changes({'changes': [], 'rl': {'validation': {'before': None, 'difference': None}}})
     == ''

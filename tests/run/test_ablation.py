@@ -76,15 +76,16 @@ def test_table_6(tmp_path):
   figure = rows['no_reference']['figures']['success_rate']
   assert figure['mean'] == pytest.approx(0.72)
   # Student's t with 2 degrees of freedom: 4.3027.
-  assert figure['half_width'] == pytest.approx(
-    4.302653 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-5
-  )
+  half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)
+  assert figure['interval'] == pytest.approx([0.72 - half, 0.72 + half], rel=1e-5)
+  assert (figure['n'], figure['unit']) == (3, 'runs')
   assert rows['pseudo_labels']['figures']['label_agreement']['mean'] == 0.75
   assert 'label_agreement' not in rows['reference']['figures']
   published = [row['published']['success_percent'] for row in content['table']]
   assert published == [73.8, 89.1, 93.2, 92.8]
   table = ablation.format_table(content)
-  assert '72.0 +- 5.0' in table and '93.2, 37.1' in table and len(table.splitlines()) == 5
+  assert '72.0 [67.0, 77.0] (3 runs)' in table and '93.2, 37.1' in table
+  assert len(table.splitlines()) == 6
 
 
 def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys):
@@ -119,8 +120,9 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
 
 def test_one_seed_has_no_interval(tmp_path):
   content = ablation.run_suite('decomposition', nano.get_config('quick'), tmp_path, seeds=1)
-  assert all(row['figures']['accuracy']['half_width'] is None for row in content['table'])
-  assert '+-' not in ablation.format_table(content)
+  assert all(row['figures']['accuracy']['interval'] is None for row in content['table'])
+  table = ablation.format_table(content)
+  assert '(1 run: no interval)' in table and '[' not in table
 
 
 @pytest.mark.parametrize(
@@ -225,26 +227,46 @@ def a_run(setting, seed, after):
   }
 
 
-def test_settings_are_compared_with_the_first_on_the_same_prompts():
-  """One seed has the spread over its prompts, two have that over seeds."""
+def test_settings_are_compared_run_by_run():
+  """One run of each has no interval; two have Student's, whatever their prompts show."""
   grpo, da_grpo = ablation.PSI[:2]
   runs = [a_run(grpo, 0, [1.0, 2, 3]), a_run(da_grpo, 0, [1.5, 2, 4])]
   first, second = ablation.compare_settings(ablation.PSI, runs)
-  assert first['against_first']['reward'] == {'difference': 0, 'standard_error': 0, 'n': 3}
+  assert first['against_first'] == {}
   assert second['against_first']['reward'] == {
     'difference': 0.5,
-    'standard_error': pytest.approx(0.5 / 3**0.5),
-    'n': 3,
+    'standard_error': None,
+    'interval': None,
+    'n': 1,
+    'unit': 'runs',
   }
   runs += [a_run(grpo, 1, [1.0, 1, 1]), a_run(da_grpo, 1, [1.0, 1, 1.3])]
   table = ablation.compare_settings(ablation.PSI, runs)
-  assert table[1]['against_first']['reward'] == {
-    'difference': pytest.approx(0.3),
-    'standard_error': pytest.approx(0.2),
-    'n': 2,
-  }
+  change = table[1]['against_first']['reward']
+  half = 12.7062 * 0.2  # Student's t of one degree of freedom
+  assert change['difference'] == pytest.approx(0.3)
+  assert change['interval'] == pytest.approx([0.3 - half, 0.3 + half], rel=1e-5)
   shown = ablation.format_table({'suite': 'psi', 'table': table}).splitlines()
-  assert '+0.300 ± 0.200' in shown[2] and '1.8 ± 0.7' in shown[2] and 'against grpo' in shown[3]
+  assert '+0.300 [-2.241, +2.841] (2 runs)' in shown[2] and 'against grpo' in shown[3]
+
+
+def test_runs_are_paired_by_their_seed():
+  """Also where a sweep was stopped between two settings, or its runs come in another order."""
+  grpo, da_grpo = ablation.PSI[:2]
+  runs = [a_run(grpo, seed, [seed, seed]) for seed in range(3)]
+  runs += [a_run(da_grpo, seed, [seed + 0.5, seed + 0.7]) for seed in (2, 0)]
+  change = ablation.compare_settings(ablation.PSI, runs)[1]['against_first']['reward']
+  assert change['difference'] == pytest.approx(0.6) and change['n'] == 2
+
+
+def test_a_table_of_an_earlier_program_is_shown():
+  old = {'setting': 'grpo', 'seeds': 3, 'against_first': {}, 'figures': {}}
+  old['figures']['entropy'] = {'mean': 0.5, 'standard_error': 0.1}
+  old['against_first']['reward'] = {'difference': 0.0, 'standard_error': 0.0, 'n': 3}
+  shown = ablation.format_table({'suite': 'psi', 'table': [old]})
+  assert '0.500 [0.070, 0.930] (3 runs)' in shown and '(3 runs, all alike: no interval)' in shown
+  cell = {'mean': 0.5, 'half_width': 0.1}
+  assert ablation._cell(old, cell, 1, 100) == '50.0 [40.0, 60.0] (3 runs)'
 
 
 @pytest.mark.parametrize('suite', sorted(ablation.RL_SUITES))

@@ -92,16 +92,20 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path):
   by_prompt = ran['validation']['by_prompt']
   change = ran['validation']['difference']['reward']
   gained = np.subtract(by_prompt['after']['reward'], by_prompt['before']['reward'])
-  assert change == {
-    'difference': pytest.approx(gained.mean()),
-    'n': 2,
-    'standard_error': pytest.approx(abs(gained[0] - gained[1]) / 2),
-  }
+  # Each of the two prompts is a task of its own. Where both change alike there is no error, and an
+  # interval none the less.
+  error = abs(gained[0] - gained[1]) / 2 or None
+  assert change['standard_error'] == (error and pytest.approx(error))
+  assert (change['n'], change['unit'], change['prompts']) == (2, 'tasks', 2)
+  assert len(set(by_prompt['tasks'])) == 2
+  low, high = change['interval']
+  assert low < change['difference'] < high
   assert change['difference'] == pytest.approx(
     ran['validation']['after']['reward'] - ran['validation']['before']['reward']
   )
   assert rows[-1]['reward_difference'] == change['difference']
   assert rows[-1]['reward_difference_error'] == change['standard_error']
+  assert (rows[-1]['reward_difference_low'], rows[-1]['reward_difference_high']) == (low, high)
   best = max(
     read_metrics(tmp_path / 'whole', 'validation'), key=lambda row: (row['reward'], row['step'])
   )
@@ -114,6 +118,9 @@ def test_checkpoints_of_other_prompts_or_another_reference_are_refused(tmp_path)
   train(tmp_path, rl_config(steps=1))
   with pytest.raises(ValueError, match='were made from other prompts'):
     train(tmp_path, rl_config(), count=7)
+  # They may have been trained on what would now be held out.
+  with pytest.raises(ValueError, match='were made from other prompts'):
+    train(tmp_path, rl_config(validation=3))
   with pytest.raises(ValueError, match='were made from other reference'):
     train(tmp_path, rl_config(), seed=5)
 

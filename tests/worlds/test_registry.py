@@ -170,6 +170,10 @@ def test_its_tasks_are_seeds_which_execute(config):
   ]
   with pytest.raises(ValueError, match="no number of tasks of kind \\['twice'\\]"):
     training_tasks(config, {'once': 1}, RL)
+  # A misspelt kind would be tasks that nobody gets.
+  for counts, wrong in (({'once': 1, 'twise': 2}, 'twise'), ({'Once': 0}, 'Once')):
+    with pytest.raises(ValueError, match=f"no kind \\['{wrong}'\\]; it has \\['once', 'twice'\\]"):
+      training_tasks(config, counts, RL)
 
 
 def test_a_row_is_distilled_from_it():

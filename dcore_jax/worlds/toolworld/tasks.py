@@ -12,7 +12,10 @@ from dcore_jax.worlds.environment import UserTurn, WorldTask
 from dcore_jax.worlds.toolworld.entities import SPLITS, Entities
 from dcore_jax.worlds.toolworld.tools import TABLES, TOOLS, Tables, ToolDefinition, execute
 
-KINDS = ('single', 'sequential', 'parallel', 'irrelevant', 'multi_turn')
+# Kinds, with what names the random stream of their tasks. A kind keeps its number whichever kinds
+# there are, since another number would be other tasks.
+_STREAMS = {'single': 0, 'sequential': 1, 'parallel': 2, 'irrelevant': 3, 'multi_turn': 4}
+KINDS = tuple(_STREAMS)
 POLICIES = (
   'policy: call listed tools only.',
   'policy: use a listed tool or say why not.',
@@ -331,7 +334,7 @@ def make_task(kind: str, index: int, *, seed: int, split: str, max_subtasks: int
     raise ValueError(f'max_subtasks is {max_subtasks}; expected 2 to 5')
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}; expected one of {SPLITS}')
-  rng = np.random.default_rng([seed, KINDS.index(kind), SPLITS.index(split), index])
+  rng = np.random.default_rng([seed, _STREAMS[kind], SPLITS.index(split), index])
   # From 2 subtasks on; shares are scaled to those that the limit allows.
   counts = np.arange(2, max_subtasks + 1)
   shares = np.array([_STEP_SHARES[count] for count in counts.tolist()])
