@@ -14,7 +14,10 @@ def test_a_folder_is_claimed_once(tmp_path):
   claim(path, {'rates': (1, 2), 'seed': 0}, 'was begun with other')
   assert json.loads(path.read_text()) == {'rates': [1, 2], 'seed': 0}
   claim(path, {'rates': (1, 2), 'seed': 0}, 'was begun with other')
-  with pytest.raises(ValueError, match='runs. was begun with other rates, seed; name another'):
+  with pytest.raises(
+    ValueError,
+    match=r'runs. was begun with other rates: was \[1, 2\], is \[1, 3\]; seed: was 0, is 1; name',
+  ):
     claim(path, {'rates': (1, 3), 'seed': 1}, 'was begun with other')
   assert json.loads(path.read_text()) == {'rates': [1, 2], 'seed': 0}
 
@@ -37,5 +40,7 @@ def test_fields_that_an_older_record_lacks_have_their_defaults(tmp_path):
   # The record is complete now, and a mapping keeps the keys that it has.
   claim(path, to_json(config), 'holds results of a config that differs in', defaults=RunConfig())
   changed = overlay(config, {'world': {'name': 'bfcl'}})
-  with pytest.raises(ValueError, match='differs in world; name another'):
+  with pytest.raises(
+    ValueError, match="differs in world.name: was 'toolworld', is 'bfcl'; name another"
+  ):
     claim(path, to_json(changed), 'holds results of a config that differs in', defaults=RunConfig())

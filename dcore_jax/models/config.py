@@ -7,6 +7,7 @@ positions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -87,29 +88,52 @@ _REQUIRED = {
   'attention_dropout': (0, None),
   'is_encoder_decoder': (False, None),
   'partial_rotary_factor': (1, None),
+  # What only models of other kinds have, and older versions of transformers wrote into every file.
+  'add_cross_attention': (False, None),
+  'cross_attention_hidden_size': (None,),
+  'pruned_heads': ({}, None),
+  'tie_encoder_decoder': (False, None),
 }
 # Statements about the file, not about the function the weights compute; reading past them changes
-# nothing.
+# nothing. To them come what transformers itself declares (`_declared`), and names that begin with
+# one of `_DESCRIPTIVE_PREFIXES`.
 _DESCRIPTIVE = frozenset(
   {
-    'architectures',
     'model_type',
     'torch_dtype',
-    'dtype',
-    'transformers_version',
-    'use_cache',
-    '_name_or_path',
     'max_window_layers',
+    # How transformers 4 was told to run a model, and what it was trained for.
+    'attn_implementation',
+    'finetuning_task',
+    'is_decoder',
     'output_attentions',
-    'output_hidden_states',
-    'return_dict',
-    'id2label',
-    'label2id',
-    'problem_type',
-    'chunk_size_feed_forward',
-    '_attn_implementation_autoset',
+    'prefix',
+    'task_specific_params',
+    'tf_legacy_loss',
+    'torchscript',
+    'use_bfloat16',
+    'use_cache',
+    # What reads and writes its texts.
+    'cls_token_id',
+    'mask_token_id',
+    'processor_class',
+    'sep_token_id',
+    'tokenizer_class',
+    'unk_token_id',
+    # Of what, for how long a text, and where it was made.
+    'base_model',
+    'license',
+    'max_sequence_length',
+    'model_max_length',
+    'model_name',
+    'model_name_or_path',
+    'name_or_path',
+    'trl_version',
   }
 )
+# What transformers keeps for itself (none of our families has such a field that computes anything),
+# and whose tool wrote the file.
+_DESCRIPTIVE_PREFIXES = ('_', 'unsloth_')
 _SIZES = (
   'vocab_size',
   'hidden_size',
@@ -416,9 +440,26 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
     problems.append(f'layer_types {other_layers} are not supported')
   known = {f.name for f in dataclasses.fields(DecoderConfig)} | _DESCRIPTIVE | expected.keys()
   known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types'}
-  unknown = sorted(
-    name for name, value in record.items() if name not in known and value is not None
-  )
+  unknown = []
+  for name, value in record.items():
+    if name in known or value is None or name.startswith(_DESCRIPTIVE_PREFIXES):
+      continue
+    if name not in _declared():
+      unknown.append(name)
   if unknown:
-    problems.append(f'unknown fields {unknown}')
+    problems.append(f'unknown fields {sorted(unknown)}')
   return problems
+
+
+@functools.cache
+def _declared() -> frozenset[str]:
+  """Fields that transformers has for models of every kind, and those of how texts are sampled.
+
+  Version 4 wrote the latter into config.json. None of them is about the weights but for those of
+  `_REQUIRED`, whose values are checked.
+  """
+  # Only a file with a field that is not known by name needs this, and the import takes seconds.
+  import transformers
+
+  declared = transformers.PretrainedConfig().to_dict() | transformers.GenerationConfig().to_dict()
+  return frozenset(declared) - {'tie_word_embeddings', 'quantization_config'}

@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dcore_jax.models import tensor_files
+from dcore_jax.models.checkpoint_checks import check_folder, check_tensors
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params, abstract_params
 
@@ -103,8 +104,9 @@ def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
 
 def load_config(directory: str | pathlib.Path) -> DecoderConfig:
   """The configuration in `directory`/config.json; ValueError for anything in it that would be
-  ignored.
+  ignored, and for what is no such directory.
   """
+  check_folder(pathlib.Path(directory))
   return DecoderConfig.from_hf(_read_json(pathlib.Path(directory) / 'config.json'))
 
 
@@ -131,7 +133,7 @@ def load_params(
   specs = abstract_params(config, dtype)
   files = _open_tensors(directory)
   tensors = stored_tensors(config)
-  _check_stored(files, tensors, directory)
+  check_tensors(files, {name: stored.shape for name, stored in tensors.items()}, directory, config)
   names: dict[tuple[str, ...], list[str]] = {}  # of each parameter, by layer
   for name, stored in tensors.items():
     names.setdefault(stored.path, []).append(name)
@@ -297,52 +299,6 @@ def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]
       raise ValueError(f'{directory}: stored in more than one file: {twice}')
     found.update(dict.fromkeys(file.entries, file))
   return found
-
-
-def _check_stored(
-  files: dict[str, tensor_files.MappedFile], expected: dict[str, Stored], directory: pathlib.Path
-) -> None:
-  """Raises one ValueError that lists every difference between the files and the configuration."""
-  embed = _TOP_TENSORS['embed']
-  head = _TOP_TENSORS['head']
-  problems = [
-    f'missing {name} {list(stored.shape)}' for name, stored in expected.items() if name not in files
-  ]
-  for name, file in files.items():
-    entry = file.entries[name]
-    if entry.dtype not in tensor_files.DTYPES:
-      problems.append(f'{name} has dtype {entry.dtype}, readable are {list(tensor_files.DTYPES)}')
-    elif name == head and name not in expected:
-      # Some published tied checkpoints (Qwen3-0.6B) store the head all the same; a copy is fine,
-      # anything else is not.
-      if embed in files and not _same(file, head, files[embed], embed):
-        problems.append(f'{head} differs from {embed} although tie_word_embeddings is true')
-    elif name not in expected:
-      problems.append(f'extra {name} {list(entry.shape)}')
-    elif entry.shape != expected[name].shape:
-      problems.append(
-        f'{name} has shape {list(entry.shape)}, expected {list(expected[name].shape)}'
-      )
-  if problems:
-    raise ValueError(f'{directory} does not fit its config.json:\n  ' + '\n  '.join(problems))
-
-
-def _same(
-  file: tensor_files.MappedFile, name: str, other: tensor_files.MappedFile, other_name: str
-) -> bool:
-  """Whether two tensors are equal to the bit."""
-  if file.entries[name][:2] != other.entries[other_name][:2]:
-    return False
-  ours, theirs = (
-    held.view(key).reshape(-1).view(np.uint8) for held, key in ((file, name), (other, other_name))
-  )
-  step = 16 << 20
-  same = all(
-    np.array_equal(ours[at : at + step], theirs[at : at + step]) for at in range(0, len(ours), step)
-  )
-  file.release(name)
-  other.release(other_name)
-  return same
 
 
 def _placed(

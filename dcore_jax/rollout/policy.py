@@ -21,6 +21,7 @@ from dcore_jax.chat.template import turn_format
 from dcore_jax.config import ExecutionSection, ModelSection, RunConfig
 from dcore_jax.files import data_path, parse_json
 from dcore_jax.models import decoder, presets
+from dcore_jax.models.checkpoint_checks import check_folder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import load_config, load_params
@@ -171,6 +172,9 @@ def load_tokenizer(
   Raises:
     ValueError: there is none.
   """
+  if config.path:
+    # What is no model directory has no tokenizer either, which would be said first.
+    check_folder(data_path(config.path))
   path = config.tokenizer or config.path
   folder = data_path(path) if path else ORGANISM
   try:

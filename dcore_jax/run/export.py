@@ -9,6 +9,7 @@ from dcore_jax import sharding
 from dcore_jax.config import ModelSection
 from dcore_jax.files import data_path, read_json
 from dcore_jax.models import decoder
+from dcore_jax.models.checkpoint_checks import check_folder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import (
   ModelFiles,
@@ -98,6 +99,7 @@ def find(checkpoint: pathlib.Path) -> Weights:
   steps = _steps(path)
   if steps:
     return find(path / str(steps[-1]))
+  check_folder(path)
   # Both runs and models have a config.json; only a model's names its type.
   if 'model_type' in _read(path / 'config.json'):
     run = path.parent if path.name in _stages(path.parent) else None

@@ -17,6 +17,7 @@ from dcore_jax.learn.batches import Batches, BatchShape, batches
 from dcore_jax.learn.optimizer import Schedule, init_state, make_optimizer
 from dcore_jax.models.attention import tree_attention
 from dcore_jax.models.decoder import Execution
+from dcore_jax.overrides import check_ranges
 from dcore_jax.progress import progress
 from dcore_jax.rollout.policy import Policy
 from dcore_jax.tokentree import TokenSequence, TokenTree
@@ -57,8 +58,7 @@ def run_sft(
   """
   # Before anything is packed or compiled.
   _check_positions(sequences, config.capacity, policy.config.max_position_embeddings)
-  if config.checkpoint_every < 1:
-    raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
+  check_ranges(config, SftSection, 'sft.')
   # Packed before the optimizer is made: the schedule needs the number of steps.
   data = _make_batches(sequences, policy, config, run.seed)
   tx = _optimizer(config, steps=len(data))

@@ -248,3 +248,50 @@ def test_all_problems_are_named_at_once():
   broken = {name: value for name, value in QWEN3_8B.items() if name != 'hidden_size'}
   with pytest.raises(ValueError, match='(?s)attention_bias.*mystery.*hidden_size is missing'):
     DecoderConfig.from_hf(broken | {'attention_bias': True, 'mystery': 1})
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    {'unsloth_fixed': True},
+    {'unsloth_version': '2025.6.2', 'model_name': 'unsloth/Qwen3-8B'},
+    {'_attn_implementation': 'sdpa', '_commit_hash': 'abc', '_flash_attn_2_enabled': True},
+    {'tokenizer_class': 'Qwen2Tokenizer', 'unk_token_id': 3, 'sep_token_id': 4},
+    {'model_name_or_path': '/models/qwen', '_model_name_or_path': 'x'},
+    {'is_decoder': True, 'add_cross_attention': False, 'pruned_heads': {}, 'torchscript': False},
+    # Sampling settings, which version 4 of transformers kept in config.json.
+    {'temperature': 0.7, 'do_sample': True, 'max_length': 20, 'bad_words_ids': [[1]]},
+    {'tie_encoder_decoder': False, 'use_bfloat16': False, 'task_specific_params': {'a': 1}},
+  ],
+)
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_fields_about_the_file_are_read_past(name, more):
+  plain = DecoderConfig.from_hf(PUBLISHED[name])
+  assert DecoderConfig.from_hf(PUBLISHED[name] | more) == plain
+
+
+def test_fields_of_the_base_class_are_read_past():
+  """Whatever the installed transformers declares for every model, at values that it would write."""
+  transformers = pytest.importorskip('transformers')
+  base = transformers.PretrainedConfig().to_dict()
+  told = {
+    name: value if value is not None else 'said' for name, value in base.items() if name != 'dtype'
+  }
+  assert DecoderConfig.from_hf(told | QWEN3_8B) == DecoderConfig.from_hf(QWEN3_8B)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'add_cross_attention': True},
+    {'tie_encoder_decoder': True},
+    {'pruned_heads': {'0': [1]}},
+    {'is_encoder_decoder': True},
+    {'quantization': {'bits': 4}},
+    {'auto_map': {'AutoModelForCausalLM': 'modeling.Mine'}},
+    {'final_logit_softcapping': 30.0},
+  ],
+)
+def test_fields_that_change_the_function_stay_errors(change):
+  with pytest.raises(ValueError, match=next(iter(change))):
+    DecoderConfig.from_hf(QWEN3_8B | change)

@@ -14,11 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_reference import FAMILIES, TIED, TINY, make_model, save_model
 
+from dcore_jax.config import ModelSection
 from dcore_jax.models import hf_checkpoint
 from dcore_jax.rollout.engine import Engine, Request
+from dcore_jax.rollout.policy import load_policy
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 
+save_torch = pytest.importorskip('safetensors.torch').save_file
 torch = pytest.importorskip('torch', reason='torch is not installed: no reference to compare with')
 
 
@@ -195,6 +198,74 @@ def test_stored_copy_of_a_tied_head(tmp_path):
   edit(tmp_path, lambda tensors: tensors.update({'lm_head.weight': tensors['lm_head.weight'] + 1}))
   with pytest.raises(ValueError, match='lm_head.weight differs'):
     hf_checkpoint.load_params(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('name', ['qwen3', 'llama3_1', 'deepseek_coder'])
+@pytest.mark.parametrize('place', ['model.', 'model.layers.1.self_attn.'])
+def test_stored_rotary_frequencies_must_be_the_configs(tmp_path, place, name, dtype):
+  save_model(tmp_path, **TINY[name])
+  rotary_embedding = make_model(**TINY[name]).model.rotary_emb
+  buffer = rotary_embedding.inv_freq.to(getattr(torch, dtype))
+  plain = hf_checkpoint.load_params(tmp_path)[1]
+
+  def store(values):
+    tensors = {key: torch.from_numpy(value) for key, value in whole.items()}
+    tensors[f'{place}rotary_emb.inv_freq'] = values
+    tensors[f'{place}rotary_emb.cos_cached'] = torch.ones(1, 1, 4, 10)
+    save_torch(tensors, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+
+  whole = load_file(tmp_path / 'model.safetensors')
+  store(buffer)
+  read = hf_checkpoint.load_params(tmp_path)[1]
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), plain, read))
+  for wrong in (buffer * 1.1, buffer[:-1], buffer.flip(0)):
+    store(wrong.contiguous())
+    with pytest.raises(ValueError, match='rotary_emb.inv_freq holds other frequencies'):
+      hf_checkpoint.load_params(tmp_path)
+
+
+def test_frequencies_from_before_a_linear_scaling_moved_into_them(tmp_path):
+  """Its first version divided the positions."""
+  save_model(tmp_path, **TINY['deepseek_coder'])
+  unscaled = make_model(**TINY['deepseek_coder']).model.rotary_emb.inv_freq.numpy() * 4
+  edit(tmp_path, lambda tensors: tensors.update({'model.rotary_emb.inv_freq': unscaled}))
+  hf_checkpoint.load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'files, match',
+  [
+    ({'model.gguf': b'GGUF'}, 'model.gguf is a GGUF file.*convert it'),
+    ({'adapter_config.json': b'{}', 'adapter_model.safetensors': b''}, 'LoRA adapter.*merge'),
+    ({'adapter_model.safetensors': b'', 'config.json': b'{}'}, 'LoRA adapter.*merge'),
+    ({'config.json': b'{}', 'pytorch_model.bin': b''}, 'is a pickle.*convert it'),
+    ({'config.json': b'{}', 'pytorch_model-00001-of-00002.bin': b''}, 'is a pickle'),
+  ],
+)
+def test_what_is_no_model_says_what_to_do(tmp_path, files, match):
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=match):
+    hf_checkpoint.load_params(tmp_path)
+  with pytest.raises(ValueError, match=match):
+    load_policy(ModelSection(path=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize(
+  'name, content, match',
+  [
+    ('model.gguf', b'', 'is a GGUF file'),
+    ('weights', b'GGUF\x03', 'is a GGUF file'),
+    ('model.safetensors', b'1234', 'is a file; a model is the Hugging Face directory'),
+  ],
+)
+def test_a_file_is_no_model(tmp_path, name, content, match):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=match):
+    hf_checkpoint.load_config(tmp_path / name)
+  with pytest.raises(ValueError, match=match):
+    load_policy(ModelSection(path=str(tmp_path / name)), seed=0)
 
 
 def test_truncated_or_absent_files_are_named(tmp_path):
