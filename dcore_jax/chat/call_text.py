@@ -13,10 +13,11 @@ OPEN_THOUGHTS = '<think>'
 CLOSE_THOUGHTS = '</think>'
 
 # A Python string with its prefix. A line break inside of single quotes is allowed here: models that
-# write code or mails into an argument break its lines.
+# write code or mails into an argument break its lines. A string that never ends is taken to the end
+# of the text, and its `end` is no quote: else each quote in it would be looked at as a beginning.
 PYTHON_STRING = re.compile(
-  r"""(?P<prefix>\b[rbuf]{1,2})?(?P<quote>'{3}|"{3}|'|")(?P<body>(?:\\.|(?!(?P=quote))[^\\])*)"""
-  r"""(?P=quote)""",
+  r"""(?P<prefix>\b[rbuf]{1,2})?(?P<quote>'{3}|"{3}|'|")(?P<body>(?:\\.|(?!(?P=quote))[^\\])*+)"""
+  r"""(?P<end>(?P=quote)|\\?\Z)""",
   re.DOTALL | re.IGNORECASE,
 )
 # What may stand between the strings and brackets of JSON: white space, numbers and words like null.
@@ -116,7 +117,10 @@ def _is_python_list(answer: str) -> bool:
   answer = answer.strip()
   if answer[:1] != '[' or answer[-1:] != ']':
     return False
-  return CLOSE_THOUGHTS not in PYTHON_STRING.sub('', answer)
+  outside = PYTHON_STRING.sub(
+    lambda match: '' if match['end'] == match['quote'] else match[0], answer
+  )
+  return CLOSE_THOUGHTS not in outside
 
 
 def _next_closing(text: str, place: int) -> int:

@@ -95,7 +95,7 @@ def _mend(match: re.Match, marker: str) -> str:
   if match['word']:
     return match['before'] + marker + match['word']
   # In a raw string the escape would be two characters of its own.
-  if match['quote'] in ("'", '"') and 'r' not in (match['prefix'] or '').lower():
+  if match['end'] in ("'", '"') and 'r' not in (match['prefix'] or '').lower():
     return re.sub(
       r'\\.|[\r\n]',
       lambda found: {'\n': r'\n', '\r': r'\r'}.get(found[0], found[0]),

@@ -223,7 +223,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     for source in tokenizer_files:
-      shutil.copyfile(source, partial / source.name)
+      copied = partial / source.relative_to(beside.tokenizer_dir)
+      copied.parent.mkdir(exist_ok=True)
+      shutil.copyfile(source, copied)
     # torch_dtype is what transformers 4 and the serving engines read, dtype what transformers 5
     # reads.
     _write_json(partial / 'config.json', config.to_hf() | {'dtype': dtype, 'torch_dtype': dtype})
@@ -534,6 +536,8 @@ def _tokenizer_files(tokenizer_dir: str | pathlib.Path | None) -> list[pathlib.P
     return []
   folder = pathlib.Path(tokenizer_dir)
   files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+  # Where a tokenizer has several templates, transformers keeps all but the default one here.
+  files += sorted(folder.glob('additional_chat_templates/*.jinja'))
   if not {'tokenizer.json', 'vocab.json', 'tokenizer.model'} & {file.name for file in files}:
     raise ValueError(f'{folder} holds no tokenizer')
   return files

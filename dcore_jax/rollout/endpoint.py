@@ -22,6 +22,7 @@ from absl import logging
 
 from dcore_jax.chat.messages import ToolCall
 from dcore_jax.chat.tagged_calls import read_arguments
+from dcore_jax.chat.thoughts import taken_as_opened
 from dcore_jax.chat.tool_calls import print_calls
 from dcore_jax.rollout.backends import ChatRequest, ChatSource, Reply, Tag, Usage, function_specs
 from dcore_jax.rollout.dialect import Dialect, refused_field
@@ -361,7 +362,9 @@ def _text(message: Any, finished: bool) -> str:
   if thoughts and not finished and message.content is None and not message.tool_calls:
     return f'<think>\n{thoughts}'  # the budget ended inside them
   text = f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else ''
-  text += message.content or ''
+  content = message.content or ''
+  # Servers that do not part the thoughts send what was sampled behind a prompt that opens them.
+  text += content if thoughts else taken_as_opened(content)
   asked = [call.function for call in message.tool_calls or ()]
   try:
     calls = [ToolCall(call.name, read_arguments(call.arguments)) for call in asked]

@@ -150,6 +150,7 @@ def test_a_tag_in_an_argument_closes_nothing(style, escaped):
     ('a</think>[f(a="</think>")', 2),
     ('a</think>[f(a="</think>")]', 1),
     ('a</think>[</think>]', 2),
+    ("a</think>[it's </think>]", 2),
     ('a</think><tool_call>{"a": "</think>"}</think>c', 2),
     ('none', 0),
   ],
@@ -159,7 +160,13 @@ def test_closing_tags(text, count):
 
 
 def test_many_tags_do_not_take_minutes():
-  for part in ('</think>[', '</think><tool_call>{"', '</think>[f(a="', '<tool_call>{"</think>'):
+  for part in (
+    '</think>[',
+    '</think>["\\"',
+    '</think><tool_call>{"',
+    '</think>[f(a="',
+    '<tool_call>{"</think>',
+  ):
     text = part * (60_000 // len(part)) + ']'
     assert closing_tags(text)
 

@@ -93,11 +93,16 @@ def test_what_a_path_stands_for(run, tmp_path, place, stage, step, amount):
 def test_a_hugging_face_directory_is_converted(run, tmp_path):
   export.export(ORGANISM, tmp_path / 'wide', dtype='float32')
   assert_holds(tmp_path / 'wide', expected(0))
+  # As transformers writes a tokenizer with several templates.
+  template = pathlib.Path('additional_chat_templates', 'tool_use.jinja')
+  (tmp_path / 'wide' / template.parent).mkdir()
+  (tmp_path / 'wide' / template).write_text('tools')
   export.export(tmp_path / 'wide', tmp_path / 'narrow')
   assert (tmp_path / 'narrow' / 'model.safetensors').read_bytes() == (
     ORGANISM / 'model.safetensors'
   ).read_bytes()
   assert not (tmp_path / 'narrow' / 'README.md').exists()
+  assert (tmp_path / 'narrow' / template).read_text() == 'tools'
   shutil.copytree(run, tmp_path / 'run')
   (tmp_path / 'wide' / 'README.md').write_text('# Card')
   shutil.move(
