@@ -141,8 +141,9 @@ def test_thoughts_are_split_as_from_whole_texts(thoughts, answer):
       ToolCall,
       st.sampled_from('fgh'),
       st.dictionaries(
-        st.sampled_from('ab'),
+        st.sampled_from(['a', 'b', 'from', 'two words', '</think>']),
         st.none()
+        | st.sampled_from(['</tool_call>', '<tool_call>{', '</think>', '<think>', '"}', '\n'])
         | st.booleans()
         | st.integers()
         | st.text()
