@@ -10,20 +10,20 @@ from typing import Any
 
 import huggingface_hub
 import jax
-import transformers
 
 from dcore_jax import distributed
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.template import render_records
 from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.chat.tool_specs import read_tools
+from dcore_jax.config import ModelSection
 from dcore_jax.files import data_path
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params
-from dcore_jax.models.hf_checkpoint import ModelFiles, load_params, save_checkpoint
+from dcore_jax.models.hf_checkpoint import ModelFiles, save_checkpoint
 from dcore_jax.models.module import Decoder
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.policy import ORGANISM, find_stop_ids
+from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_policy
 from dcore_jax.rollout.requests import Completion, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
@@ -191,19 +191,13 @@ def load(name: str | pathlib.Path = 'organism', *, dtype: str = 'auto') -> Model
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"dtype = {dtype!r}; expected 'auto', 'float32' or 'bfloat16'")
-  # Converted while they are read: a model of bfloat16 is never held in float32.
-  config, params = load_params(folder, dtype)
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-  except OSError as error:
-    raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
-  # Fewer tokens than rows are usual: embeddings are padded to sizes that devices like.
-  if len(tokenizer) > config.vocab_size:
-    raise ValueError(
-      f'the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, '
-      f'the embedding {config.vocab_size} rows'
-    )
-  return Model(config, params=params, tokenizer=tokenizer, folder=folder)
+  policy = load_policy(ModelSection(path=str(folder)), seed=0)
+  return Model(
+    policy.config,
+    params=policy.load(None, dtype),
+    tokenizer=policy.tokenizer,
+    folder=folder,
+  )
 
 
 def generate(

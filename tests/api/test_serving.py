@@ -10,10 +10,12 @@ import dcore_jax
 
 
 def test_a_model_is_served_and_taken_back(organism):
-  server = dcore_jax.serve_model(organism, port=0, name='small', lanes=2, background=True)
+  server = dcore_jax.serve_model(
+    organism, port=0, name=['small', 'other'], lanes=2, background=True
+  )
   try:
     with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0) as client:
-      assert [model.id for model in client.models.list()] == ['small']
+      assert [model.id for model in client.models.list()] == ['small', 'other']
       choice = client.completions.create(model='small', prompt='find the order', max_tokens=4)
       assert choice.usage.completion_tokens == 4
   finally:
@@ -25,6 +27,8 @@ def test_a_model_is_served_and_taken_back(organism):
 
 
 def test_a_port_that_is_taken_is_named(tiny):
+  with pytest.raises(ValueError, match='port = 65536'):
+    dcore_jax.serve_model(tiny, port=65536, background=True)
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
     taken.listen()

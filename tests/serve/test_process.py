@@ -92,14 +92,18 @@ def refused(url):
     return False
 
 
-def test_what_cannot_be_served_is_one_line():
-  process = launch('--model=nowhere')
-  _, errors = process.communicate(timeout=120)
-  assert (
-    process.returncode == 1
-    and errors.startswith("error: 'nowhere' is not there")
-    and errors.count('\n') == 1
-  )
+@pytest.mark.parametrize(
+  'argument,message',
+  [
+    ('--model=nowhere', "error: 'nowhere' is not there"),
+    ('--port=99999', 'error: port = 99999; expected 0'),
+    ('--port=-1', 'error: port = -1; expected 0'),
+  ],
+)
+def test_what_cannot_be_served_is_one_line(argument, message):
+  process = launch(argument)
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 1 and errors.startswith(message) and errors.count('\n') == 1
 
 
 @pytest.mark.parametrize(
