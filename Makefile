@@ -19,7 +19,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup harnesses clients train quick lint test test-all test-aot test-aot-all bench pretrain clean
+.PHONY: setup harnesses clients train quick lint test test-all test-lowest test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -28,7 +28,8 @@ help:
 	@echo 'make quick      the same, cut down to a few minutes, results in $(QUICK_WORKDIR)'
 	@echo 'make lint       format, style, the order of rooms, declared dependencies'
 	@echo 'make test       the tests but the slow ones'
-	@echo 'make test-all   all tests'
+	@echo 'make test-all   all tests, and test-lowest'
+	@echo 'make test-lowest  the quick tests with the lowest versions that pyproject.toml allows, in an environment $(VENV)-lowest'
 	@echo 'make test-aot   compile kernels for A100 and TPU and the steps of Qwen3-8B and 14B, in an environment $(VENV)-aot'
 	@echo 'make test-aot-all  with a training step for a TPU slice, three minutes more'
 	@echo 'make bench      the benchmarks, JSON lines on stdout'
@@ -91,6 +92,17 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest -q $(PARALLEL)
+	$(MAKE) test-lowest
+
+# What a lower bound promises: the rooms that meet other packages, each at the oldest release that is allowed.
+LOWEST := tests/chat tests/data tests/models/test_config.py tests/models/test_hf_checkpoint.py tests/models/test_parity.py \
+  tests/learn/test_optimizer.py tests/train/test_checkpoint.py tests/run/test_config.py tests/api/test_names.py tests/api/test_model.py \
+  tests/serve/test_replies.py tests/serve/test_text.py tests/test_claims.py tests/test_sharding.py
+test-lowest: export PIP_CONSTRAINT = $(abspath $(VENV)-lowest.txt)
+test-lowest:
+	$(PYTHON) tests/lowest_versions.py pyproject.toml > $(VENV)-lowest.txt
+	$(MAKE) setup VENV=$(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pytest -q -m 'not slow' $(PARALLEL) $(LOWEST)
 
 # The compilers for GPUs and TPUs live in an environment of their own: where they are installed, jax prints on every start that it
 # finds no such device.

@@ -14,8 +14,8 @@ from dcore_jax import distributed
 from dcore_jax.claims import hold
 from dcore_jax.report.summary import format_changes
 from dcore_jax.run import program
-from dcore_jax.run.config import define_config
-from dcore_jax.run.pipeline import Pipeline
+from dcore_jax.run.config import define_config, read_config
+from dcore_jax.run.pipeline import Pipeline, check_fields
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Folder of the results.')
@@ -32,6 +32,9 @@ def main() -> None:
     config.stages = tuple(_STAGES.value)
   distributed.join(_HOSTS.value)
   workdir = pathlib.Path(_WORKDIR.value)
+  # A wrong config leaves no folder behind.
+  config = read_config(config)
+  check_fields(config)
   # Held before the model is loaded, which takes minutes.
   with hold(workdir):
     summary = Pipeline(config, workdir).run()

@@ -44,9 +44,9 @@ from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import load_policy, make_engine
 from dcore_jax.run.config import read_config
 from dcore_jax.run.export import generation_config
+from dcore_jax.train import rl_options, sft_loop
 from dcore_jax.train.metrics import Metrics, read_metrics
 from dcore_jax.train.rl_loop import run_rl
-from dcore_jax.train.rl_options import check_section
 from dcore_jax.train.sft_loop import run_sft
 from dcore_jax.train.sources import Episodes, Questions, RolloutSource, encode_prompts, short_tasks
 from dcore_jax.train.stage_run import StageRun
@@ -321,12 +321,13 @@ def check_fields(config: RunConfig) -> None:
   """Checks what fields mean together.
 
   Raises:
-    ValueError: a stage that there is not, or options of RL that mean nothing or exclude each other.
+    ValueError: a stage that there is not, or options that mean nothing or exclude each other.
   """
   unknown = [name for name in config.stages if name not in STAGES]
   if unknown:
     raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
-  check_section(config.rl)
+  sft_loop.check_section(config.sft)
+  rl_options.check_section(config.rl)
   if config.rl.episodes:
     defaults = RunConfig().rl
     _check_unset('files', config.rl.files, defaults.files)

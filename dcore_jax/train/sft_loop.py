@@ -58,7 +58,7 @@ def run_sft(
   """
   # Before anything is packed or compiled.
   _check_positions(sequences, config.capacity, policy.config.max_position_embeddings)
-  check_ranges(config, SftSection, 'sft.')
+  check_section(config)
   # Packed before the optimizer is made: the schedule needs the number of steps.
   data = _make_batches(sequences, policy, config, run.seed)
   tx = _optimizer(config, steps=len(data))
@@ -136,6 +136,19 @@ def run_sft(
     'resumed_at': start,
     'seconds_before': seconds_before,
   }
+
+
+def check_section(config: SftSection) -> None:
+  """Checks what section `sft` says by itself, before anything is loaded.
+
+  Raises:
+    ValueError: a number outside its range, an unknown optimizer, or a rate that it does not have.
+  """
+  check_ranges(config, SftSection, 'sft.')
+  try:
+    _optimizer(config, steps=1)
+  except ValueError as error:
+    raise ValueError(f'section sft: {error}') from error
 
 
 def _make_batches(
