@@ -43,7 +43,7 @@ from dcore_jax.worlds.registry import (
 from dcore_jax.worlds.rollouts import act_through
 from dcore_jax.worlds.toolworld.world import ToolWorld
 from tests.distill.test_solve import oracle, run
-from tests.serve.test_terminal import Scripted
+from tests.run.test_terminal import Scripted
 from tests.train import tiny_rl
 
 THINK = '<think>\nreasoning.\n</think>\n\n'
