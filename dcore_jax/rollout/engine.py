@@ -50,10 +50,11 @@ from dcore_jax.rollout.requests import (
   Request,
   RequestSource,
   Tag,
+  checked_limit,
   checked_prompt,
 )
 from dcore_jax.rollout.sampling import TOP, SamplingParams
-from dcore_jax.rollout.scoring import ScoringShape, first_alternatives, score_prompt
+from dcore_jax.rollout.scoring import Scoring
 from dcore_jax.rollout.sizes import EngineSizes, bucket, span_ladder
 from dcore_jax.rollout.tiles import Tile
 from dcore_jax.rollout.trunk_table import TrunkTable
@@ -164,21 +165,14 @@ class Engine:
         alternatives, or stop strings where the engine has no `decode`.
     """
     # Whatever can be wrong with a request is found here, before it takes a lane.
-    name = f'request {request.key_id}'
     prompt = checked_prompt(request, self.max_len, self.config.vocab_size)
     if sampling.stop and self.decode is None:
-      raise ValueError(f'{name}: stop strings need an engine with `decode`')
-    for top in (request.top, request.prompt_top or 0):
-      if not 0 <= top <= TOP:
-        raise ValueError(f'{name}: top={top} alternatives; there may be {TOP}')
-    limit = sampling.max_tokens if request.max_tokens is None else request.max_tokens
-    if limit < 0:
-      raise ValueError(f'{name}: max_tokens={limit} must be at least 0')
+      raise ValueError(f'request {request.key_id}: stop strings need an engine with `decode`')
     rollout = InFlight(
       handle=self._handles,
       prompt=prompt,
       # Where the room is short the completion is cut, as it is at any other limit.
-      limit=min(limit, self.max_len - len(prompt), self.max_new),
+      limit=min(checked_limit(request, sampling), self.max_len - len(prompt), self.max_new),
       key=sampling_lib.request_key(sampling.seed, request.key_id),
       sampling=sampling,
       top=request.top,
@@ -215,7 +209,8 @@ class Engine:
     Raises:
       FloatingPointError: a log-probability is not a number.
     """
-    self._score_next()
+    scoring = Scoring(self._counted, self.params, self.config, self.max_len, self._placement)
+    self.stats.scored_tokens += scoring.score_first(self._queue)
     ended = self._end_empty()
     # Several rounds: prompts that share a prefix with one of a round are copied in the next.
     # Each round that admits a rollout shortens the queue, so that the loop ends.
@@ -339,29 +334,6 @@ class Engine:
     if rollout.lane is not None:
       self._trunks.release(rollout.trunk)
       self._lanes.vacate(rollout.lane)
-
-  def _score_next(self) -> None:
-    """Scores the first prompt that waits for it, for all rollouts of it that want the same."""
-    first = next((rollout for rollout in self._queue if rollout.unscored), None)
-    if first is None:
-      return
-    scores = score_prompt(
-      self._counted,
-      self.params,
-      first.prompt,
-      self.max_len,
-      ScoringShape(
-        config=self.config,
-        # All alternatives that there may be, as for `_decode`.
-        top=min(TOP, self.config.vocab_size) if first.prompt_top else 0,
-        placement=self._placement,
-      ),
-    )
-    self.stats.scored_tokens += len(first.prompt)
-    for rollout in self._queue:
-      same = rollout.unscored and rollout.prompt_top == first.prompt_top
-      if rollout is first or same and np.array_equal(rollout.prompt, first.prompt):
-        rollout.prompt_scores = first_alternatives(scores, first.prompt_top)
 
   def _end_empty(self) -> list[Progress]:
     """Ends the rollouts that sample nothing, once their prompts are scored."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcore_jax.rollout.sampling import Alternatives
+from dcore_jax.rollout.sampling import TOP, Alternatives, SamplingParams
 
 # Requests, completions and progress are compared by identity (eq=False): arrays have no single
 # truth value for == to return.
@@ -170,3 +170,19 @@ def checked_prompt(request: Request, max_len: int, vocab: int) -> np.ndarray:
     )
   # A copy: the caller may change its array while the rollout waits.
   return tokens.astype(np.int32)
+
+
+def checked_limit(request: Request, sampling: SamplingParams) -> int:
+  """Returns how many tokens a request wants at most.
+
+  Raises:
+    ValueError: fewer than none, or more alternatives than there may be.
+  """
+  name = f'request {request.key_id}'
+  for top in (request.top, request.prompt_top or 0):
+    if not 0 <= top <= TOP:
+      raise ValueError(f'{name}: top={top} alternatives; there may be {TOP}')
+  limit = sampling.max_tokens if request.max_tokens is None else request.max_tokens
+  if limit < 0:
+    raise ValueError(f'{name}: max_tokens={limit} must be at least 0')
+  return limit

@@ -9,7 +9,7 @@ Letters as in device.py.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device
+from dcore_jax.rollout.lane_table import InFlight
 from dcore_jax.rollout.requests import PromptScores
-from dcore_jax.rollout.sampling import Alternatives
+from dcore_jax.rollout.sampling import TOP, Alternatives
 from dcore_jax.rollout.sizes import bucket, bucket_ladder
 
 # Tokens. A longer prompt goes through the model in pieces, so that the scores of attention stay
@@ -46,38 +47,65 @@ class ScoringShape:
   placement: NamedSharding | None
 
 
-def score_prompt(
-  call: Callable[..., Any],
-  params: decoder.Params,
-  prompt: np.ndarray,
-  max_len: int,
-  shape: ScoringShape,
-) -> PromptScores:
-  """Scores one prompt.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scoring:
+  """Scores the prompts of rollouts that wait for it.
 
-  Args:
+  Attributes:
     call: runs a device program (the engine counts what it compiles).
     params: the model's parameters.
-    prompt: int32 [n], n >= 1.
+    config: its configuration.
     max_len: the longest prompt that may come.
-    shape: what is compiled in.
-
-  Raises:
-    FloatingPointError: a log-probability is not a number.
+    placement: how caches are split over a mesh (`device.cache_placement`).
   """
-  n = len(prompt)
-  # Of the ladder, so that few programs are compiled; of whole pieces, where there are several.
-  length = bucket(bucket_ladder(max_len), n)
-  if length > _PIECE:
-    length = -(-length // _PIECE) * _PIECE
-  tokens_T = np.zeros(length, np.int32)
-  tokens_T[:n] = prompt
-  scored = jax.device_get(call(score, params, tokens_T, shape=shape))
-  # The last token predicts what is sampled, and what lies behind it is padding.
-  scored = jax.tree.map(lambda number_T: number_T[: n - 1], scored)
-  if np.isnan(scored.logprobs).any():
-    raise FloatingPointError('the model gives log-probabilities that are not a number')
-  return scored
+
+  call: Callable[..., Any]
+  params: decoder.Params
+  config: DecoderConfig
+  max_len: int
+  placement: NamedSharding | None
+
+  def score_first(self, waiting: Sequence[InFlight]) -> int:
+    """Scores the first prompt that is not scored, for all rollouts of it that want the same.
+
+    Returns:
+      Tokens of that prompt; 0 where no prompt waits for it.
+
+    Raises:
+      FloatingPointError: a log-probability is not a number.
+    """
+    first = next((rollout for rollout in waiting if rollout.unscored), None)
+    if first is None:
+      return 0
+    scores = _first_alternatives(self.score(first.prompt, first.prompt_top), first.prompt_top)
+    for rollout in waiting:
+      same = rollout.unscored and rollout.prompt_top == first.prompt_top
+      if rollout is first or same and np.array_equal(rollout.prompt, first.prompt):
+        rollout.prompt_scores = scores
+    return len(first.prompt)
+
+  def score(self, prompt: np.ndarray, top: int) -> PromptScores:
+    """Scores a prompt int32 [n], n >= 1, with at least `top` alternatives where there are any.
+
+    Raises:
+      FloatingPointError: a log-probability is not a number.
+    """
+    n = len(prompt)
+    # Of the ladder, so that few programs are compiled; of whole pieces, where there are several.
+    length = bucket(bucket_ladder(self.max_len), n)
+    if length > _PIECE:
+      length = -(-length // _PIECE) * _PIECE
+    tokens_T = np.zeros(length, np.int32)
+    tokens_T[:n] = prompt
+    # All alternatives that there may be, however many are wanted: each number would be a program.
+    most = min(TOP, self.config.vocab_size) if top else 0
+    shape = ScoringShape(config=self.config, top=most, placement=self.placement)
+    scored = jax.device_get(self.call(score, self.params, tokens_T, shape=shape))
+    # The last token predicts what is sampled, and what lies behind it is padding.
+    scored = jax.tree.map(lambda number_T: number_T[: n - 1], scored)
+    if np.isnan(scored.logprobs).any():
+      raise FloatingPointError('the model gives log-probabilities that are not a number')
+    return scored
 
 
 @functools.partial(jax.jit, static_argnames='shape')
@@ -124,7 +152,7 @@ def score(params: decoder.Params, tokens_T: jax.Array, *, shape: ScoringShape) -
   return jax.lax.with_sharding_constraint(scored, NamedSharding(shape.placement.mesh, jax.P()))
 
 
-def first_alternatives(scores: PromptScores, count: int) -> PromptScores:
+def _first_alternatives(scores: PromptScores, count: int) -> PromptScores:
   """Returns scores with the first `count` alternatives of each token, None for 0."""
   if not count:
     return scores._replace(top=None)

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hmac
-import inspect
 import os
 import pathlib
 import secrets
@@ -18,8 +17,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-import jinja2
-import transformers
 from absl import logging
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -28,24 +25,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dcore_jax.chat.template import (
-  encode_raw,
-  render_begun_call,
-  render_records,
-  template_text,
-)
-from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.rollout import requests as rollout_requests
 from dcore_jax.serve import fields
 from dcore_jax.serve.answers import ChatChoice, Choice, ReplyForm, Report, Rollouts, TextChoice
 from dcore_jax.serve.delivery import EventStream, Run, while_connected
 from dcore_jax.serve.errors import HANDLED, RETRY_AFTER, Refusal, encode, respond
 from dcore_jax.serve.parts import RequestError
+from dcore_jax.serve.prompts import PromptReader
 from dcore_jax.serve.requests import (
   ChatCompletionRequest,
   CompletionRequest,
   SamplingRequest,
-  read_request,
 )
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.telemetry import Telemetry
@@ -53,10 +43,6 @@ from dcore_jax.serve.telemetry import Telemetry
 _PATHS = ('/v1/chat/completions', '/v1/completions', '/v1/models', '/health', '/metrics')
 IGNORED_FIELDS = 'x-ignored-fields'
 _MOST_LOGGED = 256  # names of ignored fields that the log keeps apart
-# What `apply_chat_template` takes itself: a client may set what the template reads, and no more.
-_OWN_OPTIONS = frozenset(
-  inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
-)
 T = TypeVar('T')
 
 
@@ -98,6 +84,7 @@ class Service:
     self.tokenizer = tokenizer
     self.names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     self.limits = limits
+    self._prompts = PromptReader(tokenizer, scheduler.engine.config.vocab_size, self._check_model)
     self._folder = folder
     self._logged: set[str] = set()
     self.telemetry = Telemetry(scheduler)
@@ -218,7 +205,7 @@ class Service:
 
   async def _chat(self, request: Request) -> Response:
     body = await self._body(request)
-    asked, prompt, thinking, begun = await self._off_loop(self._read_chat, body)
+    asked, prompt, thinking, begun = await self._off_loop(self._prompts.read_chat, body)
     form = ReplyForm(
       specs=asked.specs,
       thinking=thinking,
@@ -235,7 +222,9 @@ class Service:
     )
 
   async def _complete(self, request: Request) -> Response:
-    asked, prompts, texts = await self._off_loop(self._read_completion, await self._body(request))
+    asked, prompts, texts = await self._off_loop(
+      self._prompts.read_completion, await self._body(request)
+    )
     report = _report(asked, logprobs=asked.logprobs is not None)
 
     def choice(index: int) -> TextChoice:
@@ -279,74 +268,6 @@ class Service:
 
   async def _off_loop(self, function: Callable[[bytes], T], body: bytes) -> T:
     return await asyncio.get_running_loop().run_in_executor(self._encoder, function, body)
-
-  def _read_chat(self, body: bytes) -> tuple[ChatCompletionRequest, list[int], bool, str]:
-    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the
-    answer with).
-    """
-    asked: ChatCompletionRequest = read_request(ChatCompletionRequest, body)
-    self._check_model(asked.model)
-    records = [message.record() for message in asked.messages]
-    tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
-    options = asked.template_options
-    for name in options:
-      if name in _OWN_OPTIONS or name not in template_text(self.tokenizer, tools):
-        raise RequestError(
-          f'the chat template of {asked.model!r} knows no {name}', 'chat_template_kwargs'
-        )
-    begun = ''
-    try:
-      if asked.call_forced:
-        text, begun = self._begin_call(asked, records, tools)
-      else:
-        text = render_records(self.tokenizer, records, tools, **options)
-      text.encode()
-    except (jinja2.TemplateError, UnicodeError, TypeError) as error:
-      raise RequestError(
-        f'the chat template cannot show this conversation: {error}', 'messages'
-      ) from error
-    return asked, self._encode(text), bool(opened_thoughts(text)), begun
-
-  def _begin_call(
-    self, asked: ChatCompletionRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
-  ) -> tuple[str, str]:
-    try:
-      return render_begun_call(self.tokenizer, records, tools, asked.forced_name)
-    except ValueError as error:
-      raise RequestError(
-        f'no call can be forced from {asked.model!r}: {error}', 'tool_choice'
-      ) from error
-
-  def _read_completion(
-    self, body: bytes
-  ) -> tuple[CompletionRequest, list[list[int]], list[str | None]]:
-    """(what is asked, its prompts, the texts that answers begin with)."""
-    asked: CompletionRequest = read_request(CompletionRequest, body)
-    self._check_model(asked.model)
-    vocabulary = self.scheduler.engine.config.vocab_size
-    prompts = []
-    texts: list[str | None] = []
-    for prompt in asked.prompts:
-      if (
-        not prompt
-        or not isinstance(prompt, str)
-        and not all(0 <= token < vocabulary for token in prompt)
-      ):
-        raise RequestError(f'a prompt needs text, or token ids below {vocabulary}', 'prompt')
-      text = prompt
-      if isinstance(prompt, str):
-        prompt = self._encode_prompt(prompt, asked.add_special_tokens)
-      elif asked.echo:
-        text = self.tokenizer.decode(prompt)
-      prompts.append(prompt)
-      texts.append(text if asked.echo else None)
-    return asked, prompts, texts
-
-  def _encode_prompt(self, text: str, special: bool) -> list[int]:
-    return encode_raw(self.tokenizer, text) if special else self._encode(text)
-
-  def _encode(self, text: str) -> list[int]:
-    return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   async def _answer(
     self,

@@ -1,0 +1,106 @@
+"""From the body of a request to the tokens of its prompts."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+import transformers
+
+from dcore_jax.chat.template import (
+  encode_raw,
+  render_begun_call,
+  render_records,
+  template_text,
+)
+from dcore_jax.chat.thoughts import opened_thoughts
+from dcore_jax.serve.parts import RequestError
+from dcore_jax.serve.requests import ChatCompletionRequest, CompletionRequest, read_request
+
+# What `apply_chat_template` takes itself: a client may set what the template reads, and no more.
+_OWN_OPTIONS = frozenset(
+  inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+)
+
+
+class PromptReader:
+  """Reads bodies, and renders and encodes what they ask.
+
+  Args:
+    tokenizer: a transformers tokenizer with a chat template.
+    vocabulary: tokens that the model knows.
+    check_model: raises where a name is no name of the model.
+  """
+
+  def __init__(self, tokenizer: Any, vocabulary: int, check_model: Callable[[str], None]):
+    self._tokenizer = tokenizer
+    self._vocabulary = vocabulary
+    self._check_model = check_model
+
+  def read_chat(self, body: bytes) -> tuple[ChatCompletionRequest, list[int], bool, str]:
+    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the
+    answer with).
+    """
+    asked: ChatCompletionRequest = read_request(ChatCompletionRequest, body)
+    self._check_model(asked.model)
+    records = [message.record() for message in asked.messages]
+    tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
+    options = asked.template_options
+    for name in options:
+      if name in _OWN_OPTIONS or name not in template_text(self._tokenizer, tools):
+        raise RequestError(
+          f'the chat template of {asked.model!r} knows no {name}', 'chat_template_kwargs'
+        )
+    begun = ''
+    try:
+      if asked.call_forced:
+        text, begun = self._begin_call(asked, records, tools)
+      else:
+        text = render_records(self._tokenizer, records, tools, **options)
+      text.encode()
+    except (jinja2.TemplateError, UnicodeError, TypeError) as error:
+      raise RequestError(
+        f'the chat template cannot show this conversation: {error}', 'messages'
+      ) from error
+    return asked, self._encode(text), bool(opened_thoughts(text)), begun
+
+  def _begin_call(
+    self, asked: ChatCompletionRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
+  ) -> tuple[str, str]:
+    try:
+      return render_begun_call(self._tokenizer, records, tools, asked.forced_name)
+    except ValueError as error:
+      raise RequestError(
+        f'no call can be forced from {asked.model!r}: {error}', 'tool_choice'
+      ) from error
+
+  def read_completion(
+    self, body: bytes
+  ) -> tuple[CompletionRequest, list[list[int]], list[str | None]]:
+    """(what is asked, its prompts, the texts that answers begin with)."""
+    asked: CompletionRequest = read_request(CompletionRequest, body)
+    self._check_model(asked.model)
+    vocabulary = self._vocabulary
+    prompts = []
+    texts: list[str | None] = []
+    for prompt in asked.prompts:
+      if (
+        not prompt
+        or not isinstance(prompt, str)
+        and not all(0 <= token < vocabulary for token in prompt)
+      ):
+        raise RequestError(f'a prompt needs text, or token ids below {vocabulary}', 'prompt')
+      text = prompt
+      if isinstance(prompt, str):
+        prompt = self._encode_prompt(prompt, asked.add_special_tokens)
+      elif asked.echo:
+        text = self._tokenizer.decode(prompt)
+      prompts.append(prompt)
+      texts.append(text if asked.echo else None)
+    return asked, prompts, texts
+
+  def _encode_prompt(self, text: str, special: bool) -> list[int]:
+    return encode_raw(self._tokenizer, text) if special else self._encode(text)
+
+  def _encode(self, text: str) -> list[int]:
+    return self._tokenizer(text, add_special_tokens=False)['input_ids']
