@@ -36,7 +36,12 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.distill.tasks.update(dict(single=300, irrelevant=60))
   c.sft.update(
     dict(
-      epochs=3, capacity=640, rows=5, optimizer='muon', learning_rate=4e-3, adam_learning_rate=6e-4
+      epochs=3,
+      capacity=640,
+      rows=5,
+      optimizer='muon_nadam',  # as the organism was pretrained
+      learning_rate=4e-3,
+      adam_learning_rate=6e-4,
     )
   )
   # Prompts, rollouts and updates of a step are the published ones, and so are alpha and delta. The

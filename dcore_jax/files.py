@@ -45,7 +45,7 @@ def read_json_lines(path: pathlib.Path) -> list[Any]:
 
 def replace_text(path: pathlib.Path, text: str) -> None:
   """Writes a file that readers see whole or not at all; of several hosts only the first writes."""
-  if not _is_writer():
+  if not is_writer():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
@@ -60,7 +60,8 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     beside.unlink(missing_ok=True)
 
 
-def _is_writer() -> bool:
+def is_writer() -> bool:
+  """Whether this process is the one that writes results."""
   # A program without jax is one process on one host. It should not pay for importing jax (2 s).
   if 'jax' not in sys.modules:
     return True

@@ -20,9 +20,10 @@ import sys
 
 from absl import flags
 
+from dcore_jax.claims import hold
 from dcore_jax.run import program
 from dcore_jax.run.ablation import SEEDS, SUITES, format_table, run_suite
-from dcore_jax.run.config import define_config
+from dcore_jax.run.config import define_config, read_config
 
 _CONFIG = define_config('configs/nano.py')
 _SUITE = flags.DEFINE_enum('suite', 'alpha_delta', SUITES, 'What is swept.')
@@ -42,13 +43,11 @@ def main() -> None:
   """Runs the settings that have no result yet and prints the table of all."""
   suite = _SUITE.value
   seeds = SEEDS[suite] if _SEEDS.value is None else _SEEDS.value
-  content = run_suite(
-    suite,
-    _CONFIG.value,
-    pathlib.Path(_WORKDIR.value or f'runs/ablation/{suite}'),
-    seeds=seeds,
-    sft_run=pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None,
-  )
+  workdir = pathlib.Path(_WORKDIR.value or f'runs/ablation/{suite}')
+  sft_run = pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None
+  config = read_config(_CONFIG.value)  # a wrong one leaves no folder behind
+  with hold(workdir):
+    content = run_suite(suite, config, workdir, seeds=seeds, sft_run=sft_run)
   print(format_table(content), file=sys.stderr)
   print(json.dumps(content))
 

@@ -11,9 +11,12 @@ trains on the rows.
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
+from dcore_jax.claims import hold
+from dcore_jax.config import RunConfig
 from dcore_jax.data.seed_sources import config_seeds
 from dcore_jax.distill.stage import BACKENDS, run_distillation
 from dcore_jax.files import write_json_atomic
@@ -38,14 +41,20 @@ def main() -> None:
     if flag.value is not None:
       changed.distill[name] = flag.value
   config = read_config(changed)
-  folder = pathlib.Path(_WORKDIR.value) / 'distill'
+  workdir = pathlib.Path(_WORKDIR.value)
+  with hold(workdir):
+    summary = _distill(config, workdir / 'distill')
+  print(json.dumps(summary))
+
+
+def _distill(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
   seeds = config_seeds(config)
   with stage('distill'), progress(total=len(seeds), description='distill') as bar:
     summary = run_distillation(
       config, folder, seeds, lambda journal: local_backend(config, journal), progress=bar.update
     )
   write_json_atomic(folder / 'result.json', summary)
-  print(json.dumps(summary))
+  return summary
 
 
 if __name__ == '__main__':

@@ -13,9 +13,12 @@ thoughts.
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
+from dcore_jax.claims import hold
+from dcore_jax.config import RunConfig
 from dcore_jax.distill.stage import endpoint, prices
 from dcore_jax.evaluate.held_out import evaluate_backend
 from dcore_jax.files import write_json_atomic
@@ -39,6 +42,12 @@ def main() -> None:
   if _MODEL.value and not _BASE_URL.value:
     changed.model.path = _MODEL.value
   config = read_config(changed)
+  with hold(folder):
+    result = _evaluate(config, folder)
+  print(json.dumps(result))
+
+
+def _evaluate(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
   tokenizer, _ = load_tokenizer(config.model)
   with stage('evaluate') as timer:
     journal = folder / 'replies.jsonl'
@@ -50,7 +59,7 @@ def main() -> None:
       backend = local_backend(config, journal)
     result = evaluate_backend(config, folder, backend, tokenizer)
   write_json_atomic(folder / 'result.json', result | {'seconds': timer.seconds})
-  print(json.dumps(result))
+  return result
 
 
 if __name__ == '__main__':

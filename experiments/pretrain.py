@@ -8,6 +8,7 @@ import sys
 
 from absl import app, flags, logging
 
+from dcore_jax.claims import hold
 from dcore_jax.organism.pretrain import pretrain
 from dcore_jax.run.config import define_config
 
@@ -23,9 +24,11 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+  workdir = pathlib.Path(_WORKDIR.value)
   try:
-    pretrain(_CONFIG.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
-  except ValueError as error:
+    with hold(workdir):
+      pretrain(_CONFIG.value, workdir, pathlib.Path(_OUT.value))
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 

@@ -11,10 +11,11 @@ import sys
 from absl import flags
 
 from dcore_jax import distributed
+from dcore_jax.claims import hold
 from dcore_jax.report.summary import format_changes
 from dcore_jax.run import program
-from dcore_jax.run.config import define_config
-from dcore_jax.run.pipeline import Pipeline
+from dcore_jax.run.config import define_config, read_config
+from dcore_jax.run.pipeline import Pipeline, check_fields
 
 _CONFIG = define_config('configs/nano.py')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/nano', 'Folder of the results.')
@@ -30,13 +31,20 @@ def main() -> None:
   if _STAGES.value:
     config.stages = tuple(_STAGES.value)
   distributed.join(_HOSTS.value)
-  pipeline = Pipeline(config, pathlib.Path(_WORKDIR.value))
-  summary = pipeline.run()
+  workdir = pathlib.Path(_WORKDIR.value)
+  # A wrong config leaves no folder behind.
+  config = read_config(config)
+  check_fields(config)
+  # Held before the model is loaded, which takes minutes.
+  with hold(workdir):
+    summary = Pipeline(config, workdir).run()
   changes = format_changes(summary)
   if changes:
     print(changes, file=sys.stderr)
-  print(f'summary: {pipeline.workdir / "summary.json"}', file=sys.stderr)
-  print(f'report:  {pipeline.workdir / "report.html"}', file=sys.stderr)
+  print(f'summary: {workdir / "summary.json"}', file=sys.stderr)
+  # Without the stage `report` there is none, or one of an earlier call.
+  if (workdir / 'report.html').exists():
+    print(f'report:  {workdir / "report.html"}', file=sys.stderr)
 
 
 if __name__ == '__main__':

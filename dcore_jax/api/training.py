@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dcore_jax import distributed, sharding
 from dcore_jax.api.model import Model
-from dcore_jax.claims import claim
+from dcore_jax.claims import claim, hold
 from dcore_jax.config import RunConfig
 from dcore_jax.data.rows import (
   parse_rows,
@@ -292,14 +292,17 @@ def _claim(folder: pathlib.Path, stage: str, settings: RunConfig, section: Any, 
   # Checkpoints are resumed from: without this, a second call on the same folder would return the
   # first call's model whatever it was asked for.
   mine = {'model': name, 'seed': settings.seed, 'options': to_json(section)}
-  claim(folder / f'{stage}.json', mine, f'holds the stage {stage} with other')
+  complaint = f'holds the stage {stage} with other'
+  claim(folder / f'{stage}.json', mine, complaint, defaults={'options': type(section)()})
 
 
 @contextlib.contextmanager
 def _folder(workdir: Folder | None) -> Iterator[pathlib.Path]:
   """The work directory of a call; one that is removed at its end where none is given."""
   if workdir is not None:
-    yield pathlib.Path(workdir)
+    folder = pathlib.Path(workdir)
+    with hold(folder):
+      yield folder
     return
   with tempfile.TemporaryDirectory(prefix='dcore_jax-') as folder:
     yield pathlib.Path(folder)

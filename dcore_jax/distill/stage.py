@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dcore_jax.config import DistillSection, LabelsSection, RunConfig, WorldSection
+from dcore_jax.config import DistillSection, LabelsSection, RunConfig
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.algorithm import SeedOutcome, check_ids, distill, label, summarise
 from dcore_jax.distill.shards import Clock, Shards, json_lines
@@ -33,7 +33,7 @@ from dcore_jax.files import (
   replace_text,
   write_json_atomic,
 )
-from dcore_jax.overrides import completed, to_json
+from dcore_jax.overrides import differences, to_json
 from dcore_jax.pages import render_page
 from dcore_jax.rollout.backends import Backend
 from dcore_jax.rollout.endpoint import EndpointLimits, OpenAIBackend
@@ -236,26 +236,15 @@ def _occupancy(before: EngineStats, now: EngineStats) -> float:
 # --- what the rows of a folder are made of --------------------------------------------------------
 
 
-# These options say where answers come from, at what price and in what pieces. The rows do not
-# depend on them.
-_PLACES = (
-  'backend',
-  'base_url',
-  'model',
-  'concurrency',
-  'timeout',
-  'request_retries',
-  'prompt_price',
-  'completion_price',
-  'shard_seeds',
-  'labels',
-)
+# What a folder's claim compares by itself: the model by the name that its backend gives it, labels
+# where there are any, and the size of shards.
+_COMPARED_APART = ('backend', 'model', 'shard_seeds', 'labels')
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-  """Returns the options on which rows depend, as JSON."""
+  """Returns the options of the seeds and of distillation, as JSON."""
   section = to_json(config.distill)
-  for name in _PLACES:
+  for name in _COMPARED_APART:
     del section[name]
   return {'seed': config.seed, 'world': to_json(config.world), 'distill': section}
 
@@ -273,21 +262,10 @@ def check_rows(config: RunConfig, folder: pathlib.Path) -> None:
   # Rows from elsewhere have no claim, and claims of earlier versions have no settings.
   if theirs is None:
     return
-  mine = _settings(config)
-  # A field that the record lacks did not exist when the rows were made.
-  world = completed(WorldSection(), theirs['world'])
-  section = completed(DistillSection(), theirs['distill'])
-  different = []
-  if mine['seed'] != theirs['seed']:
-    different.append('seed')
-  if mine['world'] != world:
-    different.append('world')
-  for name, value in mine['distill'].items():
-    if value != section[name]:
-      different.append(f'distill.{name}')
+  different = differences(RunConfig(), theirs, _settings(config))
   if different:
     raise ValueError(
-      f'{str(folder)!r} was distilled with other {", ".join(different)}; name another --workdir'
+      f'{str(folder)!r} was distilled with other {"; ".join(different)}; name another --workdir'
     )
 
 
@@ -329,13 +307,14 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
   """
   path = folder / 'claim.json'
   if path.exists():
-    theirs = read_json(path)
+    # Options that the program has learned since had their defaults then.
+    defaults = {'sampling': SamplingParams(), 'distiller': Distiller()}
     # A file of seeds may have moved; what it holds is compared by its digest.
-    names = (mine.keys() | theirs.keys()) - {'settings'}
-    different = sorted(name for name in names if mine.get(name) != theirs.get(name))
+    compared = {name: value for name, value in mine.items() if name != 'settings'}
+    different = differences(defaults, read_json(path), json.loads(json.dumps(compared)))
     if different:
       raise ValueError(
-        f'{str(folder)!r} was begun with other {", ".join(different)}; name another --workdir'
+        f'{str(folder)!r} was begun with other {"; ".join(different)}; name another --workdir'
       )
   else:
     write_json_atomic(path, mine)

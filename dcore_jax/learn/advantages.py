@@ -354,17 +354,20 @@ def select_groups(rewards_PG: np.ndarray, wanted: int, *, uniform_share: float =
   """
   if not 0 <= uniform_share <= 1:
     raise ValueError(f'uniform_share = {uniform_share} is a share, 0..1')
-  uniform_P = uniform_groups(np.asarray(rewards_PG))[:, 0]
+  uniform_P = uniform_groups(rewards_PG)[:, 0]
   # Uniform groups are taken in order until their room is used up.
   room = int(uniform_share * wanted)
   return np.flatnonzero(~uniform_P | (np.cumsum(uniform_P) <= room))[:wanted]
 
 
 def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
-  """[P, 1] bool: all rewards of the group are equal.
+  """[P, 1] bool: all rewards of the group are equal, in float32.
 
-  A rollout alone in its group counts when its reward, which then is its advantage, is 0.
+  A rollout alone in its group counts when its reward, which then is its advantage, is 0. Sampling,
+  metrics and estimators all ask here, and advantages are made from float32 rewards: rewards that
+  differ in float64 alone must not be a group with variance to the one and without to the other.
   """
+  rewards_PG = np.asarray(rewards_PG, np.float32)
   if rewards_PG.shape[1] == 1:
     return rewards_PG == 0
   return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)

@@ -15,6 +15,7 @@ import numpy as np
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.claims import claim
+from dcore_jax.config import Range
 from dcore_jax.learn import sft
 from dcore_jax.learn.batches import made_ahead
 from dcore_jax.learn.optimizer import Schedule, init_state, make_optimizer
@@ -62,9 +63,9 @@ class PretrainConfig:
     stages: fields of `Stage`, one mapping a stage.
   """
 
-  seed: int = 0
-  weight_decay: float = 0.01
-  held_out_every: int = 300
+  seed: int = dataclasses.field(default=0, metadata={'range': Range(least=0, most=2**32 - 1)})
+  weight_decay: float = dataclasses.field(default=0.01, metadata={'range': Range(least=0)})
+  held_out_every: int = dataclasses.field(default=300, metadata={'range': Range(least=1)})
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   stages: tuple[Mapping[str, Any], ...] = ()
 
@@ -191,7 +192,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
   """
   settings = overlay(PretrainConfig(), config.to_dict())
   complaint = 'holds checkpoints of a config that differs in'
-  claim(workdir / 'config.json', to_json(settings), complaint)
+  claim(workdir / 'config.json', to_json(settings), complaint, defaults=PretrainConfig())
   tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), settings.model['vocab_size'])
   special = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
   model = DecoderConfig.from_hf({**settings.model, **special})
@@ -236,7 +237,8 @@ def _run_stage(
 ) -> Any:
   """Trains on one stage's documents; returns the parameters."""
   tx = make_optimizer(
-    'muon',
+    # Nesterov momentum in Adam, too: the published organism was made so.
+    'muon_nadam',
     stage.learning_rate,
     Schedule('cosine', warmup=0.03, floor=0.05, total_steps=stage.steps),
     weight_decay=run.config.weight_decay,

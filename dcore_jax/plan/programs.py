@@ -116,9 +116,7 @@ def sft_step(run: RunShapes) -> Program:
 
 def rl_optimizer(section: RlSection) -> optax.GradientTransformation:
   """Returns the optimizer of section `rl`."""
-  return optimizer.make_optimizer(
-    'adamw', section.learning_rate, weight_decay=section.weight_decay, clip=section.clip
-  )
+  return rl_options.optimizer_options(section).make()
 
 
 def old_scores(run: RunShapes) -> Program:

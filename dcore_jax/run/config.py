@@ -12,24 +12,50 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcore_jax import overrides
-from dcore_jax.config import RunConfig
+from dcore_jax.config import RL_PRESETS, RunConfig
 
 _OVERRIDE = re.compile(r'--?config\.([\w.]+)')
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Returns a fresh, complete config for a config file to change; its fields are `RunConfig`'s."""
-  return ml_collections.ConfigDict(overrides.to_plain(RunConfig()))
+  """Returns a fresh, complete config for a config file to change; its fields are `RunConfig`'s.
+
+  Fields that a preset may set are told apart by whether somebody has set them, also to what they
+  were.
+  """
+  config = ml_collections.ConfigDict(overrides.to_plain(RunConfig()))
+  for name in sorted(set().union(*RL_PRESETS.values())):
+    config.rl[name] = _Default(config.rl[name])
+  return config
+
+
+class _Default(ml_collections.FieldReference):
+  """The value of a field of a `ConfigDict`, which knows whether somebody has set it."""
+
+  def __init__(self, value: Any):
+    super().__init__(value)
+    self.untouched = True
+
+  def set(self, value: Any, *arguments: Any, **options: Any) -> None:
+    """As in ml_collections, which calls it for `config.field = value`."""
+    super().set(value, *arguments, **options)
+    self.untouched = False
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    # A copy of a config says as much as the config.
+    super().__setstate__(state)
+    self.untouched = state['untouched']
 
 
 def read_config(config: ml_collections.ConfigDict | RunConfig) -> RunConfig:
   """Returns what a config file or the command line says, over the defaults.
 
   Raises:
-    ValueError: names every unknown field, with the nearest known name, and every value of another
-      kind.
+    ValueError: names every unknown field, with the nearest known name, every value of another kind,
+      and every number outside the range of its field.
   """
   if isinstance(config, RunConfig):
+    overrides.check_ranges(config)
     return config
   return overrides.overlay(RunConfig(), _plain(config))
 
@@ -95,8 +121,15 @@ def _help() -> str:
 
 
 def _plain(value: Any) -> Any:
-  """A `ConfigDict` as nested dicts, references resolved."""
-  if isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict, dict)):
+  """A `ConfigDict` as nested dicts, references resolved, without what nobody has set."""
+  frozen = isinstance(value, ml_collections.FrozenConfigDict)
+  if isinstance(value, ml_collections.ConfigDict) and not frozen:
+    plain = {}
+    for name, held in value.items(preserve_field_references=True):
+      if not (isinstance(held, _Default) and held.untouched):
+        plain[name] = _plain(value[name])
+    return plain
+  if frozen or isinstance(value, dict):
     return {name: _plain(value[name]) for name in value}
   if isinstance(value, (list, tuple)):
     return tuple(_plain(item) for item in value)

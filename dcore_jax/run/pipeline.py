@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 from dcore_jax import distributed, sharding
-from dcore_jax.claims import claim
+from dcore_jax.claims import claim, hold
 from dcore_jax.config import STAGES, ExecutionSection, RunConfig
 from dcore_jax.data.records import rl_points
 from dcore_jax.data.rows import section_sequences, training_rows
@@ -42,6 +42,7 @@ from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import load_policy, make_engine
 from dcore_jax.run.config import read_config
 from dcore_jax.run.export import generation_config
+from dcore_jax.train import rl_options, sft_loop
 from dcore_jax.train.metrics import Metrics, read_metrics
 from dcore_jax.train.rl_loop import run_rl
 from dcore_jax.train.sft_loop import run_sft
@@ -50,9 +51,6 @@ from dcore_jax.train.stage_run import StageRun
 from dcore_jax.worlds.environment import World
 from dcore_jax.worlds.registry import make_world
 from dcore_jax.worlds.rollouts import act
-
-# A run may be shown differently and go on with other stages, but not with other numbers.
-_FREE = ('stages', 'report', 'name')
 
 
 class Pipeline:
@@ -81,13 +79,14 @@ class Pipeline:
     # One engine at most: keys and values of its lanes fill most of a device's memory.
     self._engine: Engine | None = None
     self._grouped = False
-    claim(
-      workdir / 'config.json',
-      to_json(self.config),
-      'holds results of a config that differs in',
-      free=_FREE,
-      defaults=RunConfig(),
-    )
+    # A run that another process is at work on keeps the record of how that one was started.
+    with hold(workdir):
+      claim(
+        workdir / 'config.json',
+        to_json(self.config),
+        'holds results of a config that differs in',
+        defaults=RunConfig(),
+      )
     # Only the first host writes, and no other one may look into the folder before it has.
     distributed.wait_for_others('claim')
 
@@ -97,7 +96,15 @@ class Pipeline:
     return self.config.rl.estimator
 
   def run(self) -> dict[str, Any]:
-    """Runs what is asked for and not there yet; returns the summary."""
+    """Runs what is asked for and not there yet; returns the summary.
+
+    Raises:
+      ValueError: another process is at work in the work directory.
+    """
+    with hold(self.workdir):
+      return self._run()
+
+  def _run(self) -> dict[str, Any]:
     steps: dict[str, Callable[[], dict[str, Any]]] = {
       'evaluate_base': lambda: self.evaluate('base'),
       'distill': self.distill,
@@ -310,11 +317,13 @@ def check_fields(config: RunConfig) -> None:
   """Checks what fields mean together.
 
   Raises:
-    ValueError: a stage that there is not, or options of RL that exclude each other.
+    ValueError: a stage that there is not, or options that mean nothing or exclude each other.
   """
   unknown = [name for name in config.stages if name not in STAGES]
   if unknown:
     raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+  sft_loop.check_section(config.sft)
+  rl_options.check_section(config.rl)
   if config.rl.episodes:
     defaults = RunConfig().rl
     _check_unset('files', config.rl.files, defaults.files)

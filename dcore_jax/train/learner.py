@@ -23,13 +23,20 @@ from dcore_jax import sharding
 from dcore_jax.config import RlSection
 from dcore_jax.learn import advantages, grpo, objectives
 from dcore_jax.learn.grpo import Response
-from dcore_jax.learn.optimizer import HOST, TrainState, check_offload, make_optimizer
+from dcore_jax.learn.optimizer import HOST, TrainState, check_offload
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.policy import Policy
 from dcore_jax.tokentree import RowBatch, TokenTree
-from dcore_jax.train.rl_options import make_estimator, next_alpha, policy_loss, rows_multiple
+from dcore_jax.train.rl_options import (
+  OptimizerOptions,
+  make_estimator,
+  next_alpha,
+  optimizer_options,
+  policy_loss,
+  rows_multiple,
+)
 from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
 from dcore_jax.train.sources import RolloutSource
 from dcore_jax.train.throughput import forward_flops
@@ -54,13 +61,11 @@ class Programs(NamedTuple):
 def _programs(
   model: DecoderConfig,
   execution: Execution,
-  learning_rate: float,
-  weight_decay: float,
-  clip: float,
+  optimizer: OptimizerOptions,
   temperature: float,
   loss: objectives.PolicyLoss,
 ) -> Programs:
-  tx = make_optimizer('adamw', learning_rate, weight_decay=weight_decay, clip=clip)
+  tx = optimizer.make()
   return Programs(
     tx=tx,
     score=grpo.make_score_pass(model, temperature=temperature, execution=execution),
@@ -275,9 +280,7 @@ class Learner:
     self.programs = _programs(
       policy.config,
       execution,
-      config.learning_rate,
-      config.weight_decay,
-      config.clip,
+      optimizer_options(config),
       config.temperature,
       self._loss,
     )

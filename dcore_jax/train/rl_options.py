@@ -4,16 +4,21 @@ A wrong option is an error here, before anything is sampled, and not hours later
 first reads it.
 """
 
+import dataclasses
 import math
+import warnings
 
 import numpy as np
+import optax
 
-from dcore_jax import sharding
-from dcore_jax.config import RlSection
-from dcore_jax.learn import advantages, objectives
+from dcore_jax import overrides, sharding
+from dcore_jax.config import RL_PRESETS, RlSection
+from dcore_jax.learn import advantages, objectives, optimizer
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.train.sources import RolloutSource
+
+_GSPO_CLIP = 0.05  # a hundred times the published ones
 
 
 def policy_loss(config: RlSection) -> objectives.PolicyLoss:
@@ -98,39 +103,116 @@ def rows_multiple(config: RlSection, longest_prompt: int, response: int) -> int:
   return config.rows * math.ceil(tokens / (config.rows * config.capacity))
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+  """What the optimizer of section `rl` is made of; hashable."""
+
+  learning_rate: float
+  schedule: optimizer.Schedule
+  weight_decay: float
+  clip: float
+
+  def make(self) -> optax.GradientTransformation:
+    """AdamW with these options."""
+    return optimizer.make_optimizer(
+      'adamw',
+      self.learning_rate,
+      self.schedule,
+      weight_decay=self.weight_decay,
+      clip=self.clip,
+    )
+
+
+def optimizer_options(config: RlSection) -> OptimizerOptions:
+  """How section `rl` updates; its learning rate rises over `rl.warmup_steps` and then stays."""
+  schedule = optimizer.Schedule()
+  if config.warmup_steps and config.steps:
+    # Every rollout batch has `updates` optimizer steps.
+    schedule = optimizer.Schedule(
+      warmup=config.warmup_steps / config.steps, total_steps=config.steps * config.updates
+    )
+  return OptimizerOptions(
+    learning_rate=config.learning_rate,
+    schedule=schedule,
+    weight_decay=config.weight_decay,
+    clip=config.clip,
+  )
+
+
 def check_options(config: RlSection, engine: Engine, source: RolloutSource) -> None:
   """Checks the section before anything is sampled.
 
   Raises:
     ValueError: naming a field whose value means nothing, or sizes that do not fit each other.
   """
-  for name, value, least in (
-    ('updates', config.updates, 1),
-    ('group', config.group, 1),
-    ('wave', config.wave, 1),
-    ('checkpoint_every', config.checkpoint_every, 1),
-    ('dynamic_rounds', config.dynamic_rounds, 0),
-  ):
-    if value < least:
-      raise ValueError(f'rl.{name} = {value} must be at least {least}')
-  if config.prompts % config.updates:
-    raise ValueError(
-      f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}'
-    )
+  check_section(config)
   if config.rows % sharding.shards():
     raise ValueError(
       f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows'
     )
   _check_sizes(config, engine, source)
+
+
+def check_section(config: RlSection) -> None:
+  """Checks what the section says by itself, before anything is loaded.
+
+  Warns where an objective or an estimator lacks what usually belongs to it.
+
+  Raises:
+    ValueError: naming a field whose value means nothing, or fields that exclude each other.
+  """
+  overrides.check_ranges(config, RlSection, 'rl.')
+  if config.prompts % config.updates:
+    raise ValueError(
+      f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}'
+    )
+  if config.warmup_steps > config.steps:
+    raise ValueError(
+      f'rl.warmup_steps = {config.warmup_steps} exceeds rl.steps = {config.steps}: the learning '
+      'rate would never come up to rl.learning_rate'
+    )
   policy_loss(config)
+  _check_companions(config)
   # Options of functions are checked by the functions themselves, on the smallest input they take.
   nothing_PG = np.zeros((1, 2))
   nothing_PGT = np.zeros((1, 2, 1))
   make_estimator(config, config.alpha)(nothing_PG, nothing_PGT, nothing_PGT)
   advantages.select_groups(nothing_PG, 1, uniform_share=config.uniform_share)
-  if config.overlong_buffer:
-    length_penalty(config, np.zeros(1))
+  if config.overlong_buffer > config.max_tokens:
+    raise ValueError(
+      f'rl.overlong_buffer = {config.overlong_buffer} exceeds rl.max_tokens = '
+      f'{config.max_tokens}, the longest response'
+    )
   _check_alpha(config)
+
+
+def _check_companions(config: RlSection) -> None:
+  """Names what usually belongs to an objective or an estimator, where the section differs.
+
+  Raises:
+    ValueError: GSPO with clips at which no ratio of sequences is ever clipped.
+  """
+  if config.preset:
+    return  # what differs from it was set by somebody
+  for field, name in (('objective', config.objective), ('estimator', config.estimator)):
+    preset = RL_PRESETS.get(name, {})
+    if preset.get(field) != name:
+      continue
+    missing = []
+    for other, usual in preset.items():
+      value = getattr(config, other)
+      if other not in ('objective', 'estimator') and value != usual:
+        missing.append(f'rl.{other} = {usual} (here {value})')
+    if not missing:
+      continue
+    message = f'rl.{field} = {name!r} usually goes with {", ".join(missing)}'
+    # The mean log ratio of a sequence moves by 1e-4 a step.
+    if name == 'gspo' and max(config.clip_low, config.clip_high) > _GSPO_CLIP:
+      raise ValueError(
+        f'{message}; at these clips no sequence is ever clipped. Set them, or '
+        "rl.preset = 'gspo', which does"
+      )
+    warnings.warn(f'{message}; rl.preset = {name!r} sets it', stacklevel=2)
 
 
 def _check_alpha(config: RlSection) -> None:

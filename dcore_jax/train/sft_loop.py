@@ -17,6 +17,7 @@ from dcore_jax.learn.batches import Batches, BatchShape, batches
 from dcore_jax.learn.optimizer import Schedule, init_state, make_optimizer
 from dcore_jax.models.attention import tree_attention
 from dcore_jax.models.decoder import Execution
+from dcore_jax.overrides import check_ranges
 from dcore_jax.progress import progress
 from dcore_jax.rollout.policy import Policy
 from dcore_jax.tokentree import TokenSequence, TokenTree
@@ -56,8 +57,7 @@ def run_sft(
       option that means nothing.
   """
   _check_positions(sequences, config.capacity, policy.config.max_position_embeddings)
-  if config.checkpoint_every < 1:
-    raise ValueError(f'sft.checkpoint_every = {config.checkpoint_every} must be at least 1')
+  check_section(config)
   data = _make_batches(sequences, policy, config, run.seed)
   tx = _optimizer(config, steps=len(data))
   step_fn = sft.make_sft_step(policy.config, tx, execution)
@@ -125,6 +125,19 @@ def run_sft(
     'resumed_at': start,
     'seconds_before': seconds_before,
   }
+
+
+def check_section(config: SftSection) -> None:
+  """Checks what section `sft` says by itself, before anything is loaded.
+
+  Raises:
+    ValueError: a number outside its range, an unknown optimizer, or a rate that it does not have.
+  """
+  check_ranges(config, SftSection, 'sft.')
+  try:
+    _optimizer(config, steps=1)
+  except ValueError as error:
+    raise ValueError(f'section sft: {error}') from error
 
 
 def _make_batches(

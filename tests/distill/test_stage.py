@@ -138,7 +138,10 @@ def test_rows_are_those_of_one_config(uninterrupted, tmp_path):
   other = with_fields(
     make_config(temperature=0.9), seed=5, world__max_subtasks=3, stages=('distill',)
   )
-  with pytest.raises(ValueError, match='with other seed, world, distill.temperature; name another'):
+  changed = (
+    'seed: was 0, is 5; world.max_subtasks: was 4, is 3; distill.temperature: was 0.6, is 0.9'
+  )
+  with pytest.raises(ValueError, match=f'with other {changed}; name another'):
     distillation.check_rows(other, folder)
   shutil.copytree(folder, tmp_path / 'distill')
   (tmp_path / 'distill' / 'result.json').write_text('{}')
@@ -156,12 +159,13 @@ def test_rows_of_an_older_program_are_accepted(uninterrupted, tmp_path):
   (tmp_path / 'claim.json').write_text(json.dumps(claim))
   distillation.check_rows(make_config(), tmp_path)
   other = with_fields(make_config(max_chars=100), world__options={'size': 2})
-  with pytest.raises(ValueError, match='with other world, distill.max_chars; name another'):
+  changed = "world.options: was {}, is {'size': 2}; distill.max_chars: was 200000, is 100"
+  with pytest.raises(ValueError, match=f'with other {changed}; name another'):
     distillation.check_rows(other, tmp_path)
   claim['settings']['distill']['tasks'] = {'single': 5}
   (tmp_path / 'claim.json').write_text(json.dumps(claim))
   distillation.check_rows(with_fields(make_config(), distill__tasks={'single': 5}), tmp_path)
-  with pytest.raises(ValueError, match='with other distill.tasks; name another'):
+  with pytest.raises(ValueError, match='with other distill.tasks: was .*; name another'):
     distillation.check_rows(make_config(), tmp_path)
 
 
@@ -315,7 +319,7 @@ def test_a_folder_belongs_to_one_way_of_making_rows(uninterrupted):
     (dict(base_url=''), 'URL'),
     (dict(backend='local'), 'base_url'),
     (dict(backend='local', base_url='', prompt_price=1.0), 'prices'),
-    (dict(completion_price=-1.0), 'prices'),
+    (dict(completion_price=-1.0), 'distill.completion_price = -1.0'),
     (dict(backend='x'), 'backend'),
     (dict(examples=9), 'examples'),
     (dict(files=('nowhere.jsonl',)), 'nowhere.jsonl'),

@@ -1,5 +1,6 @@
 """Advantages against the golden values of the released code and plain transcripts."""
 
+import functools
 import math
 
 import hypothesis
@@ -287,3 +288,26 @@ def test_dynamic_sampling_selects_groups():
   assert select(4, uniform_share=1.0) == [0, 1, 2, 3]
   with pytest.raises(ValueError, match='uniform_share'):
     select(4, uniform_share=1.5)
+
+
+@hypothesis.given(st.lists(st.floats(-4, 4), min_size=2, max_size=8), st.integers(0, 3))
+def test_one_precision_decides_where_a_group_has_variance(rewards, shift):
+  """Sampling and metrics see rewards in float64, estimators in float32: all must see one group."""
+  rewards_PG = np.array([rewards, [rewards[0]] * len(rewards)])
+  # Differences that float32 cannot hold, as summing a reward's parts in another order makes them.
+  rewards_PG[1, 0] += shift * 1e-12
+  mask_PGT = np.ones((*rewards_PG.shape, 1))
+  uniform_P1 = advantages.uniform_groups(rewards_PG)
+  np.testing.assert_array_equal(uniform_P1, advantages.uniform_groups(np.float32(rewards_PG)))
+  entropy_PGT = mask_PGT.copy()
+  psi_PGT = advantages.psi_part(
+    functools.partial(advantages.da_grpo_advantages, alpha=0.1),
+    advantages.da_grpo_advantages(rewards_PG, entropy_PGT, mask_PGT, alpha=0.1),
+    rewards_PG,
+    mask_PGT,
+  )
+  np.testing.assert_array_equal(
+    psi_PGT[:, :, 0] != 0, np.broadcast_to(uniform_P1, psi_PGT.shape[:2])
+  )
+  kept = advantages.select_groups(rewards_PG, 2)
+  assert set(kept) == set(np.flatnonzero(~uniform_P1[:, 0]))

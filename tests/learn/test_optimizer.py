@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from dcore_jax.learn import optimizer
@@ -67,7 +68,51 @@ def test_muon_orthogonalises_each_layer_for_itself():
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
     singular = np.linalg.svd(np.reshape(first, shape), compute_uv=False)
     assert singular.max() / singular.min() < 3
-  assert 1e-3 < np.abs(plain['embed']).max() < 2e-3  # Adam with Nesterov momentum, at its own rate
+  # Adam's first step is its own learning rate.
+  np.testing.assert_allclose(np.abs(plain['embed']), 1e-3, rtol=1e-4)
+
+
+def test_muon_nadam_is_what_the_organism_was_made_with(params):
+  """optax's own Muon, to the bit; 'muon' differs from it in Adam's parameters alone."""
+  grads = [noise(params), noise(jax.tree.map(lambda leaf: leaf + 1, params))]
+  options = dict(learning_rate=0.1, weight_decay=0.01, b2=0.95, clip=1e9, adam_learning_rate=1e-3)
+
+  def trained(tx):
+    state = optimizer.init_state(params, tx)
+    for each in grads:
+      state, _ = optimizer.apply_gradients(tx, state, each)
+    return state.params
+
+  theirs = optax.contrib.muon(
+    0.1,
+    weight_decay=0.01,
+    adam_b2=0.95,
+    muon_weight_dimension_numbers=optimizer._muon_axes,
+    adam_learning_rate=1e-3,
+  )
+  published = trained(optax.chain(optax.clip_by_global_norm(1e9), theirs))
+  nadam = trained(optimizer.make_optimizer('muon_nadam', **options))
+  jax.tree.map(np.testing.assert_array_equal, nadam, published)
+  muon = trained(optimizer.make_optimizer('muon', **options))
+  adam = trained(optimizer.make_optimizer('adamw', 1e-3, b2=0.95, clip=1e9))
+  for name, moved in muon['layers'].items():
+    same_as = nadam if name in optimizer._MUON_AXES else adam
+    np.testing.assert_array_equal(moved, same_as['layers'][name])
+  np.testing.assert_array_equal(muon['embed'], adam['embed'])
+  first = optimizer.make_optimizer('muon_nadam', **options)
+  moved = updated(first, params, grads[0])[1].params['embed'] - params['embed']
+  np.testing.assert_allclose(np.abs(moved).max(), 1.47e-3, rtol=0.01)
+
+
+def test_a_clip_of_0_does_not_clip(params):
+  """As in torch; its state is that of any other clip, so that checkpoints fit."""
+  grads = noise(params)
+  moved = {}
+  for clip in (0.0, 1e9):
+    tx = optimizer.make_optimizer('adamw', 1.0, clip=clip)
+    _, moved[clip], _ = updated(tx, params, grads)
+  jax.tree.map(np.testing.assert_array_equal, moved[0.0], moved[1e9])
+  assert np.abs(moved[0.0].params['embed'] - params['embed']).max() > 0.9
 
 
 def test_non_finite_gradient_changes_nothing_but_the_count(params):
@@ -100,6 +145,11 @@ def test_gradient_norm_is_global_and_reported_before_clipping(params):
     (dict(name='sgd'), 'unknown optimizer'),
     (dict(name='muon'), 'needs adam_learning_rate'),
     (dict(name='adamw', adam_learning_rate=1.0), 'is for muon'),
+    (dict(clip=-1.0), 'clip = -1.0 must be finite and not negative'),
+    (dict(clip=float('nan')), 'clip = nan'),
+    (dict(learning_rate=-1e-5), 'learning_rate = -1e-05'),
+    (dict(weight_decay=-0.1), 'weight_decay = -0.1'),
+    (dict(name='muon', adam_learning_rate=float('inf')), 'adam_learning_rate = inf'),
   ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -1,12 +1,15 @@
+import copy
 import dataclasses
 import json
+import math
+import re
 
 import ml_collections
 import pytest
 from absl import flags
 
 from dcore_jax import overrides
-from dcore_jax.config import RunConfig
+from dcore_jax.config import RL_PRESETS, RunConfig
 from dcore_jax.run import config
 
 
@@ -96,3 +99,103 @@ def test_the_flag_takes_a_file_a_variant_and_overrides(tmp_path, monkeypatch):
   with pytest.raises(AttributeError):
     holder.value.stepz = 1
   assert config.define_config(flag_values=values).value is holder.value
+
+
+def test_every_number_has_a_range_and_its_default_is_inside():
+  def numbers(section):
+    for field in dataclasses.fields(section):
+      value = getattr(section, field.name)
+      if dataclasses.is_dataclass(value):
+        yield from numbers(value)
+      elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield field, value
+
+  found = list(numbers(RunConfig()))
+  assert len(found) > 80
+  for field, value in found:
+    limits = field.metadata['range']
+    assert not limits.problem(value), field.name
+    if field.name != 'right_above':  # a reward, which may be anything
+      assert limits.problem(-1e9), field.name
+    assert limits.problem(math.nan) and limits.problem(math.inf)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'said'),
+  [
+    ('seed', -1, 'seed = -1 must be in 0..4294967295'),
+    ('seed', 2**32, 'seed = 4294967296 must be in'),
+    ('sft__clip', -1, 'sft.clip = -1.0 must be at least 0'),
+    ('rl__clip', -0.5, 'rl.clip = -0.5 must be at least 0'),
+    ('rl__learning_rate', -1e-6, 'rl.learning_rate = -1e-06 must be at least 0'),
+    ('sft__learning_rate', math.inf, 'sft.learning_rate = inf must be finite'),
+    ('rl__alpha', math.nan, 'rl.alpha = nan must be finite'),
+    ('rl__temperature', 0, 'rl.temperature = 0.0 must be above 0'),
+    ('evaluate__temperature', -1, 'evaluate.temperature = -1.0 must be at least 0'),
+    ('distill__top_p', 0, 'distill.top_p = 0.0 must be above 0 and at most 1'),
+    ('distill__timeout', 0, 'distill.timeout = 0.0 must be above 0'),
+    ('distill__labels__samples', 0, 'distill.labels.samples = 0 must be at least 1'),
+    ('mesh__fsdp', 0, 'mesh.fsdp = 0 must be at least 1 or -1'),
+    ('sft__warmup', 1.5, 'sft.warmup = 1.5 must be in 0..1'),
+    ('rl__tasks', {'single': -1}, 'rl.tasks.single = -1 must be at least 0'),
+    ('rl__tasks', {'single': 'x'}, "field 'rl.tasks.single' must be a whole number"),
+    ('rl__psi_words', (1,), "field 'rl.psi_words' must be a list of texts"),
+    ('rl__preset', 'dpao', "field 'rl.preset' must be one of"),
+  ],
+)
+def test_numbers_outside_their_range_are_named(field, value, said):
+  with pytest.raises(ValueError, match=re.escape(said)):
+    overrides.with_fields(RunConfig(), **{field: value})
+
+
+def test_a_config_made_past_the_checks_is_checked():
+  with pytest.raises(ValueError, match='seed = -3'):
+    config.read_config(dataclasses.replace(RunConfig(), seed=-3))
+
+
+@pytest.mark.parametrize('preset', RL_PRESETS)
+def test_a_preset_sets_what_nobody_has_set(preset):
+  given = config.default_config()
+  given.rl.preset = preset
+  given.rl.alpha = 0.3
+  made = config.read_config(given).rl
+  for name, value in RL_PRESETS[preset].items():
+    assert getattr(made, name) == value
+  assert made.alpha == 0.3 and made.steps == RunConfig().rl.steps
+  # A field is set also where it is set to what it was.
+  default = RunConfig().rl
+  for name in RL_PRESETS[preset]:
+    own = config.default_config()
+    own.rl.preset = preset
+    own.rl[name] = getattr(default, name)
+    for copied in (own, copy.deepcopy(own)):
+      assert getattr(config.read_config(copied).rl, name) == getattr(default, name)
+    explicit = {'rl__preset': preset, f'rl__{name}': getattr(default, name)}
+    assert (
+      getattr(overrides.with_fields(RunConfig(), **explicit).rl, name) == explicit[f'rl__{name}']
+    )
+
+
+def test_a_preset_takes_the_place_of_another():
+  one = overrides.with_fields(RunConfig(), rl__preset='dapo', rl__clip=0.5)
+  other = overrides.with_fields(one, rl__preset='gspo')
+  assert other == overrides.with_fields(RunConfig(), rl__preset='gspo', rl__clip=0.5)
+  # A record of the run has all values, and is read as it stands.
+  assert overrides.overlay(RunConfig(), overrides.to_json(one)) == one
+
+
+def test_differences_name_fields_and_both_values():
+  before = overrides.to_json(overrides.with_fields(RunConfig(), rl__alpha=0.4, rl__rows=2))
+  now = overrides.with_fields(
+    RunConfig(),
+    rl__rows=8,
+    distill__prompt_price=2.0,
+    distill__base_url='http://other:8000/v1',
+    engine__lanes=8,
+    report__traces=1,
+    sft__files=('a.jsonl',),
+  )
+  assert overrides.differences(RunConfig(), before, overrides.to_json(now)) == [
+    "sft.files: was [], is ['a.jsonl']",
+    'rl.alpha: was 0.4, is 0.1',
+  ]

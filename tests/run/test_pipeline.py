@@ -39,9 +39,38 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
   config = nano.get_config('quick')
   config.stages = ('export',)  # which stages are run may change
   Pipeline(config, tmp_path)
+  # Where and how fast may change, too.
+  config.distill.update(dict(base_url='http://other:8000/v1', prompt_price=2.0, timeout=5.0))
+  config.engine.lanes = 16
+  Pipeline(config, tmp_path)
+  record = json.loads((tmp_path / 'config.json').read_text())
+  assert record['engine']['lanes'] == 16
+  # An earlier program had no such fields.
+  for section, name in (('rl', 'preset'), ('rl', 'warmup_steps'), ('distill', 'prompt_price')):
+    del record[section][name]
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  Pipeline(config, tmp_path)
   config.rl.alpha = 0.4
-  with pytest.raises(ValueError, match='differs in rl'):
+  with pytest.raises(ValueError, match='differs in rl.alpha: was 0.1, is 0.4; name another'):
     Pipeline(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('section', 'name', 'value', 'said'),
+  [
+    ('rl', 'objective', 'gpso', 'gpso'),
+    ('rl', 'estimator', 'da_gpro', 'da_gpro'),
+    ('rl', 'updates', 3, 'rl.prompts = 8 does not divide into rl.updates = 3'),
+    ('sft', 'optimizer', 'adam', "section sft: unknown optimizer 'adam'"),
+    ('sft', 'clip', -1.0, 'sft.clip = -1.0'),
+  ],
+)
+def test_a_later_stage_is_checked_before_anything_is_loaded(tmp_path, section, name, value, said):
+  config = nano.get_config('quick')
+  config[section][name] = value
+  with pytest.raises(ValueError, match=said):
+    Pipeline(config, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
 
 
 def test_stages_say_what_they_need(tmp_path):

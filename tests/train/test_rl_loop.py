@@ -7,21 +7,24 @@ import dataclasses
 import json
 import re
 import threading
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
 from dcore_jax.chat.template import render_prompt
+from dcore_jax.config import RL_PRESETS, RunConfig
 from dcore_jax.learn import advantages
-from dcore_jax.learn.optimizer import init_state
+from dcore_jax.learn.optimizer import Schedule, init_state
 from dcore_jax.models.decoder import Execution
+from dcore_jax.overrides import with_fields
 from dcore_jax.tokentree import RowBatch
 from dcore_jax.train import learner as learner_module
 from dcore_jax.train import rl_loop
 from dcore_jax.train.learner import Learner, Reference, Update, only_psi
 from dcore_jax.train.metrics import Metrics, read_metrics
-from dcore_jax.train.rl_options import check_options
+from dcore_jax.train.rl_options import check_options, check_section, optimizer_options
 from dcore_jax.train.sampler import Sampler
 from dcore_jax.train.sources import Questions, encode_prompts
 from dcore_jax.worlds.rollouts import Exchange
@@ -291,7 +294,12 @@ def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monke
     (dict(psi_when_wrong='nope'), 'nope'),
     (dict(alpha=-1.0), 'alpha = -1.0'),
     (dict(uniform_share=2.0), 'uniform_share'),
-    (dict(overlong_buffer=13), 'buffer = 13'),
+    (dict(overlong_buffer=13), 'rl.overlong_buffer = 13 exceeds rl.max_tokens = 12'),
+    (dict(clip=-1.0), 'rl.clip = -1.0 must be at least 0'),
+    (dict(learning_rate=-1e-3), 'rl.learning_rate = -0.001'),
+    (dict(temperature=0.0), 'rl.temperature = 0.0'),
+    (dict(warmup_steps=4), 'rl.warmup_steps = 4 exceeds rl.steps = 3'),
+    (dict(objective='gspo'), 'rl.clip_low = 0.0003 .here 0.2., rl.clip_high = 0.0004'),
   ],
 )
 def test_configs_that_cannot_work(tmp_path, changes, message):
@@ -308,10 +316,51 @@ def test_configs_that_cannot_work(tmp_path, changes, message):
   assert not list((tmp_path / 'checkpoints').rglob('[0-9]*'))
 
 
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    (dict(objective='cispo'), 'rl.clip_low = 1.0 .here 0.2.'),
+    (dict(estimator='dr_grpo'), 'rl.aggregation = dr .here token., rl.kl_coefficient = 0.0'),
+    (dict(objective='gspo', clip_low=3e-4, clip_high=4e-4), 'rl.aggregation = sequence'),
+  ],
+)
+def test_what_belongs_to_a_method_is_named(changes, said):
+  with pytest.warns(UserWarning, match=said):
+    check_section(rl_config(**changes))
+
+
+@pytest.mark.parametrize('preset', RL_PRESETS)
+def test_a_preset_is_complete(preset):
+  section = with_fields(RunConfig(), rl__preset=preset).rl
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    check_section(section)
+    # Nor does it lack anything where its values are written out.
+    check_section(dataclasses.replace(section, preset=''))
+
+
+def test_the_learning_rate_rises_over_the_first_rollout_batches():
+  section = rl_config(steps=5, updates=2, warmup_steps=2, learning_rate=1.0)
+  rate = optimizer_options(section).schedule.rate(1.0)
+  np.testing.assert_allclose(
+    [rate(step) for step in range(10)], [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1], rtol=1e-6
+  )
+  assert optimizer_options(rl_config()).schedule == Schedule()
+
+
+def test_a_clip_of_0_trains(tmp_path):
+  """It once scaled every gradient to nothing."""
+  trained, _ = train(tmp_path, rl_config(steps=1, validation=0, clip=0.0))
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, params())
+  assert max(jax.tree.leaves(moved)) > 1e-3
+
+
 def test_options_of_the_loss_reach_the_step(tmp_path):
   """The loop brings what each option reads; the engine is exact: importance weights are 1."""
   options = dict(
     objective='gspo',
+    clip_low=3e-4,
+    clip_high=4e-4,
     aggregation='sequence',
     importance_cap=2.0,
     uniform_kl=0.1,
