@@ -319,7 +319,7 @@ def test_a_folder_belongs_to_one_way_of_making_rows(uninterrupted):
     (dict(base_url=''), 'URL'),
     (dict(backend='local'), 'base_url'),
     (dict(backend='local', base_url='', prompt_price=1.0), 'prices'),
-    (dict(completion_price=-1.0), 'prices'),
+    (dict(completion_price=-1.0), 'distill.completion_price = -1.0'),
     (dict(backend='x'), 'backend'),
     (dict(examples=9), 'examples'),
     (dict(files=('nowhere.jsonl',)), 'nowhere.jsonl'),
