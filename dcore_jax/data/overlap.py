@@ -77,6 +77,7 @@ class Overlap:
 
   def _find_query(self, words: tuple[str, ...]) -> str | None:
     """Returns the test task whose request stands in these words."""
+    # A request of fewer than 8 words has no n-gram, and is found only as a whole.
     if words in self._queries:
       return self._queries[words]
     grams = dict.fromkeys(_runs(words, WORDS))
@@ -98,6 +99,7 @@ class Overlap:
     for text in said:
       words.update(_WORD.findall(text))
     for call in calls:
+      # Identifiers such as mei_kovacs_8020 are one word for `_WORD`, and keep their case.
       words.update(map(str, leaf_values(call.arguments)))
     found = sorted(words & self._names.keys())
     return self._names[found[0]] if found else None

@@ -23,6 +23,7 @@ def task_seeds(world: World, task: WorldTask) -> list[Seed]:
     query = Message('user', turn.query)
     seed = Seed(
       id=f'{task.id}/{number}',
+      # The kind is that of the turn: a dialogue has turns of one call and of several.
       kind=_seed_kind(turn, one_response),
       conversations=(*history, query),
       calls=turn.calls,
@@ -33,6 +34,7 @@ def task_seeds(world: World, task: WorldTask) -> list[Seed]:
     )
     seeds.append(seed)
     history += [query, *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    # The sandbox of the next turn starts from the state that these calls leave.
     done += turn.calls
   return seeds
 
