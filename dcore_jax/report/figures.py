@@ -1,10 +1,11 @@
-"""Numbers of a summary as a page shows them: what is missing is a dash."""
+"""Formats the numbers of a summary for a page; a missing number is a dash."""
 
 import math
 from typing import Any
 
 from dcore_jax.statistics import estimate_share, format_estimate
 
+# Estimators of other packages have no label here and are shown by their name.
 STAGE_LABELS = {
   'base': 'base',
   'sft': 'after SFT',
@@ -32,6 +33,7 @@ def kinds_of(stages: Stages) -> list[str]:
   """Returns the kinds of task that any stage was measured on, in the order of the first."""
   kinds: dict[str, None] = {}
   for stage in stages.values():
+    # A dict keeps the order of insertion, which is that of the world.
     for field in ('accuracy', 'lazy_ratio'):
       kinds.update(dict.fromkeys(stage.get(field) or {}))
   return list(kinds)
@@ -39,6 +41,7 @@ def kinds_of(stages: Stages) -> list[str]:
 
 def number(value: Any) -> float | None:
   """A finite number, or None for what is missing, null or not a number."""
+  # bool is an int in Python, and a flag is no figure. NaN cannot be drawn.
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
     return None
   return value
@@ -60,11 +63,14 @@ def estimate(stage: dict[str, Any], field: str, kind: str | None = None) -> dict
   if value is None:
     return None
   found = (stage.get('intervals') or {}).get(field)
+  # A figure by kind has its estimates by kind, too.
   if kind and found:
     found = found.get(kind)
   if found:
     return found
   n = entry(stage, 'n', kind) if kind else None
+  # A share and its number of tasks are enough for an interval. Other figures have spreads that are
+  # not known here.
   if field == 'accuracy' and n and 0 <= value <= 1:
     return estimate_share(value, int(n))
   return {'mean': value}
@@ -74,9 +80,11 @@ def shown(
   found: dict[str, Any] | None, digits: int = 1, scale: float = 1.0, suffix: str = ''
 ) -> str:
   """An estimate with its interval; a figure alone where it has no number of units; or a dash."""
+  # A paired difference stands under another name than a mean.
   value = number((found or {}).get('difference', (found or {}).get('mean')))
   if value is None:
     return '–'
+  # Without a number of units the text would promise an interval that is not there.
   if number(found.get('n')) is None:
     return f'{scale * value:,.{digits}f}{suffix}'
   return format_estimate(found, digits, scale, suffix)

@@ -1,4 +1,4 @@
-"""Conversations of the report: messages cut into reasoning, its hesitant words, and the rest."""
+"""Splits the conversations of the report into reasoning, its hesitant words, and other text."""
 
 import re
 from typing import Any
