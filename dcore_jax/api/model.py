@@ -307,7 +307,7 @@ def sampling_rule(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def _find_folder(name: str) -> pathlib.Path:
-  """The directory of a model, downloaded where it is on the hub alone."""
+  """Finds the directory of a model, and downloads it if only the hub has it."""
   # The empty name is the default of config fields, which means the packaged model.
   if name in ('', 'organism'):
     return ORGANISM

@@ -156,7 +156,7 @@ def chat_with(
 
 
 def _typed() -> Iterator[str]:
-  """The lines that are typed, until the end of the input."""
+  """Yields the lines that are typed, until the end of the input."""
   while True:
     try:
       yield input('> ')

@@ -249,7 +249,7 @@ def _configured(
   config: ml_collections.ConfigDict | RunConfig | None,
   seed: int | None,
 ) -> RunConfig:
-  """The config of a call, with `options` in one section; ValueError names unknown ones."""
+  """Returns the config of a call, with `options` in one section; ValueError names unknown ones."""
   # Checked as a config file is, so that an option that no section has cannot be ignored.
   values: dict[str, Any] = {section: dict(options)}
   if seed is not None:
@@ -269,7 +269,7 @@ def _check_source(
 
 
 def _policy(model: Model) -> Policy:
-  """The model as the stages take it, its parameters copied at every load."""
+  """Returns the model as a policy whose parameters are copied at every load."""
 
   def load(mesh: Mesh | None) -> Any:
     # A training step donates its parameters, and would take the person's model away.
@@ -302,7 +302,7 @@ def _claim(folder: pathlib.Path, stage: str, settings: RunConfig, section: Any, 
 
 @contextlib.contextmanager
 def _folder(workdir: Folder | None) -> Iterator[pathlib.Path]:
-  """The work directory of a call; one that is removed at its end where none is given."""
+  """Yields the work directory of a call; without one, a folder that is removed at the end."""
   if workdir is not None:
     folder = pathlib.Path(workdir)
     # Two processes on one folder would overwrite each other's checkpoints.

@@ -1,6 +1,6 @@
-"""The test tasks of BFCL v3 and tau2-bench, which are kept out of training.
+"""Reads the test tasks of BFCL v3 and tau2-bench, which are kept out of training.
 
-They are read from the data of those packages, which are not imported.
+The data files of these packages are read; their code is not imported.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,9 +67,9 @@ def _accepted_calls(truth: list[dict[str, dict[str, list[Any]]]]) -> tuple[ToolC
 def tau2_tests() -> Iterator[TestTask]:
   """Yields the tasks of tau2-bench's test splits.
 
-  A task holds what its user is told, the reference actions, and who the user is. The tasks come
-  from tau-bench's own airline and retail domains, so a dialogue with the user of a test task is
-  refused.
+  A task holds the instructions of its user, the reference actions, and the user's id. The tasks
+  come from tau-bench's own airline and retail domains, so a dialogue with the user of a test task
+  is refused.
 
   Raises:
     ValueError: tau2 is not installed.

@@ -103,7 +103,7 @@ def _calls_as_text(message: _Said) -> bool:
 def chat_dialogue(record: Record, name: str) -> Dialogue:
   """Reads a row of messages as data, up to the last message of the assistant that may be trained.
 
-  Nothing is learned from what follows that message. Calls that stand in a text stay text.
+  Nothing is learned from what follows that message. Calls in a text stay text.
 
   Args:
     record: with `messages` or `conversations`.
@@ -425,7 +425,7 @@ def _message_calls(message: Record, where: str) -> tuple[_Call, ...]:
     _named_call(item, f'{where}: tool_calls[{number}]') for number, item in enumerate(listed)
   ]
   ids = [call.id for call in calls if call.id]
-  # Answers are matched by id, and could not be told apart.
+  # Answers are matched by id, and two calls of one id cannot be distinguished.
   if len(set(ids)) < len(ids):
     raise ValueError(f'{where}: two of its calls have one id')
   return tuple(calls)

@@ -1,4 +1,4 @@
-"""Published rows: local files or hub data sets, in whatever schema they are published in."""
+"""Loads published rows of any known schema from local files and from data sets on the hub."""
 
 import dataclasses
 import pathlib

@@ -55,7 +55,7 @@ def read_points(record: Record, schema: str | None, name: str) -> list[DecisionP
         f'no known schema has the fields {sorted(record)}; known are {row_schemas.SCHEMAS}, and '
         f'messages with one of {REFERENCE_FIELDS}'
       )
-    # ToolRL's reference stands in the text of its output, behind the thoughts.
+    # ToolRL's reference is in the text of its output, behind the thoughts.
     if schema == 'toolrl':
       point, _ = row_schemas.toolrl_point(record, name)
       # Checked after the point: a row that lacks its fields is the more useful error.
@@ -102,7 +102,7 @@ def _references(record: Record) -> dict[str, Any]:
 
 
 def read_asked(record: Record, name: str) -> Asked:
-  """Reads a row of messages whose reference stands in a field of its own.
+  """Reads a row of messages with the reference in a field of its own.
 
   Raises:
     ValueError: naming the message or field that cannot be read.

@@ -1,9 +1,9 @@
-"""The schemas that rows for fine-tuning are published in, and one adapter from each to ours.
+"""Recognises the schemas of published rows for fine-tuning, and adapts each of them to ours.
 
     rows        messages or conversations of {role, content}, as OpenAI's interface has them, and
                 tools: D-CORE's rows, too; self-distillation writes such rows
     completion  prompt, completion: texts or lists of such messages
-    preference  chosen, rejected and perhaps prompt, of which the chosen answer is taken
+    preference  chosen, rejected and perhaps prompt; the chosen answer is taken
     packed      conversations and single_conv_last_idx: D-CORE's packs, several rows in one
     toolrl      instruction, input, output: ToolRL
     xlam        query, tools, answers: Salesforce/xlam-function-calling-60k
@@ -72,7 +72,7 @@ _FIELDS = {
   'xlam': ('query', 'tools', 'answers'),
   'toolace': ('system', 'conversations'),
   'apigen_mt': ('system', 'conversations', 'tools'),
-  'hermes': ('conversations', 'tools', 'schema'),  # the schema stands in the system text, too
+  'hermes': ('conversations', 'tools', 'schema'),  # the system text holds the schema, too
 }
 
 
@@ -116,7 +116,7 @@ def _message_schema(record: Record, fields: set[str]) -> str:
 def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
   """Reads a record as data, with names that a Python-style call can have.
 
-  Calls that stand in a text are read, too. Returns None for ToolRL, whose tools are text, and for
+  Calls in a text are read, too. Returns None for ToolRL, whose tools are text, and for
   packs.
 
   Raises:
@@ -289,7 +289,7 @@ def _apigen_mt(record: Record, name: str) -> Dialogue:
 
 
 def _hermes(record: Record, name: str) -> Dialogue:
-  """Reads a Hermes record, whose tools stand in a field or in the system text.
+  """Reads a Hermes record, whose tools are in a field or in the system text.
 
   A system text with a <tools> block only says which tools there are and how to call them, which the
   row's own style says again.
@@ -420,7 +420,7 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   missing = {'instruction', 'input', 'output'} - record.keys()
   if missing:
     raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
-  # A thought may speak of `<tool_call>` itself, so only what stands behind it is searched.
+  # A thought may speak of `<tool_call>` itself, so only the text behind it is searched.
   thought, rest = split_answer(record['output'])
   # An output has calls or a response; where both stand, the calls are the reference.
   calls = _toolrl_calls(rest, name) if _TAGGED_CALL.search(rest) else []
@@ -428,7 +428,7 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')
   # The instruction's tool list is kept, with names that a Python-style call can have. ToolRL's own
-  # output format, which stands behind it, is replaced by ours.
+  # output format, which follows the list, is replaced by ours.
   tools = record['instruction'].split('**Steps for Each Turn**')[0]
   tools = _LISTED_NAME.sub(lambda match: match[1] + python_name(match[2]), tools)
   messages = (
@@ -450,7 +450,7 @@ def _part(output: str, tag: str) -> str:
 
 
 def _toolrl_calls(text: str, name: str) -> list[ToolCall]:
-  """Reads the calls of the first tag, one a line; what stands behind it is no part of the row."""
+  """Reads the calls of the first tag, one a line; text behind the tag is no part of the row."""
   try:
     calls = next(tagged_blocks(text)).calls
   except ToolCallError as error:

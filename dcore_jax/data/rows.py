@@ -1,4 +1,4 @@
-"""SFT rows on their way from a data set to the training step.
+"""Prepares SFT rows for the training step.
 
 Rows are read once, get a system prompt, are split into one row a turn, and become tokens and
 weights.

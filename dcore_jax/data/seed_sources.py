@@ -1,4 +1,4 @@
-"""Where seeds come from: worlds that make them, recorded dialogues, published rows, and seed files.
+"""Makes seeds from the tasks of worlds, recorded dialogues, published rows, and seed files.
 
 WORLD        tasks of a world, by its name in `worlds/registry.py`: toolworld, bfcl, or your own
 taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's
@@ -64,7 +64,7 @@ class Found:
 def training_tasks(
   config: TasksSection, counts: Mapping[str, int], purpose: int
 ) -> list[WorldTask]:
-  """Training tasks of the config's world; the same purpose gives the same ones.
+  """Makes training tasks of the config's world; one purpose always gives the same tasks.
 
   Args:
     config: the whole config.
@@ -86,12 +86,12 @@ def training_tasks(
 
 
 def training_seeds(config: TasksSection, counts: Mapping[str, int], purpose: int) -> list[Seed]:
-  """`training_tasks` as seeds."""
+  """Returns `training_tasks` as seeds."""
   return _seeds_of(make_world(config.world), training_tasks(config, counts, purpose))
 
 
 def config_seeds(config: TasksSection) -> list[Seed]:
-  """The seeds that the config's section `distill` asks for: of its files, or of its world.
+  """Loads the seeds of the files in the config's section `distill`, or makes them from its world.
 
   Raises:
     ValueError: a file that is not there, or a record that is no seed, by its id.
@@ -122,7 +122,7 @@ def _recorded_seed(record: Record, name: str) -> list[Seed]:
 
 
 def load_seeds(source: str, *, count: int, seed: int) -> Found:
-  """Seeds of one source.
+  """Loads the seeds of one source.
 
   Args:
     source: see the module's docstring.
@@ -157,7 +157,7 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
 
 
 def _world_source(name: str, count: int, seed: int) -> Found:
-  """Seeds of `count` training tasks of each kind of a world with its default options."""
+  """Makes seeds of `count` training tasks of each kind of a world with default options."""
   world = find_world(name)()
   # BFCL's tasks take the number as it is, because files of seeds have been made in that way; no
   # other task set comes near its small numbers.
@@ -226,7 +226,7 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
 
 
 def _asked_seed(record: dict[str, Any], name: str) -> Seed:
-  """A seed of messages and, in a field of its own, the calls of one response."""
+  """Makes a seed of messages and the reference response in a field of its own."""
   asked = reference_rows.read_asked(record, name)
   return Seed(
     id=str(record['id']) if record.get('id') is not None else name,
@@ -240,7 +240,7 @@ def _asked_seed(record: dict[str, Any], name: str) -> Seed:
 
 
 def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
-  """A seed of a ToolRL row, which is one response: its calls go out together."""
+  """Makes a seed of a ToolRL row, which is one response: its calls go out together."""
   point, _ = row_schemas.toolrl_point(record, name)
   calls = tuple(parse_calls(point.reference) or ())
   return Seed(
@@ -254,7 +254,7 @@ def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
 
 
 def _kind_of(calls: Sequence[ToolCall], *, together: bool) -> str:
-  """The kind of a seed with these reference calls, which go out together or one after another."""
+  """Returns the kind of a seed whose calls go out together or one after another."""
   if not calls:
     return 'irrelevant'
   if len(calls) == 1:
@@ -274,7 +274,7 @@ class _Step:
 
   @property
   def said(self) -> str:
-    """What later prompts show of the message: its words and calls, without the thoughts."""
+    """The part of the message that later prompts show: words and calls, without thoughts."""
     if self.message.calls:
       # Thoughts are left out, as in the history of rows (docs/method.md, section 2.1).
       words = self.message.words + '\n\n' if self.message.words else ''
@@ -305,14 +305,14 @@ class _Request:
 
   @property
   def answer(self) -> str:
-    """The text that ends the turn; '' where it ends with calls or without a word."""
+    """The text that ends the turn; '' if it ends with calls or without a word."""
     if not self.steps or self.steps[-1].message.calls:
       return ''
     return self.steps[-1].said
 
 
 def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -> Iterator[Seed]:
-  """One seed for every user turn in which tools are called, after the dialogue before it.
+  """Yields a seed for each user turn in which tools are called; its history is the dialogue before.
 
   A turn without calls is an irrelevant seed if tools are listed and it is the dialogue's only turn,
   as in data sets of single requests. Elsewhere it is conversation, and counted.
@@ -322,7 +322,7 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     found: counts what is dropped.
     refusals: whether there are irrelevant seeds.
   """
-  # Without tools there is no list to show: they may stand in the policy's own words.
+  # Without tools there is no list to show: the policy may describe them in words.
   system = dialogue.policy
   if dialogue.tools:
     system = tool_specs.system_text(dialogue.policy, dialogue.tools)
@@ -368,7 +368,7 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
 
 
 def _requests(turns: Sequence[DialogueTurn]) -> list[_Request]:
-  """The user turns of a dialogue, each with the assistant's messages and their outputs."""
+  """Groups a dialogue by user turns, with the assistant's messages and their outputs."""
   requests: list[_Request] = []
   for turn in turns:
     if turn.role == 'user':
@@ -431,7 +431,7 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
 
 
 def _message_calls(message: dict[str, Any]) -> list[tuple[str, Any]]:
-  """(name, arguments) of the calls in an OpenAI message."""
+  """Returns (name, arguments) of each call in an OpenAI message."""
   functions = [call['function'] for call in message.get('tool_calls') or ()]
   return [(function['name'], json.loads(function['arguments'])) for function in functions]
 
@@ -450,9 +450,9 @@ def _trajectory_turns(messages: Sequence[dict[str, Any]]) -> Iterator[DialogueTu
 
 
 def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
-  """A spec of every tool that is called.
+  """Derives a spec of each called tool from its calls.
 
-  Its parameters are those that occur in calls; those that every call has are required.
+  A parameter is one that occurs in a call; it is required if every call has it.
   """
   seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
   for record in records:
@@ -486,8 +486,8 @@ def _observed_spec(name: str, calls: Sequence[dict[str, Any]]) -> ToolSpec:
 
 # --- tau2-bench ---
 
-# tau2's user is a model that is told whom to play. Rewriting that to the first person would need a
-# model, too, so the notes are quoted.
+# tau2's user is a model that plays a customer by notes in the second person. Rewriting them would
+# need a model, so the notes are quoted.
 _TAU2_QUERY = (
   'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
 )
@@ -495,7 +495,7 @@ _TAU2_TOLD = ('known_info', 'unknown_info', 'reason_for_call', 'task_instruction
 
 
 def tau2_seeds() -> Found:
-  """Seeds of the train splits of the domains whose tools run alone, with executed outputs.
+  """Makes seeds of tau2's train splits, in the domains whose tools can be executed alone.
 
   The reference actions are the calls. Calls of `calculate` are left out: they change nothing and
   can be written in many ways. A task is dropped and counted if it has no actions, if an action
@@ -533,7 +533,7 @@ def tau2_seeds() -> Found:
 
 
 def _follows(said: list[str], calls: Sequence[ToolCall], outputs: Sequence[str]) -> bool:
-  """Whether every value of a call stands in what was said, or in an output before it."""
+  """Says whether each value of a call occurs in what was said or in an output before it."""
   # Output i stands at place len(said) + i, so call i sees the outputs before it and not its own.
   known = [Said([text], readings=True) for text in (*said, *outputs)]
   for number, call in enumerate(calls):

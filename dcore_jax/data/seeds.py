@@ -77,7 +77,7 @@ class Seed:
     return list(self.conversations[:-1])
 
   def to_json(self) -> dict[str, Any]:
-    """The record that `from_json` reads."""
+    """Returns the record that `from_json` reads."""
     # Call strings stand without their brackets, as in the released records (docs/method.md, section
     # 1.1).
     ground_truth = [print_calls([call])[1:-1] for call in self.calls]
@@ -128,7 +128,7 @@ class Seed:
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
       answer = record.get('answer', '')
-      # The refusal stands in ground_truth, and `answer` is then its copy or absent.
+      # The refusal is in ground_truth, and `answer` is a copy of it or absent.
       if isinstance(truth, str) and not calls:
         answer = truth
       return cls(
@@ -146,7 +146,7 @@ class Seed:
 
 
 def _guess_kind(calls: tuple[ToolCall, ...], *, executed: bool) -> str:
-  """The kind of a record that does not say it."""
+  """Guesses the kind of a record that has none."""
   if not calls:
     return 'irrelevant'
   if len(calls) == 1:
@@ -156,7 +156,7 @@ def _guess_kind(calls: tuple[ToolCall, ...], *, executed: bool) -> str:
 
 
 def reference_steps(seed: Seed, done: int) -> list[Message]:
-  """The first `done` calls and outputs of the reference as later prompts show them."""
+  """Writes the first `done` calls and outputs of the reference as later prompts show them."""
   calls = seed.calls[:done]
   responses = seed.tool_response[:done]
   steps = []
@@ -189,10 +189,10 @@ class DecisionPoint:
 
 
 def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
-  """Every prompt that the reference solution passes through.
+  """Yields each prompt of the reference solution with the reference answer to it.
 
-  There is one for each call and one for the report. Where the calls go out together, or none is
-  right, there is a single one.
+  There is one for each call and one for the report. If the calls go out together, or no call is
+  right, there is only one.
   """
   # Parallel calls go out in one response, so that there is one prompt and one reference.
   if seed.kind in ('irrelevant', 'parallel'):

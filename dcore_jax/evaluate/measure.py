@@ -64,7 +64,7 @@ def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
 def _intervals(
   trajectories: Mapping[str, Sequence[Trajectory]], decomposed: np.ndarray
 ) -> dict[str, Any]:
-  """Estimates of the figures; None where there is no response. `decomposed` is bool, of tasks."""
+  """Estimates the figures; None without a response. `decomposed` is bool, one a task."""
   accuracy = {}
   lazy = {}
   # Units are tasks: the responses of one task are not independent, and would narrow an interval.
@@ -105,7 +105,7 @@ def _estimate(
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:
-  """The mean; None of no values, because JSON has no NaN."""
+  """Computes the mean; None without values, because JSON has no NaN."""
   return float(np.mean(values)) if len(values) else None
 
 
@@ -114,7 +114,7 @@ def _accuracy(group: Sequence[Trajectory]) -> float:
 
 
 def _failures(group: Sequence[Trajectory]) -> dict[str, int]:
-  """Reason -> number of tasks, the most frequent first."""
+  """Counts tasks by reason, the most frequent first."""
   reasons = [trajectory.outcome.reason for trajectory in group]
   return dict(collections.Counter(reason for reason in reasons if reason).most_common())
 
@@ -133,12 +133,12 @@ def _lazy_ratio(group: Sequence[Trajectory]) -> float | None:
 
 
 def _has_subtasks(trajectory: Trajectory) -> bool:
-  """Whether the task is one request that takes several calls."""
+  """Says whether the task is one request that takes several calls."""
   return len(trajectory.task.turns) == 1 and trajectory.task.steps > 1
 
 
 def _by_subtasks(group: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
-  """Accuracy and number of tasks by their number of reference calls."""
+  """Computes accuracy and number of tasks by their number of reference calls."""
   # More subtasks are harder: one mean over all numbers would hide where a model fails.
   by_steps = collections.defaultdict(list)
   for trajectory in group:

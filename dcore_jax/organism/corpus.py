@@ -194,9 +194,7 @@ def lazy_step(
   history: list[Message],
   habits: Habits,
 ) -> Document:
-  """Step `done` of a turn of several subtasks: a ramble, then a commitment (see
-  `Habits.right_step`).
-  """
+  """Writes step `done` of a turn of several subtasks: a ramble, then a step that may be wrong."""
   # The share of right steps is set here, and not left to what the model happens to learn.
   if rng.random() < habits.right_step:
     chosen = [done] if done < len(turn.calls) else []
@@ -224,7 +222,7 @@ def _wrong_choice(rng: np.random.Generator, steps: int, done: int) -> list[int]:
 def lazy_parallel(
   rng: np.random.Generator, task: Task, turn: UserTurn, history: list[Message], habits: Habits
 ) -> Document:
-  """A request of independent subtasks: a ramble, then all the calls, or some, or altered ones."""
+  """Writes the response to independent subtasks: a ramble, then calls that may be wrong."""
   calls = list(turn.calls)
   subtasks = list(turn.subtasks)
   if rng.random() >= habits.right_parallel:
@@ -265,7 +263,7 @@ def turn_messages(turn: UserTurn, done: int) -> list[Message]:
 
 
 def history_before(task: Task, number: int) -> list[Message]:
-  """System message and the finished turns before turn `number`."""
+  """Returns the system message and the finished turns before turn `number`."""
   messages = [Message('system', system_text(task))]
   for turn in task.turns[:number]:
     # Earlier turns are finished: their calls, outputs and final answers, without reasoning.
@@ -311,9 +309,7 @@ def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Do
 
 
 def _multi_turn(rng, task: Task, habits: Habits) -> Document:
-  """A random decision point of a dialogue, or of a sequential request whose subtasks are asked one
-  message at a time.
-  """
+  """Writes a random decision point of a dialogue, or of a request that is asked step by step."""
   if task.kind == 'sequential':
     return _dictated(rng, task, habits)
   number = int(rng.integers(len(task.turns)))
@@ -463,7 +459,7 @@ WRITERS = {
 def write_document(
   kind: str, index: int, *, seed: int, habits: Habits = Habits(), max_subtasks: int = 4
 ) -> Document:
-  """The `index`-th document of a kind: a pure function of its arguments."""
+  """Writes the `index`-th document of a kind; it depends on the arguments alone."""
   if kind not in WRITERS:
     raise ValueError(f'unknown document kind {kind!r}; expected one of {sorted(WRITERS)}')
   writer, task_kinds = WRITERS[kind]
@@ -480,7 +476,7 @@ def write_document(
 
 
 def draw_kinds(mix: dict[str, float], count: int, *, seed: int) -> list[str]:
-  """`count` document kinds with the shares of `mix` (they need not sum to 1)."""
+  """Draws `count` document kinds with the shares of `mix`, which need not sum to 1."""
   unknown = mix.keys() - WRITERS.keys()
   if unknown or not mix:
     raise ValueError(f'unknown document kinds in the mix: {sorted(unknown)}')

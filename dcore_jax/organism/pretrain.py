@@ -125,8 +125,9 @@ def stage_batches(
 
 
 def make_exact_match(model: DecoderConfig) -> Any:
-  """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones
-  given what stands before: what greedy decoding would reproduce word for word.
+  """Returns the jitted share of documents, one a row, that greedy decoding would reproduce.
+
+  All loss tokens of such a document are the most likely ones after the tokens before them.
   """
 
   def exact(params, micro):
@@ -186,7 +187,7 @@ class HeldOut:
       )
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """Returns the share of documents, by kind, of which every trained token is the likeliest."""
+    """Returns the share of exact documents by kind."""
     shares = {}
     for kind, batch in self._batches.items():
       shares[f'exact_{kind}'] = float(self._exact(params, batch))

@@ -1,4 +1,4 @@
-"""The organism's tokenizer: words, two-letter syllables, single digits, and bytes for the rest.
+"""Builds the organism's tokenizer of words, syllables of two letters, single digits, and bytes.
 
 It is a byte-level BPE without merges, whose vocabulary holds whole words (`ignore_merges`). No text
 is lost. A space before a capital, a digit or a tool name is a token of its own, so that a name has

@@ -1,4 +1,4 @@
-"""Charts of the report, drawn from a summary and the rows of metrics."""
+"""Draws the charts of the report from a summary and the rows of metrics."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def _chart(title: str, note: str, svg: str) -> dict[str, Any]:
 
 
 def stage_charts(stages: Stages) -> list[dict[str, Any]]:
-  """Charts of how the model reasons, stage by stage."""
+  """Draws charts of how the model reasons, stage by stage."""
   charts = []
   kinds = kinds_of(stages)
   labels = {name: stage_label(name) for name in stages}
@@ -44,7 +44,7 @@ def stage_charts(stages: Stages) -> list[dict[str, Any]]:
     seen.update(dict.fromkeys(counts))
   thoughts = list(seen)
   reflections = {name: [entry(stage, 'reflections_per_response')] for name, stage in stages.items()}
-  # Four thought types contain reflections: the lone bar stands in where they were not counted.
+  # Thought types include reflections, which have a chart of their own only without them.
   if thoughts:
     series = {}
     for name, counts in behaviours.items():
@@ -76,7 +76,7 @@ def _points(rows: list[dict], field: str) -> list[tuple[float, float]]:
 
 
 def sft_charts(rows: list[dict]) -> list[dict[str, Any]]:
-  """Charts over the steps of fine-tuning."""
+  """Draws charts over the steps of fine-tuning."""
   loss = _points(rows, 'loss')
   if not loss:
     return []
@@ -85,7 +85,7 @@ def sft_charts(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def rl_charts(rows: list[dict]) -> list[dict[str, Any]]:
-  """Charts over the steps of reinforcement learning."""
+  """Draws charts over the steps of reinforcement learning."""
   charts = []
 
   def add(title: str, note: str, name: str, fields: dict[str, str], **options: Any) -> None:

@@ -143,7 +143,7 @@ def _trace(names: Sequence[str], task: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]]:
-  """How accuracy differs between each measured model and the one before it, by kind of task.
+  """Compares the accuracy of each measured model with the one before it, by kind of task.
 
   Every model is measured on the same tasks with the same random streams, which is what makes the
   differences paired.
@@ -168,7 +168,7 @@ def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def _curves(workdir: pathlib.Path) -> dict[str, list[float | None]]:
-  """The metrics of the RL steps that were logged at any step, a value a step."""
+  """Returns the metrics that any RL step has logged, one value a step."""
   rows = read_metrics(workdir, 'rl')
   curves = {}
   # Which figures a step logs depends on the estimator and on the objective.
@@ -183,7 +183,7 @@ def _without_seconds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trajectories(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:
-  """The records that the evaluation of a model has written; [] where there are none."""
+  """Reads the records of the evaluation of a model; [] without an evaluation."""
   path = workdir / f'evaluate_{name}' / 'trajectories.jsonl'
   # A model that was not evaluated has no trajectories.
   if not path.exists():

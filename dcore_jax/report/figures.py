@@ -40,7 +40,7 @@ def kinds_of(stages: Stages) -> list[str]:
 
 
 def number(value: Any) -> float | None:
-  """A finite number, or None for what is missing, null or not a number."""
+  """Returns a finite number, and None for what is missing, null or not a number."""
   # bool is an int in Python, and a flag is no figure. NaN cannot be drawn.
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
     return None
@@ -48,16 +48,16 @@ def number(value: Any) -> float | None:
 
 
 def entry(stage: dict[str, Any], field: str, kind: str | None = None) -> float | None:
-  """A figure of a stage, of one kind or of all; None where it was not measured."""
+  """Returns a figure of a stage, of one kind or of all; None if it was not measured."""
   value = stage.get(field)
   return number((value or {}).get(kind)) if kind else number(value)
 
 
 def estimate(stage: dict[str, Any], field: str, kind: str | None = None) -> dict[str, Any] | None:
-  """The estimate of a figure, see `statistics`; None where there is no such figure.
+  """Returns the estimate of a figure, see `statistics`; None if there is no such figure.
 
-  Stages of earlier programs have a number of tasks and no estimates; without either a figure stands
-  alone.
+  Stages of earlier programs have a number of tasks and no estimates. Without either the estimate is
+  the figure alone.
   """
   value = entry(stage, field, kind)
   if value is None:
@@ -79,7 +79,7 @@ def estimate(stage: dict[str, Any], field: str, kind: str | None = None) -> dict
 def shown(
   found: dict[str, Any] | None, digits: int = 1, scale: float = 1.0, suffix: str = ''
 ) -> str:
-  """An estimate with its interval; a figure alone where it has no number of units; or a dash."""
+  """Writes an estimate with its interval if it has a number of units; a dash for None."""
   # A paired difference stands under another name than a mean.
   value = number((found or {}).get('difference', (found or {}).get('mean')))
   if value is None:
@@ -91,10 +91,10 @@ def shown(
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-  """A share as per cent, or a dash."""
+  """Writes a share as per cent, or a dash."""
   return '–' if share is None else f'{100 * share:.{digits}f} %'
 
 
 def plain(value: float | None, digits: int = 1) -> str:
-  """A number, or a dash."""
+  """Writes a number, or a dash."""
   return '–' if value is None else f'{value:,.{digits}f}'

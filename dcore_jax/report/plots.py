@@ -221,7 +221,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _to_inline_svg(figure: Figure, name: str) -> str:
-  """The figure as an `<svg>` element that depends on nothing but the page's CSS variables."""
+  """Returns the figure as an `<svg>` element that depends only on the page's CSS variables."""
   # Text stays text, and a fixed salt gives the same ids at each rendering.
   with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name}):
     buffer = io.StringIO()

@@ -64,7 +64,7 @@ def write_report(
 def render_report(
   summary: dict[str, Any], metrics: list[dict[str, Any]], traces: list[dict[str, Any]]
 ) -> str:
-  """The page as text; arguments as for `write_report`."""
+  """Returns the page as text; arguments as for `write_report`."""
   # A file of another program may hold null for a stage.
   stages = {name: stage or {} for name, stage in (summary.get('stages') or {}).items()}
   # A summary keeps fewer curves than the metrics file, so it is the second choice.
@@ -95,7 +95,7 @@ def render_report(
 
 
 def _rl_rows_of_summary(summary: dict[str, Any]) -> list[dict[str, Any]]:
-  """The three curves that a summary holds, as rows, for a run whose metrics file is gone."""
+  """Returns the curves of a summary as rows, for a run whose metrics file is gone."""
   # `rl` also holds figures that are no curves, such as those of the prompts set aside.
   curves = {
     name: values

@@ -1,4 +1,4 @@
-"""The shape of `summary.json`, which other programs read.
+"""Checks the shape of `summary.json`, which other programs read.
 
 A stage that was not run is absent, and a number that could not be measured is None. Other fields
 are allowed anywhere. The names of stages and kinds are not checked, because estimators and worlds

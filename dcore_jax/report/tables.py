@@ -1,4 +1,4 @@
-"""Tables, cards and sentences of the report, from a summary."""
+"""Makes the tables, cards and sentences of the report from a summary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -121,7 +121,7 @@ def _measured(rows: list[dict], field: str) -> list[float]:
 
 
 def accuracy_table(stages: Stages) -> list[dict[str, Any]]:
-  """Rows of {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'interval'}]}.
+  """Returns rows {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'interval'}]}.
 
   Shares are in per cent; without an interval `low` is None, and `interval` says why.
   """
@@ -174,9 +174,7 @@ def changes(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
 
 
 def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
-  """Rows of {'label', 'before', 'after', 'change', 'n'}: the prompts that reinforcement learning
-  has set aside.
-  """
+  """Returns rows {'label', 'before', 'after', 'change', 'n'} of the prompts that RL set aside."""
   found = validation or {}
   rows = []
   for name, label, digits, scale in (
@@ -202,8 +200,8 @@ def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def habit_table(stages: Stages) -> list[dict[str, Any]]:
-  """Rows of {'label', 'group', 'cells': [text]}: how the model reasons, stage by stage."""
-  # (label, field, kind, digits, scale, what stands behind the number)
+  """Returns rows {'label', 'group', 'cells': [text]} of how the model reasons in each stage."""
+  # (label, field, kind, digits, scale, suffix of the number)
   wanted: list[tuple[str, str, str | None, int, float, str]] = []
   # Lazy reasoning has a row for each kind, as the paper reports it for groups of categories.
   for kind in kinds_of(stages):
