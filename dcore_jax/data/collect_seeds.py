@@ -87,6 +87,7 @@ def collect(
       # A reader may have touched a counter without a drop: zeros are no reasons.
       'dropped': {reason: n for reason, n in found.dropped.most_common() if n},
     }
+  # Only kept seeds are written, so that a clash with a dropped one does no harm.
   _check_ids(kept)
   # Kinds without a seed are listed with 0, which shows what a mix lacks.
   kinds = collections.Counter(one.kind for one in kept)

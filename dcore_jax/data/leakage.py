@@ -67,7 +67,7 @@ def _words(token: str) -> Iterator[str]:
     # 1,000, 1000 and 1000.0 are one number, and must be one word.
     number = token.replace(',', '')
     yield number.rstrip('0').rstrip('.') if '.' in number else number
-  # Ids and dates have digits. Split at a hyphen or an underscore their parts would match other ids.
+  # Ids have digits. Split at underscores their parts would match other ids.
   elif any(character.isdigit() for character in token):
     yield token.lower()
   else:

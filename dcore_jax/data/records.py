@@ -115,6 +115,7 @@ def convert_records(
     ValueError: a record that cannot be converted, by place and number; no records, or none that can
       be converted.
   """
+  # A misspelt 'drop' must not act as one of the two.
   if unreadable not in ('error', 'drop'):
     raise ValueError(f"{option} = {unreadable!r}; expected 'error' or 'drop'")
   # An empty file is more often a wrong path than an intended data set of no rows.
@@ -128,6 +129,7 @@ def convert_records(
     try:
       if isinstance(record, Unreadable):
         raise ValueError(f'cannot be read: {record.reason}')
+      # JSON lists may hold texts and numbers, which have no fields to convert.
       if not isinstance(record, dict):
         raise ValueError(f'cannot be read: it is of type {type(record).__name__}, not an object')
       made += convert(record, f'{stem}-{number}')

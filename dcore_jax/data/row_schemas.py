@@ -85,7 +85,7 @@ def recognise(record: Record) -> str | None:
   A field that is None counts as absent: readers of Parquet fill missing fields with None.
   """
   fields = {name for name, value in record.items() if value is not None}
-  # Fields that only one schema has are tested first. Messages are last, as most schemas have them.
+  # The fields of ToolRL and xLAM are theirs alone, so they are tested first.
   if {'instruction', 'input', 'output'} <= fields:
     return 'toolrl'
   if {'query', 'tools', 'answers'} <= fields:

@@ -108,6 +108,7 @@ class Seed:
     Raises:
       ValueError: the record is no seed, with its id.
     """
+    # Checked apart from the rest, because the error below names the record by its id.
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
       raise ValueError(
         f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}'

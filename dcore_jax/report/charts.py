@@ -77,6 +77,7 @@ def _points(rows: list[dict], field: str) -> list[tuple[float, float]]:
 
 def sft_charts(rows: list[dict]) -> list[dict[str, Any]]:
   """Draws charts over the steps of fine-tuning."""
+  # A run that starts at the SFT model has no steps of fine-tuning.
   loss = _points(rows, 'loss')
   if not loss:
     return []
