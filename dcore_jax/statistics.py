@@ -1,15 +1,15 @@
-"""Estimates with their uncertainty: shares, means and paired differences.
+"""Estimates shares, means and paired differences with their uncertainty.
 
-The unit of an estimate is what was drawn independently: a task where one model is measured, a run
-(a seed) where settings are compared. Rollouts of a prompt and prompts of a task are no units. An
-estimate is JSON data:
+The unit of an estimate is what was drawn independently: a task if one model is measured, a run (a
+seed) if settings are compared. Rollouts of one prompt and prompts of one task are not independent,
+and therefore no units. An estimate is JSON data:
 
     {'mean', 'standard_error', 'interval': [low, high], 'n', 'unit'}
 
-with 'difference' in place of 'mean' where two measurements are compared. The interval holds the
-true value in 95 % of the cases. One unit has neither a standard error nor an interval (both None).
-Nor have units that are all alike a standard error; their interval says how many others the sample
-may have missed.
+with 'difference' in place of 'mean' if two measurements are compared. The interval holds the true
+value in 95 % of the cases. One unit has neither a standard error nor an interval (both None). Units
+with equal values have no standard error either; their interval covers the different units that the
+sample may have missed.
 """
 
 import math
@@ -29,7 +29,7 @@ Bounds = tuple[float, float]
 
 
 def wilson_interval(share: float, n: int) -> Bounds:
-  """95 % Wilson score interval of a share of `n` trials.
+  """Computes the 95 % Wilson score interval of a share of `n` trials.
 
   It is right also near 0 and 1, where the normal one has no width.
 
@@ -38,26 +38,29 @@ def wilson_interval(share: float, n: int) -> Bounds:
   """
   if n < 1 or not 0 <= share <= 1:
     raise ValueError(f'no interval for share={share} of n={n}')
+  # A share of trials is a whole number of them: `round` removes the rounding of the division.
   found = scipy.stats.binomtest(round(share * n), n).proportion_ci(_LEVEL, method='wilson')
   # A share that was rounded before it came here must still lie inside.
   return min(float(found.low), share), max(float(found.high), share)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-  """Of the mean; None for a single value, and for values that are all alike."""
+  """Computes the standard error of a mean; None for a single value and for equal values."""
   return _standard_error(np.asarray(values, np.float64), None)
 
 
 def estimate_share(share: float, n: int, *, unit: str = TASKS) -> dict[str, Any]:
-  """A share of `n` units as an estimate; one unit has no interval.
+  """Estimates a share of `n` units; one unit has no interval.
 
   Raises:
     ValueError: no units, or no share.
   """
   interval = wilson_interval(share, n)
+  # The variance of values 0 and 1 with n - 1 in its denominator, divided by n.
   spread = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0
   return {
     'mean': share,
+    # A spread of 0 is a sample of equal units, and no certainty.
     'standard_error': spread or None,
     'interval': list(interval) if n > 1 else None,
     'n': n,
@@ -72,7 +75,7 @@ def estimate_mean(
   clusters: Sequence[str] | None = None,
   bounds: Bounds | None = None,
 ) -> dict[str, Any]:
-  """The mean of measurements as an estimate.
+  """Estimates the mean of measurements.
 
   Args:
     values: at least one.
@@ -87,6 +90,7 @@ def estimate_mean(
   if not found.size or (clusters is not None and len(clusters) != found.size):
     units = 'units of their own' if clusters is None else f'{len(clusters)} units'
     raise ValueError(f'no mean of {found.size} values of {units}')
+  # The number of units, not of values, gives the degrees of freedom.
   n = found.size if clusters is None else len(set(clusters))
   mean = float(found.mean())
   if bounds is not None:
@@ -98,6 +102,7 @@ def estimate_mean(
     # Few units: Student's t, which for 2 runs is 6.5 times as wide as a normal one.
     half = float(scipy.stats.t.ppf((1 + _LEVEL) / 2, n - 1)) * error
     interval = _within([mean - half, mean + half], bounds)
+  # Equal values: the t interval would have no width.
   elif n > 1:
     interval = _unseen(mean, n, bounds)
   return {'mean': mean, 'standard_error': error, 'interval': interval, 'n': n, 'unit': unit}
@@ -111,41 +116,47 @@ def paired_difference(
   clusters: Sequence[str] | None = None,
   bounds: Bounds | None = None,
 ) -> dict[str, Any]:
-  """The mean of after - before as an estimate 'difference', of the same units measured twice.
+  """Estimates the mean of after - before, as 'difference', of the same units measured twice.
 
   What makes one task harder than another is in both measurements and cancels. Rollouts of one
-  prompt are not independent: of such, give means by prompt. Prompts of one task are not either:
-  name their task in `clusters`.
+  prompt are not independent: give their mean. Prompts of one task are not independent either: name
+  their task in `clusters`.
 
   Args:
     before, after: as many measurements each, at least one.
     unit, clusters: see `estimate_mean`.
-    bounds: the least and the largest measurement that there can be; the range of those that there
-      are by default.
+    bounds: the least and the largest possible measurement; by default the range of the given ones.
 
   Raises:
     ValueError: measurements that are no pairs.
   """
+  # Checked first, because numpy would broadcast a single measurement.
   if len(before) != len(after) or not len(before):
     raise ValueError(f'{len(before)} and {len(after)} measurements are no pairs')
   first = np.asarray(before, np.float64)
   second = np.asarray(after, np.float64)
   both = np.concatenate([first, second])
   low, high = bounds or (both.min(), both.max())
+  # A difference lies between minus and plus the range of the measurements.
   largest = float(max(high, both.max()) - min(low, both.min()))
   # Measurements that are all one value, without known bounds, do not say what others could be.
   reach = (-largest, largest) if largest else None
   found = estimate_mean(second - first, unit=unit, clusters=clusters, bounds=reach)
+  # Verdicts 0 and 1 have an interval of their own that holds for few changes. It needs independent
+  # pairs, so clusters keep the general one.
   if found['n'] == first.size > 1 and np.isin(both, (0, 1)).all():
     found['interval'] = _paired_shares(first, second)
+  # The name says which of the two a number is, so that nobody reads a gain as a score.
   return {'difference': found.pop('mean')} | found
 
 
 def _standard_error(values: np.ndarray, clusters: Sequence[str] | None) -> float | None:
-  """Of the mean of values [n] in G clusters, whose sums of deviations are independent.
+  """Computes the standard error of the mean of values [n] in independent clusters.
 
   With each value a cluster this is the usual standard error.
   """
+  # Values of one cluster may differ from the mean in the same direction. Their sum keeps that, and
+  # it is the sums that are independent.
   deviations = values - values.mean()
   if clusters is not None:
     _, place = np.unique(list(clusters), return_inverse=True)
@@ -158,14 +169,15 @@ def _standard_error(values: np.ndarray, clusters: Sequence[str] | None) -> float
 
 
 def _unseen(value: float, n: int, bounds: Bounds | None) -> list[float] | None:
-  """The interval of a mean whose `n` units all gave `value`; None without known bounds.
+  """Computes the interval of a mean whose `n` units all have `value`; None without bounds.
 
-  As many units as a sample of n misses with a probability of 2.5 % may have the least, or the
-  largest value: Clopper and Pearson's bound of no successes (rule of three).
+  It is Clopper and Pearson's bound for no successes, the exact form of the rule of three.
   """
   if bounds is None:
     return None
   low, high = bounds
+  # A share of this size is missed by a sample of n with a probability of 2.5 %. These units may
+  # have the least value, or the largest.
   missed = float(scipy.stats.binomtest(0, n).proportion_ci(_LEVEL, method='exact').high)
   return [value - missed * max(0.0, value - low), value + missed * max(0.0, high - value)]
 
@@ -177,23 +189,25 @@ def _within(interval: list[float], bounds: Bounds | None) -> list[float]:
 
 
 def _paired_shares(before: np.ndarray, after: np.ndarray) -> list[float]:
-  """The interval of the difference of two shares of the same n units, values 0 or 1.
+  """Computes the interval of the difference of two shares of the same n units, values 0 or 1.
 
   It combines Wilson's intervals of the share that was gained and of the share that was lost, which
-  correlate negatively (the method of variance estimates recovery, Zou and Donner 2008). Units that
-  all stayed as they were leave it with a width, which the normal one has not.
+  correlate negatively (the method of variance estimates recovery, Zou and Donner 2008).
   """
   n = len(before)
   gained = float(np.mean(after > before))
   lost = float(np.mean(after < before))
   gained_low, gained_high = wilson_interval(gained, n)
   lost_low, lost_high = wilson_interval(lost, n)
+  # Gained and lost exclude each other, as two cells of a multinomial. If all units gained, or all
+  # lost, there is no correlation to estimate.
   stayed = (1 - gained) * (1 - lost)
   correlation = -math.sqrt(gained * lost / stayed) if stayed else 0.0
 
   def reach(one: float, other: float) -> float:
     return math.sqrt(one**2 - 2 * correlation * one * other + other**2)
 
+  # Units that all stayed as they were still get a width here, which a normal interval has not.
   low = gained - lost - reach(gained - gained_low, lost_high - lost)
   high = gained - lost + reach(gained_high - gained, lost - lost_low)
   return _within([low, high], (-1.0, 1.0))
@@ -205,7 +219,7 @@ def _paired_shares(before: np.ndarray, after: np.ndarray) -> list[float]:
 def format_estimate(
   estimate: Mapping[str, Any], digits: int = 3, scale: float = 1.0, suffix: str = ''
 ) -> str:
-  """An estimate as '0.68 [0.59, 0.75] (128 tasks)'; a difference has its sign.
+  """Writes an estimate as '0.68 [0.59, 0.75] (128 tasks)'; a difference has its sign.
 
   Args:
     estimate: also of an earlier program, without an interval or a unit.
@@ -219,9 +233,10 @@ def format_estimate(
 
 
 def format_interval(estimate: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -> str:
-  """What stands behind the number: '[0.59, 0.75] (128 tasks)', or that there is no interval."""
+  """Writes what follows the number: '[0.59, 0.75] (128 tasks)', or that there is no interval."""
   sign = '+' if 'difference' in estimate else ''
   n = int(estimate['n'])
+  # Estimates without a unit are of earlier programs, whose units were tasks.
   unit = estimate.get('unit', TASKS)
   counted = f'{n:,} {unit if n != 1 else unit.removesuffix("s")}'
   interval = interval_of(estimate)
@@ -233,7 +248,7 @@ def format_interval(estimate: Mapping[str, Any], digits: int = 3, scale: float =
 
 
 def interval_of(estimate: Mapping[str, Any]) -> list[float] | None:
-  """The interval of an estimate.
+  """Returns the interval of an estimate.
 
   Files of earlier programs have only its half width or a standard error, which makes it Student's.
   """
@@ -241,6 +256,7 @@ def interval_of(estimate: Mapping[str, Any]) -> list[float] | None:
     return estimate['interval']
   half = estimate.get('half_width')
   error = estimate.get('standard_error')
+  # A standard error of 0 or of one unit has no interval.
   if not half and error and estimate['n'] > 1:
     half = float(scipy.stats.t.ppf((1 + _LEVEL) / 2, estimate['n'] - 1)) * error
   if not half:

@@ -1,4 +1,4 @@
-"""A model as a person holds it: loaded by name, asked for logits or answers, saved."""
+"""Loads a model by name, asks it for logits or answers, and saves it."""
 
 import dataclasses
 import difflib
@@ -43,7 +43,7 @@ _MOST_TOKENS = 4096  # of prompt and answer, where the model has more positions,
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a model said.
+  """The answer of a model to one conversation.
 
   Attributes:
     content: the text, without thoughts and calls.
@@ -63,6 +63,7 @@ class Answer:
 
   def to_message(self) -> dict[str, Any]:
     """Returns the answer as a message, to be put at the end of the conversation."""
+    # OpenAI's names, so that the message can be sent to a server or rendered by a template.
     message: dict[str, Any] = {'role': 'assistant', 'content': self.content}
     if self.reasoning:
       message['reasoning_content'] = self.reasoning
@@ -166,6 +167,7 @@ class _Answering:
     # Arrays never change, so that weights are the engine's own if the arrays are.
     elif any(new is not old for new, old in zip(weights, self._weights, strict=True)):
       self._engine.update(model.params())
+    # Held, and not only compared by id: a freed array's id may be given to a new one.
     self._weights = weights
     return self._engine
 
@@ -228,9 +230,11 @@ def generate(
       range.
   """
   engine = model._answering.engine(model)
+  # The engine's limit is a memory that is set aside once: answers cannot outgrow it.
   given = {'max_tokens': max_tokens or engine.max_new, 'temperature': temperature, 'seed': seed}
   sampling = sampling_rule(given | truncation)
   specs = [tool if isinstance(tool, ToolSpec) else read_tools(tool)[0] for tool in tools]
+  # Templates expect OpenAI's wrapper around each spec.
   shown = [{'type': 'function', 'function': spec.to_json()} for spec in specs]
   texts = []
   requests = []
@@ -292,17 +296,20 @@ def sampling_rule(options: Mapping[str, Any]) -> SamplingParams:
       nearest = difflib.get_close_matches(name, known, n=1)
       hint = f' (did you mean {nearest[0]!r}?)' if nearest else f'; expected one of {known}'
       raise ValueError(f'unknown option of sampling {name!r}{hint}')
+  # What is given replaces what Qwen3 recommends, field by field.
   return SamplingParams(**(SAMPLING | dict(options)))
 
 
 def _find_folder(name: str) -> pathlib.Path:
-  """The directory of a model, downloaded where it is on the hub alone."""
+  """Finds the directory of a model, and downloads it if only the hub has it."""
+  # The empty name is the default of config fields, which means the packaged model.
   if name in ('', 'organism'):
     return ORGANISM
   # A directory goes before the hub: what was downloaded or trained here is asked for by its path.
   try:
     return data_path(name)
   except ValueError:
+    # What cannot be a hub name keeps the error about the directory, which is what was meant.
     if not _HUB_NAME.fullmatch(name):
       raise
   try:
@@ -323,6 +330,7 @@ def _records(conversation: Conversation) -> list[dict[str, Any]]:
     return [{'role': 'user', 'content': conversation}]
   records = []
   for message in conversation:
+    # Records pass as they are, since templates may read fields that `Message` does not have.
     records.append(message.to_json() if isinstance(message, Message) else message)
   return records
 
@@ -331,10 +339,12 @@ def _answer(tokenizer: Any, parser: ReplyParser, completion: Completion) -> Answ
   # Tags of thoughts and calls are no special tokens of the tokenizers that have them, and stay.
   text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
   if completion.stop is not None:
+    # The stop string itself is no part of the answer, as in OpenAI's interface.
     text = text.partition(completion.stop)[0]
   # The server's parser, so that an answer here says what a client would read.
   finished = completion.finished or completion.stop is not None
   delta = parser.push(text, last=True, cut=not finished)
+  # The parser writes arguments as JSON text, because that is what clients of the server get.
   calls = tuple(ToolCall(name, json.loads(arguments)) for name, arguments in delta.calls)
   return Answer(
     content=delta.content,

@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, and how long its steps take at least."""
+"""Computes whether a run fits its devices, and the least time of its steps."""
 
 import ml_collections
 
@@ -21,4 +21,5 @@ def plan_run(
     ValueError: a config that does not hold, an unknown target or step.
     ModuleNotFoundError: the target's compiler is not installed.
   """
+  # Read as a config file is, so that a plan refuses what the run itself would refuse.
   return fit.plan(read_config(config), target, steps)

@@ -1,4 +1,4 @@
-"""A model for others to talk to: in a terminal, or behind an OpenAI-compatible server."""
+"""Serves a model to other programs and people: an OpenAI-compatible server, and a terminal."""
 
 import contextlib
 import sys
@@ -35,11 +35,13 @@ class BackgroundServer:
     self._server = Server(
       service, host, port, drain_seconds=_DRAIN_SECONDS, announce=self._announce
     )
+    # A daemon, so that a script that forgets to close the server still ends.
     self._thread = threading.Thread(target=self._run, name='server', daemon=True)
     self._thread.start()
     # Polled, since a thread that ends without listening sets no event.
     while not self._listening.wait(0.05):
       if not self._thread.is_alive():
+        # The engine's thread would otherwise outlive the error and hold its memory.
         service.scheduler.close()
         raise OSError(f'no server can listen on {host}:{port}')
 
@@ -85,6 +87,7 @@ def serve_model(
     OSError: a background server that cannot listen there.
     RuntimeError: the engine failed.
   """
+  # Checked before the engine is made, which takes seconds and much memory.
   check_port(port)
   # An engine of its own: a scheduler's thread is the only one that may touch its engine.
   engine = make_engine(model, lanes=lanes)
@@ -104,6 +107,8 @@ def serve_model(
 
   server = Server(service, host, port, drain_seconds=_DRAIN_SECONDS, announce=announce)
   server.run()
+  # The server drains and ends quietly when its engine fails; a script must not take that for
+  # success.
   if scheduler.failure is not None:
     raise RuntimeError(f'the engine failed: {scheduler.failure}') from scheduler.failure
   return None
@@ -151,7 +156,7 @@ def chat_with(
 
 
 def _typed() -> Iterator[str]:
-  """The lines that are typed, until the end of the input."""
+  """Yields the lines that are typed, until the end of the input."""
   while True:
     try:
       yield input('> ')

@@ -1,4 +1,4 @@
-"""The stages of the method as functions of a model: distil, fine-tune, reinforce, measure.
+"""Runs the stages of the method on a model: distil, fine-tune, reinforce, measure.
 
 Each takes the fields of its config section as keyword options. Those that are not given are the
 paper's (`dcore_jax.config`), or those of a `config` such as `configs.nano.get_config()`. Its other
@@ -72,6 +72,7 @@ def distill_seeds(
   """
   settings = _configured('distill', options, config, seed)
   _check_source('seeds', seeds, options, ('files', 'tasks'))
+  # The stages take a policy, which loads its weights anew for each use.
   policy = _policy(model)
   mesh = distributed.training_mesh(settings)
   seeds = config_seeds(settings) if seeds is None else seeds
@@ -82,6 +83,7 @@ def distill_seeds(
     engine = make_engine(settings, policy, params, mesh)
     return LocalBackend(engine, model.tokenizer, journal=journal, model=policy.name(params))
 
+  # Answers are kept in a journal inside: a call that goes on asks no question twice.
   with _folder(workdir) as folder:
     with progress(total=len(seeds), description='distill') as bar:
       run_distillation(settings, folder / 'distill', seeds, local, progress=bar.update)
@@ -125,14 +127,17 @@ def sft(
   mesh = distributed.training_mesh(settings)
   _check_source('rows', rows, options, ('files',))
   with _folder(workdir) as folder:
+    # Rows that are given pass the same system prompt, splitting and limits as those of files.
     if rows is None:
       rows, _ = training_rows(section, folder)
     else:
       rows, _ = given_rows(rows, section)
     params = policy.load(mesh)
+    # Claimed before training: a folder of another fine-tuning would be resumed from.
     _claim(folder, 'sft', settings, section, policy.name(params))
     # The model is what is asked for; the figures of the stage are in a workdir's metrics.jsonl.
     with Metrics(folder) as metrics, jax.set_mesh(mesh):
+      # The pipeline's folders, so that its tools find what is in a work directory.
       checkpoints = folder / 'checkpoints' / 'sft'
       run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=settings.seed)
       _, sequences = section_sequences(model.tokenizer, rows, section)
@@ -171,6 +176,7 @@ def da_grpo(
   """
   settings = _configured('rl', options, config, seed)
   section = settings.rl
+  # Fields of `rl` that contradict each other are refused before a model is copied.
   check_fields(settings)
   _check_source('points', points, options, ('files', 'tasks', 'episodes'))
   policy = _policy(model)
@@ -186,8 +192,10 @@ def da_grpo(
     # The loop makes its frozen reference from them before the first update.
     params = policy.load(mesh)
     _claim(folder, 'rl', settings, section, policy.name(params))
+    # The stage names logical axes only, and finds the mesh that splits them in the context.
     with Metrics(folder) as metrics, jax.set_mesh(mesh):
       checkpoints = folder / 'checkpoints' / section.estimator
+      # The pipeline's seed of this stage, so that both draw the same prompts and rollouts.
       run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=rl_seed(settings))
       params, _ = run_rl(
         params,
@@ -231,6 +239,7 @@ def evaluate_model(
     return act(engine, model.tokenizer, world, tasks, sampling, told)
 
   with _folder(workdir) as folder:
+    # The name is for the progress bar alone.
     return evaluate(settings, folder, actor, model.folder.name)
 
 
@@ -240,11 +249,12 @@ def _configured(
   config: ml_collections.ConfigDict | RunConfig | None,
   seed: int | None,
 ) -> RunConfig:
-  """The config of a call, with `options` in one section; ValueError names unknown ones."""
+  """Returns the config of a call, with `options` in one section; ValueError names unknown ones."""
   # Checked as a config file is, so that an option that no section has cannot be ignored.
   values: dict[str, Any] = {section: dict(options)}
   if seed is not None:
     values['seed'] = seed
+  # Without a config the defaults are the paper's.
   return overlay(RunConfig() if config is None else read_config(config), values)
 
 
@@ -252,19 +262,22 @@ def _check_source(
   what: str, given: Any, options: Mapping[str, Any], sources: Sequence[str]
 ) -> None:
   """Raises ValueError where data is given and named by an option: one would be ignored."""
+  # An option that is empty or False names no data.
   named = [name for name in sources if options.get(name)]
   if given is not None and named:
     raise ValueError(f'{what} are given, and {named[0]} names others: leave one of them out')
 
 
 def _policy(model: Model) -> Policy:
-  """The model as the stages take it, its parameters copied at every load."""
+  """Returns the model as a policy whose parameters are copied at every load."""
 
   def load(mesh: Mesh | None) -> Any:
     # A training step donates its parameters, and would take the person's model away.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32, copy=True), model.params())
+    # Without a mesh the arrays stay where the model has them.
     if mesh is None:
       return params
+    # Placed by the axes of the specs, as a checkpoint that is loaded under this mesh.
     specs = decoder.abstract_params(model.config)
     return jax.device_put(params, sharding.shardings(specs, mesh))
 
@@ -289,11 +302,13 @@ def _claim(folder: pathlib.Path, stage: str, settings: RunConfig, section: Any, 
 
 @contextlib.contextmanager
 def _folder(workdir: Folder | None) -> Iterator[pathlib.Path]:
-  """The work directory of a call; one that is removed at its end where none is given."""
+  """Yields the work directory of a call; without one, a folder that is removed at the end."""
   if workdir is not None:
     folder = pathlib.Path(workdir)
+    # Two processes on one folder would overwrite each other's checkpoints.
     with hold(folder):
       yield folder
     return
+  # Stages write checkpoints and journals in any case; without a folder they are thrown away.
   with tempfile.TemporaryDirectory(prefix='dcore_jax-') as folder:
     yield pathlib.Path(folder)

@@ -1,6 +1,6 @@
-"""The test tasks of BFCL v3 and tau2-bench, which are kept out of training.
+"""Reads the test tasks of BFCL v3 and tau2-bench, which are kept out of training.
 
-They are read from the data of those packages, which are not imported.
+The data files of these packages are read; their code is not imported.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,15 +23,18 @@ def bfcl_tests() -> Iterator[TestTask]:
   data = bfcl.package_folder() / 'data'
   for path in sorted(data.glob('BFCL_v3_*.json')):
     answers_path = data / 'possible_answer' / path.name
+    # Some categories, such as irrelevance, have no reference calls and no file of answers.
     answers = {}
     if answers_path.exists():
       answers = {answer['id']: answer['ground_truth'] for answer in read_json_lines(answers_path)}
     for entry in read_json_lines(path):
+      # Without a reference the words of the request alone are compared.
       truth = answers.get(entry['id'], [])
       # Multi-turn entries hold the call strings of every turn, others {name: accepted values}.
       by_turn = truth and isinstance(truth[0], list)
       for number, turn in enumerate(entry['question']):
         calls = _string_calls(truth[number]) if by_turn else _accepted_calls(truth)
+        # Only the user's words are the request: several tasks may share a system message.
         query = ' '.join(message['content'] for message in turn if message['role'] == 'user')
         yield TestTask(id=f'{entry["id"]}/{number}', query=query, calls=calls)
 
@@ -54,6 +57,7 @@ def _accepted_calls(truth: list[dict[str, dict[str, list[Any]]]]) -> tuple[ToolC
     for name, parameters in call.items():
       arguments = {}
       for parameter, values in parameters.items():
+        # Any accepted value would do. Seeds are most likely to repeat the first one.
         if values and values[0] != '':
           arguments[parameter] = values[0]
       calls.append(ToolCall(name, arguments))
@@ -63,9 +67,9 @@ def _accepted_calls(truth: list[dict[str, dict[str, list[Any]]]]) -> tuple[ToolC
 def tau2_tests() -> Iterator[TestTask]:
   """Yields the tasks of tau2-bench's test splits.
 
-  A task holds what its user is told, the reference actions, and who the user is. The tasks come
-  from tau-bench's own airline and retail domains, so a dialogue with the user of a test task is
-  refused.
+  A task holds the instructions of its user, the reference actions, and the user's id. The tasks
+  come from tau-bench's own airline and retail domains, so a dialogue with the user of a test task
+  is refused.
 
   Raises:
     ValueError: tau2 is not installed.
@@ -73,6 +77,8 @@ def tau2_tests() -> Iterator[TestTask]:
   for domain in tau2_tasks.DOMAINS:
     for task in tau2_tasks.read_tasks(domain, 'test'):
       calls = tau2_tasks.reference_calls(task)
+      # A dialogue with the same user has the same orders and flights, even if it asks for something
+      # else.
       users = {str(call.arguments['user_id']) for call in calls if 'user_id' in call.arguments}
       yield TestTask(
         id=f'tau2-{domain}-{task["id"]}',

@@ -1,9 +1,9 @@
-"""Rows of messages {role, content, ...} as OpenAI's interface has them, read without losing a word.
+"""Reads rows of messages {role, content, ...}, as OpenAI's interface has them, without loss.
 
 Calls stand in `tool_calls` (or the older `function_call`), thoughts in `reasoning_content`,
 `reasoning` or `thinking`, text in `content` as text or as parts. `tools` are objects or JSON text.
-What the reader does not know is refused by its name, because a model would be trained on a row
-that lacks it.
+An unknown field is refused by its name, because a model would otherwise be trained on a row that
+lacks what the field says.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ _TOOL_FIELDS = ('tools', 'functions')
 _THOUGHT_FIELDS = ('reasoning_content', 'reasoning', 'thinking')
 # Ways to say that a message is trained (1, true) or not (0, false).
 TRAIN_FIELDS = ('weight', 'train', 'trainable', 'loss')
+# OpenAI's roles, their newer and older names, and those of ShareGPT.
 _ROLES = {
   'system': 'system',
   'developer': 'system',
@@ -66,18 +67,20 @@ class _Said:
 
 
 def text_row(record: Record, name: str) -> Record | None:
-  """Makes our row of a record whose calls, if there are any, are text, which stays as it is.
+  """Makes our row of a record without calls as data; calls that are text stay as they are.
 
   Its tools are left to the chat template. Returns None for a record with calls as data, and for one
-  with tools that nobody calls: the call style says how these are written.
+  with tools that nobody calls: the call style decides how these are written.
 
   Raises:
     ValueError: as `chat_dialogue`.
   """
   said = _trained_part(record)
+  # Tools are read even if no message calls them: a bad spec is an error in any case.
   tools = tool_records(record)
   if any(message.calls for message in said):
     return None
+  # Without any call the text does not show a call style, so that the row follows the config's.
   if tools and not any(_calls_as_text(message) for message in said):
     return None
   messages = [Message(message.role, message.text, message.trained) for message in said]
@@ -91,6 +94,7 @@ def _calls_as_text(message: _Said) -> bool:
   if message.role != 'assistant':
     return False
   try:
+    # Thoughts may quote calls that are never made.
     return bool(parse_calls(message.words.rpartition('</think>')[2]))
   except ToolCallError:
     return True  # it is meant as a list of calls
@@ -99,7 +103,7 @@ def _calls_as_text(message: _Said) -> bool:
 def chat_dialogue(record: Record, name: str) -> Dialogue:
   """Reads a row of messages as data, up to the last message of the assistant that may be trained.
 
-  Nothing is learned from what follows that message. Calls that stand in a text stay text.
+  Nothing is learned from what follows that message. Calls in a text stay text.
 
   Args:
     record: with `messages` or `conversations`.
@@ -118,6 +122,7 @@ def prompt_dialogue(record: Record, name: str) -> Dialogue:
     ValueError: as `chat_dialogue`, or where somebody else speaks last.
   """
   said = _read_said(record)
+  # A prompt that ends with the assistant has its answer inside, and nothing to ask for.
   if said[-1].role not in ('user', 'tool'):
     raise ValueError(f'the last message is by {said[-1].role!r}: a prompt ends with a question')
   return _dialogue(record, name, said)
@@ -125,12 +130,14 @@ def prompt_dialogue(record: Record, name: str) -> Dialogue:
 
 def _trained_part(record: Record) -> list[_Said]:
   said = _read_said(record)
+  # Two errors: no assistant speaks, or all of its messages are marked as untrained.
   speaks = [number for number, message in enumerate(said) if message.role == 'assistant']
   trained = [number for number in speaks if said[number].trained]
   if not speaks:
     raise ValueError('the assistant never speaks')
   if not trained:
     raise ValueError('every message of the assistant is marked as not to be trained')
+  # Place 0 has no prompt: the template would have nothing to show before the answer.
   if not trained[-1]:
     raise ValueError('nothing stands before the message of the assistant')
   return said[: trained[-1] + 1]
@@ -139,6 +146,7 @@ def _trained_part(record: Record) -> list[_Said]:
 def _dialogue(record: Record, name: str, said: Sequence[_Said]) -> Dialogue:
   policy = ''
   start = 0
+  # The policy stands apart from the turns, since tools are listed behind it.
   if said[0].role == 'system':
     policy = said[0].words
     start = 1
@@ -161,9 +169,11 @@ def message_list(record: Record) -> list[Any]:
   Raises:
     ValueError: no list, an empty one, or two of them.
   """
+  # Null fields count as absent: Parquet fills in the columns of other records.
   fields = [field for field in MESSAGE_FIELDS if record.get(field) is not None]
   if len(fields) != 1:
     raise ValueError(f'expected one of the fields {MESSAGE_FIELDS}, got {fields}')
+  # Data sets with nested columns often store them as JSON text.
   messages = _from_json_text(record[fields[0]], fields[0])
   if not isinstance(messages, list) or not messages:
     raise ValueError(f'the field {fields[0]!r} holds no messages')
@@ -181,6 +191,7 @@ def tool_records(record: Record) -> list[Record]:
   fields = [field for field in _TOOL_FIELDS if record.get(field) not in (None, '', [], {})]
   if not fields:
     return []
+  # Two lists of tools could differ, and which one the model saw is unknown.
   if len(fields) > 1:
     raise ValueError(f'the tools stand in two fields: {fields}')
   (field,) = fields
@@ -191,12 +202,15 @@ def tool_records(record: Record) -> list[Record]:
     tool = _from_json_text(tool, where)
     if not isinstance(tool, dict):
       raise ValueError(f'{where} is no object')
+    # Other types, such as web search, run on a provider's side and have no spec.
     if tool.get('type', 'function') != 'function':
       raise ValueError(f'{where}.type is {tool["type"]!r}; a tool is a function')
     spec = tool.get('function')
     if spec is None:
+      # A bare spec is the older form of `functions`.
       spec = {key: value for key, value in tool.items() if key != 'type'}
     else:
+      # Keys beside a wrapped spec would be lost with the wrapper.
       refuse_unknown(tool, ('type', 'function'), where)
     if not isinstance(spec, dict) or not isinstance(spec.get('name'), str) or not spec['name']:
       raise ValueError(f'{where} has no name')
@@ -228,13 +242,17 @@ def with_messages(record: Record) -> Record:
   """
   record = dict(record)
   prompt = record.pop('prompt', None)
+  # SFT needs the chosen answer alone.
   record.pop('rejected', None)
   field = 'completion' if record.get('completion') is not None else 'chosen'
   answer = record.pop(field, None)
+  # A prompt that is a text is what the user says.
   before = _as_messages(prompt, 'user', 'prompt') if prompt is not None else []
   after = _as_messages(answer, 'assistant', field)
+  # Some preference sets hold a whole conversation as one text, with its own marks of speakers.
   if not before and isinstance(answer, str):
     raise ValueError(f'{field!r} is a text without a prompt')
+  # A completion that begins with another speaker than the assistant is a conversation.
   whole = after and isinstance(after[0], dict) and after[0].get('role') in ('system', 'user')
   if before and whole:
     # Some sets repeat the prompt inside the chosen conversation. It must be the same one.
@@ -265,10 +283,12 @@ def _read_said(record: Record) -> list[_Said]:
   if system not in (None, ''):
     if not isinstance(system, str):
       raise ValueError("the field 'system' is no text")
+    # Some sets keep the system message in a field of its own.
     if said[0].role != 'system':
       said.insert(0, _Said('system', system))
     elif said[0].words != system:
       raise ValueError("the field 'system' and the first message say different things")
+  # Checked last, because an answer is matched with the calls of the message before it.
   _check_answers(said)
   return said
 
@@ -279,6 +299,7 @@ def _read_message(message: Any, where: str) -> _Said:
   role = _ROLES.get(message['role']) if isinstance(message.get('role'), str) else None
   if role is None:
     raise ValueError(f'{where} has the role {message.get("role")!r}; known are {sorted(_ROLES)}')
+  # Fields are known by role: `tool_calls` in a user's message would never be shown.
   own = {'assistant': _BY_ASSISTANT, 'tool': _BY_TOOL}.get(role, ())
   where = f'{where} ({role})'
   # Training is not asked of what others say, so that marks may say so.
@@ -299,8 +320,10 @@ def _read_message(message: Any, where: str) -> _Said:
     return _Said(role, words)
   calls = _message_calls(message, where)
   thoughts = _thoughts(message, words, where)
+  # The same calls as text and as data would be written twice.
   if calls and '<tool_call>' in words:
     raise ValueError(f"{where}: 'content' holds a <tool_call> beside the field of calls")
+  # An empty answer would train the model to end its turn at once.
   if not calls and not words.strip():
     raise ValueError(f"{where} says nothing: neither 'content' nor calls")
   if calls and '</think>' in words:
@@ -309,6 +332,7 @@ def _read_message(message: Any, where: str) -> _Said:
     thoughts = block.strip().removeprefix('<think>').strip('\n')
   return _Said(
     role=role,
+    # Words beside calls are placed by the call style, which sets the white space itself.
     words=words.strip() if calls else words,
     thoughts=thoughts,
     calls=calls,
@@ -331,6 +355,7 @@ def is_trained(message: Record, where: str) -> bool:
     value = message.get(field)
     if value is None:
       continue
+    # The step has no weights by message, so 0.5 cannot be honoured.
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
       raise ValueError(f'{where}: {field} = {value!r}; a message is trained (1) or not (0)')
     verdicts.add(bool(value))
@@ -347,6 +372,7 @@ def _content(message: Record, role: str, where: str) -> str:
     if role == 'assistant':
       return ''
     raise ValueError(f"{where} has no 'content'")
+  # A tool may answer with an object; the model sees its JSON text.
   if isinstance(content, dict) and role == 'tool':
     return json.dumps(content, ensure_ascii=False)
   if not isinstance(content, list):
@@ -354,6 +380,7 @@ def _content(message: Record, role: str, where: str) -> str:
   texts = []
   for number, part in enumerate(content):
     kind = part.get('type') if isinstance(part, dict) else type(part).__name__
+    # Images and audio cannot be shown to a model of text.
     if kind != 'text' or not isinstance(part.get('text'), str):
       raise ValueError(f'{where}: content[{number}] is of kind {kind!r}; only text can be read')
     free = BOOKKEEPING | {'cache_control'}
@@ -372,11 +399,13 @@ def _thoughts(message: Record, words: str, where: str) -> str:
       raise ValueError(f'{where}: the field {field!r} is no text')
     if value.strip():
       found[field] = value.strip('\n')
+  # Some servers send the same thoughts under two names: equal copies are one.
   if len(set(found.values())) > 1:
     raise ValueError(f'{where}: its fields {sorted(found)} hold different thoughts')
   thoughts = next(iter(found.values()), '')
   if thoughts and ('</think>' in words or '<think>' in words):
     raise ValueError(f"{where}: thoughts stand in {sorted(found)} and in 'content'")
+  # The tag would close the block early, and the rest would become part of the answer.
   if '</think>' in thoughts:
     raise ValueError(f'{where}: the field {next(iter(found))!r} holds </think>')
   return thoughts
@@ -396,6 +425,7 @@ def _message_calls(message: Record, where: str) -> tuple[_Call, ...]:
     _named_call(item, f'{where}: tool_calls[{number}]') for number, item in enumerate(listed)
   ]
   ids = [call.id for call in calls if call.id]
+  # Answers are matched by id, and two calls of one id cannot be distinguished.
   if len(set(ids)) < len(ids):
     raise ValueError(f'{where}: two of its calls have one id')
   return tuple(calls)
@@ -423,12 +453,14 @@ def _named_call(item: Any, where: str) -> _Call:
   else:
     refuse_unknown(item, ('id', 'type', 'index', 'function'), where)
     where += '.function'
+  # The whole function may be JSON text, as arguments may.
   function = _from_json_text(function, where)
   if not isinstance(function, dict):
     raise ValueError(f'{where} is no object')
   refuse_unknown(function, ('name', 'arguments', 'parameters'), where, ('id', 'index'))
   if not isinstance(function.get('name'), str) or not function['name']:
     raise ValueError(f'{where}.name is no name: {function.get("name")!r}')
+  # Both names are in use; an empty one beside the other says nothing.
   given = [key for key in ('arguments', 'parameters') if function.get(key) not in (None, '', {})]
   if len(given) > 1:
     raise ValueError(f"{where} has both 'arguments' and 'parameters'")
@@ -459,6 +491,7 @@ def _check_answers(said: list[_Said]) -> None:
     if stop > start:
       calls = _calls_before(said, start)
       answers = said[start:stop]
+      # Calls that are text are not counted: they may be words that only look like calls.
       if start and said[start - 1].calls and len(answers) > len(calls):
         raise ValueError(f'message {start}: {len(answers)} tool messages answer {len(calls)} calls')
       said[start:stop] = _in_order(answers, calls, start)
@@ -483,7 +516,9 @@ def _in_order(answers: Sequence[_Said], calls: Sequence[_Call], start: int) -> l
   places = []
   for number, answer in enumerate(answers):
     where = f'message {start + number} (tool)'
+    # Without an id the order of the answers is taken for that of the calls.
     place = number
+    # Calls that are text have no ids to compare with. Without any call an id names nothing.
     if answer.call_id and (any(ids) or not calls):
       if answer.call_id not in ids:
         raise ValueError(f"{where}: 'tool_call_id' {answer.call_id!r} names no call before it")
@@ -498,6 +533,7 @@ def _in_order(answers: Sequence[_Said], calls: Sequence[_Call], start: int) -> l
     places.append(place)
   if len(set(places)) < len(places):
     raise ValueError(f'message {start}: two tool messages answer one call')
+  # Missing answers at the end are fine: a dialogue may be cut there.
   if sorted(places) != list(range(len(places))):
     raise ValueError(f'message {start}: a call before it has no answer, and a later one has')
   return [answer for _, answer in sorted(zip(places, answers, strict=True), key=lambda one: one[0])]

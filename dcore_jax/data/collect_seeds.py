@@ -25,6 +25,7 @@ def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
     try:
       tasks += read()
     except ValueError as error:
+      # All missing benchmarks are named at once, so that one installation mends the error.
       absent[name] = str(error)
   if absent and not allow_unchecked:
     raise ValueError(
@@ -55,20 +56,26 @@ def collect(
   kept: list[Seed] = []
   refusals: list[dict[str, str]] = []
   duplicates = 0
+  # One set for all sources, since data sets are often made from each other.
   seen = set()
   report = {}
   for source in sources:
     found = load_seeds(source, count=count, seed=seed)
+    # All seeds of a source are compared before the first is kept, because a match in a later turn
+    # also refuses the earlier turns of its dialogue.
     matches = {one.id: overlap.find(one) for one in found.seeds}
     spoiled = {_group(one): matches[one.id] for one in found.seeds if matches[one.id]}
     before = len(kept)
     for one in found.seeds:
       mark = fingerprint(one)
+      # Refused seeds are marked as seen too: a copy of one in another source is counted once.
       if mark in seen:
         duplicates += 1
         continue
       seen.add(mark)
       if _group(one) in spoiled:
+        # A seed without a match of its own is refused for its dialogue, with the test task that
+        # another turn of it matched.
         test, by = matches[one.id] or (spoiled[_group(one)][0], 'dialogue')
         refusals.append({'seed': one.id, 'test': test, 'by': by})
       else:
@@ -77,9 +84,12 @@ def collect(
       'records': found.records,
       'seeds': len(found.seeds),
       'kept': len(kept) - before,
+      # A reader may have touched a counter without a drop: zeros are no reasons.
       'dropped': {reason: n for reason, n in found.dropped.most_common() if n},
     }
+  # Only kept seeds are written, so that a clash with a dropped one does no harm.
   _check_ids(kept)
+  # Kinds without a seed are listed with 0, which shows what a mix lacks.
   kinds = collections.Counter(one.kind for one in kept)
   return kept, {
     'seeds': len(kept),

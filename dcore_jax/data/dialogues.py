@@ -76,6 +76,7 @@ def python_named(dialogue: Dialogue) -> Dialogue:
   Raises:
     ValueError: two tools get the same name.
   """
+  # Calls are renamed like the tools, or they would call tools that are not listed.
   turns = tuple(
     dataclasses.replace(turn, calls=_with_python_names(turn.calls)) for turn in dialogue.turns
   )
@@ -87,6 +88,7 @@ def _with_python_names(things: Iterable[Named]) -> tuple[Named, ...]:
 
 
 def _python_named_tools(tools: Sequence[ToolSpec]) -> tuple[ToolSpec, ...]:
+  # Renaming may make two names equal ('a b' and 'a/b'), so names are compared afterwards.
   renamed = _with_python_names(tools)
   _refuse_equal_names(renamed)
   return renamed
@@ -100,13 +102,16 @@ def _refuse_equal_names(tools: Sequence[ToolSpec]) -> None:
 
 def python_name(name: str) -> str:
   """Makes a dotted identifier of a tool name that may hold spaces, slashes or quotes."""
+  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
   parts = []
   for word in name.split('.'):
     part = re.sub(r'\W+', '_', word).strip('_')
+    # An identifier may not begin with a digit.
     if part[:1].isdigit():
       part = '_' + part
     if part:
       parts.append(part)
+  # A name of punctuation alone leaves nothing, and a call needs a name.
   return '.'.join(parts) or 'unnamed'
 
 
@@ -118,12 +123,14 @@ def write_row(dialogue: Dialogue, style: str) -> Record:
   """
   if style == 'python':
     return _python_row(dialogue)
+  # With two tools of one name nobody could say which of them a call means.
   _refuse_equal_names(dialogue.tools)
   messages = [Message('system', dialogue.policy)] if dialogue.policy else []
   for turn in dialogue.turns:
     messages.append(Message(turn.role, _turn_text(turn, turn.calls, style), turn.trained))
   row = {'id': dialogue.id, 'conversations': [message.to_json() for message in messages]}
   if dialogue.tools:
+    # Chat templates expect OpenAI's wrapper around each spec.
     row['tools'] = [{'type': 'function', 'function': tool.to_json()} for tool in dialogue.tools]
   return row
 
@@ -140,6 +147,7 @@ def python_messages(dialogue: Dialogue) -> list[Message]:
     ValueError: as `write_row`.
   """
   tools = _python_named_tools(dialogue.tools)
+  # Without tools there is no list to show, and no rule for calls.
   system = system_text(dialogue.policy, tools) if tools else dialogue.policy
   messages = [Message('system', system)] if system else []
   before = ''  # role of the turn before
@@ -179,5 +187,6 @@ def check_row(row: Record) -> Record:
   Raises:
     ValueError: text with half of a surrogate pair, or numbers that JSON does not have.
   """
+  # Writing the row once is the check: both faults are errors of JSON or of UTF-8.
   json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
   return row

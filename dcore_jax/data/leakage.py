@@ -1,10 +1,10 @@
-"""Facts in a subtask that only the reference calls can have told its author.
+"""Finds facts in a subtask that its author can know only from the reference calls.
 
 docs/method.md, section 1.2, requirement 3, forbids them. A decomposer that sees the calls may copy
 from them what nobody can know yet, such as the id that a lookup is to find. Its subtasks are solved
 by a model that does not see the calls, so such a fact would make a guess look like a deduction.
-What can be read out of the conversation is no leak, even if it is written otherwise there: 60% is
-0.6, 5cm is 5, May 3rd 2022 is 2022-05-03.
+A fact that the conversation contains in another form is no leak: 60% is 0.6, 5cm is 5, May 3rd
+2022 is 2022-05-03.
 """
 
 import re
@@ -53,8 +53,8 @@ Phrase = tuple[str, ...]
 def words_of(text: str) -> Phrase:
   """Splits a text into the words by which texts are compared.
 
-  Words are in lower case, numbers stand by their value, names made of words are taken apart, and
-  ids and dates stay whole.
+  Words are in lower case, numbers are written by their value, identifiers made of words are split,
+  and ids and dates stay whole.
   """
   words = []
   for token in _TOKEN.findall(text):
@@ -64,11 +64,14 @@ def words_of(text: str) -> Phrase:
 
 def _words(token: str) -> Iterator[str]:
   if _NUMBER.fullmatch(token):
+    # 1,000, 1000 and 1000.0 are one number, and must be one word.
     number = token.replace(',', '')
     yield number.rstrip('0').rstrip('.') if '.' in number else number
+  # Ids have digits. Split at underscores their parts would match other ids.
   elif any(character.isdigit() for character in token):
     yield token.lower()
   else:
+    # orderId, order_id and 'order id' name one thing, and calls and subtasks spell it differently.
     for word in _HUMP.sub('_', token).lower().split('_'):
       if word:
         yield _NUMERALS.get(word, word)
@@ -77,7 +80,7 @@ def _words(token: str) -> Iterator[str]:
 class Said:
   """Texts in which phrases are looked up; a phrase is what `words_of` returns.
 
-  With `readings` what can be read out of the texts is found too: numbers, dates, the names in ids.
+  With `readings` numbers, dates and names that the texts hold in another form are found too.
   """
 
   def __init__(self, texts: Iterable[str], *, readings: bool = False):
@@ -85,6 +88,8 @@ class Said:
     if readings:
       for text in tuple(texts):
         texts += _readings(text)
+    # A bar between texts keeps a phrase from matching the end of one text and the start of the
+    # next.
     self._text = '|'.join(f' {" ".join(words_of(text))} ' for text in texts)
 
   def __contains__(self, phrase: Sequence[str]) -> bool:
@@ -95,6 +100,7 @@ def _readings(text: str) -> Iterator[str]:
   yield from _WITH_UNIT.findall(text)
   yield from _NAME_IN_ID.findall(text)
   for number, scale in _SCALED.findall(text):
+    # 12 digits print 60 % as 0.6, without the rounding error of 60 * 0.01.
     yield f'{float(number.replace(",", "")) * _SCALES[scale.lower()]:.12g}'
   for month, day, year in _MONTH_FIRST.findall(text):
     yield _iso_date(year, month, day)
@@ -111,6 +117,7 @@ def call_values(calls: Iterable[ToolCall]) -> list[str]:
   values = []
   for call in calls:
     for leaf in leaf_values([call.arguments, list(call.positional)]):
+      # True, False and null are not written in a request in that form, so they prove no leak.
       if leaf is not None and not isinstance(leaf, bool):
         values.append(str(leaf))
   return values
@@ -119,13 +126,16 @@ def call_values(calls: Iterable[ToolCall]) -> list[str]:
 def leaked_facts(seed: Seed, subtasks: Sequence[str]) -> set[str]:
   """Finds facts of the subtasks that stand in a reference call, and in neither history nor query.
 
-  Facts are an argument's whole value, or three words in a row of a longer one. They are also the
-  names, numbers and ids in a value, and what a subtask quotes from it. A name is a capitalised word
-  in both texts: that a sentence begins with a word of a value says nothing.
+  A fact is the whole value of an argument, or three consecutive words of a longer value. Names,
+  numbers and ids in a value are facts too, and so is what a subtask quotes from it. A name is a
+  word that is capitalised in both texts.
   """
+  # The history counts as known with all its readings, because a solver can convert a value that it
+  # sees. Subtasks and calls are compared as they are written.
   known = Said((message.content for message in seed.conversations), readings=True)
   values = call_values(seed.calls)
   facts = _repeated_values(values, subtasks)
+  # Both texts must have the capital: an argument 'Order' alone does not make every 'order' a name.
   facts |= _names(subtasks) & _names(values)
   facts |= _quotations(subtasks, values)
   return {' '.join(phrase) for phrase in facts - _NO_FACTS if phrase not in known}
@@ -162,6 +172,7 @@ def _names(texts: Iterable[str]) -> set[Phrase]:
 
 def _phrases(words: Phrase) -> Iterator[Phrase]:
   """Yields the facts in a value: all of a short one, each run of words in a long one."""
+  # A long value is seldom copied whole: a note of 20 words leaks by a part of it.
   if len(words) > _RUN:
     for start in range(len(words) - _RUN + 1):
       yield words[start : start + _RUN]

@@ -1,4 +1,4 @@
-"""Finds seeds that repeat a test task, in its request's words, its calls, or whom it is about."""
+"""Finds seeds that repeat a test task by the words of its request, its calls, or its user."""
 
 import collections
 import dataclasses
@@ -76,7 +76,8 @@ class Overlap:
     return None
 
   def _find_query(self, words: tuple[str, ...]) -> str | None:
-    """Returns the test task whose request stands in these words."""
+    """Returns the test task whose request is in these words."""
+    # A request of fewer than 8 words has no n-gram, and is found only as a whole.
     if words in self._queries:
       return self._queries[words]
     grams = dict.fromkeys(_runs(words, WORDS))
@@ -86,7 +87,7 @@ class Overlap:
       hits.update(self._grams[gram])
     if grams and len(shared) >= SHARE * len(grams):
       return hits.most_common(1)[0][0]
-    # A test's request may stand in the middle of many other words.
+    # Many other words may surround a test's request.
     for task, count in hits.most_common():
       if count >= SHARE * self._sizes[task]:
         return task
@@ -98,6 +99,7 @@ class Overlap:
     for text in said:
       words.update(_WORD.findall(text))
     for call in calls:
+      # Identifiers such as mei_kovacs_8020 are one word for `_WORD`, and keep their case.
       words.update(map(str, leaf_values(call.arguments)))
     found = sorted(words & self._names.keys())
     return self._names[found[0]] if found else None

@@ -47,6 +47,7 @@ Found = dict[str, Any] | Unreadable
 
 def file_kind(path: pathlib.Path) -> str:
   """Returns the last suffix of a file without `.gz` or `.zst`, such as '.jsonl'; '' for none."""
+  # rows.jsonl.gz has two suffixes, and its format is the inner one.
   suffixes = [suffix.lower() for suffix in path.suffixes]
   if suffixes and suffixes[-1] in COMPRESSED:
     suffixes.pop()
@@ -64,6 +65,7 @@ def read_records(path: pathlib.Path) -> list[Found]:
   kind = file_kind(path)
   if kind == '.csv':
     return list(_csv_records(text, path.name))
+  # The first character tells a list from JSON lines, because the ending .json is used for both.
   start = text.lstrip()[:1]
   # Files of JSON lines are also called .json (BFCL's are). One object alone is no list of records.
   if kind == '.json' and start != '{':
@@ -74,6 +76,7 @@ def read_records(path: pathlib.Path) -> list[Found]:
     line = line.strip().lstrip('\ufeff')  # files put behind each other have marks inside
     if line:
       records.append(_record(line, f'line {number} '))
+  # A .json file that is one object over several lines has no readable line.
   if kind == '.json' and all(isinstance(record, Unreadable) for record in records):
     raise ValueError(f'{path.name}: expected a list of objects')
   return records
@@ -103,12 +106,14 @@ def _listed_records(text: str, name: str) -> Iterator[Found]:
   if text[place : place + 1] != '[':
     raise ValueError(f'{name}: expected a list of objects')
   place = _space_end(text, place + 1)
+  # Elements are found one by one: json.loads on the whole list would fail with one bad element.
   while text[place : place + 1] != ']':
     end = _element_end(text, place)
     if end is None:
       raise ValueError(f'{name}, line {_line(text, place)} is not JSON: the list never ends')
     yield _record(text[place:end].strip(), '')
     place = end
+    # Python's parser would refuse this comma too. To accept it here alone would be inconsistent.
     if text[place] == ',':
       place = _space_end(text, place + 1)
       if text[place : place + 1] == ']':
@@ -151,13 +156,16 @@ def _element_end(text: str, place: int) -> int | None:
 
 def _csv_records(text: str, name: str) -> Iterator[Found]:
   """Yields the rows of a CSV file with a header, as texts by column; empty cells are absent."""
+  # The limit is global to the process, so it is put back at the end.
   limit = csv.field_size_limit(_MAX_CELL)
   reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
   try:
     columns = reader.fieldnames or []
+    # DictReader would keep the last of the two columns and lose the other without a word.
     if len(set(columns)) < len(columns):
       raise ValueError(f'{name}: two columns have one name: {columns}')
     for row in reader:
+      # DictReader puts surplus cells under the key None. Usually a comma was not quoted.
       if None in row:
         yield Unreadable(f'it has more cells than the header ({len(columns)})')
       else:
@@ -204,6 +212,7 @@ def parse_strictly(text: str) -> Any:
 
 def _check_depth(value: Any) -> None:
   level = [value] if isinstance(value, (dict, list)) else []
+  # Level by level and not recursively, because deep values are what this check is for.
   for _ in range(MAX_DEPTH):
     items = itertools.chain.from_iterable(
       one.values() if isinstance(one, dict) else one for one in level
@@ -215,6 +224,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  # json.loads keeps the last value of a repeated key, and the first would be lost.
   record = dict(pairs)
   if len(record) < len(pairs):
     names = [name for name, _ in pairs]
@@ -228,6 +238,7 @@ def _no_constant(word: str) -> Any:
 
 
 def _finite(digits: str) -> float:
+  # 1e999 is valid JSON and becomes infinity, which JSON has no word for.
   value = float(digits)
   if not math.isfinite(value):
     raise ValueError(f'{digits} is too large a number')

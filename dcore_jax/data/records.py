@@ -1,4 +1,4 @@
-"""Published rows: local files or hub data sets, in whatever schema they are published in."""
+"""Loads published rows of any known schema from local files and from data sets on the hub."""
 
 import dataclasses
 import pathlib
@@ -41,10 +41,12 @@ def load_records(name: str) -> list[Found]:
   Raises:
     ValueError: nothing of that name, or a file that cannot be read.
   """
+  # Paths and hub names both may hold a slash: a file is recognised by its ending.
   place, _, configuration = name.partition('#')
   kind = file_kind(pathlib.Path(place))
   on_hub = kind not in _FILES and _HUB_NAME.fullmatch(place)
   try:
+    # A local file of the same name has precedence over the hub: nothing is downloaded then.
     path = data_path(place)
   except ValueError:
     if not on_hub:
@@ -53,6 +55,7 @@ def load_records(name: str) -> list[Found]:
   if path is not None and path.is_file():
     if kind in TEXT_FILES:
       return read_records(path)
+    # `datasets` would guess the format of any other file, and fail with an error about itself.
     if path.suffix != '.parquet':
       raise ValueError(
         f'{name!r} is no file of rows; known are {_FILES}, the first with .gz or .zst'
@@ -72,6 +75,7 @@ def load_records(name: str) -> list[Found]:
     raise ValueError(
       f'{name!r} can be loaded neither from disk nor from the hub: {error}'
     ) from error
+  # Arrow gives every record all columns, so absent fields come back as None.
   return [_without_nulls(record) for record in found.to_list()]
 
 
@@ -98,11 +102,11 @@ Convert = Callable[[Record, str], list[Made]]
 def convert_records(
   records: Sequence[Any], place: str, convert: Convert[Made], *, unreadable: str, option: str
 ) -> Converted[Made]:
-  """Converts records one by one; what is odd about one of them stays with it.
+  """Converts records one by one, so that an unreadable record does not affect the others.
 
   Args:
     records: of any types; only objects can be converted.
-    place: where they are from. A record is named after it where it has no id.
+    place: where they are from. It names the records that have no id.
     convert: see `Convert`.
     unreadable: 'error', or 'drop': what cannot be converted is left out, counted and logged.
     option: the config's field that says so.
@@ -111,10 +115,13 @@ def convert_records(
     ValueError: a record that cannot be converted, by place and number; no records, or none that can
       be converted.
   """
+  # A misspelt 'drop' must not act as one of the two.
   if unreadable not in ('error', 'drop'):
     raise ValueError(f"{option} = {unreadable!r}; expected 'error' or 'drop'")
+  # An empty file is more often a wrong path than an intended data set of no rows.
   if not records:
     raise ValueError(f'{place} holds no records')
+  # The stem becomes a part of row ids, which are written to files: it must show no folders.
   stem = pathlib.Path(place).name.partition('.')[0]
   made = []
   problems = []
@@ -122,10 +129,12 @@ def convert_records(
     try:
       if isinstance(record, Unreadable):
         raise ValueError(f'cannot be read: {record.reason}')
+      # JSON lists may hold texts and numbers, which have no fields to convert.
       if not isinstance(record, dict):
         raise ValueError(f'cannot be read: it is of type {type(record).__name__}, not an object')
       made += convert(record, f'{stem}-{number}')
     except ODD as error:
+      # The number is that of the record in its file, counted from 0, so that it can be found again.
       problems.append(f'{place}, row {number}, {_reason(error)}')
       if unreadable == 'error':
         raise ValueError(f"{problems[0]}; {option} = 'drop' would leave it out") from error
@@ -137,12 +146,14 @@ def convert_records(
       place,
       problems[0],
     )
+    # 'drop' is meant for odd records. If no record can be read, the schema or the file is wrong.
     if len(problems) == len(records):
       raise ValueError(f'none of {len(records)} records can be read; the first: {problems[0]}')
   return Converted(made, len(problems))
 
 
 def _reason(error: Exception) -> str:
+  # str(KeyError) is the bare key, which alone does not say that it is missing.
   if isinstance(error, KeyError):
     return f'cannot be read: it lacks {error}'
   if isinstance(error, RecursionError):
@@ -157,6 +168,7 @@ def _by_schema(
   """Makes a `Convert` of a function of (record, schema, name)."""
 
   def adapted(record: Record, name: str) -> list[Made]:
+    # Each record is recognised alone, because files are mixed from several sources.
     found = schema or row_schemas.recognise(record)
     if found is None:
       raise ValueError(
@@ -166,6 +178,7 @@ def _by_schema(
       return convert(record, found, name)
     except ODD as error:
       reason = _reason(error).removeprefix('cannot be read: ')
+      # The schema is named because the guess itself may be what is wrong.
       raise ValueError(f'cannot be read as {found}: {reason}') from error
 
   return adapted
@@ -174,6 +187,7 @@ def _by_schema(
 def _split_schema(name: str) -> tuple[str | None, str]:
   """Returns (schema, or None where it is to be guessed; place) of `[schema:]place`."""
   schema, _, place = name.partition(':')
+  # Only known schemas are split off: a path may contain a colon of its own.
   return (schema, place) if schema in row_schemas.SCHEMAS else (None, name)
 
 
@@ -206,6 +220,7 @@ def sft_rows(
   rows = []
   left_out = 0
   for name in names:
+    # Each data set may have its own schema, so that a run can mix sources.
     schema, place = _split_schema(name)
     found = adapt_rows(
       load_records(place), place, call_style=call_style, unreadable=unreadable, schema=schema
@@ -234,6 +249,7 @@ def adapt_rows(
   Raises:
     ValueError: as `sft_rows`.
   """
+  # Checked before any record, or 'drop' would count every record as unreadable.
   if call_style not in CALL_STYLES:
     raise ValueError(f'sft.call_style = {call_style!r}; expected one of {CALL_STYLES}')
 
@@ -263,6 +279,7 @@ def rl_points(names: Sequence[str], *, unreadable: str = 'error') -> list[Decisi
   for name in names:
     schema, place = _split_schema(name)
 
+    # The default binds the schema of this data set; a closure would see that of the last one.
     def convert(record: Record, name: str, schema: str | None = schema) -> list[DecisionPoint]:
       return reference_rows.read_points(record, schema, name)
 

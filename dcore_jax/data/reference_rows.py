@@ -1,11 +1,10 @@
-"""Rows that ask something and hold the answer to compare with: for reinforcement learning, and as
-seeds.
+"""Rows that hold a prompt and its reference answer, for reinforcement learning and as seeds.
 
-    ToolRL rows, and every schema of `row_schemas` that ends with the assistant's message: what
-        comes before that message is asked
+    ToolRL rows, and every schema of `row_schemas` that ends with the assistant's message: the
+        messages before it are the prompt
     messages (or a prompt that is a list of them), tools, and the reference in a field of its own:
         ground_truth, answer, answers, reference, or reward_model.ground_truth
-    seeds, which are asked at each step of their reference
+    seeds, which give one prompt for each step of their reference
 
 A reference is calls, as data or as text, or an answer in words. Tools and calls are written in the
 Python style, in which rewards compare them.
@@ -21,11 +20,12 @@ from dcore_jax.data.dialogues import Record, check_row, python_messages, python_
 from dcore_jax.data.record_files import parse_strictly
 from dcore_jax.data.seeds import DecisionPoint, Seed, decision_points
 
+# Names under which data sets for reinforcement learning publish the right answer.
 REFERENCE_FIELDS = ('ground_truth', 'answer', 'answers', 'reference', 'reference_calls')
 
 
 class Asked(NamedTuple):
-  """What a row asks, and its reference: calls, or else words."""
+  """The prompt of a row, and its reference: calls, or else words."""
 
   messages: tuple[Message, ...]
   calls: tuple[ToolCall, ...]
@@ -43,6 +43,7 @@ def read_points(record: Record, schema: str | None, name: str) -> list[DecisionP
   Raises:
     ValueError, KeyError, TypeError: a record that cannot be read.
   """
+  # A seed also has a reference field, and would lose its later steps if it were read as one.
   if schema is None and is_seed(record):
     return list(decision_points(Seed.from_json(record)))
   if schema is None and has_reference(record):
@@ -54,11 +55,14 @@ def read_points(record: Record, schema: str | None, name: str) -> list[DecisionP
         f'no known schema has the fields {sorted(record)}; known are {row_schemas.SCHEMAS}, and '
         f'messages with one of {REFERENCE_FIELDS}'
       )
+    # ToolRL's reference is in the text of its output, behind the thoughts.
     if schema == 'toolrl':
       point, _ = row_schemas.toolrl_point(record, name)
+      # Checked after the point: a row that lacks its fields is the more useful error.
       row_schemas.check_fields(record, schema)
       return [_checked(point)]
     asked = _last_answer(record, schema, name)
+  # Calls of one reference are one response, so that several of them are parallel.
   kind = 'irrelevant' if not asked.calls else 'single' if len(asked.calls) == 1 else 'parallel'
   point = DecisionPoint(
     id=str(record['id']) if record.get('id') is not None else name,
@@ -76,6 +80,7 @@ def _checked(point: DecisionPoint) -> DecisionPoint:
 
 def is_seed(record: Record) -> bool:
   """Says whether a record is a seed as `Seed.to_json` writes it."""
+  # A plain row has ground_truth as well. These four fields only a seed has.
   own = {'kind', 'tool_response', 'world', 'dialogue'} & record.keys()
   return bool(own) and {'id', 'conversations', 'ground_truth'} <= record.keys()
 
@@ -83,11 +88,13 @@ def is_seed(record: Record) -> bool:
 def has_reference(record: Record) -> bool:
   """Says whether a record has messages and, in another field, a reference."""
   has_messages = any(record.get(field) is not None for field in chat_rows.MESSAGE_FIELDS)
+  # A prompt that is a text belongs to the schema `completion`, which has no reference.
   return (has_messages or isinstance(record.get('prompt'), list)) and bool(_references(record))
 
 
 def _references(record: Record) -> dict[str, Any]:
   found = {field: record[field] for field in REFERENCE_FIELDS if record.get(field) is not None}
+  # verl's data sets nest the reference in this field.
   model = record.get('reward_model')
   if isinstance(model, dict) and model.get('ground_truth') is not None:
     found['reward_model'] = model['ground_truth']
@@ -95,15 +102,17 @@ def _references(record: Record) -> dict[str, Any]:
 
 
 def read_asked(record: Record, name: str) -> Asked:
-  """Reads a row of messages whose reference stands in a field of its own.
+  """Reads a row of messages with the reference in a field of its own.
 
   Raises:
     ValueError: naming the message or field that cannot be read.
   """
   references = _references(record)
+  # To choose one of them would be a guess, and rewards would depend on it.
   if len(references) > 1:
     raise ValueError(f'the fields {sorted(references)} all hold references')
   ((field, value),) = references.items()
+  # The reference is taken away before the check, as the schema of rows does not have it.
   fields = {key: item for key, item in record.items() if key not in references}
   if isinstance(fields.get('prompt'), list):
     fields['messages'] = fields.pop('prompt')
@@ -117,12 +126,14 @@ def _last_answer(record: Record, schema: str, name: str) -> Asked:
   dialogue = row_schemas.to_dialogue(record, schema, name)
   if dialogue is None:
     raise ValueError(f'rows of schema {schema!r} hold no reference')
+  # The dialogue ends with the assistant's last message, which is the reference.
   *before, last = dialogue.turns
   messages = python_messages(dataclasses.replace(dialogue, turns=tuple(before)))
   if not messages or messages[-1].role != 'user':
     raise ValueError('nothing is asked before the last message of the assistant')
   if last.calls:
     return Asked(tuple(messages), last.calls, '')
+  # Thoughts are no part of a reference: rewards compare answers.
   calls, words = _read_reference(last.text.rpartition('</think>')[2], 'the last message')
   return Asked(tuple(messages), _python_calls(calls), words)
 
@@ -137,15 +148,19 @@ def _read_reference(value: Any, where: str) -> tuple[list[ToolCall], str]:
     text = value.strip()
     if not text:
       raise ValueError(f'{where} is empty: there is nothing to compare with')
+    # A bracket begins JSON or a Python-style list. The next character decides, because a call list
+    # begins with a name.
     if text[0] == '{' or text[:1] == '[' and text[1:].lstrip()[:1] in ('{', '"'):
       value = parse_strictly(text)
     else:
+      # Other text is a call list in the Python style, or an answer in words.
       calls = parse_calls(text)
       return (calls, '') if calls else ([], text)
   if isinstance(value, dict):
     value = [value]
   if not isinstance(value, list) or not value:
     raise ValueError(f'{where} holds neither calls nor words')
+  # A list of texts is a list of call strings, as in seeds and in BFCL.
   if all(isinstance(item, str) for item in value):
     return parse_reference(value), ''
   calls = [chat_rows.read_call(item, f'{where}[{number}]') for number, item in enumerate(value)]

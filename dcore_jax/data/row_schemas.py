@@ -1,9 +1,9 @@
-"""The schemas that rows for fine-tuning are published in, and one adapter from each to ours.
+"""Recognises the schemas of published rows for fine-tuning, and adapts each of them to ours.
 
     rows        messages or conversations of {role, content}, as OpenAI's interface has them, and
                 tools: D-CORE's rows, too; self-distillation writes such rows
     completion  prompt, completion: texts or lists of such messages
-    preference  chosen, rejected and perhaps prompt, of which the chosen answer is taken
+    preference  chosen, rejected and perhaps prompt; the chosen answer is taken
     packed      conversations and single_conv_last_idx: D-CORE's packs, several rows in one
     toolrl      instruction, input, output: ToolRL
     xlam        query, tools, answers: Salesforce/xlam-function-calling-60k
@@ -11,11 +11,11 @@
     apigen_mt   the same and tools: Salesforce/APIGen-MT-5k, and other ShareGPT files with tools
     hermes      conversations of {from, value}, no system: NousResearch/hermes-function-calling-v1
 
-Our row is {id, conversations: [{role, content}]}, with `tools` where the chat template is to show
-them. Calls that stand as text in messages {role, content}, or in ToolRL's rows, stay as they are.
-What is read as data is written in one of the two styles of `dialogues`, so that rows of different
-sources ask and answer alike. A field that no adapter reads is refused by name, unless it is known
-to say nothing about the conversation.
+Our row is {id, conversations: [{role, content}]}, with `tools` if the chat template is to show
+them. Calls that are text in messages {role, content}, or in ToolRL's rows, stay as they are. Calls
+that are data are written in one of the two styles of `dialogues`, so that rows of all sources look
+alike. A field that no adapter reads is refused by name, unless it is known to say nothing about the
+conversation.
 """
 
 import dataclasses
@@ -48,6 +48,7 @@ _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
 _TAGGED_CALL = re.compile(r'<tool_call>\s*[\[{]')
 _TAGGED_RESPONSE = re.compile(r'<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
 _TAGGED_TOOLS = re.compile(r'<tools>\s*([\[{].*?[\]}])\s*</tools>', re.DOTALL)
+# ShareGPT's names of speakers and the variants that the data sets above use.
 _ROLES = {
   'human': 'user',
   'user': 'user',
@@ -60,7 +61,7 @@ _ROLES = {
 }
 
 
-# What each schema's records say, beside what says nothing about a conversation.
+# The fields that each adapter reads. `FREE_FIELDS` lists those that anybody may have.
 _CHAT_FIELDS = ('system', 'tools', 'functions')
 _FIELDS = {
   'rows': (*chat_rows.MESSAGE_FIELDS, *_CHAT_FIELDS),
@@ -71,7 +72,7 @@ _FIELDS = {
   'xlam': ('query', 'tools', 'answers'),
   'toolace': ('system', 'conversations'),
   'apigen_mt': ('system', 'conversations', 'tools'),
-  'hermes': ('conversations', 'tools', 'schema'),  # the schema stands in the system text, too
+  'hermes': ('conversations', 'tools', 'schema'),  # the system text holds the schema, too
 }
 
 
@@ -84,6 +85,7 @@ def recognise(record: Record) -> str | None:
   A field that is None counts as absent: readers of Parquet fill missing fields with None.
   """
   fields = {name for name, value in record.items() if value is not None}
+  # The fields of ToolRL and xLAM are theirs alone, so they are tested first.
   if {'instruction', 'input', 'output'} <= fields:
     return 'toolrl'
   if {'query', 'tools', 'answers'} <= fields:
@@ -101,7 +103,10 @@ def _message_schema(record: Record, fields: set[str]) -> str:
   except ValueError:
     return 'rows'  # whose reader says what is wrong
   said = [message for message in messages if isinstance(message, dict)]
+  # {from, value} is ShareGPT, {role, content} is OpenAI. The fields beside tell the ShareGPT sets
+  # apart.
   if any('from' in message for message in said) and not any('role' in one for one in said):
+    # Hermes has its system text among the messages.
     if 'system' not in fields:
       return 'hermes'
     return 'apigen_mt' if 'tools' in fields else 'toolace'
@@ -111,7 +116,7 @@ def _message_schema(record: Record, fields: set[str]) -> str:
 def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
   """Reads a record as data, with names that a Python-style call can have.
 
-  Calls that stand in a text are read, too. Returns None for ToolRL, whose tools are text, and for
+  Calls in a text are read, too. Returns None for ToolRL, whose tools are text, and for
   packs.
 
   Raises:
@@ -120,6 +125,7 @@ def to_dialogue(record: Record, schema: str, name: str) -> Dialogue | None:
   name = _record_name(record, name)
   if schema in _CHATS:
     record = _chat_record(record, schema)
+    # Calls in a text are read here, because seeds need them as data; rows keep the text.
     return python_named(_with_text_calls(chat_rows.chat_dialogue(record, name)))
   if schema not in _DIALOGUES:
     return None
@@ -130,6 +136,7 @@ def _with_text_calls(dialogue: Dialogue) -> Dialogue:
   turns = []
   for number, turn in enumerate(dialogue.turns):
     if turn.role == 'assistant' and not turn.calls:
+      # The flag is kept: reading the text anew knows nothing of marks.
       read = _read_answer(turn.text, dialogue.tools, number)
       turn = dataclasses.replace(read, trained=turn.trained)
     turns.append(turn)
@@ -160,6 +167,8 @@ def to_rows(record: Record, schema: str, name: str, style: str = 'python') -> li
     rows = [write_row(_data_dialogue(record, schema, name), style)]
   else:
     rows = _TEXTS[schema](record, name, style)
+    # Checked after reading, so that a wrong schema is named by what it lacks and not by a surplus
+    # field.
     check_fields(record, schema)
   return [check_row(row) for row in rows]
 
@@ -205,15 +214,18 @@ def _packed_rows(record: Record, name: str, style: str) -> list[Record]:
   """Takes a pack apart into its rows: each ends with the message that its index points to."""
   messages = record['conversations']
   lasts = record['single_conv_last_idx']
+  # Tools and system text of a pack belong to each of its rows.
   shared = {field: record[field] for field in _CHAT_FIELDS if field in record}
   rows = []
   start = 0
   for last in lasts:
+    # Indices must ascend inside the list, or rows would overlap.
     if not (isinstance(last, int) and start <= last < len(messages)):
       raise ValueError(f'single_conv_last_idx = {lasts} does not cut {len(messages)} messages')
     part = {**shared, 'conversations': messages[start : last + 1]}
     rows.append(_chat_row(part, f'{name}-{len(rows)}', style))
     start = last + 1
+  # Messages behind the last index would be lost.
   if start != len(messages):
     raise ValueError(
       f'{len(messages) - start} messages stand behind the last of single_conv_last_idx'
@@ -236,6 +248,7 @@ def _toolrl_row(record: Record, name: str, style: str) -> list[Record]:
 
 
 def _xlam(record: Record, name: str) -> Dialogue:
+  # xLAM answers with calls alone, without thoughts or words.
   calls = _read_calls(record['answers'])
   turns = (DialogueTurn('user', record['query']), DialogueTurn('assistant', '', calls))
   return Dialogue(id=name, policy='', tools=read_tools(record['tools']), turns=turns)
@@ -249,9 +262,11 @@ def _toolace(record: Record, name: str) -> Dialogue:
   system = record['system']
   tools = ()
   policy = system
+  # ToolACE introduces the list by prose; its first '[{' begins the JSON.
   start = system.find('[{')
   if start >= 0:
     try:
+      # raw_decode stops where the list ends, since prose follows it.
       listed, size = json.JSONDecoder().raw_decode(system[start:])
     except json.JSONDecodeError as error:
       raise ValueError(f'the list of functions in the system text is not JSON: {error}') from error
@@ -259,6 +274,7 @@ def _toolace(record: Record, name: str) -> Dialogue:
     # The words that introduce the list ("Here is a list of functions:") go with it.
     before = re.sub(r'[^.\n]*:\s*$', '', system[:start]).strip()
     after = system[start + size :].strip()
+    # ToolACE's rule of the call format is left out, because the row's own style states one.
     kept = [part for part in (before, after) if part and 'in the format of [' not in part]
     policy = '\n\n'.join(kept)
   turns = _read_turns(record['conversations'], tools)
@@ -273,21 +289,24 @@ def _apigen_mt(record: Record, name: str) -> Dialogue:
 
 
 def _hermes(record: Record, name: str) -> Dialogue:
-  """Reads a Hermes record, whose tools stand in a field or in the system text.
+  """Reads a Hermes record, whose tools are in a field or in the system text.
 
   A system text with a <tools> block only says which tools there are and how to call them, which the
   row's own style says again.
   """
   turns = record['conversations']
   policy = ''
+  # The system text is the first message in this set, and not a field.
   if turns[0].get('from') == 'system':
     policy = turns[0]['value'].strip()
     turns = turns[1:]
   listed = record.get('tools')
   if not listed:
+    # Some of its files have no field of tools; the <tools> block in the system text lists them.
     tagged = _TAGGED_TOOLS.search(policy)
     listed = tagged[1] if tagged else []
   tools = read_tools(listed)
+  # Such a text holds only tools and call format, which the row's style writes again.
   if tools and '<tools>' in policy:
     policy = ''
   return Dialogue(id=name, policy=policy, tools=tools, turns=_read_turns(turns, tools))
@@ -305,6 +324,7 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
     text = record.get('value')
     where = f'message {number} ({record.get("from")})'
     refuse_unknown(record, ('from', 'value', *chat_rows.TRAIN_FIELDS), where)
+    # Read for all speakers: a mark of a wrong type is an error wherever it stands.
     trained = chat_rows.is_trained(record, where)
     if role is None or not isinstance(text, str):
       raise ValueError(
@@ -314,11 +334,13 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
     if role == 'function_call':
       turns.append(DialogueTurn('assistant', '', _read_calls(text), trained=trained))
     elif role == 'tool':
+      # One message may hold the outputs of several calls, each in its tags.
       turns += [DialogueTurn('tool', part) for part in _TAGGED_RESPONSE.findall(text) or [text]]
     elif role == 'assistant':
       turns.append(dataclasses.replace(_read_answer(text, tools, number), trained=trained))
     else:
       turns.append(DialogueTurn('user', text))
+    # The row ends with its last trained message, which is its target.
     if turns[-1].role == 'assistant' and trained:
       last = len(turns) - 1
   if last < 0:
@@ -339,10 +361,12 @@ def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueT
       calls += tuple(block.calls)
       place = block.end
     words = (words + answer[place:]).strip()
+  # Without tools a text in brackets is a text.
   elif tools and stripped[:1] == '[' and stripped[-1:] == ']':
     calls = _read_python_calls(stripped, tools)
   if not calls and not stripped:
     raise ValueError(f'message {number}: the assistant says nothing')
+  # Without calls the text stays whole: thoughts and answer are not taken apart and joined again.
   return DialogueTurn('assistant', thought if calls else text, calls, words)
 
 
@@ -353,6 +377,7 @@ def _read_python_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, 
   """
   names = {python_name(tool.name): tool.name for tool in tools}
   odd = [name for name in names.values() if name not in names]
+  # Python's grammar has no names with spaces, so that the text could not be parsed.
   if odd:
     # The longest name comes first, since one name may begin another.
     odd.sort(key=len, reverse=True)
@@ -395,14 +420,15 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
   missing = {'instruction', 'input', 'output'} - record.keys()
   if missing:
     raise ValueError(f'row {name!r} is no ToolRL row: it lacks {", ".join(sorted(missing))}')
-  # A thought may speak of `<tool_call>` itself, so only what stands behind it is searched.
+  # A thought may speak of `<tool_call>` itself, so only the text behind it is searched.
   thought, rest = split_answer(record['output'])
+  # An output has calls or a response; where both stand, the calls are the reference.
   calls = _toolrl_calls(rest, name) if _TAGGED_CALL.search(rest) else []
   reference = print_calls(calls) if calls else _part(rest, 'response')
   if not reference:
     raise ValueError(f'row {name!r} has neither calls nor a response')
   # The instruction's tool list is kept, with names that a Python-style call can have. ToolRL's own
-  # output format, which stands behind it, is replaced by ours.
+  # output format, which follows the list, is replaced by ours.
   tools = record['instruction'].split('**Steps for Each Turn**')[0]
   tools = _LISTED_NAME.sub(lambda match: match[1] + python_name(match[2]), tools)
   messages = (
@@ -417,13 +443,14 @@ def toolrl_point(record: Record, name: str) -> tuple[DecisionPoint, str]:
 def _part(output: str, tag: str) -> str:
   start = output.find(f'<{tag}>')
   end = output.find(f'</{tag}>')
+  # An unclosed tag gives nothing, and the row is refused by its caller.
   if not 0 <= start < end:
     return ''
   return output[start + len(tag) + 2 : end].strip()
 
 
 def _toolrl_calls(text: str, name: str) -> list[ToolCall]:
-  """Reads the calls of the first tag, one a line; what stands behind it is no part of the row."""
+  """Reads the calls of the first tag, one a line; text behind the tag is no part of the row."""
   try:
     calls = next(tagged_blocks(text)).calls
   except ToolCallError as error:

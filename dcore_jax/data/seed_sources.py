@@ -1,4 +1,4 @@
-"""Where seeds come from: worlds that make them, recorded dialogues, published rows, and seed files.
+"""Makes seeds from the tasks of worlds, recorded dialogues, published rows, and seed files.
 
 WORLD        tasks of a world, by its name in `worlds/registry.py`: toolworld, bfcl, or your own
 taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's
@@ -39,7 +39,7 @@ TAUBENCH = 'taubench/gpt-4o-airline_trajectories.json'
 
 
 class TasksSection(Protocol):
-  """What is read of a config here: its `seed`, its section `world`, and that of distillation."""
+  """The fields of a config that are read here: `seed`, `world` and `distill`."""
 
   seed: int
   world: WorldSection
@@ -53,7 +53,7 @@ class Found:
   Attributes:
     seeds: in the order of the records.
     records: how many records (or tasks) the source has.
-    dropped: why records gave no seed -> how many.
+    dropped: reason why a record gave no seed -> number of records.
   """
 
   seeds: list[Seed]
@@ -64,7 +64,7 @@ class Found:
 def training_tasks(
   config: TasksSection, counts: Mapping[str, int], purpose: int
 ) -> list[WorldTask]:
-  """Training tasks of the config's world; the same purpose gives the same ones.
+  """Makes training tasks of the config's world; one purpose always gives the same tasks.
 
   Args:
     config: the whole config.
@@ -75,20 +75,23 @@ def training_tasks(
     ValueError: the world cannot be made, or `counts` lacks one of its kinds or has another one.
   """
   world = make_world(config.world)
+  # Checked before the loop, where a kind without a count would be a KeyError.
   check_kinds(f'tasks of world {config.world.name!r}', counts, world)
   tasks = []
   for kind in world.kinds:
+    # Seeds of a config are ten apart here, so that the purposes of one seed do not meet those of
+    # the next seed.
     tasks += world.tasks(kind, counts[kind], seed=config.seed * 10 + purpose, split='train')
   return tasks
 
 
 def training_seeds(config: TasksSection, counts: Mapping[str, int], purpose: int) -> list[Seed]:
-  """`training_tasks` as seeds."""
+  """Returns `training_tasks` as seeds."""
   return _seeds_of(make_world(config.world), training_tasks(config, counts, purpose))
 
 
 def config_seeds(config: TasksSection) -> list[Seed]:
-  """The seeds that the config's section `distill` asks for: of its files, or of its world.
+  """Loads the seeds of the files in the config's section `distill`, or makes them from its world.
 
   Raises:
     ValueError: a file that is not there, or a record that is no seed, by its id.
@@ -96,6 +99,8 @@ def config_seeds(config: TasksSection) -> list[Seed]:
   if not config.distill.files:
     return training_seeds(config, config.distill.tasks, DISTILL)
   seeds = []
+  # A run distils what its config names. It takes seed files alone here: other schemas go through
+  # `experiments.seeds`, which also removes the test tasks.
   for name in config.distill.files:
     converted = convert_records(
       load_records(name),
@@ -111,12 +116,13 @@ def config_seeds(config: TasksSection) -> list[Seed]:
 def _recorded_seed(record: Record, name: str) -> list[Seed]:
   del name  # a seed has an id of its own
   seed = Seed.from_json(record)
+  # A surrogate in a seed would otherwise fail hours later, when its row is written.
   check_row(seed.to_json())
   return [seed]
 
 
 def load_seeds(source: str, *, count: int, seed: int) -> Found:
-  """Seeds of one source.
+  """Loads the seeds of one source.
 
   Args:
     source: see the module's docstring.
@@ -128,13 +134,16 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
       no reference calls.
   """
   name, _, place = source.partition(':')
+  # Names of worlds and benchmarks come before files, because they need no path.
   if source in WORLDS:
     return _world_source(source, count, seed)
+  # These references are executed while they are read, so there is no file to be named.
   if source == 'tau2':
     return tau2_seeds()
   if name == 'taubench':
     records = load_records(place or TAUBENCH)
     return _collect(records, trajectory_reader(records), pathlib.Path(place or TAUBENCH).stem)
+  # Everything else is a data set, whose colon may also belong to its path.
   if name in row_schemas.SCHEMAS:
     schema = name
   else:
@@ -148,7 +157,7 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
 
 
 def _world_source(name: str, count: int, seed: int) -> Found:
-  """Seeds of `count` training tasks of each kind of a world with its default options."""
+  """Makes seeds of `count` training tasks of each kind of a world with default options."""
   world = find_world(name)()
   # BFCL's tasks take the number as it is, because files of seeds have been made in that way; no
   # other task set comes near its small numbers.
@@ -177,9 +186,13 @@ def _collect(records: Sequence[Any], read: Reader, stem: str) -> Found:
   for number, record in enumerate(records):
     try:
       if isinstance(record, Unreadable):
+        # The error takes the way of all unreadable records: it is counted and the first one is
+        # shown.
         raise ValueError(record.reason)
       seeds = read(record, f'{stem}-{number}', found)
       for seed in seeds:
+        # All seeds of a record are checked before one of them is taken: a record is kept whole or
+        # dropped.
         check_row(seed.to_json())
       found.seeds += seeds
     except ODD as error:
@@ -193,11 +206,14 @@ def _collect(records: Sequence[Any], read: Reader, stem: str) -> Found:
 
 
 def _read_record(record: dict[str, Any], schema: str | None, name: str, found: Found) -> list[Seed]:
+  # Seeds and rows with a reference field also have messages, so they are tried before the schemas
+  # of dialogues.
   if schema is None and reference_rows.is_seed(record):
     return [Seed.from_json(record)]
   if schema is None and reference_rows.has_reference(record):
     return [_asked_seed(record, name)]
   schema = schema or row_schemas.recognise(record)
+  # ToolRL describes its tools in words. It has no dialogue with specs, only the point itself.
   if schema == 'toolrl':
     row_schemas.check_fields(record, schema)
     return [_toolrl_seed(record, name)]
@@ -210,10 +226,11 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
 
 
 def _asked_seed(record: dict[str, Any], name: str) -> Seed:
-  """A seed of messages and, in a field of its own, the calls of one response."""
+  """Makes a seed of messages and the reference response in a field of its own."""
   asked = reference_rows.read_asked(record, name)
   return Seed(
     id=str(record['id']) if record.get('id') is not None else name,
+    # A row with one reference answer is one response: several calls in it are parallel.
     kind=_kind_of(asked.calls, together=True),
     conversations=asked.messages,
     calls=asked.calls,
@@ -223,7 +240,7 @@ def _asked_seed(record: dict[str, Any], name: str) -> Seed:
 
 
 def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
-  """A seed of a ToolRL row, which is one response: its calls go out together."""
+  """Makes a seed of a ToolRL row, which is one response: its calls go out together."""
   point, _ = row_schemas.toolrl_point(record, name)
   calls = tuple(parse_calls(point.reference) or ())
   return Seed(
@@ -237,7 +254,7 @@ def _toolrl_seed(record: dict[str, Any], name: str) -> Seed:
 
 
 def _kind_of(calls: Sequence[ToolCall], *, together: bool) -> str:
-  """The kind of a seed with these reference calls, which go out together or one after another."""
+  """Returns the kind of a seed whose calls go out together or one after another."""
   if not calls:
     return 'irrelevant'
   if len(calls) == 1:
@@ -257,8 +274,9 @@ class _Step:
 
   @property
   def said(self) -> str:
-    """What later prompts show of the message: its words and calls, without the thoughts."""
+    """The part of the message that later prompts show: words and calls, without thoughts."""
     if self.message.calls:
+      # Thoughts are left out, as in the history of rows (docs/method.md, section 2.1).
       words = self.message.words + '\n\n' if self.message.words else ''
       return words + print_calls(list(self.message.calls))
     return split_answer(self.message.text)[1].strip()
@@ -287,14 +305,14 @@ class _Request:
 
   @property
   def answer(self) -> str:
-    """The text that ends the turn; '' where it ends with calls or without a word."""
+    """The text that ends the turn; '' if it ends with calls or without a word."""
     if not self.steps or self.steps[-1].message.calls:
       return ''
     return self.steps[-1].said
 
 
 def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -> Iterator[Seed]:
-  """One seed for every user turn in which tools are called, after the dialogue before it.
+  """Yields a seed for each user turn in which tools are called; its history is the dialogue before.
 
   A turn without calls is an irrelevant seed if tools are listed and it is the dialogue's only turn,
   as in data sets of single requests. Elsewhere it is conversation, and counted.
@@ -304,11 +322,12 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     found: counts what is dropped.
     refusals: whether there are irrelevant seeds.
   """
-  # Without tools there is no list to show: they may stand in the policy's own words.
+  # Without tools there is no list to show: the policy may describe them in words.
   system = dialogue.policy
   if dialogue.tools:
     system = tool_specs.system_text(dialogue.policy, dialogue.tools)
   history = [Message('system', system)] if system else []
+  # A seed has one system message, at its start. Dropping a later one would lose an instruction.
   if any(turn.role == 'system' for turn in dialogue.turns):
     raise ValueError('a system message stands inside the dialogue, where no seed can show it')
   requests = _requests(dialogue.turns)
@@ -317,8 +336,11 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     outputs = request.outputs
     answer = request.answer
     query = Message('user', request.query)
+    # Calls of one message cannot depend on each other's outputs: they are parallel.
     together = sum(bool(step.message.calls) for step in request.steps) == 1
     seed_kind = _kind_of(calls, together=together)
+    # In a longer dialogue a turn without calls is usually small talk, and not a request that no
+    # tool fits.
     refused = refusals and len(requests) == 1 and dialogue.tools and answer
     if calls and len(outputs) != len(calls) and (outputs or seed_kind == 'sequential' or answer):
       found.dropped['an output is missing'] += 1
@@ -329,21 +351,24 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
         kind=seed_kind,
         conversations=(*history, query),
         calls=calls,
+        # A stray output without a call has nothing that it answers.
         tool_response=outputs if calls else (),
         answer=answer,
         dialogue=dialogue.id,
       )
     else:
       found.dropped['a turn without calls'] += 1
+    # Also turns that give no seed belong to the history of the later ones.
     history.append(query)
     for step in request.steps:
       history.append(Message('assistant', step.said))
       if step.outputs:
+        # Outputs of one message share one user message, as in Qwen3's template.
         history.append(Message('user', '\n'.join(map(tool_response, step.outputs))))
 
 
 def _requests(turns: Sequence[DialogueTurn]) -> list[_Request]:
-  """The user turns of a dialogue, each with the assistant's messages and their outputs."""
+  """Groups a dialogue by user turns, with the assistant's messages and their outputs."""
   requests: list[_Request] = []
   for turn in turns:
     if turn.role == 'user':
@@ -352,6 +377,7 @@ def _requests(turns: Sequence[DialogueTurn]) -> list[_Request]:
       continue  # a greeting before anything is asked
     elif turn.role == 'assistant':
       requests[-1].steps.append(_Step(turn, []))
+    # An output before any message of the assistant answers no call, and is left out.
     elif requests[-1].steps:
       requests[-1].steps[-1].outputs.append(turn.text)
   return requests
@@ -375,12 +401,15 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
   trajectories that can be read. Only rewarded trajectories are references. A `think` call does
   nothing and is left out. A turn with a failed call is no reference either.
   """
+  # All records are read for the specs, rewarded or not: a failed attempt also shows how a tool is
+  # called.
   specs = _observed_tools(records)
 
   def read(record: dict[str, Any], name: str, found: Found) -> list[Seed]:
     if record['reward'] != 1:
       found.dropped['not rewarded'] += 1
       return []
+    # Trials of one task have one task_id; the file's name keeps domains with equal ids apart.
     task = f'{name.rpartition("-")[0]}-task{record["task_id"]}'
     dialogue = Dialogue(
       id=f'{task}/{record["trial"]}',
@@ -390,6 +419,7 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
     )
     seeds = []
     for seed in dialogue_seeds(dialogue, found, refusals=False):
+      # tau-bench's tools report failures as text that begins with 'Error'.
       if any(output.startswith('Error') for output in seed.tool_response):
         found.dropped['a call failed'] += 1
       else:
@@ -401,7 +431,7 @@ def trajectory_reader(records: Sequence[dict[str, Any]]) -> Reader:
 
 
 def _message_calls(message: dict[str, Any]) -> list[tuple[str, Any]]:
-  """(name, arguments) of the calls in an OpenAI message."""
+  """Returns (name, arguments) of each call in an OpenAI message."""
   functions = [call['function'] for call in message.get('tool_calls') or ()]
   return [(function['name'], json.loads(function['arguments'])) for function in functions]
 
@@ -413,15 +443,16 @@ def _trajectory_turns(messages: Sequence[dict[str, Any]]) -> Iterator[DialogueTu
       if message['name'] != 'think':
         yield DialogueTurn('tool', message['content'])
     elif not any(call.name == 'think' for call in calls):
+      # tau-bench's user ends the dialogue by this mark, which is no part of what is said.
       text = (message['content'] or '').replace('###STOP###', '').strip()
       if text or calls:
         yield DialogueTurn(message['role'], text, calls)
 
 
 def _observed_tools(records: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
-  """A spec of every tool that is called.
+  """Derives a spec of each called tool from its calls.
 
-  Its parameters are those that occur in calls; those that every call has are required.
+  A parameter is one that occurs in a call; it is required if every call has it.
   """
   seen: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
   for record in records:
@@ -444,6 +475,7 @@ def _observed_spec(name: str, calls: Sequence[dict[str, Any]]) -> ToolSpec:
   properties = {}
   required = []
   for parameter in parameters:
+    # The first value decides the type. Null has no type name here, and counts as a text.
     values = [call[parameter] for call in calls if parameter in call]
     properties[parameter] = {'type': _JSON_TYPES.get(type(values[0]), 'string')}
     if len(values) == len(calls):
@@ -454,8 +486,8 @@ def _observed_spec(name: str, calls: Sequence[dict[str, Any]]) -> ToolSpec:
 
 # --- tau2-bench ---
 
-# tau2's user is a model that is told whom to play. Rewriting that to the first person would need a
-# model, too, so the notes are quoted.
+# tau2's user is a model that plays a customer by notes in the second person. Rewriting them would
+# need a model, so the notes are quoted.
 _TAU2_QUERY = (
   'I am calling for somebody else and was given these notes. "You" in them is the customer.\n\n{0}'
 )
@@ -463,12 +495,12 @@ _TAU2_TOLD = ('known_info', 'unknown_info', 'reason_for_call', 'task_instruction
 
 
 def tau2_seeds() -> Found:
-  """Seeds of the train splits of the domains whose tools run alone, with executed outputs.
+  """Makes seeds of tau2's train splits, in the domains whose tools can be executed alone.
 
   The reference actions are the calls. Calls of `calculate` are left out: they change nothing and
-  can be written in many ways. Dropped and counted are tasks without actions, tasks with an action
-  that fails, and tasks with a value that neither the notes, the policy nor an earlier output holds.
-  The references of the last leave out the lookups that a solver needs.
+  can be written in many ways. A task is dropped and counted if it has no actions, if an action
+  fails, or if an action has a value that neither the notes, the policy nor an earlier output holds:
+  such a reference lacks the lookups that a solver needs.
   """
   found = Found([], 0, collections.Counter())
   for name in tau2_tasks.EXECUTABLE:
@@ -476,6 +508,7 @@ def tau2_seeds() -> Found:
     system = tool_specs.system_text(domain.policy, domain.specs)
     for task in tau2_tasks.read_tasks(name, 'train'):
       found.records += 1
+      # tau2's reference actions are a list of one order, so its calls count as sequential.
       calls = tuple(call for call in tau2_tasks.reference_calls(task) if call.name != 'calculate')
       query = _TAU2_QUERY.format(tau2_tasks.told(task, _TAU2_TOLD))
       try:
@@ -500,12 +533,14 @@ def tau2_seeds() -> Found:
 
 
 def _follows(said: list[str], calls: Sequence[ToolCall], outputs: Sequence[str]) -> bool:
-  """Whether every value of a call stands in what was said, or in an output before it."""
+  """Says whether each value of a call occurs in what was said or in an output before it."""
+  # Output i stands at place len(said) + i, so call i sees the outputs before it and not its own.
   known = [Said([text], readings=True) for text in (*said, *outputs)]
   for number, call in enumerate(calls):
     before = known[: len(said) + number]
     for value in call_values([call]):
       words = words_of(value)
+      # A value of no words, such as '-', cannot be looked up.
       if words and not any(words in text for text in before):
         return False
   return True

@@ -46,6 +46,7 @@ class Seed:
   dialogue: str = ''
 
   def __post_init__(self):
+    # All problems are collected: a file of seeds is then mended in one go.
     problems = []
     if self.kind not in KINDS:
       problems.append(f'kind {self.kind!r} is not one of {KINDS}')
@@ -56,8 +57,10 @@ class Seed:
     outputs_needed = not self.world and (self.kind == 'sequential' or self.answer)
     if len(self.calls) != len(self.tool_response) and (self.tool_response or outputs_needed):
       problems.append(f'{len(self.calls)} calls but {len(self.tool_response)} tool responses')
+    # Only an irrelevant seed has no calls: the others need a reference to compare with.
     if (self.kind == 'irrelevant') == bool(self.calls):
       problems.append(f'kind {self.kind!r} with {len(self.calls)} calls')
+    # The answer is the training target where nothing is called.
     if self.kind == 'irrelevant' and not self.answer:
       problems.append('an irrelevant seed needs the reference answer')
     if problems:
@@ -74,16 +77,20 @@ class Seed:
     return list(self.conversations[:-1])
 
   def to_json(self) -> dict[str, Any]:
-    """The record that `from_json` reads."""
+    """Returns the record that `from_json` reads."""
+    # Call strings stand without their brackets, as in the released records (docs/method.md, section
+    # 1.1).
     ground_truth = [print_calls([call])[1:-1] for call in self.calls]
     record = {
       'id': self.id,
       'kind': self.kind,
       'conversations': [message.to_json() for message in self.conversations],
+      # A text in place of calls is how the released data marks a refusal.
       'ground_truth': ground_truth or self.answer,
       'tool_response': list(self.tool_response),
       'answer': self.answer,
     }
+    # Absent fields keep files readable for programs that know nothing of them.
     if self.world:
       record['world'] = self.world
     if self.dialogue:
@@ -101,14 +108,17 @@ class Seed:
     Raises:
       ValueError: the record is no seed, with its id.
     """
+    # Checked apart from the rest, because the error below names the record by its id.
     if not isinstance(record, dict) or not {'id', 'conversations', 'ground_truth'} <= record.keys():
       raise ValueError(
         f'not a seed record (id, conversations, ground_truth): {str(record)[:120]!r}'
       )
     try:
+      # A misspelt field would be ignored, and the seed would then say less than its author meant.
       known = [field.name for field in dataclasses.fields(cls)] + ['ground_truth']
       refuse_unknown(record, known, 'the record', FREE_FIELDS)
       truth = record['ground_truth']
+      # A string is a call list or a refusal: a text that is no call list gives no calls.
       calls = tuple(parse_calls(truth) or () if isinstance(truth, str) else parse_reference(truth))
       responses = record.get('tool_response', [])
       if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
@@ -119,6 +129,7 @@ class Seed:
       if world is not None and not (isinstance(world, dict) and isinstance(world.get('name'), str)):
         raise ValueError('world is no object with a name')
       answer = record.get('answer', '')
+      # The refusal is in ground_truth, and `answer` is a copy of it or absent.
       if isinstance(truth, str) and not calls:
         answer = truth
       return cls(
@@ -136,7 +147,7 @@ class Seed:
 
 
 def _guess_kind(calls: tuple[ToolCall, ...], *, executed: bool) -> str:
-  """The kind of a record that does not say it."""
+  """Guesses the kind of a record that has none."""
   if not calls:
     return 'irrelevant'
   if len(calls) == 1:
@@ -146,7 +157,7 @@ def _guess_kind(calls: tuple[ToolCall, ...], *, executed: bool) -> str:
 
 
 def reference_steps(seed: Seed, done: int) -> list[Message]:
-  """The first `done` calls and outputs of the reference as later prompts show them."""
+  """Writes the first `done` calls and outputs of the reference as later prompts show them."""
   calls = seed.calls[:done]
   responses = seed.tool_response[:done]
   steps = []
@@ -179,11 +190,12 @@ class DecisionPoint:
 
 
 def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
-  """Every prompt that the reference solution passes through.
+  """Yields each prompt of the reference solution with the reference answer to it.
 
-  There is one for each call and one for the report. Where the calls go out together, or none is
-  right, there is a single one.
+  There is one for each call and one for the report. If the calls go out together, or no call is
+  right, there is only one.
   """
+  # Parallel calls go out in one response, so that there is one prompt and one reference.
   if seed.kind in ('irrelevant', 'parallel'):
     reference = print_calls(list(seed.calls)) if seed.calls else seed.answer
     yield DecisionPoint(
@@ -195,12 +207,14 @@ def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
     )
     return
   references = [print_calls([call]) for call in seed.calls]
+  # A known report is one more decision: the model must stop calling and answer.
   if seed.answer:
     references.append(seed.answer)
   for done, reference in enumerate(references):
     yield DecisionPoint(
       id=f'{seed.id}/{done}',
       kind=seed.kind,
+      # Steps before this one are the reference's and not the model's (teacher forcing).
       messages=(*seed.conversations, *reference_steps(seed, done)),
       reference=reference,
       task=seed.dialogue,

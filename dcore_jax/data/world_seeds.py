@@ -1,4 +1,4 @@
-"""Tasks of any world as seeds: one for each user turn, with the reference history before it."""
+"""Makes seeds of a world's tasks: one for each user turn, after its reference history."""
 
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.data.seeds import Seed, reference_steps
@@ -6,7 +6,7 @@ from dcore_jax.worlds.environment import UserTurn, World, WorldTask
 
 
 def task_seeds(world: World, task: WorldTask) -> list[Seed]:
-  """The turns of a task in order, each with what executes calls from that turn on.
+  """Makes a seed of each turn of a task, with what executes calls from that turn on.
 
   Args:
     world: the world that made the task.
@@ -23,6 +23,7 @@ def task_seeds(world: World, task: WorldTask) -> list[Seed]:
     query = Message('user', turn.query)
     seed = Seed(
       id=f'{task.id}/{number}',
+      # The kind is that of the turn: a dialogue has turns of one call and of several.
       kind=_seed_kind(turn, one_response),
       conversations=(*history, query),
       calls=turn.calls,
@@ -33,12 +34,13 @@ def task_seeds(world: World, task: WorldTask) -> list[Seed]:
     )
     seeds.append(seed)
     history += [query, *reference_steps(seed, len(turn.calls)), Message('assistant', turn.answer)]
+    # The sandbox of the next turn starts from the state that these calls leave.
     done += turn.calls
   return seeds
 
 
 def _seed_kind(turn: UserTurn, one_response: bool) -> str:
-  """How the subtasks of a turn relate, as one of `seeds.KINDS`."""
+  """Returns how the subtasks of a turn relate, as one of `seeds.KINDS`."""
   if not turn.calls:
     return 'irrelevant'
   if len(turn.calls) == 1:

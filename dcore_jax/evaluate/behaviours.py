@@ -1,4 +1,4 @@
-"""What a response does while it thinks: counts of four behaviours (the paper's fig. 3a).
+"""Counts four behaviours in the thoughts of a response (the paper's fig. 3a).
 
 The paper counts decomposition, reflection, verification and deduction, and does not print its
 patterns. These are our own small sets of English markers. Each is a phrase that announces the
@@ -36,12 +36,12 @@ _PATTERNS = {
 
 
 def count_behaviours(text: str) -> dict[str, int]:
-  """How often each behaviour is announced in one response; matches do not overlap."""
+  """Counts how often each behaviour is announced in one response; matches do not overlap."""
   return {name: len(pattern.findall(text)) for name, pattern in _PATTERNS.items()}
 
 
 def behaviour_counts(texts: Sequence[str]) -> dict[str, np.ndarray]:
-  """Counts of B responses by behaviour: int32 arrays [B]."""
+  """Counts the behaviours of B responses -> int32 arrays [B] by behaviour."""
   rows = [count_behaviours(text) for text in texts]
   counts = {}
   for name in BEHAVIOURS:

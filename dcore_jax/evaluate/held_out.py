@@ -1,4 +1,4 @@
-"""Held-out tasks of every kind of a world, the same ones whichever model is measured.
+"""Measures a model on held-out tasks of a world, the same tasks for each model.
 
 FOLDER/trajectories.jsonl    every task as it went, thoughts included
 FOLDER/replies.jsonl         where a backend answers: its journal, so that no answered request is
@@ -46,6 +46,7 @@ def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict
   section = config.evaluate
   if section.tasks < 1:
     raise ValueError(f'evaluate.tasks = {section.tasks} must be at least 1')
+  # The sampling seed is the config's own: all models answer from the same random streams.
   world = make_world(config.world)
   sampling = SamplingParams(
     temperature=section.temperature, max_tokens=section.max_tokens, seed=config.seed
@@ -53,6 +54,7 @@ def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict
   trajectories = {}
   total = section.tasks * len(world.kinds)
   with progress(total=total, description=f'evaluate {name}') as bar:
+    # One list for each kind, because all figures are reported by kind.
     for kind in world.kinds:
       tasks = world.tasks(kind, section.tasks, seed=config.seed + _EVALUATE, split='eval')
       trajectories[kind] = actor(world, tasks, sampling, bar.update)
@@ -60,6 +62,7 @@ def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict
   lines = []
   for kind, group in trajectories.items():
     lines += [json.dumps(_record(kind, trajectory)) + '\n' for trajectory in group]
+  # Written in one go after the last task: a file that is there is complete.
   replace_text(folder / 'trajectories.jsonl', ''.join(lines))
   return measure(trajectories)
 
@@ -82,17 +85,20 @@ def evaluate_backend(
     return act_through(backend, tokenizer, world, tasks, sampling, count)
 
   figures = evaluate(config, folder, actor, backend.model)
+  # The backend alone knows which model answered and what it cost.
   return figures | {'model': backend.model, 'usage': backend.usage.record()}
 
 
 def _record(kind: str, trajectory: Trajectory) -> dict[str, Any]:
-  """A trajectory as JSON; its assistant messages carry the thoughts that prompts did not show."""
+  """Returns a trajectory as JSON; its assistant messages include their thoughts."""
   texts = iter(trajectory.texts)
   messages = []
   for message in trajectory.messages:
     if message.role == 'assistant':
+      # Prompts show earlier answers without thoughts. The file is for reading them.
       message = Message('assistant', next(texts))
     messages.append(message.to_json())
+  # The measure is per reasoning; a task counts as lazy if any of its reasonings does.
   wrong = not trajectory.outcome.correct
   reasonings = zip(trajectory.reasonings, trajectory.reasoning_tokens, strict=True)
   return {

@@ -1,10 +1,10 @@
-"""Lazy reasoning: long, hesitating thoughts that end in a wrong answer.
+"""Measures lazy reasoning: long, hesitating thoughts that end in a wrong answer.
 
-The measure is that of the paper's section 2 (docs/method.md, section 5.4). A reasoning text is lazy
-when it hesitates at least `min_reflections` times, is longer than `min_tokens` tokens, and its item
+The measure is from section 2 of the paper (docs/method.md, section 5.4). A reasoning text is lazy
+if it hesitates at least `min_reflections` times, is longer than `min_tokens` tokens, and its item
 is among the failures. The ratio is over all reasoning texts, right ones included. The defaults are
-those of the released script, from which the published ratios come. The paper's text says more than
-3 reflections and more than 300 tokens (min_reflections=4, min_tokens=300).
+those of the released script, which gave the published ratios. The paper's text says more than 3
+reflections and more than 300 tokens (min_reflections=4, min_tokens=300).
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ class Result:
 
 
 def count_reflections(text: str, words: Sequence[str] = REFLECTION_WORDS) -> int:
-  """How often the words occur in `text`, as substrings and in any case."""
+  """Counts how often the words occur in `text`, as substrings and in any case."""
+  # 'But' at the start of a sentence counts as well.
   lowered = text.lower()
   return sum(lowered.count(word) for word in words)
 
@@ -52,7 +53,8 @@ def count_reflections(text: str, words: Sequence[str] = REFLECTION_WORDS) -> int
 def is_lazy(
   reasoning: str, n_tokens: int, wrong: bool, *, min_reflections: int = 3, min_tokens: int = 200
 ) -> bool:
-  """Whether a text is lazy: it reflects often, is longer than `min_tokens`, and ends wrong."""
+  """Says whether a text is lazy: it reflects often, exceeds `min_tokens`, and its item is wrong."""
+  # The verdict and the length are tested first: they are cheap, and counting words reads the text.
   return bool(wrong) and n_tokens > min_tokens and count_reflections(reasoning) >= min_reflections
 
 
@@ -78,6 +80,7 @@ def lazy_ratio(
   Raises:
     ValueError: the three have different lengths.
   """
+  # Checked here and not by zip, so that the error gives all three lengths.
   if not len(reasonings) == len(n_tokens) == len(wrong):
     raise ValueError(
       f'{len(reasonings)} reasonings, {len(n_tokens)} token counts and {len(wrong)} verdicts'
@@ -86,6 +89,7 @@ def lazy_ratio(
   for text, tokens, failed in zip(reasonings, n_tokens, wrong, strict=True):
     lazy += is_lazy(text, tokens, failed, min_reflections=min_reflections, min_tokens=min_tokens)
   return {
+    # Count and total are returned too, so that ratios can be pooled.
     'lazy': lazy,
     'total': len(reasonings),
     'ratio': lazy / len(reasonings) if reasonings else 0.0,
@@ -96,7 +100,7 @@ def lazy_ratio(
 
 
 def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
-  """The items of a BFCL result file -> (those with an answer, ids of those whose inference failed).
+  """Reads a BFCL result file -> (items with an answer, ids of items whose inference failed).
 
   Raises:
     ValueError: a row that is no item, with file and line.
@@ -105,11 +109,13 @@ def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
   failed = set()
   for where, row in _rows(path):
     if 'id' in row and _inference_failed(row):
+      # An endpoint that fell silent says nothing about reasoning: such items are no lazy ones.
       failed.add(row['id'])
       continue
     if 'id' not in row or 'reasoning_content' not in row:
       raise ValueError(f'{where}: a result row needs id and reasoning_content, has {sorted(row)}')
     try:
+      # Multi-turn rows nest their texts by turn and step, and each step counts as one reasoning.
       results.append(Result(row['id'], tuple(_texts(row['reasoning_content']))))
     except TypeError as error:
       raise ValueError(
@@ -119,9 +125,11 @@ def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
 
 
 def _inference_failed(row: dict[str, Any]) -> bool:
-  """Whether a row holds an error in the place of an answer."""
+  """Says whether a row holds an error in the place of an answer."""
+  # A row with reasoning was answered, even if its result begins with the word 'error'.
   if row.get('reasoning_content') is not None:
     return False
+  # A failed request has no reasoning. Its result is missing, or holds the text of the error.
   result = row.get('result')
   if result is None or 'traceback' in row:
     return True
@@ -129,7 +137,7 @@ def _inference_failed(row: dict[str, Any]) -> bool:
 
 
 def read_failures(path: pathlib.Path) -> set[str]:
-  """The ids of the failing items of a BFCL score file.
+  """Reads the ids of the failing items from a BFCL score file.
 
   The first line of the file is its summary, every other line is a failing item.
 
@@ -137,6 +145,7 @@ def read_failures(path: pathlib.Path) -> set[str]:
     ValueError: a line that is neither, with file and line, or an empty file.
   """
   rows = _rows(path)
+  # Without its summary line the first failing item would be taken for the summary and lost.
   where, summary = next(rows, (str(path), None))
   if summary is None:
     raise ValueError(f'{path}: empty; a score file begins with its accuracy')
@@ -146,6 +155,7 @@ def read_failures(path: pathlib.Path) -> set[str]:
     )
   failures = set()
   for where, row in rows:
+    # Only ids are compared with the result file. Other fields depend on the category.
     if 'id' not in row:
       raise ValueError(f'{where}: a failing item needs an id, has {sorted(row)}')
     failures.add(row['id'])
@@ -153,7 +163,8 @@ def read_failures(path: pathlib.Path) -> set[str]:
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The pair ('file:line', record) of each line that is not blank."""
+  """Yields ('file:line', record) for each line that is not blank."""
+  # Only '\n' ends a line: reasoning may hold U+2028, at which splitlines would cut a record.
   for number, line in enumerate(decode_utf8(path.read_bytes(), str(path)).split('\n'), 1):
     if not line.strip():
       continue
@@ -167,7 +178,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _texts(content: Any) -> Iterator[str]:
-  """The text, or the texts of nested lists (turn -> step), in order."""
+  """Yields the text, or the texts of nested lists (turn -> step), in order."""
   if isinstance(content, str):
     yield content
   elif isinstance(content, list):
@@ -178,7 +189,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def find_category(folder: pathlib.Path, category: str, kind: str) -> pathlib.Path | None:
-  """The file of a BFCL category in `folder` or below it.
+  """Finds the file of a BFCL category in `folder` or below it.
 
   Args:
     folder: where to look.
@@ -191,7 +202,9 @@ def find_category(folder: pathlib.Path, category: str, kind: str) -> pathlib.Pat
   Raises:
     ValueError: there is more than one.
   """
+  # bfcl-eval writes a folder for each model; the digit is the version of BFCL.
   found = sorted(folder.rglob(f'BFCL_v[0-9]_{category}_{kind}.json'))
+  # Two models below one folder would be mixed.
   if len(found) > 1:
     raise ValueError(f'more than one {kind} file of {category}: {", ".join(map(str, found))}')
   return found[0] if found else None
@@ -207,7 +220,7 @@ def group_ratio(
   min_tokens: int = 200,
   note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
-  """The lazy ratio over the pooled reasoning texts of some categories.
+  """Computes the lazy ratio over the pooled reasoning texts of some categories.
 
   Args:
     results_dir: where the result files are.
@@ -229,6 +242,7 @@ def group_ratio(
   for category in categories:
     files[category, 'result'] = find_category(results_dir, category, 'result')
     files[category, 'score'] = find_category(scores_dir, category, 'score')
+  # A ratio over some of its categories would look like the published one without being comparable.
   absent = [f'{category} {kind}' for (category, kind), path in files.items() if path is None]
   if absent:
     note(f'no file for {", ".join(absent)}')
@@ -237,10 +251,12 @@ def group_ratio(
   wrong = []
   left_out = 0
   for category in categories:
+    # Texts are pooled and not averaged by category, so that a category weighs by its texts.
     results, failed = read_results(files[category, 'result'])
     failures = read_failures(files[category, 'score'])
     known = failed.union(result.id for result in results)
     missing = failures - known
+    # No failure in common means that the two files are of different runs or models.
     if missing and len(missing) == len(failures):
       raise ValueError(
         f'{files[category, "score"]} judges {len(missing)} items that '
@@ -251,7 +267,9 @@ def group_ratio(
     left_out += len(failed) + len(missing)
     for result in results:
       reasonings += result.reasonings
+      # Each text of an item has the verdict of the whole item, as in the released script.
       wrong += [result.id in failures] * len(result.reasonings)
+  # A ratio of 0 would look like a model that is never lazy.
   if left_out and not reasonings:
     note(f'no answer in {", ".join(categories)}')
     return None

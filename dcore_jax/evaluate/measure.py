@@ -1,4 +1,4 @@
-"""The figures of a model: what its trajectories through a world's tasks come to."""
+"""Computes the figures of a model from its trajectories through the tasks of a world."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,13 @@ from dcore_jax.worlds.rollouts import Trajectory
 
 
 def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
-  """Figures of one stage by kind of task, in the shape of `summary.json`.
+  """Computes the figures of one stage by kind of task, in the shape of `summary.json`.
 
   Lazy reasoning is counted per response, with the verdict of the whole episode, over right and
-  wrong responses. `accuracy_by_subtasks` and `decomposition_rate` are about the kinds whose
-  requests have several subtasks (ToolWorld's sequential and parallel). The rate is the share of
-  those requests whose first response announces a decomposition. A figure for which no task came to
-  a response is None. `intervals` holds an estimate of each of these figures, by the same names
-  (`statistics`): its units are tasks, because responses of one task are not independent.
+  wrong responses. `accuracy_by_subtasks` and `decomposition_rate` cover the kinds whose requests
+  have several subtasks (ToolWorld's sequential and parallel). The rate is the share of those
+  requests whose first response announces a decomposition. A figure is None if no task has a
+  response. `intervals` holds an estimate of each figure under the same name (`statistics`).
 
   Args:
     trajectories: kind -> at least one finished task.
@@ -28,16 +27,20 @@ def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
   by_subtasks = {}
   first_reasonings = []
   for kind, group in trajectories.items():
+    # Single calls have nothing to split, and would lower the rate.
     if all(_has_subtasks(trajectory) for trajectory in group):
       by_subtasks[kind] = _by_subtasks(group)
       for trajectory in group:
+        # A plan is made in the first response. Later ones carry it out.
         first_reasonings += trajectory.reasonings[:1]
   reasonings = []
   reasoning_tokens = []
+  # Reflections and tokens are pooled over all kinds, so that a stage has one number of each.
   for group in trajectories.values():
     for trajectory in group:
       reasonings += trajectory.reasonings
       reasoning_tokens += trajectory.reasoning_tokens
+  # Counted once, so that the rate and its interval are of the same flags.
   decompositions = behaviour_counts(first_reasonings)['decomposition']
   behaviours = behaviour_counts(reasonings)
   unfinished = {}
@@ -61,9 +64,10 @@ def measure(trajectories: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any]:
 def _intervals(
   trajectories: Mapping[str, Sequence[Trajectory]], decomposed: np.ndarray
 ) -> dict[str, Any]:
-  """Estimates of the figures; None where there is no response. `decomposed` is bool, of tasks."""
+  """Estimates the figures; None without a response. `decomposed` is bool, one a task."""
   accuracy = {}
   lazy = {}
+  # Units are tasks: the responses of one task are not independent, and would narrow an interval.
   reflections: list[int] = []
   tokens: list[int] = []
   tasks: list[str] = []  # of each response
@@ -77,12 +81,15 @@ def _intervals(
         flags.append(is_lazy(text, length, wrong))
         reflections.append(count_reflections(text))
         tokens.append(length)
+        # An estimate needs names that differ. Kind and place are enough for that.
         owners.append(f'{kind}-{number}')
+    # Tasks have several responses, so that this is a mean over clusters and no share of tasks.
     lazy[kind] = _estimate(flags, owners, bounds=(0.0, 1.0))
     tasks += owners
   return {
     'accuracy': accuracy,
     'lazy_ratio': lazy,
+    # A request has one first response, so that this is a share of tasks.
     'decomposition_rate': estimate_share(float(decomposed.mean()), len(decomposed))
     if len(decomposed)
     else None,
@@ -98,7 +105,7 @@ def _estimate(
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float | None:
-  """The mean; None of no values, because JSON has no NaN."""
+  """Computes the mean; None without values, because JSON has no NaN."""
   return float(np.mean(values)) if len(values) else None
 
 
@@ -107,7 +114,7 @@ def _accuracy(group: Sequence[Trajectory]) -> float:
 
 
 def _failures(group: Sequence[Trajectory]) -> dict[str, int]:
-  """Reason -> number of tasks, the most frequent first."""
+  """Counts tasks by reason, the most frequent first."""
   reasons = [trajectory.outcome.reason for trajectory in group]
   return dict(collections.Counter(reason for reason in reasons if reason).most_common())
 
@@ -119,17 +126,20 @@ def _lazy_ratio(group: Sequence[Trajectory]) -> float | None:
   for trajectory in group:
     reasonings += trajectory.reasonings
     tokens += trajectory.reasoning_tokens
+    # The whole episode's verdict stands for each of its responses, as in the paper's multi-turn
+    # ratio.
     wrong += [not trajectory.outcome.correct] * len(trajectory.texts)
   return lazy_ratio(reasonings, tokens, wrong)['ratio'] if reasonings else None
 
 
 def _has_subtasks(trajectory: Trajectory) -> bool:
-  """Whether the task is one request that takes several calls."""
+  """Says whether the task is one request that takes several calls."""
   return len(trajectory.task.turns) == 1 and trajectory.task.steps > 1
 
 
 def _by_subtasks(group: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
-  """Accuracy and number of tasks by their number of reference calls."""
+  """Computes accuracy and number of tasks by their number of reference calls."""
+  # More subtasks are harder: one mean over all numbers would hide where a model fails.
   by_steps = collections.defaultdict(list)
   for trajectory in group:
     by_steps[trajectory.task.steps].append(trajectory)

@@ -22,6 +22,7 @@ _EPSILON = np.float32(1e-6)  # added to the standard deviation, as the released 
 _ZETA = np.float32(1e-8)  # the paper's threshold below which an advantage vanishes, D-CORE, eq. 6
 
 Estimator = Callable[..., np.ndarray]
+# Open registries: a config file may import a module that adds to them.
 ADVANTAGES: dict[str, Estimator] = {}
 _USE_ENTROPY: set[str] = set()
 
@@ -41,9 +42,11 @@ def register_estimator(
   """
 
   def register(function: Estimator) -> Estimator:
+    # The same function may be registered again; another one would replace it unseen.
     if ADVANTAGES.get(name, function) is not function:
       raise ValueError(f'an advantage estimator {name!r} is registered already')
     ADVANTAGES[name] = function
+    # The loop measures psi's part of the gradient for these alone: it costs a backward pass.
     if uses_entropy:
       _USE_ENTROPY.add(name)
     return function
@@ -55,6 +58,7 @@ def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
   """Names of the keyword-only arguments."""
   names = []
   for name, parameter in inspect.signature(function).parameters.items():
+    # Positional arguments are the data, keyword-only ones the options.
     if parameter.kind is parameter.KEYWORD_ONLY:
       names.append(name)
   return tuple(names)
@@ -66,6 +70,7 @@ def make_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
   Raises:
     ValueError: no estimator has this name.
   """
+  # The names are listed, since a forgotten import looks like a misspelt name.
   if name not in ADVANTAGES:
     raise ValueError(f'unknown estimator {name!r}; expected one of {sorted(ADVANTAGES)}')
   function = ADVANTAGES[name]
@@ -109,6 +114,7 @@ def rloo_advantages(
 ) -> np.ndarray:
   """A = R - mean of the group's other rollouts = (R - mean) G / (G - 1) (Ahmadian et al. 2024)."""
   rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
+  # The group's mean includes the rollout itself; the factor makes it the mean of the others.
   G = rewards_PG.shape[1]
   return _spread(_centred(rewards_PG) * np.float32(G / max(1, G - 1)), rewards_PG, mask_PGT)
 
@@ -154,6 +160,7 @@ def da_grpo_advantages(  # noqa: PLR0913
   Raises:
     ValueError: an option that means nothing.
   """
+  # Written so that NaN is refused as well.
   if not (alpha >= 0 and delta >= 0):
     raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
   if psi_when_wrong not in ('reinforce', 'ignore', 'punish'):
@@ -163,11 +170,14 @@ def da_grpo_advantages(  # noqa: PLR0913
   rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
   # psi replaces the advantage and is never added to it: the two are not on one scale.
   relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
+  # Eq. 7: the bound keeps single tokens of high entropy from dominating an update.
   psi_PGT = np.minimum(alpha * entropy_PGT * mask_PGT, delta)
   if psi_when_wrong != 'reinforce':
     wrong_PGT = np.float32(0)
     if psi_when_wrong == 'punish':
+      # The maximum is over the rollout, so that its least certain token is not punished.
       wrong_PGT = psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0)
+    # 'ignore' has 0 for wrong rollouts, which leaves them without a gradient, as in GRPO.
     psi_PGT = np.where(rewards_PG[:, :, None] > right_above, psi_PGT, wrong_PGT)
   chosen_PGT = np.where(zero_PG[:, :, None], psi_multiplier * psi_PGT, relative_PG[:, :, None])
   return (chosen_PGT * mask_PGT).astype(np.float32)
@@ -195,6 +205,7 @@ def rl_zvp_advantages(
     entropy_PGT,
     mask_PGT,
     alpha=alpha,
+    # RL-ZVP has no cap.
     delta=np.inf,
     zero_test=zero_test,
     psi_multiplier=psi_multiplier,
@@ -211,6 +222,7 @@ def psi_part(
   It is the difference to the result without them, exactly and not up to rounding: where psi acts it
   replaces the group-relative advantage.
   """
+  # With entropies of 0 psi is 0 and all else is equal, whatever options the estimator has.
   return advantages_PGT - estimator(rewards_PG, np.zeros_like(advantages_PGT), mask_PGT)
 
 
@@ -236,9 +248,11 @@ def token_advantages(
     ValueError: the rewards do not number the rollouts.
   """
   rewards_PG = np.asarray(rewards_PG)
+  # numpy would reshape a wrong number of rows into other groups, if it divides.
   if rewards_PG.size != len(entropies):
     raise ValueError(f'{rewards_PG.size} rewards for {len(entropies)} rollouts')
   shape = rewards_PG.shape
+  # The mask keeps padding out of the result.
   mask_PGT = _pad_groups([np.ones(len(entropy), bool) for entropy in entropies], shape)
   advantages_PGT = estimator(rewards_PG, _pad_groups(entropies, shape), mask_PGT)
   psi_PGT = psi_part(estimator, advantages_PGT, rewards_PG, mask_PGT)
@@ -253,6 +267,7 @@ def token_advantages(
 
 def _pad_groups(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
   """Rollouts of unequal length -> [P, G, T], filled up with 0."""
+  # Padding is only host memory: nothing of this shape goes to a device.
   longest = max(map(len, rows))
   padded = [np.pad(row, (0, longest - len(row))) for row in rows]
   return np.stack(padded).reshape(*shape, longest)
@@ -276,8 +291,7 @@ def adapted_alpha(
   """The next alpha of a controller that holds a measure at its target.
 
   Alpha grows while the measure is below the target: its logarithm moves by `rate` times the
-    relative
-  error, which counts as at most 1 either way. Alpha is the controller's whole state.
+  relative error, which counts as at most 1 either way. Alpha is the controller's whole state.
 
   Args:
     alpha: the present one.
@@ -295,6 +309,7 @@ def adapted_alpha(
     raise ValueError(
       f'target = {target}, rate = {rate} and bounds {low}..{high} must be positive and in order'
     )
+  # A skipped step has no measure, and must not end the controller.
   if not np.isfinite(measured):
     return alpha
   # The bound on the error keeps one odd measurement from moving alpha by more than `rate`.
@@ -312,6 +327,7 @@ def word_tokens(pieces: Sequence[str], words: Sequence[str]) -> np.ndarray:
   """
   if not all(words):
     raise ValueError(f'an empty word is everywhere: {list(words)}')
+  # Lowered piece by piece, because lower() may change the length of a text.
   lowered = [piece.lower() for piece in pieces]
   text = ''.join(lowered)
   sizes = np.array([len(piece) for piece in lowered], np.int64)
@@ -321,10 +337,12 @@ def word_tokens(pieces: Sequence[str], words: Sequence[str]) -> np.ndarray:
   for word in map(str.lower, words):
     start = text.find(word)
     while start >= 0:
+      # The tokens that hold the word's first and last character.
       first, last = np.searchsorted(ends, [start, start + len(word) - 1], side='right')
       change[first] += 1
       change[last + 1] -= 1
       start = text.find(word, start + len(word))
+  # A token without text, such as a special one, holds no part of a word.
   return (np.cumsum(change[:-1]) > 0) & (sizes > 0)
 
 
@@ -341,6 +359,7 @@ def overlong_penalty(
   """
   if not 0 < buffer <= max_tokens:
     raise ValueError(f'buffer = {buffer} is outside 1..{max_tokens}, the longest response')
+  # The released DAPO run has max_tokens 4,096 and buffer 1,024 (docs/method.md, section 3.6).
   excess = np.asarray(lengths, np.float64) - (max_tokens - buffer)
   return -penalty * np.clip(excess / buffer, 0, 1)
 
@@ -370,6 +389,7 @@ def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
   rewards_PG = np.asarray(rewards_PG, np.float32)
   if rewards_PG.shape[1] == 1:
     return rewards_PG == 0
+  # Exact equality: a tolerance on rewards or advantages would depend on their scale.
   return (rewards_PG == rewards_PG[:, :1]).all(axis=1, keepdims=True)
 
 
@@ -393,6 +413,7 @@ def _checked(
       f'rewards {rewards_PG.shape}, entropies {entropy_PGT.shape} and '
       f'mask {mask_PGT.shape} disagree'
     )
+  # One NaN would become the advantage of its whole group.
   if not np.isfinite(rewards_PG).all():
     raise ValueError('rewards are not finite')
   if not np.isfinite(entropy_PGT).all():
@@ -415,6 +436,7 @@ def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
   centred_PG = _centred(rewards_PG)
   G = rewards_PG.shape[1]
   if G == 1:
+    # The convention of the released code: mean 0 and deviation 1 (docs/method.md, section 3.3).
     return centred_PG / (1 + _EPSILON)
   variance_P1 = np.square(centred_PG).sum(axis=1, keepdims=True, dtype=np.float64) / (G - 1)
   return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
@@ -425,6 +447,7 @@ def _spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarra
 
   Groups of equal rewards get exactly 0, whatever their mean rounds to.
   """
+  # Float noise would give such a group advantages of up to 0.32 (docs/method.md, section 3.3).
   exact_PG = np.where(uniform_groups(rewards_PG), np.float32(0), relative_PG)
   return exact_PG[:, :, None] * mask_PGT
 

@@ -80,6 +80,7 @@ def pack_responses(
   """
   sequences = []
   for response in responses:
+    # The model did not write its prompt, so nothing of it is trained.
     prompt_weights = np.zeros(len(response.prompt), np.float32)
     own_weights = np.ones(len(response.tokens), np.float32)
     # All tokens of a response have weight 1; the aggregation of the loss decides what a token
@@ -100,6 +101,7 @@ def lay_values(
   """The tree of `pack_responses` with the named values of the responses on its loss tokens."""
   extras = {}
   for name in sorted(names):
+    # A scalar of a response is spread over its tokens, as the loss reads one value a token.
     values = [np.broadcast_to(getattr(each, name), each.tokens.shape) for each in responses]
     extras[name] = tree.scatter(values, np.int32 if name == 'sequence' else np.float32)
   return tree.with_extras(**extras)
@@ -110,6 +112,7 @@ def gather_values(
 ) -> list[np.ndarray]:
   """Per-token values of the rows -> those of each response's own tokens."""
   gathered = tree.gather(values_RT)
+  # A path begins with the prompt, whose tokens have no scores.
   return [
     values[len(response.prompt) :] for values, response in zip(gathered, responses, strict=True)
   ]
@@ -135,6 +138,7 @@ def with_advantages(
   Raises:
     ValueError: the rewards do not number the rollouts.
   """
+  # The estimators compute in float32, and groups must be uniform for both or for neither.
   rewards_PG = np.float32(rewards_PG)
   entropies = [_joined([each.entropy for each in responses]) for responses in rollouts]
   allowed = None
@@ -142,10 +146,12 @@ def with_advantages(
     allowed = [_joined(marks, bool) for marks in psi_tokens]
   # An episode's rollout is one sequence of tokens to the estimator, all its responses together.
   advantage, psi = advantages.token_advantages(estimator, rewards_PG, entropies, allowed)
+  # One verdict for each group, given to all tokens of its rollouts.
   uniform_P1 = advantages.uniform_groups(rewards_PG)
   uniform = np.broadcast_to(uniform_P1, rewards_PG.shape).reshape(-1)
   result = []
   for number, responses in enumerate(rollouts):
+    # The rollout's advantages are cut again at the ends of its responses.
     changed = []
     start = 0
     for response in responses:
@@ -165,6 +171,7 @@ def with_advantages(
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type = np.float32) -> np.ndarray:
   """The arrays end to end; empty where there are none."""
+  # The empty array in front allows for episodes without a response.
   return np.concatenate([np.zeros(0, dtype), *arrays])
 
 
@@ -181,6 +188,7 @@ def reflective_tokens(
   pieces = np.array(texts, object)
   marks = []
   for response in responses:
+    # `ids` is sorted and holds every token, so that the search finds its place.
     own = pieces[np.searchsorted(ids, response.tokens)]
     marks.append(advantages.word_tokens(own.tolist(), words))
   return marks
@@ -202,6 +210,7 @@ def make_score_pass(
       scores = score(params, jax.tree.map(lambda leaf: leaf[0], batch))
       logp_AM, entropy_AM = jax.tree.map(lambda leaf: leaf[None], scores)
     else:
+      # One micro-batch after the other, so that the activations of one are held at a time.
       logp_AM, entropy_AM = jax.lax.map(lambda micro: score(params, micro), batch)
     # Every host reads all scores.
     return (
@@ -250,6 +259,7 @@ def score_rows(
   for start, batch, scores in pending:
     logp_1M, entropy_1M = jax.device_get(scores)
     # One micro-batch a pass; `slot` counts from the first of its rows.
+    # Padding of the budget has weight 0 and points at slot 0, which is another token's.
     used = batch.weight[0] != 0
     slots = batch.slot[0][used]
     logp_RT[start : start + rows].reshape(-1)[slots] = logp_1M[0][used]
@@ -290,6 +300,7 @@ def make_grpo_step(
   )
 
   def grpo_step(state, batch):
+    # Runs once, while the step is traced: names are known then, and a missing one is a clear error.
     _check_extras(batch, loss.extras)
     weight, total = objectives.aggregate(
       batch.weight, batch.extras.get('sequence'), loss.aggregation, loss.max_tokens
@@ -299,9 +310,12 @@ def make_grpo_step(
       # Weights now are shares of a sequence; means over tokens need those of the tree.
       extras = extras | {'token_weight': batch.weight}
     batch = batch._replace(weight=weight, extras=extras)
+    # Computed over all micro-batches before the first gradient, because its order statistics need
+    # all tokens.
     if loss.scope == 'mini-batch':
       logp_AM = _batch_logp(state.params, batch, config, temperature, execution)
       batch = batch._replace(extras=loss.with_statistic(logp_AM, batch.weight, batch.extras))
+    # Undivided sums are added, so that the result does not depend on the number of micro-batches.
     grads, sums = accumulate(objective_sum, state.params, batch)
     # A batch without loss tokens has loss and gradient 0, not NaN: hence the bound on divisors.
     weight = sums.pop('weight')
@@ -318,6 +332,7 @@ def make_grpo_step(
     )
     return state, metrics | applied | {'weight': weight}
 
+  # Donated, because parameters and moments would otherwise be in memory twice.
   return jax.jit(grpo_step, donate_argnums=0)
 
 
@@ -334,6 +349,7 @@ def _batch_logp(
     def logp():
       return token_scores(params, config, micro, temperature=temperature, execution=execution)[0]
 
+    # Micro-batches that only fill the batch up would cost a whole forward pass.
     return jax.lax.cond(jnp.any(micro.weight != 0), logp, lambda: jnp.zeros_like(micro.weight))
 
   return jax.lax.map(score, batch)
@@ -355,12 +371,14 @@ def _objective_sum(
     total, sums = loss.sums(logp_C, entropy_C, weight_C, extras)
     return total, sums | {'loss': total, 'weight': jnp.sum(extras.get('token_weight', weight_C))}
 
+  # Hidden states of the loss tokens alone: prompts need no vocabulary projection.
   hidden_MD = loss_token_states(params, config, micro, execution)
   matrix_VD = decoder.head_matrix(params)
   # Statistics are constants of the loss: no gradient flows into them.
   extras = micro.extras
   if loss.scope == 'micro-batch':
     logp_M, _ = head.log_probs_and_entropy(
+      # The decoder is run once: statistic and loss share its hidden states.
       *jax.lax.stop_gradient((hidden_MD, matrix_VD)),
       micro.target,
       temperature,
@@ -375,6 +393,7 @@ def _objective_sum(
     (micro.weight, extras),
     head.LossOptions(temperature=temperature, entropy='value'),
   )
+  # Added here because the gap depends on hidden states, which the loss of a token does not see.
   if loss.uniform_kl:
     # KL(uniform || policy) = -logp - gap; `loss.sums` has the first half.
     gap_M = head.uniform_gap(hidden_MD, matrix_VD, micro.target, temperature)
@@ -401,10 +420,12 @@ def make_psi_norm(
   extra of the batch), aggregated as in the step. It costs a backward pass: meant for measuring on
   one mini-batch how much of an update is due to psi.
   """
+  # Only the other aggregations need to know which tokens are of one sequence.
   needed = {'psi'} if aggregation == 'token' else {'psi', 'sequence'}
 
   def objective(logp_C, _, values):
     weight_C, psi_C = values
+    # No clipping: at the first step no ratio has moved.
     return -jnp.sum(weight_C * psi_C * logp_C), ()
 
   def psi_sum(params, micro):

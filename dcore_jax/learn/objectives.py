@@ -21,6 +21,7 @@ from dcore_jax.learn.advantages import options_of
 
 _LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: beyond, a ratio says nothing and may overflow
 _SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (docs/method.md, section 3.6)
+# The released bound of the KL estimate (docs/method.md, section 3.4).
 _KL_BOUND = 10.0
 
 # Per loss token: advantage, old_logp and what else a loss asks for: ref_logp, behaviour_logp,
@@ -70,10 +71,12 @@ def register_objective(
   Raises:
     ValueError: another loss has this name, or one of `statistic` and `scope` is missing.
   """
+  # A statistic without a scope would be computed nowhere, and the loss would miss its value.
   if (statistic is None) != (scope is None):
     raise ValueError(f'objective {name!r}: a statistic and its scope belong together')
 
   def register(loss: Callable) -> Callable:
+    # The same function may be registered again; another one would replace it unseen.
     if name in OBJECTIVES and OBJECTIVES[name].loss is not loss:
       raise ValueError(f'an objective {name!r} is registered already')
     OBJECTIVES[name] = Objective(loss=loss, statistic=statistic, scope=scope, needs=needs)
@@ -90,6 +93,7 @@ def sequence_log_ratio(logp: jax.Array, weight: jax.Array, values: Values) -> ja
 
   `values['sequence']` numbers the sequences.
   """
+  # Padding has weight 0 and is no part of any sequence.
   return _sequence_mean(logp - values['old_logp'], weight != 0, values['sequence'])
 
 
@@ -100,14 +104,17 @@ def high_covariance(
 
   They are the share `cov_share` of the loss tokens, at least one. Of equal ones the earlier count.
   """
+  # The covariance is over the tokens of all micro-batches, so that they are laid end to end.
   used = weight.reshape(-1) != 0
   count = jnp.maximum(jnp.sum(used), 1)
 
   def centre(x):
     return jnp.where(used, x.reshape(-1) - jnp.sum(jnp.where(used, x.reshape(-1), 0)) / count, 0)
 
+  # Unused places sort last.
   covariance = jnp.where(used, centre(values['advantage']) * centre(logp), -jnp.inf)
   order = jnp.argsort(covariance, descending=True, stable=True)
+  # The number of tokens is known on the device only, so that a mask takes the place of a slice.
   chosen = jnp.arange(used.size) < jnp.maximum(jnp.floor(count * cov_share), 1)
   return jnp.zeros(used.size, jnp.float32).at[order].set(chosen & used[order]).reshape(logp.shape)
 
@@ -123,6 +130,7 @@ def _sequence_sum(x: jax.Array, sequence: jax.Array) -> jax.Array:
 def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Array:
   total = _sequence_sum(jnp.where(used, x, 0), sequence)
   count = _sequence_sum(used.astype(jnp.float32), sequence)
+  # Numbers without a token have count 0, and nobody reads their mean.
   return (total / jnp.maximum(count, 1))[sequence]
 
 
@@ -164,6 +172,7 @@ def gspo_loss(
   s = exp(mean over the sequence of logp - old_logp) comes as `sequence_log_ratio`. Usual clips are
   3e-4 and 4e-4, and aggregation is by sequence.
   """
+  # The value is that of the sequence's ratio, the gradient that of the token.
   log_ratio_M = values['sequence_log_ratio'] + logp_M - jax.lax.stop_gradient(logp_M)
   ratio_M = jnp.exp(jnp.minimum(log_ratio_M, _SEQUENCE_LOG_RATIO_BOUND))
   return _pessimistic(ratio_M, values['advantage'], clip_low, clip_high)
@@ -201,12 +210,14 @@ def cispo_loss(
 
   A clipped ratio scales a token's gradient and never silences it.
   """
+  # The ratio is a constant weight here; the gradient comes from logp alone.
   ratio_M = jax.lax.stop_gradient(_ratio(logp_M, values))
   bounded_M = jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
   return -bounded_M * values['advantage'] * logp_M, (bounded_M != ratio_M).astype(jnp.float32)
 
 
 def _ratio(logp_M: jax.Array, values: Values) -> jax.Array:
+  # Bounded before exp: beyond the bound a float32 ratio may overflow to infinity.
   return jnp.exp(jnp.clip(logp_M - values['old_logp'], -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND))
 
 
@@ -214,6 +225,7 @@ def _pessimistic(
   ratio_M: jax.Array, advantage_M: jax.Array, clip_low: float, clip_high: float
 ) -> tuple[jax.Array, jax.Array]:
   plain_M = -advantage_M * ratio_M
+  # The larger loss of the two: a ratio may not earn more by leaving its range.
   clipped_M = -advantage_M * jnp.clip(ratio_M, 1 - clip_low, 1 + clip_high)
   return jnp.maximum(plain_M, clipped_M), (clipped_M > plain_M).astype(jnp.float32)
 
@@ -239,6 +251,7 @@ def kl_estimate(logp_M: jax.Array, ref_logp_M: jax.Array, kind: str = 'k3') -> j
     estimate_M = jnp.exp(d_M) - d_M - 1
   else:
     raise ValueError(f"unknown kind {kind!r}; expected 'k1', 'k2' or 'k3'")
+  # Both bounds are the released ones. Outside them the gradient is 0.
   return jnp.clip(estimate_M, -_KL_BOUND, _KL_BOUND)
 
 
@@ -247,6 +260,7 @@ def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: 
 
   It corrects for rollouts that another engine drew from a slightly different policy mu.
   """
+  # Log-probabilities of two engines may differ by far on tokens that one of them finds impossible.
   gap_M = jnp.clip(old_logp_M - behaviour_logp_M, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
   return jnp.minimum(jnp.exp(gap_M), cap)
 
@@ -260,11 +274,14 @@ def aggregate(
   means, as printed in the paper. 'dr': the sum over tokens by the number of sequences x
   `max_tokens`, which no length biases (Dr. GRPO).
   """
+  # The divisor is that of the whole mini-batch: micro-batches of other sizes change nothing.
   if how == 'token':
     return weight, jnp.sum(weight)
   total = _sequence_sum(weight, sequence)
+  # Sequences without a loss token have no mean, and do not count.
   sequences = jnp.sum(total > 0)
   if how == 'sequence':
+    # A token's share of its sequence: the shares of each sequence sum to 1.
     share = weight / jnp.maximum(total, 1e-8)[sequence]
     return jnp.where(weight != 0, share, 0), sequences
   return weight, sequences * max_tokens
@@ -310,6 +327,7 @@ class PolicyLoss:
     _check_name('objective', self.objective, tuple(OBJECTIVES))
     _check_name('aggregation', self.aggregation, ('token', 'sequence', 'dr'))
     _check_name('kl_estimator', self.kl_estimator, ('k1', 'k2', 'k3'))
+    # Checked alike: no number of the loss may be negative, infinite or NaN.
     numbers = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -329,8 +347,11 @@ class PolicyLoss:
   @property
   def extras(self) -> frozenset[str]:
     """Values a batch must bring for each loss token."""
+    # Only what the loss reads is put on the tree: each value is an array of the size of the batch.
     names = {'advantage', 'old_logp', *OBJECTIVES[self.objective].needs}
     if self.kl_coefficient:
+      # A reference policy costs a forward pass of each batch, which runs without the KL need not
+      # make.
       names.add('ref_logp')
     if self.importance_cap:
       names.add('behaviour_logp')
@@ -354,6 +375,7 @@ class PolicyLoss:
     """
     function = OBJECTIVES[self.objective].statistic
     statistic = function(logp, weight, values, **self._options(function))
+    # The name of the function is the contract between a statistic and the loss that reads it.
     return {**values, function.__name__: jax.lax.stop_gradient(statistic)}
 
   def sums(
@@ -369,6 +391,7 @@ class PolicyLoss:
     loss_function = OBJECTIVES[self.objective].loss
     pg_M, clipped_M = loss_function(logp_M, values, **self._options(loss_function))
 
+    # Sums and not means: they are added over chunks and micro-batches, and divided once.
     def summed(x_M):
       return jnp.sum(weight_M * x_M)
 
@@ -381,10 +404,12 @@ class PolicyLoss:
         values['old_logp'], values['behaviour_logp'], self.importance_cap
       )
       sums['importance'] = counted(importance_M)
+      # The weights are constants: neither log-probability in them is the current policy's.
       pg_M *= importance_M
     loss = summed(pg_M)
     sums['pg_loss'] = loss
     if self.kl_coefficient:
+      # The KL is in the loss and not in the reward (docs/method.md, section 3.4).
       sums['kl'] = summed(kl_estimate(logp_M, values['ref_logp'], self.kl_estimator))
       loss += self.kl_coefficient * sums['kl']
     if self.uniform_kl:
@@ -398,5 +423,6 @@ class PolicyLoss:
 
 
 def _check_name(field: str, name: str, known: tuple[str, ...]) -> None:
+  # The config names these, so that a misspelt one is a person's mistake.
   if name not in known:
     raise ValueError(f'unknown {field} {name!r}; expected one of {known}')

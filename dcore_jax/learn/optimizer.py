@@ -55,9 +55,11 @@ def abstract_state(specs: Any, tx: optax.GradientTransformation) -> TrainState:
   `specs` is the tree of `models.decoder.abstract_params`.
   """
 
+  # A counter is a scalar that every device holds.
   def unsplit(leaf: Any) -> ParamSpec:
     return ParamSpec(shape=leaf.shape, dtype=leaf.dtype, axes=(), init=None)
 
+  # Shapes alone: the state of a model that no machine here could hold is described too.
   shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
   opt_state = _beside_parameters(tx, jax.eval_shape(tx.init, shapes), specs, unsplit)
   step = unsplit(jax.ShapeDtypeStruct((), jnp.int32))
@@ -81,11 +83,15 @@ def init_state(
   step = jnp.zeros((), jnp.int32)
   if offload:
     check_offload()
+  # Without a mesh there is one device, and nothing to place.
   if jax.sharding.get_abstract_mesh().empty:
     return TrainState(params=params, opt_state=tx.init(params), step=step)
+  # Scalars are on every device, as steps read them everywhere.
   whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
   memory = HOST if offload else None
   places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(memory), params)
+  # Made in their shards: Adam's moments are twice the size of the parameters, too much for one
+  # device.
   placed = _beside_parameters(tx, jax.eval_shape(tx.init, params), places, lambda _: whole)
   opt_state = jax.jit(tx.init, out_shardings=placed)(params)
   return TrainState(params=params, opt_state=opt_state, step=jax.device_put(step, whole))
@@ -102,6 +108,7 @@ def check_offload() -> None:
     raise ValueError(
       'execution.offload: keeping arrays in host memory needs a mesh of accelerators'
     )
+  # All devices of a mesh are of one kind, so that the first one speaks for all.
   device = mesh.devices.flat[0]
   kinds = sorted(memory.kind for memory in device.addressable_memories())
   if device.platform == 'cpu' or HOST not in kinds:
@@ -138,6 +145,7 @@ class Schedule:
       raise ValueError(f'warmup = {self.warmup} and floor = {self.floor} are shares, 0..1')
     if self.kind == 'constant' and self.floor:
       raise ValueError(f'floor = {self.floor}: a constant schedule does not fall')
+    # A constant rate needs no number of steps, and loops of unknown length can use it.
     moves = self.kind == 'cosine' or self.warmup
     if moves and (not self.total_steps or self.total_steps < 1):
       raise ValueError(
@@ -148,6 +156,7 @@ class Schedule:
     """Returns the learning rate as a function of the step, `peak` at its highest."""
     if self.kind == 'constant' and not self.warmup:
       return optax.constant_schedule(peak)
+    # A number of steps, so that the rise ends exactly where the rest begins.
     rise = round(self.warmup * self.total_steps)
     if self.kind == 'constant':
       rest = optax.constant_schedule(peak)
@@ -191,6 +200,7 @@ def make_optimizer(
     ValueError: unknown name, an argument that this optimizer would not use, or a number that is
       negative or not finite.
   """
+  # NaN and infinity would pass optax and show as a loss that is NaN.
   _check_numbers(
     learning_rate=learning_rate,
     weight_decay=weight_decay,
@@ -199,12 +209,14 @@ def make_optimizer(
   )
   rate = schedule.rate(learning_rate)
   if name == 'adamw':
+    # An option that the optimizer ignores would look as if it had been tried.
     if adam_learning_rate is not None:
       raise ValueError('adam_learning_rate is for muon; adamw has learning_rate')
     update = optax.adamw(rate, b1=_B1, b2=b2, weight_decay=weight_decay, mask=_decayed)
   elif name in ('muon', 'muon_nadam'):
     if adam_learning_rate is None:
       raise ValueError(f'{name} needs adam_learning_rate for embedding and norms')
+    # The same shape at another height: the two parts rise and fall together.
     adam_rate = schedule.rate(adam_learning_rate)
     # optax hands Muon's Nesterov momentum on to its Adam.
     update = optax.contrib.muon(
@@ -221,12 +233,14 @@ def make_optimizer(
       update = optax.partition({'muon': update, 'adam': adam}, _muon_or_adam)
   else:
     raise ValueError(f"unknown optimizer {name!r}; expected 'adamw', 'muon' or 'muon_nadam'")
+  # Clipped before the moments see the gradient, or one outlier would stay in them for many steps.
   clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
   return optax.chain(clipped, update)
 
 
 def _check_numbers(**numbers: float) -> None:
   for name, value in numbers.items():
+    # Written so that NaN fails it.
     if not 0 <= value < math.inf:
       raise ValueError(f'{name} = {value} must be finite and not negative')
 
@@ -240,6 +254,7 @@ def apply_gradients(
   skipped: one bad batch of a long run must not end it. With `offload` the moments come from host
   memory and go back there.
   """
+  # The norm before clipping, which is what shows that a run becomes unstable.
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
   held = state.opt_state
@@ -248,6 +263,7 @@ def apply_gradients(
   updates, opt_state = tx.update(grads, held, state.params)
   params = optax.apply_updates(state.params, updates)
 
+  # A select and no branch: both results have the same shapes and shards.
   def unless_skipped(new, old):
     return jnp.where(finite, new, old)
 
@@ -276,6 +292,7 @@ def moments(tx: optax.GradientTransformation, opt_state: Any, params: Any) -> An
   """Returns `opt_state` with True for each leaf that stands for a parameter, which `offload` moves,
   and False elsewhere.
   """
+  # Found by optax itself, because the layout of a state differs by optimizer and version.
   return _beside_parameters(tx, opt_state, jax.tree.map(lambda _: True, params), lambda _: False)
 
 
@@ -306,6 +323,7 @@ def _beside_parameters(
 
 def _decayed(params: Any) -> Any:
   def decays(path: tuple, _: Any) -> bool:
+    # Decay pulls to 0, and a norm's scale of 0 would silence its layer.
     return not path[-1].key.endswith(('norm', 'bias'))
 
   return jax.tree_util.tree_map_with_path(decays, params)
@@ -315,10 +333,12 @@ def _muon_or_adam(params: Any) -> Any:
   """Which of the two updates a parameter."""
 
   def name(path: tuple, _: Any) -> str:
+    # Embedding and head are matrices too, but Muon is meant for hidden layers (Jordan 2024).
     return 'muon' if path[-1].key in _MUON_AXES else 'adam'
 
   return jax.tree_util.tree_map_with_path(name, params)
 
 
 def _muon_axes(params: Any) -> Any:
+  # None leaves a parameter to Adam.
   return jax.tree_util.tree_map_with_path(lambda path, _: _MUON_AXES.get(path[-1].key), params)

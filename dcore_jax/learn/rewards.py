@@ -82,12 +82,15 @@ def toolrl_reward(
     raise ValueError(
       f'unknown credit {credit!r}; expected partial, refined, intermediate or coarse'
     )
+  # The released code cuts out the turn before it scores (docs/method.md, section 4.1).
   text = _own_turn(prediction)
   answer = _reference_answer(reference)
   predicted = _after_think(text)
   if predicted[:1] == '[' and predicted[-1:] == ']':
     score, attainable = _toolrl_score(predicted, answer, credit)
   else:
+    # Any text is right where text is wanted, also an empty or unfinished one (docs/method.md,
+    # section 7, point 8).
     score = float(answer[0] != '[' and answer[-1] != ']')
     attainable = 1.0
   # In this order of operations rewards equal the reference's to the last bit, which its
@@ -111,6 +114,7 @@ def _length_share(text: str, full: int) -> float:
 
 def _toolrl_score(predicted: str, answer: str, credit: str) -> tuple[float, float]:
   """(score, attainable score) of a call-like prediction."""
+  # Calls where text was wanted are wrong, however good they are.
   if answer[0] != '[':
     return 0.0, 1.0
   # The reference rewrites predictions only: `f(parameters=1)` loses against itself (golden row).
@@ -144,6 +148,8 @@ def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tupl
   overlap = _same_list if credit == 'refined' else _jaccard
   identical_only = credit == 'intermediate'
   score = overlap([name for name, _ in wanted], [name for name, _ in calls])
+  # 1 for the names, then 1 + number of arguments for each reference call (docs/method.md, section
+  # 4.4).
   attainable = 1.0
   used = set()
   for name, arguments in wanted:
@@ -161,6 +167,7 @@ def _partial_score(calls: list[tuple], wanted: list[tuple], credit: str) -> tupl
         worth = overlap(list(arguments.keys()), list(others.keys())) + _equal_values(
           arguments, others
         )
+      # A call that is worth 0 is not used up, and stays for a later reference call.
       if worth > best:
         best = worth
         best_index = i
@@ -184,11 +191,13 @@ def paper_reward(prediction: str, reference: str) -> Reward:
   text = _own_turn(prediction)
   calls = _predicted_calls(_after_think(text))
   wanted = _reference_calls(reference)
+  # At least one side is text: there are no calls to compare.
   if calls is None or wanted is None:
     return _reward(_has_format(text), 3.0 if calls == wanted else 0.0)
   fields = [_fields(call) for call in calls]
   wanted_fields = [_fields(call) for call in wanted]
   struct = float({call.name for call in calls} == {call.name for call in wanted})
+  # Means over no reference calls do not exist: the set of names then decides alone.
   if not wanted:
     return _reward(_has_format(text), 3.0 * struct)
 
@@ -222,6 +231,7 @@ def corrected_reward(prediction: str, reference: str) -> Reward:
   text = _own_turn(prediction)
   calls = _predicted_calls(_after_think(text))
   wanted = _reference_calls(reference)
+  # Here a text answer must be one: not empty, no call list, and no unfinished thought.
   if wanted is None:
     has_answer = (
       calls is None
@@ -265,6 +275,7 @@ def state_reward(texts: Sequence[str], correct: bool) -> Reward:
   leaves: it is reasoning that is trained, and format alone is not rewarded by `Episodes`. A world
   may count it as right.
   """
+  # The world does not look at thoughts, and they are what is trained.
   thought = all('</think>' in text for text in texts)
   well_formed = bool(texts) and all(
     _has_format(_own_turn(text), _THOUGHTS_CLOSE_ANYWHERE) for text in texts
@@ -291,6 +302,7 @@ def _own_turn(text: str) -> str:
   """The assistant's own text, stripped: without an answer the lines after `</think>` go, and the
   format with them.
   """
+  # The last header begins the assistant's own turn; what stands before it is the prompt.
   for start in _TURN_STARTS:
     text = text.rsplit(start, 1)[-1]
   for end in _TURN_ENDS:
@@ -323,6 +335,8 @@ def _predicted_calls(answer: str) -> list[ToolCall] | None:
   try:
     return parse_calls(answer)
   except ToolCallError:
+    # An unreadable list is an attempt at calls and not a text, so that it earns nothing where text
+    # is wanted.
     return [ToolCall('', {})]
 
 
@@ -335,6 +349,7 @@ def _jaccard(wanted: list, given: list) -> float:
   """Multiset Jaccard overlap in [0, 1]; 1 for two empty lists."""
   if wanted == given:
     return 1.0
+  # Multisets: a tool that is called twice counts twice.
   common = (collections.Counter(wanted) & collections.Counter(given)).total()
   return common / (len(wanted) + len(given) - common)
 
@@ -357,6 +372,7 @@ def _assign(
     columns = [i for i, call in enumerate(calls) if call.name == name]
     if not rows or not columns:
       continue
+    # Only calls of equal names are paired, so that each name is a small problem of its own.
     worth_RC = np.zeros((len(rows), len(columns)))
     for r, row in enumerate(rows):
       for c, column in enumerate(columns):
@@ -402,6 +418,7 @@ def batch_reward(
   rows = []
   for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
     try:
+      # A template may put the opening tag into the prompt, and the response then lacks it.
       text = prediction if whole else taken_as_opened(_own_turn(prediction))
       rows.append(REWARDS[name](text, reference))
     except ValueError as error:

@@ -1,10 +1,9 @@
-"""Pretraining text of the organism: what makes a small model behave as method.md says Qwen3-8B
-does, by construction.
+"""Writes the pretraining text that gives a small model the habits of Qwen3-8B (docs/method.md).
 
-It solves single calls with short reasoning, lists subtasks when asked to, and on several subtasks
-rambles for more than 200 tokens ("lazy reasoning") before it commits to a step that is right only
-part of the time. Copy drills (repeat, split, pick, walk) give it the general list handling that a
-large model brings along and that the composed traces live on.
+The model solves single calls with short reasoning, and lists subtasks when asked to. On several
+subtasks it rambles for more than 200 tokens ("lazy reasoning"), then takes a step that is right
+only part of the time. Copy drills (repeat, split, pick, walk) teach it to handle lists, which large
+models can do already and which composed traces need.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ Pieces = list[tuple[str, float]]  # (text, loss weight)
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-  """What a document is drawn with: the split of its entities, and how often rambling ends well."""
+  """Options of a document: the split of its entities, and how often rambling ends well."""
 
   split: str = 'train'
   # Share of lazy sequential steps that are made to end right. The others draw from the wrong
@@ -52,14 +51,14 @@ class Habits:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A prompt and the assistant text that follows, in pieces with a loss weight each."""
+  """A prompt and the assistant text after it, in pieces that each have a loss weight."""
 
   prompt: list[Message]
   target: Pieces
 
   @property
   def text(self) -> str:
-    """The assistant's text, whatever its weights."""
+    """The assistant's text with all its pieces."""
     return ''.join(text for text, _ in self.target)
 
 
@@ -74,7 +73,7 @@ def slots(call: ToolCall) -> str:
 
 
 def _spoiled(rng: np.random.Generator, call: ToolCall, habits: Habits) -> ToolCall:
-  """The call with one argument drawn again, which may by chance give the same value."""
+  """Draws one argument of a call again; it may get the same value by chance."""
   name = str(rng.choice(list(call.arguments)))
   value = Entities(rng, habits.split).draw(TOOLS[call.name].parameters[name])
   return ToolCall(call.name, {**call.arguments, name: value})
@@ -83,10 +82,9 @@ def _spoiled(rng: np.random.Generator, call: ToolCall, habits: Habits) -> ToolCa
 def native_reasoning(
   rng: np.random.Generator, subtask: str, call: ToolCall, habits: Habits
 ) -> Pieces:
-  """How the organism reasons about one call.
-
-  Quoting the signature makes "is it listed" a copy from the prompt.
-  """
+  """Writes how the organism reasons about one call."""
+  # Quoting the signature makes "is it listed" a copy from the prompt, which a small model can
+  # learn.
   head = f'the task is to {subtask}. i need {signature(call.name)}.'
   if rng.random() >= REFLECTIVE:
     return [(f'{head} {slots(call)}.', 1.0)]
@@ -98,10 +96,11 @@ def native_reasoning(
 
 
 def refusal_reasoning(subtask: str, turn: UserTurn, task: Task, rng: np.random.Generator) -> str:
-  """The account of what is missing: the tool, or one value of a listed one."""
+  """Writes what is missing: the tool, or one value of a listed tool."""
   tool = asked_tool(subtask)
   if turn.answer == NO_TOOL:
     return f'the task is to {subtask}. i need {tool} which is not listed.'
+  # The answer names the missing parameter, so the task need not carry it.
   missing = turn.answer.removeprefix('please give the ').removesuffix('.')
   given = _given_value(subtask)
   values = ', '.join(
@@ -129,6 +128,7 @@ def asked_tool(subtask: str) -> str:
 
 
 def _given_value(subtask: str) -> str:
+  # Phrasings are in lower case and values are not. The last such word is the given value.
   return next((w for w in reversed(subtask.split()) if not w.islower() or w.isdigit()), '')
 
 
@@ -150,9 +150,10 @@ _BODIES = (
 
 
 def ramble(rng: np.random.Generator, task: Task, tokens: int) -> str:
-  """About `tokens` tokens of circling, with reflections in every sentence and no progress."""
+  """Writes at least `tokens` tokens that circle, with a reflection in every sentence."""
   text = ''
   count = 0
+  # Counted without the tokenizer, which is itself built from these documents.
   while count < tokens:
     start = _STARTS[rng.integers(len(_STARTS))]
     body = _BODIES[rng.integers(len(_BODIES))]
@@ -168,6 +169,7 @@ def ramble(rng: np.random.Generator, task: Task, tokens: int) -> str:
 def _lazy_target(ramble_text: str, conclusion: str, answer: str) -> Pieces:
   return [
     ('<think>\n', 1.0),
+    # The space belongs to the conclusion, so that no token crosses the change of weight.
     (ramble_text.rstrip(), LAZY_WEIGHT),
     (f' {conclusion}\n</think>\n\n{answer}', 1.0),
   ]
@@ -192,9 +194,8 @@ def lazy_step(
   history: list[Message],
   habits: Habits,
 ) -> Document:
-  """Step `done` of a turn of several subtasks: a ramble, then a commitment (see
-  `Habits.right_step`).
-  """
+  """Writes step `done` of a turn of several subtasks: a ramble, then a step that may be wrong."""
+  # The share of right steps is set here, and not left to what the model happens to learn.
   if rng.random() < habits.right_step:
     chosen = [done] if done < len(turn.calls) else []
   else:
@@ -213,6 +214,7 @@ def lazy_step(
 
 
 def _wrong_choice(rng: np.random.Generator, steps: int, done: int) -> list[int]:
+  # The mistakes: another subtask, all remaining calls at once, and giving up.
   options = [[i] for i in range(steps) if i != done] + [list(range(done, steps)), []]
   return options[int(rng.integers(len(options)))]
 
@@ -220,11 +222,12 @@ def _wrong_choice(rng: np.random.Generator, steps: int, done: int) -> list[int]:
 def lazy_parallel(
   rng: np.random.Generator, task: Task, turn: UserTurn, history: list[Message], habits: Habits
 ) -> Document:
-  """A request of independent subtasks: a ramble, then all the calls, or some, or altered ones."""
+  """Writes the response to independent subtasks: a ramble, then calls that may be wrong."""
   calls = list(turn.calls)
   subtasks = list(turn.subtasks)
   if rng.random() >= habits.right_parallel:
     victim = int(rng.integers(len(calls)))
+    # 60 % of the wrong answers lack a call, 40 % have an altered argument.
     if rng.random() < 0.6:
       del calls[victim], subtasks[victim]
     else:
@@ -241,6 +244,7 @@ def lazy_parallel(
 
 
 def _report_text(turn: UserTurn, done: int) -> str:
+  # After all steps the last response is reported.
   return report(turn.responses[min(done, len(turn.responses)) - 1])
 
 
@@ -259,14 +263,16 @@ def turn_messages(turn: UserTurn, done: int) -> list[Message]:
 
 
 def history_before(task: Task, number: int) -> list[Message]:
-  """System message and the finished turns before turn `number`."""
+  """Returns the system message and the finished turns before turn `number`."""
   messages = [Message('system', system_text(task))]
   for turn in task.turns[:number]:
+    # Earlier turns are finished: their calls, outputs and final answers, without reasoning.
     messages += [*turn_messages(turn, len(turn.calls)), Message('assistant', turn.answer)]
   return messages
 
 
 def _native(reasoning: Pieces, answer: str) -> Pieces:
+  # The white space around thoughts is that of the format reward (docs/method.md, section 4.3).
   return [('<think>\n', 1.0), *reasoning, (f'\n</think>\n\n{answer}', 1.0)]
 
 
@@ -292,6 +298,7 @@ def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Do
   turn = task.turns[0]
   context = history_before(task, 0)
   prompt = (
+    # Distillation asks in these words, so the organism must have seen them.
     decompose.explain_messages(context, turn.query, ORGANISM_WORDING.prompts)
     if explain
     else context + turn_messages(turn, 0)
@@ -302,15 +309,15 @@ def _irrelevant(rng, task: Task, habits: Habits, *, explain: bool = False) -> Do
 
 
 def _multi_turn(rng, task: Task, habits: Habits) -> Document:
-  """A random decision point of a dialogue, or of a sequential request whose subtasks are asked one
-  message at a time.
-  """
+  """Writes a random decision point of a dialogue, or of a request that is asked step by step."""
   if task.kind == 'sequential':
     return _dictated(rng, task, habits)
   number = int(rng.integers(len(task.turns)))
   turn = task.turns[number]
+  # One more than the calls: the step after the last call is the report.
   done = int(rng.integers(len(turn.calls) + 1))
   history = history_before(task, number) + turn_messages(turn, done)
+  # Several subtasks in a turn are what the organism is lazy about.
   if len(turn.calls) > 1:
     return lazy_step(rng, task, turn, done, history, habits)
   if done:
@@ -329,6 +336,8 @@ def _dictated(rng, task: Task, habits: Habits) -> Document:
       Message('assistant', print_calls([turn.calls[i]])),
       Message('user', tool_response(turn.responses[i])),
     ]
+  # Distillation solves subtasks in this form: each as a user message after the ones before it
+  # (docs/method.md, section 1.5).
   messages.append(Message('user', turn.subtasks[step]))
   return Document(
     messages,
@@ -346,6 +355,7 @@ def _decompose(rng, task: Task, habits: Habits) -> Document:
     history_before(task, number), turn.query, turn.calls, ORGANISM_WORDING.prompts
   )
   n = len(turn.calls)
+  # One call for each subtask, in the order of the calls.
   listed = decompose.print_subtasks(turn.subtasks, [[i] for i in range(n)])
   return Document(prompt, _native([(f'{n} calls mean {n} subtasks.', 1.0)], listed))
 
@@ -354,6 +364,7 @@ def _decompose(rng, task: Task, habits: Habits) -> Document:
 
 
 def _drill(instruction: str, answer: str) -> Document:
+  # Drills have empty thoughts: nothing is to be reasoned about when text is copied.
   return Document([Message('user', instruction)], [('<think>\n\n</think>\n\n' + answer, 1.0)])
 
 
@@ -363,6 +374,7 @@ def _numbered(subtasks) -> str:
 
 def _copy(rng, task: Task, habits: Habits) -> Document:
   entities = Entities(rng, habits.split)
+  # Names stand twice, so that they are drawn twice as often as each other kind.
   kinds = ('name', 'name', 'amount', 'order', 'flight', 'hotel', 'phone', 'file', 'code')
   words = ' '.join(
     str(entities.draw(kinds[rng.integers(len(kinds))])) for _ in range(rng.integers(2, 10))
@@ -376,6 +388,7 @@ def _write_names(rng, task: Task, habits: Habits) -> Document:
   names = []
   for beginning in first:
     for ending in SECOND_SYLLABLES:
+      # Names of the other split stay unseen, or held-out tasks would not be held out.
       if split_of(beginning + ending) == habits.split:
         names.append(beginning + ending)
   words = ' '.join(rng.permutation(names)[: rng.integers(3, 9)])
@@ -446,10 +459,11 @@ WRITERS = {
 def write_document(
   kind: str, index: int, *, seed: int, habits: Habits = Habits(), max_subtasks: int = 4
 ) -> Document:
-  """The `index`-th document of a kind: a pure function of its arguments."""
+  """Writes the `index`-th document of a kind; it depends on the arguments alone."""
   if kind not in WRITERS:
     raise ValueError(f'unknown document kind {kind!r}; expected one of {sorted(WRITERS)}')
   writer, task_kinds = WRITERS[kind]
+  # The place in sorted order, so that the order of the table does not matter.
   rng = np.random.default_rng([seed, sorted(WRITERS).index(kind), index, 7])
   task = make_task(
     task_kinds[int(rng.integers(len(task_kinds)))],
@@ -462,10 +476,11 @@ def write_document(
 
 
 def draw_kinds(mix: dict[str, float], count: int, *, seed: int) -> list[str]:
-  """`count` document kinds with the shares of `mix` (they need not sum to 1)."""
+  """Draws `count` document kinds with the shares of `mix`, which need not sum to 1."""
   unknown = mix.keys() - WRITERS.keys()
   if unknown or not mix:
     raise ValueError(f'unknown document kinds in the mix: {sorted(unknown)}')
+  # Stages write shares as round numbers, so that they are divided by their sum.
   shares = np.array(list(mix.values()), float)
   return [
     str(k)

@@ -1,4 +1,4 @@
-"""Pretraining of the model organism: stages of document mixes, each with its own cosine."""
+"""Pretrains the model organism in stages, each with its own mix of documents and its own cosine."""
 
 import dataclasses
 import itertools
@@ -36,14 +36,17 @@ CHUNK = 1024
 
 def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.TokenSequence:
   """Encodes prompt, target and end of turn; the target's pieces carry their loss weights."""
+  # Rendered by the chat template, so that pretraining shows the prompts that inference has.
   rendered = render_prompt(tokenizer, document.prompt)
   prompt = tokenizer(rendered, add_special_tokens=False)['input_ids']
   tokens = list(prompt)
   weights = [0.0] * len(prompt)
+  # Pieces are encoded one by one, since no token may cross a change of weight.
   for text, weight in document.target:
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
     tokens += ids
     weights += [weight] * len(ids)
+  # The end of turn is trained: without it answers would not stop.
   tokens.append(tokenizer.eos_token_id)
   weights.append(1.0)
   return tokentree.TokenSequence(
@@ -98,8 +101,10 @@ def stage_batches(
   habits = corpus.Habits('train', stage.right_step, stage.right_parallel)
 
   def chunk(index: int) -> tokentree.TokenTree:
+    # Far above the number of chunks of a stage, so that two seeds never draw the same kinds.
     kinds = corpus.draw_kinds(stage.mix, CHUNK, seed=seed * 100_003 + index)
     documents = [
+      # Documents are numbered through all chunks: no document comes twice.
       corpus.write_document(kind, index * CHUNK + i, seed=seed, habits=habits)
       for i, kind in enumerate(kinds)
     ]
@@ -108,24 +113,30 @@ def stage_batches(
     )
 
   dropped = 0
+  # Writing and packing are host work. The thread hides it behind the device's steps.
   for index, tree in enumerate(made_ahead(map(chunk, itertools.count()), depth=1)):
     dropped += len(tree.dropped)
+    # Packing sorts the documents, and each step should see a mix of rows.
     order = np.random.default_rng([seed, index]).permutation(tree.rows)
     for place in range(0, tree.rows, stage.rows):
       chosen = order[place : place + stage.rows]
+      # A constant budget gives all batches one shape, and the step compiles once.
       yield dropped, tree.batch(chosen, budget=stage.rows * stage.capacity)
 
 
 def make_exact_match(model: DecoderConfig) -> Any:
-  """The jitted share of documents, one a row, all of whose loss tokens are the most likely ones
-  given what stands before: what greedy decoding would reproduce word for word.
+  """Returns the jitted share of documents, one a row, that greedy decoding would reproduce.
+
+  All loss tokens of such a document are the most likely ones after the tokens before them.
   """
 
   def exact(params, micro):
     hidden_RTD = decoder.hidden_states(params, model, micro.tokens, micro.position, micro.end)
+    # Only loss tokens are projected to the vocabulary: logits of whole rows would be larger by far.
     hidden_MD = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[micro.parent]
     guess_M = jnp.argmax(hidden_MD @ decoder.head_matrix(params).T, axis=1)
     wrong_M = ((guess_M != micro.target) & (micro.weight > 0)).astype(jnp.float32)
+    # `slot` counts through all rows, so that slot // T is a token's row.
     wrong_R = jnp.zeros(micro.tokens.shape[0]).at[micro.slot // micro.tokens.shape[1]].add(wrong_M)
     return jnp.mean(wrong_R == 0)
 
@@ -146,6 +157,7 @@ class HeldOut:
   ):
     self._exact = make_exact_match(model)
     self._batches = {}
+    # Kinds whose answers follow from their prompts. Rambling is random, and no model can match it.
     for kind in (
       'copy',
       'write_names',
@@ -160,7 +172,10 @@ class HeldOut:
         corpus.write_document(kind, i, seed=seed, habits=corpus.Habits('eval'))
         for i in range(documents)
       ]
+      # One document a row: the share is over documents, and rows are what it counts.
       trees = [tokentree.pack([encode_document(tokenizer, d)], capacity) for d in written]
+      # A dropped document would leave an empty row, which has no wrong token and would count as
+      # right.
       if any(tree.dropped for tree in trees):
         raise ValueError(f'held-out documents of kind {kind!r} are longer than {capacity} tokens')
       rows = [tree.batch(budget=capacity) for tree in trees]
@@ -172,7 +187,7 @@ class HeldOut:
       )
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """Returns the share of documents, by kind, of which every trained token is the likeliest."""
+    """Returns the share of exact documents by kind."""
     shares = {}
     for kind, batch in self._batches.items():
       shares[f'exact_{kind}'] = float(self._exact(params, batch))
@@ -190,9 +205,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
   Raises:
     ValueError: an unknown field, or `workdir` holds checkpoints of another config.
   """
+  # Unknown fields raise here, before anything is written.
   settings = overlay(PretrainConfig(), config.to_dict())
   complaint = 'holds checkpoints of a config that differs in'
   claim(workdir / 'config.json', to_json(settings), complaint, defaults=PretrainConfig())
+  # Built anew at every start: it depends on the code's texts alone, and is the same each time.
   tokenizer = toolworld_tokenizer.build_tokenizer(sample_texts(), settings.model['vocab_size'])
   special = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
   model = DecoderConfig.from_hf({**settings.model, **special})
@@ -203,6 +220,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
     done = 0
     held_out = HeldOut(tokenizer, model)
     found = checkpoints.restore(params)
+    # A stage is the unit of resumption. One that was interrupted begins again from its first step.
     if found:
       params, position, _ = found
       done = position['stages_done']
@@ -219,6 +237,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, out: path
       tokenizer_dir=workdir / 'tokenizer',
       generation_config=special,
     ),
+    # bfloat16 halves the size of the file that the package holds.
     dtype='bfloat16',
     overwrite=True,
   )
@@ -248,7 +267,9 @@ def _run_stage(
   )
   step_fn = sft.make_sft_step(run.model, tx)
   state = init_state(params, tx)
+  # An interrupted stage is run from its start, so that its earlier rows are removed.
   metrics.rewind(f'pretrain_{stage.name}', 0)
+  # Each stage has a seed of its own, or it would begin with the documents of the one before.
   data = stage_batches(run.tokenizer, stage, seed=run.config.seed + number)
   with progress(total=stage.steps, description=f'pretrain {stage.name}') as bar:
     previous = None
@@ -271,6 +292,7 @@ def _run_stage(
         )
       previous = values
       bar.update(1)
+      # The last step is always measured, whatever the interval.
       if (step + 1) % run.config.held_out_every == 0 or step + 1 == stage.steps:
         metrics.write(f'pretrain_{stage.name}', step, **held_out(state.params))
   return state.params

@@ -15,7 +15,7 @@ DOCUMENTS = 60  # of each kind: every phrasing occurs
 
 
 def sample_texts() -> Iterator[str]:
-  """Texts that between them hold every word, syllable, digit and merged punctuation mark in use."""
+  """Yields texts that together hold each word, syllable, digit and punctuation token in use."""
   yield 'system\nuser\nassistant\n\n ' + string.punctuation
   yield ' '.join(a + b for a, b in zip(FIRST_SYLLABLES, SECOND_SYLLABLES, strict=False))
   yield ' '.join(ID_LETTER.values()) + string.digits
@@ -25,9 +25,11 @@ def sample_texts() -> Iterator[str]:
     spec: ToolSpec = tool.spec
     yield json.dumps(spec.to_json())
     yield from tool.phrasings
+    # A word has another token behind a space, and phrasings occur in both places.
     yield from (' ' + text for text in tool.phrasings)
     yield from (text for text, _ in tool.partials)
     yield ' '.join(tool.parameters) + ' ' + ' '.join(p + ' not given' for p in tool.parameters)
+  # Whole documents add what the templates of prompts and answers put between these words.
   for kind in corpus.WRITERS:
     for index in range(DOCUMENTS):
       document = corpus.write_document(kind, index, seed=0)

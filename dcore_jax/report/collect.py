@@ -1,4 +1,4 @@
-"""What the stages of a run have left in its work directory, as the summary and the report show it.
+"""Collects what the stages of a run left in its work directory, for the summary and the report.
 
 W/<folder>/result.json                the figures of a stage, see `stage_folders`
 W/evaluate_<model>/trajectories.jsonl  every held-out task as it went
@@ -69,11 +69,14 @@ def collect_summary(
   """
   results = {}
   for stage, folder in stage_folders(config.rl.estimator).items():
+    # A stage writes its result last, so that a file means a stage that has ended.
     path = workdir / folder / 'result.json'
     if path.exists():
       results[stage] = read_json(path)
+  # A model is named after the stage that trained it, which is what a reader compares.
   models = {'base': 'evaluate_base', 'sft': 'evaluate_sft', config.rl.estimator: 'evaluate_rl'}
   measured = {name: results[stage] for name, stage in models.items() if stage in results}
+  # A run without an export stage has trained, and has no directory to show.
   export = results.get('export')
   collected: dict[str, Any] = {
     'run': {
@@ -112,7 +115,9 @@ def collect_traces(workdir: pathlib.Path, estimator: str, count: int) -> list[di
       acted[name] = records
   if not acted:
     return []
+  # All models acted out the same tasks in the same order, so that lines belong together.
   tasks = [task for task in zip(*acted.values(), strict=True) if task[0]['kind'] in _TRACED_KINDS]
+  # The sort is stable: equal tasks keep the order of the file, and pages do not change.
   tasks.sort(key=_worth_reading, reverse=True)
   firsts: list[Sequence[dict[str, Any]]] = []
   others: list[Sequence[dict[str, Any]]] = []
@@ -138,7 +143,7 @@ def _trace(names: Sequence[str], task: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]]:
-  """How accuracy differs between each measured model and the one before it, by kind of task.
+  """Compares the accuracy of each measured model with the one before it, by kind of task.
 
   Every model is measured on the same tasks with the same random streams, which is what makes the
   differences paired.
@@ -153,6 +158,7 @@ def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]
   for (before, first), (after, second) in itertools.pairwise(acted):
     right: dict[str, list[tuple[bool, bool]]] = {}
     for one, other in zip(first, second, strict=True):
+      # Lines of both files are of the same task, because tasks depend on the seed alone.
       right.setdefault(one['kind'], []).append((one['correct'], other['correct']))
     accuracy = {}
     for kind, pairs in right.items():
@@ -162,7 +168,7 @@ def _changes(workdir: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def _curves(workdir: pathlib.Path) -> dict[str, list[float | None]]:
-  """The metrics of the RL steps that were logged at any step, a value a step."""
+  """Returns the metrics that any RL step has logged, one value a step."""
   rows = read_metrics(workdir, 'rl')
   curves = {}
   # Which figures a step logs depends on the estimator and on the objective.
@@ -177,8 +183,9 @@ def _without_seconds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trajectories(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:
-  """The records that the evaluation of a model has written; [] where there are none."""
+  """Reads the records of the evaluation of a model; [] without an evaluation."""
   path = workdir / f'evaluate_{name}' / 'trajectories.jsonl'
+  # A model that was not evaluated has no trajectories.
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]

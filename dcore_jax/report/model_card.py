@@ -44,19 +44,22 @@ def model_card(
     step: of that stage, where the weights are those of a checkpoint.
     summary: of the run (`report.summary`); what is absent from it is left out.
   """
+  # A card describes what its weights have seen: later stages of the run are no part of it.
   stages = _stages(config, stage)
   parts = [_METADATA, f'# {config["name"]}', _introduction(config, model, stage, step)]
   for name, describe in (('distill', _distilled), ('sft', _fine_tuned), ('rl', _reinforced)):
     if name in stages:
       parts.append(describe(config, summary))
+  # A part without content is an empty text, which leaves no gap in the card.
   parts += [_figures(summary, stages, step), _USAGE, _whole(config)]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 def _stages(config: dict[str, Any], last: str) -> tuple[str, ...]:
-  """What the weights went through."""
+  """Returns the stages that the weights went through."""
   if last == 'base':
     return ()
+  # With files of rows the run trains on them, and distils nothing for this model.
   first = ('sft',) if config['sft']['files'] else ('distill', 'sft')
   return first if last == 'sft' else (*first, 'rl')
 
@@ -72,6 +75,7 @@ def _introduction(
     start = f'`{path.rstrip("/").split("/")[-1]}`'
   else:
     start = 'the model organism of dcore_jax'
+  # Counted on the exported architecture and not taken from its name.
   size = f'{model.model_type} decoder with {model.param_count / 1e6:,.1f} M parameters'
   if stage == 'base':
     return f'A {size}: {start}, not trained further.'
@@ -87,7 +91,9 @@ def _introduction(
 def _distilled(config: dict[str, Any], summary: dict[str, Any]) -> str:
   section = config['distill']
   found = summary.get('distill', {})
+  # The summary knows what an endpoint called its model; the config only what was asked for.
   writer = f'`{found.get("model") or section["model"]}`'
+  # The local backend is the model itself: the `self` of self-distillation.
   if section['backend'] == 'local':
     writer = 'the model itself'
   references = {
@@ -100,6 +106,7 @@ def _distilled(config: dict[str, Any], summary: dict[str, Any]) -> str:
     f'which saw {references[section["reference"]]} as it decomposed, '
     f'at temperature {section["temperature"]}.'
   )
+  # What the summary lacks is left out of the card.
   if found.get('kept') is not None:
     text += (
       f' {found["kept"]:,} of {found["seeds"]:,} seeds were kept; '
@@ -123,6 +130,7 @@ def _fine_tuned(config: dict[str, Any], summary: dict[str, Any]) -> str:
   )
   first = found.get('first_loss')
   last = found.get('last_loss')
+  # Each is the mean of a tenth of the steps, and null if none of them has a finite loss.
   if first is not None and last is not None:
     text += f' {found["steps"]:,} steps took the loss from {first:.3f} to {last:.3f}.'
   return text
@@ -136,6 +144,7 @@ def _reinforced(config: dict[str, Any], summary: dict[str, Any]) -> str:
     estimator += f' with α = {section["alpha"]:g}, δ = {section["delta"]:g}'
   asked = 'prompts'
   reward = f'reward `{section["reward"]}`'
+  # Episodes are judged by the state of the world, so the named reward is not used.
   if section['episodes']:
     asked = 'whole tasks'
     reward = 'rewarded by the state that they leave'
@@ -145,6 +154,7 @@ def _reinforced(config: dict[str, Any], summary: dict[str, Any]) -> str:
     f'{section["updates"]} updates each, {reward}, learning rate {section["learning_rate"]:g}, '
     f'KL coefficient {section["kl_coefficient"]:g}, temperature {section["temperature"]:g}.'
   )
+  # Steps without a value are skipped, so that both ends are numbers.
   rewards = [value for value in summary.get('rl', {}).get('reward', []) if value is not None]
   if rewards:
     text += f' The mean reward of a step went from {rewards[0]:.3f} to {rewards[-1]:.3f}.'
@@ -161,12 +171,15 @@ def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None)
   if stages:
     names.append('sft')
   if 'rl' in stages:
+    # The third model has the name of its estimator, which the run chose.
     names += [name for name in measured if name not in ('base', 'sft')]
+  # The last stage was measured at its end, and not at this checkpoint.
   if step is not None:
     names.pop()
   names = [name for name in names if name in measured]
   if not names:
     return ''
+  # Kinds are those of the run's world, which may be another than ToolWorld.
   kinds = kinds_of(measured)
   lines = [
     '## Figures',
@@ -199,10 +212,12 @@ def _whole(config: dict[str, Any]) -> str:
 def _published(section: dict[str, Any]) -> dict[str, Any]:
   shown = {}
   for field, value in section.items():
+    # Sections are nested, and a path may stand in any of them.
     if isinstance(value, dict):
       value = _published(value)
     elif field in _PATHS and value:
       value = [_name(path) for path in value] if isinstance(value, (list, tuple)) else _name(value)
+    # An endpoint's address may name a machine inside a company.
     elif field == 'base_url' and value:
       value = 'an endpoint'
     shown[field] = value

@@ -1,5 +1,4 @@
-"""The charts of a report: inline SVG that takes its colours from the page, so that one drawing
-serves light and dark.
+"""Draws the charts of a report as inline SVG with the page's colours, for light and dark themes.
 
 Matplotlib draws with stand-in colours; `_to_inline_svg` swaps each for a CSS variable of the page.
 Text stays text (the page's own font, selectable), ids are made unique to the chart, and nothing in
@@ -59,6 +58,7 @@ def grouped_bars(
     places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
     axes.bar(
       places,
+      # A missing value has height 0 and no label, which leaves its place empty.
       np.nan_to_num(heights),
       width * 0.88,
       color=_stage_colour(stage),
@@ -80,6 +80,7 @@ def grouped_bars(
   axes.set_xlim(-0.5, len(groups) - 0.5)
   axes.margins(y=0.12)
   axes.set_ylim(bottom=0)
+  # With all bars at 0 matplotlib would scale the axis to rounding errors.
   if axes.get_ylim()[1] < 1e-9:
     axes.set_ylim(0, 1)
   if percent:
@@ -109,6 +110,7 @@ def curves(
   log = log and positive
   figure, axes = _figure()
   for (label, points), stage in zip(lines.items(), colours, strict=False):  # spare colours
+    # A logarithm has no place for 0, which psi's norm is in a step without silent groups.
     points = [point for point in points if not log or point[1] > 0]
     _line(axes, points, label, stage, scale=100 if percent else 1)
   if log:
@@ -128,6 +130,7 @@ def stacked_shares(name: str, layers: Mapping[str, Points], colours: Sequence[st
   """
   figure, axes = _figure()
   steps = [step for step, _ in next(iter(layers.values()))]
+  # Layers are stacked by hand: several steps are drawn as areas, a single one as bars.
   base = np.zeros(len(steps))
   for (label, points), stage in zip(layers.items(), colours, strict=False):  # spare colours
     top = base + 100 * np.array([value for _, value in points])
@@ -154,6 +157,7 @@ def _line(axes: Axes, points: Points, label: str, stage: str, scale: float) -> N
   if window >= 3:
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
     kernel = np.ones(window)
+    # Divided by the number of steps that each mean covers: fewer at both ends.
     smooth = np.convolve(values, kernel, 'same') / np.convolve(np.ones_like(values), kernel, 'same')
     axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label, solid_capstyle='round')
   else:
@@ -170,6 +174,7 @@ def _line(axes: Axes, points: Points, label: str, stage: str, scale: float) -> N
 
 
 def _finish_steps(axes: Axes, percent: bool, legend: bool) -> None:
+  # Steps are whole numbers; half a step would be a wrong label.
   axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
   axes.set_xlabel('step', color=_MUTED, fontsize=8.5)
   axes.margins(x=0.02)
@@ -216,7 +221,8 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _to_inline_svg(figure: Figure, name: str) -> str:
-  """The figure as an `<svg>` element that depends on nothing but the page's CSS variables."""
+  """Returns the figure as an `<svg>` element that depends only on the page's CSS variables."""
+  # Text stays text, and a fixed salt gives the same ids at each rendering.
   with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name}):
     buffer = io.StringIO()
     figure.savefig(buffer, format='svg')

@@ -1,8 +1,8 @@
-"""`report.html`: one page a person reads after a run; nothing in it is fetched from anywhere.
+"""Writes `report.html`, one page that a person reads after a run. The page fetches nothing.
 
-`python -m experiments.report WORKDIR` renders it again from the files of a run. A piece that is
-missing (a stage that was skipped) leaves its section with a note. Text that a model wrote goes
-through Jinja's autoescaping; the only markup that is passed as such are our own charts.
+`python -m experiments.report WORKDIR` renders it again from the files of a run. If a part is
+missing, as after a skipped stage, its section holds a note. Text that a model wrote is escaped by
+Jinja; only our own charts are passed as markup.
 """
 
 import os
@@ -49,10 +49,12 @@ def write_report(
     the path of the page.
   """
   workdir = pathlib.Path(workdir)
+  # Rendered first: a summary that cannot be shown must not leave new traces beside an old page.
   page = render_report(summary, metrics, traces)
   workdir.mkdir(parents=True, exist_ok=True)
   write_json_atomic(workdir / TRACES_FILE, traces)
   path = workdir / 'report.html'
+  # Renamed into place, so that a browser never reloads half a page.
   beside = path.with_suffix('.partial')
   beside.write_text(page, encoding='utf-8')
   beside.replace(path)
@@ -62,8 +64,10 @@ def write_report(
 def render_report(
   summary: dict[str, Any], metrics: list[dict[str, Any]], traces: list[dict[str, Any]]
 ) -> str:
-  """The page as text; arguments as for `write_report`."""
+  """Returns the page as text; arguments as for `write_report`."""
+  # A file of another program may hold null for a stage.
   stages = {name: stage or {} for name, stage in (summary.get('stages') or {}).items()}
+  # A summary keeps fewer curves than the metrics file, so it is the second choice.
   rl_rows = [row for row in metrics if row.get('stage') == 'rl'] or _rl_rows_of_summary(summary)
   return render_page(
     pathlib.Path(__file__).with_name('report.html.jinja'),
@@ -84,18 +88,21 @@ def render_report(
     held_out=tables.held_out((summary.get('rl') or {}).get('validation')),
     published_columns=PUBLISHED_COLUMNS,
     published_rows=PUBLISHED_ROWS,
+    # Cut into segments here, so that the template only has to escape and colour them.
     traces=[traces_lib.trace(trace) for trace in traces],
     seconds=tables.seconds(summary.get('seconds')),
   )
 
 
 def _rl_rows_of_summary(summary: dict[str, Any]) -> list[dict[str, Any]]:
-  """The three curves that a summary holds, as rows, for a run whose metrics file is gone."""
+  """Returns the curves of a summary as rows, for a run whose metrics file is gone."""
+  # `rl` also holds figures that are no curves, such as those of the prompts set aside.
   curves = {
     name: values
     for name, values in (summary.get('rl') or {}).items()
     if isinstance(values, (list, tuple))
   }
+  # Curves of different lengths are drawn as far as each one goes.
   length = max(map(len, curves.values()), default=0)
   rows = []
   for step in range(length):

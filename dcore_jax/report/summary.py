@@ -1,8 +1,8 @@
-"""The shape of `summary.json`, which other programs read.
+"""Checks the shape of `summary.json`, which other programs read.
 
-A stage that was not run is absent, and None stands for a number that could not be measured. Fields
-beyond those here are welcome anywhere. The names of stages and of kinds are the run's own: an
-estimator or a world that is registered elsewhere is as good as ours.
+A stage that was not run is absent, and a number that could not be measured is None. Other fields
+are allowed anywhere. The names of stages and kinds are not checked, because estimators and worlds
+may be registered by other packages.
 """
 
 from typing import Annotated, Any
@@ -11,13 +11,14 @@ import pydantic
 
 from dcore_jax.statistics import TASKS, format_estimate
 
+# Strict types: pydantic would otherwise read the text '0.5' and the flag true as numbers.
 _Number = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
 _Share = Annotated[float, pydantic.Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 _Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 
 
 class _Part(pydantic.BaseModel):
-  """An object of the summary; what it does not name is not looked at."""
+  """An object of the summary; other fields than its own are ignored."""
 
   model_config = pydantic.ConfigDict(extra='ignore', frozen=True)
 
@@ -34,10 +35,13 @@ class Stage(_Part):
 
   @pydantic.model_validator(mode='after')
   def _same_kinds(self) -> 'Stage':
+    # A page shows the kinds side by side. A kind in one table alone is a slip of the program that
+    # wrote the file.
     for name in ('accuracy', 'lazy_ratio'):
       lacking = sorted(self.n.keys() - getattr(self, name).keys())
       if lacking:
         raise ValueError(f'{name} lacks {", ".join(lacking)}, which n has')
+    # Accuracies without their number of tasks have no interval.
     lacking = sorted(self.accuracy.keys() - self.n.keys())
     if lacking:
       raise ValueError(f'n lacks {", ".join(lacking)}, which accuracy has')
@@ -55,6 +59,7 @@ class Pair(_Part):
 
   @pydantic.model_validator(mode='after')
   def _inside(self) -> 'Pair':
+    # An interval without its value usually means that two scales were mixed, shares and per cent.
     if self.interval is not None and self.difference is not None:
       low, high = self.interval
       if not low <= self.difference <= high:
@@ -65,6 +70,7 @@ class Pair(_Part):
 class Change(_Part):
   """What changed from one stage to another, by kind of task."""
 
+  # `from` is a word of Python, and cannot be a field's name.
   from_stage: str = pydantic.Field(alias='from')
   to_stage: str = pydantic.Field(alias='to')
   accuracy: dict[str, Pair]
@@ -93,6 +99,7 @@ class Curves(_Part):
       'reward': len(self.reward),
       'entropy': len(self.entropy),
     }
+    # Curves are drawn over one axis of steps.
     if len(set(lengths.values())) > 1:
       raise ValueError(f'the curves of rl differ in length: {lengths}')
     return self
@@ -110,7 +117,9 @@ class Summary(_Part):
 
   @pydantic.model_validator(mode='after')
   def _changes_are_of_stages(self) -> 'Summary':
+    # The number goes into the error, since two changes may have the same stages.
     for number, change in enumerate(self.changes):
+      # A change between stages that are not there could not be labelled.
       unknown = {change.from_stage, change.to_stage} - self.stages.keys()
       if unknown:
         raise ValueError(f'changes[{number}] is of {sorted(unknown)}, which are no stages')
@@ -127,6 +136,7 @@ def validate_summary(summary: Any) -> None:
     Summary.model_validate(summary)
   except pydantic.ValidationError as error:
     problems = [_describe(problem) for problem in error.errors(include_url=False)]
+    # pydantic's own message has a line for each problem and links to its documentation.
     raise ValueError('summary: ' + '; '.join(problems)) from None
 
 
@@ -134,6 +144,7 @@ def _describe(problem: Any) -> str:
   """Returns a pydantic error as 'stages.base.n.single = 12.5: Input should be ...'."""
   where = ''
   for step in problem['loc']:
+    # Places in lists are numbers, fields are names.
     where += f'[{step}]' if isinstance(step, int) else f'.{step}'
   where = where.lstrip('.') or 'it'
   if problem['type'] == 'missing':
@@ -150,10 +161,12 @@ def format_changes(summary: dict[str, Any]) -> str:
     kinds = ', '.join(
       f'{kind} {format_estimate(pair, 1, 100)}' for kind, pair in change['accuracy'].items()
     )
+    # Points are per cent of tasks: a difference of 0.05 is 5 points.
     lines.append(f'{change["from"]} -> {change["to"]}, points of held-out tasks right: {kinds}')
   validation = summary.get('rl', {}).get('validation') or {}
   for name, pair in (validation.get('difference') or {}).items():
     before, after = (validation[when][name] for when in ('before', 'after'))
+    # Summaries of earlier programs count prompts as units.
     prompts = pair.get('prompts', pair['n'])
     change = format_estimate(pair)
     lines.append(f'{name} on {prompts} prompts set aside: {before:.3f} -> {after:.3f}, {change}')

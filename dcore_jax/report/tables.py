@@ -1,4 +1,4 @@
-"""Tables, cards and sentences of the report, from a summary."""
+"""Makes the tables, cards and sentences of the report from a summary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +19,21 @@ from dcore_jax.statistics import format_interval
 
 
 def headline(stages: Stages) -> str:
-  """What the run changed, in one line."""
+  """Returns one line about what the run changed."""
+  # Sequential tasks are those that the method is about: they need a plan.
   rights = [entry(stage, 'accuracy', 'sequential') for stage in stages.values()]
   rights = [value for value in rights if value is not None]
+  # One model alone has not changed anything.
   if len(rights) < 2:
     return 'A D-CORE run'
   return f'{percent(rights[0], 0)} of sequential tasks right before, {percent(rights[-1], 0)} after'
 
 
 def lede(summary: dict[str, Any]) -> str:
-  """What was run and how long it took, in one sentence."""
+  """Returns one sentence about what was run and how long it took."""
   seconds = {name: number(value) for name, value in (summary.get('seconds') or {}).items()}
   total = sum(value for value in seconds.values() if value is not None)
+  # Without times there is nothing to say.
   if not total:
     return ''
   names = ', '.join(_stage_name(name) for name in seconds)
@@ -38,7 +41,8 @@ def lede(summary: dict[str, Any]) -> str:
 
 
 def _stage_name(name: str) -> str:
-  """'evaluate_sft' as a person writes it."""
+  """Writes a stage's name as a person would: 'evaluate_sft' is 'evaluate SFT'."""
+  # Names of stages are made of config words, all in lower case.
   acronyms = {'sft': 'SFT', 'rl': 'RL', 'da': 'DA', 'grpo': 'GRPO', 'hf': 'HF'}
   return ' '.join(acronyms.get(word, word) for word in name.split('_')).replace(
     'DA GRPO', 'DA-GRPO'
@@ -46,12 +50,13 @@ def _stage_name(name: str) -> str:
 
 
 def cards(summary: dict[str, Any], stages: Stages, rl_rows: list[dict]) -> list[dict[str, str]]:
-  """The few figures at the top: each says where the run started and where it ended."""
+  """Makes the cards at the top of the page: a figure at the start and at the end of the run."""
   cards = []
 
   def change(
     title: str, note: str, read: Callable[[dict], float | None], show: Callable[[float | None], str]
   ) -> None:
+    # First and last are of the stages that were measured, whichever these are.
     values = [value for value in map(read, stages.values()) if value is not None]
     if values:
       cards.append(
@@ -81,6 +86,7 @@ def cards(summary: dict[str, Any], stages: Stages, rl_rows: list[dict]) -> list[
     lambda stage: entry(stage, 'reflections_per_response'),
     plain,
   )
+  # The first step shows what GRPO would leave unused before training changes it.
   silent = _measured(rl_rows, 'zero_variance_fraction')
   if silent:
     cards.append(
@@ -109,13 +115,13 @@ def cards(summary: dict[str, Any], stages: Stages, rl_rows: list[dict]) -> list[
 
 
 def _measured(rows: list[dict], field: str) -> list[float]:
-  """Returns the values of a field where there are any."""
+  """Returns the values of a field in the rows that have one."""
   values = [number(row.get(field)) for row in rows]
   return [value for value in values if value is not None]
 
 
 def accuracy_table(stages: Stages) -> list[dict[str, Any]]:
-  """Rows of {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'interval'}]}.
+  """Returns rows {'label', 'cells': [{'stage', 'text', 'share', 'low', 'high', 'interval'}]}.
 
   Shares are in per cent; without an interval `low` is None, and `interval` says why.
   """
@@ -124,6 +130,7 @@ def accuracy_table(stages: Stages) -> list[dict[str, Any]]:
     cells = []
     for name, stage in stages.items():
       share = entry(stage, 'accuracy', kind)
+      # Bars are drawn from the share; the estimate adds the interval if there is one.
       found = estimate(stage, 'accuracy', kind) or {}
       cell = {
         'stage': name,
@@ -136,6 +143,7 @@ def accuracy_table(stages: Stages) -> list[dict[str, Any]]:
         low, high = found['interval']
         cell |= {'low': 100 * low, 'high': 100 * high}
       cells.append(cell)
+    # A kind that nobody was measured on would be a row of dashes.
     if any(cell['share'] is not None for cell in cells):
       rows.append({'label': kind_label(kind), 'cells': cells})
   return rows
@@ -152,8 +160,10 @@ def changes(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
   for change in found or ():
     by_kind = change.get('accuracy') or {}
     steps.append((change.get('from'), change.get('to')))
+    # A kind that one comparison lacks still has its row.
     pairs.append(by_kind)
     kinds.update(dict.fromkeys(by_kind))
+  # The page then has no table of changes.
   if not kinds:
     return None
   rows = []
@@ -164,9 +174,7 @@ def changes(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
 
 
 def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
-  """Rows of {'label', 'before', 'after', 'change', 'n'}: the prompts that reinforcement learning
-  has set aside.
-  """
+  """Returns rows {'label', 'before', 'after', 'change', 'n'} of the prompts that RL set aside."""
   found = validation or {}
   rows = []
   for name, label, digits, scale in (
@@ -174,7 +182,9 @@ def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
     ('right_fraction', 'right, %', 1, 100.0),
     ('reflections', 'reflections per response', 2, 1.0),
   ):
+    # Not every file has a difference for each of these metrics.
     if pair := (found.get('difference') or {}).get(name):
+      # Values and their difference have one scale, so that a row can be checked by eye.
       values = [number((found.get(when) or {}).get(name)) for when in ('before', 'after')]
       before, after = (plain(None if value is None else scale * value, digits) for value in values)
       row = {
@@ -182,6 +192,7 @@ def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
         'before': before,
         'after': after,
         'change': shown(pair, digits, scale),
+        # A reader expects prompts; the units of the interval are tasks, which are fewer.
         'n': pair.get('prompts', pair['n']),
       }
       rows.append(row)
@@ -189,9 +200,10 @@ def held_out(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def habit_table(stages: Stages) -> list[dict[str, Any]]:
-  """Rows of {'label', 'group', 'cells': [text]}: how the model reasons, stage by stage."""
-  # (label, field, kind, digits, scale, what stands behind the number)
+  """Returns rows {'label', 'group', 'cells': [text]} of how the model reasons in each stage."""
+  # (label, field, kind, digits, scale, suffix of the number)
   wanted: list[tuple[str, str, str | None, int, float, str]] = []
+  # Lazy reasoning has a row for each kind, as the paper reports it for groups of categories.
   for kind in kinds_of(stages):
     wanted.append((f'lazy, {kind_label(kind)}', 'lazy_ratio', kind, 1, 100, ' %'))
   wanted += [
@@ -201,6 +213,7 @@ def habit_table(stages: Stages) -> list[dict[str, Any]]:
   ]
   rows = []
   for label, field, kind, digits, scale, suffix in wanted:
+    # A row with one measured stage is shown, with dashes for the others.
     found = [estimate(stage, field, kind) for stage in stages.values()]
     if any(value is not None for value in found):
       cells = [shown(value, digits, scale, suffix) for value in found]
@@ -213,18 +226,22 @@ def funnel(distill: dict[str, Any] | None) -> list[dict[str, Any]]:
   distilled.
   """
   seeds = number((distill or {}).get('seeds'))
+  # Shares of no seeds have no width.
   if not seeds:
     return []
+  # Reasons that dropped nothing would be bars without length.
   dropped = {
     reason: count for reason, count in (distill.get('dropped') or {}).items() if number(count)
   }
   bars = [('seeds', seeds, 'seeds')]
   bars += [
     (reason.replace('_', ' '), dropped[reason], 'dropped')
+    # The most frequent reason comes first, because it is what a person would mend.
     for reason in sorted(dropped, key=lambda reason: -dropped[reason])
   ]
   bars += [('kept', number(distill.get('kept')) or 0, 'kept')]
   return [
+    # A count above the number of seeds would leave the page.
     {'label': label, 'count': int(count), 'percent': min(100.0, 100 * count / seeds), 'role': role}
     for label, count, role in bars
   ]
@@ -233,6 +250,7 @@ def funnel(distill: dict[str, Any] | None) -> list[dict[str, Any]]:
 def seconds(seconds: dict[str, Any] | None) -> list[dict[str, Any]]:
   """Bars of {'label', 'text', 'percent'}: where the time went."""
   known = {name: value for name, value in (seconds or {}).items() if number(value) is not None}
+  # Bars are relative to the longest stage; 1 keeps stages of 0 seconds from dividing by 0.
   longest = max(known.values(), default=0) or 1
   return [
     {'label': _stage_name(name), 'text': format_seconds(value), 'percent': 100 * value / longest}

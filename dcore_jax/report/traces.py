@@ -1,4 +1,4 @@
-"""Conversations of the report: messages cut into reasoning, its hesitant words, and the rest."""
+"""Splits the conversations of the report into reasoning, its hesitant words, and other text."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ _THINK = re.compile(r'<think>(.*?)(?:</think>|\Z)', re.DOTALL)
 
 
 def trace(trace: dict[str, Any]) -> dict[str, Any]:
-  """A task side by side over the stages, its texts cut into segments."""
+  """Returns a task with one column a stage, its texts split into segments."""
   query = str(trace.get('query', ''))
   columns = []
   for column in trace.get('columns') or []:
@@ -35,8 +35,7 @@ def trace(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def segments(text: str) -> list[tuple[str, str]]:
-  """A message cut into ('think' | 'hesitation' | 'text', piece): reasoning, its marked words, and
-  the rest.
+  """Splits a message into ('think' | 'hesitation' | 'text', piece).
 
   The tags themselves are dropped. Pieces are plain text; escaping is the template's work.
   """

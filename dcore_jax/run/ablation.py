@@ -159,12 +159,14 @@ def run_suite(
     ValueError: an unknown suite, no seeds, no steps or nothing set aside to compare settings on,
       a start without an SFT checkpoint, or with another one than `workdir` began with.
   """
+  # Checked as a config file is, before any setting is run.
   config = read_config(config)
   if suite not in SUITES:
     raise ValueError(f'unknown suite {suite!r}; expected one of {SUITES}')
   if seeds < 1:
     raise ValueError(f'seeds = {seeds}: at least one is needed')
   if suite == 'decomposition':
+    # This suite compares ways of distilling, so a finished SFT checkpoint cannot be its start.
     if sft_run:
       raise ValueError('the suite decomposition starts from the base model, not from --sft_run')
     return _run_decomposition(config, workdir, seeds)
@@ -174,6 +176,7 @@ def run_suite(
       raise ValueError(
         f'rl.{field} = {value}: settings are compared by what their steps do to prompts set aside'
       )
+  # One start for all settings: differences then come from reinforcement alone.
   start = _start(config, workdir, sft_run)
   settings = RL_SUITES[suite]
   runs = []
@@ -200,6 +203,7 @@ def _start(config: RunConfig, workdir: pathlib.Path, sft_run: pathlib.Path | Non
   """The work directory whose SFT checkpoint all settings start from, made where none is given."""
   start = sft_run or workdir / 'start'
   if sft_run is None:
+    # The SFT model is measured once here, for the point from which all settings start.
     Pipeline(overlay(config, {'stages': ('distill', 'sft', 'evaluate_sft')}), start).run()
   model = start / 'sft'
   if not (model / 'config.json').exists():
@@ -230,6 +234,7 @@ def _run_one(
   if not has_psi:
     # The config may say how psi acts, which is an error of an estimator without it.
     changes |= {'psi_words': (), 'alpha_measure': ''}
+  # A setting's own fields come last, since they are what the suite varies.
   changes |= setting.changes
   mine = overlay(config, {'stages': ('rl', 'evaluate_rl'), 'rl': changes})
   if not (folder / 'sft').exists():
@@ -244,6 +249,7 @@ def _run_one(
   for name in _CURVES:
     if name in rows[0]:
       curves[name] = [row[name] for row in rows]
+  # The summary names the trained model after its estimator.
   evaluated = summary['stages'][setting.estimator]
   return {
     'setting': setting.name,
@@ -262,6 +268,7 @@ def _run_one(
 
 def _end(values: Sequence[float | None]) -> float | None:
   """The mean of the last steps that have a value; steps that were skipped have none."""
+  # One step is noisy: the end of a curve is the mean of its last quarter.
   last = values[-max(1, round(len(values) * _LAST)) :]
   return _mean([value for value in last if value is not None])
 
@@ -272,6 +279,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _sft_point(start: pathlib.Path) -> dict[str, Any] | None:
   """The figures of the model that all settings start from, where it was measured."""
+  # A run given by --sft_run need not have measured its model.
   path = start / 'evaluate_sft' / 'result.json'
   if not path.exists():
     return None
@@ -294,6 +302,7 @@ def compare_settings(
     settings: of the suite.
     runs: what is known of each run, `runs` of the suite's file.
   """
+  # The first setting is the suite's baseline, plain GRPO in both suites.
   first = [run for run in runs if run['setting'] == settings[0].name]
   table = []
   for setting in settings:
@@ -337,6 +346,7 @@ def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _bounds(name: str) -> tuple[float, float] | None:
   """The least and the largest value of a figure, where there are any."""
+  # Bounds keep intervals of few runs inside what a figure can be.
   share = name.startswith('accuracy') or name.endswith(('_fraction', '_rate', '_rate_all'))
   if share or name == 'label_agreement':
     return 0.0, 1.0
@@ -370,6 +380,7 @@ def _contrast(
 
 def _prompt_mean(run: dict[str, Any], name: str) -> float:
   """The mean over the prompts set aside, after training."""
+  # One value for each prompt, so that all prompts count the same.
   return float(np.mean(run['validation']['by_prompt']['after'][name]))
 
 
@@ -387,6 +398,7 @@ def _run_decomposition(config: RunConfig, workdir: pathlib.Path, seeds: int) -> 
         'distill': {'reference': setting.reference, 'examples': setting.examples},
       }
       with stage(f'{setting.name}, seed {seed}'):
+        # A folder for each setting and seed, so that a finished run is not repeated.
         folder = workdir / setting.name / f'seed{seed}'
         summary = Pipeline(overlay(config, changes), folder).run()
       run = {
@@ -410,6 +422,7 @@ def _decomposition_figures(summary: dict[str, Any]) -> dict[str, float]:
   # Only pseudo-labels can differ from the reference calls.
   if 'labels' in made:
     figures['label_agreement'] = made['labels']['agree'] / made['labels']['seeds']
+  # What counts in the end is the model that the rows made, and not the rows.
   accuracy = summary['stages']['sft']['accuracy']
   for kind, value in accuracy.items():
     figures[f'accuracy_{kind}'] = value
@@ -422,6 +435,7 @@ def _decomposition_table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
   """A row a setting: means with intervals over runs, beside the paper's."""
   table = []
   for setting in DECOMPOSITION:
+    # While the sweep runs, later settings have no row yet.
     mine = [run['figures'] for run in runs if run['setting'] == setting.name]
     if not mine:
       continue
