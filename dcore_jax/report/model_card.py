@@ -51,7 +51,9 @@ def model_card(
     if name in stages:
       parts.append(describe(config, summary))
   # A part without content is an empty text, which leaves no gap in the card.
-  parts += [_figures(summary, stages, step), _USAGE, _whole(config)]
+  # Configs from before worlds had names are ToolWorld's.
+  world = config['world'].get('name', 'toolworld')
+  parts += [_figures(summary, stages, step, world), _USAGE, _whole(config)]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -161,7 +163,7 @@ def _reinforced(config: dict[str, Any], summary: dict[str, Any]) -> str:
   return text
 
 
-def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None) -> str:
+def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None, world: str) -> str:
   """Returns a table of the stages up to the exported one.
 
   A checkpoint in the middle of a stage was not measured and has no row of its own.
@@ -184,7 +186,7 @@ def _figures(summary: dict[str, Any], stages: tuple[str, ...], step: int | None)
   lines = [
     '## Figures',
     '',
-    f'Share of held-out ToolWorld tasks solved, with 95 % intervals{_not_this(step)}.',
+    f'Share of held-out tasks of {world} solved, with 95 % intervals{_not_this(step)}.',
     '',
     '| | ' + ' | '.join(kinds) + ' | lazy, sequential | reasoning tokens |',
     '|---' * (len(kinds) + 3) + '|',

@@ -1,6 +1,6 @@
 """Writes `report.html`, one page that a person reads after a run. The page fetches nothing.
 
-`python -m experiments.report WORKDIR` renders it again from the files of a run. If a part is
+`python -m experiments.report --workdir=W` renders it again from the files of a run. If a part is
 missing, as after a skipped stage, its section holds a note. Text that a model wrote is escaped by
 Jinja; only our own charts are passed as markup.
 """
