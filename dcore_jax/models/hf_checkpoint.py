@@ -427,7 +427,7 @@ def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, l
 def _index(
   files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int
 ) -> dict[str, Any]:
-  # The library's own index has both totals, in parameters and in bytes.
+  # transformers writes both totals as well, in parameters and in bytes.
   numbers = sum(math.prod(stored.shape) for stored in tensors.values())
   return {
     'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},

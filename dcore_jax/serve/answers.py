@@ -373,7 +373,8 @@ class ChatChoice(Choice):
     numbered = [{'index': number, **call} for number, call in enumerate(calls, len(self._calls))]
     self._calls += calls
     parts = {'reasoning_content': delta.reasoning, 'content': delta.content, 'tool_calls': numbered}
-    # Clients expect one kind of content in a piece.
+    # Thoughts, content and calls go out in pieces of their own, in the order in which a reply has
+    # them.
     return [self._piece({name: value}) for name, value in parts.items() if value]
 
   def _reason(self, reason: str) -> str:

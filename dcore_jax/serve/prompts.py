@@ -47,8 +47,8 @@ class PromptReader:
     """
     asked: ChatCompletionRequest = read_request(ChatCompletionRequest, body)
     self._check_model(asked.model)
-    # None in place of an empty list: templates write a section of tools if they are given any list.
     records = [message.record() for message in asked.messages]
+    # Some templates (Llama-3.1's) ask whether tools are none, and not whether the list is empty.
     tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
     options = asked.template_options
     for name in options:

@@ -22,7 +22,7 @@ from dcore_jax.serve.parts import Body, ChatMessage, RequestError, Tool
 # and length are bounded.
 _MOST_STOPS = 16
 _LONGEST_STOP = 256  # bytes
-# All tools are rendered into the prompt; so many fill the context of any model.
+# All tools are rendered into the prompt, so that their number is bounded too.
 _MOST_TOOLS = 512
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
@@ -96,7 +96,7 @@ class SamplingRequest(Body):
   @pydantic.field_validator('best_of')
   @classmethod
   def _all_of_them(cls, best_of: int | None, info: pydantic.ValidationInfo) -> int | None:
-    # OpenAI's default for `best_of` is `n`, which some clients send.
+    # Clients may send `best_of` equal to `n`, which asks for nothing more than `n` does.
     if best_of not in (None, info.data.get('n')):
       raise ValueError('answers are not ranked; ask for n and choose yourself')
     return best_of

@@ -181,7 +181,6 @@ def check_section(config: RlSection) -> None:
     raise ValueError(
       f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}'
     )
-  # A warm-up that is longer than the run is mostly a number meant for a longer run.
   if config.warmup_steps > config.steps:
     raise ValueError(
       f'rl.warmup_steps = {config.warmup_steps} exceeds rl.steps = {config.steps}: the learning '

@@ -168,7 +168,7 @@ class Questions:
     # The engine computes the prompt of a group once, since its requests hold equal tokens.
     requests = [Request(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
     completions = engine.generate(requests, sampling)
-    # Rewards read text without special tokens, as the reference implementation does.
+    # Rewards read text, in which special tokens would be words that the model did not mean.
     texts = self._tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     rollouts = []
     for index, completion, text in zip(chosen, completions, texts, strict=True):

@@ -113,7 +113,6 @@ def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
   if name == 'none':
     return None, ''
   world = find_world(name)()
-  # 'sequential' is the kind of a plain request, which a newcomer expects first.
   if not kind:
     kind = 'sequential' if 'sequential' in world.kinds else world.kinds[0]
   if kind not in world.kinds:
