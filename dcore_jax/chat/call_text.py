@@ -22,6 +22,7 @@ PYTHON_STRING = re.compile(
 )
 # What may stand between the strings and brackets of JSON: white space, numbers and words like null.
 _BETWEEN = re.compile(r'[\s\w:,.+-]*')
+# Inside of a string, a backslash and the character that it escapes are taken together.
 _INSIDE = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _SPACE = re.compile(r'\s*')
 # Answers that are looked at as lists of calls. A text of nothing but closing tags and brackets must
@@ -61,12 +62,13 @@ class JsonScan:
       if self.place == len(text) or (self._in_string and text[self.place] == '\\'):
         break
       self._take(text[self.place])
+      # A broken value ends in front of the character that JSON does not have.
       self.place += self.state is not Scan.BROKEN
     return self.state
 
   def _take(self, mark: str) -> None:
     if mark == '"':
-      # A value in brackets is asked for, and no string by itself.
+      # Brackets inside of a string are text and do not count.
       self._in_string = not self._in_string
     elif mark in '[{':
       self._depth += 1
@@ -89,6 +91,7 @@ def split_answer(text: str) -> tuple[str, str]:
   The thoughts are '' where no tag closes any.
   """
   closings = closing_tags(text)
+  # Without a closing tag the text is an answer, also if it opens thoughts that the budget cut off.
   begin = closings[-1] + len(CLOSE_THOUGHTS) if closings else 0
   return text[:begin], text[begin:]
 

@@ -63,7 +63,9 @@ def cut_example(
     )
   if not context:
     raise ValueError("an example needs a message before the assistant's")
+  # A model that learned this token in the midst of an answer would end its turns there.
   _refuse(last.content, [turns.end_of_turn], 'the text to learn')
+  # This mask finds delimiters by their token ids, so that one inside of a content would be trained.
   if loss_mask == 'final+structure':
     for index, message in enumerate(messages):
       _refuse(message.content, turns.delimiters.values(), f'message {index}')
@@ -77,6 +79,7 @@ def cut_example(
     pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
     # The encoder puts the end-of-turn token behind every trained piece.
     done = end + len(turns.end_of_turn)
+  # The prompt of an open-thoughts template ends with `<think>`, which must not stand there twice.
   answer = without_opening(last.content, text)
   return [*pieces, Piece(text[done:], False), Piece(answer + turns.before, True)]
 
@@ -106,8 +109,11 @@ def _assistant_spans(
       raise ValueError(
         "message 0 is the assistant's: nothing comes before it that could be its prompt"
       )
+    # Otherwise `find` below would take the token in the content for the end of the message.
     _refuse(message.content, [turns.end_of_turn], f'message {index}')
     prompt = render_prompt(tokenizer, context[:index], tools)
+    # What was sampled followed exactly this prompt. If the whole text has another one there,
+    # training would see tokens that no sampling produces.
     if not text.startswith(prompt):
       raise ValueError(
         f'the chat template is not prefix-stable: what comes before message {index} is rendered '
@@ -116,6 +122,7 @@ def _assistant_spans(
       )
     start = len(prompt)
     end = text.find(turns.end_of_turn, start)
+    # White space at both ends is the template's own; all else has to be what the model said.
     if text[start:end].strip() != without_opening(message.content, prompt).strip():
       raise ValueError(
         f'the chat template does not render message {index} as it is (Qwen3 drops earlier '
@@ -155,8 +162,10 @@ def encode_pieces(
   structure = loss_mask == 'final+structure'
   after = []
   if structure and turns.after:
+    # The white space is encoded once, alone, and is looked for by its token ids.
     after = tokenizer.encode(turns.after, add_special_tokens=False)
   after = np.array(after, np.int32)
+  # The token is appended by its id, since encoding a text would not always give special tokens.
   end = np.array([turns.end_of_turn_id], np.int32)
   result = []
   for pieces in examples:
@@ -164,15 +173,19 @@ def encode_pieces(
     weights = []
     for piece in pieces:
       tokens = next(encoded)
+      # Pieces are tokenized separately, so that no token spans the border between prompt and
+      # answer.
       parts.append(tokens)
       if piece.trained:
         parts.append(end)
+      # True counts as one more token (the end of the turn) and as weight 1.
       weights.append(np.full(len(tokens) + piece.trained, piece.trained, np.float32))
     tokens = np.concatenate(parts)
     weight = np.concatenate(weights)
     if structure:
       tokens = np.concatenate([tokens, after])
       weight = np.pad(weight, (0, len(after)))
+      # A token that is trained for either reason has weight 1, and not 2.
       weight = np.maximum(weight, _structure_weights(tokens, turns, after))
     result.append((tokens, weight))
   return result
@@ -180,6 +193,7 @@ def encode_pieces(
 
 def _encode_texts(tokenizer: Any, examples: Sequence[Sequence[Piece]]) -> Iterator[np.ndarray]:
   """Yields the token ids int32[n] of every piece of every example, in order."""
+  # A fast tokenizer works on a batch with all its threads; one call a piece would use one thread.
   texts = [piece.text for piece in itertools.chain.from_iterable(examples)]
   for start in range(0, len(texts), _BATCH):
     batch = texts[start : start + _BATCH]
@@ -195,8 +209,10 @@ def _structure_weights(tokens: np.ndarray, turns: TurnFormat, after: np.ndarray)
   """
   weight = np.isin(tokens, list(turns.delimiters)).astype(np.float32)
   ends = np.flatnonzero(tokens == turns.end_of_turn_id)
+  # An end of turn that stands too close to the end of the row has no room for the white space.
   ends = ends[ends + len(after) < len(tokens)]
   places = ends[:, None] + 1 + np.arange(len(after))
+  # The template may write other white space behind some turns, which is not trained.
   follows = (tokens[places] == after).all(axis=1)
   weight[places[follows]] = 1
   weight[0] = 0

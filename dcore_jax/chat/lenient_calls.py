@@ -27,20 +27,25 @@ def parse_lenient(text: str) -> Any:
   (JSON-like lists). Where that fails too, the text itself is returned, which
   can still equal another text.
   """
+  # The reference strips these characters from both ends, however many there are: brackets and
+  # quotes around the list do not matter.
   inner = text.strip("[]'")
   try:
     tree = parse_expression(inner)
+    # `f(a=1), g()` without brackets is a tuple, and a single call is no sequence.
     calls = getattr(tree, 'elts', [tree])
     if all(isinstance(call, ast.Call) for call in calls):
       return [_lenient_call(call, 0) for call in calls]
   except (ToolCallError, TypeError, RecursionError):
     pass
+  # The reference adds a missing bracket on either side before it tries a literal.
   bracketed = text
   if not bracketed.startswith('['):
     bracketed = '[' + bracketed
   if not bracketed.endswith(']'):
     bracketed += ']'
   try:
+    # `literal_eval` of a syntax tree builds constants and containers alone, and runs nothing.
     return ast.literal_eval(parse_expression(bracketed))
   except (ToolCallError, ValueError, TypeError, RecursionError, MemoryError):
     return text
@@ -49,6 +54,7 @@ def parse_lenient(text: str) -> Any:
 def _lenient_call(node: ast.Call, depth: int) -> dict[str, dict[str | None, Any]]:
   parts = []
   function = node.func
+  # A dotted name is a chain of attributes, the last part outermost.
   while isinstance(function, ast.Attribute):
     parts.append(function.attr)
     function = function.value
@@ -68,6 +74,7 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
     raise ToolCallError(f'more than {MAX_DEPTH} levels of brackets')
   match node:
     case ast.Constant():
+      # Models write `...` as a placeholder; it equals its own text here.
       return '...' if node.value is Ellipsis else node.value
     case ast.UnaryOp(operand=ast.Constant(value=value)):
       # The reference negates whatever the operator is: its value of `not 1` is -1.
@@ -79,6 +86,7 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
     case ast.List():
       return [_lenient_value(item, depth + 1) for item in node.elts]
     case ast.Tuple():
+      # A tuple stays a tuple: in the reference `(1, 2)` does not equal `[1, 2]`.
       return tuple(_lenient_value(item, depth + 1) for item in node.elts)
     case ast.Dict() if None not in node.keys:
       return {
@@ -86,6 +94,7 @@ def _lenient_value(node: ast.expr, depth: int) -> Any:
         for k, v in zip(node.keys, node.values, strict=True)
       }
     case ast.Call():
+      # Two calls with the same source text are equal, and nothing is called.
       return _lenient_call(node, depth) if node.keywords else ast.unparse(node)
     case ast.Subscript():
       return f'{ast.unparse(node.value)}[{ast.unparse(node.slice)}]'
@@ -130,6 +139,7 @@ def _arithmetic(node: ast.expr, depth: int) -> int | float:
     value = _OPERATORS[type(node.op)](left, right)
   except (ArithmeticError, ValueError) as error:
     raise ToolCallError(f'arithmetic fails: {error}') from error
+  # A negative base with a fractional exponent gives a complex number, which JSON does not have.
   if isinstance(value, complex):
     raise ToolCallError('arithmetic leaves the real numbers')
   return value

@@ -10,7 +10,8 @@ from typing import Any
 from dcore_jax.chat.call_text import closing_tags
 
 ROLES = ('system', 'user', 'assistant', 'tool')
-# Fields of messages that say nothing which a model should see or learn.
+# Fields of messages that say nothing which a model should see or learn. Logs of endpoints and
+# public data sets carry them beside role and content.
 BOOKKEEPING = frozenset(
   'id index uuid timestamp created created_at date model finish_reason stop_reason logprobs usage '
   'token_ids token_count num_tokens metadata'.split()
@@ -28,6 +29,7 @@ def refuse_unknown(
     ValueError: naming the field.
   """
   for name, value in record.items():
+    # A table's rows have a column for every field, empty in most of them.
     if name not in known and name not in free and value not in (None, '', [], {}):
       raise ValueError(f'{where}: the field {name!r} is not known, and would be lost')
 
@@ -42,6 +44,7 @@ class ToolCall:
 
   name: str
   arguments: dict[str, Any]
+  # A tuple, so that nobody changes the call of somebody else; a JSON-style call leaves it empty.
   positional: tuple[Any, ...] = ()
 
 
@@ -63,9 +66,11 @@ class ToolSpec:
   @classmethod
   def from_json(cls, record: dict[str, Any]) -> 'ToolSpec':
     """Reads a spec; raises ValueError where name or parameters are missing."""
+    # A tool without parameters says so by an empty schema; without the field the record is no spec.
     missing = {'name', 'parameters'} - record.keys()
     if missing:
       raise ValueError(f'tool spec {record.get("name", "?")!r} lacks {sorted(missing)}')
+    # Many functions of public data sets have no description.
     return cls(record['name'], record.get('description', ''), record['parameters'])
 
 
@@ -87,6 +92,8 @@ class Message:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the message as {role, content}, and train = False where it is not trained."""
+    # `train` is written only where it differs from the default, so that older files and templates,
+    # which do not know the field, see the record that they always saw.
     record: dict[str, Any] = {'role': self.role, 'content': self.content}
     if not self.trained:
       record['train'] = False
@@ -104,6 +111,7 @@ class Message:
     ):
       raise ValueError(f'a message needs a role and a text content, got {str(record)[:120]!r}')
     refuse_unknown(record, ('role', 'content', 'train'), f'a message of role {record["role"]!r}')
+    # Only false takes a message out of training: null or an absent field leave it in.
     return cls(record['role'], record['content'], record.get('train', True) is not False)
 
 

@@ -59,6 +59,8 @@ def parse_literal(text: str) -> Any:
   """
   tree = parse_expression(text.strip())
   for node in ast.walk(tree):
+    # `_read_value` would read these as their own text, which is right for a call's arguments and
+    # wrong for a literal.
     if isinstance(node, ast.Attribute) or (
       isinstance(node, ast.Name) and node.id not in JSON_WORDS
     ):
@@ -75,6 +77,7 @@ def parse_expression(text: str) -> ast.expr:
   Raises:
     ToolCallError: text that is no expression; no text raises anything else.
   """
+  # Python's parser takes time and memory before anything else can say no.
   check_length(text)
   try:
     return _parse(text)
@@ -93,6 +96,7 @@ def parse_expression(text: str) -> ast.expr:
 
 def _mend(match: re.Match, marker: str) -> str:
   if match['word']:
+    # With the marker in front the keyword is a plain name, which `parse_expression` restores later.
     return match['before'] + marker + match['word']
   # In a raw string the escape would be two characters of its own.
   if match['end'] in ("'", '"') and 'r' not in (match['prefix'] or '').lower():
@@ -111,6 +115,8 @@ def _parse(text: str) -> ast.expr:
       # The parser warns of strings like '\d'. That helps programmers; here a model wrote the text.
       warnings.simplefilter('ignore')
       return ast.parse(text, mode='eval').body
+  # A null character raises ValueError and deep nesting the last two; all of them mean unreadable
+  # text.
   except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
     reason = getattr(error, 'msg', None) or str(error) or type(error).__name__
     raise ToolCallError(f'not an expression ({reason}): {clip(text)}') from error
@@ -122,6 +128,7 @@ def _read_call(node: ast.expr) -> ToolCall:
   name = _dotted_name(node.func)
   if name is None:
     raise ToolCallError(f'a tool is called by its name, got {describe(node.func)}')
+  # Python forbids a name given twice; with `**` it can still happen, so that it is checked here.
   arguments: dict[str, Any] = {}
   for item in node.keywords:
     value = _read_value(item.value, 0)
@@ -155,6 +162,7 @@ def _read_value(node: ast.expr, depth: int) -> Any:
     # A sign is no bracket, but a thousand of them would be too deep for Python.
     signs = isinstance(node.operand, ast.UnaryOp)
     value = _read_value(node.operand, depth + signs)
+    # -True would be the number -1 in Python, which no model means.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
       return -value
   if isinstance(node, (ast.List, ast.Tuple)):
@@ -168,6 +176,7 @@ def _read_dict(node: ast.Dict, depth: int) -> dict[Any, Any]:
   record: dict[Any, Any] = {}
   for key_node, value_node in zip(node.keys, node.values, strict=True):
     key = _read_value(key_node, depth + 1)
+    # Lists cannot be keys of a dict; without this, the line below would raise a TypeError.
     if isinstance(key, (list, dict)):
       raise ToolCallError(f'expected a literal value, got {describe(node)}')
     if key in record:
@@ -182,6 +191,7 @@ def _dotted_name(node: ast.expr) -> str | None:
   while isinstance(node, ast.Attribute):
     parts.append(node.attr)
     node = node.value
+  # A call of a call or of an index, such as `f()()`, has no name that a tool could have.
   if not isinstance(node, ast.Name):
     return None
   return '.'.join([node.id, *reversed(parts)])
@@ -192,6 +202,7 @@ def _dotted_name(node: ast.expr) -> str | None:
 
 def checked_constant(value: Any) -> Any:
   """Returns a text, number, truth value or None; raises ToolCallError for any other value."""
+  # `1e999` reads as infinity, which no JSON can carry.
   if isinstance(value, float) and not math.isfinite(value):
     raise ToolCallError('numbers must be finite')
   if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:

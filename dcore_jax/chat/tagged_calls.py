@@ -65,6 +65,7 @@ def read_call(record: Any) -> ToolCall:
   """
   given = record
   if isinstance(record, dict) and isinstance(record.get('function'), dict):
+    # A key that is not understood might change the call; to drop it would lose it without a word.
     _refuse_unknown(record, ('function',))
     record = record['function']
   if not isinstance(record, dict) or not isinstance(record.get('name'), str):
@@ -72,6 +73,7 @@ def read_call(record: Any) -> ToolCall:
   _refuse_unknown(record, ('name', *_ARGUMENTS))
   # A column of data that a record leaves empty is None, and so says nothing.
   found = [read_arguments(record[key]) for key in _ARGUMENTS if record.get(key) is not None]
+  # Both names may be there with the same value, since some data sets carry both columns.
   if len(found) == 2 and found[0] != found[1]:
     raise ToolCallError(f'arguments and parameters differ in {clip(str(given))}')
   return ToolCall(record['name'], found[0] if found else {})
@@ -97,6 +99,7 @@ def read_arguments(value: Any) -> dict[str, Any]:
 
 def _refuse_unknown(record: dict[str, Any], known: tuple[str, ...]) -> None:
   unknown = [key for key in record if key not in known and key not in _HARMLESS]
+  # OpenAI has further types of tools, which are not called by name and arguments.
   if record.get('type') not in (None, 'function'):
     unknown.append('type')
   if unknown:
@@ -121,6 +124,7 @@ def _read_text(text: str) -> Any:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  # Python's decoder would keep the last of two equal keys and lose the other without a word.
   record = dict(pairs)
   if len(record) < len(pairs):
     keys = [key for key, _ in pairs]
@@ -169,6 +173,8 @@ def tagged_blocks(text: str) -> Iterator[Block]:
   """
   start = text.find(OPEN_CALL)
   while start >= 0:
+    # Each search begins behind the block, so that a tag inside of one of its strings opens no
+    # other.
     block = BlockReader(start).read(text, ended=True)
     if block.problem:
       raise ToolCallError(block.problem)
@@ -201,6 +207,7 @@ class BlockReader:
       ended: whether nothing more will come.
       cut: whether it ended in the midst of the turn, so that the closing tag was not left out.
     """
+    # One turn for each value: a block may hold several, with white space between them.
     while not self._broken:
       if self._scan is None:
         self._place = skip_space(text, self._place)
@@ -208,12 +215,16 @@ class BlockReader:
           return self._behind_values(text, ended, cut)
         self._scan = JsonScan(self._place)
       state = self._scan.read(text)
+      # The scan keeps its place, so that a long answer is looked through once and not at every
+      # token.
       if state is Scan.OPEN and not ended:
         return None
       self._broken = state is not Scan.WHOLE
       self._place = self._scan.place
       if not self._broken:
         self._values.append(text[self._scan.start : self._place])
+        # Matching brackets do not make JSON: Python literals have them too, and are read further
+        # below.
         self._broken = not _is_json(self._values[-1])
         self._scan = self._scan if self._broken else None
     return self._behind_broken(text, ended)
@@ -226,13 +237,18 @@ class BlockReader:
         return None
       # Somebody speaks of the tag. What follows is no part of it.
       return self._bad(text, self._start + len(OPEN_CALL), 'holds no call')
+    # The tag has come whole, and decides that the block is complete.
     if rest == CLOSE_CALL:
       return self._whole(self._place + len(CLOSE_CALL))
+    # Models forget closing tags; the next opening tag then ends the block.
     if rest.startswith(OPEN_CALL):
       return self._whole(self._place)
+    # The text ends within what may become one of the tags.
     if CLOSE_CALL.startswith(rest) or OPEN_CALL.startswith(rest):
       if not ended:
         return None
+      # The model ended its turn behind a whole object: only the tag is missing. If the budget cut
+      # the turn, more of the call might have followed.
       if not cut and CLOSE_CALL.startswith(rest):
         return self._whole(len(text))
       return self._bad(text, len(text), 'is never closed')
@@ -248,10 +264,13 @@ class BlockReader:
     opening = text.find(OPEN_CALL, behind)
     if closing < 0 and opening < 0:
       return self._bad(text, len(text), 'is never closed') if ended else None
+    # Another block begins first, so that this one has no closing tag of its own.
     if closing < 0 or 0 <= opening < closing:
       return self._bad(text, opening, 'is never closed')
     end = closing + len(CLOSE_CALL)
     try:
+      # From the opening tag on: the values that were read before are a part of the text that is
+      # read anew.
       return Block(end, read_calls(text[begin:closing]), '')
     except ToolCallError as error:
       return Block(end, [], str(error))

@@ -26,6 +26,7 @@ def qwen3_template() -> str:
 
   It renders what the official template does, tools and thoughts included.
   """
+  # Read as a resource, so that an installed package finds it wherever it lies.
   file = importlib.resources.files('dcore_jax.chat').joinpath('qwen3.jinja')
   return file.read_text(encoding='utf-8')
 
@@ -70,6 +71,7 @@ def _rendered(
   **options: Any,
 ) -> str:
   template = template_text(tokenizer, tools)
+  # transformers picks by name among several templates and needs to be told which.
   if not isinstance(tokenizer.chat_template, str):
     options['chat_template'] = template
   return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, **options)
@@ -89,6 +91,7 @@ def template_text(tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None)
     raise ValueError(
       'the tokenizer has no chat template; set tokenizer.chat_template = qwen3_template()'
     )
+  # Most tokenizers have one template, which may still branch on `tools` itself.
   if isinstance(templates, str):
     return templates
   if not isinstance(templates, dict):
@@ -120,6 +123,7 @@ def render_begun_call(
     ValueError: the template writes no calls, or writes them otherwise than in the `<tool_call>`
       tags that `parse_hermes` reads.
   """
+  # The arguments are an object here, because templates write them by `tojson`.
   call = {'name': name or _PROBE_NAME, 'arguments': json.loads(_PROBE_ARGUMENTS)}
   turn = {
     'role': 'assistant',
@@ -127,10 +131,13 @@ def render_begun_call(
     'tool_calls': [{'type': 'function', 'function': call}],
   }
   text = _rendered(tokenizer, [*records, turn], tools=tools)
+  # The last tag is the probe's: templates and earlier turns write the tag as well.
   before, tag, rest = text.rpartition('<tool_call>')
+  # The text breaks off where the model has to choose: a name, or arguments.
   cut = _PROBE_NAME if name is None else _PROBE_ARGUMENTS
   begun, found, _ = (tag + rest).partition(cut)
   try:
+    # Reading back shows that what the model continues will be read as a call.
     readable = parse_hermes(tag + rest) == [ToolCall(**call)]
   except ToolCallError:
     readable = False
@@ -151,6 +158,7 @@ def encode_raw(tokenizer: Any, text: str) -> list[int]:
   It begins with the beginning-of-text token once, where the tokenizer puts that token in front.
   """
   ids = tokenizer(text, add_special_tokens=False)['input_ids']
+  # Encoded without special tokens, because a prompt may already contain this token as text.
   first = tokenizer.bos_token_id
   if first is None or ids[:1] == [first]:
     return ids
@@ -196,18 +204,22 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     {'role': 'user', 'content': reply},
   ]
   text = _rendered(tokenizer, turns)
+  # Everything between the two contents is the template's own writing.
   gap = text.partition(answer)[2].partition(reply)[0]
   special = {
     token_id: str(token)
     for token_id, token in tokenizer.added_tokens_decoder.items()
+    # Added tokens that are not special are words of the vocabulary, not markup.
     if token.special and str(token) in gap
   }
   if not special:
     raise ValueError(
       f'the chat template ends a turn by {gap!r}, which holds no special token of the tokenizer'
     )
+  # The first special token behind the content ends the turn; later ones open the next message.
   end_id = min(special, key=lambda token_id: gap.index(special[token_id]))
   before, end, _ = gap.partition(special[end_id])
+  # Words between content and end of turn would be trained as if the assistant had said them.
   if before.strip():
     raise ValueError(
       f'the chat template writes {before!r} between what an assistant says and {end}'

@@ -10,6 +10,7 @@ import re
 
 from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_THOUGHTS, closing_tags
 
+# `\Z` and not `$`: the latter would also match in front of a last newline.
 _OPENED = re.compile(OPEN_THOUGHTS + r'\s*\Z')
 _BLOCK_AT_END = re.compile(OPEN_THOUGHTS + r'\s*(?:' + CLOSE_THOUGHTS + r'\s*)?\Z')
 
@@ -25,6 +26,7 @@ def with_opening(response: str, opening: str) -> str:
 
   A response that opens its thoughts itself stays as it is, so that no tag stands there twice.
   """
+  # Some models repeat the tag although their prompt ends with it.
   return response if response.lstrip().startswith(OPEN_THOUGHTS) else opening + response
 
 
@@ -38,6 +40,7 @@ def without_opening(text: str, prompt: str) -> str:
   if not found:
     return text
   begun = found[0]
+  # White space in front of the thoughts is no part of them.
   body = text.lstrip()
   if body.startswith(begun):
     return body[len(begun) :]
@@ -57,6 +60,7 @@ def taken_as_opened(response: str) -> str:
 
   A single closing tag without an opening one says that the prompt has opened the thoughts.
   """
+  # Two closing tags without an opening one do not tell which of them ends the thoughts.
   if OPEN_THOUGHTS in response or len(closing_tags(response)) != 1:
     return response
   return f'{OPEN_THOUGHTS}\n{response}'

@@ -53,6 +53,7 @@ def parse_calls(text: str) -> list[ToolCall] | None:
     ToolCallError: a call list that cannot be read, with the reason.
   """
   stripped = text.strip()
+  # The Python style comes first: a tag inside of its strings is text.
   if stripped[:1] == '[' and stripped[-1:] == ']':
     return parse_python(stripped)
   return parse_hermes(stripped) if OPEN_CALL in stripped else None
@@ -72,6 +73,7 @@ def parse_reference(calls: Sequence[str]) -> list[ToolCall]:
   for i, call in enumerate(calls):
     text = call.strip()
     try:
+      # BFCL's references are bare calls; other records put brackets around them.
       parsed.extend(parse_python(text if text[:1] == '[' else f'[{text}]'))
     except ToolCallError as error:
       raise ToolCallError(f'reference call {i}: {error}') from error
@@ -105,6 +107,7 @@ def _print_call(call: ToolCall) -> str:
     raise ValueError(f'{call.name!r} is no name that a Python-style call can have')
   # Python's keywords are written as other names are, `from='SFO'`: that is how models write them.
   plain = {key: value for key, value in call.arguments.items() if _is_identifier(key)}
+  # Names such as 'two words' can only stand in a dict behind `**`.
   other = {key: value for key, value in call.arguments.items() if key not in plain}
   parts = [_print_value(value, 0) for value in call.positional]
   parts += [f'{key}={_print_value(value, 0)}' for key, value in plain.items()]
@@ -134,6 +137,7 @@ def _print_hermes(calls: Sequence[ToolCall]) -> str:
 
 
 def _hermes_json(call: ToolCall) -> str:
+  # JSON has no place for them, and dropping them would change the call.
   if call.positional:
     raise ValueError(f'{call.name}: a JSON call has no positional arguments')
   _check_keys(call.arguments)
@@ -152,12 +156,14 @@ def json_text(value: Any) -> str:
   Raises:
     ValueError: a number that is not finite.
   """
+  # Letters of all scripts stay as they are, because models were trained on such text.
   text = json.dumps(value, ensure_ascii=False, allow_nan=False)
   # Half of a surrogate pair is no character: it can only be written as an escape.
   return re.sub('[\ud800-\udfff]', lambda match: f'\\u{ord(match[0]):04x}', text)
 
 
 def _check_keys(value: Any) -> None:
+  # `json.dumps` would turn the key 1 into '1', and the call would come back as another one.
   if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
     raise ValueError(f'a JSON call has text keys only, got {clip(repr(value))}')
   if isinstance(value, dict):
@@ -184,6 +190,7 @@ def calls_equal(a: Sequence[ToolCall], b: Sequence[ToolCall], ordered: bool = Tr
   Values compare as in Python: 1 == 1.0 == True. With `ordered=False` the lists compare as
   multisets, for calls that do not depend on each other.
   """
+  # Tuples and lists are the same value in JSON, and compare as equal here.
   keys_a = [_comparable(call) for call in a]
   keys_b = [_comparable(call) for call in b]
   if ordered or len(keys_a) != len(keys_b):

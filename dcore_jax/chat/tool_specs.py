@@ -35,10 +35,13 @@ def read_tools(value: Any) -> tuple[ToolSpec, ...]:
   records = value if isinstance(value, list) else [value]
   specs = []
   for record in records:
+    # OpenAI's wrapper is taken off. Whatever is no object ends in the error below.
     record = record.get('function', record) if isinstance(record, dict) else {}
+    # A tool without parameters may leave the field out or have null there.
     parameters = record.get('parameters') or {}
     if not isinstance(record.get('name'), str) or not isinstance(parameters, dict):
       raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
+    # Columns of a table are null where a tool has no description.
     description = record.get('description') or ''
     specs.append(ToolSpec(record['name'], description, _json_schema(parameters)))
   return tuple(specs)
@@ -50,6 +53,7 @@ def _json_schema(parameters: dict[str, Any]) -> dict[str, Any]:
   A schema stays one; its types get JSON's names.
   """
   if not isinstance(parameters.get('properties'), dict):
+    # xLAM marks optional parameters in the text of their type or by a default.
     required = [
       name
       for name, spec in parameters.items()
@@ -66,6 +70,7 @@ def _json_types(value: Any) -> Any:
     return [_json_types(item) for item in value]
   if not isinstance(value, dict):
     return value
+  # At every depth: items of arrays and nested objects name their types as well.
   plain = {name: _json_types(item) for name, item in value.items()}
   # A `type` that is no text is not a schema's keyword but a parameter of that name.
   if isinstance(plain.get('type'), str):
@@ -86,6 +91,7 @@ def read_literal(value: Any) -> Any:
     return json.loads(value)
   except json.JSONDecodeError as error:
     try:
+      # Data sets made by `str(list)` hold Python's quotes. Only literals are built, nothing runs.
       return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
       raise ValueError(f'neither JSON ({error}) nor a literal: {value.strip()[:80]!r}') from error
@@ -93,6 +99,7 @@ def read_literal(value: Any) -> Any:
 
 def system_text(policy: str, tools: Sequence[ToolSpec]) -> str:
   """Writes the system message of the Python style: policy, tools as JSON, how to call them."""
+  # One spec a line, with letters of all scripts as they are: escapes would cost more tokens.
   specs = '\n'.join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in tools)
   shown = f'You may call these tools:\n<tools>\n{specs}\n</tools>\n\n{CALL_FORMAT}'
   return f'{policy}\n\n{shown}' if policy else shown

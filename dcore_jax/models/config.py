@@ -1,9 +1,8 @@
 """The numbers that define a decoder, under the field names of a Hugging Face `config.json`.
 
-Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size, L
-  num_hidden_layers,
-N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows, T query tokens, S key
-positions.
+Letters used in shapes everywhere: V vocab_size, D hidden_size, F intermediate_size,
+L num_hidden_layers, N num_attention_heads, K num_key_value_heads, H head_dim, G = N / K; B rows,
+T query tokens, S key positions.
 """
 
 import dataclasses
@@ -15,14 +14,16 @@ import jax.numpy as jnp
 
 
 class _Family(NamedTuple):
-  """What a `model_type` says: the class that transformers loads, what its layers have, the defaults
-  of its config class.
+  """What a `model_type` says about a file and about the layers.
 
-  `required` and `written` are fields that say nothing new: what they must be where a file has them,
-    and what goes into ours.
-  A default of None follows from other fields: head_dim is hidden_size / num_attention_heads, and
-    there are as many key heads
-  as query heads.
+  Attributes:
+    architecture: the class that transformers loads.
+    qkv_bias: whether queries, keys and values have biases.
+    qk_norm: whether queries and keys are normalised head by head.
+    defaults: the defaults of its config class in transformers. None follows from other fields:
+      head_dim is hidden_size / num_attention_heads, and there are as many key heads as query heads.
+    required: the values that a field may have if a file has it, since no other is implemented.
+    written: fields with their values that go into the files that we write.
   """
 
   architecture: str
@@ -33,6 +34,8 @@ class _Family(NamedTuple):
   written: Mapping[str, Any]
 
 
+# transformers leaves a field out of a file if it has the class's default, so that these numbers are
+# a part of the format.
 _DEFAULTS = {
   'rope_theta': 10000.0,
   'rms_norm_eps': 1e-6,
@@ -102,7 +105,7 @@ _DESCRIPTIVE = frozenset(
     'model_type',
     'torch_dtype',
     'max_window_layers',
-    # How transformers 4 was told to run a model, and what it was trained for.
+    # How transformers 4 runs a model, and what the model was trained for.
     'attn_implementation',
     'finetuning_task',
     'is_decoder',
@@ -113,14 +116,14 @@ _DESCRIPTIVE = frozenset(
     'torchscript',
     'use_bfloat16',
     'use_cache',
-    # What reads and writes its texts.
+    # Which tokenizer and which tokens its texts are read and written with.
     'cls_token_id',
     'mask_token_id',
     'processor_class',
     'sep_token_id',
     'tokenizer_class',
     'unk_token_id',
-    # Of what, for how long a text, and where it was made.
+    # What the model was made from, for how long a text, and where.
     'base_model',
     'license',
     'max_sequence_length',
@@ -131,8 +134,8 @@ _DESCRIPTIVE = frozenset(
     'trl_version',
   }
 )
-# What transformers keeps for itself (none of our families has such a field that computes anything),
-# and whose tool wrote the file.
+# transformers keeps fields with an underscore for itself; in our families none of them computes
+# anything. Unsloth marks the files that it wrote.
 _DESCRIPTIVE_PREFIXES = ('_', 'unsloth_')
 _SIZES = (
   'vocab_size',
@@ -152,8 +155,9 @@ _ROPE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are slowed down for contexts longer than those of pretraining (rotary.py
-  has the formulas).
+  """How rotary frequencies are slowed down for contexts longer than those of pretraining.
+
+  rotary.py has the formulas.
 
   'linear' divides all by `factor` (DeepSeek-Coder), 'llama3' the slow ones (Llama-3.1); the other
   fields are its.
@@ -170,15 +174,18 @@ class RopeScaling:
       raise ValueError(
         f'rope_type {self.rope_type!r} is not supported, only {sorted(_ROPE_FIELDS)}'
       )
+    # A field that this kind of scaling would ignore is an error too: its file means something else.
     for field in dataclasses.fields(self)[1:]:
       value = getattr(self, field.name)
       if field.name not in _ROPE_FIELDS[self.rope_type]:
         if value is not None:
           raise ValueError(f'{self.rope_type} rope scaling does not read {field.name}={value!r}')
+      # True is an int in Python, and would count as the factor 1.
       elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise ValueError(
           f'{field.name} of {self.rope_type} rope scaling must be a positive number, got {value!r}'
         )
+    # The formula divides by the difference of the two.
     if self.rope_type == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
       raise ValueError(
         f'low_freq_factor={self.low_freq_factor} is not below '
@@ -187,12 +194,15 @@ class RopeScaling:
 
   @classmethod
   def from_hf(cls, record: Mapping[str, Any]) -> 'RopeScaling':
-    """Reads the fields of a scaling; ValueError for those that are missing, and for any that it
-    would ignore.
+    """Reads the fields of a scaling.
+
+    Raises:
+      ValueError: a field is missing, or one is there that would be ignored.
     """
     unknown = sorted(record.keys() - {field.name for field in dataclasses.fields(cls)})
     if unknown:
       raise ValueError(f'unknown fields {unknown} of a rope scaling')
+    # Without a factor the check of its value says that it is missing.
     return cls(**{'factor': None, **record})
 
   def to_hf(self) -> dict[str, Any]:
@@ -228,6 +238,7 @@ class DecoderConfig:
   def __post_init__(self):
     if self.model_type not in _FAMILIES:
       raise ValueError(f'model_type {self.model_type!r} is not supported, only {sorted(_FAMILIES)}')
+    # Configs come from files that people edit, so that each number is checked here once.
     for name, kinds in {
       **dict.fromkeys(_SIZES, int),
       'rope_theta': (int, float),
@@ -238,10 +249,12 @@ class DecoderConfig:
         raise ValueError(
           f'{name} must be a positive {"integer" if kinds is int else "number"}, got {value!r}'
         )
-    if not isinstance(self.tie_word_embeddings, bool):  # 'false' would count as true
+    # The text 'false' would count as true.
+    if not isinstance(self.tie_word_embeddings, bool):
       raise ValueError(
         f'tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}'
       )
+    # Grouped-query attention gives each key head the same number of query heads, G.
     if self.num_attention_heads % self.num_key_value_heads:
       raise ValueError(
         f'num_attention_heads={self.num_attention_heads} is not a multiple of '
@@ -252,11 +265,13 @@ class DecoderConfig:
 
   @classmethod
   def from_hf(cls, record: dict[str, Any]) -> 'DecoderConfig':
-    """Reads the contents of a `config.json`; ValueError naming every field whose meaning would be
-    ignored.
+    """Reads the contents of a `config.json`.
 
     The defaults of the family's config class in transformers apply to what a file leaves out (those
     of this class are a user's), except for the sizes, which must be there.
+
+    Raises:
+      ValueError: names every field whose meaning would be ignored, and those that are missing.
     """
     family = _FAMILIES.get(record.get('model_type'))
     if family is None:
@@ -266,14 +281,18 @@ class DecoderConfig:
     rope, problems = _rope(record)
     problems = _unsupported(record, family) + problems
     fields = (
+      # Later entries win: the file over the defaults, and the rotary fields, read from three
+      # places, last.
       family.defaults
       | {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name in record}
       | rope
     )
     if isinstance(fields.get('eos_token_id'), list):
+      # A list would make the config unhashable.
       fields['eos_token_id'] = tuple(fields['eos_token_id'])
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     problems += [f'{name} is missing' for name in sorted(required - fields.keys())]
+    # All problems in one error, so that a person need not find them one by one.
     if problems:
       raise ValueError('config.json: ' + '; '.join(problems))
     if fields['num_key_value_heads'] is None:
@@ -283,8 +302,9 @@ class DecoderConfig:
     return cls(**fields)
 
   def to_hf(self) -> dict[str, Any]:
-    """The contents of a `config.json` that `from_hf` and transformers (4.51 and later, 5 included)
-    read back.
+    """Returns the contents of a `config.json`.
+
+    `from_hf` and transformers (4.51 and later, 5 included) read them back.
     """
     family = _FAMILIES[self.model_type]
     record = dataclasses.asdict(self)
@@ -321,7 +341,8 @@ class DecoderConfig:
 
   @property
   def param_count(self) -> int:
-    """Stored parameters; a tied head is counted once."""
+    """The number of stored parameters; a tied head is counted once."""
+    # Two norms of a layer, and its norms of queries and keys, which all heads share.
     vectors = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
     if self.qkv_bias:
       vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
@@ -331,19 +352,19 @@ class DecoderConfig:
     )
 
   def flops_per_token(self, seq_len: int) -> float:
-    """Forward floating-point operations per token, averaged over a causal row of `seq_len` tokens,
-    head included.
+    """Returns the forward floating-point operations per token, head included.
 
-    Two per multiply-add: 2 per matrix parameter, and per layer 4 N H for each of the (seq_len + 1)
-      / 2 keys a query
-    sees on average. A training step without rematerialisation costs three times as much.
+    They are averaged over a causal row of `seq_len` tokens. A training step without
+    rematerialisation costs three times as much.
     """
+    # A multiply-add is two operations: 2 per matrix parameter, and per layer 4 N H for each key
+    # that a query sees. That is (seq_len + 1) / 2 keys on average.
     matmul = self._layer_matmul_params * self.num_hidden_layers + self.vocab_size * self.hidden_size
     attention = 4 * self.num_attention_heads * self.head_dim * (seq_len + 1) / 2
     return 2.0 * matmul + self.num_hidden_layers * attention
 
   def kv_bytes_per_token(self, dtype: Any) -> int:
-    """Bytes of keys and values that one cached token holds in all layers."""
+    """Returns the bytes of keys and values that one cached token holds in all layers."""
     return (
       2
       * self.num_hidden_layers
@@ -361,7 +382,7 @@ class DecoderConfig:
 
 
 def _divided(hidden_size: Any, heads: Any) -> int:
-  """The head_dim of a file that has none."""
+  """Returns the head_dim of a file that has none."""
   if (
     not isinstance(hidden_size, int)
     or not isinstance(heads, int)
@@ -376,11 +397,12 @@ def _divided(hidden_size: Any, heads: Any) -> int:
 
 
 def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  """(rope_theta where it is given and rope_scaling, problems).
+  """Returns (rope_scaling, and rope_theta if it is given, as fields; problems).
 
   transformers 4 writes `rope_theta` and `rope_scaling` side by side, transformers 5 both into
   `rope_parameters`.
   """
+  # Sets: the same value in two places is no contradiction, and two different ones are.
   theta = {record.get('rope_theta')}
   scaling = set()
   problems = []
@@ -389,12 +411,12 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not fields:
       continue
     theta.add(fields.pop('rope_theta', None))
-    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {
-      None
-    }  # renamed in transformers 4.43
+    # transformers 4.43 renamed `type` to `rope_type`; a file may have both.
+    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {None}
     if fields.pop('partial_rotary_factor', 1) != 1:
       factor = record[place]['partial_rotary_factor']
       problems.append(f'{place}: partial_rotary_factor={factor!r} is not supported')
+    # 'default' is no scaling at all; transformers 5 writes it beside rope_theta.
     if kinds <= {'default'} and not fields:
       scaling.add(None)
       continue
@@ -417,8 +439,9 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
-  """One line per field of the file that asks for something this decoder does not do; rotary fields
-  are `_rope`'s.
+  """Returns a line for each field of the file that asks for what this decoder does not do.
+
+  Rotary fields are left to `_rope`.
   """
   expected = _REQUIRED | family.required
   problems = [
@@ -435,6 +458,7 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
       f'max_window_layers={record.get("max_window_layers")!r} is not supported: '
       'no layer may have a window'
     )
+  # Newer files list the kind of each layer; only full attention is implemented.
   other_layers = sorted(set(record.get('layer_types') or ()) - {'full_attention'})
   if other_layers:
     problems.append(f'layer_types {other_layers} are not supported')
@@ -442,6 +466,7 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
   known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types'}
   unknown = []
   for name, value in record.items():
+    # A field without a value asks for nothing.
     if name in known or value is None or name.startswith(_DESCRIPTIVE_PREFIXES):
       continue
     if name not in _declared():

@@ -27,8 +27,8 @@ from dcore_jax.models.checkpoint_checks import check_folder, check_tensors
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params, abstract_params
 
-# name in params['layers'] -> (name below model.layers.{i}, number of leading input axes; None: a
-# vector)
+# Name in params['layers'] -> (name below model.layers.{i}, number of leading input axes). None
+# stands for a vector, which has no input axes.
 _LAYER_TENSORS = {
   'attn_norm': ('input_layernorm.weight', None),
   'q': ('self_attn.q_proj.weight', 1),
@@ -65,12 +65,14 @@ _TOKENIZER_FILES = (
 
 
 class Stored(NamedTuple):
-  """Where a tensor of a checkpoint belongs: params[path[0]]... and, where that is a stack, its
-  place in it.
+  """Where a tensor of a checkpoint belongs in the parameter tree.
 
-  `shape` is that of the file. `inputs` leading axes of the parameter (of a layer) are what the file
-  has last; None: the file has the axes as they are (`embed`, `head`), or all in one (norms,
-  biases).
+  Attributes:
+    path: the keys that lead to the parameter, params[path[0]]...
+    layer: the tensor's place in a stack of layers; None if the parameter is no stack.
+    shape: the shape in the file.
+    inputs: the number of leading axes of the parameter (of a layer) that the file has last. None:
+      the file has the axes as they are (`embed`, `head`), or all in one (norms, biases).
   """
 
   path: tuple[str, ...]
@@ -80,7 +82,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
-  """Every tensor of a checkpoint by its name, in the order of the model."""
+  """Returns every tensor of a checkpoint by its name, in the order of the model."""
   specs = abstract_params(config)
   top = {
     _TOP_TENSORS[name]: Stored((name,), None, spec.shape, None)
@@ -91,6 +93,7 @@ def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
   for index in range(config.num_hidden_layers):
     for name, (suffix, inputs) in _LAYER_TENSORS.items():
       if name in specs['layers']:
+        # The first axis of a stack is the layer, and the file has a tensor for each.
         shape = specs['layers'][name].shape[1:]
         stored = (
           (math.prod(shape),)
@@ -99,12 +102,15 @@ def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
         )
         layers[f'model.layers.{index}.{suffix}'] = Stored(('layers', name), index, stored, inputs)
   embed = _TOP_TENSORS['embed']
+  # Embedding, layers, final norm, head: the order in which files of several parts are filled.
   return {embed: top.pop(embed), **layers, **top}
 
 
 def load_config(directory: str | pathlib.Path) -> DecoderConfig:
-  """The configuration in `directory`/config.json; ValueError for anything in it that would be
-  ignored, and for what is no such directory.
+  """Reads the configuration in `directory`/config.json.
+
+  Raises:
+    ValueError: something in it would be ignored, or there is no such directory.
   """
   check_folder(pathlib.Path(directory))
   return DecoderConfig.from_hf(_read_json(pathlib.Path(directory) / 'config.json'))
@@ -113,7 +119,7 @@ def load_config(directory: str | pathlib.Path) -> DecoderConfig:
 def load_params(
   directory: str | pathlib.Path, dtype: Any = jnp.float32, *, shardings: Params | None = None
 ) -> tuple[DecoderConfig, Params]:
-  """(config, parameters in `dtype`) of a checkpoint directory.
+  """Loads (config, parameters in `dtype`) of a checkpoint directory.
 
   The files are memory-mapped, and each device is given its slices of them, layer by layer,
   converted on the way.
@@ -133,8 +139,10 @@ def load_params(
   specs = abstract_params(config, dtype)
   files = _open_tensors(directory)
   tensors = stored_tensors(config)
+  # All tensors are checked by the headers of their files before any number is read.
   check_tensors(files, {name: stored.shape for name, stored in tensors.items()}, directory, config)
-  names: dict[tuple[str, ...], list[str]] = {}  # of each parameter, by layer
+  # The tensors of each parameter, in the order of the layers.
+  names: dict[tuple[str, ...], list[str]] = {}
   for name, stored in tensors.items():
     names.setdefault(stored.path, []).append(name)
 
@@ -142,6 +150,7 @@ def load_params(
     own = names[tuple(key.key for key in path)]
     if tensors[own[0]].layer is None:
       return _placed(files[own[0]], own[0], None, spec.shape, spec.dtype, sharding)
+    # The stack is made on the devices and filled in place: the host holds one layer at a time.
     stack = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)()
     for index, name in enumerate(own):
       layer = _placed(
@@ -207,6 +216,7 @@ def save_checkpoint(
   if dtype not in _WRITABLE:
     raise ValueError(f'dtype={dtype!r} is not one of {_WRITABLE}')
   _check_tree(params, config)
+  # Numpy arrays become jax arrays, so that all have shards to be gathered from.
   params = jax.tree.map(jnp.asarray, params)
   tokenizer_files = _tokenizer_files(beside.tokenizer_dir)
   target = pathlib.Path(directory).absolute()
@@ -215,12 +225,14 @@ def save_checkpoint(
   if generation_config is None:
     ids = {name: config.to_hf()[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     generation_config = {name: value for name, value in ids.items() if value is not None}
+  # On the same file system as the target, so that renaming is one step.
   partial = target.parent / f'.{target.name}.partial'
   tensors = stored_tensors(config)
   files = _split(tensors, jnp.dtype(dtype).itemsize, shard_bytes)
 
   def start():
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    # A run that was killed may have left a part of its directory.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for source in tokenizer_files:
       copied = partial / source.relative_to(beside.tokenizer_dir)
@@ -237,12 +249,15 @@ def save_checkpoint(
         partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize)
       )
 
+  # One process makes the directory and puts it in place; all write their files into it.
   leader = jax.process_index() == 0
 
   def nothing():
     return None
 
   try:
+    # Each step waits for all processes: the directory has to be there before anybody writes into
+    # it, and must be complete before it is put in place.
     _together(start if leader else nothing)
     _together(lambda: _write_files(partial, files, tensors, params, jnp.dtype(dtype)))
     _together((lambda: _swap_in(partial, target)) if leader else nothing)
@@ -253,7 +268,7 @@ def save_checkpoint(
 
 
 def check_target(directory: pathlib.Path, overwrite: bool) -> None:
-  """FileExistsError unless a directory may be written here."""
+  """Raises FileExistsError unless a directory may be written here."""
   if directory.exists() and not directory.is_dir():
     raise FileExistsError(f'{directory} is not a directory')
   if directory.is_dir() and any(directory.iterdir()) and not overwrite:
@@ -280,12 +295,13 @@ def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]:
-  """name -> the mapped file that holds it, of model.safetensors or of the files its index lists."""
+  """Returns the mapped file of each tensor: model.safetensors, or one that its index lists."""
   names = ['model.safetensors']
   index = directory / 'model.safetensors.index.json'
   if not (directory / names[0]).is_file() and index.is_file():
     listed = _read_json(index).get('weight_map')
     names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+  # An index is somebody else's text: a name with a path in it would lead out of the directory.
   absent = [
     name
     for name in names
@@ -296,6 +312,7 @@ def _open_tensors(directory: pathlib.Path) -> dict[str, tensor_files.MappedFile]
   found: dict[str, tensor_files.MappedFile] = {}
   for name in names:
     file = tensor_files.MappedFile(directory / name)
+    # Of two tensors of one name it cannot be known which one is meant.
     twice = sorted(file.entries.keys() & found.keys())
     if twice:
       raise ValueError(f'{directory}: stored in more than one file: {twice}')
@@ -311,8 +328,9 @@ def _placed(
   dtype: Any,
   sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-  """A tensor of a file, in the layout and dtype of its parameter (of one layer of it), on the
-  devices of `sharding`.
+  """Returns a tensor of a file on the devices of `sharding`.
+
+  It has the layout and dtype of its parameter, or of one layer of a stack.
   """
   view = file.view(name)
 
@@ -329,11 +347,13 @@ def _placed(
         device
       )
     parts = []
-    for index, devices in holders.values():  # replicas get the same block
+    # Replicas get the same block, which is converted once.
+    for index, devices in holders.values():
       block = _block(view, inputs, shape, index, dtype)
       parts += jax.block_until_ready([put(block, device) for device in devices])
     array = jax.make_array_from_single_device_arrays(shape, sharding, parts)
   array = jax.block_until_ready(array)
+  # The pages that were read would otherwise add up to the whole file.
   file.release(name)
   return array
 
@@ -344,7 +364,10 @@ def _block(
   """Returns parameter[index]; `view` has the file's layout, `shape` is that of the parameter."""
   if inputs is None:
     return tensor_files.contiguous(view.reshape(shape)[index], dtype)
+  # Heads are axes of their own in the parameter, and a part of one axis in the file.
   part = view.reshape(shape[inputs:] + shape[:inputs])[index[inputs:] + index[:inputs]]
+  # The file has output axes first and the parameter input axes first: one transposition of a
+  # matrix.
   outs = part.ndim - inputs
   block = np.empty(part.shape[outs:] + part.shape[:outs], dtype)
   rows = math.prod(part.shape[outs:])
@@ -353,7 +376,7 @@ def _block(
 
 
 def _of_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
-  """Where one layer goes of a stack that goes to `sharding`."""
+  """Returns the sharding of one layer of a stack that has `sharding`."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
   return sharding
@@ -363,7 +386,7 @@ def _of_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding |
 def _layer_setter(
   sharding: jax.sharding.Sharding | None,
 ) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-  """(stack, layer, index) -> the stack, in its place in memory, with that layer."""
+  """Returns a function (stack, layer, index) -> the stack with that layer, in the same memory."""
 
   def put(stack, layer, index):
     # As integers: XLA's CPU compiler updates a stack of bfloat16 by way of a copy in float32 of all
@@ -381,8 +404,9 @@ def _layer_setter(
 
 
 def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, list[str]]:
-  """file -> the tensors in it, in the order of the model, as many as `limit` bytes allow."""
+  """Returns the tensors of each file, in the order of the model, at most `limit` bytes each."""
   groups = []
+  # The first tensor opens the first file, whatever its size.
   size = math.inf
   for name, stored in tensors.items():
     more = math.prod(stored.shape) * itemsize
@@ -391,6 +415,7 @@ def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, l
       size = 0
     groups[-1].append(name)
     size += more
+  # transformers looks for this name first, and asks for no index beside it.
   if len(groups) == 1:
     return {'model.safetensors': groups[0]}
   return {
@@ -402,6 +427,7 @@ def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, l
 def _index(
   files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int
 ) -> dict[str, Any]:
+  # transformers writes both totals as well, in parameters and in bytes.
   numbers = sum(math.prod(stored.shape) for stored in tensors.values())
   return {
     'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
@@ -424,6 +450,7 @@ def _write_files(
   for number, (file, names) in enumerate(files.items()):
     writer = None
     for name in sorted(names):
+      # Files go round the processes, so that all of them write at once.
       mine = number % jax.process_count() == jax.process_index() and error is None
       tensor = _gathered(params, tensors[name], mine)
       if not mine:
@@ -442,8 +469,9 @@ def _write_files(
 
 
 def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
-  """The tensor as its file has it, in the parameter's dtype, on the host; None for a process that
-  does not want it.
+  """Returns the tensor on the host as its file has it, in the parameter's dtype.
+
+  A process that does not write it gets None.
   """
   leaf = functools.reduce(lambda tree, key: tree[key], stored.path, params)
   stacked = stored.layer is not None
@@ -464,8 +492,9 @@ def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
 
 @functools.lru_cache(maxsize=64)
 def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, bool], jax.Array]:
-  """(parameter, layer, stacked) -> that layer of a stack, or all of what is no stack, placed as
-  `sharding` says.
+  """Returns a function (parameter, layer, stacked) -> the layer of a stack, placed by `sharding`.
+
+  A parameter that is no stack is returned whole.
   """
 
   def take(leaf, layer, stacked):
@@ -475,10 +504,8 @@ def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, 
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-  """An array of which this process has every part, as numpy.
-
-  Of copies of the parts: jax keeps what it was asked for so.
-  """
+  """Returns an array of which this process has every part as a numpy array."""
+  # jax keeps the host's copy of an array that it was asked for. Copies of the parts are freed.
   parts = list({str(shard.index): shard for shard in array.addressable_shards}.values())
   if len(parts) == 1:
     return np.asarray(parts[0].data.copy())
@@ -500,6 +527,7 @@ def _together(step: Callable[[], None]) -> None:
     step()
   except Exception as caught:
     error = caught
+  # Also a process that has failed takes part, or the others would wait for it for ever.
   failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
   if error is not None:
     raise error
@@ -545,6 +573,8 @@ def _tokenizer_files(tokenizer_dir: str | pathlib.Path | None) -> list[pathlib.P
 
 def _swap_in(partial: pathlib.Path, target: pathlib.Path) -> None:
   """Puts the complete directory in its place; what was there is removed last."""
+  # A directory cannot be replaced in one step: the old one steps aside and comes back if renaming
+  # fails.
   replaced = target.parent / f'.{target.name}.replaced'
   shutil.rmtree(replaced, ignore_errors=True)
   if target.exists():

@@ -23,7 +23,8 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
-_BLOCK = 16 << 20  # bytes that are converted at a time
+# So many bytes are converted at a time: small enough for any host, large enough to be fast.
+_BLOCK = 16 << 20
 
 
 class Entry(NamedTuple):
@@ -39,8 +40,7 @@ class Entry(NamedTuple):
 
 
 class MappedFile:
-  """A file whose tensors are views of its memory map, pages of which are read when they are
-  touched.
+  """A file whose tensors are views of its memory map; a page is read when it is touched.
 
   Raises:
     ValueError: it is not there, is cut short, or its header does not describe it.
@@ -55,16 +55,18 @@ class MappedFile:
       raise ValueError(f'{path} cannot be read: {error}') from error
 
   def view(self, name: str) -> np.ndarray:
-    """A read-only view; valid as long as someone holds it."""
+    """Returns a read-only view of a tensor, valid as long as someone holds it."""
     entry = self.entries[name]
     dtype = DTYPES[entry.dtype]
     return np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.begin).reshape(entry.shape)
 
   def release(self, name: str) -> None:
-    """Gives the pages of a tensor back: they stay in the system's cache, and no longer count as
-    this process's memory.
+    """Gives the pages of a tensor back.
+
+    They stay in the system's cache, and no longer count as this process's memory.
     """
     entry = self.entries[name]
+    # madvise takes whole pages. The page in which the tensor begins may belong to the one before.
     first = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
     if hasattr(mmap, 'MADV_DONTNEED') and entry.end > first:
       self._map.madvise(mmap.MADV_DONTNEED, first, entry.end - first)
@@ -73,11 +75,13 @@ class MappedFile:
 def _read_header(data: mmap.mmap) -> dict[str, Entry]:
   length = int.from_bytes(data[:8], 'little')
   start = 8 + length
+  # A damaged length could ask for terabytes; the shortest JSON object, {}, has two bytes.
   if not 2 <= length <= min(_LONGEST_HEADER, len(data) - 8):
     raise ValueError(f'its header is said to have {length} bytes, the file has {len(data)}')
   header = json.loads(data[8:start])
   if not isinstance(header, dict):
     raise ValueError('its header is no JSON object')
+  # The metadata is text for people and tools, and no tensor.
   header.pop('__metadata__', None)
   entries = {}
   for name, record in header.items():
@@ -91,6 +95,7 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
       )
     except (TypeError, KeyError, ValueError) as error:
       raise ValueError(f'its header describes {name} as {record!r}') from error
+    # A file that was cut short has a whole header, and tensors that lie behind its end.
     if not start <= entry.begin <= entry.end <= len(data):
       raise ValueError(f'{name} lies at {entry.begin}..{entry.end} of {len(data)} bytes')
     if (
@@ -115,9 +120,8 @@ class FileWriter:
     self._dtype = np.dtype(dtype)
     self._shapes = shapes
     self.names = sorted(shapes)
-    header: dict[str, Any] = {
-      '__metadata__': {'format': 'pt'}
-    }  # transformers refuses a file without it
+    # transformers refuses a file without this entry.
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
     place = 0
     for name in self.names:
       end = place + math.prod(shapes[name]) * self._dtype.itemsize
@@ -128,9 +132,11 @@ class FileWriter:
       }
       place = end
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    # The library pads the header to 8 bytes, so that tensors are aligned in a memory map.
     text += b' ' * (-len(text) % 8)
     self._left = list(self.names)
     self._file = path.open('wb')
+    # The header is complete before any tensor exists, because shapes and dtype fix all places.
     self._file.write(len(text).to_bytes(8, 'little') + text)
 
   def write(self, name: str, tensor: np.ndarray) -> None:
@@ -151,11 +157,12 @@ class FileWriter:
 
 
 def _blocks(matrix: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-  """The rows as contiguous blocks in `dtype`."""
+  """Yields the rows as contiguous blocks in `dtype`."""
   height = max(1, _BLOCK // max(1, matrix.shape[1] * 4))
   for start in range(0, len(matrix), height):
     rows = matrix[start : start + height]
-    if rows.strides[0] < rows.strides[1]:  # a transpose
+    # A transposed view: its neighbours in memory lie along the first axis.
+    if rows.strides[0] < rows.strides[1]:
       block = np.empty(rows.shape, dtype)
       copy_transposed(rows.T, block)
       yield block
@@ -164,7 +171,7 @@ def _blocks(matrix: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 
 def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
-  """The array, or a copy of it, row by row in `dtype`."""
+  """Returns the array, or a copy of it, row by row in `dtype`."""
   return (
     np.ascontiguousarray(_bits(array)).view(dtype)
     if array.dtype == dtype
@@ -173,12 +180,10 @@ def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
-  """target = source.T for matrices, converted to the target's dtype.
-
-  Some rows at a time through a scratch whose rows are not a power of two apart. Columns of a matrix
-  1,024 numbers wide all fall into the same few lines of the cache: 3,072 x 1,024 float32 take numpy
-  33 ms, and this 3 ms.
-  """
+  """Writes source.T into `target` for matrices, converted to the target's dtype."""
+  # Some rows at a time go through a scratch whose rows are not a power of two apart. Columns of a
+  # matrix 1,024 numbers wide all fall into the same few lines of the cache: numpy takes 33 ms for
+  # 3,072 x 1,024 float32, and this takes 3 ms.
   rows, columns = source.shape
   scratch = np.empty((64, columns + 16), target.dtype)[:, :columns]
   filled = scratch
@@ -194,5 +199,6 @@ def copy_transposed(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-  """The same memory as integers: numbers of types that are not its own numpy moves one by one."""
+  """Returns the same memory as integers."""
+  # numpy moves numbers of types that are not its own (bfloat16) one by one.
   return array.view(f'u{array.dtype.itemsize}')

@@ -20,6 +20,7 @@ _REFUSED = re.compile(
   re.IGNORECASE,
 )
 _USE_OTHER_NAME = re.compile(r'\buse\b[^.]*\bmax_completion_tokens\b', re.IGNORECASE)
+# OpenAI's and pydantic's codes of such refusals.
 _CODES = ('unsupported_parameter', 'unsupported_value', 'unknown_parameter', 'extra_forbidden')
 
 

@@ -80,13 +80,14 @@ class OpenAIBackend:
 
   Args:
     base_url: ends in /v1 for most servers.
-    model: its name there.
-    api_key: '' reads the environment variable OPENAI_API_KEY, and where that is unset sends a
+    model: the model's name at the endpoint.
+    api_key: '' reads the environment variable OPENAI_API_KEY, and if that is unset sends a
       placeholder.
-    limits: of requests, seconds and attempts.
-    journal: JSONL file of replies. A reply is appended when it arrives; asked the same again, also
-      by a later process, the backend answers from there.
-    prices: of a million prompt and a million completion tokens, for `usage`; 0: not known.
+    limits: the limits of requests, seconds and attempts.
+    journal: JSONL file of replies. A reply is appended when it arrives. If the same is asked again,
+      also by a later process, the backend answers from this file.
+    prices: the prices of a million prompt and a million completion tokens, for `usage`; 0 if they
+      are not known.
 
   Raises:
     ValueError: a price below 0, or a damaged journal.
@@ -124,6 +125,8 @@ class OpenAIBackend:
       ConnectionError: the endpoint stayed unreachable, refused us (key, model name) or every
         request. What was answered until then is in the journal.
     """
+    # The client is asynchronous, and the callers of this package are not: an event loop on a thread
+    # of its own serves them.
     with anyio.from_thread.start_blocking_portal() as portal:
       client = self._client()
       try:
@@ -166,6 +169,7 @@ class OpenAIBackend:
     try:
       while True:
         free = self.limits.concurrency - len(under_way)
+        # The source may have more to ask after each answer, since conversations go on.
         for tag, request in source(free) if free > 0 else ():
           ask(tag, request)
         if not under_way:
@@ -222,6 +226,7 @@ class OpenAIBackend:
       reply = await self._ask_in_dialect(client, body)
     except openai.APIError as error:
       status = getattr(error, 'status_code', None)
+      # A connection that fails has no status, and counts as a failed request.
       if status not in _REFUSALS:
         kind = ConnectionError if status in _LOCKED_OUT else _Failed
         raise kind(f'{self.base_url}, model {self.model!r}: {error}') from error
@@ -245,9 +250,11 @@ class OpenAIBackend:
       return await self._answer(client, request, sampling)
     except _Failed as error:
       try:
+        # The cheapest request there is tells a dead endpoint from a request that it cannot answer.
         await client.models.list()
       except openai.APIError:
-        raise error from None  # it is the endpoint that is gone
+        # The endpoint is gone, and not this request alone at fault.
+        raise error from None
       return _without_text(f'no answer: {error}')
 
   def _body(self, request: ChatRequest, sampling: SamplingParams) -> dict[str, Any]:
@@ -349,6 +356,7 @@ def _reply(completion: Any) -> Reply:
   return Reply(
     text=_text(choice.message, finished),
     finished=finished,
+    # Servers may leave the counts out, which then count as 0.
     prompt_tokens=int(getattr(usage, 'prompt_tokens', None) or 0),
     completion_tokens=int(getattr(usage, 'completion_tokens', None) or 0),
   )
@@ -360,7 +368,8 @@ def _text(message: Any, finished: bool) -> str:
   reasoning = getattr(message, 'reasoning_content', None) or getattr(message, 'reasoning', None)
   thoughts = reasoning or ''
   if thoughts and not finished and message.content is None and not message.tool_calls:
-    return f'<think>\n{thoughts}'  # the budget ended inside them
+    # The budget ended inside the thoughts, so that their block stays open.
+    return f'<think>\n{thoughts}'
   text = f'<think>\n{thoughts.strip()}\n</think>\n\n' if thoughts else ''
   content = message.content or ''
   # Servers that do not part the thoughts send what was sampled behind a prompt that opens them.

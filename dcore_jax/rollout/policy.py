@@ -30,7 +30,8 @@ from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.sizes import EngineSizes
 
 ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
-_NAMED_NUMBERS = 1024  # of each parameter that go into a model's fingerprint
+# So many numbers of each parameter go into a model's fingerprint.
+_NAMED_NUMBERS = 1024
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ class Policy:
       given; they are read or drawn at every call.
     tokenizer: its tokenizer.
     tokenizer_dir: where the tokenizer was loaded from.
-    path: of the weights; None where they are random.
+    path: the directory of the weights; None if they are random.
   """
 
   config: DecoderConfig
@@ -61,6 +62,7 @@ class Policy:
     # minutes.
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
+      # Sliced on the device: only these numbers are copied to the host.
       first_row = leaf[(0,) * (leaf.ndim - 1)]
       digest.update(np.asarray(first_row[:_NAMED_NUMBERS], np.float32).tobytes())
     source = self.path.name if self.path else 'random'
@@ -108,7 +110,7 @@ def engine_sizes(config: RunConfig, *, groups: bool) -> EngineSizes:
   """Returns the sizes that section `engine` of a run's config asks for.
 
   Args:
-    config: of the run.
+    config: the run's config.
     groups: whether rollouts come in groups that share a prompt. For these the section may want
       fewer trunks than lanes. With a prompt for each rollout, a lane would be idle for each trunk
       missing.
@@ -135,15 +137,17 @@ def make_engine(
   """Makes the engine that section `engine` of a run's config describes.
 
   Args:
-    config: of the run.
+    config: the run's config.
     policy: the model.
     params: its weights on `mesh`; the engine has them in the dtype of computation, and on a mesh of
-      its own where the section asks for one.
-    mesh: of the training.
+      its own if the section asks for one.
+    mesh: the mesh of the training.
     groups: whether rollouts come in groups that share a prompt (`engine_sizes`).
   """
   # Cast where the parameters are: half as many bytes then move to the engine's mesh.
   params = decoder.cast(params, make_execution(config.execution).dtype(params))
+  # Sampling may want more tensor parallelism than training, since a decode step reads all weights
+  # for few tokens.
   engine_mesh = distributed.engine_mesh(config, mesh)
   if engine_mesh:
     placed = sharding.shardings(decoder.abstract_params(policy.config), engine_mesh)
@@ -175,9 +179,11 @@ def load_tokenizer(
   if config.path:
     # What is no model directory has no tokenizer either, which would be said first.
     check_folder(data_path(config.path))
+  # Random weights need a tokenizer of their own; without one it is the organism's.
   path = config.tokenizer or config.path
   folder = data_path(path) if path else ORGANISM
   try:
+    # transformers raises OSError both for a missing file and for one that it cannot read.
     return transformers.AutoTokenizer.from_pretrained(str(folder)), folder
   except OSError as error:
     raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
@@ -192,6 +198,7 @@ def load_policy(config: ModelSection, *, seed: int) -> Policy:
     ValueError: a path that is not there or holds another model than `preset`, a tokenizer larger
       than the embedding. (And `load` where a checkpoint does not fit its config.)
   """
+  # A relative path may also lie below the data folder.
   path = data_path(config.path) if config.path else ORGANISM
   tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
@@ -208,10 +215,12 @@ def load_policy(config: ModelSection, *, seed: int) -> Policy:
       f'the tokenizer in {str(tokenizer_dir)!r} has {len(tokenizer)} tokens, '
       f'the embedding {model.vocab_size} rows'
     )
+  # Shapes alone: weights are read or drawn when somebody calls `load`.
   specs = decoder.abstract_params(model)
 
   def draw(mesh: Mesh | None, dtype: Any = jnp.float32) -> decoder.Params:
     placed = sharding.shardings(specs, mesh) if mesh else None
+    # Compiled with the shardings of its result, so that no device draws the whole model.
     init = jax.jit(decoder.init_params, static_argnums=0, out_shardings=placed)
     return decoder.cast(init(model, jax.random.key(seed)), dtype)
 
@@ -241,6 +250,7 @@ def _generation_stop_ids(folder: pathlib.Path | None) -> tuple[int, ...]:
   ids = parse_json(path.read_text(encoding='utf-8'), str(path)).get('eos_token_id')
   if ids is None:
     return ()
+  # Both forms occur: Qwen3's file has a list, and older files have one number.
   if not isinstance(ids, list):
     ids = [ids]
   if not all(isinstance(i, int) for i in ids):

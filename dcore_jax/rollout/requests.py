@@ -9,12 +9,12 @@ import numpy as np
 
 from dcore_jax.rollout.sampling import TOP, Alternatives, SamplingParams
 
+# Any value by which a caller of `Engine.stream` knows a rollout. The engine never looks into it.
+Tag = Any
+
+
 # Requests, completions and progress are compared by identity (eq=False): arrays have no single
 # truth value for == to return.
-# The engine never looks into it.
-Tag = Any  # whatever a caller of `Engine.stream` knows a rollout by
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
   """One rollout to be made.
@@ -76,7 +76,7 @@ class PromptScores(NamedTuple):
   Attributes:
     logprobs: float32 [n - 1].
     ranks: int32 [n - 1]; 1: no token is more likely.
-    top: alternatives [n - 1, request's `prompt_top`]; None where there are none.
+    top: alternatives [n - 1, request's `prompt_top`]; None if the request asks for none.
   """
 
   logprobs: jax.Array | np.ndarray
@@ -89,14 +89,14 @@ class Progress:
   """What one step drew for one rollout.
 
   Attributes:
-    handle: of the rollout.
+    handle: the engine's number of the rollout.
     tokens: int32 [k].
     logprobs: float32 [k].
     full_logprobs: float32 [k].
-    completion: all that was sampled, where the rollout has ended. It has no alternatives: the
-      engine does not keep them.
-    top: alternatives [k, request's `top`]; None where the request asks for none.
-    prompt: the scores of the prompt, with the first progress, where they are asked for.
+    completion: all that was sampled, if the rollout has ended; else None. It has no alternatives,
+      because the engine does not keep them.
+    top: alternatives [k, request's `top`]; None if the request asks for none.
+    prompt: the scores of the prompt, with the first progress, if the request asks for them.
   """
 
   handle: int
@@ -179,6 +179,7 @@ def checked_limit(request: Request, sampling: SamplingParams) -> int:
     ValueError: fewer than none, or more alternatives than there may be.
   """
   name = f'request {request.key_id}'
+  # Programs that list alternatives are compiled for TOP of them.
   for top in (request.top, request.prompt_top or 0):
     if not 0 <= top <= TOP:
       raise ValueError(f'{name}: top={top} alternatives; there may be {TOP}')

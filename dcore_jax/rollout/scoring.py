@@ -74,12 +74,14 @@ class Scoring:
     Raises:
       FloatingPointError: a log-probability is not a number.
     """
+    # One prompt a step, so that scoring a long prompt does not hold up all lanes for several steps.
     first = next((rollout for rollout in waiting if rollout.unscored), None)
     if first is None:
       return 0
     scores = _first_alternatives(self.score(first.prompt, first.prompt_top), first.prompt_top)
     for rollout in waiting:
       same = rollout.unscored and rollout.prompt_top == first.prompt_top
+      # The choices of a request share their prompt, which goes through the model once.
       if rollout is first or same and np.array_equal(rollout.prompt, first.prompt):
         rollout.prompt_scores = scores
     return len(first.prompt)
@@ -131,6 +133,7 @@ def score(params: decoder.Params, tokens_T: jax.Array, *, shape: ScoringShape) -
 
   _, hidden_PTD = jax.lax.scan(extend, cache, jnp.arange(0, T, piece))  # P pieces
   hidden_TD = hidden_PTD.reshape(T, -1)
+  # The token behind each place is the one that its hidden state predicts.
   next_T = jnp.roll(tokens_T, -1)
 
   def look(place: tuple[jax.Array, jax.Array]) -> PromptScores:
@@ -148,12 +151,13 @@ def score(params: decoder.Params, tokens_T: jax.Array, *, shape: ScoringShape) -
   scored = jax.lax.map(look, (hidden_TD, next_T), batch_size=_CHUNK)
   if shape.placement is None:
     return scored
-  # Every host reads all of it.
+  # Every host reads all of the scores, so that each holds a whole copy of them.
   return jax.lax.with_sharding_constraint(scored, NamedSharding(shape.placement.mesh, jax.P()))
 
 
 def _first_alternatives(scores: PromptScores, count: int) -> PromptScores:
   """Returns scores with the first `count` alternatives of each token, None for 0."""
+  # The program has computed none, or the caller of this prompt wants none.
   if not count:
     return scores._replace(top=None)
   token_BJ, logprob_BJ = scores.top

@@ -24,6 +24,7 @@ def default_config() -> ml_collections.ConfigDict:
   were.
   """
   config = ml_collections.ConfigDict(overrides.to_plain(RunConfig()))
+  # A preset must not override what a person has set, not even to the default value.
   for name in sorted(set().union(*RL_PRESETS.values())):
     config.rl[name] = _Default(config.rl[name])
   return config
@@ -54,6 +55,7 @@ def read_config(config: ml_collections.ConfigDict | RunConfig) -> RunConfig:
     ValueError: names every unknown field, with the nearest known name, every value of another kind,
       and every number outside the range of its field.
   """
+  # Already typed: only the ranges can be wrong, since Python does not check them.
   if isinstance(config, RunConfig):
     overrides.check_ranges(config)
     return config
@@ -72,11 +74,18 @@ def define_config(
     SystemExit: an override of no field, or a file that is not there. ml_collections reads the
       default file and the overrides while the flag is defined, before a program could catch them.
   """
+  # absl refuses to define the same flag twice.
   if 'config' in flag_values:
     return flags.FlagHolder(flag_values, flag_values['config'])
   with one_line_errors():
     holder = config_flags.DEFINE_config_file(
-      'config', default, _help(), lock_config=True, flag_values=flag_values
+      # Locked once the file is read, so that an override of a field that does not exist is an
+      # error.
+      'config',
+      default,
+      _help(),
+      lock_config=True,
+      flag_values=flag_values,
     )
   # --help shows the flags of the program's own module; this one is defined here.
   flag_values.register_key_flag_for_module(sys.argv[0], flag_values['config'])
@@ -88,7 +97,8 @@ def one_line_errors() -> Iterator[None]:
   """Ends the program with one line where a config file or an override cannot be read."""
   try:
     yield
-  except (AttributeError, KeyError) as error:  # the config refuses an override
+  # The locked config refuses an override of a field that it lacks.
+  except (AttributeError, KeyError) as error:
     sys.exit(f'error: {_unknown_field(sys.argv) or " ".join(str(error).split())}')
   except (ValueError, OSError) as error:
     sys.exit(f'error: --config: {" ".join(str(error).split())}')
@@ -101,6 +111,8 @@ def _unknown_field(argv: list[str]) -> str:
     if not found:
       continue
     values: Any = None
+    # 'rl.alpha' becomes {'rl': {'alpha': None}}, the form that `overlay` checks. The value does not
+    # matter for the name.
     for name in reversed(found[1].split('.')):
       values = {name: values}
     try:
@@ -116,15 +128,20 @@ def _help() -> str:
     'Fields and their defaults, which config files change:'
   ]
   for line in overrides.describe(RunConfig()):
+    # Each field has its own paragraph, narrow enough to be indented in the text of --help.
     lines.append(textwrap.fill(line, 74))
   return '\n'.join(lines)
 
 
 def _plain(value: Any) -> Any:
-  """A `ConfigDict` as nested dicts, references resolved, without what nobody has set."""
+  """Returns a `ConfigDict` as nested dicts without what nobody has set.
+
+  References are resolved.
+  """
   frozen = isinstance(value, ml_collections.FrozenConfigDict)
   if isinstance(value, ml_collections.ConfigDict) and not frozen:
     plain = {}
+    # Only the reference itself, and not the value that it stands for, knows whether it was set.
     for name, held in value.items(preserve_field_references=True):
       if not (isinstance(held, _Default) and held.untouched):
         plain[name] = _plain(value[name])
@@ -132,5 +149,6 @@ def _plain(value: Any) -> Any:
   if frozen or isinstance(value, dict):
     return {name: _plain(value[name]) for name in value}
   if isinstance(value, (list, tuple)):
+    # The typed config holds tuples, which nobody can change.
     return tuple(_plain(item) for item in value)
   return value

@@ -23,7 +23,7 @@ from dcore_jax.report.model_card import model_card
 from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_tokenizer
 from dcore_jax.train.checkpoint import STATE, read_part
 
-# Any of them makes a directory one from which a tokenizer can be loaded.
+# A directory that holds one of these files has a tokenizer that can be loaded.
 _TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'tokenizer.model')
 
 
@@ -68,6 +68,7 @@ def export(
     run = read_json(found.run / 'config.json')
     section = overlay(ModelSection(), run['model'])
     config, params = _load(found, section)
+    # A checkpoint within a stage has weights alone: tokenizer and model come from the run's config.
     tokenizer, tokenizer_dir = load_tokenizer(section)
     # A run that was killed has no summary yet; the card then leaves the measurements out.
     summary = _read(found.run / 'summary.json')
@@ -92,11 +93,13 @@ def find(checkpoint: pathlib.Path) -> Weights:
   """
   # Absolute, so that a path like '.' or '3' has a name and parents.
   path = checkpoint.absolute()
+  # Only steps have numbers as names.
   if path.name.isdecimal():
     path = _states(path.parent) / path.name
     if (path / 'tree').is_dir():
       return _checkpoint(path)
   steps = _steps(path)
+  # A stage's folder of checkpoints stands for its newest step.
   if steps:
     return find(path / str(steps[-1]))
   check_folder(path)
@@ -137,7 +140,7 @@ def generation_config(
 
 
 def _load(found: Weights, section: ModelSection) -> tuple[DecoderConfig, Any]:
-  """The architecture and parameters of a run's weights; `section` is `model` of its config."""
+  """Loads (architecture, parameters) of a run's weights; `section` is `model` of its config."""
   if found.step is None:
     return _load_directory(found.folder)
   if section.init:
@@ -147,6 +150,7 @@ def _load(found: Weights, section: ModelSection) -> tuple[DecoderConfig, Any]:
   specs = decoder.abstract_params(config)
   shardings = _spread(config)
   if shardings is None:
+    # orbax reads a checkpoint into the shapes, dtypes and shardings of such an example.
     example = jax.tree.map(_place, specs)
   else:
     example = jax.tree.map(_place, specs, shardings)
@@ -163,7 +167,7 @@ def _place(spec: decoder.ParamSpec, sharding: Any = None) -> jax.ShapeDtypeStruc
 
 
 def _spread(config: DecoderConfig) -> Any:
-  """The shardings of parameters that are split over all devices; None where there is one."""
+  """Returns shardings that split parameters over all devices; None if there is one device."""
   # Each device reads its own slices, so that a model need not fit on one of them.
   if jax.device_count() == 1:
     return None
@@ -172,14 +176,14 @@ def _spread(config: DecoderConfig) -> Any:
 
 
 def _model_folder(section: ModelSection) -> pathlib.Path | None:
-  """The directory that section `model` of a config names; None for a random initialisation."""
+  """Returns the directory that section `model` names; None for a random initialisation."""
   if section.path:
     return data_path(section.path)
   return None if section.init else ORGANISM
 
 
 def _checkpoint(path: pathlib.Path) -> Weights:
-  """The weights of one step, [W/]checkpoints/STAGE[/state]/STEP."""
+  """Returns the weights of one step, [W/]checkpoints/STAGE[/state]/STEP."""
   stage = path.parent.parent if path.parent.name == STATE else path.parent
   run = stage.parents[1]
   if not _is_run(run):
@@ -190,12 +194,12 @@ def _checkpoint(path: pathlib.Path) -> Weights:
 
 
 def _states(folder: pathlib.Path) -> pathlib.Path:
-  """Where the steps in a stage's folder of checkpoints are: RL keeps its rollouts beside them."""
+  """Returns the folder of a stage's steps: RL keeps its rollouts beside it."""
   return folder / STATE if (folder / STATE).is_dir() else folder
 
 
 def _steps(path: pathlib.Path) -> list[int]:
-  """The steps that are complete in a folder of checkpoints, ascending."""
+  """Returns the steps that are complete in a folder of checkpoints, in ascending order."""
   # A step that is being written, or was left by a kill, has another name or lacks its `tree`.
   steps = []
   for child in _states(path).glob('[0-9]*'):
@@ -205,14 +209,15 @@ def _steps(path: pathlib.Path) -> list[int]:
 
 
 def _is_run(path: pathlib.Path) -> bool:
-  # Sections that a run's config.json has and a model's has not.
+  # A run's config.json has these sections, and a model's has not.
   return {'model', 'stages', 'rl'} <= _read(path / 'config.json').keys()
 
 
 def _stages(path: pathlib.Path) -> tuple[str, ...]:
-  """The trained models of a run, the last one first; none where `path` is no run."""
+  """Returns the trained models of a run, the last one first; none if `path` is no run."""
   if not _is_run(path):
     return ()
+  # RL comes after SFT, so that its weights are the run's last ones.
   return _read(path / 'config.json')['rl']['estimator'], 'sft'
 
 
@@ -221,5 +226,5 @@ def _has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON file, empty where there is none."""
+  """Returns the contents of a JSON file, and an empty record if there is no such file."""
   return read_json(path) if path.is_file() else {}

@@ -71,9 +71,10 @@ class Pipeline:
     # come to light after an hour of distillation.
     self.config = read_config(config)
     check_fields(self.config)
-    # Before anything is compiled, or the first programs would not be kept.
+    # Programs that are compiled before this line are not kept for later runs.
     distributed.keep_programs()
     self.workdir = workdir
+    # The world and its tasks are checked first, because their errors need no model.
     self.world = make_world(self.config.world)
     check_tasks(self.config, self.world)
     self.mesh = distributed.training_mesh(self.config)
@@ -108,6 +109,7 @@ class Pipeline:
       return self._run()
 
   def _run(self) -> dict[str, Any]:
+    # Stages run in the order of `stage_folders`, whatever order the config names them in.
     steps: dict[str, Callable[[], dict[str, Any]]] = {
       'evaluate_base': lambda: self.evaluate('base'),
       'distill': self.distill,
@@ -142,6 +144,7 @@ class Pipeline:
         # `experiments.distill` may have made the rows, with a config of its own.
         check_rows(self.config, result.parent)
       return
+    # The result is written last: its file says that the stage is complete.
     with stage(name) as timer:
       values = run_stage()
     # A stage that was resumed adds the time that its earlier processes took. Distillation, which
@@ -171,6 +174,7 @@ class Pipeline:
     if self.mesh:
       specs = decoder.abstract_params(self.policy.config)
       shardings = sharding.shardings(specs, self.mesh)
+    # Each device reads its own slices, so that a model need not fit on one device.
     _, params = load_params(path, shardings=shardings)
     return params
 
@@ -228,6 +232,7 @@ class Pipeline:
     def actor(world, tasks, sampling, told):
       return act(engine, tokenizer, world, tasks, sampling, told)
 
+    # Evaluation does not know engines: an endpoint can act the same tasks out.
     return evaluate(self.config, self.workdir / f'evaluate_{name}', actor, name)
 
   def distill(self) -> dict[str, Any]:
@@ -264,6 +269,8 @@ class Pipeline:
       # The engine's caches make room for activations; what it compiled is kept by jax.
       self._engine = None
     kept, sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
+    # Rows that were read and then not used are counted too, so that the result accounts for every
+    # row.
     unreadable += len(rows) - len(kept)
     with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
       run = StageRun(
@@ -284,6 +291,8 @@ class Pipeline:
 
   def rl(self) -> dict[str, Any]:
     """Trains the fine-tuned model by (DA-)GRPO."""
+    # The source is made before the weights are loaded: a file that cannot be read is then found at
+    # once.
     source, dropped = rl_source(self.config, self.policy.tokenizer, self.world)
     # The rollouts of an episode's group share its first prompt alone.
     groups = not self.config.rl.episodes
@@ -310,6 +319,7 @@ class Pipeline:
     name = self._last_trained()
     summary = collect_summary(self.workdir, self.config, self.policy.config)
     card = model_card(to_json(self.config), self.policy.config, stage=name, summary=summary)
+    # Read anew from the stage's float32 directory, and rounded once to the dtype of the export.
     self._save('export', self.params(name), self.config.export.dtype, card)
     return {'path': str(self.workdir / 'export'), 'stage': name}
 
@@ -330,6 +340,7 @@ def check_fields(config: RunConfig) -> None:
   rl_options.check_section(config.rl)
   if config.rl.episodes:
     defaults = RunConfig().rl
+    # An option that episodes never read would be ignored without a word.
     _check_unset('files', config.rl.files, defaults.files)
     _check_unset('reward', config.rl.reward, defaults.reward)
 
@@ -341,6 +352,7 @@ def check_tasks(config: RunConfig, world: World) -> None:
     ValueError: a kind that the world lacks, or one without a number.
   """
   for stage_name, section in (('distill', config.distill), ('rl', config.rl)):
+    # Files take the place of the world's tasks, whose numbers then mean nothing.
     if stage_name in config.stages and not section.files:
       check_kinds(f'{stage_name}.tasks', section.tasks, world)
 

@@ -25,7 +25,8 @@ def run(main: Callable[..., Any], commands: Sequence[str] = ()) -> None:
       raise app.UsageError(f'expected one of {list(commands)} and flags, got {words}')
     if words and not commands:
       raise app.UsageError(f'unexpected arguments: {words}')
-    logging.set_verbosity(logging.WARNING)  # orbax logs dozens of lines a checkpoint
+    # orbax logs dozens of lines for each checkpoint.
+    logging.set_verbosity(logging.WARNING)
     try:
       main(*words)
     except (ValueError, OSError) as error:
@@ -40,7 +41,8 @@ def _parse(argv: list[str]) -> list[str]:
     with config.one_line_errors():
       rest = flags.FLAGS(argv)
       if 'config' in flags.FLAGS:
-        flags.FLAGS['config'].value.to_dict()  # a file that cannot be read raises here, not before
+        # The config file is read when its value is first asked for, so that its errors come here.
+        flags.FLAGS['config'].value.to_dict()
       return rest
   except flags.Error as error:
     # ml_collections puts the traceback of a config file that raises before what it raised.

@@ -44,10 +44,11 @@ class Speaker:
     self._sampling = sampling
     self._out = out
     self._colour = colour
+    # The turn numbers the random stream: the same question asked twice may get another answer.
     self._turn = itertools.count()
 
   def answer(self, messages: Sequence[Message]) -> str:
-    """The assistant's whole text, with the tag by which the prompt has opened the thoughts.
+    """Returns the assistant's whole text, with the tag by which the prompt opened the thoughts.
 
     Raises:
       Cancelled: Ctrl-C; the lane is free again.
@@ -55,9 +56,11 @@ class Speaker:
     """
     text = render_prompt(self._tokenizer, messages)
     prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    # The engine's thread puts progress in, and this thread takes it out and prints.
     events: queue.SimpleQueue = queue.SimpleQueue()
     reader = TextReader(self._tokenizer, self._sampling.stop)
     opening = opened_thoughts(text)
+    # Without tools calls are shown as the text that they are; the world reads them later.
     parser = ReplyParser(thinking=bool(opening))
     job = self._scheduler.submit(
       [Request(prompt, (next(self._turn),))], self._sampling, lambda _, event: events.put(event)
@@ -71,12 +74,15 @@ class Speaker:
           raise part
         done = part.completion
         new = reader.push(
-          part.tokens[:-1] if done and done.finished else part.tokens, last=done is not None
+          # The stop token that ends the turn is no text.
+          part.tokens[:-1] if done and done.finished else part.tokens,
+          last=done is not None,
         )
         whole += new
         delta = parser.push(new, last=done is not None)
         self.show(delta.reasoning, _DIM)
         thoughts = thoughts or bool(delta.reasoning)
+        # The answer begins on a line of its own below the thoughts.
         if delta.content and thoughts:
           self.show('\n')
           thoughts = False
@@ -87,13 +93,16 @@ class Speaker:
     except KeyboardInterrupt:
       self._scheduler.cancel(job)
       self.show('\n(cancelled)\n')
+      # The traceback of Ctrl-C says nothing about an error.
       raise Cancelled from None
 
   def show(self, text: str, style: str = '') -> None:
-    """Text in a style, without anything in it that a terminal would obey."""
+    """Shows text in a style, without anything in it that a terminal would obey."""
     if text:
       text = text.translate(_HARMLESS)
       self._out.write(f'{style}{text}{_PLAIN}' if style and self._colour else text)
+      # Output to a terminal is kept back until its line is complete, and an answer comes by the
+      # word.
       self._out.flush()
 
 
@@ -104,7 +113,7 @@ class Chat:
     speaker: the model's voice.
     system: the system message; '' for none. A world has its own.
     world: whose tools the model may call, and who runs them; None: there are none.
-    kind: of the world's tasks to begin with.
+    kind: the kind of the world's tasks to begin with.
   """
 
   def __init__(
@@ -126,14 +135,15 @@ class Chat:
     )
 
   def start(self) -> None:
-    """What is shown before the first line."""
+    """Shows the help and the first task before the first line is read."""
     self._speaker.show(self.help + '\n', _DIM)
     self._take_new([])
 
   def take(self, line: str) -> None:
-    """One line: a command, or something to be answered."""
+    """Takes one line: a command, or something to be answered."""
     words = line.split()
     commands: dict[str, Callable[[list[str]], None]] = {'/new': self._take_new}
+    # Without a world there is no state to be shown.
     if self._world is not None:
       commands['/state'] = self._take_state
     try:
@@ -146,8 +156,10 @@ class Chat:
       elif words:
         self._request(line)
       else:
+        # An empty line in a world means: act the task itself out.
         self._act()
-    # A cancelled answer still holds the engine's one lane while a step runs on: Overloaded.
+    # A cancelled answer still holds the engine's one lane while a step runs on, so that the next
+    # line may meet an Overloaded.
     except (ValueError, Overloaded) as error:
       self._speaker.show(f'{error}\n')
     except Cancelled:
@@ -157,6 +169,7 @@ class Chat:
     if not line.strip():
       return
     asked = [*self._messages, Message('user', line)]
+    # Chat templates show earlier answers without their thoughts.
     _, answer = split_reasoning(self._speaker.answer(asked))
     # Only now: an answer that is cancelled leaves nothing behind.
     self._messages = [*asked, Message('assistant', answer)]
@@ -165,9 +178,11 @@ class Chat:
     self._messages = [Message('system', self._system)] if self._system else []
     if self._world is None:
       return
+    # What the line leaves out is filled in: the present kind, then task 0.
     kind, number = (words + [self._kind, '0'][len(words) :])[:2]
     if not number.isdigit():
       raise ValueError(f'{number!r} is no number of a task')
+    # Tasks are drawn in order from one seed, so that the last of N + 1 is always the same task N.
     self._task = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')[-1]
     self._kind = kind
     self._session = self._world.session(self._task)
@@ -204,6 +219,7 @@ class Chat:
     text = self._speaker.answer(episode.messages)
     said = len(episode.messages)
     episode.step(text)
+    # The message after those that were there is the answer, which has been shown already.
     for message in episode.messages[said + 1 :]:
       self._speaker.show(f'{message.role}: ', _BOLD)
       self._speaker.show(message.content + '\n')

@@ -30,12 +30,14 @@ class Rollouts:
 
   def __init__(self, scheduler: Scheduler, requests: Sequence[Request], sampling: SamplingParams):
     loop = asyncio.get_running_loop()
+    # The queue crosses from the engine's thread to this event loop. It has no bound, because the
+    # engine must never wait for a slow client.
     self._events = asyncio.Queue()
     self._scheduler = scheduler
     self._open = set(range(len(requests)))
 
     def deliver(place: int, event: Progress | Exception) -> None:
-      # The loop is closed where the server was stopped in the middle of the answer.
+      # The loop is closed if the server was stopped in the middle of the answer.
       with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
@@ -44,8 +46,11 @@ class Rollouts:
   async def __aiter__(self) -> AsyncIterator[tuple[int, Progress]]:
     while self._open:
       place, event = await self._events.get()
+      # Progress that was delivered before the engine saw the cancellation is still in the queue.
       if place not in self._open:
         continue
+      # One failed rollout fails the whole request: an answer with fewer choices than `n` would
+      # mislead.
       if isinstance(event, Exception):
         raise event
       if event.completion is not None:
@@ -53,12 +58,13 @@ class Rollouts:
       yield place, event
 
   def drop(self, place: int) -> None:
-    """Frees the lane of one of them, of which nothing more is wanted."""
+    """Frees the lane of one rollout whose answer is complete."""
     self._open.discard(place)
     self._scheduler.cancel(self._job, place)
 
   def close(self) -> None:
-    """Frees the lanes of all that have not ended."""
+    """Frees the lanes of all rollouts that have not ended."""
+    # Cancelling a job that has ended would only put a useless command on the engine's thread.
     if self._open:
       self._open = set()
       self._scheduler.cancel(self._job)
@@ -91,10 +97,11 @@ class Report:
 
   Attributes:
     stop: strings before which the text ends.
-    logprobs: whether log-probabilities of the sampled tokens.
-    alternatives: tokens to be listed beside each of them.
-    prompt_logprobs: the same of the prompt, in a field of its own; None: not wanted.
-    token_ids: whether the ids of prompt and answer.
+    logprobs: whether the answer lists the log-probabilities of the sampled tokens.
+    alternatives: how many likely tokens are listed beside each sampled token.
+    prompt_logprobs: how many are listed beside each token of the prompt; None: the prompt has no
+      log-probabilities in the answer.
+    token_ids: whether the answer lists the ids of prompt and answer.
     ids_as_tokens: whether log-probabilities name tokens by their ids.
   """
 
@@ -113,7 +120,7 @@ class Choice(abc.ABC):
     index: its place among the choices.
     tokenizer: a transformers tokenizer.
     prompt: token ids.
-    report: what is told beside the text.
+    report: what the answer says beside its text.
   """
 
   def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], report: Report):
@@ -126,7 +133,7 @@ class Choice(abc.ABC):
     self._token_ids: list[int] = []
     self._prompt_scores: PromptScores | None = None
     self._scored: list[Scored] = []
-    # What a piece of the stream has carried.
+    # How much earlier pieces of the stream have carried, so that no piece repeats it.
     self._streamed_scores = 0
     self._streamed_ids = 0
 
@@ -136,23 +143,31 @@ class Choice(abc.ABC):
     return len(self._token_ids)
 
   def take(self, part: Progress) -> list[dict[str, Any]]:
-    """What is new, as entries for `choices` of a stream's pieces; it is kept for `whole` too."""
+    """Returns entries for `choices` of a stream's pieces, and keeps what they say for `whole`."""
     done = part.completion
     self._token_ids += part.tokens.tolist()
     if part.prompt is not None:
       self._prompt_scores = part.prompt
     if self._report.logprobs:
+      # An echoed prompt is listed before the first sampled token, and its scores come but once.
       self._scored += self._opening_scores() if part.prompt is not None else []
       self._scored += _scored(part)
+    # The stop token that ends the turn is sampled and scored like any other, but is no text.
     turn_ended = done is not None and done.finished
     text = self._reader.push(part.tokens[:-1] if turn_ended else part.tokens, last=done is not None)
-    # The engine ends a rollout at a stop string, but for those that special tokens interrupt.
+    # The engine ends a rollout at a stop string, unless special tokens stand inside of it: the
+    # reader leaves those out, and so finds the string in the text.
     stopped = self._reader.stopped or (done is not None and done.stop is not None)
     ended = stopped or done is not None
+    # The last text goes to the subclass before the reason is set, because the calls in it decide
+    # whether the reason is 'stop' or 'tool_calls'.
     pieces = self._more(text, last=ended, cut=ended and not (turn_ended or stopped))
     if ended:
       self.finish_reason = self._reason('stop' if turn_ended or stopped else 'length')
+      # OpenAI's streams carry the reason in a piece of its own, without content.
       pieces.append(self._piece({}))
+    # Text may wait for the rest of a character or of a tag. The scores of its tokens wait with it,
+    # and the next piece that is sent carries them all.
     if pieces and self._report.logprobs:
       pieces[0]['logprobs'] = self._show_logprobs(self._streamed_scores)
       self._streamed_scores = len(self._scored)
@@ -162,34 +177,35 @@ class Choice(abc.ABC):
     return pieces
 
   def opening(self) -> list[dict[str, Any]]:
-    """Entries of a stream's first piece."""
+    """Returns the entries of a stream's first piece."""
+    # The request asks for no alternatives.
     return []
 
   def beside(self) -> dict[str, Any]:
-    """What the whole answer has beside its choices."""
+    """Returns the fields that the whole answer has beside its choices."""
     return {}
 
   @abc.abstractmethod
   def whole(self) -> dict[str, Any]:
-    """The entry of an answer that is not streamed, once it has ended."""
+    """Returns the entry of an answer that is not streamed, once it has ended."""
 
   @abc.abstractmethod
   def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
-    """Entries for a further piece of text; `cut` says that the budget ended with it."""
+    """Returns entries for a further piece of text; `cut` says that the budget ended with it."""
 
   def _reason(self, reason: str) -> str:
     return reason
 
   @abc.abstractmethod
   def _piece(self, content: dict[str, Any]) -> dict[str, Any]:
-    """An entry of a stream's piece with this content."""
+    """Returns an entry of a stream's piece with this content."""
 
   @abc.abstractmethod
   def _show_logprobs(self, start: int) -> dict[str, Any]:
-    """Log-probabilities of the tokens from `start` on, in the form of the request's kind."""
+    """Returns log-probabilities of the tokens from `start` on, as the request's kind has them."""
 
   def _opening_scores(self) -> list[Scored]:
-    """What is listed before the first sampled token."""
+    """Returns the scores that are listed before the first sampled token."""
     return []
 
   def _text(self, token: int) -> str:
@@ -199,7 +215,7 @@ class Choice(abc.ABC):
     return f'token_id:{token}' if self._report.ids_as_tokens else self._text(token)
 
   def _about_answer(self) -> dict[str, Any]:
-    """What the entry of a whole answer has beside its text."""
+    """Returns the fields that the entry of a whole answer has beside its text."""
     found: dict[str, Any] = {'finish_reason': self.finish_reason}
     found['logprobs'] = self._show_logprobs(0) if self._report.logprobs else None
     if self._report.token_ids:
@@ -207,7 +223,7 @@ class Choice(abc.ABC):
     return found
 
   def _about_prompt(self) -> dict[str, Any]:
-    """Its token ids and their log-probabilities, as vLLM has them, where they are wanted."""
+    """Returns the prompt's token ids and log-probabilities in vLLM's fields, if they are wanted."""
     found: dict[str, Any] = {}
     if self._report.token_ids:
       found['prompt_token_ids'] = list(self._prompt)
@@ -217,13 +233,17 @@ class Choice(abc.ABC):
 
   def _prompt_logprobs(self, count: int) -> list[dict[str, Any] | None]:
     """Returns a table by token id for each token of the prompt, None for the first one."""
+    # Nothing predicts the first token of a prompt. vLLM lists it as null, and clients rely on that.
     tables: list[dict[str, Any] | None] = [None]
     ranks = self._prompt_scores.ranks.tolist()
     for one, rank in zip(self._scored_prompt(count)[1:], ranks, strict=True):
       table = {}
+      # Alternatives come in order of probability, so that their rank is their place, counted from
+      # 1.
       for place, (token, logprob) in enumerate(one.top, 1):
+        # JSON has text keys only.
         table[str(token)] = self._prompt_entry(token, logprob, place)
-      # The token itself is listed, likely or not.
+      # The token itself is listed even if it is not among the likeliest.
       table[str(one.token)] = self._prompt_entry(one.token, one.logprob, rank)
       tables.append(table)
     return tables
@@ -234,8 +254,12 @@ class Choice(abc.ABC):
   def _scored_prompt(self, count: int) -> list[Scored]:
     """Returns the prompt's tokens with `count` alternatives each."""
     scores = self._prompt_scores
+    # A request without alternatives has an empty list for each token: `Scored` is then the same
+    # type.
     tops: list[list[tuple[int, float]]] = [[] for _ in scores.logprobs]
     if scores.top is not None and count:
+      # Completions with `echo` may ask for fewer alternatives than prompt_logprobs does. The engine
+      # reports the greater number for both.
       tops = [
         list(zip(tokens[:count], logprobs[:count], strict=True))
         for tokens, logprobs in zip(
@@ -281,8 +305,8 @@ class ReplyForm:
   Attributes:
     specs: the tools that may be called.
     thinking: whether the prompt has opened a block of thoughts.
-    begun: text of the message that the prompt ends with.
-    most_calls: calls that are reported at most; None is all.
+    begun: the beginning of the message (a forced call) that the prompt ends with.
+    most_calls: the most calls that are reported; None reports all.
   """
 
   specs: Sequence[ToolSpec]
@@ -309,14 +333,15 @@ class ChatChoice(Choice):
     self._calls = []
 
   def opening(self) -> list[dict[str, Any]]:
-    """Entries of a stream's first piece: the role."""
+    """Returns the entries of a stream's first piece: the role."""
     return [self._piece({'role': 'assistant', 'content': ''})]
 
   def whole(self) -> dict[str, Any]:
-    """The entry of an answer that is not streamed, once it has ended."""
+    """Returns the entry of an answer that is not streamed, once it has ended."""
     message: dict[str, Any] = {'role': 'assistant', 'content': self._all.content}
     if not self._all.content and (self._calls or not self._parser.answering):
-      # Where the budget ended inside the thoughts, there is no content, not even an empty one.
+      # OpenAI's message has null as its content if it consists of calls. If the budget ended inside
+      # the thoughts, there is no content either, not even an empty one.
       message['content'] = None
     if self._all.reasoning:
       message['reasoning_content'] = self._all.reasoning
@@ -325,10 +350,12 @@ class ChatChoice(Choice):
     return {'index': self.index, 'message': message, **self._about_answer()}
 
   def beside(self) -> dict[str, Any]:
-    """What the whole answer has beside its choices, which share the prompt."""
+    """Returns the prompt's fields, which stand beside the choices because all share the prompt."""
     return self._about_prompt()
 
   def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
+    # A forced call begins in the prompt, where nothing is sampled. The parser needs that beginning
+    # to see the whole call.
     delta = self._parser.push(self._begun + text, last, cut=cut)
     self._begun = ''
     self._all.reasoning += delta.reasoning
@@ -341,9 +368,13 @@ class ChatChoice(Choice):
       }
       for name, arguments in delta.calls
     ]
+    # A stream numbers its calls from 0 on, so that clients can join the pieces of one call. The
+    # whole answer has them without numbers.
     numbered = [{'index': number, **call} for number, call in enumerate(calls, len(self._calls))]
     self._calls += calls
     parts = {'reasoning_content': delta.reasoning, 'content': delta.content, 'tool_calls': numbered}
+    # Thoughts, content and calls go out in pieces of their own, in the order in which a reply has
+    # them.
     return [self._piece({name: value}) for name, value in parts.items() if value]
 
   def _reason(self, reason: str) -> str:
@@ -360,7 +391,7 @@ class ChatChoice(Choice):
   def _show_logprobs(self, start: int) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
       text = self._text(token)
-      # The bytes of a token that holds a part of a character are not known here.
+      # A token that holds a part of a character decodes to U+FFFD, which hides its bytes.
       return {
         'token': self._name(token),
         'logprob': logprob,
@@ -381,8 +412,8 @@ class TextChoice(Choice):
     index: its place among the choices.
     tokenizer: a transformers tokenizer.
     prompt: token ids.
-    report: what is told beside the text.
-    echo: the text of the prompt, where the answer begins with it; None: it does not.
+    report: what the answer says beside its text.
+    echo: the text of the prompt if the answer begins with it; None if it does not.
   """
 
   def __init__(
@@ -399,19 +430,21 @@ class TextChoice(Choice):
     self._begun = False
 
   def take(self, part: Progress) -> list[dict[str, Any]]:
-    """What is new; the first piece tells the prompt, too."""
+    """Returns what is new; the first piece carries the prompt's fields too."""
     pieces = super().take(part)
     if pieces and not self._begun:
       self._begun = True
+      # A completion's choices may have different prompts, so that these fields stand in the choice.
       pieces[0] |= self._about_prompt()
     return pieces
 
   def whole(self) -> dict[str, Any]:
-    """The entry of an answer that is not streamed, once it has ended."""
+    """Returns the entry of an answer that is not streamed, once it has ended."""
     return self._piece(self._said) | self._about_answer() | self._about_prompt()
 
   def _more(self, text: str, last: bool, cut: bool) -> list[dict[str, Any]]:
     del last, cut  # plain text is the same wherever it ends
+    # The prompt's text goes out with the first piece, before anything that was sampled.
     if self._echo is not None and not self._said:
       text = self._echo + text
     self._said += text
@@ -431,6 +464,8 @@ class TextChoice(Choice):
     return self._scored_prompt(self._report.alternatives)
 
   def _show_logprobs(self, start: int) -> dict[str, Any]:
+    # Offsets count characters from the beginning of the text, over all tokens: a stream's piece
+    # does not begin at 0.
     lengths = [len(self._text(one.token)) for one in self._scored]
     offsets = list(itertools.accumulate(lengths, initial=0))[:-1]  # where each token begins
     shown = self._scored[start:]

@@ -20,14 +20,14 @@ T = TypeVar('T')
 class Run:
   """A request on its way: takes progress in and gives the answer out.
 
-  `close` frees what has not ended.
+  `close` frees the lanes of rollouts that have not ended.
 
   Args:
-    telemetry: which counts it.
-    rollouts: of all choices.
-    choices: at least one.
-    head: what the answer, or every piece of it, begins with.
-    prompt_tokens: of all prompts.
+    telemetry: counts tokens and seconds of the request.
+    rollouts: the rollouts of all choices.
+    choices: at least one choice.
+    head: the fields that the answer, or every piece of it, begins with.
+    prompt_tokens: the number of tokens of all prompts.
   """
 
   def __init__(
@@ -43,11 +43,14 @@ class Run:
     self.choices = choices
     self._rollouts = rollouts
     self._prompt_tokens = prompt_tokens
+    # Seconds count from here, where the scheduler has taken the request, and not from its arrival.
     self._began = time.perf_counter()
     self.close = rollouts.close
 
   async def whole(self) -> dict[str, Any]:
     """Waits for the end and returns the answer."""
+    # Each choice keeps what its pieces say, so that a whole answer is made of the same text as a
+    # stream.
     async for _ in self.pieces():
       pass
     return {
@@ -58,7 +61,8 @@ class Run:
     }
 
   async def pieces(self) -> AsyncIterator[list[dict[str, Any]]]:
-    """Entries of `choices` as they come."""
+    """Yields the entries of `choices` as they come."""
+    # Choices of one prompt share its prefill: the prompt counts once, not `n` times.
     self.telemetry.prompt_tokens.inc(self._prompt_tokens)
     first = True
     async for place, part in self._rollouts:
@@ -68,6 +72,8 @@ class Run:
       self.telemetry.completion_tokens.inc(len(part.tokens))
       choice = self.choices[place]
       yield choice.take(part)
+      # The text reader may find a stop string that the engine does not see. The rollout would go on
+      # sampling tokens that no client reads.
       if choice.finish_reason and part.completion is None:
         self._rollouts.drop(place)
     self.telemetry.request_seconds.observe(time.perf_counter() - self._began)
@@ -88,7 +94,10 @@ class EventStream(Response):
   media_type = 'text/event-stream'
 
   def __init__(self, run: Run, usage_wanted: bool, headers: Mapping[str, str]):
+    # A proxy that buffers or caches would hold the pieces back until the answer is complete; nginx
+    # reads X-Accel-Buffering.
     super().__init__(headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no', **headers})
+    # Starlette has set the length of an empty body, and the length of a stream is not known.
     del self.headers['content-length']
     self._run = run
     self._usage_wanted = usage_wanted
@@ -96,10 +105,12 @@ class EventStream(Response):
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Sends the pieces as they come."""
     try:
+      # Only the receiving side tells that a client has gone.
       await while_connected(receive, self._send(send))
     except ClientDisconnect:
       self._run.telemetry.cancelled.inc()
     finally:
+      # Whatever ended the stream, its lanes are free for other requests at once.
       self._run.close()
 
   async def _send(self, send: Send) -> None:
@@ -108,9 +119,13 @@ class EventStream(Response):
       opening = []
       for choice in self._run.choices:
         opening += choice.opening()
+      # Clients learn the role, and the prompt's fields if they are wanted, before the first token
+      # comes.
       await self._send_events(send, opening, self._run.choices[0].beside())
       async for entries in self._run.pieces():
         await self._send_events(send, entries)
+      # OpenAI's clients expect the token counts in a last piece without choices, then the word
+      # [DONE].
       last = (
         _event({**self._run.head, 'choices': [], 'usage': self._run.usage()})
         if self._usage_wanted
@@ -118,7 +133,11 @@ class EventStream(Response):
       )
       await _send_text(send, f'{last}data: [DONE]\n\n')
     except Exception as error:  # pylint: disable=broad-exception-caught
+      # The status line is sent by now. An error can only come as an event, which OpenAI's clients
+      # raise.
       await _send_text(send, _event(describe(error)[1]))
+      # A stopped scheduler is no fault of this request; everything else belongs in the server's
+      # log.
       if not isinstance(error, Stopped):
         raise
     finally:
@@ -127,6 +146,7 @@ class EventStream(Response):
   async def _send_events(
     self, send: Send, entries: list[dict[str, Any]], beside: Mapping[str, Any] | None = None
   ) -> None:
+    # OpenAI's pieces have a null `usage` where the last one will have the counts.
     usage = {'usage': None} if self._usage_wanted else {}
     text = ''
     for entry in entries:
@@ -144,23 +164,27 @@ async def _send_text(send: Send, text: str) -> None:
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-  """The result of the work, which is cancelled where the client goes away first:
+  """Returns the result of the work, and cancels the work if the client goes away first.
 
-  ClientDisconnect.
+  Raises:
+    ClientDisconnect: the client went away first.
   """
   task = asyncio.ensure_future(work)
   gone = asyncio.ensure_future(_disconnected(receive))
   try:
     await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    # If both have ended, the result counts: it is complete.
     if not task.done():
       raise ClientDisconnect()
     return task.result()
   finally:
     task.cancel()
     gone.cancel()
+    # Waiting for both lets their own `finally` blocks run before the caller frees the lanes.
     await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
+  # Rests of the body may still come before the message that says that the client has gone.
   while (await receive())['type'] != 'http.disconnect':
     pass

@@ -28,8 +28,9 @@ class Refusal(Exception):
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | None]:
-  """(status, body, headers) of the answer to an error; one that nobody expected says nothing about
-  itself.
+  """Returns the answer to an error as (status, body, headers).
+
+  The text of an unexpected error goes to the log alone.
   """
   if isinstance(error, RequestError):
     return 400, _body(error, 'invalid_request_error', error.code, error.param), None
@@ -43,15 +44,18 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str] | No
     return 429, _body(error, _TYPES[429], 'rate_limit_exceeded'), RETRY_AFTER
   if isinstance(error, Stopped):
     return 503, _body(error, _TYPES[503], 'stopped'), RETRY_AFTER
-  if isinstance(error, ClientDisconnect):  # nobody reads it, but the count of requests by status
+  # Nobody reads this answer, but requests are counted by its status (499 as in nginx).
+  if isinstance(error, ClientDisconnect):
     return 499, _body('the client went away', 'invalid_request_error'), None
-  if isinstance(error, HTTPException):  # of the router: no such path, no such method
+  # The router raises these: there is no such path, or it has no such method.
+  if isinstance(error, HTTPException):
     return error.status_code, _body(error.detail, 'invalid_request_error'), error.headers
+  # A traceback may name paths and other clients' texts, which no client should see.
   return 500, _body('the server failed to answer; its log says why', 'server_error'), None
 
 
 async def respond(_: Request, error: Exception) -> Response:
-  """As a Starlette exception handler."""
+  """Answers an error; this is a Starlette exception handler."""
   status, body, headers = describe(error)
   return Response(
     content=encode(body), status_code=status, headers=headers, media_type='application/json'
@@ -59,10 +63,13 @@ async def respond(_: Request, error: Exception) -> Response:
 
 
 def encode(record: dict[str, Any]) -> str:
-  """JSON text in ASCII: a model may write halves of surrogate pairs, which no UTF-8 can carry."""
+  """Returns a record as JSON text in ASCII."""
+  # A model may write halves of surrogate pairs. UTF-8 cannot carry them, but JSON's escapes can.
   return json.dumps(record, separators=(',', ':'))
 
 
+# Starlette raises an error that only `Exception` covers again once it is answered, so that the log
+# has its traceback.
 HANDLED = (
   RequestError,
   Refusal,
@@ -71,7 +78,8 @@ HANDLED = (
   ClientDisconnect,
   HTTPException,
   Exception,
-)  # which is logged with its traceback too
+)
+# OpenAI's clients choose their exception class by the status, and show this type to people.
 _TYPES = {
   401: 'authentication_error',
   429: 'rate_limit_error',

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# Of the body itself: who asks, what is kept, how soon, and how it is computed.
+# Hints say who asks, what is kept, how soon the answer is wanted, and how it is computed. The text
+# of an answer is the same without them.
 HINTS = frozenset(
   {
     'cache_salt',
@@ -43,6 +44,7 @@ class Unsupported(NamedTuple):
   advice: str
 
 
+# Each advice names a way to the same end that works with this server.
 _FORM = (
   'the form of an answer would need constrained sampling, which this server does not have; '
   'ask for the form in the messages, or make it the parameters of a tool and force that tool '
@@ -57,7 +59,8 @@ _TEXT_ONLY = 'leave it out; answers are text'
 _ENDS = 'leave it out; an answer ends at the end of the turn, a stop string or max_tokens'
 _PROMPT = 'leave it out; for a prompt of your own, send its token ids to /v1/completions'
 
-# Of both kinds of request.
+# Fields of both kinds of request. Clients send default values without meaning anything by them, so
+# that neutral ones pass. null is never seen here, because `Body` drops it.
 UNSUPPORTED: Mapping[str, Unsupported] = {
   'allowed_token_ids': Unsupported(([],), _RULE),
   'audio': Unsupported((), _TEXT_ONLY),
@@ -104,7 +107,8 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
   'verbosity': Unsupported(('medium',), 'leave it out and ask for it in the messages'),
   'web_search_options': Unsupported((), 'give the search as a tool'),
 }
-# Of chat alone: a completion's prompt is taken as it is.
+# Fields of chat requests alone, which would change how the template renders the messages. The
+# prompt of a completion is taken as it is.
 UNSUPPORTED_IN_CHAT: Mapping[str, Unsupported] = {
   'add_generation_prompt': Unsupported((True,), _PROMPT),
   'add_special_tokens': Unsupported((False,), _PROMPT),

@@ -40,6 +40,8 @@ from dcore_jax.serve.requests import (
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.telemetry import Telemetry
 
+# Requests are counted by these paths. Every other path counts as 'other', or a scanner could make
+# up as many Prometheus series as it likes.
 _PATHS = ('/v1/chat/completions', '/v1/completions', '/v1/models', '/health', '/metrics')
 IGNORED_FIELDS = 'x-ignored-fields'
 _MOST_LOGGED = 256  # names of ignored fields that the log keeps apart
@@ -63,12 +65,12 @@ class Service:
   """The state of one server; `app` is the ASGI application.
 
   Args:
-    scheduler: the engine's.
+    scheduler: runs the engine.
     tokenizer: a transformers tokenizer with a chat template.
     names: what clients may call the model: a name, or several.
     limits: what is refused.
     api_key: what clients must send as bearer token; '' asks for none.
-    folder: of the model: its path is a name, too; None: it has none.
+    folder: the directory of the model, whose path is one of its names too; None if it has none.
   """
 
   def __init__(
@@ -92,8 +94,8 @@ class Service:
     self.under_way = 0  # requests of the API
     self._api_key = api_key.encode()
     self._started = int(time.time())
-    # Templates and tokenizers take a second for megabytes of text; one thread, since tokenizers are
-    # not made for several.
+    # Templates and tokenizers take a second for megabytes of text, which would hold up every stream
+    # of the event loop. There is one thread, since tokenizers are not made for several.
     self._encoder = concurrent.futures.ThreadPoolExecutor(1, 'encoder')
     routes = [
       Route('/v1/chat/completions', self._chat, methods=['POST']),
@@ -113,14 +115,18 @@ class Service:
   @contextlib.asynccontextmanager
   async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
     yield
+    # Closing waits for the engine's present step, during which the loop still sends answers.
     await asyncio.to_thread(self.scheduler.close)
     self._encoder.shutdown()
 
   def refusal(self, scope: Scope) -> Refusal | None:
-    """Why a request of the API is not even read."""
+    """Returns why a request of the API is not even read; None if it is."""
+    # The key comes first, so that a client without it does not learn how busy the server is.
     given = dict(scope['headers']).get(b'authorization', b'')
     scheme, _, key = given.partition(b' ')
     if self._api_key and not (
+      # compare_digest takes the same time for every wrong key, so that none can be guessed byte by
+      # byte.
       scheme.lower() == b'bearer' and hmac.compare_digest(key.strip(), self._api_key)
     ):
       return Refusal(
@@ -136,6 +142,7 @@ class Service:
         code='draining',
         headers={**RETRY_AFTER, 'Connection': 'close'},
       )
+    # The count includes this request: `_Gate` has added it before it asks.
     if self.under_way > self.limits.requests:
       return Refusal(
         status=429,
@@ -148,6 +155,7 @@ class Service:
   # --- what needs no engine -----------------------------------------------------------------------
 
   async def _health(self, _: Request) -> Response:
+    # 503 tells a load balancer to send no more requests here.
     if self.scheduler.failure is not None:
       return JSONResponse({'status': 'failed'}, 503)
     return (
@@ -228,6 +236,8 @@ class Service:
     report = _report(asked, logprobs=asked.logprobs is not None)
 
     def choice(index: int) -> TextChoice:
+      # Choices are numbered through: `n` of the first prompt, then `n` of the second, as OpenAI
+      # does.
       number = index // asked.n
       return TextChoice(index, self.tokenizer, prompts[number], report, texts[number])
 
@@ -237,8 +247,8 @@ class Service:
 
   async def _body(self, request: Request) -> bytes:
     limits = self.limits
-    # Only what a browser asks permission for: pages of other origins cannot use a server on this
-    # machine.
+    # A browser asks the server before it sends this type to another origin, and no answer permits
+    # it. So a page from elsewhere cannot use a server on this machine.
     if (
       request.headers.get('content-type', '').partition(';')[0].strip().lower()
       != 'application/json'
@@ -250,11 +260,14 @@ class Service:
       code='request_too_large',
       headers={'Connection': 'close'},
     )
+    # The declared length spares reading the body. It may be absent or wrong, so that the bytes that
+    # come are counted too.
     declared = request.headers.get('content-length', '0')
     if declared.isdigit() and int(declared) > limits.body_bytes:
       raise too_large
     body = bytearray()
     try:
+      # A client that sends a byte a minute would hold its place among the requests for ever.
       async with asyncio.timeout(limits.body_seconds):
         async for chunk in request.stream():
           body += chunk
@@ -282,6 +295,7 @@ class Service:
     longest = max(map(len, prompts), default=0)
     count = asked.n * len(prompts)
     capacity = self.scheduler.capacity
+    # Everything that can be refused is refused here, before any rollout takes a lane.
     self._check_room(asked, longest, 'messages' if prefix == 'chatcmpl' else 'prompt')
     self._check_stop_ids(asked)
     ignored = self._ignored(asked)
@@ -293,6 +307,8 @@ class Service:
     for number, prompt in enumerate(prompts):
       for sample in range(asked.n):
         rows.append(
+          # The random stream of a choice depends on the seed and its own two numbers, so that the
+          # same request is answered alike whatever else runs.
           rollout_requests.Request(
             prompt,
             (number, sample),
@@ -308,13 +324,13 @@ class Service:
       'model': asked.model,
     }
     choices = list(map(make_choice, range(count)))
-    rollouts = Rollouts(
-      self.scheduler, rows, asked.sampling(self.limits.max_tokens)
-    )  # from here on they run
+    # From here on the rollouts run, and somebody has to close them.
+    rollouts = Rollouts(self.scheduler, rows, asked.sampling(self.limits.max_tokens))
     run = Run(self.telemetry, rollouts, choices, head, sum(map(len, prompts)))
     if asked.stream:
       return EventStream(run, asked.usage_wanted, ignored)
     try:
+      # Without this, a client that gave up would occupy its lanes to the end of the answer.
       answer = await while_connected(request.receive, run.whole())
       return Response(encode(answer), headers=ignored, media_type='application/json')
     except ClientDisconnect:
@@ -324,6 +340,8 @@ class Service:
       run.close()
 
   def _check_stop_ids(self, asked: SamplingRequest) -> None:
+    # Clients send the model's own end tokens here, which need nothing. The engine stops at no
+    # others, and an answer that ran on would break the client's assumption without a word.
     others = set(asked.stop_token_ids) - set(self.scheduler.engine.stop_ids.tolist())
     if others:
       raise RequestError(
@@ -332,19 +350,22 @@ class Service:
       )
 
   def _check_room(self, asked: SamplingRequest, longest: int, prompt_field: str) -> None:
-    """A budget that does not fit is refused: cut, it would end answers early for a reason that no
-    client sees.
+    """Refuses a budget that does not fit.
+
+    A budget that was cut to what fits would end answers early for a reason that no client sees.
     """
     (field, budget) = asked.budget
     room = self.scheduler.engine.max_len
     bound = self.limits.max_tokens
     if budget is not None and budget > bound:
       raise RequestError(f'{field} = {budget}; an answer may have {bound} tokens', field)
+    # Even an answer without a budget needs room for one token.
     if longest + max(budget or 0, 1) > room:
       wanted = f' and {field} = {budget}' if budget else ''
       raise RequestError(
         f'the prompt has {longest} tokens{wanted}; '
         f'prompt and answer together may have {room} tokens',
+        # The field at fault is the prompt if no budget would fit beside it.
         prompt_field if longest >= room else field,
         'context_length_exceeded',
       )
@@ -361,6 +382,7 @@ def _report(asked: ChatCompletionRequest | CompletionRequest, logprobs: bool) ->
   )
 
 
+# A plain ASGI middleware passes the pieces of a stream, and the client's disconnect, straight on.
 class _Gate:
   """The door of the application: who is let in, and how many; counts what is answered."""
 
@@ -373,6 +395,7 @@ class _Gate:
       await self._app(scope, receive, send)
       return
     service = self._service
+    # An application that fails before it sends a status has answered 500 or nothing.
     status = 500
 
     async def watch(message: Message) -> None:
@@ -381,6 +404,7 @@ class _Gate:
         status = message['status']
       await send(message)
 
+    # Health and metrics are answered in every state, also while the server drains.
     api = scope['path'].startswith('/v1/')
     service.under_way += api
     try:

@@ -29,14 +29,18 @@ class Body(pydantic.BaseModel):
   `HINTS` are those that have no effect and are not worth a word.
   """
 
+  # Strict: "5" is no number and 1 is no truth value, so that a client's mistake is named and not
+  # guessed at. Frozen: several choices read the same request.
   model_config = pydantic.ConfigDict(extra='allow', strict=True, frozen=True)
   HINTS: ClassVar[frozenset[str]] = frozenset()
 
   @pydantic.model_validator(mode='before')
   @classmethod
   def _without_nulls(cls, record: Any) -> Any:
+    # Anything that is no object goes on unchanged to pydantic, which says what is wrong with it.
     if not isinstance(record, dict):
       return record
+    # Clients that serialize a data class send null for each field that nobody has set.
     return {name: value for name, value in record.items() if value is not None}
 
   def ignored(self) -> Iterator[str]:
@@ -46,12 +50,14 @@ class Body(pydantic.BaseModel):
         yield name
     for name in type(self).model_fields:
       value = getattr(self, name)
+      # The path has no index, so that the same field of a hundred messages is named once.
       for part in value if isinstance(value, list) else [value]:
         if isinstance(part, Body):
           for inner in part.ignored():
             yield f'{name}.{inner}'
 
 
+# The content of a message may come in parts (OpenAI's form for text beside images).
 class Part(Body):
   """A part of a message's content; images and sound are refused."""
 
@@ -70,6 +76,7 @@ class FunctionCall(Body):
 
   HINTS = frozenset({'parsed_arguments'})
   name: str
+  # OpenAI writes arguments as JSON text; other clients keep the object.
   arguments: str | dict[str, Any] = ''
 
   def record(self) -> dict[str, Any]:
@@ -132,16 +139,20 @@ class ChatMessage(Body):
     """
     content = self.content
     if isinstance(content, list):
+      # Templates of text models read one string.
       content = '\n'.join(part.text or part.refusal for part in content)
-    # A function that returned nothing has null as its result.
+    # A function that returned nothing has null as its result, and an assistant's turn may consist
+    # of calls. The other roles have nothing but their content.
     if self.role in ('user', 'system', 'developer') and content is None:
       raise RequestError(f'a message of role {self.role!r} needs content', 'messages')
     calls = self._calls()
     thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
+    # A template would drop these without a word, and the model would not see them.
     if self.role != 'assistant' and (calls or thoughts):
       raise RequestError(
         f'a message of role {self.role!r} has no tool calls or thoughts', 'messages'
       )
+    # Chat templates know four roles. OpenAI's newer and older names of two of them mean the same.
     role = {'developer': 'system', 'function': 'tool'}.get(self.role, self.role)
     record: dict[str, Any] = {'role': role, 'content': content or self.refusal or ''}
     if self.name is not None:
@@ -155,6 +166,7 @@ class ChatMessage(Body):
     return record
 
   def _calls(self) -> list[dict[str, Any]]:
+    # The older form has one call without an id.
     items = [(call.id, call.function) for call in self.tool_calls or ()]
     if self.function_call:
       items.append(('', self.function_call))
@@ -168,6 +180,8 @@ class Function(Body):
   """
 
   HINTS = frozenset({'cache_control', 'strict'})
+  # A name is printed into prompts and, if the call is forced, into the answer: quotes and line
+  # breaks would break the JSON around it.
   name: Annotated[str, Field(pattern=r'^[\w.-]{1,128}$')]
   description: str = ''
   parameters: dict[str, Any] = Field(default_factory=lambda: {'type': 'object', 'properties': {}})
@@ -175,6 +189,7 @@ class Function(Body):
   @pydantic.field_validator('parameters')
   @classmethod
   def _named_parameters(cls, schema: dict[str, Any]) -> dict[str, Any]:
+    # `ReplyParser` reads the names of positional arguments off `properties`.
     if not isinstance(schema.get('properties', {}), dict):
       raise ValueError('`properties` is no JSON object')
     return schema

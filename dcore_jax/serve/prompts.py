@@ -17,7 +17,8 @@ from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.serve.parts import RequestError
 from dcore_jax.serve.requests import ChatCompletionRequest, CompletionRequest, read_request
 
-# What `apply_chat_template` takes itself: a client may set what the template reads, and no more.
+# `apply_chat_template` takes these options itself (`tokenize`, `chat_template` ...). A client may
+# set what the template reads, and no more.
 _OWN_OPTIONS = frozenset(
   inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
 )
@@ -28,8 +29,8 @@ class PromptReader:
 
   Args:
     tokenizer: a transformers tokenizer with a chat template.
-    vocabulary: tokens that the model knows.
-    check_model: raises where a name is no name of the model.
+    vocabulary: the number of token ids that the model knows.
+    check_model: raises an error if a name is no name of the model.
   """
 
   def __init__(self, tokenizer: Any, vocabulary: int, check_model: Callable[[str], None]):
@@ -38,15 +39,21 @@ class PromptReader:
     self._check_model = check_model
 
   def read_chat(self, body: bytes) -> tuple[ChatCompletionRequest, list[int], bool, str]:
-    """(what is asked, its prompt, whether that has opened the thoughts, what it has begun the
-    answer with).
+    """Reads a chat request.
+
+    Returns:
+      What is asked, the tokens of its prompt, whether the prompt has opened the thoughts, and the
+      beginning of the answer that stands in the prompt.
     """
     asked: ChatCompletionRequest = read_request(ChatCompletionRequest, body)
     self._check_model(asked.model)
     records = [message.record() for message in asked.messages]
+    # Some templates (Llama-3.1's) ask whether tools are none, and not whether the list is empty.
     tools = [{'type': 'function', 'function': spec.to_json()} for spec in asked.specs] or None
     options = asked.template_options
     for name in options:
+      # Jinja ignores a name that the template does not read, so that a misspelt option would change
+      # nothing and nobody would see it.
       if name in _OWN_OPTIONS or name not in template_text(self._tokenizer, tools):
         raise RequestError(
           f'the chat template of {asked.model!r} knows no {name}', 'chat_template_kwargs'
@@ -57,6 +64,7 @@ class PromptReader:
         text, begun = self._begin_call(asked, records, tools)
       else:
         text = render_records(self._tokenizer, records, tools, **options)
+      # Half of a surrogate pair, which JSON's escapes can write, is no text that can be tokenized.
       text.encode()
     except (jinja2.TemplateError, UnicodeError, TypeError) as error:
       raise RequestError(
@@ -77,13 +85,17 @@ class PromptReader:
   def read_completion(
     self, body: bytes
   ) -> tuple[CompletionRequest, list[list[int]], list[str | None]]:
-    """(what is asked, its prompts, the texts that answers begin with)."""
+    """Reads a completion request -> (what is asked, its prompts, the texts of the prompts).
+
+    A text is None where the answer does not begin with its prompt.
+    """
     asked: CompletionRequest = read_request(CompletionRequest, body)
     self._check_model(asked.model)
     vocabulary = self._vocabulary
     prompts = []
     texts: list[str | None] = []
     for prompt in asked.prompts:
+      # An id outside the vocabulary would be looked up at another row, without an error.
       if (
         not prompt
         or not isinstance(prompt, str)
@@ -94,12 +106,14 @@ class PromptReader:
       if isinstance(prompt, str):
         prompt = self._encode_prompt(prompt, asked.add_special_tokens)
       elif asked.echo:
+        # `echo` needs text, also for a prompt of token ids.
         text = self._tokenizer.decode(prompt)
       prompts.append(prompt)
       texts.append(text if asked.echo else None)
     return asked, prompts, texts
 
   def _encode_prompt(self, text: str, special: bool) -> list[int]:
+    # A rendered chat prompt has its special tokens in its text; a completion's text has none.
     return encode_raw(self._tokenizer, text) if special else self._encode(text)
 
   def _encode(self, text: str) -> list[int]:

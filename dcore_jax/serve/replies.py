@@ -44,18 +44,20 @@ class ReplyParser:
   ):
     self.answering = False  # past the thoughts, if there are any
     self.calls = 0  # given out
+    # The order of a tool's parameters in its schema names arguments that stand by their position.
     self._parameters = {tool.name: list(tool.parameters.get('properties', ())) for tool in tools}
     self._most_calls = most_calls
     self._text = ''  # not decided yet
     self._opened = thinking
     self._state = self._start
-    self._blank = True  # nothing of this part was given out yet: white space before it is left out
+    # White space at the beginning of a part is left out; nothing of this part was given out yet.
+    self._blank = True
     self._ended = False
     self._cut = False
     self._block: BlockReader | None = None  # a call in tags whose end has not come yet
 
   def push(self, text: str, last: bool = False, *, cut: bool = False) -> Delta:
-    """What is certain with this text; everything where it is the `last`.
+    """Returns what is certain with this text; everything if it is the `last`.
 
     `cut` says that the turn was not at its end there: a call without its closing tag is then none.
     """
@@ -63,6 +65,7 @@ class ReplyParser:
     self._ended = last
     self._cut = cut
     delta = Delta()
+    # A state may set another one as `self._state`; the loop ends where more text must come.
     while self._state(delta):
       pass
     return delta
@@ -71,12 +74,14 @@ class ReplyParser:
 
   def _start(self, _: Delta) -> bool:
     """White space, then thoughts or the answer."""
+    # Text that may still become the tag waits: '<th' is given out neither as thoughts nor as
+    # content.
     text = self._text.lstrip()
     if text.startswith(OPEN_THOUGHTS):
       self._text = text[len(OPEN_THOUGHTS) :]
       self._state = self._thoughts
     elif self._ended or not OPEN_THOUGHTS.startswith(text):
-      # A prompt that has opened the thoughts is mostly not followed by a second tag.
+      # Models rarely repeat the tag behind a prompt that ends with it.
       if self._opened:
         self._state = self._thoughts
       else:
@@ -93,6 +98,7 @@ class ReplyParser:
       self._text = rest
       self._answer_begins(blank=True)
       return True
+    # Newlines at the end wait too, because they are left out if the closing tag follows.
     certain = thoughts if self._ended else _before(thoughts, CLOSE_THOUGHTS).rstrip('\n')
     delta.reasoning += self._give(certain)
     return False
@@ -100,6 +106,7 @@ class ReplyParser:
   def _answer_begins(self, blank: bool) -> None:
     self._blank = blank
     self.answering = True
+    # Without tools nothing can be called, so that brackets and tags are content.
     self._state = self._bracket if self._parameters else self._plain
 
   def _plain(self, delta: Delta) -> bool:
@@ -110,8 +117,9 @@ class ReplyParser:
     return False
 
   def _bracket(self, delta: Delta) -> bool:
-    """An answer that is one list of calls from bracket to bracket, which only its end can tell; or
-    one that is not.
+    """An answer that is one list of calls from bracket to bracket, or one that is not.
+
+    Only the end of the answer tells which.
     """
     text = self._text.strip()
     if not self._ended and (not text or _PYTHON_START.fullmatch(text)):
@@ -135,6 +143,7 @@ class ReplyParser:
       self._text = self._text.lstrip()
     content, opened, _ = self._text.partition(OPEN_CALL)
     if not opened:
+      # The white space before a possible tag waits: if a call follows, it is no content.
       certain = content if self._ended else _before(content, OPEN_CALL).rstrip()
       delta.content += self._give(certain)
       return False
@@ -154,6 +163,7 @@ class ReplyParser:
       self._text = self._text[block.end :]
       self._blank = True
     else:
+      # A client can act on a whole call alone. What is none is shown as the text that it is.
       delta.content += self._give(self._text[: block.end])
     return True
 
@@ -166,6 +176,7 @@ class ReplyParser:
   def _call(self, delta: Delta, calls: Sequence[ToolCall]) -> bool:
     """Adds calls; False where there are none that can be made."""
     try:
+      # All arguments are named before any call is added: a block counts as a whole or not at all.
       named = [(call.name, self._arguments(call)) for call in calls]
     except ToolCallError:
       return False
@@ -175,7 +186,10 @@ class ReplyParser:
     return bool(named)
 
   def _arguments(self, call: ToolCall) -> str:
-    """As JSON text; what stands by its position gets the name that the tool's spec has there."""
+    """Returns the arguments as JSON text.
+
+    An argument that stands by its position gets the name that the tool's spec has there.
+    """
     names = self._parameters.get(call.name, [])[: len(call.positional)]
     if len(names) < len(call.positional) or set(names) & call.arguments.keys():
       raise ToolCallError(f'{call.name}: its arguments cannot be named')

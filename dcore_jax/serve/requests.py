@@ -18,9 +18,11 @@ from dcore_jax.rollout.sampling import TOP, SamplingParams
 from dcore_jax.serve import fields
 from dcore_jax.serve.parts import Body, ChatMessage, RequestError, Tool
 
-# Each step looks through as many bytes of the text.
+# Each decode step compares the end of every lane's text with all stop strings, so that their number
+# and length are bounded.
 _MOST_STOPS = 16
 _LONGEST_STOP = 256  # bytes
+# All tools are rendered into the prompt, so that their number is bounded too.
 _MOST_TOOLS = 512
 _GREEDY_BELOW = 1e-5  # temperature, as for vLLM
 
@@ -59,6 +61,7 @@ class SamplingRequest(Body):
 
   HINTS = fields.HINTS
 
+  # Bounds stand with the fields, so that pydantic names the field in its error.
   model: str
   max_completion_tokens: int | None = Field(None, ge=0)
   max_tokens: int | None = Field(None, ge=0)
@@ -67,7 +70,9 @@ class SamplingRequest(Body):
   top_k: int = Field(0, ge=-1, lt=2**31)
   min_p: float = Field(0.0, ge=0, le=1)
   n: int = Field(1, ge=1)
+  # Declared after `n`: a validator sees only the fields that stand before its own.
   best_of: int | None = None
+  # Clients send signed or unsigned 64-bit seeds; `sampling` folds both to the same range.
   seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-(2**63), lt=2**64)
   stop: str | list[str] = ()
   stop_token_ids: list[int] = ()
@@ -81,6 +86,7 @@ class SamplingRequest(Body):
   @classmethod
   def _few_short_stops(cls, stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    # An empty stop string would end every answer before its first token.
     if len(stops) > _MOST_STOPS or not all(
       0 < len(text.encode()) <= _LONGEST_STOP for text in stops
     ):
@@ -90,6 +96,7 @@ class SamplingRequest(Body):
   @pydantic.field_validator('best_of')
   @classmethod
   def _all_of_them(cls, best_of: int | None, info: pydantic.ValidationInfo) -> int | None:
+    # Clients may send `best_of` equal to `n`, which asks for nothing more than `n` does.
     if best_of not in (None, info.data.get('n')):
       raise ValueError('answers are not ranked; ask for n and choose yourself')
     return best_of
@@ -109,6 +116,7 @@ class SamplingRequest(Body):
   @property
   def budget(self) -> tuple[str, int | None]:
     """The field that bounds the answer, and its tokens; None: as many as fit."""
+    # OpenAI replaced `max_tokens` by this field, and newer clients may send both.
     if self.max_completion_tokens is not None:
       return 'max_completion_tokens', self.max_completion_tokens
     return 'max_tokens', self.max_tokens
@@ -142,6 +150,7 @@ class SamplingRequest(Body):
     Raises:
       RequestError: with the field and what to do instead.
     """
+    # No type has these fields, so that pydantic keeps them as extra ones.
     for name, value in (self.model_extra or {}).items():
       known = self._unsupported(name)
       if known and value not in known.neutral:
@@ -166,6 +175,7 @@ class SamplingRequest(Body):
 
 
 def _short(value: Any) -> str:
+  # The value stands in an error message, which should stay one readable line.
   text = json.dumps(value)
   return text if len(text) <= 80 else text[:77] + '...'
 
@@ -200,6 +210,7 @@ class ChatCompletionRequest(SamplingRequest):
   @classmethod
   def _of_the_tools(cls, choice: Any, info: pydantic.ValidationInfo) -> Any:
     names = [tool.function.name for tool in info.data.get('tools', ())]
+    # Pydantic has validated `tools` before, which is declared above this field.
     if choice == 'required' and not names:
       raise ValueError('there are no tools to be called')
     if isinstance(choice, ForcedTool) and choice.function.name not in names:
@@ -209,6 +220,7 @@ class ChatCompletionRequest(SamplingRequest):
   @pydantic.field_validator('top_logprobs')
   @classmethod
   def _beside_logprobs(cls, top: int, info: pydantic.ValidationInfo) -> int:
+    # OpenAI refuses this too. Without an error the client would wait for a list that never comes.
     if top and not info.data.get('logprobs'):
       raise ValueError('logprobs is not true')
     return top
@@ -228,17 +240,20 @@ class ChatCompletionRequest(SamplingRequest):
     """The tool that a forced call calls; None leaves the model a choice."""
     if isinstance(self.tool_choice, ForcedTool):
       return self.tool_choice.function.name
+    # With one tool 'required' is as much as its name, and the answer can begin with its arguments.
     return self.tools[0].function.name if len(self.tools) == 1 else None
 
   @property
   def template_options(self) -> dict[str, Any]:
     """What goes to the chat template beside messages and tools."""
+    # An option that is absent leaves the decision to the template's own default.
     beside = {} if self.enable_thinking is None else {'enable_thinking': self.enable_thinking}
     return beside | self.chat_template_kwargs
 
   @property
   def specs(self) -> list[ToolSpec]:
     """The tools that may be called in this answer."""
+    # Neither the prompt nor the parser of the answer gets to know the tools.
     if self.tool_choice == 'none':
       return []
     return [
@@ -273,6 +288,7 @@ class CompletionRequest(SamplingRequest):
   @property
   def scores(self) -> int | None:
     """Alternatives to be reported with each token of the prompt; None: it is not scored."""
+    # One pass scores the prompt for both fields; the larger number of alternatives serves both.
     echoed = self.logprobs if self.echo else None
     wanted = [top for top in (self.prompt_logprobs, echoed) if top is not None]
     return max(wanted, default=None)
@@ -280,6 +296,8 @@ class CompletionRequest(SamplingRequest):
   @property
   def prompts(self) -> list[str | list[int]]:
     """One or more prompts, as texts or token ids."""
+    # A list of numbers is one prompt of token ids, and a list of anything else holds several
+    # prompts.
     one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
     return [self.prompt] if one else list(self.prompt)
 
@@ -300,11 +318,13 @@ def read_request(kind: type[SamplingRequest], body: bytes) -> Any:
   try:
     asked = kind.model_validate_json(body)
   except pydantic.ValidationError as error:
-    problem = max(
-      error.errors(include_url=False), key=lambda one: len(one['loc'])
-    )  # of a union, the member that came furthest
+    # For a union pydantic reports a problem for each of its types. The type that was read deepest
+    # is the one that the client most likely meant.
+    problem = max(error.errors(include_url=False), key=lambda one: len(one['loc']))
     if problem['type'] == 'json_invalid':
       raise RequestError(f'the body is not JSON: {problem["msg"]}') from error
+    # The place names fields and indexes as the client wrote them, without pydantic's names of
+    # types.
     place = '.'.join(
       str(part)
       for part in problem['loc']

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from dcore_jax.rollout.engine import Engine, Progress, Request
 from dcore_jax.rollout.sampling import SamplingParams
 
-Deliver = Callable[
-  [int, Progress | Exception], None
-]  # (which of the job's rollouts, what it drew or why it ends)
+# Takes (which of the job's rollouts, what it drew or why it ends).
+Deliver = Callable[[int, Progress | Exception], None]
 
 
 class Overloaded(Exception):
@@ -33,9 +32,8 @@ class Job:
 
   def __init__(self, deliver: Deliver):
     self.deliver = deliver
-    self.handles: dict[
-      int, int
-    ] = {}  # place in the job -> engine's handle, of those that have not ended
+    # Place in the job -> the engine's handle, for rollouts that have not ended.
+    self.handles: dict[int, int] = {}
 
 
 class Scheduler:
@@ -53,6 +51,8 @@ class Scheduler:
     self.max_waiting = max_waiting
     self.failure: Exception | None = None
     self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    # The lock guards `_in_flight` and `_closed`, which all threads change. All else is touched by
+    # the engine's thread alone.
     self._lock = threading.Lock()
     self._in_flight = 0  # rollouts taken and not ended
     self._closed = False
@@ -85,12 +85,14 @@ class Scheduler:
     with self._lock:
       if self._closed:
         raise Stopped('the engine takes no requests any more') from self.failure
+      # A job is taken whole: with half of its choices waiting outside, it could never be answered.
       if self._in_flight + len(requests) > self.capacity:
         raise Overloaded(
           f'{self._in_flight} rollouts are in flight and {len(requests)} more asked for; '
           f'there is room for {self.capacity}'
         )
       self._in_flight += len(requests)
+      # Inside of the lock, so that the command stands before `_stop` and is surely carried out.
       self._commands.put(functools.partial(self._admit, job, requests, sampling))
     return job
 
@@ -98,6 +100,7 @@ class Scheduler:
     """Frees the lanes of what has not ended yet of a job, or of one of its rollouts; nothing more
     is delivered of it.
     """
+    # The engine is in the midst of a step, perhaps; its own thread cancels between two steps.
     self._commands.put(functools.partial(self._drop, job, place))
 
   def close(self) -> None:
@@ -114,10 +117,13 @@ class Scheduler:
       while self._running:
         self._obey()
         if self._running and self.engine.busy:
+          # One step for all lanes, then the commands again: a new request waits for one step at
+          # most.
           for part in self.engine.step():
             self._report(part)
     except Exception as error:  # pylint: disable=broad-exception-caught
-      self.failure = error  # a donated buffer may be gone: this engine cannot go on
+      # A donated buffer may be gone, so that this engine cannot go on.
+      self.failure = error
       with self._lock:
         self._closed = True
       self._stop()
@@ -125,23 +131,27 @@ class Scheduler:
 
   def _obey(self) -> None:
     """Carries out what was asked for, and waits for it where the engine has nothing to do."""
+    # Blocking here costs no CPU time while nobody asks; `close` sends a command too.
     if not self.engine.busy:
       self._commands.get()()
     while not self._commands.empty():
       self._commands.get()()
 
   def _obey_rest(self) -> None:
-    """What was asked for before `_closed` and not read before the end."""
+    """Carries out what was asked for before `_closed` was set and not read before the end."""
     while not self._commands.empty():
       self._commands.get()()
 
   def _admit(self, job: Job, requests: Sequence[Request], sampling: SamplingParams) -> None:
     for place, request in enumerate(requests):
+      # `close` may come between a job's submission and this: its rollouts still have to be told.
       if self._closed:
         self._end(job, place, self._stopped())
         continue
       try:
         handle = self.engine.submit(request, sampling)
+      # The engine refuses this request, such as one with too long a prompt; the others of the job
+      # go on.
       except ValueError as error:
         self._end(job, place, error)
       else:
@@ -153,12 +163,14 @@ class Scheduler:
     if part.completion is None:
       job.deliver(place, part)
     else:
+      # Forgotten before it is delivered: the receiver may cancel the job at once.
       del self._jobs[part.handle], job.handles[place]
       self._end(job, place, part)
 
   def _drop(self, job: Job, place: int | None) -> None:
     for one in list(job.handles) if place is None else [place]:
-      if one in job.handles:  # else it has ended meanwhile
+      # A rollout that is not there has ended meanwhile.
+      if one in job.handles:
         handle = job.handles.pop(one)
         del self._jobs[handle]
         self._count_down()

@@ -21,6 +21,7 @@ from dcore_jax.rollout.policy import load_policy
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.serve.openai_api import Service
 
+# Tokens of prompt and answer if nobody says otherwise.
 _MAX_LEN = 4096
 _LAST_PORT = 65535
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -28,7 +29,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 @dataclasses.dataclass
 class Model:
-  """What a server or a chat needs of a model; `folder` is where its weights are."""
+  """A model on its engine, as a server or a chat uses it; `folder` is where its weights are."""
 
   folder: pathlib.Path
   engine: Engine
@@ -36,15 +37,16 @@ class Model:
 
   @property
   def name(self) -> str:
-    """What it is called where nobody says otherwise."""
+    """Returns the name that clients use if nobody says otherwise."""
     return self.folder.resolve().name
 
   def summary(self) -> str:
-    """What it takes, for people."""
+    """Returns one line for people about the model's size and the memory of its lanes."""
     config = self.engine.config
     engine = self.engine
     dtype = self.engine.params['embed'].dtype
-    slots = engine.lanes * (engine.max_len + engine.max_new)  # of trunks and of branches
+    # A lane has slots for a trunk (the prompt) and for a branch (the answer).
+    slots = engine.lanes * (engine.max_len + engine.max_new)
     cache = config.kv_bytes_per_token(dtype) * slots
     return (
       f'{config.param_count / 1e6:,.1f} million parameters in {dtype}, '
@@ -92,6 +94,7 @@ def load_model(
   policy = load_policy(ModelSection(path=path), seed=0)
   mesh = None
   if tensor > 1:
+    # Devices beyond `tensor` stay unused: lanes are not split over them.
     mesh = sharding.make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
   engine = Engine(
     policy.load(mesh, DTYPES[dtype]),
@@ -144,7 +147,9 @@ class Server(uvicorn.Server):
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     """Binds, then announces the address."""
+    # The socket has to listen before anybody is told of it.
     await super().startup(sockets)
+    # With port 0 the operating system has chosen one, which only the socket knows.
     host, port, *_ = self.servers[0].sockets[0].getsockname()
     self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
 
@@ -157,12 +162,14 @@ class Server(uvicorn.Server):
       self.force_exit = True
       signal.signal(sig, signal.SIG_DFL)
       signal.raise_signal(sig)
+    # The first signal only sets flags; `on_tick` acts on them from inside of the event loop.
     self._service.draining = True
     self._deadline = min(self._deadline, time.monotonic() + self._drain_seconds)
 
   async def on_tick(self, counter: int) -> bool:
     """Ends the server once it has drained, its time to drain is over, or its engine has failed."""
     service = self._service
+    # uvicorn calls this ten times a second.
     overdue = time.monotonic() > self._deadline
     if overdue and self._closing is None:
       # After the present step the scheduler ends the rollouts that are left, and their requests
@@ -170,6 +177,7 @@ class Server(uvicorn.Server):
       self._closing = asyncio.create_task(asyncio.to_thread(service.scheduler.close))
     closed = self._closing is not None and self._closing.done()
     drained = service.draining and not service.under_way
+    # A failed engine cannot be mended from here: a supervisor has to start a new process.
     if closed or drained or service.scheduler.failure is not None:
       self.should_exit = True
     return await super().on_tick(counter)

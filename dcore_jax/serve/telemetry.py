@@ -8,6 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from dcore_jax.serve.scheduler import Scheduler
 
+# Upper ends of the histograms' buckets in seconds, from a cached prompt to a long answer of
+# thoughts.
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -15,6 +17,8 @@ class Telemetry:
   """Counts of one server; `text` is what /metrics answers."""
 
   def __init__(self, scheduler: Scheduler):
+    # A registry of its own: in prometheus_client's global one a second server in the same process
+    # (as in tests) could not register these names again.
     self._registry = prometheus_client.CollectorRegistry()
     kinds = {'registry': self._registry, 'namespace': 'dcore'}
     self.requests = prometheus_client.Counter(
@@ -38,7 +42,7 @@ class Telemetry:
     self._registry.register(_EngineCollector(scheduler))
 
   def text(self) -> bytes:
-    """All counts as they stand."""
+    """Returns all counts as they stand."""
     return prometheus_client.generate_latest(self._registry)
 
 
@@ -49,7 +53,9 @@ class _EngineCollector:
     self._scheduler = scheduler
 
   def collect(self) -> Iterator[Metric]:
+    # Reading another thread's integers needs no lock: a count may be one step old, but never torn.
     stats = self._scheduler.engine.stats
+    # Every count of EngineStats is exported, also one that is added later.
     for field in dataclasses.fields(stats):
       yield CounterMetricFamily(
         f'dcore_engine_{field.name}', f'{field.name} of EngineStats.', getattr(stats, field.name)
@@ -57,6 +63,7 @@ class _EngineCollector:
     gauges = {
       'lanes': ('Rollouts that can run at once.', self._scheduler.engine.lanes),
       'rollouts_in_flight': ('Rollouts that run or wait.', self._scheduler.in_flight),
+      # Prometheus shows truth values as 0 and 1.
       'up': ('0 once the engine has failed.', self._scheduler.failure is None),
     }
     for name, (meaning, value) in gauges.items():

@@ -35,7 +35,7 @@ class _Keep:
 
   @property
   def best(self) -> int | None:
-    """The step with the highest score, of equal scores the newest."""
+    """Returns the step with the highest score; the newest one of equal scores."""
     return max(self.scores, key=lambda step: (self.scores[step], step), default=None)
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -313,7 +313,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
-  """The leaf as an array that Orbax stores as it is."""
+  """Returns the leaf as an array that Orbax stores without a change."""
   if _is_key(leaf):
     # Typed keys are stored as the integers behind them; the example says how to wrap them again.
     return jax.random.key_data(leaf)
@@ -330,7 +330,7 @@ def _encode(path: str, leaf: Any) -> jax.Array | np.ndarray:
 
 
 def _decode(value: Any, example: Any) -> Any:
-  """The stored array as the kind of leaf that the example is."""
+  """Returns the stored array as a leaf of the example's kind."""
   if _is_key(example):
     return jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(example)))
   if isinstance(example, (jax.Array, jax.ShapeDtypeStruct)):
@@ -343,7 +343,7 @@ def _decode(value: Any, example: Any) -> Any:
 
 
 def _target(example: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-  """What Orbax is asked for: shape and dtype, and for a jax array the sharding."""
+  """Returns what Orbax is asked to read: shape and dtype, and for a jax array the sharding."""
   if _is_key(example):
     data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(example.shape, example.dtype))
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_default_sharding())
@@ -360,7 +360,7 @@ def _default_sharding() -> jax.sharding.Sharding:
 
 
 def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
-  """The checksum of each leaf."""
+  """Returns the checksum of each leaf."""
   sums = {}
   # Grouped by devices: one program cannot read arrays of different device sets.
   groups = collections.defaultdict(dict)

@@ -37,7 +37,7 @@ def _array_sum(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def array_sums(tree: Any) -> Any:
-  """The uint32 sum of each array of a tree; all arrays lie in the memory of the same devices."""
+  """Returns the uint32 sum of each array of a tree; all arrays lie on the same devices."""
   # One program for all arrays: on a CPU with several devices, programs that exchange data at the
   # same time may wait for each other's threads for ever.
   return jax.tree.map(_array_sum, tree)

@@ -30,7 +30,9 @@ class RolloutJournal:
     self._folder = folder
 
   def engine(self, engine: Engine, step: int, wave: int, fingerprint: int) -> 'JournaledEngine':
-    """An engine for one wave: it reads the file of an earlier process, or samples and writes it.
+    """Returns an engine for one wave.
+
+    It reads the file of an earlier process, or samples and writes the file.
 
     A file counts only with the same `fingerprint`, which stands for weights, prompts and sampling
     rules.
@@ -64,14 +66,14 @@ class JournaledEngine:
     sampling: SamplingParams,
     progress: Callable[[int], None] | None = None,
   ) -> list[Completion]:
-    """As `Engine.generate`, which is a loop over `stream` and can run on this one's."""
+    """Does what `Engine.generate` does, which is a loop over `stream` and can run on this one's."""
     # Called unbound: it needs nothing of an engine but `stream`.
     return Engine.generate(self, requests, sampling, progress)
 
   def stream(
     self, source: RequestSource, sampling: SamplingParams
   ) -> Iterator[tuple[Tag, Completion]]:
-    """As `Engine.stream`, from the file if it is there.
+    """Does what `Engine.stream` does, from the file if it is there.
 
     Raises:
       ValueError: stop strings, for which the file has no place.
@@ -133,7 +135,7 @@ class JournaledEngine:
     beside.replace(self._path)
 
   def _read(self) -> dict[tuple[int, ...], Completion] | None:
-    """The completions of the file by key_id; None without a file of this run that can be read."""
+    """Returns the file's completions by key_id; None without a readable file of this run."""
     if not self._path.exists():
       return None
     try:

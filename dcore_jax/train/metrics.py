@@ -25,11 +25,13 @@ class Metrics:
   def __init__(self, workdir: str | os.PathLike):
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / METRICS_FILE
+    # All hosts have the same numbers, and two writers would interleave their lines in one file.
     if not distributed.writes():
       self._file = None
       self._board = None
       return
     self._workdir.mkdir(parents=True, exist_ok=True)
+    # Before the file is opened for appending: the position of the next row is the end of the file.
     _cut_torn_line(self._path)
     self._file = self._path.open('a', encoding='utf-8')
     # Ten seconds instead of TensorBoard's two minutes, so that a run can be watched live.
@@ -44,13 +46,17 @@ class Metrics:
     Raises:
       ValueError: a value is no single number.
     """
+    # Every host converts the values, so that a bad one fails on all of them and not on the first
+    # alone.
     values = {name: _plain_scalar(name, value) for name, value in scalars.items()}
     if not self._file:
       return
     row = {'stage': stage, 'step': int(step), **values}
     self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    # A killed process loses its buffers; a person who watches the run reads the file meanwhile.
     self._file.flush()
     for name, value in values.items():
+      # TensorBoard has no place for null.
       if value is not None:
         self._board.add_scalar(f'{stage}/{name}', value, int(step))
 
@@ -64,6 +70,8 @@ class Metrics:
     kept = [row for row in rows if row['stage'] != stage or row['step'] < step]
     if self._file and len(kept) < len(rows):
       self._file.close()
+      # The file is replaced as a whole: a kill in the midst of it leaves the old rows or the new
+      # ones.
       replace_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
       self._file = self._path.open('a', encoding='utf-8')
     return [row for row in kept if row['stage'] == stage]
@@ -92,6 +100,8 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
   path = pathlib.Path(workdir) / METRICS_FILE
   if not path.exists():
     return []
+  # Split as bytes, because a torn line may end inside of a UTF-8 character. Behind the last newline
+  # stands nothing, or a torn line.
   lines = path.read_bytes().split(b'\n')[:-1]
   rows = []
   for number, line in enumerate(lines, start=1):
@@ -106,7 +116,7 @@ def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[d
 
 
 def _plain_scalar(name: str, value: Any) -> int | float | bool | None:
-  """A number that JSON has; ValueError for anything else."""
+  """Returns a number that JSON has; raises ValueError for anything else."""
   if value is None or isinstance(value, (bool, int)):
     return value
   if isinstance(value, str) or np.size(value) != 1:

@@ -17,8 +17,8 @@ class PromptOrder:
 
   Attributes:
     items: the numbers of the items that are trained on.
-    prompts: items a step.
-    seed: of the order.
+    prompts: the number of items that each step asks.
+    seed: the seed of the order.
 
   Raises:
     ValueError: fewer items than a step asks.
@@ -33,7 +33,7 @@ class PromptOrder:
       raise ValueError(f'{len(self.items)} prompts are too few for batches of {self.prompts}')
 
   def chosen(self, step: int, turn: int = 0) -> list[int]:
-    """The items of one turn of a step.
+    """Returns the items of one turn of a step.
 
     The first turns of an epoch's steps draw without replacement. Further turns, which dynamic
     sampling asks for, draw items that the step has not asked yet, as long as there are any.
@@ -42,17 +42,20 @@ class PromptOrder:
       return self._further(step, turn)
     # Items that do not fill a last batch of the epoch are left out; the next epoch draws anew.
     epoch, place = divmod(step, len(self.items) // self.prompts)
+    # A generator for each epoch, so that no state has to be kept in a checkpoint.
     order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
     return [self.items[i] for i in order[place * self.prompts : (place + 1) * self.prompts]]
 
   def _further(self, step: int, turn: int) -> list[int]:
     asked = set()
+    # Earlier turns are computed anew: the order is a function, and nobody has to remember them.
     for earlier in range(turn):
       asked.update(self.chosen(step, earlier))
     order = np.random.default_rng([self.seed, step, turn]).permutation(len(self.items))
     drawn = [self.items[i] for i in order]
     fresh = [item for item in drawn if item not in asked]
     again = [item for item in drawn if item in asked]
+    # With few items a turn may have to ask some again; they get other random streams by their turn.
     return (fresh + again)[: self.prompts]
 
 
@@ -71,7 +74,7 @@ class Label(NamedTuple):
 
 
 def set_aside(labels: Sequence[Label], count: int, seed: int) -> list[int]:
-  """The numbers of up to `count` held-out items, ascending.
+  """Returns the numbers of up to `count` held-out items, in ascending order.
 
   All items of a task are on one side: a later step or turn shows how an earlier one is answered.
   Every kind of task has one task at least, the smallest first where `count` does not reach for all,
@@ -82,6 +85,7 @@ def set_aside(labels: Sequence[Label], count: int, seed: int) -> list[int]:
   Raises:
     ValueError: more items than there are, or no task with so few.
   """
+  # Asking for more than there is would quietly hold out everything.
   if count > len(labels):
     raise ValueError(f'rl.validation = {count} exceeds the {len(labels)} prompts')
   if not count:
@@ -93,6 +97,7 @@ def set_aside(labels: Sequence[Label], count: int, seed: int) -> list[int]:
     items_by_task[label.task].append(number)
     kind_by_task[label.task] = min(label.kind, kind_by_task.get(label.task, label.kind))
   sizes = {task: len(items) for task, items in items_by_task.items()}
+  # Only tasks and their sizes decide; the items follow their task.
   chosen = _choose_tasks(kind_by_task, sizes, count, seed)
   if not chosen:
     raise ValueError(
@@ -108,8 +113,9 @@ def set_aside(labels: Sequence[Label], count: int, seed: int) -> list[int]:
 def _choose_tasks(
   kind_by_task: Mapping[str, str], sizes: Mapping[str, int], count: int, seed: int
 ) -> list[str]:
-  """Tasks of at most `count` items together, of as many kinds as possible."""
+  """Returns tasks of at most `count` items together, of as many kinds as possible."""
   waiting: dict[str, list[str]] = collections.defaultdict(list)
+  # Ordered by a hash of its own name, a task keeps its place when other tasks come or go.
   for task in sorted(kind_by_task, key=lambda task: _rank(seed, task)):
     waiting[kind_by_task[task]].append(task)
   items = {kind: sum(sizes[task] for task in tasks) for kind, tasks in waiting.items()}
@@ -121,6 +127,7 @@ def _choose_tasks(
 
   def take(kind: str, most: int) -> None:
     nonlocal room
+    # The first task that fits: a large one must not keep smaller ones of its kind out.
     task = next(task for task in waiting[kind] if sizes[task] <= most)
     waiting[kind].remove(task)
     chosen.append(task)
@@ -131,6 +138,7 @@ def _choose_tasks(
   covered = []
   reserved = 0
   for kind in sorted(waiting, key=lambda kind: (smallest[kind], -items[kind], kind)):
+    # The room for the smallest task of each later kind stays reserved while earlier kinds choose.
     if reserved + smallest[kind] <= count:
       covered.append(kind)
       reserved += smallest[kind]
@@ -145,16 +153,17 @@ def _choose_tasks(
         fitting.append(kind)
     if not fitting:
       return chosen
+    # The name of the kind decides between equals, so that the choice does not depend on the order.
     take(max(fitting, key=lambda kind: (lacking[kind], kind)), room)
 
 
 def _rank(seed: int, task: str) -> bytes:
-  """Puts the tasks of a kind into an order that no other task has a part in."""
+  """Returns a task's place in an order that does not depend on other tasks."""
   return hashlib.sha256(f'{seed}/{task}'.encode()).digest()
 
 
 def training_order(kinds: Sequence[str], held_out: Sequence[int]) -> list[int]:
-  """The items that are not held out, kind by kind in the order in which kinds first occur."""
+  """Returns the items that are not held out, kind by kind in the order of first occurrence."""
   aside = set(held_out)
   members = collections.defaultdict(list)
   for number, kind in enumerate(kinds):

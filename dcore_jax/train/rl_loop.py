@@ -48,7 +48,7 @@ class Position:
     reference: sum over the bits of the reference policy. It is what the stage starts from, which
       stays where it is, and is not stored again.
     alpha: weight of the entropy, which may have been adapted.
-    seconds: that the run has taken, all processes together.
+    seconds: the time that the run has taken, all processes together.
     before: `rollout_metrics` of the held-out prompts before the first step; None without any.
     after: the same at the newest checkpoint.
     prompts_before: `prompt_means` behind them.
@@ -65,15 +65,17 @@ class Position:
   prompts_after: dict[str, list[float]] | None = None
 
   def resumed(self, stored: dict[str, Any], folder: str) -> 'Position':
-    """The stored position, if it is of the same prompts and reference as this one.
+    """Returns the stored position if it belongs to the same prompts and reference as this one.
 
     Raises:
-      ValueError: it is of others.
+      ValueError: it belongs to others.
     """
     position = Position(**stored)
     different = []
+    # Prompts that are held out now may have been trained on by the run that was stored.
     if position.prompts != self.prompts:
       different.append('prompts')
+    # The KL term against another reference policy would be another objective.
     if position.reference != self.reference:
       different.append('reference')
     if different:
@@ -89,7 +91,7 @@ class Position:
   def differences(
     self, tasks: Sequence[str], reward_bounds: tuple[float, float]
   ) -> dict[str, dict[str, Any]] | None:
-    """`paired_difference` of each of the prompt means; None without held-out prompts.
+    """Returns `paired_difference` of each of the prompt means; None without held-out prompts.
 
     Args:
       tasks: the task of each held-out prompt. Tasks are the units, because what makes one step of a
@@ -98,6 +100,7 @@ class Position:
     """
     if not self.prompts_after:
       return None
+    # The number of reflections has no largest value, and so no bounds.
     bounds = {'reward': reward_bounds, 'right_fraction': (0.0, 1.0)}
     result = {}
     for name, before in self.prompts_before.items():
@@ -118,7 +121,7 @@ class _Times(NamedTuple):
 def _step_row(
   batch: RolloutBatch, update: Update, engine: Engine, peak: float, times: _Times
 ) -> dict[str, float]:
-  """The row of a step; waits until the device is done with it.
+  """Returns the row of a step; waits until the device is done with the step.
 
   `peak` is the operations a second that MFU refers to.
   """
@@ -126,6 +129,7 @@ def _step_row(
   seconds = update.ended - times.began
   tokens = 0
   for rollout in batch.rollouts:
+    # Sampled tokens alone count: prompts are read, and not written, by the policy.
     tokens += sum(len(completion.tokens) for _, completion in rollout.exchanges)
   return row | {
     'seconds_rollout': times.sampled - times.began,
@@ -145,6 +149,7 @@ class _RowWriter:
     self._engine = engine
     self._bar = bar
     self._peak = peak
+    # One thread, so that rows come in the order of their steps.
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
   def submit(
@@ -167,6 +172,7 @@ class _RowWriter:
     return self
 
   def __exit__(self, *_) -> None:
+    # Waits for the last row, which a run must not end without.
     self._thread.shutdown()
 
 
@@ -183,8 +189,8 @@ def run_rl(
   """Trains by (DA-)GRPO; resumes from the newest checkpoint.
 
   Args:
-    params: of the policy to start from; donated. The KL term is against a frozen copy of them.
-    policy: their model and tokenizer.
+    params: the weights to start from; donated. The KL term is against a frozen copy of them.
+    policy: the model and tokenizer of these weights.
     source: what is asked, and how answers are judged.
     config: section `rl`; `dcore_jax.config` says what each field means.
     run: its metrics get a row a step as stage 'rl', and a row a checkpoint as 'validation'. The
@@ -221,13 +227,16 @@ def run_rl(
   journal = RolloutJournal(run.checkpoints / 'rollouts')
   sampler = Sampler(engine, source, order, config, journal)
   learner = Learner(policy, engine, source, config, execution)
+  # Made before the first update, which donates `params`: the copy costs memory only if it is read.
   reference = Reference(params, execution) if config.kl_coefficient else None
+  # The sum over the bits is what a checkpoint stores of the reference, whose weights it leaves out.
   position = Position(prompts=prompts, reference=int(tree_sum(params)), alpha=config.alpha)
   state = init_state(params, learner.programs.tx, offload='optimizer' in execution.offload)
   with (
     Checkpoints(run.checkpoints / STATE) as saved,
     progress(total=config.steps, description=config.estimator) as bar,
   ):
+    # A run without a checkpoint begins here.
     start = 0
     opened = time.monotonic()
     found = saved.restore(state)
@@ -235,9 +244,11 @@ def run_rl(
       state, stored, start = found
       position = position.resumed(stored, str(run.checkpoints))
       learner.alpha = position.alpha
+      # The engine was made with the weights that the stage starts from.
       engine.update(state.params)
       bar.initial = start
       bar.n = start
+    # A resumed run has measured this before its first step, and reads it from the checkpoint.
     elif held_out:
       position.measure(sampler, held_out)
       position.before = position.after
@@ -256,8 +267,10 @@ def run_rl(
         judged = time.monotonic()
         if waiting:
           # Alpha of this step follows from the numbers of the one before, also in a resumed run.
-          ended, row = waiting.result()  # long done: these rollouts needed its weights
+          # That row is long done, because these rollouts needed the weights of its step.
+          ended, row = waiting.result()
           learner.adapt_alpha(row)
+        # Dispatches and returns: the device works on while the next rollouts are asked for.
         state, update = learner.update(state, reference, sampled.batch)
         # A step is timed from the end of the one before: what overlaps counts once.
         times = _Times(began=ended, sampled=judged - sampled.judging, judged=judged)
@@ -275,7 +288,10 @@ def run_rl(
           _write_validation(run, step, position, change['reward'])
         position.seconds = seconds_before + time.monotonic() - opened
         position.alpha = learner.alpha
+        # Checkpoints keep the best step by this number; without held-out prompts no step is the
+        # best.
         score = position.after['reward'] if position.after else None
+        # A checkpoint is named by the next step, with which a resumed run goes on.
         saved.save(step + 1, state, dataclasses.asdict(position), score=score)
         _forget_rollouts(journal, saved)
         ended = time.monotonic()
@@ -300,6 +316,7 @@ def run_rl(
 
 def _write_validation(run: StageRun, step: int, position: Position, change: dict[str, Any]) -> None:
   """Writes the row of a checkpoint; `change` is the paired difference of its reward."""
+  # One task alone has no interval.
   low, high = change['interval'] or (None, None)
   run.metrics.write(
     'validation',

@@ -18,12 +18,15 @@ from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.train.sources import RolloutSource
 
-_GSPO_CLIP = 0.05  # a hundred times the published ones
+# GSPO's published clips are about a hundred times smaller. Its ratio is a mean over the tokens of a
+# response, which stays close to 1.
+_GSPO_CLIP = 0.05
 
 
 def policy_loss(config: RlSection) -> objectives.PolicyLoss:
-  """What section `rl` minimises."""
+  """Returns the loss that section `rl` minimises."""
   return objectives.PolicyLoss(
+    # Passed by name, one by one: a field that is renamed on either side is an error at once.
     objective=config.objective,
     clip_low=config.clip_low,
     clip_high=config.clip_high,
@@ -40,7 +43,7 @@ def policy_loss(config: RlSection) -> objectives.PolicyLoss:
 
 
 def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
-  """The advantage estimator that `rl.estimator` names, with the options of the section.
+  """Returns the advantage estimator that `rl.estimator` names, with the options of the section.
 
   An option that only an estimator from outside this package knows keeps its default.
 
@@ -51,6 +54,7 @@ def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
   return advantages.make_estimator(
     config.estimator,
     {
+      # An estimator takes those of these options that it knows.
       'alpha': alpha,
       'delta': config.delta,
       'zero_test': config.zero_test,
@@ -62,7 +66,7 @@ def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
 
 
 def next_alpha(config: RlSection, alpha: float, measured: float) -> float:
-  """`advantages.adapted_alpha` with the section's target, rate and bounds."""
+  """Returns `advantages.adapted_alpha` with the section's target, rate and bounds."""
   return advantages.adapted_alpha(
     alpha,
     measured,
@@ -74,7 +78,7 @@ def next_alpha(config: RlSection, alpha: float, measured: float) -> float:
 
 
 def length_penalty(config: RlSection, lengths: np.ndarray) -> np.ndarray:
-  """`advantages.overlong_penalty` of responses with these numbers of tokens."""
+  """Returns `advantages.overlong_penalty` of responses with these numbers of tokens."""
   return advantages.overlong_penalty(
     lengths,
     max_tokens=config.max_tokens,
@@ -84,21 +88,24 @@ def length_penalty(config: RlSection, lengths: np.ndarray) -> np.ndarray:
 
 
 def sampling_params(config: RlSection, seed: int) -> SamplingParams:
-  """How rollouts are drawn."""
+  """Returns how rollouts are drawn."""
+  # Nothing is truncated (top_p, top_k): the trainer computes probabilities over the whole
+  # vocabulary, and ratios against truncated ones would be biased.
   return SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
 
 
 def rows_multiple(config: RlSection, longest_prompt: int, response: int) -> int:
-  """Rows that a mini-batch comes in multiples of, so that all steps have one shape.
+  """Returns the number of rows that a mini-batch comes in multiples of: all steps have one shape.
 
   As many rows as rollouts of full length fill. Where packing leaves gaps, the next multiple is
   taken; micro-batches that stay empty are skipped on the device.
 
   Args:
     config: section `rl`.
-    longest_prompt: tokens.
-    response: tokens that a rollout has at most, all its responses together.
+    longest_prompt: the tokens of the longest prompt.
+    response: the most tokens that a rollout has, all its responses together.
   """
+  # A group stores its prompt once (`tokentree`), and each of its rollouts a response.
   tokens = config.prompts // config.updates * (longest_prompt + config.group * response)
   return config.rows * math.ceil(tokens / (config.rows * config.capacity))
 
@@ -113,7 +120,7 @@ class OptimizerOptions:
   clip: float
 
   def make(self) -> optax.GradientTransformation:
-    """AdamW with these options."""
+    """Returns AdamW with these options."""
     return optimizer.make_optimizer(
       'adamw',
       self.learning_rate,
@@ -124,12 +131,18 @@ class OptimizerOptions:
 
 
 def optimizer_options(config: RlSection) -> OptimizerOptions:
-  """How section `rl` updates; its learning rate rises over `rl.warmup_steps` and then stays."""
+  """Returns the optimizer of section `rl`.
+
+  The learning rate rises over `rl.warmup_steps` and then stays.
+  """
+  # Without warm-up the rate is the same at every step.
   schedule = optimizer.Schedule()
   if config.warmup_steps and config.steps:
     # Every rollout batch has `updates` optimizer steps.
     schedule = optimizer.Schedule(
-      warmup=config.warmup_steps / config.steps, total_steps=config.steps * config.updates
+      # The optimizer's schedule takes the share of its steps in which the rate rises.
+      warmup=config.warmup_steps / config.steps,
+      total_steps=config.steps * config.updates,
     )
   return OptimizerOptions(
     learning_rate=config.learning_rate,
@@ -146,6 +159,7 @@ def check_options(config: RlSection, engine: Engine, source: RolloutSource) -> N
     ValueError: naming a field whose value means nothing, or sizes that do not fit each other.
   """
   check_section(config)
+  # Each device takes the same number of rows of a micro-batch.
   if config.rows % sharding.shards():
     raise ValueError(
       f'rl.rows = {config.rows} do not divide over the {sharding.shards()} devices that split rows'
@@ -162,6 +176,7 @@ def check_section(config: RlSection) -> None:
     ValueError: naming a field whose value means nothing, or fields that exclude each other.
   """
   overrides.check_ranges(config, RlSection, 'rl.')
+  # A group stays in one mini-batch, so that mini-batches hold equally many groups.
   if config.prompts % config.updates:
     raise ValueError(
       f'rl.prompts = {config.prompts} does not divide into rl.updates = {config.updates}'
@@ -171,6 +186,7 @@ def check_section(config: RlSection) -> None:
       f'rl.warmup_steps = {config.warmup_steps} exceeds rl.steps = {config.steps}: the learning '
       'rate would never come up to rl.learning_rate'
     )
+  # The loss checks its own options when it is made.
   policy_loss(config)
   _check_companions(config)
   # Options of functions are checked by the functions themselves, on the smallest input they take.
@@ -178,6 +194,7 @@ def check_section(config: RlSection) -> None:
   nothing_PGT = np.zeros((1, 2, 1))
   make_estimator(config, config.alpha)(nothing_PG, nothing_PGT, nothing_PGT)
   advantages.select_groups(nothing_PG, 1, uniform_share=config.uniform_share)
+  # The buffer is the last part of the longest response, in which the penalty grows.
   if config.overlong_buffer > config.max_tokens:
     raise ValueError(
       f'rl.overlong_buffer = {config.overlong_buffer} exceeds rl.max_tokens = '
@@ -193,9 +210,11 @@ def _check_companions(config: RlSection) -> None:
     ValueError: GSPO with clips at which no ratio of sequences is ever clipped.
   """
   if config.preset:
-    return  # what differs from it was set by somebody
+    # A preset has set the companions; what differs from it was set by a person.
+    return
   for field, name in (('objective', config.objective), ('estimator', config.estimator)):
     preset = RL_PRESETS.get(name, {})
+    # A preset of the same name that does not set this field says nothing about its companions.
     if preset.get(field) != name:
       continue
     missing = []
@@ -206,7 +225,7 @@ def _check_companions(config: RlSection) -> None:
     if not missing:
       continue
     message = f'rl.{field} = {name!r} usually goes with {", ".join(missing)}'
-    # The mean log ratio of a sequence moves by 1e-4 a step.
+    # The mean log ratio of a sequence moves by about 1e-4 in a step.
     if name == 'gspo' and max(config.clip_low, config.clip_high) > _GSPO_CLIP:
       raise ValueError(
         f'{message}; at these clips no sequence is ever clipped. Set them, or '
@@ -220,6 +239,7 @@ def _check_alpha(config: RlSection) -> None:
     raise ValueError(
       f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'"
     )
+  # Called for its checks of target, rate and bounds alone; the result is not used.
   if config.alpha_measure:
     next_alpha(config, config.alpha, math.nan)
   about_psi = config.alpha_measure or config.psi_words
@@ -241,6 +261,7 @@ def _check_sizes(config: RlSection, engine: Engine, source: RolloutSource) -> No
   longest = engine.max_len
   if source.responses == 1:
     response = min(config.max_tokens, engine.max_new)
+    # A packed row holds whole rollouts, prompt and responses together.
     longest = min(longest, source.longest_prompt + response)
   if longest > config.capacity:
     raise ValueError(

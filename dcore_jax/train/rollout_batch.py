@@ -20,9 +20,9 @@ class Rollout(NamedTuple):
   """One attempt at an item.
 
   Attributes:
-    exchanges: prompt and response of each turn, as token ids.
+    exchanges: the prompt and the response of each turn, as token ids.
     texts: the responses as texts.
-    outcome: a world's verdict, where a world judged it.
+    outcome: a world's verdict; None if no world judged the rollout.
   """
 
   exchanges: list[Exchange]
@@ -35,8 +35,8 @@ class RolloutBatch:
   """P x G rollouts of one policy with their rewards, prompt by prompt.
 
   Attributes:
-    kinds: P names of what the items are.
-    rollouts: P x G, the groups one after the other.
+    kinds: P names, the kind of each item.
+    rollouts: P x G rollouts, the groups one after the other.
     total_PG: the reward that is learned from.
     format_PG: the part of it for the form of the answer.
     correctness_PG: the part for its content.
@@ -51,7 +51,7 @@ class RolloutBatch:
   right_PG: np.ndarray
 
   def of(self, first: int, last: int) -> list[Rollout]:
-    """The rollouts of the prompts first .. last - 1."""
+    """Returns the rollouts of the prompts first .. last - 1."""
     group = self.total_PG.shape[1]
     return self.rollouts[first * group : last * group]
 
@@ -61,6 +61,7 @@ def take_groups(batches: Sequence[RolloutBatch], groups: Sequence[int]) -> Rollo
 
   All batches have equally many rollouts in each group.
   """
+  # Python lists, because rollouts are objects; the arrays of all batches are joined below.
   kinds = []
   rollouts_by_group = []
   for batch in batches:
@@ -86,16 +87,23 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
   A group has zero variance where its rewards are exactly equal; a rollout alone in its group where
   its reward is 0 (`advantages.uniform_groups`).
   """
+  # The same test as the estimators', so that the reported share is that of groups without gradient.
   zero_P = advantages.uniform_groups(batch.total_PG)[:, 0]
+  # Equal rewards may also lie between right and wrong; such groups are in neither share.
   all_right_P = zero_P & batch.right_PG.all(axis=1)
   all_wrong_P = zero_P & ~batch.right_PG.any(axis=1)
+  # An episode has several responses, and one that ended at once has none: means below are over
+  # responses, not over rollouts.
   exchanges = []
   texts = []
   for rollout in batch.rollouts:
     exchanges += rollout.exchanges
     texts += rollout.texts
   lengths = np.array([len(completion.tokens) for _, completion in exchanges])
+  # The share of answers that the token budget cut off, which say nothing about right or wrong.
   unfinished = [not completion.finished for _, completion in exchanges]
+  # Two lists of words are counted: LOGGED_WORDS, and the default one, which measures lazy
+  # reasoning.
   logged_words = [count_reflections(text, LOGGED_WORDS) for text in texts]
   lazy_words = [count_reflections(text) for text in texts]
   row = {
@@ -111,11 +119,13 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
     'response_tokens': float(lengths.mean()),
     'response_tokens_max': int(lengths.max()),
     'prompt_tokens': float(np.mean([len(prompt) for prompt, _ in exchanges])),
+    # 1 for single prompts, and the mean number of responses for episodes.
     'responses': len(exchanges) / len(batch.rollouts),
     'unfinished': float(np.mean(unfinished)),
   }
   by_kind = collections.defaultdict(list)
   for kind, rewards_G in zip(batch.kinds, batch.total_PG, strict=True):
+    # Groups have equal sizes, so that the mean of their means is the mean over all rollouts.
     by_kind[kind].append(rewards_G.mean())
   for kind, means in by_kind.items():
     row[f'reward_{kind}'] = float(np.mean(means))
@@ -139,5 +149,6 @@ def prompt_means(batch: RolloutBatch) -> dict[str, list[float]]:
   }
   means = {}
   for name, values_PG in values_by_name.items():
+    # In float64, so that the difference of two nearly equal means keeps its digits.
     means[name] = values_PG.mean(axis=1, dtype=np.float64).tolist()
   return means

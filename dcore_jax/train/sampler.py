@@ -33,7 +33,7 @@ class SampledStep(NamedTuple):
   Attributes:
     batch: the scored groups.
     judging: seconds that scoring took.
-    asked: figures of all groups that were asked, where some were left out.
+    asked: figures of all groups that were asked, if some were left out; else none.
   """
 
   batch: RolloutBatch
@@ -65,6 +65,7 @@ class Sampler:
     self._order = order
     self._config = config
     self._journal = journal
+    # One seed for order and sampling: a run is repeated by one number.
     self._sampling = sampling_params(config, order.seed)
 
   def step(self, step: int) -> SampledStep:
@@ -92,6 +93,7 @@ class Sampler:
       )
       if len(kept) == config.prompts:
         break
+    # All rounds are used up, or there are enough groups: the filling is then empty.
     others = np.setdiff1d(np.arange(len(rewards_PG)), kept)
     filling = others[: config.prompts - len(kept)]
     asked = {
@@ -103,7 +105,7 @@ class Sampler:
     return SampledStep(batch=batch, judging=judging, asked=asked)
 
   def _penalised(self, batch: RolloutBatch) -> RolloutBatch:
-    """With DAPO's penalty for responses that come close to the limit, where the config asks for it.
+    """Adds DAPO's penalty for responses that come close to the limit, if the config asks for it.
 
     The longest response of a rollout counts.
     """
@@ -111,9 +113,11 @@ class Sampler:
       return batch
     lengths = []
     for rollout in batch.rollouts:
+      # An episode whose first prompt was too long has no response, and no penalty.
       own = [len(completion.tokens) for _, completion in rollout.exchanges]
       lengths.append(max(own, default=0))
     penalty = length_penalty(self._config, np.array(lengths)).astype(np.float32)
+    # Only the reward that is learned from changes; format, correctness and right stay measurements.
     total_PG = batch.total_PG + penalty.reshape(batch.total_PG.shape)
     return dataclasses.replace(batch, total_PG=total_PG)
 
@@ -131,12 +135,17 @@ class Sampler:
       engine = self._engine
       if self._journal:
         engine = self._journaled(step, waves_before + first // wave, items, weights)
+      # Items are numbered over all turns of the step, so that a further turn has streams of its
+      # own.
       places = range(turn * len(chosen) + first, turn * len(chosen) + first + len(items))
       rollouts += self._sample(engine, items, step, places)
     return rollouts
 
   def _journaled(self, step: int, wave: int, items: list[int], weights: int) -> JournaledEngine:
-    """The engine behind a wave's journal. What rollouts depend on is the file's fingerprint."""
+    """Returns the engine behind a wave's journal.
+
+    The file's fingerprint is made of all that rollouts depend on.
+    """
     origin = (
       weights,
       self._source.fingerprint,
@@ -150,7 +159,7 @@ class Sampler:
     return self._journal.engine(self._engine, step, wave, fingerprint)
 
   def measured(self, items: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(`rollout_metrics`, `prompt_means`) of held-out items, from the same streams every time.
+    """Returns (`rollout_metrics`, `prompt_means`) of held-out items, from the same streams always.
 
     The stream of an item is its own, whichever others are held out.
     """
@@ -163,6 +172,7 @@ class Sampler:
         stream = (stream + 1) % 2**32
       taken.add(stream)
       streams.append(stream)
+    # Without the length penalty: measurements compare policies by the task's own reward.
     batch = self._source.judge(items, self._sample(self._engine, items, _MEASURED, streams))
     return rollout_metrics(batch), prompt_means(batch)
 
@@ -173,10 +183,11 @@ class Sampler:
     step: int,
     streams: Sequence[int],
   ) -> list[Rollout]:
-    """A group of each item; `streams` number the items among those of the step."""
+    """Samples a group of each item; `streams` number the items among those of the step."""
     repeated = []
     keys = []
     for item, stream in zip(items, streams, strict=True):
+      # The rollouts of a group stand side by side, so that the engine computes their prompt once.
       for g in range(self._config.group):
         repeated.append(item)
         # A random stream is named by what is asked, so that waves and lanes do not matter.

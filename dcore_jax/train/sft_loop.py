@@ -178,7 +178,7 @@ def _make_batches(
 
 
 def _optimizer(config: SftSection, steps: int) -> optax.GradientTransformation:
-  """The section's optimizer, whose learning rate falls along a cosine over all steps."""
+  """Returns the section's optimizer, whose learning rate falls along a cosine over all steps."""
   return make_optimizer(
     config.optimizer,
     config.learning_rate,
@@ -208,6 +208,6 @@ def _fingerprint(tree: TokenTree) -> int:
 
 
 def _finite_mean(losses: Sequence[float]) -> float | None:
-  """The mean of the finite losses, None without any: a skipped step may have none."""
+  """Returns the mean of the finite losses; None without any, since a skipped step may have none."""
   finite = [loss for loss in losses if math.isfinite(loss)]
   return float(np.mean(finite)) if finite else None

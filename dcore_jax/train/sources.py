@@ -37,8 +37,8 @@ class RolloutSource(Protocol):
     reward_bounds: the least and the largest reward of a rollout.
     fingerprint: tells whether a checkpoint was made from the same items.
     longest_prompt: tokens of the longest first prompt.
-    responses: responses that a rollout has at most, or as many as are usual; the number that shapes
-      are compiled for.
+    responses: the most responses that a rollout has, or as many as are usual; shapes are compiled
+      for this number.
   """
 
   kinds: list[str]
@@ -82,7 +82,7 @@ class Prompt:
 def encode_prompts(
   tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: int
 ) -> tuple[list[Prompt], int]:
-  """(prompts of at most `max_tokens` tokens, number of those dropped for being longer)."""
+  """Returns (prompts of at most `max_tokens` tokens, number of prompts dropped as longer)."""
   prompts = []
   for point in points:
     text = render_prompt(tokenizer, list(point.messages))
@@ -94,7 +94,7 @@ def encode_prompts(
 
 
 def opening(point: DecisionPoint) -> str:
-  """A digest of how a task begins: its prompt up to the end of the first request.
+  """Returns a digest of how a task begins: its prompt up to the end of the first request.
 
   The later steps and turns of a dialogue all begin with it.
   """
@@ -109,7 +109,7 @@ def opening(point: DecisionPoint) -> str:
 
 
 def _labels(prompts: Sequence[Prompt]) -> list[Label]:
-  """The tasks of decision points; one that names no task is told by how it begins."""
+  """Returns the labels of decision points; one that names no task is known by how it begins."""
   tasks = [prompt.point.task or opening(prompt.point) for prompt in prompts]
   kinds = collections.defaultdict(set)
   for task, prompt in zip(tasks, prompts, strict=True):
@@ -140,15 +140,18 @@ class Questions:
     self._tokenizer = tokenizer
     self._prompts = prompts
     self._reward = reward
+    # Rewards are reported by the kind of the point, which is finer than the kind of its task.
     self.kinds = [prompt.point.kind for prompt in prompts]
     self.labels = _labels(prompts)
     self.reward_bounds = rewards.BOUNDS
     self.responses = 1
     self.longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
+    # Prompt and reference both shape the rewards: a run with other references is another run.
     contents = [prompt.tokens.tobytes() + prompt.point.reference.encode() for prompt in prompts]
     self.fingerprint = zlib.crc32(b'\n'.join(contents))
     references = [prompt.point.reference for prompt in prompts]
-    # What the reference itself would earn, by which an answer counts as right.
+    # An answer counts as right if it earns what the reference itself would earn. The reference gets
+    # empty thoughts, because rewards read whole answers.
     answers = [f'<think>\n \n</think>\n\n{reference}' for reference in references]
     best = rewards.batch_reward(reward, answers, references)
     self._best = np.asarray(best.correctness)
@@ -162,8 +165,10 @@ class Questions:
   ) -> list[Rollout]:
     """Answers each chosen decision point once."""
     prompts = [self._prompts[index].tokens for index in chosen]
+    # The engine computes the prompt of a group once, since its requests hold equal tokens.
     requests = [Request(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
     completions = engine.generate(requests, sampling)
+    # Rewards read text, in which special tokens would be words that the model did not mean.
     texts = self._tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     rollouts = []
     for index, completion, text in zip(chosen, completions, texts, strict=True):
@@ -178,6 +183,7 @@ class Questions:
     G = len(rollouts) // P
     references = []
     for index in chosen:
+      # The rollouts of an item stand side by side.
       references += [self._prompts[index].point.reference] * G
     texts = [rollout.texts[0] for rollout in rollouts]
     reward = rewards.batch_reward(self._reward, texts, references, whole=True)
@@ -188,6 +194,7 @@ class Questions:
       total_PG=np.asarray(reward.total).reshape(P, G),
       format_PG=np.asarray(reward.format).reshape(P, G),
       correctness_PG=correctness_PG,
+      # Exact: the same function has computed both numbers from texts.
       right_PG=correctness_PG == self._best[list(chosen), None],
     )
 
@@ -198,7 +205,8 @@ class Questions:
 def short_tasks(
   tokenizer: Any, world: World, tasks: Sequence[Any], max_tokens: int
 ) -> tuple[list[Any], int]:
-  """(tasks whose first prompt has at most `max_tokens` tokens, number of those dropped)."""
+  """Returns (tasks whose first prompt has at most `max_tokens` tokens, number of tasks dropped)."""
+  # Later prompts of an episode grow with its answers, and are not known yet.
   short = [task for task in tasks if _first_prompt_tokens(tokenizer, world, task) <= max_tokens]
   return short, len(tasks) - len(short)
 
@@ -222,14 +230,17 @@ class Episodes:
     self._tasks = tasks
     self.kinds = [task.kind for task in tasks]
     self.labels = [
-      Label(task=task.id, kind=task.kind, stream=zlib.crc32(task.id.encode())) for task in tasks
+      # The stream follows from the task's name alone, whichever other tasks there are.
+      Label(task=task.id, kind=task.kind, stream=zlib.crc32(task.id.encode()))
+      for task in tasks
     ]
+    # The range of ToolRL's correctness reward, which `state_reward` keeps.
     self.reward_bounds = (-3.0, 3.0)
     # A response for each call, and one that ends each turn.
     self.responses = max((task.steps + len(task.turns) for task in tasks), default=1)
     lengths = [_first_prompt_tokens(tokenizer, world, task) for task in tasks]
     self.longest_prompt = max(lengths, default=0)
-    # Tasks are drawn from a seed: their names say all.
+    # Tasks are drawn from a seed, so that their names identify them.
     self.fingerprint = zlib.crc32('\n'.join(task.id for task in tasks).encode())
 
   def sample(
@@ -242,6 +253,7 @@ class Episodes:
     """Acts each chosen task out once."""
     tasks = [self._tasks[index] for index in chosen]
     rollouts = []
+    # The world answers between the turns, so that an episode is several requests to the engine.
     for acted in act(engine, self._tokenizer, self._world, tasks, sampling, keys=keys):
       rollouts.append(Rollout(exchanges=acted.exchanges, texts=acted.texts, outcome=acted.outcome))
     return rollouts
@@ -251,6 +263,7 @@ class Episodes:
     P = len(chosen)
     G = len(rollouts) // P
     scored = [rewards.state_reward(rollout.texts, rollout.outcome.correct) for rollout in rollouts]
+    # float32, as advantages are computed in it.
     format_PG = np.array([reward.format for reward in scored], np.float32).reshape(P, G)
     correctness_PG = np.array([reward.correctness for reward in scored], np.float32).reshape(P, G)
     return RolloutBatch(

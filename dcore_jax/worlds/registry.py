@@ -16,6 +16,7 @@ from dcore_jax.worlds.bfcl_world import BfclWorld
 from dcore_jax.worlds.environment import Sandbox, World
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
+# Filled by `register_world`, at the end of this module for the package's own worlds.
 WORLDS: dict[str, type[World]] = {}
 
 
@@ -41,6 +42,7 @@ def register_world(name: str) -> Callable[[type[World]], type[World]]:
   """
 
   def enter(world: type[World]) -> type[World]:
+    # A module that is imported twice registers the same class again, which is no error.
     known = WORLDS.setdefault(name, world)
     if known is not world:
       raise ValueError(f'the world {name!r} is already {known.__module__}.{known.__qualname__}')
@@ -50,7 +52,7 @@ def register_world(name: str) -> Callable[[type[World]], type[World]]:
 
 
 def find_world(name: str) -> type[World]:
-  """The class of a world.
+  """Returns the class of a world.
 
   Raises:
     ValueError: no world has this name.
@@ -61,7 +63,7 @@ def find_world(name: str) -> type[World]:
 
 
 def make_world(section: WorldSection) -> World:
-  """The world that a config's section `world` asks for.
+  """Returns the world that a config's section `world` asks for.
 
   Raises:
     ValueError: an unknown name, an option that the world does not take or whose value is wrong, or
@@ -70,6 +72,7 @@ def make_world(section: WorldSection) -> World:
   world = find_world(section.name)
   options = dict(section.options)
   try:
+    # Binding first tells a wrong option from a TypeError that the world itself raises.
     inspect.signature(world).bind(max_subtasks=section.max_subtasks, **options)
   except TypeError as error:
     raise ValueError(f'world.options of {section.name!r}: {error}') from error
@@ -84,16 +87,18 @@ def check_kinds(field: str, counts: Mapping[str, int], world: World) -> None:
       there are.
   """
   kinds = list(world.kinds)
+  # A misspelt kind would otherwise be a kind without tasks.
   unknown = [kind for kind in counts if kind not in kinds]
   if unknown:
     raise ValueError(f'{field}: the world has no kind {unknown}; it has {kinds}')
+  # 0 has to be written down: a kind that is left out may have been forgotten.
   lacking = [kind for kind in kinds if kind not in counts]
   if lacking:
     raise ValueError(f'{field}: no number of tasks of kind {lacking}; the world has {kinds}')
 
 
 def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
-  """A world with its default options and a kind of its tasks, as a person names them.
+  """Returns a world with its default options and a kind of its tasks, as a person names them.
 
   Args:
     name: a name of WORLDS, or 'none'.
@@ -116,7 +121,7 @@ def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
 
 
 def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
-  """A fresh sandbox of a record {'name': world, ...}, as a seed carries it.
+  """Returns a fresh sandbox of a record {'name': world, ...}, as a seed carries it.
 
   Raises:
     ValueError: an unknown world, one that is not installed, or a record that lacks an entry.
@@ -124,9 +129,12 @@ def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
   name = record.get('name')
   try:
     return find_world(name).open_sandbox(record)
+  # Seeds come from files, so that a missing entry is a person's mistake and not a fault of the
+  # program.
   except KeyError as error:
     raise ValueError(f'a world {name!r} needs {error}') from error
 
 
+# Registered here and not where they are defined: a program that imports the registry knows both.
 register_world('toolworld')(ToolWorld)
 register_world('bfcl')(BfclWorld)
