@@ -16,7 +16,7 @@ from dcore_jax.data.seed_sources import load_seeds
 from dcore_jax.organism.tokenizer import build_tokenizer
 from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout.requests import Completion, Progress
-from dcore_jax.serve.answers import ChatChoice, ReplyForm
+from dcore_jax.serve.answers import ChatChoice, ReplyForm, Report
 
 SPEC = {
   'name': 'get_weather',
@@ -377,7 +377,15 @@ def test_what_the_server_answers_can_be_trained_on(style, tokenizer):
   said = {'python': PYTHON, 'hermes': 'Let me look.\n' + HERMES}[style]
   text = '<think>\nWhich city?\n</think>\n\n' + said
   form = ReplyForm(specs=[ToolSpec(**SPEC)], thinking=False, begun='', most_calls=None)
-  choice = ChatChoice(0, tokenizer, [], False, form)
+  report = Report(
+    stop=(),
+    logprobs=False,
+    alternatives=0,
+    prompt_logprobs=None,
+    token_ids=False,
+    ids_as_tokens=False,
+  )
+  choice = ChatChoice(0, tokenizer, [], report, form)
   tokens = tokenizer(text + '<|im_end|>', add_special_tokens=False)['input_ids']
   tokens = np.array(tokens, np.int32)
   scores = np.zeros(len(tokens), np.float32)
