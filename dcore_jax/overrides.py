@@ -131,15 +131,21 @@ def differences(
   return found
 
 
-def describe(config: Any, prefix: str = '') -> Iterator[str]:
-  """Yields one line for each field, 'rl.alpha = 0.1: what it means', sections with a heading."""
+def describe(config: Any, prefix: str = '', free: bool = False) -> Iterator[str]:
+  """Yields one line for each field, 'rl.alpha = 0.1: what it means', sections with a heading.
+
+  A field that may change between two starts of a run is marked. `free` says so of all fields.
+  """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
+    may_change = free or field.metadata.get('free', False)
     if dataclasses.is_dataclass(value):
       yield f'[{prefix}{field.name}] {field.metadata["doc"]}'
-      yield from describe(value, f'{prefix}{field.name}.')
+      # A section that is free makes all of its fields free.
+      yield from describe(value, f'{prefix}{field.name}.', may_change)
     else:
-      yield f'{prefix}{field.name} = {value!r}: {field.metadata["doc"]}'
+      mark = ' (may change)' if may_change else ''
+      yield f'{prefix}{field.name} = {value!r}{mark}: {field.metadata["doc"]}'
 
 
 def _overlay(defaults: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:

@@ -81,6 +81,7 @@ def test_every_field_is_described():
   lines = list(overrides.describe(RunConfig()))
   assert sum(line.startswith('rl.alpha = 0.1: ') for line in lines) == 1
   assert all(line.rpartition(': ')[2] and 'None' not in line for line in lines)
+  assert any(line.startswith('distill.concurrency = 64 (may change): ') for line in lines)
   assert 'rl.alpha = 0.1: ' in config._help()
 
 
