@@ -245,7 +245,7 @@ def save_checkpoint(
   try:
     _together(start if leader else nothing)
     _together(lambda: _write_files(partial, files, tensors, params, jnp.dtype(dtype)))
-    _together((lambda: _swap_in(partial, target)) if leader else nothing)
+    _together((lambda: swap_in(partial, target)) if leader else nothing)
   except BaseException:
     if leader:
       shutil.rmtree(partial, ignore_errors=True)
@@ -543,7 +543,7 @@ def _tokenizer_files(tokenizer_dir: str | pathlib.Path | None) -> list[pathlib.P
   return files
 
 
-def _swap_in(partial: pathlib.Path, target: pathlib.Path) -> None:
+def swap_in(partial: pathlib.Path, target: pathlib.Path) -> None:
   """Puts the complete directory in its place; what was there is removed last."""
   replaced = target.parent / f'.{target.name}.replaced'
   shutil.rmtree(replaced, ignore_errors=True)
