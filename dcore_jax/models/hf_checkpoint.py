@@ -260,7 +260,7 @@ def save_checkpoint(
     # it, and must be complete before it is put in place.
     _together(start if leader else nothing)
     _together(lambda: _write_files(partial, files, tensors, params, jnp.dtype(dtype)))
-    _together((lambda: _swap_in(partial, target)) if leader else nothing)
+    _together((lambda: swap_in(partial, target)) if leader else nothing)
   except BaseException:
     if leader:
       shutil.rmtree(partial, ignore_errors=True)
@@ -571,7 +571,7 @@ def _tokenizer_files(tokenizer_dir: str | pathlib.Path | None) -> list[pathlib.P
   return files
 
 
-def _swap_in(partial: pathlib.Path, target: pathlib.Path) -> None:
+def swap_in(partial: pathlib.Path, target: pathlib.Path) -> None:
   """Puts the complete directory in its place; what was there is removed last."""
   # A directory cannot be replaced in one step: the old one steps aside and comes back if renaming
   # fails.
