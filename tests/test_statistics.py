@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from dcore_jax.statistics import (
   RUNS,
+  bootstrap_difference,
+  change_probability,
   estimate_mean,
   estimate_share,
   format_estimate,
@@ -180,3 +182,42 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
   assert all(share > 0.935 for share in shares.values()), shares
   # A rare change is covered more often than it need be; the others as they say.
   assert all(share < 0.98 for name, share in shares.items() if name != 'rare change'), shares
+
+
+@pytest.mark.parametrize(
+  'gained, lost, probability',
+  [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 2 / 32), (5, 0, 2 / 32), (1, 3, 10 / 16), (2, 8, 112 / 1024)],
+)
+def test_the_probability_of_a_change_is_that_of_coins(gained, lost, probability):
+  assert change_probability(gained, lost) == pytest.approx(probability)
+
+
+def test_no_probability_of_negative_counts():
+  with pytest.raises(ValueError, match='-1 gained'):
+    change_probability(-1, 2)
+
+
+def test_bootstrap_intervals_hold_the_truth_and_know_their_units():
+  rng = np.random.default_rng(1)
+  hits = {'long tails': 0, 'clusters': 0}
+  draws = 200
+  owners = np.repeat(np.arange(30), 3).astype(str).tolist()
+  for _ in range(draws):
+    # Lengths of thoughts: most are short, and a few are very long.
+    before, after = rng.exponential(size=(2, 80)) * 100
+    hits['long tails'] += _covers(bootstrap_difference(before, after), 0)
+    shift = np.repeat(rng.normal(size=30), 3) + 0.1 * rng.normal(size=90)
+    hits['clusters'] += _covers(bootstrap_difference(np.zeros(90), shift, clusters=owners), 0)
+  # Three standard errors of a share of 200 around 95 %.
+  assert all(0.9 <= hit / draws <= 1 for hit in hits.values()), hits
+
+
+def test_bootstrap_intervals_repeat_and_need_a_spread():
+  before, after = np.arange(12.0), np.arange(12.0) ** 1.5
+  found = bootstrap_difference(before, after)
+  assert found == bootstrap_difference(before, after)
+  assert found['difference'] == paired_difference(before, after)['difference']
+  assert found['interval'] != bootstrap_difference(before, after, seed=1)['interval']
+  assert bootstrap_difference([1], [3])['interval'] is None
+  # Equal changes have no samples that differ: their interval is that of what was not seen.
+  assert bootstrap_difference([1, 2], [2, 3]) == paired_difference([1, 2], [2, 3])

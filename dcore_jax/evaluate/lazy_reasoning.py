@@ -108,7 +108,7 @@ def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
   results = []
   failed = set()
   for where, row in _rows(path):
-    if 'id' in row and _inference_failed(row):
+    if 'id' in row and inference_failed(row):
       # An endpoint that fell silent says nothing about reasoning: such items are no lazy ones.
       failed.add(row['id'])
       continue
@@ -124,7 +124,7 @@ def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
   return results, failed
 
 
-def _inference_failed(row: dict[str, Any]) -> bool:
+def inference_failed(row: dict[str, Any]) -> bool:
   """Says whether a row holds an error in the place of an answer."""
   # A row with reasoning was answered, even if its result begins with the word 'error'.
   if row.get('reasoning_content') is not None:
@@ -168,13 +168,18 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   for number, line in enumerate(decode_utf8(path.read_bytes(), str(path)).split('\n'), 1):
     if not line.strip():
       continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f'{path}:{number}: not JSON: {error}') from error
-    if not isinstance(row, dict):
-      raise ValueError(f'{path}:{number}: expected an object, got {type(row).__name__}')
-    yield f'{path}:{number}', row
+    yield f'{path}:{number}', parse_row(line, f'{path}:{number}')
+
+
+def parse_row(line: str, where: str) -> dict[str, Any]:
+  """Parses a line of a BFCL file; raises ValueError with `where` if it is no JSON object."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{where}: not JSON: {error}') from error
+  if not isinstance(row, dict):
+    raise ValueError(f'{where}: expected an object, got {type(row).__name__}')
+  return row
 
 
 def _texts(content: Any) -> Iterator[str]:

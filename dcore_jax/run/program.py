@@ -9,10 +9,13 @@ from absl import app, flags, logging
 from dcore_jax.run import config
 
 
-def run(main: Callable[..., Any], commands: Sequence[str] = ()) -> None:
+def run(
+  main: Callable[..., Any], commands: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> None:
   """Parses the flags and calls `main`, which takes no arguments: all of a program's are flags.
 
-  With `commands` the command line also names one of them, which `main` is called with.
+  With `commands` the command line also names one of them, which `main` is called with. With
+  `arguments`, the names of what stands on it beside the flags, `main` is called with these words.
 
   A `ValueError` or `OSError` is a person's mistake, a file that is not there, or an endpoint that
   stays away: its text goes to stderr in one line, and the exit status is 1. Anything else is a
@@ -23,7 +26,9 @@ def run(main: Callable[..., Any], commands: Sequence[str] = ()) -> None:
     words = argv[1:]
     if commands and (len(words) != 1 or words[0] not in commands):
       raise app.UsageError(f'expected one of {list(commands)} and flags, got {words}')
-    if words and not commands:
+    if arguments and len(words) != len(arguments):
+      raise app.UsageError(f'expected {" ".join(arguments)} and flags, got {words}')
+    if words and not commands and not arguments:
       raise app.UsageError(f'unexpected arguments: {words}')
     # orbax logs dozens of lines for each checkpoint.
     logging.set_verbosity(logging.WARNING)
