@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import ml_collections
 import pytest
@@ -203,3 +204,11 @@ def test_differences_name_fields_and_both_values():
     "sft.files: was [], is ['a.jsonl']",
     'rl.alpha: was 0.4, is 0.1',
   ]
+
+
+def test_an_override_of_an_entry_that_there_is_not_is_named_by_its_path(monkeypatch):
+  arguments = ['train', '--config.sft.epochs=2', '--config.distill.tasks.singel=3']
+  monkeypatch.setattr(sys, 'argv', arguments)
+  with pytest.raises(SystemExit) as ended, config.one_line_errors():
+    config.default_config().lock().distill.tasks.singel = 3
+  assert str(ended.value).startswith("error: config: unknown field 'distill.tasks.singel'; known")
