@@ -54,8 +54,11 @@ def claim(
   """
   record = json.loads(json.dumps(mine))  # tuples as lists, as they come back from the file
   if path.exists():
+    theirs = read_json(path)
+    if not isinstance(theirs, dict):
+      raise ValueError(f'{str(path)!r} holds no JSON object: it is not the record of a run')
     compared = {name: value for name, value in record.items() if name not in free}
-    different = differences(defaults or {}, read_json(path), compared)
+    different = differences(defaults or {}, theirs, compared)
     if different:
       raise ValueError(
         f'{str(path.parent)!r} {complaint} {"; ".join(different)}; name another --workdir'

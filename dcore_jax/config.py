@@ -24,6 +24,12 @@ STAGES = (
 )
 
 
+# Counts are numbers of 32 bits where arrays are made of them.
+_LARGEST_COUNT = 2**31 - 1
+# Logits that are divided by less overflow, and 0/0 in one lane would end the engine.
+_LEAST_TEMPERATURE = 1e-5
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
   """The numbers that a field may hold; all of them are finite.
@@ -46,6 +52,8 @@ class Range:
       return 'must be finite'
     if value in self.also:
       return ''
+    if self.most is None and isinstance(value, int) and value > _LARGEST_COUNT:
+      return f'must be at most {_LARGEST_COUNT}'
     held = self.least is None or value >= self.least
     held &= self.most is None or value <= self.most
     held &= self.above is None or value > self.above
@@ -187,7 +195,12 @@ class EvaluateSection:
   """Held-out tasks, acted out before, between and after the training stages."""
 
   tasks: int = _option(128, 'Tasks of each kind.', least=1)
-  temperature: float = _option(0.6, "Qwen3's recommendation for thinking.", least=0)
+  temperature: float = _option(
+    0.6,
+    "Qwen3's recommendation for thinking; 0 takes the likeliest token.",
+    least=_LEAST_TEMPERATURE,
+    also=(0,),
+  )
   max_tokens: int = _option(512, 'Tokens of a response.', least=1)
 
 
@@ -247,7 +260,12 @@ class DistillSection:
     'calls', "'calls', or 'state': whatever leaves the same state, where a world executes calls."
   )
   max_chars: int = _option(200_000, 'Characters of a row.', least=1)
-  temperature: float = _option(0.6, 'Sampling temperature.', least=0)
+  temperature: float = _option(
+    0.6,
+    'Sampling temperature; 0 takes the likeliest token.',
+    least=_LEAST_TEMPERATURE,
+    also=(0,),
+  )
   top_p: float = _option(
     1.0, 'Nucleus of the sampled distribution; 1 is all of it.', above=0, most=1
   )
@@ -502,7 +520,7 @@ class RlSection:
   importance_cap: float = _option(
     0.0, 'Above 0, tokens weigh min(old policy / rollout engine, cap).', least=0
   )
-  temperature: float = _option(1.0, 'Sampling temperature of rollouts.', above=0)
+  temperature: float = _option(1.0, 'Sampling temperature of rollouts.', least=_LEAST_TEMPERATURE)
   max_prompt_tokens: int = _option(
     8192, 'Longer prompts (first prompts of episodes) are dropped and counted.', least=1
   )

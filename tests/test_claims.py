@@ -149,3 +149,11 @@ def test_a_file_is_no_folder(tmp_path):
   (tmp_path / 'runs').write_text('')
   with pytest.raises(ValueError, match='runs. is a file'), hold(tmp_path / 'runs'):
     pass
+
+
+@pytest.mark.parametrize('held', ['[]', '3', 'null', '"text"'])
+def test_a_record_that_is_no_object_is_named(tmp_path, held):
+  path = tmp_path / 'config.json'
+  path.write_text(held)
+  with pytest.raises(ValueError, match=r'config\.json. holds no JSON object'):
+    claim(path, {'seed': 0}, 'was begun with other')

@@ -17,6 +17,7 @@ from dcore_jax.models.config import DecoderConfig
 _EMBED = 'model.embed_tokens.weight'
 _HEAD = 'lm_head.weight'
 _ADAPTER_FILES = ('adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin')
+_LFS_POINTER = b'version https://git-lfs'
 # Buffers that older versions of transformers stored, once a layer or once for all of them. The
 # tables of cosines and sines follow from the frequencies and the positions.
 _ROTARY_BUFFER = re.compile(
@@ -31,10 +32,11 @@ def check_folder(path: pathlib.Path) -> None:
   A directory that lacks its config.json, or that is not there, is left to whoever reads it.
 
   Raises:
-    ValueError: a file, GGUF weights alone, a LoRA adapter, or weights that are a pickle.
+    ValueError: a file, GGUF weights alone, a LoRA adapter, weights that are a pickle, or files that
+      Git LFS has not fetched.
   """
   if path.is_file():
-    if path.suffix == '.gguf' or path.open('rb').read(4) == b'GGUF':
+    if path.suffix == '.gguf' or _begins_with(path, b'GGUF'):
       raise ValueError(_gguf(path))
     raise ValueError(
       f'{path} is a file; a model is the Hugging Face directory that holds its config.json and '
@@ -49,17 +51,27 @@ def check_folder(path: pathlib.Path) -> None:
       'base model first (peft: `model.merge_and_unload().save_pretrained(DIR)`) and give that '
       'directory'
     )
+  for file in [*sorted(path.glob('*.safetensors')), path / 'tokenizer.json']:
+    if file.is_file() and _begins_with(file, _LFS_POINTER):
+      raise ValueError(
+        f'{file} is a pointer of Git LFS, and not the file itself: run `git lfs pull` in {path}'
+      )
   if any(path.glob('*.safetensors')) or not path.is_dir():
     return
   found = sorted(path.glob('*.gguf'))
   if found:
     raise ValueError(_gguf(found[0]))
-  pickles = sorted(path.glob('pytorch_model*.bin'))
+  pickles = sorted([*path.glob('pytorch_model*.bin'), *path.glob('*.pth'), *path.glob('*.pt')])
   if pickles:
     raise ValueError(
       f'{pickles[0]} is a pickle, which is never read here: convert it first (transformers: '
       '`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)` writes safetensors)'
     )
+
+
+def _begins_with(path: pathlib.Path, mark: bytes) -> bool:
+  with path.open('rb') as file:
+    return file.read(len(mark)) == mark
 
 
 def _gguf(path: pathlib.Path) -> str:

@@ -7,6 +7,7 @@ T query tokens, S key positions.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -87,10 +88,11 @@ _FAMILIES = {
   ),
 }
 _REQUIRED = {
-  'hidden_act': ('silu',),
+  'hidden_act': ('silu', 'swish'),
   'attention_dropout': (0, None),
   'is_encoder_decoder': (False, None),
   'partial_rotary_factor': (1, None),
+  'rope_interleaved': (False, None),
   # What only models of other kinds have, and older versions of transformers wrote into every file.
   'add_cross_attention': (False, None),
   'cross_attention_hidden_size': (None,),
@@ -125,15 +127,19 @@ _DESCRIPTIVE = frozenset(
     'unk_token_id',
     # What the model was made from, for how long a text, and where.
     'base_model',
+    'is_llama_config',
     'license',
     'max_sequence_length',
     'model_max_length',
     'model_name',
     'model_name_or_path',
     'name_or_path',
+    'transformers.js_config',
     'trl_version',
   }
 )
+# Where the programs that round weights to few bits say how they did it.
+_QUANTISED = ('quantization_config', 'quantization', 'compression_config')
 # transformers keeps fields with an underscore for itself; in our families none of them computes
 # anything. Unsloth marks the files that it wrote.
 _DESCRIPTIVE_PREFIXES = ('_', 'unsloth_')
@@ -170,7 +176,7 @@ class RopeScaling:
   original_max_position_embeddings: int | None = None
 
   def __post_init__(self):
-    if self.rope_type not in _ROPE_FIELDS:
+    if not isinstance(self.rope_type, str) or self.rope_type not in _ROPE_FIELDS:
       raise ValueError(
         f'rope_type {self.rope_type!r} is not supported, only {sorted(_ROPE_FIELDS)}'
       )
@@ -181,7 +187,7 @@ class RopeScaling:
         if value is not None:
           raise ValueError(f'{self.rope_type} rope scaling does not read {field.name}={value!r}')
       # True is an int in Python, and would count as the factor 1.
-      elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+      elif not _is_number(value) or value <= 0:
         raise ValueError(
           f'{field.name} of {self.rope_type} rope scaling must be a positive number, got {value!r}'
         )
@@ -239,16 +245,18 @@ class DecoderConfig:
     if self.model_type not in _FAMILIES:
       raise ValueError(f'model_type {self.model_type!r} is not supported, only {sorted(_FAMILIES)}')
     # Configs come from files that people edit, so that each number is checked here once.
-    for name, kinds in {
-      **dict.fromkeys(_SIZES, int),
-      'rope_theta': (int, float),
-      'rms_norm_eps': (int, float),
-    }.items():
+    for name in (*_SIZES, 'rope_theta', 'rms_norm_eps'):
       value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+      whole = name in _SIZES
+      if not (_is_integer(value) if whole else _is_number(value)) or value <= 0:
         raise ValueError(
-          f'{name} must be a positive {"integer" if kinds is int else "number"}, got {value!r}'
+          f'{name} must be a positive {"integer" if whole else "number"}, got {value!r}'
         )
+    if not _is_number(self.initializer_range) or self.initializer_range < 0:
+      raise ValueError(
+        f'initializer_range must be a number of at least 0, got {self.initializer_range!r}'
+      )
+    self._check_token_ids()
     # The text 'false' would count as true.
     if not isinstance(self.tie_word_embeddings, bool):
       raise ValueError(
@@ -263,6 +271,14 @@ class DecoderConfig:
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even: rotary embedding turns pairs')
 
+  def _check_token_ids(self) -> None:
+    for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+      value = getattr(self, name)
+      several = value if name == 'eos_token_id' and isinstance(value, tuple) else (value,)
+      # -1 is how early Llama conversions write that there is no such token.
+      if not all(one is None or (_is_integer(one) and one >= -1) for one in several):
+        raise ValueError(f'{name} must be a token id, got {value!r}')
+
   @classmethod
   def from_hf(cls, record: dict[str, Any]) -> 'DecoderConfig':
     """Reads the contents of a `config.json`.
@@ -273,11 +289,12 @@ class DecoderConfig:
     Raises:
       ValueError: names every field whose meaning would be ignored, and those that are missing.
     """
-    family = _FAMILIES.get(record.get('model_type'))
-    if family is None:
-      raise ValueError(
-        f'model_type {record.get("model_type")!r} is not supported, only {sorted(_FAMILIES)}'
-      )
+    if not isinstance(record, Mapping):
+      raise ValueError(f'config.json holds {type(record).__name__}, expected a JSON object')
+    kind = record.get('model_type')
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+      raise ValueError(f'model_type {kind!r} is not supported, only {sorted(_FAMILIES)}')
+    family = _FAMILIES[kind]
     rope, problems = _rope(record)
     problems = _unsupported(record, family) + problems
     fields = (
@@ -335,9 +352,8 @@ class DecoderConfig:
   @property
   def stop_token_ids(self) -> tuple[int, ...]:
     """eos_token_id as a tuple, empty where none is set."""
-    if self.eos_token_id is None:
-      return ()
-    return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+    ids = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+    return tuple(one for one in ids if one is not None and one >= 0)
 
   @property
   def param_count(self) -> int:
@@ -381,6 +397,14 @@ class DecoderConfig:
     return attention + 3 * self.hidden_size * self.intermediate_size
 
 
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _divided(hidden_size: Any, heads: Any) -> int:
   """Returns the head_dim of a file that has none."""
   if (
@@ -402,40 +426,60 @@ def _rope(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
   transformers 4 writes `rope_theta` and `rope_scaling` side by side, transformers 5 both into
   `rope_parameters`.
   """
-  # Sets: the same value in two places is no contradiction, and two different ones are.
-  theta = {record.get('rope_theta')}
+  # The same value in two places is no contradiction, and two different ones are.
+  thetas = [record.get('rope_theta')]
   scaling = set()
   problems = []
   for place in ('rope_scaling', 'rope_parameters'):
-    fields = dict(record.get(place) or {})
-    if not fields:
-      continue
-    theta.add(fields.pop('rope_theta', None))
-    # transformers 4.43 renamed `type` to `rope_type`; a file may have both.
-    kinds = {fields.pop(name, None) for name in ('rope_type', 'type')} - {None}
-    if fields.pop('partial_rotary_factor', 1) != 1:
-      factor = record[place]['partial_rotary_factor']
-      problems.append(f'{place}: partial_rotary_factor={factor!r} is not supported')
-    # 'default' is no scaling at all; transformers 5 writes it beside rope_theta.
-    if kinds <= {'default'} and not fields:
-      scaling.add(None)
+    if not record.get(place):
       continue
     try:
-      if len(kinds) != 1:
-        raise ValueError(
-          f'rope_type and type disagree: {sorted(kinds)}' if kinds else 'rope_type is missing'
-        )
-      scaling.add(RopeScaling.from_hf({**fields, 'rope_type': kinds.pop()}))
+      theta, found = _rope_fields(record[place])
     except ValueError as error:
       problems.append(f'{place}={record[place]!r}: {error}')
-  theta -= {None}
-  if len(theta) > 1 or len(scaling) > 1:
+      continue
+    thetas.append(theta)
+    scaling.add(found)
+  thetas = [theta for theta in thetas if theta is not None]
+  wrong = [theta for theta in thetas if not _is_number(theta)]
+  if wrong:
+    problems.append(f'rope_theta must be a positive number, got {wrong[0]!r}')
+  elif len(set(thetas)) > 1 or len(scaling) > 1:
     problems.append(
       'rope_theta, rope_scaling and rope_parameters disagree: '
       f'{[record.get(name) for name in ("rope_theta", "rope_scaling", "rope_parameters")]}'
     )
-  found = {'rope_theta': float(next(iter(theta)))} if theta else {}
-  return {**found, 'rope_scaling': next(iter(scaling), None)}, problems
+  known = {} if wrong or not thetas else {'rope_theta': float(thetas[0])}
+  return {**known, 'rope_scaling': next(iter(scaling), None)}, problems
+
+
+def _rope_fields(given: Any) -> tuple[Any, RopeScaling | None]:
+  """Reads one place that a file has for rotary fields -> (rope_theta or None, the scaling).
+
+  Raises:
+    ValueError: it cannot be read, or asks for what is not supported.
+  """
+  if not isinstance(given, Mapping):
+    raise ValueError('expected a JSON object')
+  fields = dict(given)
+  theta = fields.pop('rope_theta', None)
+  # Renamed in transformers 4.43; a file may have both.
+  kinds = [fields.pop(name, None) for name in ('rope_type', 'type')]
+  kinds = [kind for kind in kinds if kind is not None]
+  factor = fields.pop('partial_rotary_factor', 1)
+  if factor != 1:
+    raise ValueError(f'partial_rotary_factor={factor!r} is not supported')
+  if any(kind != kinds[0] for kind in kinds):
+    raise ValueError(f'rope_type and type disagree: {kinds}')
+  if kinds[:1] == ['default'] and fields.get('factor') in (None, 1):
+    # No frequency is changed, whatever context they were made for.
+    fields.pop('factor', None)
+    fields.pop('original_max_position_embeddings', None)
+  if not fields and kinds in ([], ['default'], ['default', 'default']):
+    return theta, None
+  if not kinds:
+    raise ValueError('rope_type is missing')
+  return theta, RopeScaling.from_hf({**fields, 'rope_type': kinds[0]})
 
 
 def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
@@ -459,11 +503,17 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
       'no layer may have a window'
     )
   # Newer files list the kind of each layer; only full attention is implemented.
-  other_layers = sorted(set(record.get('layer_types') or ()) - {'full_attention'})
-  if other_layers:
-    problems.append(f'layer_types {other_layers} are not supported')
+  layers = record.get('layer_types') or ()
+  if not isinstance(layers, (list, tuple)):
+    problems.append(f'layer_types={layers!r} is not a list')
+  elif any(kind != 'full_attention' for kind in layers):
+    others = sorted({str(kind) for kind in layers} - {'full_attention'})
+    problems.append(f'layer_types {others} are not supported')
+  for name in _QUANTISED:
+    if record.get(name):
+      problems.append(_quantised(name, record[name]))
   known = {f.name for f in dataclasses.fields(DecoderConfig)} | _DESCRIPTIVE | expected.keys()
-  known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types'}
+  known |= {'sliding_window', 'use_sliding_window', 'rope_parameters', 'layer_types', *_QUANTISED}
   unknown = []
   for name, value in record.items():
     # A field without a value asks for nothing.
@@ -474,6 +524,16 @@ def _unsupported(record: dict[str, Any], family: _Family) -> list[str]:
   if unknown:
     problems.append(f'unknown fields {sorted(unknown)}')
   return problems
+
+
+def _quantised(name: str, given: Any) -> str:
+  method = given.get('quant_method') if isinstance(given, Mapping) else None
+  return (
+    f'{name} says that the weights are rounded to few bits'
+    f'{f" ({method})" if method else ""}: give the directory that they were made from, or convert '
+    'them first (transformers: `AutoModelForCausalLM.from_pretrained(DIR)`, `.dequantize()`, then '
+    '`save_pretrained`)'
+  )
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dcore_jax.files import read_json
 from dcore_jax.models import tensor_files
 from dcore_jax.models.checkpoint_checks import check_folder, check_tensors
 from dcore_jax.models.config import DecoderConfig
@@ -278,10 +279,7 @@ def check_target(directory: pathlib.Path, overwrite: bool) -> None:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise ValueError(f'{path} is missing')
-  try:
-    record = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
+  record = read_json(path)
   if not isinstance(record, dict):
     raise ValueError(f'{path} does not hold a JSON object')
   return record

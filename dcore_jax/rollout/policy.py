@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import transformers
 from jax.sharding import Mesh
@@ -19,7 +20,7 @@ import dcore_jax
 from dcore_jax import distributed, sharding
 from dcore_jax.chat.template import turn_format
 from dcore_jax.config import ExecutionSection, ModelSection, RunConfig
-from dcore_jax.files import data_path, parse_json
+from dcore_jax.files import data_path, read_json
 from dcore_jax.models import decoder, presets
 from dcore_jax.models.checkpoint_checks import check_folder
 from dcore_jax.models.config import DecoderConfig
@@ -30,6 +31,8 @@ from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.sizes import EngineSizes
 
 ORGANISM = pathlib.Path(dcore_jax.__file__).parent / 'organism'
+_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'tokenizer.model')
+_LONGEST_REASON = 300  # characters of another library's error
 # So many numbers of each parameter go into a model's fingerprint.
 _NAMED_NUMBERS = 1024
 
@@ -85,11 +88,15 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Any, folder: pathlib.Path | 
   text, and the template's end of turn. Llama-3.1 stops at three tokens (end of text, of message, of
   turn), of which its tokenizer names one.
   """
+  try:
+    end_of_turn_id = turn_format(tokenizer).end_of_turn_id
+  except jinja2.TemplateError as error:
+    raise ValueError(f'the chat template of {tokenizer.name_or_path!r} fails: {error}') from error
   ids = [
     *_generation_stop_ids(folder),
     *config.stop_token_ids,
     tokenizer.eos_token_id,
-    turn_format(tokenizer).end_of_turn_id,
+    end_of_turn_id,
   ]
   # Some tokenizers have no end of text, and some templates no end of turn.
   return sorted({i for i in ids if i is not None})
@@ -182,11 +189,20 @@ def load_tokenizer(
   # Random weights need a tokenizer of their own; without one it is the organism's.
   path = config.tokenizer or config.path
   folder = data_path(path) if path else ORGANISM
+  held = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+  if not held:
+    # transformers makes an empty one from config.json then, and says nothing.
+    raise ValueError(f'no tokenizer is in {str(folder)!r}: none of {list(_TOKENIZER_FILES)}')
   try:
     # transformers raises OSError both for a missing file and for one that it cannot read.
     return transformers.AutoTokenizer.from_pretrained(str(folder)), folder
-  except OSError as error:
-    raise ValueError(f'no tokenizer can be loaded from {str(folder)!r}: {error}') from error
+  except Exception as error:
+    # A damaged file ends in whatever the library happens to run into, which names no file.
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise ValueError(
+      f'no tokenizer can be loaded from {str(folder)!r}, which has {held}: '
+      f'{reason[:_LONGEST_REASON]}'
+    ) from error
 
 
 def load_policy(config: ModelSection, *, seed: int) -> Policy:
@@ -200,13 +216,14 @@ def load_policy(config: ModelSection, *, seed: int) -> Policy:
   """
   # A relative path may also lie below the data folder.
   path = data_path(config.path) if config.path else ORGANISM
-  tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.init and config.path:
     raise ValueError(
       f'model.init asks for random weights and model.path = {config.path!r} for stored ones; '
       'set one of them'
     )
+  # Before the tokenizer, whose library reads config.json too and knows less of what is wrong in it.
   model = DecoderConfig.from_hf(dict(config.init)) if config.init else load_config(path)
+  tokenizer, tokenizer_dir = load_tokenizer(config)
   if config.preset and not presets.same_model(model, presets.config(config.preset)):
     raise ValueError(f'{str(path)!r} does not hold a model of the preset {config.preset!r}')
   # A tokenizer may be smaller than the embedding, whose rows are padded in many models.
@@ -247,7 +264,10 @@ def _generation_stop_ids(folder: pathlib.Path | None) -> tuple[int, ...]:
   path = folder / 'generation_config.json' if folder else None
   if path is None or not path.exists():
     return ()
-  ids = parse_json(path.read_text(encoding='utf-8'), str(path)).get('eos_token_id')
+  record = read_json(path)
+  if not isinstance(record, dict):
+    raise ValueError(f'{path} does not hold a JSON object')
+  ids = record.get('eos_token_id')
   if ids is None:
     return ()
   # Both forms occur: Qwen3's file has a list, and older files have one number.

@@ -99,7 +99,7 @@ def one_line_errors() -> Iterator[None]:
     yield
   # The locked config refuses an override of a field that it lacks.
   except (AttributeError, KeyError) as error:
-    sys.exit(f'error: {_unknown_field(sys.argv) or " ".join(str(error).split())}')
+    sys.exit(f'error: {_unknown_field(sys.argv) or _named(sys.argv, error)}')
   except (ValueError, OSError) as error:
     sys.exit(f'error: --config: {" ".join(str(error).split())}')
 
@@ -120,6 +120,26 @@ def _unknown_field(argv: list[str]) -> str:
     except ValueError as error:
       return str(error)
   return ''
+
+
+def _named(argv: list[str], error: AttributeError | KeyError) -> str:
+  """Returns what is wrong with an override that the config refuses.
+
+  Entries of a mapping (`distill.tasks.single`) are no fields of a section, and ml_collections tells
+  the last name of one alone.
+  """
+  text = ' '.join(str(error).split())
+  for argument in argv:
+    found = _OVERRIDE.match(argument)
+    if not found:
+      continue
+    *parents, last = found[1].split('.')
+    known: Any = overrides.to_plain(RunConfig())
+    for name in parents:
+      known = known[name] if isinstance(known, dict) and name in known else {}
+    if re.search(rf'\b{last}\b', text) and isinstance(known, dict) and last not in known:
+      return f'config: unknown field {found[1]!r}; known are {sorted(known)}'
+  return text
 
 
 def _help() -> str:

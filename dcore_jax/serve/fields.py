@@ -43,6 +43,14 @@ class Unsupported(NamedTuple):
   neutral: tuple[Any, ...]
   advice: str
 
+  def problem(self, name: str, value: Any) -> str:
+    """Returns what to do about a value of the field `name`; '' where it changes no answer."""
+    if value in self.neutral:
+      return ''
+    text = json.dumps(value)
+    shown = text if len(text) <= 80 else text[:77] + '...'
+    return f'{name} = {shown} is not supported: {self.advice}'
+
 
 # Each advice names a way to the same end that works with this server.
 _FORM = (
@@ -58,6 +66,9 @@ _THINKING = (
 _TEXT_ONLY = 'leave it out; answers are text'
 _ENDS = 'leave it out; an answer ends at the end of the turn, a stop string or max_tokens'
 _PROMPT = 'leave it out; for a prompt of your own, send its token ids to /v1/completions'
+_BUDGET = 'it is called max_tokens here'
+_CHAT = 'send messages and tools to /v1/chat/completions'
+_BESIDE = 'put its fields beside model, by the names that OpenAI and vLLM have for them'
 
 # Fields of both kinds of request. Clients send default values without meaning anything by them, so
 # that neutral ones pass. null is never seen here, because `Body` drops it.
@@ -88,8 +99,9 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
   'modalities': Unsupported((['text'], []), _TEXT_ONLY),
   'presence_penalty': Unsupported((0,), _RULE),
   'prompt_embeds': Unsupported((), 'send the prompt as text or token ids'),
-  'reasoning': Unsupported(({},), _THINKING),
-  'reasoning_effort': Unsupported((), _THINKING),
+  'reasoning': Unsupported(({}, {'effort': 'medium'}, {'enabled': True}), _THINKING),
+  # OpenAI's default, which clients send to every model.
+  'reasoning_effort': Unsupported(('medium',), _THINKING),
   'regex': Unsupported(('',), _FORM),
   'repetition_penalty': Unsupported((1,), _RULE),
   'response_format': Unsupported(({'type': 'text'},), _FORM),
@@ -106,6 +118,42 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
   'use_beam_search': Unsupported((False,), _RULE),
   'verbosity': Unsupported(('medium',), 'leave it out and ask for it in the messages'),
   'web_search_options': Unsupported((), 'give the search as a tool'),
+  # What other servers call something that is here (TGI, Ollama, Mistral, Anthropic).
+  'do_sample': Unsupported((True,), 'set temperature to 0 for the likeliest tokens'),
+  'extra_body': Unsupported(({},), _BESIDE),
+  'format': Unsupported(('',), _FORM),
+  'max_length': Unsupported((), _BUDGET),
+  'max_new_tokens': Unsupported((), _BUDGET),
+  'max_output_tokens': Unsupported((), _BUDGET),
+  'min_length': Unsupported((0,), _ENDS),
+  'min_new_tokens': Unsupported((0,), _ENDS),
+  'n_predict': Unsupported((), _BUDGET),
+  'num_predict': Unsupported((), _BUDGET),
+  'options': Unsupported(({},), _BESIDE),
+  'random_seed': Unsupported((), 'it is called seed here'),
+  'sampling_params': Unsupported(({},), _BESIDE),
+  'stop_regex': Unsupported(('', []), 'use stop, with texts'),
+  'stop_sequences': Unsupported(([],), 'it is called stop here'),
+  'think': Unsupported((True,), _THINKING),
+  # Other rules to draw tokens by (llama.cpp, transformers, SGLang).
+  'diversity_penalty': Unsupported((0,), _RULE),
+  'dry_multiplier': Unsupported((0,), _RULE),
+  'dynatemp_range': Unsupported((0,), _RULE),
+  'encoder_repetition_penalty': Unsupported((1,), _RULE),
+  'epsilon_cutoff': Unsupported((0,), _RULE),
+  'eta_cutoff': Unsupported((0,), _RULE),
+  'mirostat': Unsupported((0,), _RULE),
+  'mirostat_mode': Unsupported((0,), _RULE),
+  'no_repeat_ngram_size': Unsupported((0,), _RULE),
+  'num_beams': Unsupported((1,), _RULE),
+  'penalty_alpha': Unsupported((0,), _RULE),
+  'repeat_penalty': Unsupported((1,), _RULE),
+  'smoothing_factor': Unsupported((0,), _RULE),
+  'tfs_z': Unsupported((1,), _RULE),
+  'top_a': Unsupported((0,), _RULE),
+  'top_n_sigma': Unsupported((0, -1), _RULE),
+  'typical': Unsupported((1,), _RULE),
+  'xtc_probability': Unsupported((0,), _RULE),
 }
 # Fields of chat requests alone, which would change how the template renders the messages. The
 # prompt of a completion is taken as it is.
@@ -114,6 +162,26 @@ UNSUPPORTED_IN_CHAT: Mapping[str, Unsupported] = {
   'add_special_tokens': Unsupported((False,), _PROMPT),
   'continue_final_message': Unsupported((False,), _PROMPT),
   'echo': Unsupported((False,), _PROMPT),
+  'input': Unsupported((), 'send the conversation as messages'),
+  'instructions': Unsupported(('',), 'send them as a message of role system'),
+  'prompt': Unsupported(('', []), 'send it as a message, or to /v1/completions'),
+  'system': Unsupported(('', []), 'send it as a message of role system'),
+}
+# Of completions alone, which have neither turns nor tools.
+UNSUPPORTED_IN_TEXT: Mapping[str, Unsupported] = {
+  'chat_template_kwargs': Unsupported(({},), _CHAT),
+  'enable_thinking': Unsupported((), _CHAT),
+  'input': Unsupported((), 'it is called prompt here'),
+  'messages': Unsupported(([],), _CHAT),
+  'tool_choice': Unsupported(('none', 'auto'), _CHAT),
+  'tools': Unsupported(([],), _CHAT),
+  'top_logprobs': Unsupported((0,), 'set logprobs to their number'),
+}
+# Of a message: sound instead of text, or its text as the beginning of the answer.
+UNSUPPORTED_IN_MESSAGE: Mapping[str, Unsupported] = {
+  'audio': Unsupported((), _TEXT_ONLY),
+  'partial': Unsupported((False,), _PROMPT),
+  'prefix': Unsupported((False,), _PROMPT),
 }
 
 

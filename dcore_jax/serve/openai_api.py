@@ -109,7 +109,7 @@ class Service:
       routes=routes,
       middleware=[Middleware(_Gate, self)],
       lifespan=self._lifespan,
-      exception_handlers=dict.fromkeys(HANDLED, respond),
+      exception_handlers={**dict.fromkeys(HANDLED, respond), 404: self._nowhere},
     )
 
   @contextlib.asynccontextmanager
@@ -172,6 +172,12 @@ class Service:
     name = request.path_params['name']
     self._check_model(name)
     return JSONResponse(self._card(name))
+
+  async def _nowhere(self, request: Request, _: Exception) -> Response:
+    # A client whose base URL lacks /v1 learns it from here.
+    paths = ', '.join(_PATHS)
+    path = request.url.path
+    return await respond(request, Refusal(404, f'there is no {path} here, but {paths}'))
 
   def _card(self, name: str) -> dict[str, Any]:
     return {
@@ -300,8 +306,9 @@ class Service:
     self._check_stop_ids(asked)
     ignored = self._ignored(asked)
     if not 1 <= count <= capacity:
+      field = 'n' if len(prompts) == 1 else 'prompt'
       raise RequestError(
-        f'{count} answers are asked for; the server takes 1 to {capacity} at a time', 'n'
+        f'{count} answers are asked for; the server takes 1 to {capacity} at a time', field
       )
     rows = []
     for number, prompt in enumerate(prompts):
@@ -362,9 +369,11 @@ class Service:
     # Even an answer without a budget needs room for one token.
     if longest + max(budget or 0, 1) > room:
       wanted = f' and {field} = {budget}' if budget else ''
+      # Also where nothing is sampled: the engine sets a place aside.
+      least = '' if budget else ', one of them for the answer'
       raise RequestError(
         f'the prompt has {longest} tokens{wanted}; '
-        f'prompt and answer together may have {room} tokens',
+        f'prompt and answer together may have {room} tokens{least}',
         # The field at fault is the prompt if no budget would fit beside it.
         prompt_field if longest >= room else field,
         'context_length_exceeded',

@@ -12,6 +12,12 @@ from pydantic import Field
 
 from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import read_arguments
+from dcore_jax.serve import fields
+
+# Parts of a message by what is in them. Clients of the newer API of OpenAI call a text by its
+# direction, and Anthropic's and Mistral's hand thoughts back as parts.
+_TEXTS = ('text', 'input_text', 'output_text', 'refusal')
+_THOUGHTS = ('thinking', 'reasoning', 'redacted_thinking')
 
 
 class RequestError(ValueError):
@@ -21,6 +27,14 @@ class RequestError(ValueError):
     super().__init__(message)
     self.param = param
     self.code = code
+
+
+def _whole(value: Any) -> Any:
+  # JSON has one kind of number: some languages write 4 as 4.0.
+  return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, pydantic.BeforeValidator(_whole)]
 
 
 class Body(pydantic.BaseModel):
@@ -59,12 +73,39 @@ class Body(pydantic.BaseModel):
 
 # The content of a message may come in parts (OpenAI's form for text beside images).
 class Part(Body):
-  """A part of a message's content; images and sound are refused."""
+  """A part of a message's content: text or thoughts. Images and sound are refused."""
 
-  HINTS = frozenset({'annotations', 'cache_control', 'id'})
-  type: Literal['text', 'refusal']
+  HINTS = frozenset({'annotations', 'cache_control', 'data', 'id', 'index', 'signature', 'summary'})
+  type: str
   text: str = ''
   refusal: str = ''
+  thinking: 'str | list[Part]' = ''
+  reasoning: str = ''
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _from_text(cls, given: Any) -> Any:
+    return {'type': 'text', 'text': given} if isinstance(given, str) else given
+
+  @pydantic.field_validator('type')
+  @classmethod
+  def _readable(cls, kind: str) -> str:
+    if kind not in _TEXTS + _THOUGHTS:
+      raise ValueError(f'{kind!r} cannot be read; this model takes text, in parts of type "text"')
+    return kind
+
+  @property
+  def is_thought(self) -> bool:
+    """Whether it was said before the answer."""
+    return self.type in _THOUGHTS
+
+  @property
+  def words(self) -> str:
+    """What it says."""
+    inner = self.thinking
+    if isinstance(inner, list):
+      inner = '\n'.join(part.words for part in inner)
+    return self.text or self.refusal or inner or self.reasoning
 
 
 class FunctionCall(Body):
@@ -120,7 +161,7 @@ class ChatMessage(Body):
       'reasoning_details',
       'thinking_blocks',
     }
-  )
+  ).union(fields.UNSUPPORTED_IN_MESSAGE)
   role: Literal['system', 'developer', 'user', 'assistant', 'tool', 'function']
   content: str | list[Part] | None = None
   name: str | None = None
@@ -137,16 +178,25 @@ class ChatMessage(Body):
     Raises:
       RequestError: something that no template could show.
     """
+    for name, known in fields.UNSUPPORTED_IN_MESSAGE.items():
+      value = (self.model_extra or {}).get(name)
+      problem = '' if value is None else known.problem(name, value)
+      if problem:
+        raise RequestError(problem, 'messages')
     content = self.content
+    inner = ''
     if isinstance(content, list):
       # Templates of text models read one string.
-      content = '\n'.join(part.text or part.refusal for part in content)
+      inner = '\n'.join(part.words for part in content if part.is_thought)
+      content = '\n'.join(part.words for part in content if not part.is_thought)
     # A function that returned nothing has null as its result, and an assistant's turn may consist
     # of calls. The other roles have nothing but their content.
     if self.role in ('user', 'system', 'developer') and content is None:
       raise RequestError(f'a message of role {self.role!r} needs content', 'messages')
     calls = self._calls()
     thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
+    if inner and not thoughts:
+      thoughts = inner
     # A template would drop these without a word, and the model would not see them.
     if self.role != 'assistant' and (calls or thoughts):
       raise RequestError(

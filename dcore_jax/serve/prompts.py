@@ -1,10 +1,14 @@
 """From the body of a request to the tokens of its prompts."""
 
+import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jinja2
+import jinja2.meta
+import jinja2.sandbox
 import transformers
 
 from dcore_jax.chat.template import (
@@ -22,6 +26,17 @@ from dcore_jax.serve.requests import ChatCompletionRequest, CompletionRequest, r
 _OWN_OPTIONS = frozenset(
   inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
 )
+
+# A tag of transformers alone, which reads no variable.
+_GENERATION = re.compile(r'\{%-?\s*(end)?generation\s*-?%\}')
+
+
+@functools.lru_cache(maxsize=8)
+def _read_by(template: str) -> frozenset[str]:
+  """Returns the variables that a chat template reads, without those of its loops."""
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=['jinja2.ext.loopcontrols'])
+  parsed = environment.parse(_GENERATION.sub('', template))
+  return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 class PromptReader:
@@ -54,7 +69,7 @@ class PromptReader:
     for name in options:
       # Jinja ignores a name that the template does not read, so that a misspelt option would change
       # nothing and nobody would see it.
-      if name in _OWN_OPTIONS or name not in template_text(self._tokenizer, tools):
+      if name in _OWN_OPTIONS or name not in _read_by(template_text(self._tokenizer, tools)):
         raise RequestError(
           f'the chat template of {asked.model!r} knows no {name}', 'chat_template_kwargs'
         )
@@ -92,6 +107,8 @@ class PromptReader:
     asked: CompletionRequest = read_request(CompletionRequest, body)
     self._check_model(asked.model)
     vocabulary = self._vocabulary
+    if not asked.prompts:
+      raise RequestError('there is no prompt', 'prompt')
     prompts = []
     texts: list[str | None] = []
     for prompt in asked.prompts:

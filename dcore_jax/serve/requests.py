@@ -5,7 +5,6 @@ A field that would change the answer and is not implemented is refused, with wha
 client. null is the same as leaving a field out.
 """
 
-import json
 import secrets
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from pydantic import Field
 from dcore_jax.chat.messages import ToolSpec
 from dcore_jax.rollout.sampling import TOP, SamplingParams
 from dcore_jax.serve import fields
-from dcore_jax.serve.parts import Body, ChatMessage, RequestError, Tool
+from dcore_jax.serve.parts import Body, ChatMessage, RequestError, Tool, Whole
 
 # Each decode step compares the end of every lane's text with all stop strings, so that their number
 # and length are bounded.
@@ -63,22 +62,22 @@ class SamplingRequest(Body):
 
   # Bounds stand with the fields, so that pydantic names the field in its error.
   model: str
-  max_completion_tokens: int | None = Field(None, ge=0)
-  max_tokens: int | None = Field(None, ge=0)
+  max_completion_tokens: Whole | None = Field(None, ge=0)
+  max_tokens: Whole | None = Field(None, ge=0)
   temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
   top_p: float = Field(1.0, gt=0, le=1)
-  top_k: int = Field(0, ge=-1, lt=2**31)
+  top_k: Whole = Field(0, ge=-1, lt=2**31)
   min_p: float = Field(0.0, ge=0, le=1)
-  n: int = Field(1, ge=1)
+  n: Whole = Field(1, ge=1)
   # Declared after `n`: a validator sees only the fields that stand before its own.
-  best_of: int | None = None
+  best_of: Whole | None = None
   # Clients send signed or unsigned 64-bit seeds; `sampling` folds both to the same range.
-  seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-(2**63), lt=2**64)
+  seed: Whole = Field(default_factory=lambda: secrets.randbits(63), ge=-(2**63), lt=2**64)
   stop: str | list[str] = ()
-  stop_token_ids: list[int] = ()
+  stop_token_ids: list[Whole] = ()
   stream: bool = False
   stream_options: StreamOptions | None = None
-  prompt_logprobs: int | None = Field(None, ge=0, le=TOP)
+  prompt_logprobs: Whole | None = Field(None, ge=0, le=TOP)
   return_token_ids: bool = False
   return_tokens_as_token_ids: bool = False
 
@@ -153,8 +152,9 @@ class SamplingRequest(Body):
     # No type has these fields, so that pydantic keeps them as extra ones.
     for name, value in (self.model_extra or {}).items():
       known = self._unsupported(name)
-      if known and value not in known.neutral:
-        raise RequestError(f'{name} = {_short(value)} is not supported: {known.advice}', name)
+      problem = known.problem(name, value) if known else ''
+      if problem:
+        raise RequestError(problem, name)
     field, budget = self.budget
     if budget == 0 and self.scores is None and not self._shows_prompt:
       raise RequestError(f'{field} = 0 asks for nothing; set prompt_logprobs, too', field)
@@ -172,12 +172,6 @@ class SamplingRequest(Body):
   @staticmethod
   def _unsupported(name: str) -> fields.Unsupported | None:
     return fields.UNSUPPORTED.get(name)
-
-
-def _short(value: Any) -> str:
-  # The value stands in an error message, which should stay one readable line.
-  text = json.dumps(value)
-  return text if len(text) <= 80 else text[:77] + '...'
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -202,7 +196,7 @@ class ChatCompletionRequest(SamplingRequest):
   tool_choice: Literal['auto', 'none', 'required'] | ForcedTool | None = None
   parallel_tool_calls: bool = True
   logprobs: bool = False
-  top_logprobs: int = Field(0, ge=0, le=TOP)
+  top_logprobs: Whole = Field(0, ge=0, le=TOP)
   chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
   enable_thinking: bool | None = None
 
@@ -276,7 +270,7 @@ class CompletionRequest(SamplingRequest):
   """
 
   prompt: str | list[str] | list[int] | list[list[int]]
-  logprobs: int | None = Field(None, ge=0, le=TOP)
+  logprobs: Whole | None = Field(None, ge=0, le=TOP)
   echo: bool = False
   add_special_tokens: bool = True
 
@@ -304,6 +298,10 @@ class CompletionRequest(SamplingRequest):
   @property
   def _shows_prompt(self) -> bool:
     return self.echo or self.return_token_ids
+
+  @staticmethod
+  def _unsupported(name: str) -> fields.Unsupported | None:
+    return fields.UNSUPPORTED_IN_TEXT.get(name) or fields.UNSUPPORTED.get(name)
 
 
 _TYPES = ('str', 'int', 'ForcedTool')  # what pydantic calls the members of a union

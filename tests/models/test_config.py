@@ -262,6 +262,9 @@ def test_all_problems_are_named_at_once():
     # Sampling settings, which version 4 of transformers kept in config.json.
     {'temperature': 0.7, 'do_sample': True, 'max_length': 20, 'bad_words_ids': [[1]]},
     {'tie_encoder_decoder': False, 'use_bfloat16': False, 'task_specific_params': {'a': 1}},
+    # SmolLM2's, and what other programs than transformers write.
+    {'is_llama_config': True, 'rope_interleaved': False, 'transformers.js_config': {'dtype': 'q4'}},
+    {'hidden_act': 'swish', 'pad_token_id': None, 'quantization_config': None},
   ],
 )
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -295,3 +298,79 @@ def test_fields_of_the_base_class_are_read_past():
 def test_fields_that_change_the_function_stay_errors(change):
   with pytest.raises(ValueError, match=next(iter(change))):
     DecoderConfig.from_hf(QWEN3_8B | change)
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    {'rope_type': 'default', 'factor': 1.0},
+    {'type': 'default', 'rope_type': 'default', 'factor': None},
+    {'rope_type': 'default', 'original_max_position_embeddings': 8192},
+  ],
+)
+def test_a_default_rope_scaling_scales_nothing_whatever_is_beside_it(given):
+  assert DecoderConfig.from_hf(QWEN3_8B | {'rope_scaling': given}).rope_scaling is None
+  with pytest.raises(ValueError, match="'default' is not supported"):
+    DecoderConfig.from_hf(QWEN3_8B | {'rope_scaling': given | {'factor': 2.0}})
+
+
+@pytest.mark.parametrize(
+  'change, method',
+  [
+    ({'quantization_config': {'quant_method': 'bitsandbytes', 'load_in_4bit': True}}, 'bitsandb'),
+    ({'quantization_config': {'quant_method': 'awq', 'bits': 4}}, 'awq'),
+    ({'quantization_config': {'quant_method': 'fp8', 'fmt': 'e4m3'}}, 'fp8'),
+    ({'quantization': {'group_size': 64, 'bits': 4}}, ''),
+    ({'compression_config': {'format': 'pack-quantized'}}, ''),
+  ],
+)
+def test_rounded_weights_are_refused_with_what_to_do(change, method):
+  with pytest.raises(ValueError, match=f'{next(iter(change))}.*few bits.*{method}.*dequantize'):
+    DecoderConfig.from_hf(QWEN3_8B | change)
+
+
+_ODD = (math.nan, math.inf, -math.inf, -2, True, '8', [[]], {}, ['a'], 'linear', [1, 'x'])
+
+
+@pytest.mark.parametrize('value', _ODD, ids=repr)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'vocab_size',
+    'num_hidden_layers',
+    'rope_theta',
+    'rms_norm_eps',
+    'initializer_range',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'model_type',
+    'layer_types',
+    'rope_scaling',
+    'rope_parameters',
+  ],
+)
+def test_a_value_of_another_kind_is_an_error_that_names_the_field(name, value):
+  record = {key: held for key, held in QWEN3_8B.items() if key != 'rope_scaling'}
+  if not value and name in ('rope_scaling', 'rope_parameters', 'layer_types'):
+    pytest.skip('nothing is said')
+  with pytest.raises(ValueError, match=name):
+    DecoderConfig.from_hf(record | {name: value})
+
+
+@pytest.mark.parametrize('factor', [math.nan, math.inf, -1, 0, True, '4', None, [4]])
+def test_a_factor_is_a_positive_finite_number(factor):
+  with pytest.raises(ValueError, match='factor of linear'):
+    DecoderConfig.from_hf(QWEN3_8B | {'rope_scaling': {'type': 'linear', 'factor': factor}})
+
+
+@pytest.mark.parametrize('record', [[], 'qwen3', 3, None])
+def test_a_file_that_holds_no_object_is_an_error(record):
+  with pytest.raises(ValueError, match='expected a JSON object'):
+    DecoderConfig.from_hf(record)
+
+
+def test_a_token_that_there_is_not_ends_no_answer():
+  config = DecoderConfig.from_hf(QWEN3_8B | {'eos_token_id': [5, -1], 'pad_token_id': -1})
+  assert config.stop_token_ids == (5,)
+  assert DecoderConfig.from_hf(QWEN3_8B | {'eos_token_id': -1}).stop_token_ids == ()

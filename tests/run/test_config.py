@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import ml_collections
 import pytest
@@ -131,8 +132,12 @@ def test_every_number_has_a_range_and_its_default_is_inside():
     ('rl__learning_rate', -1e-6, 'rl.learning_rate = -1e-06 must be at least 0'),
     ('sft__learning_rate', math.inf, 'sft.learning_rate = inf must be finite'),
     ('rl__alpha', math.nan, 'rl.alpha = nan must be finite'),
-    ('rl__temperature', 0, 'rl.temperature = 0.0 must be above 0'),
-    ('evaluate__temperature', -1, 'evaluate.temperature = -1.0 must be at least 0'),
+    ('rl__temperature', 0, 'rl.temperature = 0.0 must be at least 1e-05'),
+    ('evaluate__temperature', -1, 'evaluate.temperature = -1.0 must be at least 1e-05 or 0'),
+    ('distill__temperature', 1e-30, 'distill.temperature = 1e-30 must be at least 1e-05 or 0'),
+    ('engine__max_len', 2**31, 'engine.max_len = 2147483648 must be at most 2147483647'),
+    ('mesh__data', 10**12, 'mesh.data = 1000000000000 must be at most 2147483647'),
+    ('rl__tasks', {'single': 10**12}, 'rl.tasks.single = 1000000000000 must be at most'),
     ('distill__top_p', 0, 'distill.top_p = 0.0 must be above 0 and at most 1'),
     ('distill__timeout', 0, 'distill.timeout = 0.0 must be above 0'),
     ('distill__labels__samples', 0, 'distill.labels.samples = 0 must be at least 1'),
@@ -200,3 +205,11 @@ def test_differences_name_fields_and_both_values():
     "sft.files: was [], is ['a.jsonl']",
     'rl.alpha: was 0.4, is 0.1',
   ]
+
+
+def test_an_override_of_an_entry_that_there_is_not_is_named_by_its_path(monkeypatch):
+  arguments = ['train', '--config.sft.epochs=2', '--config.distill.tasks.singel=3']
+  monkeypatch.setattr(sys, 'argv', arguments)
+  with pytest.raises(SystemExit) as ended, config.one_line_errors():
+    config.default_config().lock().distill.tasks.singel = 3
+  assert str(ended.value).startswith("error: config: unknown field 'distill.tasks.singel'; known")

@@ -12,7 +12,7 @@ from dcore_jax.chat.template import qwen3_template
 from dcore_jax.rollout.policy import ORGANISM
 from dcore_jax.serve import fields
 from dcore_jax.serve.openai_api import Limits, Service
-from dcore_jax.serve.parts import FunctionCall, RequestError
+from dcore_jax.serve.parts import ChatMessage, FunctionCall, RequestError
 from dcore_jax.serve.requests import ChatCompletionRequest, read_request
 from dcore_jax.serve.scheduler import Scheduler
 from tests.serve.servers import ScriptedEngine, running
@@ -132,10 +132,96 @@ def test_unknown_fields_are_named_once_in_the_log_and_in_streams_too(scripted, c
   connection.close()
 
 
-@pytest.mark.parametrize('name', sorted(fields.UNSUPPORTED))
+@pytest.mark.parametrize('name', sorted(fields.UNSUPPORTED | fields.UNSUPPORTED_IN_CHAT))
 def test_what_is_not_supported_says_what_to_do(url, name):
   status, _, message = ignored(url, {name: {'no': 'neutral value'}})
   assert status == 400 and message.startswith(f'{name} = ') and len(message) > len(name) + 40
+
+
+@pytest.mark.parametrize('name', sorted(fields.UNSUPPORTED_IN_TEXT))
+def test_what_only_chat_has_is_no_field_of_a_completion(url, name):
+  body = {'model': 'm', 'prompt': 'find', 'max_tokens': 2, name: {'no': 'neutral value'}}
+  status, _, answer = post(url, body, path='/v1/completions')
+  assert status == 400 and answer['error']['message'].startswith(f'{name} = ')
+  assert answer['error']['param'] == name
+
+
+@pytest.mark.parametrize('name', sorted(fields.UNSUPPORTED_IN_MESSAGE))
+def test_a_message_that_would_begin_the_answer_is_refused(url, name):
+  status, _, message = ignored(url, said(content='It', **{name: True}))
+  assert status == 400 and message.startswith(f'{name} = true is not supported')
+  for nothing in known_values(name):
+    assert ignored(url, said(content='It', **{name: nothing})) == (200, None, '')
+
+
+def known_values(name):
+  """Values of a field of a message that say nothing."""
+  return (None, *fields.UNSUPPORTED_IN_MESSAGE[name].neutral)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'reasoning_effort': 'medium'},
+    {'do_sample': True, 'mirostat': 0, 'repeat_penalty': 1.0, 'xtc_probability': 0, 'num_beams': 1},
+    {'options': {}, 'extra_body': {}, 'format': '', 'stop_sequences': [], 'system': ''},
+    {'max_tokens': 4.0, 'top_k': 5.0, 'n': 1.0, 'seed': 7.0, 'prompt_logprobs': None},
+  ],
+)
+def test_values_that_change_no_answer_pass_whoever_knows_the_field(url, change):
+  assert ignored(url, change) == (200, None, '')
+
+
+@pytest.mark.parametrize(
+  'change', [{'max_tokens': 4.5}, {'top_k': True}, {'n': '1'}, {'seed': 1e300}]
+)
+def test_what_is_no_whole_number_is_refused(url, change):
+  status, _, message = ignored(url, change)
+  assert status == 400 and message.startswith(next(iter(change)))
+
+
+def content_of(content):
+  """The record of an assistant's message with this content."""
+  return ChatMessage(role='assistant', content=content).record()
+
+
+def test_texts_of_other_apis_are_read():
+  parts = [{'type': 'input_text', 'text': 'a'}, {'type': 'output_text', 'text': 'b'}, 'c']
+  assert content_of(parts) == {'role': 'assistant', 'content': 'a\nb\nc'}
+
+
+@pytest.mark.parametrize(
+  'part',
+  [
+    {'type': 'thinking', 'thinking': 'hm', 'signature': 's'},
+    {'type': 'thinking', 'thinking': [{'type': 'text', 'text': 'hm'}]},
+    {'type': 'reasoning', 'text': 'hm'},
+    {'type': 'reasoning', 'reasoning': 'hm', 'index': 0},
+  ],
+)
+def test_thoughts_among_the_parts_are_thoughts(part):
+  parts = [part, {'type': 'text', 'text': 'a'}]
+  assert content_of(parts) == {'role': 'assistant', 'content': 'a', 'reasoning_content': 'hm'}
+
+
+def test_other_parts_are_refused_by_their_kind(url):
+  parts = [{'type': 'image_url', 'image_url': {'url': 'u'}}]
+  status, _, message = ignored(url, {'messages': [{'role': 'user', 'content': parts}]})
+  assert status == 400 and "'image_url' cannot be read" in message
+
+
+def test_an_option_that_only_resembles_one_of_the_template_is_refused(url):
+  # "thinking" is in "enable_thinking", and "message" is a variable of the template's own loop.
+  for name in ('thinking', 'message', 'loop'):
+    status, _, message = ignored(url, {'chat_template_kwargs': {name: False}})
+    assert (status, message) == (400, f"the chat template of 'm' knows no {name}")
+
+
+@pytest.mark.parametrize('prompt, field', [([], 'prompt'), (['a'] * 9, 'prompt'), ([[]], 'prompt')])
+def test_the_prompts_are_named_where_it_is_their_number(url, prompt, field):
+  body = {'model': 'm', 'prompt': prompt, 'max_tokens': 2}
+  status, _, answer = post(url, body, path='/v1/completions')
+  assert (status, answer['error']['param']) == (400, field)
 
 
 ARGUMENTS = st.one_of(
@@ -220,3 +306,10 @@ def test_thoughts_are_turned_off_as_qwens_own_service_does():
   assert options(enable_thinking=False) == {'enable_thinking': False}
   kwargs = {'enable_thinking': True, 'other': [1]}
   assert options(chat_template_kwargs=kwargs, enable_thinking=False) == kwargs
+
+
+@pytest.mark.parametrize('path', ['/chat/completions', '/v1/responses', '/v1/embeddings', '/'])
+def test_another_path_is_told_the_paths_that_there_are(url, path):
+  status, _, answer = post(url, CHAT, path=path)
+  assert status == 404 and '/v1/chat/completions' in answer['error']['message']
+  assert f'there is no {path} here' in answer['error']['message']

@@ -193,7 +193,7 @@ def test_nulls_ignored_fields_and_parts_of_text_are_fine(scripted):
 def test_completion_requests_are_checked_too(scripted):
   url = scripted().url
   for change, param in (
-    ({'prompt': []}, 'n'),
+    ({'prompt': []}, 'prompt'),
     ({'prompt': ''}, 'prompt'),
     ({'prompt': [640]}, 'prompt'),
     ({'max_tokens': 0}, 'max_tokens'),
