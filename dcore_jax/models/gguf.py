@@ -9,6 +9,7 @@ trained. Letters: N heads, H the size of a head, D what a projection reads.
 
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ _READ = frozenset(
     'attention.key_length',
     'attention.value_length',
     'attention.layer_norm_rms_epsilon',
+    'attention.causal',
     'rope.dimension_count',
     'rope.freq_base',
     'rope.scale_linear',
@@ -98,6 +100,8 @@ def import_gguf(
     raise ValueError(f'dtype={dtype!r} is not one of {list(DTYPES)}')
   target = pathlib.Path(out).absolute()
   check_target(target, overwrite)
+  if target.resolve() in pathlib.Path(source).resolve().parents:
+    raise ValueError(f'{source} lies in {out}, which would be replaced: name another directory')
   file = GgufFile(pathlib.Path(source))
   try:
     architecture = _architecture(file)
@@ -126,13 +130,13 @@ def import_gguf(
 def _architecture(file: GgufFile) -> str:
   """The file's architecture; ValueError where it is no model that can be read here."""
   kind = file.fields.get('general.type', 'model')
-  if kind != 'model':
+  if not isinstance(kind, str) or kind != 'model':
     raise ValueError(f'its general.type is {kind!r}, expected a model')
   architecture = file.fields.get('general.architecture')
-  if architecture not in _ARCHITECTURES:
+  if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
     raise ValueError(f'its architecture is {architecture!r}; readable are {list(_ARCHITECTURES)}')
   parts = file.fields.get('split.count', 0)
-  if parts not in (0, 1):
+  if not isinstance(parts, int) or parts not in (0, 1):
     raise ValueError(
       f'it is one of {parts} parts of a model: join them first (llama-gguf-split --merge)'
     )
@@ -148,6 +152,8 @@ def read_config(file: GgufFile, architecture: str, tokenizer: Tokenizer) -> Deco
   """
   fields = _Fields(file.fields, architecture)
   fields.check_unknown()
+  if fields.value('attention.causal', True) is not True:
+    raise ValueError(f'{architecture}.attention.causal is not true: tokens would see later ones')
   hidden = fields.integer('embedding_length')
   heads = fields.integer('attention.head_count')
   if not heads or hidden % heads and 'attention.key_length' not in fields:
@@ -165,12 +171,18 @@ def read_config(file: GgufFile, architecture: str, tokenizer: Tokenizer) -> Deco
   rows = embedding.shape[0]
   if not tokenizer.size <= rows:
     raise ValueError(f'the tokenizer has {tokenizer.size} tokens, token_embd.weight {rows} rows')
+  layers = fields.integer('block_count')
+  # A damaged number would otherwise be a list of billions of missing tensors.
+  if layers > len(file.tensors):
+    raise ValueError(
+      f'{architecture}.block_count is {layers}, and there are {len(file.tensors)} tensors'
+    )
   record = {
     'model_type': architecture,
     'vocab_size': rows,
     'hidden_size': hidden,
     'intermediate_size': fields.integer('feed_forward_length'),
-    'num_hidden_layers': fields.integer('block_count'),
+    'num_hidden_layers': layers,
     'num_attention_heads': heads,
     'num_key_value_heads': fields.integer('attention.head_count_kv', heads),
     'head_dim': head_dim,
@@ -199,7 +211,7 @@ class _Fields:
 
   def integer(self, name: str, default: int | None = None) -> int:
     """Returns a positive integer; where a file has one for each layer, these must be equal."""
-    value = self._get(name, default)
+    value = self.value(name, default)
     if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
       value = value[0].item()
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -209,15 +221,18 @@ class _Fields:
 
   def number(self, name: str, default: float | None = None) -> float:
     """Returns a positive number."""
-    value = self._get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < np.inf:
+    value = self.value(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
       raise ValueError(f'{self._prefix}{name} is {value!r}, expected a positive number')
     # Stored as float32, where 1e-5 is 9.9999997e-06: the shortest number that means the same.
     return float(str(np.float32(value)))
 
-  def text(self, name: str, default: str) -> Any:
-    """Returns a text."""
-    return self._get(name, default)
+  def value(self, name: str, default: Any = None) -> Any:
+    """Returns a field of any type; ValueError where it is missing and there is no default."""
+    value = self._all.get(self._prefix + name, default)
+    if value is None:
+      raise ValueError(f'field {self._prefix}{name} is missing')
+    return value
 
   def check_unknown(self) -> None:
     """ValueError for fields that nobody here reads and that say more than that there is none."""
@@ -231,19 +246,14 @@ class _Fields:
     if unknown:
       raise ValueError(f'its fields {sorted(unknown)} are not supported')
 
-  def _get(self, name: str, default: Any) -> Any:
-    value = self._all.get(self._prefix + name, default)
-    if value is None:
-      raise ValueError(f'field {self._prefix}{name} is missing')
-    return value
-
 
 def _rope_scaling(
   file: GgufFile, fields: _Fields, head_dim: int, theta: float
 ) -> RopeScaling | None:
   """How frequencies are slowed: as the fields say (linear) or as the factors do (llama3)."""
-  kind = fields.text('rope.scaling.type', 'linear' if 'rope.scale_linear' in fields else 'none')
-  if kind not in ('none', 'linear'):
+  # A factor whose kind no field names is that of a linear scaling, for llama.cpp too.
+  kind = fields.value('rope.scaling.type', 'linear')
+  if not isinstance(kind, str) or kind not in ('none', 'linear'):
     raise ValueError(f'rope scaling {kind!r} is not supported, only linear and that of Llama 3.1')
   factor = 1.0
   if kind == 'linear':
@@ -280,35 +290,46 @@ def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RopeScal
   slowest = float(str(factors.max()))
   # 1 / factor = kept + (1 - kept) / slowest, where kept is linear in the pair's turns a token:
   # (context * turns - low) / (high - low). Only ratios count, so that low is 1.
-  kept = (1 / factors.astype(np.float64) - 1 / slowest) / (1 - 1 / slowest)
+  with np.errstate(all='ignore'):  # where nothing is divided by more than 1, none is kept
+    kept = (1 / factors.astype(np.float64) - 1 / slowest) / (1 - 1 / slowest)
   turns = plain / (2 * np.pi)
-  # Those at the ends are cut off at 0 and 1.
-  mixed = (kept > 1e-4) & (kept < 1 - 1e-4)
-  high, context = 4.0, 8192.0  # Llama 3.1's own
-  if mixed.sum() > 1:
-    slope, offset = np.polyfit(turns[mixed], kept[mixed], 1)
-    high = 1 - 1 / offset if offset < 0 else high
-    context = slope * (high - 1)
-  elif mixed.any():
-    context = ((high - 1) * kept[mixed][0] + 1) / turns[mixed][0]
-  # The fit is as exact as float32 is. What was meant is a round number.
-  for digits in (0, 2, 6):
-    try:
+  for high, context in _llama3_candidates(turns, kept):
+    # A fit is as exact as float32 is; what was meant is a round number.
+    for digits in (0, 2, 6):
+      fields = (round(float(high), digits), round(float(context)))
+      if fields[0] <= 1 or fields[1] < 1:
+        continue
       scaling = RopeScaling(
         rope_type='llama3',
         factor=slowest,
         low_freq_factor=1.0,
-        high_freq_factor=round(float(high), digits),
-        original_max_position_embeddings=round(float(context)),
+        high_freq_factor=fields[0],
+        original_max_position_embeddings=fields[1],
       )
-    except ValueError:
-      continue
-    # float32 has 24 bits, and the factors went through two roundings.
-    if np.allclose(
-      rotary.frequencies(head_dim, theta, scaling), plain / factors, rtol=1e-5, atol=0
-    ):
-      return scaling
+      # float32 has 24 bits, and the factors went through two roundings.
+      if np.allclose(
+        rotary.frequencies(head_dim, theta, scaling), plain / factors, rtol=1e-5, atol=0
+      ):
+        return scaling
   raise ValueError(f"{_ROPE_FACTORS} holds factors that are not those of Llama 3.1's rope scaling")
+
+
+def _llama3_candidates(turns: np.ndarray, kept: np.ndarray) -> Iterator[tuple[float, float]]:
+  """(high, context) by which the pairs with these turns a token may be kept as they are."""
+  mixed = (kept > 1e-4) & (kept < 1 - 1e-4)  # the others are cut off at 0 and 1
+  if mixed.sum() > 1:
+    slope, offset = np.polyfit(turns[mixed], kept[mixed], 1)
+    if offset < 0:
+      yield 1 - 1 / offset, -slope / offset
+  for high in (4.0, 2.0, 8.0, 16.0, 1.5):
+    # Llama 3.1's own comes first. A single pair, or none, does not tell one from the other.
+    context = ((high - 1) * kept[mixed][0] + 1) / turns[mixed][0] if mixed.any() else 8192.0
+    yield high, context
+  whole, divided = turns[kept >= 0.5], turns[kept < 0.5]
+  if not mixed.any() and whole.size and divided.size:
+    # The band lies between two pairs: it begins just above the faster one that is divided.
+    context = int(1 / divided.max())
+    yield min(4.0, int(100 * whole.min() * context) / 100), context
 
 
 def _names(file: GgufFile, config: DecoderConfig) -> dict[str, str]:

@@ -187,7 +187,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
       that do not fit each other.
   """
   model = fields.get('tokenizer.ggml.model')
-  if model not in ('gpt2', 'llama'):
+  if not isinstance(model, str) or model not in ('gpt2', 'llama'):
     raise ValueError(
       f"its tokenizer is of the kind {model!r}; readable are 'gpt2' (byte-level BPE) and 'llama' "
       '(SentencePiece)'
@@ -221,14 +221,15 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 def _tokens(fields: Mapping[str, Any]) -> tuple[list[str], list[int]]:
   """(tokens, their kinds), without those that only fill the embedding up."""
   tokens = _texts(fields, 'tokenizer.ggml.tokens')
-  listed = fields.get('tokenizer.ggml.token_type')
-  kinds = [_NORMAL] * len(tokens) if listed is None else np.asarray(listed).tolist()
+  listed = fields.get('tokenizer.ggml.token_type', [_NORMAL] * len(tokens))
+  kinds = np.asarray(listed).ravel().tolist()
   if len(kinds) != len(tokens) or not set(kinds) <= set(_KINDS):
     raise ValueError(
       f'tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens, '
       'expected one of 1 to 6 for each'
     )
-  while kinds and kinds[-1] == _UNUSED:
+  # Older converters called what fills up user-defined.
+  while kinds and (kinds[-1] == _UNUSED or tokens[len(kinds) - 1] == f'[PAD{len(kinds) - 1}]'):
     kinds.pop()
   tokens = tokens[: len(kinds)]
   places: dict[str, int] = {}
@@ -261,7 +262,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> tuple[tokenizer
   name = fields.get('tokenizer.ggml.pre')
   # Not guessed: with the wrong rule a model reads other tokens than it was trained on, and answers
   # a little worse.
-  if name not in _RULES:
+  if not isinstance(name, str) or name not in _RULES:
     raise ValueError(
       f'tokenizer.ggml.pre, which says how texts are split, is {name!r}; known are {sorted(_RULES)}'
     )
@@ -292,8 +293,8 @@ def _sentence_piece(
 ) -> tuple[tokenizers.Tokenizer, bool]:
   """(tokenizer, whether texts begin with 'bos' by default) of SentencePiece's BPE."""
   for name in ('precompiled_charsmap', 'remove_extra_whitespaces'):
-    value = fields.get(f'tokenizer.ggml.{name}')
-    if value is not None and np.any(value):
+    value = fields.get(f'tokenizer.ggml.{name}', False)
+    if value is not False and not (isinstance(value, np.ndarray) and not value.size):
       raise ValueError(f'tokenizer.ggml.{name} is not supported')
   if max(ids.values()) >= len(tokens):
     raise ValueError(f'its tokenizer has {len(tokens)} tokens, fewer than the least that it needs')
@@ -312,7 +313,7 @@ def _sentence_piece(
       byte_fallback=True,
     )
   )
-  prefix = fields.get('tokenizer.ggml.add_space_prefix', True)
+  prefix = _flag(fields, 'add_space_prefix', True)
   steps = [normalizers.Prepend(_SPACE)] if prefix else []
   backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(' ', _SPACE)])
   back = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
@@ -346,13 +347,11 @@ def _post_process(
 ) -> None:
   """Puts the tokens around texts that the file asks for."""
   wanted = {
-    'bos': fields.get('tokenizer.ggml.add_bos_token', add_bos),
-    'eos': fields.get('tokenizer.ggml.add_eos_token', False),
+    'bos': _flag(fields, 'add_bos_token', add_bos),
+    'eos': _flag(fields, 'add_eos_token', False),
   }
   around = {}
   for name, asked in wanted.items():
-    if not isinstance(asked, bool):
-      raise ValueError(f'tokenizer.ggml.add_{name}_token is {asked!r}, expected true or false')
     # llama.cpp adds none either where no token is named.
     if asked and name in ids:
       around[name] = (tokens[ids[name]], ids[name])
@@ -383,6 +382,13 @@ def _templates(fields: Mapping[str, Any]) -> dict[str, str]:
         raise ValueError(f'{name} is {value!r}, expected a text')
       templates[name[len(prefix) + 1 :]] = value
   return templates
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+  value = fields.get(f'tokenizer.ggml.{name}', default)
+  if not isinstance(value, bool):
+    raise ValueError(f'tokenizer.ggml.{name} is {value!r}, expected true or false')
+  return value
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> list[str]:

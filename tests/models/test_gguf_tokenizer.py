@@ -131,8 +131,11 @@ def _read(pre):
 
 def test_the_rules_differ():
   """The texts above would not tell one rule from another if these were equal."""
-  text = "we'LL 12345 cafe\u0301\n x"
-  assert len({tuple(_read(pre).encode(text).tokens) for pre in _PUBLISHED}) == len(_PUBLISHED)
+  words = set()
+  for pre in _PUBLISHED:
+    split = _read(pre).pre_tokenizer.pre_tokenize_str("we'LL 12345 cat\n x")
+    words.add(tuple(word for word, _ in split))
+  assert len(words) == len(_PUBLISHED)
 
 
 @pytest.fixture(scope='module')
