@@ -200,7 +200,7 @@ def test_no_probability_of_negative_counts():
 def test_bootstrap_intervals_hold_the_truth_and_know_their_units():
   rng = np.random.default_rng(1)
   hits = {'long tails': 0, 'clusters': 0}
-  draws = 200
+  draws = 60
   owners = np.repeat(np.arange(30), 3).astype(str).tolist()
   for _ in range(draws):
     # Lengths of thoughts: most are short, and a few are very long.
@@ -208,8 +208,8 @@ def test_bootstrap_intervals_hold_the_truth_and_know_their_units():
     hits['long tails'] += _covers(bootstrap_difference(before, after), 0)
     shift = np.repeat(rng.normal(size=30), 3) + 0.1 * rng.normal(size=90)
     hits['clusters'] += _covers(bootstrap_difference(np.zeros(90), shift, clusters=owners), 0)
-  # Three standard errors of a share of 200 around 95 %.
-  assert all(0.9 <= hit / draws <= 1 for hit in hits.values()), hits
+  # Three standard errors of a share of 60 below 95 %.
+  assert all(hit / draws > 0.86 for hit in hits.values()), hits
 
 
 def test_bootstrap_intervals_repeat_and_need_a_spread():
