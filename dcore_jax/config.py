@@ -87,6 +87,13 @@ def _option(default: Any, doc: str, *, free: bool = False, **limits: Any) -> Any
   return dataclasses.field(default=default, metadata=metadata)
 
 
+def _choice(default: str, choices: tuple[str, ...], doc: str) -> Any:
+  """A field that holds one of a few texts, checked before anything is run."""
+  return dataclasses.field(
+    default=default, metadata={'doc': doc, 'free': False, 'choices': choices}
+  )
+
+
 def _presets(known: Mapping[str, Mapping[str, Any]], doc: str) -> Any:
   """A field that names a set of values for other fields of its section; '' is none."""
   metadata = {'doc': doc, 'free': False, 'presets': known}
@@ -233,8 +240,10 @@ class DistillSection:
   files: tuple[str, ...] = _option(
     (), "Seed files (`experiments.seeds` writes them) instead of the world's tasks."
   )
-  unreadable: str = _option(
-    'error', "Records of files that are no seeds: 'error', or 'drop' (counted and logged)."
+  unreadable: str = _choice(
+    'error',
+    ('error', 'drop'),
+    "Records of files that are no seeds: 'error', or 'drop' (counted and logged).",
   )
   # For worlds whose refusals are canonical.
   exact_refusals: bool = _option(
@@ -243,8 +252,10 @@ class DistillSection:
   wording: str = _option(
     'english', "Prompts and templates: 'english', 'organism', or a JSON file (distill/wording.py)."
   )
-  reference: str = _option(
-    'shown', "Calls that the decomposer sees: 'shown', 'hidden', or 'pseudo' (majority labels)."
+  reference: str = _choice(
+    'shown',
+    ('shown', 'hidden', 'pseudo'),
+    "Calls that the decomposer sees: 'shown', 'hidden', or 'pseudo' (majority labels).",
   )
   examples: int = _option(3, 'Worked decompositions in the prompt.', least=0)
   strict_count: bool = _option(
@@ -256,8 +267,10 @@ class DistillSection:
   samples: int = _option(1, 'Samples of a subtask until its calls are right.', least=1)
   # The released code repeats a failed request once.
   retries: int = _option(1, 'Repetitions of completions that cannot be read.', least=0)
-  verify: str = _option(
-    'calls', "'calls', or 'state': whatever leaves the same state, where a world executes calls."
+  verify: str = _choice(
+    'calls',
+    ('calls', 'state'),
+    "'calls', or 'state': whatever leaves the same state, where a world executes calls.",
   )
   max_chars: int = _option(200_000, 'Characters of a row.', least=1)
   temperature: float = _option(
@@ -273,7 +286,9 @@ class DistillSection:
   max_tokens: int = _option(256, 'Tokens of a response.', least=1)
   shard_seeds: int = _option(1000, 'Seeds of one file of rows.', least=1)
   labels: LabelsSection = _section(LabelsSection, 'Pseudo-labels.')
-  backend: str = _option('local', "'local' is our engine, 'openai' an endpoint.")
+  backend: str = _choice(
+    'local', ('local', 'openai'), "'local' is our engine, 'openai' an endpoint."
+  )
   base_url: str = _option(
     '', "The endpoint's address; its key is read from OPENAI_API_KEY.", free=True
   )
@@ -304,11 +319,13 @@ class SftSection:
   files: tuple[str, ...] = _option(
     (), 'Data sets instead of the distilled rows: [schema:]PATH or owner/name[#configuration].'
   )
-  call_style: str = _option(
-    'python', "How calls are written that rows hold as data: 'python' or 'hermes' (JSON in tags)."
+  call_style: str = _choice(
+    'python',
+    ('python', 'hermes'),
+    "How calls are written that rows hold as data: 'python' or 'hermes' (JSON in tags).",
   )
-  unreadable: str = _option(
-    'error', "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
+  unreadable: str = _choice(
+    'error', ('error', 'drop'), "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
   )
   max_rows: int = _option(0, 'Rows used, the first ones; 0 is all.', least=0)
   # D-CORE's own rows are split already.
@@ -319,11 +336,15 @@ class SftSection:
   stock_system_prompts: tuple[str, ...] = _option(
     (), 'System messages that system_prompt replaces.'
   )
-  loss_mask: str = _option(
-    'final', "'final' (paper), 'final+structure' (released code) or 'all_assistant'."
+  loss_mask: str = _choice(
+    'final',
+    ('final', 'final+structure', 'all_assistant'),
+    "'final' (paper), 'final+structure' (released code) or 'all_assistant'.",
   )
-  overlong: str = _option(
-    'drop', "Rows longer than capacity: 'drop' (counted and logged) or 'error'; never truncated."
+  overlong: str = _choice(
+    'drop',
+    ('drop', 'error'),
+    "Rows longer than capacity: 'drop' (counted and logged) or 'error'; never truncated.",
   )
   epochs: int = _option(3, 'Passes over the rows.', least=1)
   capacity: int = _option(16384, 'Tokens of a packed row.', least=2)
@@ -416,8 +437,8 @@ class RlSection:
     "Data sets to ask about instead of the world's decision points: ToolRL rows, or messages, "
     'tools and reference calls.',
   )
-  unreadable: str = _option(
-    'error', "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
+  unreadable: str = _choice(
+    'error', ('error', 'drop'), "Rows that cannot be read: 'error', or 'drop' (counted and logged)."
   )
   tasks: Mapping[str, int] = _option(
     {'single': 60, 'sequential': 120, 'parallel': 120, 'irrelevant': 60, 'multi_turn': 40},
@@ -534,7 +555,7 @@ class RlSection:
 class ExportSection:
   """The final Hugging Face directory."""
 
-  dtype: str = _option('bfloat16', "'bfloat16' or 'float32'.")
+  dtype: str = _choice('bfloat16', ('bfloat16', 'float32'), "'bfloat16' or 'float32'.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _preset(
 
 
 def _range_problems(config: Any, prefix: str, kind: type | None = None) -> list[str]:
-  """What numbers must be that are outside the range of their field."""
+  """What values must be that are outside the range, or are none of the choices, of their field."""
   problems = []
   for field in dataclasses.fields(kind or config):
     value = getattr(config, field.name)
@@ -205,6 +205,9 @@ def _range_problems(config: Any, prefix: str, kind: type | None = None) -> list[
     if dataclasses.is_dataclass(value):
       problems += _range_problems(value, f'{path}.')
       continue
+    choices = field.metadata.get('choices')
+    if choices and value not in choices:
+      problems.append(f'{path} = {value!r}; expected one of {choices}')
     limits = field.metadata.get('range')
     numbers = value if isinstance(value, collections.abc.Mapping) else {'': value}
     for name, number in numbers.items():

@@ -29,6 +29,7 @@ from dcore_jax.data.seed_sources import RL, config_seeds, training_tasks
 from dcore_jax.data.seeds import DecisionPoint, decision_points
 from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.distill.stage import check_rows, run_distillation
+from dcore_jax.distill.wording import load_wording
 from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.files import read_json, write_json_atomic
 from dcore_jax.models import decoder
@@ -336,6 +337,8 @@ def check_fields(config: RunConfig) -> None:
   unknown = [name for name in config.stages if name not in STAGES]
   if unknown:
     raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
+  if 'distill' in config.stages:
+    load_wording(config.distill.wording)
   sft_loop.check_section(config.sft)
   rl_options.check_section(config.rl)
   if config.rl.episodes:

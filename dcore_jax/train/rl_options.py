@@ -13,7 +13,7 @@ import optax
 
 from dcore_jax import overrides, sharding
 from dcore_jax.config import RL_PRESETS, RlSection
-from dcore_jax.learn import advantages, objectives, optimizer
+from dcore_jax.learn import advantages, objectives, optimizer, rewards
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.train.sources import RolloutSource
@@ -185,6 +185,10 @@ def check_section(config: RlSection) -> None:
     raise ValueError(
       f'rl.warmup_steps = {config.warmup_steps} exceeds rl.steps = {config.steps}: the learning '
       'rate would never come up to rl.learning_rate'
+    )
+  if config.reward not in rewards.REWARDS:
+    raise ValueError(
+      f'unknown rl.reward {config.reward!r}; expected one of {sorted(rewards.REWARDS)}'
     )
   # The loss checks its own options when it is made.
   policy_loss(config)

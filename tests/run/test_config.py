@@ -10,8 +10,13 @@ import pytest
 from absl import flags
 
 from dcore_jax import overrides
+from dcore_jax.chat.examples import LOSS_MASKS
 from dcore_jax.config import RL_PRESETS, RunConfig
+from dcore_jax.data.dialogues import CALL_STYLES
+from dcore_jax.distill.solve import VERIFY
+from dcore_jax.distill.stage import BACKENDS, REFERENCES
 from dcore_jax.run import config
+from dcore_jax.run.pipeline import check_fields
 
 
 def test_a_config_overlays_the_defaults_and_is_frozen():
@@ -146,6 +151,9 @@ def test_every_number_has_a_range_and_its_default_is_inside():
     ('rl__tasks', {'single': -1}, 'rl.tasks.single = -1 must be at least 0'),
     ('rl__tasks', {'single': 'x'}, "field 'rl.tasks.single' must be a whole number"),
     ('rl__psi_words', (1,), "field 'rl.psi_words' must be a list of texts"),
+    ('sft__loss_mask', 'all', "sft.loss_mask = 'all'; expected one of ('final', "),
+    ('export__dtype', 'float16', "export.dtype = 'float16'; expected one of ('bfloat16', "),
+    ('rl__unreadable', 'skip', "rl.unreadable = 'skip'; expected one of ('error', 'drop')"),
     ('rl__preset', 'dpao', "field 'rl.preset' must be one of"),
   ],
 )
@@ -213,3 +221,28 @@ def test_an_override_of_an_entry_that_there_is_not_is_named_by_its_path(monkeypa
   with pytest.raises(SystemExit) as ended, config.one_line_errors():
     config.default_config().lock().distill.tasks.singel = 3
   assert str(ended.value).startswith("error: config: unknown field 'distill.tasks.singel'; known")
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+  read = {
+    ('sft', 'loss_mask'): LOSS_MASKS,
+    ('sft', 'call_style'): CALL_STYLES,
+    ('distill', 'reference'): REFERENCES,
+    ('distill', 'backend'): BACKENDS,
+    ('distill', 'verify'): VERIFY,
+  }
+  for (section, name), choices in read.items():
+    fields = {field.name: field for field in dataclasses.fields(getattr(RunConfig(), section))}
+    assert fields[name].metadata['choices'] == choices, name
+
+
+def test_a_reward_that_there_is_not_is_named_before_anything_runs():
+  with pytest.raises(ValueError, match="unknown rl.reward 'toolr1'; expected one of .*toolrl"):
+    check_fields(overrides.with_fields(RunConfig(), rl__reward='toolr1'))
+
+
+def test_a_wording_that_there_is_not_is_named_before_anything_runs():
+  wrong = overrides.with_fields(RunConfig(), distill__wording='nope.json')
+  with pytest.raises(ValueError, match='nope.json'):
+    check_fields(wrong)
+  check_fields(overrides.with_fields(wrong, stages=('rl',)))
