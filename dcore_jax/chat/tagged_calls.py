@@ -70,15 +70,25 @@ def read_call(record: Any) -> ToolCall:
   if not isinstance(record, dict) or not isinstance(record.get('name'), str):
     raise ToolCallError(f'{_FORM}, got {clip(str(given))}')
   _refuse_unknown(record, ('name', *_ARGUMENTS))
-  # A column of data that a record leaves empty is None, and so says nothing.
-  found = [read_arguments(record[key]) for key in _ARGUMENTS if record.get(key) is not None]
-  if len(found) == 2 and found[0] != found[1]:
-    raise ToolCallError(f'arguments and parameters differ in {clip(str(given))}')
-  return ToolCall(record['name'], found[0] if found else {})
+  return ToolCall(record['name'], call_arguments(record))
+
+
+def call_arguments(record: dict[str, Any]) -> dict[str, Any]:
+  """Reads the arguments of a call {name, arguments}, or `parameters` as they are also named.
+
+  Raises:
+    ToolCallError: arguments of another kind, or two that differ.
+  """
+  found = [read_arguments(record.get(key)) for key in _ARGUMENTS]
+  # An empty one beside the other says nothing.
+  said = [arguments for arguments in found if arguments]
+  if len(said) == 2 and said[0] != said[1]:
+    raise ToolCallError(f'arguments and parameters differ in {clip(str(record))}')
+  return said[0] if said else {}
 
 
 def read_arguments(value: Any) -> dict[str, Any]:
-  """Reads the arguments of a call: an object, its text, or '' or None where there are none.
+  """Reads the arguments of a call: an object, its text, or '', [] or None where there are none.
 
   Raises:
     ToolCallError: anything else.
@@ -87,7 +97,8 @@ def read_arguments(value: Any) -> dict[str, Any]:
   for _ in range(2):
     if isinstance(value, str):
       value = _read_text(value) if value.strip() else {}
-  if value is None:
+  # PHP knows one kind of array, and writes an empty object as [].
+  if value is None or value == []:
     return {}
   if not isinstance(value, dict):
     raise ToolCallError(f'{_FORM}, got arguments {clip(str(value))}')

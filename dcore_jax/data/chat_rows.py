@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import BOOKKEEPING, Message, ToolCall, refuse_unknown
+from dcore_jax.chat.tagged_calls import call_arguments
+from dcore_jax.chat.thoughts import bare_thoughts, holds_tag, take_thoughts
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.data.dialogues import Dialogue, DialogueTurn, Record, thought_block
-from dcore_jax.data.record_files import parse_strictly
+from dcore_jax.data.record_files import parse_strictly, refuse_surrogates
 
 MESSAGE_FIELDS = ('messages', 'conversations')
 _TOOL_FIELDS = ('tools', 'functions')
@@ -211,7 +213,7 @@ def tool_records(record: Record) -> list[Record]:
       spec = {key: value for key, value in tool.items() if key != 'type'}
     else:
       # Keys beside a wrapped spec would be lost with the wrapper.
-      refuse_unknown(tool, ('type', 'function'), where)
+      refuse_unknown(tool, ('type', 'function'), where, BOOKKEEPING | {'strict'})
     if not isinstance(spec, dict) or not isinstance(spec.get('name'), str) or not spec['name']:
       raise ValueError(f'{where} has no name')
     if not isinstance(spec.get('description') or '', str):
@@ -326,10 +328,12 @@ def _read_message(message: Any, where: str) -> _Said:
   # An empty answer would train the model to end its turn at once.
   if not calls and not words.strip():
     raise ValueError(f"{where} says nothing: neither 'content' nor calls")
-  if calls and '</think>' in words:
+  if calls and holds_tag(words):
     # Thoughts inside the content go where fields put them, in front of what is said.
-    block, _, words = words.rpartition('</think>')
-    thoughts = block.strip().removeprefix('<think>').strip('\n')
+    try:
+      thoughts, words = take_thoughts(words)
+    except ValueError as error:
+      raise ValueError(f"{where}: 'content' {error}") from error
   return _Said(
     role=role,
     # Words beside calls are placed by the call style, which sets the white space itself.
@@ -397,17 +401,19 @@ def _thoughts(message: Record, words: str, where: str) -> str:
       continue
     if not isinstance(value, str):
       raise ValueError(f'{where}: the field {field!r} is no text')
-    if value.strip():
-      found[field] = value.strip('\n')
+    # Some servers leave the tags around the thoughts, which the row would then hold twice.
+    bare = bare_thoughts(value)
+    if bare.strip():
+      found[field] = bare
   # Some servers send the same thoughts under two names: equal copies are one.
   if len(set(found.values())) > 1:
     raise ValueError(f'{where}: its fields {sorted(found)} hold different thoughts')
   thoughts = next(iter(found.values()), '')
-  if thoughts and ('</think>' in words or '<think>' in words):
+  if thoughts and holds_tag(words):
     raise ValueError(f"{where}: thoughts stand in {sorted(found)} and in 'content'")
-  # The tag would close the block early, and the rest would become part of the answer.
-  if '</think>' in thoughts:
-    raise ValueError(f'{where}: the field {next(iter(found))!r} holds </think>')
+  # A tag would open the block twice, or close it early and make the rest a part of the answer.
+  if holds_tag(thoughts):
+    raise ValueError(f'{where}: the field {next(iter(found))!r} holds <think> or </think>')
   return thoughts
 
 
@@ -434,7 +440,7 @@ def _message_calls(message: Record, where: str) -> tuple[_Call, ...]:
 def read_call(item: Any, where: str) -> ToolCall:
   """Reads a call {name, arguments}, which may be wrapped as {'type': 'function', 'function': call}.
 
-  Arguments are an object or its JSON text.
+  Arguments are what `tagged_calls.read_arguments` takes.
 
   Raises:
     ValueError: naming the place `where`, and what is wrong there.
@@ -460,15 +466,11 @@ def _named_call(item: Any, where: str) -> _Call:
   refuse_unknown(function, ('name', 'arguments', 'parameters'), where, ('id', 'index'))
   if not isinstance(function.get('name'), str) or not function['name']:
     raise ValueError(f'{where}.name is no name: {function.get("name")!r}')
-  # Both names are in use; an empty one beside the other says nothing.
-  given = [key for key in ('arguments', 'parameters') if function.get(key) not in (None, '', {})]
-  if len(given) > 1:
-    raise ValueError(f"{where} has both 'arguments' and 'parameters'")
-  arguments = {}
-  if given:
-    arguments = _from_json_text(function[given[0]], f'{where}.{given[0]}')
-  if not isinstance(arguments, dict):
-    raise ValueError(f'{where}.{given[0]} is no object')
+  try:
+    arguments = call_arguments(function)
+    refuse_surrogates(arguments)
+  except ValueError as error:
+    raise ValueError(f'{where}.arguments cannot be read: {error}') from error
   identity = item.get('id')
   if identity is not None and not isinstance(identity, str):
     raise ValueError(f'{where}: the id of a call is a text, got {identity!r}')

@@ -8,7 +8,9 @@ hermes  specs through the template's `tools`, calls as <tool_call> JSON, tool re
 
 import dataclasses
 import json
+import keyword
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -101,14 +103,20 @@ def _refuse_equal_names(tools: Sequence[ToolSpec]) -> None:
 
 
 def python_name(name: str) -> str:
-  """Makes a dotted identifier of a tool name that may hold spaces, slashes or quotes."""
-  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
+  """Makes a dotted identifier of a tool name that may hold any characters."""
   parts = []
-  for word in name.split('.'):
+  # Python's parser folds identifiers to NFKC, and a name that it changes would not be found again.
+  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
+  for word in unicodedata.normalize('NFKC', name).split('.'):
     part = re.sub(r'\W+', '_', word).strip('_')
+    # Some letters of other scripts' numerals count as word characters, and no name may hold them.
+    part = ''.join(letter if f'_{letter}'.isidentifier() else '_' for letter in part)
     # An identifier may not begin with a digit.
-    if part[:1].isdigit():
+    if part and not part.isidentifier():
       part = '_' + part
+    # `import(...)` is no call to Python's parser.
+    if keyword.iskeyword(part):
+      part += '_'
     if part:
       parts.append(part)
   # A name of punctuation alone leaves nothing, and a call needs a name.

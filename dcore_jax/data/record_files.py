@@ -194,8 +194,14 @@ def parse_strictly(text: str) -> Any:
       of a surrogate pair, more than MAX_DEPTH levels, or a number of too many digits.
   """
   try:
+    # Models, and scripts that paste texts together, break lines inside of strings. JSON forbids
+    # that, but nothing is lost by it.
     value = json.loads(
-      text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
+      text,
+      strict=False,
+      object_pairs_hook=_unique_keys,
+      parse_constant=_no_constant,
+      parse_float=_finite,
     )
   except json.JSONDecodeError as error:
     raise ValueError(f'is not JSON: {error}') from error
@@ -205,9 +211,15 @@ def parse_strictly(text: str) -> Any:
     raise ValueError(_TOO_DEEP) from error
   _check_depth(value)
   # JSON escapes can spell characters that no text has, at which tokenizers and files fail.
-  if _SURROGATE.search(text) and _ODD_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-    raise ValueError('holds half of a surrogate pair')
+  if _SURROGATE.search(text):
+    refuse_surrogates(value)
   return value
+
+
+def refuse_surrogates(value: Any) -> None:
+  """Raises ValueError where a text in a JSON value holds half of a surrogate pair."""
+  if _ODD_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    raise ValueError('holds half of a surrogate pair')
 
 
 def _check_depth(value: Any) -> None:

@@ -28,6 +28,7 @@ from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_CALL, split_answer
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec, refuse_unknown
 from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import read_calls, tagged_blocks
+from dcore_jax.chat.thoughts import take_thoughts
 from dcore_jax.chat.tool_calls import parse_python, print_calls
 from dcore_jax.chat.tool_specs import CALL_FORMAT, read_tools
 from dcore_jax.data import chat_rows
@@ -335,7 +336,7 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
       turns.append(DialogueTurn('assistant', '', _read_calls(text), trained=trained))
     elif role == 'tool':
       # One message may hold the outputs of several calls, each in its tags.
-      turns += [DialogueTurn('tool', part) for part in _TAGGED_RESPONSE.findall(text) or [text]]
+      turns += [DialogueTurn('tool', part) for part in _outputs(text)]
     elif role == 'assistant':
       turns.append(dataclasses.replace(_read_answer(text, tools, number), trained=trained))
     else:
@@ -346,6 +347,13 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
   if last < 0:
     raise ValueError('the assistant never speaks')
   return tuple(turns[: last + 1])
+
+
+def _outputs(text: str) -> list[str]:
+  """Returns the outputs that stand in tags; the whole text where there is more than that."""
+  outputs = _TAGGED_RESPONSE.findall(text)
+  beside = _TAGGED_RESPONSE.sub('', text)
+  return outputs if outputs and not beside.strip() else [text]
 
 
 def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueTurn:
@@ -366,6 +374,12 @@ def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueT
     calls = _read_python_calls(stripped, tools)
   if not calls and not stripped:
     raise ValueError(f'message {number}: the assistant says nothing')
+  if calls:
+    try:
+      # The calls are written anew behind the thoughts, which must then be one block.
+      take_thoughts(thought + words)
+    except ValueError as error:
+      raise ValueError(f'message {number} {error}') from error
   # Without calls the text stays whole: thoughts and answer are not taken apart and joined again.
   return DialogueTurn('assistant', thought if calls else text, calls, words)
 

@@ -16,7 +16,7 @@ from dcore_jax.data.seed_sources import load_seeds
 from dcore_jax.organism.tokenizer import build_tokenizer
 from dcore_jax.organism.vocabulary import sample_texts
 from dcore_jax.rollout.requests import Completion, Progress
-from dcore_jax.serve.answers import ChatChoice, ReplyForm
+from dcore_jax.serve.answers import ChatChoice, ReplyForm, Report
 
 SPEC = {
   'name': 'get_weather',
@@ -207,13 +207,17 @@ def test_bookkeeping_passes():
     (assistant(HERMES, tool_calls=[call()]), "'content' holds a <tool_call>"),
     (
       assistant(tool_calls=[call(arguments='{"a": ')]),
-      r'tool_calls\[0\].function.arguments is not',
+      r'tool_calls\[0\].function.arguments cannot be read: neither JSON',
     ),
-    (assistant(tool_calls=[call(arguments='[1]')]), 'arguments is no object'),
+    (assistant(tool_calls=[call(arguments='[1]')]), 'arguments cannot be read: a tool call needs'),
     (assistant(tool_calls=[call(arguments='{"a": "\\ud800"}')]), 'surrogate'),
     (assistant(tool_calls=[call(arguments='{"a": 1, "a": 2}')]), "'a' is given twice"),
     (assistant(tool_calls=[call(name='')]), 'name is no name'),
-    (assistant(tool_calls=[call(parameters={'a': 1})]), "both 'arguments' and 'parameters'"),
+    (assistant(tool_calls=[call(parameters={'a': 1})]), 'arguments and parameters differ'),
+    (assistant('<think>a', tool_calls=[call()]), "'content' holds tags of thoughts"),
+    (assistant('Well. <think>a</think>', tool_calls=[call()]), 'not one block in front'),
+    (assistant('<think>a</think><think>b</think>', tool_calls=[call()]), 'not one block'),
+    (assistant('x', reasoning='about <think> tags'), "'reasoning' holds <think>"),
     (assistant(tool_calls=[call(), call()]), 'two of its calls have one id'),
     (assistant(tool_calls=[call() | {'type': 'custom'}]), 'custom'),
     (assistant(tool_calls=[call() | {'extra': 1}]), "'extra'"),
@@ -233,6 +237,41 @@ def test_bookkeeping_passes():
 )
 def test_what_a_message_says_is_never_lost(message, reason):
   refused(row(user(), message), reason)
+
+
+@pytest.mark.parametrize(
+  'arguments, printed',
+  [
+    ('{"city": "a\nb\tc"}', "city='a\\nb\\tc'"),
+    ("{'city': 'x', 'day': None, 'far': true}", "city='x', day=None, far=True"),
+    (json.dumps(json.dumps({'from': 1})), 'from=1'),
+    *((nothing, '') for nothing in ('null', '""', ' ', [], '[]', {}, None)),
+  ],
+)
+def test_arguments_are_read_as_in_every_other_place(arguments, printed):
+  for fields in ({'arguments': arguments}, {'arguments': '', 'parameters': arguments}):
+    record = row(user(), assistant(tool_calls=[call(**fields)]))
+    assert contents(record)[-1] == f'[get_weather({printed})]'
+  record = row(user(), assistant('<tool_call>{"name": "f", "arguments": []}</tool_call>'))
+  assert contents(record)[-1].startswith('<tool_call>')
+
+
+def test_tools_as_json_text_may_break_lines():
+  record = row(user(), assistant(tool_calls=[call()]), tools=json.dumps([SPEC]))
+  broken = record['tools'].replace('Weather of', 'Weather\nof')
+  assert contents(record | {'tools': broken})[-1] == "[get_weather(city='Paris')]"
+
+
+@pytest.mark.parametrize(
+  'thoughts', ['<think>\nhm\n</think>', '<think>hm', ' hm\n</think>\n', 'hm\n']
+)
+def test_thoughts_with_their_tags_are_trained_with_one_tag(thoughts):
+  for answer in (assistant('Hi.', reasoning=thoughts), assistant(None, reasoning=thoughts)):
+    if answer['content'] is None:
+      answer['tool_calls'] = [call()]
+    said = contents(row(user(), answer))[-1]
+    assert said.startswith('<think>\n') and said.count('think>') == 2
+    assert said.partition('</think>')[0].removeprefix('<think>').strip() == 'hm'
 
 
 @pytest.mark.parametrize(
@@ -377,7 +416,15 @@ def test_what_the_server_answers_can_be_trained_on(style, tokenizer):
   said = {'python': PYTHON, 'hermes': 'Let me look.\n' + HERMES}[style]
   text = '<think>\nWhich city?\n</think>\n\n' + said
   form = ReplyForm(specs=[ToolSpec(**SPEC)], thinking=False, begun='', most_calls=None)
-  choice = ChatChoice(0, tokenizer, [], False, form)
+  report = Report(
+    stop=(),
+    logprobs=False,
+    alternatives=0,
+    prompt_logprobs=None,
+    token_ids=False,
+    ids_as_tokens=False,
+  )
+  choice = ChatChoice(0, tokenizer, [], report, form)
   tokens = tokenizer(text + '<|im_end|>', add_special_tokens=False)['input_ids']
   tokens = np.array(tokens, np.int32)
   scores = np.zeros(len(tokens), np.float32)

@@ -28,6 +28,14 @@ TRENDS = {
 }
 
 
+TAGGED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def hermes_answer(text):
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': text}]
+  return {'conversations': turns, 'tools': json.dumps([WEATHER])}
+
+
 def toolace(answer='[Market Trends API(country="us"), get_weather(city="Rome, Paris (old)")]'):
   system = (
     'You are an expert in composing functions. Point out what is missing. '
@@ -310,6 +318,43 @@ def test_calls_of_a_column_that_others_fill():
   assert row['conversations'][-1]['content'] == '[f(a=1)]'
 
 
+@pytest.mark.parametrize(
+  'name, python',
+  [
+    ('import', 'import_'),
+    ('None.class', 'None_.class_'),
+    ('x²', 'x2'),
+    ('ﬁnd', 'find'),
+    ('৹.3d', '_._3d'),
+    ('get-it', 'get_it'),
+  ],
+)
+def test_tools_of_any_name_can_be_called_in_the_python_style(name, python):
+  record = toolace(f'[{name}(country="us")]')
+  record['system'] = record['system'].replace('Market Trends API', name)
+  (row,) = to_rows(record, 'toolace', 'r')
+  assert row['conversations'][2]['content'] == f"[{python}(country='us')]"
+  assert parse_calls(row['conversations'][2]['content'])[0].name == python
+  assert f'"name": "{python}"' in row['conversations'][0]['content']
+
+
+def test_words_beside_outputs_are_kept():
+  turns = [
+    {'from': 'human', 'value': 'x'},
+    {'from': 'gpt', 'value': TAGGED},
+    {'from': 'tool', 'value': 'Stale.\n<tool_response>\n18\n</tool_response>'},
+    {'from': 'gpt', 'value': 'Warm.'},
+  ]
+  (row,) = to_rows(hermes(conversations=turns), 'hermes', 'r', 'hermes')
+  assert row['conversations'][2]['content'] == turns[2]['value']
+
+
+def test_an_empty_text_of_tools_lists_none():
+  record = apigen_mt() | {'tools': ''}
+  (row,) = to_rows(record, 'apigen_mt', 'r', 'hermes')
+  assert 'tools' not in row
+
+
 def test_packs_come_apart_where_they_were_put_together():
   first, second = to_rows(packed(), 'packed', 'r')
   assert (first['id'], second['id']) == ('9-0', '9-1')
@@ -331,6 +376,10 @@ def test_packs_come_apart_where_they_were_put_together():
     (xlam() | {'answers': '[{"name": "f", "args": {"a": 1}}]'}, "unknown key 'args'"),
     (xlam() | {'answers': '[{"name": "f", "name": "g"}]'}, 'given twice'),
     (xlam() | {'tools': '[3]'}, 'a tool needs'),
+    (xlam() | {'tools': '[{"name": "f", "returns": "text"}]'}, "tool 'f': the field 'returns'"),
+    (xlam() | {'tools': '[{"function": {"name": "f"}, "price": 1}]'}, "a tool: the field 'price'"),
+    (hermes_answer('<think>\nhm\n' + TAGGED), 'message 1 holds tags of thoughts'),
+    (hermes_answer('<think>a</think> and <think>b</think>' + TAGGED), 'not one block in front'),
     (xlam() | {'tools': '[{"name": "a b"}, {"name": "a/b"}]'}, 'two tools have one name'),
     (
       apigen_mt() | {'conversations': [{'from': 'critic', 'value': 'x'}]},
