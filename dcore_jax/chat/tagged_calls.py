@@ -51,7 +51,7 @@ def read_calls(value: Any) -> list[ToolCall]:
     ToolCallError: a call that cannot be read. An empty list holds no call, and is none.
   """
   if isinstance(value, str):
-    value = _read_text(value)
+    value = read_text(value)
   return [read_call(record) for record in (value if isinstance(value, list) else [value])]
 
 
@@ -96,7 +96,7 @@ def read_arguments(value: Any) -> dict[str, Any]:
   # Twice: some clients write the text of an object as JSON once more.
   for _ in range(2):
     if isinstance(value, str):
-      value = _read_text(value) if value.strip() else {}
+      value = read_text(value) if value.strip() else {}
   # PHP knows one kind of array, and writes an empty object as [].
   if value is None or value == []:
     return {}
@@ -114,8 +114,12 @@ def _refuse_unknown(record: dict[str, Any], known: tuple[str, ...]) -> None:
     raise ToolCallError(f'a call with the unknown key {unknown[0]!r}: {clip(str(record))}')
 
 
-def _read_text(text: str) -> Any:
-  """Returns the value of a JSON text or, where it is none, of a Python literal."""
+def read_text(text: str) -> Any:
+  """Returns the value of a JSON text or, where it is none, of a Python literal.
+
+  Raises:
+    ToolCallError: text that is neither, or holds a value that is too deep or no JSON value.
+  """
   try:
     value = _DECODER.decode(text)
   except ToolCallError:

@@ -25,7 +25,7 @@ _THOUGHT_FIELDS = ('reasoning_content', 'reasoning', 'thinking')
 # Ways to say that a message is trained (1, true) or not (0, false).
 TRAIN_FIELDS = ('weight', 'train', 'trainable', 'loss')
 # OpenAI's roles, their newer and older names, and those of ShareGPT.
-_ROLES = {
+ROLES = {
   'system': 'system',
   'developer': 'system',
   'user': 'user',
@@ -234,46 +234,6 @@ def _from_json_text(value: Any, where: str) -> Any:
     raise ValueError(f'{where} {error}') from error
 
 
-def with_messages(record: Record) -> Record:
-  """Returns a record of prompt and completion, or of a preference, with `messages` in their place.
-
-  Of a preference the chosen answer is taken, and the rejected one is not read.
-
-  Raises:
-    ValueError: parts that do not make a conversation.
-  """
-  record = dict(record)
-  prompt = record.pop('prompt', None)
-  # SFT needs the chosen answer alone.
-  record.pop('rejected', None)
-  field = 'completion' if record.get('completion') is not None else 'chosen'
-  answer = record.pop(field, None)
-  # A prompt that is a text is what the user says.
-  before = _as_messages(prompt, 'user', 'prompt') if prompt is not None else []
-  after = _as_messages(answer, 'assistant', field)
-  # Some preference sets hold a whole conversation as one text, with its own marks of speakers.
-  if not before and isinstance(answer, str):
-    raise ValueError(f'{field!r} is a text without a prompt')
-  # A completion that begins with another speaker than the assistant is a conversation.
-  whole = after and isinstance(after[0], dict) and after[0].get('role') in ('system', 'user')
-  if before and whole:
-    # Some sets repeat the prompt inside the chosen conversation. It must be the same one.
-    if after[: len(before)] != before and before[-1] not in after:
-      raise ValueError(f'{field!r} begins anew, with another prompt than the field `prompt`')
-    before = []
-  return {**record, 'messages': before + after}
-
-
-def _as_messages(value: Any, role: str, field: str) -> list[Any]:
-  if isinstance(value, str):
-    return [{'role': role, 'content': value}]
-  if isinstance(value, dict):
-    return [value]
-  if not isinstance(value, list) or not value:
-    raise ValueError(f'the field {field!r} is neither a text nor a list of messages')
-  return value
-
-
 # --- messages -------------------------------------------------------------------------------------
 
 
@@ -298,9 +258,9 @@ def _read_said(record: Record) -> list[_Said]:
 def _read_message(message: Any, where: str) -> _Said:
   if not isinstance(message, dict):
     raise ValueError(f'{where} is of type {type(message).__name__}, not an object')
-  role = _ROLES.get(message['role']) if isinstance(message.get('role'), str) else None
+  role = ROLES.get(message['role']) if isinstance(message.get('role'), str) else None
   if role is None:
-    raise ValueError(f'{where} has the role {message.get("role")!r}; known are {sorted(_ROLES)}')
+    raise ValueError(f'{where} has the role {message.get("role")!r}; known are {sorted(ROLES)}')
   # Fields are known by role: `tool_calls` in a user's message would never be shown.
   own = {'assistant': _BY_ASSISTANT, 'tool': _BY_TOOL}.get(role, ())
   where = f'{where} ({role})'

@@ -28,7 +28,8 @@ FREE_FIELDS = BOOKKEEPING | frozenset(
   'version category categories subcategory domain topic task task_type type kind difficulty '
   'level tags meta info extra_info author annotator generator model_name provider object '
   'system_fingerprint created_by updated_at score scores rating quality reward margin '
-  'score_chosen score_rejected chosen_score rejected_score chosen_model rejected_model '
+  'used_in chosen_rating rejected_rating chosen_avg_rating rejected_avg_rating score_chosen '
+  'score_rejected chosen_score rejected_score chosen_model rejected_model '
   'num_turns turns n_turns length ability temperature top_p top_k min_p seed n stream '
   'stream_options max_tokens max_completion_tokens user frequency_penalty presence_penalty '
   'parallel_tool_calls'.split()

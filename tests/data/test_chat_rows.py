@@ -335,6 +335,16 @@ CHOSEN = [user(), assistant(tool_calls=[call()])]
     {'prompt': CHOSEN[0]['content'], 'chosen': CHOSEN, 'rejected': [user(), assistant('no')]},
     {'prompt': CHOSEN[:1], 'chosen': CHOSEN[1:], 'rejected': None, 'score_chosen': 5},
     {'chosen': CHOSEN, 'rejected': [user(), assistant('no')]},
+    {'messages': CHOSEN[:1], 'chosen': CHOSEN[1], 'rejected': assistant('no')},
+    {'messages': CHOSEN, 'chosen': CHOSEN[-1], 'rejected': assistant('no')},
+    {'messages': CHOSEN, 'chosen': CHOSEN, 'prompt': CHOSEN[0]['content'], 'rejected': CHOSEN},
+    {'messages': CHOSEN, 'rejected_response': 'no'},
+    {'question': CHOSEN[0]['content'], 'chosen': CHOSEN[1:], 'rejected': 'no'},
+    {
+      'input': {'messages': CHOSEN[:1], 'parallel_tool_calls': True},
+      'preferred_output': CHOSEN[1:],
+      'non_preferred_output': [assistant('no')],
+    },
     {'messages': json.dumps(CHOSEN)},
   ],
 )
@@ -351,6 +361,10 @@ def test_the_common_forms_say_the_same_to_training_and_as_seeds(record, tmp_path
 def test_pairs_that_make_no_conversation_are_refused():
   refused({'chosen': 'x', 'rejected': 'y'}, "'chosen' is a text without a prompt")
   refused({'prompt': 'other', 'chosen': CHOSEN}, 'another prompt')
+  refused({'prompt': 'other', 'messages': CHOSEN, 'chosen': CHOSEN}, 'different prompts')
+  refused({'messages': CHOSEN, 'chosen': [assistant('no')]}, "is not 'chosen'")
+  refused({'input': 'x', 'preferred_output': CHOSEN}, "'input' is no object")
+  refused({'input': {'n': 1}, 'n': 2, 'preferred_output': CHOSEN}, "'n' stands in 'input'")
   refused({'prompt': 3, 'completion': 'x'}, "'prompt' is neither")
   sharegpt = [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'ho'}]
   assert contents({'messages': sharegpt}) == ['hi', 'ho']

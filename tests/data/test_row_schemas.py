@@ -338,6 +338,41 @@ def test_tools_of_any_name_can_be_called_in_the_python_style(name, python):
   assert f'"name": "{python}"' in row['conversations'][0]['content']
 
 
+@pytest.mark.parametrize(
+  'system',
+  [
+    'You are a function calling AI model. You are provided with function signatures within <tools> '
+    '</tools> XML tags. {0}You may call one or more functions to assist with the user query. '
+    "Don't make assumptions about what values to plug into functions.\n<tools>\n[{1}]\n</tools>\n"
+    'For each function call return a JSON object, with the following pydantic model json schema:\n'
+    "{{'title': 'FunctionCall'}}\nEach function call should be enclosed within <tool_call> "
+    "</tool_call> XML tags.\n<tool_call>\n{{'arguments': <args-dict>}}\n</tool_call>",
+    'You are a function calling AI model. Here are the available tools: <tools> {1} </tools> {0}'
+    'Use the following pydantic model json schema for each tool call: {{"title": "FunctionCall"}} '
+    'For each function call return a json object within <tool_call></tool_call> tags as follows:',
+  ],
+)
+def test_hermes_prompts_keep_what_they_say_beside_the_tools(system):
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': TAGGED}]
+  for policy in ('', 'Never call a refund tool before the user agrees. '):
+    text = system.format(policy, json.dumps(WEATHER))
+    record = hermes(conversations=[{'from': 'system', 'value': text}, *turns])
+    (row,) = to_rows(record | {'tools': None}, 'hermes', 'r', 'hermes')
+    first = row['conversations'][0]
+    assert first['content'] == (policy.strip() or 'x')
+
+
+def test_tools_among_the_notes_of_a_row_are_not_lost():
+  record = {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}
+  for notes in ({'tools': [WEATHER]}, json.dumps({'tools': [WEATHER]})):
+    with pytest.raises(ValueError, match="'metadata' holds tools"):
+      to_rows(record | {'metadata': notes}, 'rows', 'r')
+    assert to_rows(record | {'metadata': notes, 'tools': [WEATHER]}, 'rows', 'r')
+  assert to_rows(record | {'metadata': 'about "tools"', 'reasoning': 'off'}, 'rows', 'r')
+  with pytest.raises(ValueError, match="'reasoning'"):
+    to_rows(record | {'reasoning': 'I think so.'}, 'rows', 'r')
+
+
 def test_words_beside_outputs_are_kept():
   turns = [
     {'from': 'human', 'value': 'x'},
