@@ -51,7 +51,7 @@ def read_calls(value: Any) -> list[ToolCall]:
     ToolCallError: a call that cannot be read. An empty list holds no call, and is none.
   """
   if isinstance(value, str):
-    value = _read_text(value)
+    value = read_text(value)
   return [read_call(record) for record in (value if isinstance(value, list) else [value])]
 
 
@@ -71,16 +71,25 @@ def read_call(record: Any) -> ToolCall:
   if not isinstance(record, dict) or not isinstance(record.get('name'), str):
     raise ToolCallError(f'{_FORM}, got {clip(str(given))}')
   _refuse_unknown(record, ('name', *_ARGUMENTS))
-  # A column of data that a record leaves empty is None, and so says nothing.
-  found = [read_arguments(record[key]) for key in _ARGUMENTS if record.get(key) is not None]
-  # Both names may be there with the same value, since some data sets carry both columns.
-  if len(found) == 2 and found[0] != found[1]:
-    raise ToolCallError(f'arguments and parameters differ in {clip(str(given))}')
-  return ToolCall(record['name'], found[0] if found else {})
+  return ToolCall(record['name'], call_arguments(record))
+
+
+def call_arguments(record: dict[str, Any]) -> dict[str, Any]:
+  """Reads the arguments of a call {name, arguments}, or `parameters` as they are also named.
+
+  Raises:
+    ToolCallError: arguments of another kind, or two that differ.
+  """
+  found = [read_arguments(record.get(key)) for key in _ARGUMENTS]
+  # An empty one beside the other says nothing: readers of tables fill the column that a call lacks.
+  said = [arguments for arguments in found if arguments]
+  if len(said) == 2 and said[0] != said[1]:
+    raise ToolCallError(f'arguments and parameters differ in {clip(str(record))}')
+  return said[0] if said else {}
 
 
 def read_arguments(value: Any) -> dict[str, Any]:
-  """Reads the arguments of a call: an object, its text, or '' or None where there are none.
+  """Reads the arguments of a call: an object, its text, or '', [] or None where there are none.
 
   Raises:
     ToolCallError: anything else.
@@ -88,8 +97,9 @@ def read_arguments(value: Any) -> dict[str, Any]:
   # Twice: some clients write the text of an object as JSON once more.
   for _ in range(2):
     if isinstance(value, str):
-      value = _read_text(value) if value.strip() else {}
-  if value is None:
+      value = read_text(value) if value.strip() else {}
+  # PHP knows one kind of array, and writes an empty object as [].
+  if value is None or value == []:
     return {}
   if not isinstance(value, dict):
     raise ToolCallError(f'{_FORM}, got arguments {clip(str(value))}')
@@ -106,8 +116,12 @@ def _refuse_unknown(record: dict[str, Any], known: tuple[str, ...]) -> None:
     raise ToolCallError(f'a call with the unknown key {unknown[0]!r}: {clip(str(record))}')
 
 
-def _read_text(text: str) -> Any:
-  """Returns the value of a JSON text or, where it is none, of a Python literal."""
+def read_text(text: str) -> Any:
+  """Returns the value of a JSON text or, where it is none, of a Python literal.
+
+  Raises:
+    ToolCallError: text that is neither, or holds a value that is too deep or no JSON value.
+  """
   try:
     value = _DECODER.decode(text)
   except ToolCallError:

@@ -8,7 +8,7 @@ response together; training is given the response without the opening, which its
 import os.path
 import re
 
-from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_THOUGHTS, closing_tags
+from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_THOUGHTS, closing_tags, split_answer
 
 # `\Z` and not `$`: the latter would also match in front of a last newline.
 _OPENED = re.compile(OPEN_THOUGHTS + r'\s*\Z')
@@ -69,3 +69,25 @@ def taken_as_opened(response: str) -> str:
 def holds_tag(text: str) -> bool:
   """Tells whether a text holds a tag that a reader would take for an end of thoughts."""
   return OPEN_THOUGHTS in text or CLOSE_THOUGHTS in text
+
+
+def bare_thoughts(text: str) -> str:
+  """Returns thoughts without the tags around them, and without the newlines at either end."""
+  if not holds_tag(text):
+    return text.strip('\n')
+  return text.strip().removeprefix(OPEN_THOUGHTS).removesuffix(CLOSE_THOUGHTS).strip('\n')
+
+
+def take_thoughts(text: str) -> tuple[str, str]:
+  """Splits a text that begins with its thoughts into (thoughts without tags, what is said).
+
+  The opening tag may be missing, where the prompt has it.
+
+  Raises:
+    ValueError: tags that make up anything else than one block in front.
+  """
+  block, said = split_answer(text)
+  thoughts = bare_thoughts(block)
+  if holds_tag(thoughts) or OPEN_THOUGHTS in said:
+    raise ValueError('holds tags of thoughts that are not one block in front')
+  return thoughts, said

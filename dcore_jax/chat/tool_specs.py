@@ -2,15 +2,17 @@
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from dcore_jax.chat.messages import ToolSpec
+from dcore_jax.chat.messages import BOOKKEEPING, ToolSpec, refuse_unknown
 
 CALL_FORMAT = (
   'Answer with the calls alone, as [name(parameter=value), ...]. '
   'Where no tool fits, answer in words.'
 )
+# `strict` says how an endpoint samples, and not what the model sees.
+_FREE = BOOKKEEPING | {'strict'}
 # Data sets that were made from Python functions name their types as Python does.
 _JSON_TYPES = {
   'str': 'string',
@@ -22,26 +24,31 @@ _JSON_TYPES = {
 }
 
 
-def read_tools(value: Any) -> tuple[ToolSpec, ...]:
+def read_tools(value: Any, *, left_out: Collection[str] = ()) -> tuple[ToolSpec, ...]:
   """Reads specs from JSON values or from their text.
 
   A spec may be bare or wrapped as {'type': 'function', 'function': spec}, and its parameters may be
-  a JSON schema or stand by name.
+  a JSON schema or stand by name. The fields `left_out` of a spec are not shown to a model.
 
   Raises:
-    ValueError: text that is no literal, or a tool without a name or with parameters of no kind.
+    ValueError: text that is no literal, a tool without a name or with parameters of no kind, or one
+      that says something in another field.
   """
-  value = read_literal(value)
+  # Data sets write '' for no tools.
+  value = read_literal(value) if value not in (None, '') else []
   records = value if isinstance(value, list) else [value]
   specs = []
   for record in records:
-    # OpenAI's wrapper is taken off. Whatever is no object ends in the error below.
-    record = record.get('function', record) if isinstance(record, dict) else {}
-    # A tool without parameters may leave the field out or have null there.
+    if not isinstance(record, dict):
+      raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
+    if isinstance(record.get('function'), dict):
+      refuse_unknown(record, ('type', 'function'), 'a tool', _FREE)
+      record = record['function']
     parameters = record.get('parameters') or {}
     if not isinstance(record.get('name'), str) or not isinstance(parameters, dict):
       raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
-    # Columns of a table are null where a tool has no description.
+    known = ('type', 'name', 'description', 'parameters', *left_out)
+    refuse_unknown(record, known, f'the tool {record["name"]!r}', _FREE)
     description = record.get('description') or ''
     specs.append(ToolSpec(record['name'], description, _json_schema(parameters)))
   return tuple(specs)
@@ -88,7 +95,8 @@ def read_literal(value: Any) -> Any:
   if not isinstance(value, str):
     return value
   try:
-    return json.loads(value)
+    # Descriptions may break lines inside of a JSON string.
+    return json.loads(value, strict=False)
   except json.JSONDecodeError as error:
     try:
       # Data sets made by `str(list)` hold Python's quotes. Only literals are built, nothing runs.

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import BOOKKEEPING, Message, ToolCall, refuse_unknown
+from dcore_jax.chat.tagged_calls import call_arguments
+from dcore_jax.chat.thoughts import bare_thoughts, holds_tag, take_thoughts
 from dcore_jax.chat.tool_calls import ToolCallError, parse_calls
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.data.dialogues import Dialogue, DialogueTurn, Record, thought_block
-from dcore_jax.data.record_files import parse_strictly
+from dcore_jax.data.record_files import parse_strictly, refuse_surrogates
 
 MESSAGE_FIELDS = ('messages', 'conversations')
 _TOOL_FIELDS = ('tools', 'functions')
@@ -23,7 +25,7 @@ _THOUGHT_FIELDS = ('reasoning_content', 'reasoning', 'thinking')
 # Ways to say that a message is trained (1, true) or not (0, false).
 TRAIN_FIELDS = ('weight', 'train', 'trainable', 'loss')
 # OpenAI's roles, their newer and older names, and those of ShareGPT.
-_ROLES = {
+ROLES = {
   'system': 'system',
   'developer': 'system',
   'user': 'user',
@@ -211,7 +213,7 @@ def tool_records(record: Record) -> list[Record]:
       spec = {key: value for key, value in tool.items() if key != 'type'}
     else:
       # Keys beside a wrapped spec would be lost with the wrapper.
-      refuse_unknown(tool, ('type', 'function'), where)
+      refuse_unknown(tool, ('type', 'function'), where, BOOKKEEPING | {'strict'})
     if not isinstance(spec, dict) or not isinstance(spec.get('name'), str) or not spec['name']:
       raise ValueError(f'{where} has no name')
     if not isinstance(spec.get('description') or '', str):
@@ -230,46 +232,6 @@ def _from_json_text(value: Any, where: str) -> Any:
     return parse_strictly(value)
   except ValueError as error:
     raise ValueError(f'{where} {error}') from error
-
-
-def with_messages(record: Record) -> Record:
-  """Returns a record of prompt and completion, or of a preference, with `messages` in their place.
-
-  Of a preference the chosen answer is taken, and the rejected one is not read.
-
-  Raises:
-    ValueError: parts that do not make a conversation.
-  """
-  record = dict(record)
-  prompt = record.pop('prompt', None)
-  # SFT needs the chosen answer alone.
-  record.pop('rejected', None)
-  field = 'completion' if record.get('completion') is not None else 'chosen'
-  answer = record.pop(field, None)
-  # A prompt that is a text is what the user says.
-  before = _as_messages(prompt, 'user', 'prompt') if prompt is not None else []
-  after = _as_messages(answer, 'assistant', field)
-  # Some preference sets hold a whole conversation as one text, with its own marks of speakers.
-  if not before and isinstance(answer, str):
-    raise ValueError(f'{field!r} is a text without a prompt')
-  # A completion that begins with another speaker than the assistant is a conversation.
-  whole = after and isinstance(after[0], dict) and after[0].get('role') in ('system', 'user')
-  if before and whole:
-    # Some sets repeat the prompt inside the chosen conversation. It must be the same one.
-    if after[: len(before)] != before and before[-1] not in after:
-      raise ValueError(f'{field!r} begins anew, with another prompt than the field `prompt`')
-    before = []
-  return {**record, 'messages': before + after}
-
-
-def _as_messages(value: Any, role: str, field: str) -> list[Any]:
-  if isinstance(value, str):
-    return [{'role': role, 'content': value}]
-  if isinstance(value, dict):
-    return [value]
-  if not isinstance(value, list) or not value:
-    raise ValueError(f'the field {field!r} is neither a text nor a list of messages')
-  return value
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -296,9 +258,9 @@ def _read_said(record: Record) -> list[_Said]:
 def _read_message(message: Any, where: str) -> _Said:
   if not isinstance(message, dict):
     raise ValueError(f'{where} is of type {type(message).__name__}, not an object')
-  role = _ROLES.get(message['role']) if isinstance(message.get('role'), str) else None
+  role = ROLES.get(message['role']) if isinstance(message.get('role'), str) else None
   if role is None:
-    raise ValueError(f'{where} has the role {message.get("role")!r}; known are {sorted(_ROLES)}')
+    raise ValueError(f'{where} has the role {message.get("role")!r}; known are {sorted(ROLES)}')
   # Fields are known by role: `tool_calls` in a user's message would never be shown.
   own = {'assistant': _BY_ASSISTANT, 'tool': _BY_TOOL}.get(role, ())
   where = f'{where} ({role})'
@@ -326,10 +288,12 @@ def _read_message(message: Any, where: str) -> _Said:
   # An empty answer would train the model to end its turn at once.
   if not calls and not words.strip():
     raise ValueError(f"{where} says nothing: neither 'content' nor calls")
-  if calls and '</think>' in words:
+  if calls and holds_tag(words):
     # Thoughts inside the content go where fields put them, in front of what is said.
-    block, _, words = words.rpartition('</think>')
-    thoughts = block.strip().removeprefix('<think>').strip('\n')
+    try:
+      thoughts, words = take_thoughts(words)
+    except ValueError as error:
+      raise ValueError(f"{where}: 'content' {error}") from error
   return _Said(
     role=role,
     # Words beside calls are placed by the call style, which sets the white space itself.
@@ -397,17 +361,19 @@ def _thoughts(message: Record, words: str, where: str) -> str:
       continue
     if not isinstance(value, str):
       raise ValueError(f'{where}: the field {field!r} is no text')
-    if value.strip():
-      found[field] = value.strip('\n')
+    # Some servers leave the tags around the thoughts, which the row would then hold twice.
+    bare = bare_thoughts(value)
+    if bare.strip():
+      found[field] = bare
   # Some servers send the same thoughts under two names: equal copies are one.
   if len(set(found.values())) > 1:
     raise ValueError(f'{where}: its fields {sorted(found)} hold different thoughts')
   thoughts = next(iter(found.values()), '')
-  if thoughts and ('</think>' in words or '<think>' in words):
+  if thoughts and holds_tag(words):
     raise ValueError(f"{where}: thoughts stand in {sorted(found)} and in 'content'")
-  # The tag would close the block early, and the rest would become part of the answer.
-  if '</think>' in thoughts:
-    raise ValueError(f'{where}: the field {next(iter(found))!r} holds </think>')
+  # A tag would open the block twice, or close it early and make the rest a part of the answer.
+  if holds_tag(thoughts):
+    raise ValueError(f'{where}: the field {next(iter(found))!r} holds <think> or </think>')
   return thoughts
 
 
@@ -434,7 +400,7 @@ def _message_calls(message: Record, where: str) -> tuple[_Call, ...]:
 def read_call(item: Any, where: str) -> ToolCall:
   """Reads a call {name, arguments}, which may be wrapped as {'type': 'function', 'function': call}.
 
-  Arguments are an object or its JSON text.
+  Arguments are what `tagged_calls.read_arguments` takes.
 
   Raises:
     ValueError: naming the place `where`, and what is wrong there.
@@ -460,15 +426,11 @@ def _named_call(item: Any, where: str) -> _Call:
   refuse_unknown(function, ('name', 'arguments', 'parameters'), where, ('id', 'index'))
   if not isinstance(function.get('name'), str) or not function['name']:
     raise ValueError(f'{where}.name is no name: {function.get("name")!r}')
-  # Both names are in use; an empty one beside the other says nothing.
-  given = [key for key in ('arguments', 'parameters') if function.get(key) not in (None, '', {})]
-  if len(given) > 1:
-    raise ValueError(f"{where} has both 'arguments' and 'parameters'")
-  arguments = {}
-  if given:
-    arguments = _from_json_text(function[given[0]], f'{where}.{given[0]}')
-  if not isinstance(arguments, dict):
-    raise ValueError(f'{where}.{given[0]} is no object')
+  try:
+    arguments = call_arguments(function)
+    refuse_surrogates(arguments)
+  except ValueError as error:
+    raise ValueError(f'{where}.arguments cannot be read: {error}') from error
   identity = item.get('id')
   if identity is not None and not isinstance(identity, str):
     raise ValueError(f'{where}: the id of a call is a text, got {identity!r}')

@@ -8,7 +8,9 @@ hermes  specs through the template's `tools`, calls as <tool_call> JSON, tool re
 
 import dataclasses
 import json
+import keyword
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +28,8 @@ FREE_FIELDS = BOOKKEEPING | frozenset(
   'version category categories subcategory domain topic task task_type type kind difficulty '
   'level tags meta info extra_info author annotator generator model_name provider object '
   'system_fingerprint created_by updated_at score scores rating quality reward margin '
-  'score_chosen score_rejected chosen_score rejected_score chosen_model rejected_model '
+  'used_in chosen_rating rejected_rating chosen_avg_rating rejected_avg_rating score_chosen '
+  'score_rejected chosen_score rejected_score chosen_model rejected_model '
   'num_turns turns n_turns length ability temperature top_p top_k min_p seed n stream '
   'stream_options max_tokens max_completion_tokens user frequency_penalty presence_penalty '
   'parallel_tool_calls'.split()
@@ -101,14 +104,20 @@ def _refuse_equal_names(tools: Sequence[ToolSpec]) -> None:
 
 
 def python_name(name: str) -> str:
-  """Makes a dotted identifier of a tool name that may hold spaces, slashes or quotes."""
-  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
+  """Makes a dotted identifier of a tool name that may hold any characters."""
   parts = []
-  for word in name.split('.'):
+  # Python's parser folds identifiers to NFKC, and a name that it changes would not be found again.
+  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
+  for word in unicodedata.normalize('NFKC', name).split('.'):
     part = re.sub(r'\W+', '_', word).strip('_')
+    # Some letters of other scripts' numerals count as word characters, and no name may hold them.
+    part = ''.join(letter if f'_{letter}'.isidentifier() else '_' for letter in part)
     # An identifier may not begin with a digit.
-    if part[:1].isdigit():
+    if part and not part.isidentifier():
       part = '_' + part
+    # `import(...)` is no call to Python's parser.
+    if keyword.iskeyword(part):
+      part += '_'
     if part:
       parts.append(part)
   # A name of punctuation alone leaves nothing, and a call needs a name.

@@ -61,7 +61,7 @@ def read_records(path: pathlib.Path) -> list[Found]:
     ValueError: naming the file (and line) where it is not UTF-8, cannot be decompressed, or is no
       list of records.
   """
-  text = decode_utf8(_read_bytes(path), path.name)
+  text = _decode(_read_bytes(path), path.name)
   kind = file_kind(path)
   if kind == '.csv':
     return list(_csv_records(text, path.name))
@@ -98,6 +98,21 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     return path.read_bytes()
   except (OSError, EOFError, zlib.error) as error:
     raise ValueError(f'{path.name} cannot be read: {error}') from error
+
+
+def _decode(data: bytes, name: str) -> str:
+  """Decodes a file; a byte that is not UTF-8 becomes half of a surrogate pair.
+
+  Raises:
+    ValueError: naming the file where it is UTF-16.
+  """
+  try:
+    return decode_utf8(data, name)
+  except ValueError:
+    # Zero bytes stand all over UTF-16. Else some records may be odd, and the others are not.
+    if b'\0' in data[:1000]:
+      raise
+  return data.decode('utf-8-sig', 'surrogateescape')
 
 
 def _listed_records(text: str, name: str) -> Iterator[Found]:
@@ -156,34 +171,64 @@ def _element_end(text: str, place: int) -> int | None:
 
 def _csv_records(text: str, name: str) -> Iterator[Found]:
   """Yields the rows of a CSV file with a header, as texts by column; empty cells are absent."""
+  lines = io.StringIO(text, newline='').readlines()
   # The limit is global to the process, so it is put back at the end.
   limit = csv.field_size_limit(_MAX_CELL)
-  reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
   try:
-    columns = reader.fieldnames or []
-    # DictReader would keep the last of the two columns and lose the other without a word.
+    rows = csv.reader(lines, strict=True)
+    columns = next(rows, [])
+    # A dict would keep the last of the two columns and lose the other without a word.
     if len(set(columns)) < len(columns):
       raise ValueError(f'{name}: two columns have one name: {columns}')
-    for row in reader:
-      # DictReader puts surplus cells under the key None. Usually a comma was not quoted.
-      if None in row:
-        yield Unreadable(f'it has more cells than the header ({len(columns)})')
-      else:
-        yield {column: cell for column, cell in row.items() if cell}
+    before = 0  # lines that this reader was not given
+    begun = rows.line_num
+    while begun < len(lines):
+      try:
+        cells = next(rows)
+      except csv.Error as error:
+        # Nobody knows how far such a row reaches, so that the next line is tried.
+        yield Unreadable(f'line {begun + 1} is not CSV: {error}')
+        begun += 1
+        before = begun
+        rows = csv.reader((lines[number] for number in range(begun, len(lines))), strict=True)
+        continue
+      if cells:
+        yield _csv_record(columns, cells, begun + 1)
+      begun = before + rows.line_num
   except csv.Error as error:
-    raise ValueError(f'{name} is not CSV behind line {reader.line_num}: {error}') from error
+    raise ValueError(f'{name}, line 1 is not CSV: {error}') from error
   finally:
     csv.field_size_limit(limit)
 
 
+def _csv_record(columns: list[str], cells: list[str], line: int) -> Found:
+  # Usually a comma was not quoted.
+  if len(cells) > len(columns):
+    return Unreadable(f'line {line} has more cells than the header ({len(columns)})')
+  try:
+    _refuse_bytes(''.join(cells))
+  except ValueError as error:
+    return Unreadable(f'line {line} {error}')
+  # Cells that a short row lacks are as empty as others.
+  return {column: cell for column, cell in zip(columns, cells, strict=False) if cell}
+
+
 def _record(text: str, where: str) -> Found:
   try:
+    _refuse_bytes(text)
     record = parse_strictly(text)
   except ValueError as error:
     return Unreadable(f'{where}{error}')
   if not isinstance(record, dict):
     return Unreadable(f'{where}holds a value of type {type(record).__name__}, not an object')
   return record
+
+
+def _refuse_bytes(text: str) -> None:
+  """Raises ValueError where a text holds what `_decode` has made of a byte."""
+  found = _ODD_SURROGATE.search(text)
+  if found:
+    raise ValueError(f'is not UTF-8 text: it holds the byte {ord(found[0]) & 0xFF:#x}')
 
 
 def parse_strictly(text: str) -> Any:
@@ -194,8 +239,14 @@ def parse_strictly(text: str) -> Any:
       of a surrogate pair, more than MAX_DEPTH levels, or a number of too many digits.
   """
   try:
+    # Models, and scripts that paste texts together, break lines inside of strings. JSON forbids
+    # that, but nothing is lost by it.
     value = json.loads(
-      text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
+      text,
+      strict=False,
+      object_pairs_hook=_unique_keys,
+      parse_constant=_no_constant,
+      parse_float=_finite,
     )
   except json.JSONDecodeError as error:
     raise ValueError(f'is not JSON: {error}') from error
@@ -205,9 +256,15 @@ def parse_strictly(text: str) -> Any:
     raise ValueError(_TOO_DEEP) from error
   _check_depth(value)
   # JSON escapes can spell characters that no text has, at which tokenizers and files fail.
-  if _SURROGATE.search(text) and _ODD_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-    raise ValueError('holds half of a surrogate pair')
+  if _SURROGATE.search(text):
+    refuse_surrogates(value)
   return value
+
+
+def refuse_surrogates(value: Any) -> None:
+  """Raises ValueError where a text in a JSON value holds half of a surrogate pair."""
+  if _ODD_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    raise ValueError('holds half of a surrogate pair')
 
 
 def _check_depth(value: Any) -> None:

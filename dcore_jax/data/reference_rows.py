@@ -11,17 +11,22 @@ Python style, in which rewards compare them.
 """
 
 import dataclasses
+from collections.abc import Set
 from typing import Any, NamedTuple
 
+from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.messages import Message, ToolCall
+from dcore_jax.chat.tagged_calls import read_text
 from dcore_jax.chat.tool_calls import parse_calls, parse_reference, print_calls
 from dcore_jax.data import chat_rows, row_schemas
 from dcore_jax.data.dialogues import Record, check_row, python_messages, python_name
-from dcore_jax.data.record_files import parse_strictly
+from dcore_jax.data.record_files import refuse_surrogates
 from dcore_jax.data.seeds import DecisionPoint, Seed, decision_points
 
 # Names under which data sets for reinforcement learning publish the right answer.
 REFERENCE_FIELDS = ('ground_truth', 'answer', 'answers', 'reference', 'reference_calls')
+
+_RESPONSE = ('<response>', '</response>')
 
 
 class Asked(NamedTuple):
@@ -118,7 +123,7 @@ def read_asked(record: Record, name: str) -> Asked:
     fields['messages'] = fields.pop('prompt')
   row_schemas.check_fields(fields, 'rows')
   dialogue = chat_rows.prompt_dialogue(fields, name)
-  calls, words = _read_reference(value, field)
+  calls, words = _read_reference(value, field, {python_name(tool.name) for tool in dialogue.tools})
   return Asked(tuple(python_messages(dialogue)), _python_calls(calls), words)
 
 
@@ -133,8 +138,7 @@ def _last_answer(record: Record, schema: str, name: str) -> Asked:
     raise ValueError('nothing is asked before the last message of the assistant')
   if last.calls:
     return Asked(tuple(messages), last.calls, '')
-  # Thoughts are no part of a reference: rewards compare answers.
-  calls, words = _read_reference(last.text.rpartition('</think>')[2], 'the last message')
+  calls, words = _read_reference(last.text, 'the last message', set())
   return Asked(tuple(messages), _python_calls(calls), words)
 
 
@@ -142,19 +146,27 @@ def _python_calls(calls: list[ToolCall]) -> tuple[ToolCall, ...]:
   return tuple(dataclasses.replace(call, name=python_name(call.name)) for call in calls)
 
 
-def _read_reference(value: Any, where: str) -> tuple[list[ToolCall], str]:
+def _read_reference(value: Any, where: str, tools: Set[str]) -> tuple[list[ToolCall], str]:
   """Reads a reference -> (calls, words); one of the two is empty."""
   if isinstance(value, str):
-    text = value.strip()
+    # Thoughts are no part of a reference: rewards compare answers.
+    text = split_answer(value)[1].strip()
+    # ToolRL's tag of an answer in words.
+    if text.startswith(_RESPONSE[0]) and text.endswith(_RESPONSE[1]):
+      text = text.removeprefix(_RESPONSE[0]).removesuffix(_RESPONSE[1]).strip()
     if not text:
       raise ValueError(f'{where} is empty: there is nothing to compare with')
     # A bracket begins JSON or a Python-style list. The next character decides, because a call list
     # begins with a name.
-    if text[0] == '{' or text[:1] == '[' and text[1:].lstrip()[:1] in ('{', '"'):
-      value = parse_strictly(text)
+    if text[0] == '{' or text[:1] == '[' and text[1:].lstrip()[:1] in ('{', '"', "'"):
+      try:
+        value = read_text(text)
+        refuse_surrogates(value)
+      except ValueError as error:
+        raise ValueError(f'{where}: {error}') from error
     else:
       # Other text is a call list in the Python style, or an answer in words.
-      calls = parse_calls(text)
+      calls = parse_calls(text) or _bare_call(text, tools)
       return (calls, '') if calls else ([], text)
   if isinstance(value, dict):
     value = [value]
@@ -165,3 +177,11 @@ def _read_reference(value: Any, where: str) -> tuple[list[ToolCall], str]:
     return parse_reference(value), ''
   calls = [chat_rows.read_call(item, f'{where}[{number}]') for number, item in enumerate(value)]
   return calls, ''
+
+
+def _bare_call(text: str, tools: Set[str]) -> list[ToolCall]:
+  """Reads one call without brackets, as BFCL writes them; none where no tool has its name."""
+  # Words may look like a call too: `yes (of course)` is one to Python's parser.
+  if text.partition('(')[0] not in tools or text[-1:] != ')':
+    return []
+  return parse_reference([text])

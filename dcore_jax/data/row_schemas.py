@@ -3,7 +3,7 @@
     rows        messages or conversations of {role, content}, as OpenAI's interface has them, and
                 tools: D-CORE's rows, too; self-distillation writes such rows
     completion  prompt, completion: texts or lists of such messages
-    preference  chosen, rejected and perhaps prompt; the chosen answer is taken
+    preference  chosen, rejected and perhaps prompt, or OpenAI's preferred_output; see `pairs`
     packed      conversations and single_conv_last_idx: D-CORE's packs, several rows in one
     toolrl      instruction, input, output: ToolRL
     xlam        query, tools, answers: Salesforce/xlam-function-calling-60k
@@ -28,9 +28,10 @@ from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_CALL, split_answer
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec, refuse_unknown
 from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import read_calls, tagged_blocks
+from dcore_jax.chat.thoughts import take_thoughts
 from dcore_jax.chat.tool_calls import parse_python, print_calls
 from dcore_jax.chat.tool_specs import CALL_FORMAT, read_tools
-from dcore_jax.data import chat_rows
+from dcore_jax.data import chat_rows, pairs
 from dcore_jax.data.dialogues import (
   FREE_FIELDS,
   Dialogue,
@@ -48,6 +49,20 @@ _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
 _TAGGED_CALL = re.compile(r'<tool_call>\s*[\[{]')
 _TAGGED_RESPONSE = re.compile(r'<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
 _TAGGED_TOOLS = re.compile(r'<tools>\s*([\[{].*?[\]}])\s*</tools>', re.DOTALL)
+# How Hermes's prompts say what a row's own style says: the format of calls up to its example, and
+# the sentences that introduce the tools.
+_HERMES_FORMAT = re.compile(
+  r'(?:For each function call|Use the following pydantic|Each function call should).*'
+  r'</tool_call>(?:(?: XML)? tags[^\n]*)?',
+  re.DOTALL,
+)
+_HERMES_SENTENCE = re.compile(
+  r'(?:You are a function calling AI model|You are provided with function signatures|'
+  r'You may call one or more functions|You can call (?:one or more )?(?:functions|tools)|'
+  r"Don't make assumptions about what values|Here are the available tools|"
+  r'For each function call|Use the following pydantic|Each function call should)'
+  r'[^\n]*?(?:[.:](?=\s|$)|(?=\n)|$)[ ]*'
+)
 # ShareGPT's names of speakers and the variants that the data sets above use.
 _ROLES = {
   'human': 'user',
@@ -64,9 +79,9 @@ _ROLES = {
 # The fields that each adapter reads. `FREE_FIELDS` lists those that anybody may have.
 _CHAT_FIELDS = ('system', 'tools', 'functions')
 _FIELDS = {
-  'rows': (*chat_rows.MESSAGE_FIELDS, *_CHAT_FIELDS),
+  'rows': (*chat_rows.MESSAGE_FIELDS, *pairs.REJECTED_FIELDS, *_CHAT_FIELDS),
   'completion': ('prompt', 'completion', *_CHAT_FIELDS),
-  'preference': ('prompt', 'chosen', 'rejected', *_CHAT_FIELDS),
+  'preference': (*pairs.PAIR_FIELDS, *_CHAT_FIELDS),
   'packed': ('conversations', 'single_conv_last_idx', *_CHAT_FIELDS),
   'toolrl': ('instruction', 'input', 'output'),
   'xlam': ('query', 'tools', 'answers'),
@@ -74,6 +89,11 @@ _FIELDS = {
   'apigen_mt': ('system', 'conversations', 'tools'),
   'hermes': ('conversations', 'tools', 'schema'),  # the system text holds the schema, too
 }
+
+
+# Fields about sampling, and what they hold where a row is like any other.
+_USUAL = {'tool_choice': ('auto', 'none'), 'reasoning': ('on', 'off')}
+_NOTES = ('metadata', 'meta', 'info', 'extra_info')
 
 
 # --- recognising and adapting ---------------------------------------------------------------------
@@ -90,10 +110,11 @@ def recognise(record: Record) -> str | None:
     return 'toolrl'
   if {'query', 'tools', 'answers'} <= fields:
     return 'xlam'
+  # Some pairs have messages as well.
+  if fields & {'chosen', 'preferred_output'}:
+    return 'preference'
   if fields & set(chat_rows.MESSAGE_FIELDS):
     return _message_schema(record, fields)
-  if 'chosen' in fields:
-    return 'preference'
   return 'completion' if {'prompt', 'completion'} <= fields else None
 
 
@@ -184,15 +205,29 @@ def check_fields(record: Record, schema: str, more: Sequence[str] = ()) -> None:
   Raises:
     ValueError: naming the field.
   """
-  # These say how calls are sampled. Only their usual values are the same as saying nothing.
-  usual = {'auto', 'none'} & {str(record.get('tool_choice'))}
-  known = (*_FIELDS[schema], *(['tool_choice'] if usual else []), *more)
+  # These say how an answer is sampled. Only their usual values are the same as saying nothing.
+  usual = [field for field, values in _USUAL.items() if record.get(field) in values]
+  known = (*_FIELDS[schema], *usual, *more)
   refuse_unknown(record, known, f'a row of schema {schema!r}', FREE_FIELDS)
+  for field in _NOTES:
+    # Some sets keep the tools among their notes, which nothing else reads.
+    if not record.get('tools') and _names_tools(record.get(field)):
+      raise ValueError(f'the field {field!r} holds tools; they are read from the field `tools`')
+
+
+def _names_tools(notes: Any) -> bool:
+  if isinstance(notes, str) and '"tools"' in notes:
+    try:
+      notes = json.loads(notes)
+    except (ValueError, RecursionError):
+      return False
+  return isinstance(notes, dict) and bool(notes.get('tools'))
 
 
 def _chat_record(record: Record, schema: str) -> Record:
+  record = pairs.flat_pair(record)
   check_fields(record, schema)
-  return record if schema == 'rows' else chat_rows.with_messages(record)
+  return record if schema == 'rows' else pairs.with_messages(record)
 
 
 def _data_dialogue(record: Record, schema: str, name: str) -> Dialogue:
@@ -291,8 +326,8 @@ def _apigen_mt(record: Record, name: str) -> Dialogue:
 def _hermes(record: Record, name: str) -> Dialogue:
   """Reads a Hermes record, whose tools are in a field or in the system text.
 
-  A system text with a <tools> block only says which tools there are and how to call them, which the
-  row's own style says again.
+  What a system text with a <tools> block says of tools and how to call them is left out, because
+  the row's own style says it again.
   """
   turns = record['conversations']
   policy = ''
@@ -306,10 +341,16 @@ def _hermes(record: Record, name: str) -> Dialogue:
     tagged = _TAGGED_TOOLS.search(policy)
     listed = tagged[1] if tagged else []
   tools = read_tools(listed)
-  # Such a text holds only tools and call format, which the row's style writes again.
   if tools and '<tools>' in policy:
-    policy = ''
+    policy = _hermes_policy(policy)
   return Dialogue(id=name, policy=policy, tools=tools, turns=_read_turns(turns, tools))
+
+
+def _hermes_policy(system: str) -> str:
+  """Returns what a system text says beside the tools and the format of calls."""
+  for pattern in (_TAGGED_TOOLS, _HERMES_FORMAT, _HERMES_SENTENCE):
+    system = pattern.sub('', system)
+  return re.sub(r'\n{3,}', '\n\n', system).strip()
 
 
 def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[DialogueTurn, ...]:
@@ -335,7 +376,7 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
       turns.append(DialogueTurn('assistant', '', _read_calls(text), trained=trained))
     elif role == 'tool':
       # One message may hold the outputs of several calls, each in its tags.
-      turns += [DialogueTurn('tool', part) for part in _TAGGED_RESPONSE.findall(text) or [text]]
+      turns += [DialogueTurn('tool', part) for part in _outputs(text)]
     elif role == 'assistant':
       turns.append(dataclasses.replace(_read_answer(text, tools, number), trained=trained))
     else:
@@ -346,6 +387,13 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
   if last < 0:
     raise ValueError('the assistant never speaks')
   return tuple(turns[: last + 1])
+
+
+def _outputs(text: str) -> list[str]:
+  """Returns the outputs that stand in tags; the whole text where there is more than that."""
+  outputs = _TAGGED_RESPONSE.findall(text)
+  beside = _TAGGED_RESPONSE.sub('', text)
+  return outputs if outputs and not beside.strip() else [text]
 
 
 def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueTurn:
@@ -366,6 +414,12 @@ def _read_answer(text: str, tools: Sequence[ToolSpec], number: int) -> DialogueT
     calls = _read_python_calls(stripped, tools)
   if not calls and not stripped:
     raise ValueError(f'message {number}: the assistant says nothing')
+  if calls:
+    try:
+      # The calls are written anew behind the thoughts, which must then be one block.
+      take_thoughts(thought + words)
+    except ValueError as error:
+      raise ValueError(f'message {number} {error}') from error
   # Without calls the text stays whole: thoughts and answer are not taken apart and joined again.
   return DialogueTurn('assistant', thought if calls else text, calls, words)
 

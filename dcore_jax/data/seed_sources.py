@@ -345,7 +345,10 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
     if calls and len(outputs) != len(calls) and (outputs or seed_kind == 'sequential' or answer):
       found.dropped['an output is missing'] += 1
       return  # the history of later turns would lack the output, too
-    if calls or refused:
+    # What must not be learned from is no reference. It stays in the history, as in rows.
+    if not all(step.message.trained for step in request.steps):
+      found.dropped['not to be trained'] += 1
+    elif calls or refused:
       yield Seed(
         id=f'{dialogue.id}/{number}',
         kind=seed_kind,

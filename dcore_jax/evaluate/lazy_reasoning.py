@@ -10,7 +10,7 @@ reflections and more than 300 tokens (min_reflections=4, min_tokens=300).
 import dataclasses
 import json
 import pathlib
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from dcore_jax.files import decode_utf8
 
@@ -99,29 +99,61 @@ def lazy_ratio(
 # --- BFCL's files ---
 
 
-def read_results(path: pathlib.Path) -> tuple[list[Result], set[str]]:
-  """Reads a BFCL result file -> (items with an answer, ids of items whose inference failed).
+class Results(NamedTuple):
+  """What a BFCL result file holds.
+
+  Attributes:
+    items: those with an answer.
+    failed: ids of items whose inference failed.
+    silent: how many answers have no field of thoughts.
+  """
+
+  items: list[Result]
+  failed: set[str]
+  silent: int
+
+
+def read_results(path: pathlib.Path) -> Results:
+  """Reads a BFCL result file.
 
   Raises:
     ValueError: a row that is no item, with file and line.
   """
-  results = []
+  items = []
   failed = set()
+  silent = 0
   for where, row in _rows(path):
-    if 'id' in row and inference_failed(row):
+    if not isinstance(row.get('id'), str) or not row.keys() & {'result', 'reasoning_content'}:
+      raise ValueError(
+        f'{where}: a result row needs id and result or reasoning_content, has {sorted(row)}'
+      )
+    if inference_failed(row):
       # An endpoint that fell silent says nothing about reasoning: such items are no lazy ones.
       failed.add(row['id'])
       continue
-    if 'id' not in row or 'reasoning_content' not in row:
-      raise ValueError(f'{where}: a result row needs id and reasoning_content, has {sorted(row)}')
+    if row.get('reasoning_content') is None:
+      items.append(Result(row['id'], _no_thoughts(row['result'])))
+      silent += 1
+      continue
     try:
       # Multi-turn rows nest their texts by turn and step, and each step counts as one reasoning.
-      results.append(Result(row['id'], tuple(_texts(row['reasoning_content']))))
+      items.append(Result(row['id'], tuple(_texts(row['reasoning_content']))))
     except TypeError as error:
       raise ValueError(
         f'{where}: reasoning_content is neither text nor lists of texts: {error}'
       ) from error
-  return results, failed
+  return Results(items, failed, silent)
+
+
+def _no_thoughts(result: Any) -> tuple[str, ...]:
+  """Returns an empty text for an answer, or for each step of a multi-turn item.
+
+  bfcl-eval leaves the field out where all thoughts are empty; its older versions wrote them.
+  """
+  steps = 1
+  if isinstance(result, list) and result and all(isinstance(turn, list) for turn in result):
+    steps = sum(map(len, result))
+  return ('',) * steps
 
 
 def inference_failed(row: dict[str, Any]) -> bool:
@@ -184,8 +216,9 @@ def parse_row(line: str, where: str) -> dict[str, Any]:
 
 def _texts(content: Any) -> Iterator[str]:
   """Yields the text, or the texts of nested lists (turn -> step), in order."""
-  if isinstance(content, str):
-    yield content
+  if content is None or isinstance(content, str):
+    # Some endpoints give null for a step without thoughts, and others ''.
+    yield content or ''
   elif isinstance(content, list):
     for item in content:
       yield from _texts(item)
@@ -238,7 +271,7 @@ def group_ratio(
   Returns:
     As `lazy_ratio`, over the items that have an answer, with the number of the others as `left_out`
     where there are any: their inference failed, or the score file judges them and the result file
-    lacks them. None where a file is missing, or no item has an answer.
+    lacks them. None where a file is missing, or no item has thoughts.
 
   Raises:
     ValueError: an unreadable row, or a score file that judges other items than its result file has.
@@ -255,11 +288,12 @@ def group_ratio(
   reasonings = []
   wrong = []
   left_out = 0
+  silent = 0
   for category in categories:
     # Texts are pooled and not averaged by category, so that a category weighs by its texts.
-    results, failed = read_results(files[category, 'result'])
+    found = read_results(files[category, 'result'])
     failures = read_failures(files[category, 'score'])
-    known = failed.union(result.id for result in results)
+    known = found.failed.union(item.id for item in found.items)
     missing = failures - known
     # No failure in common means that the two files are of different runs or models.
     if missing and len(missing) == len(failures):
@@ -267,16 +301,20 @@ def group_ratio(
         f'{files[category, "score"]} judges {len(missing)} items that '
         f'{files[category, "result"]} lacks, such as {min(missing)!r}, and none that it has'
       )
+    failed = len(found.failed)
     if failed or missing:
-      note(f'{category}: {len(failed)} failed inferences and {len(missing)} missing items left out')
-    left_out += len(failed) + len(missing)
-    for result in results:
-      reasonings += result.reasonings
+      note(f'{category}: {failed} failed inferences and {len(missing)} missing items left out')
+    if found.silent:
+      note(f'{category}: {found.silent} answers without thoughts, which are not lazy')
+    left_out += failed + len(missing)
+    silent += found.silent
+    for item in found.items:
+      reasonings += item.reasonings
       # Each text of an item has the verdict of the whole item, as in the released script.
-      wrong += [result.id in failures] * len(result.reasonings)
+      wrong += [item.id in failures] * len(item.reasonings)
   # A ratio of 0 would look like a model that is never lazy.
-  if left_out and not reasonings:
-    note(f'no answer in {", ".join(categories)}')
+  if (left_out or silent) and not any(reasonings):
+    note(f'no answer with thoughts in {", ".join(categories)}')
     return None
   ratio = lazy_ratio(
     reasonings,

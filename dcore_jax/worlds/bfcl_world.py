@@ -77,7 +77,8 @@ class BfclWorld(SandboxWorld):
 
   def system_text(self, task: BfclTask) -> str:
     """The policy, the listed functions as JSON, and how to call them."""
-    return system_text(task.policy, read_tools(task.functions))
+    # What a function returns is left out: its outputs show it, and contexts are short.
+    return system_text(task.policy, read_tools(task.functions, left_out=('response',)))
 
   def listed(self, task: BfclTask) -> Collection[str]:
     """The names of the listed functions."""

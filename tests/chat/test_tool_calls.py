@@ -98,14 +98,17 @@ def test_plain_text_is_no_call_list(text):
     ('<tool_call>{"name": "f", "args": {}}</tool_call>', "unknown key 'args'"),
     ('<tool_call>{"name": "f", "type": "tool"}</tool_call>', "unknown key 'type'"),
     ('<tool_call>{"name": "f", "function": {"name": "f"}}</tool_call>', "unknown key 'name'"),
-    ('<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {}}</tool_call>', 'differ'),
+    (
+      '<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>',
+      'differ',
+    ),
     ('<tool_call>{"name": "f", "name": "g"}</tool_call>', 'given twice'),
     ('<tool_call>{"name": "f", "arguments": {"a": 1, "a": 1}}</tool_call>', 'given twice'),
     (
       '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1, \\"a\\": 2}"}</tool_call>',
       'given twice',
     ),
-    ('<tool_call>{"name": "f", "arguments": "[]"}</tool_call>', 'expected {"name"'),
+    ('<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>', 'expected {"name"'),
     ('<tool_call>{"name": "f", "arguments": {"a": 1e400}}</tool_call>', 'finite'),
     ("<tool_call>{'name': f}</tool_call>", 'neither JSON nor a literal'),
     ('<tool_call>{"name": f}</tool_call>', 'not JSON'),
@@ -193,7 +196,7 @@ def test_spellings_of_one_call(body):
     assert parse_calls(text) == [ToolCall('f', {'a': 1})]
 
 
-@pytest.mark.parametrize('value', ['{}', '""', 'null', '" "', '"{}"', '"null"'])
+@pytest.mark.parametrize('value', ['{}', '""', 'null', '" "', '"{}"', '"null"', '[]', '"[]"'])
 @pytest.mark.parametrize('key', ['arguments', 'parameters'])
 def test_calls_without_arguments(key, value):
   text = '<tool_call>{"name": "f", "%s": %s}</tool_call>' % (key, value)

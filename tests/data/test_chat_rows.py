@@ -207,13 +207,17 @@ def test_bookkeeping_passes():
     (assistant(HERMES, tool_calls=[call()]), "'content' holds a <tool_call>"),
     (
       assistant(tool_calls=[call(arguments='{"a": ')]),
-      r'tool_calls\[0\].function.arguments is not',
+      r'tool_calls\[0\].function.arguments cannot be read: neither JSON',
     ),
-    (assistant(tool_calls=[call(arguments='[1]')]), 'arguments is no object'),
+    (assistant(tool_calls=[call(arguments='[1]')]), 'arguments cannot be read: a tool call needs'),
     (assistant(tool_calls=[call(arguments='{"a": "\\ud800"}')]), 'surrogate'),
     (assistant(tool_calls=[call(arguments='{"a": 1, "a": 2}')]), "'a' is given twice"),
     (assistant(tool_calls=[call(name='')]), 'name is no name'),
-    (assistant(tool_calls=[call(parameters={'a': 1})]), "both 'arguments' and 'parameters'"),
+    (assistant(tool_calls=[call(parameters={'a': 1})]), 'arguments and parameters differ'),
+    (assistant('<think>a', tool_calls=[call()]), "'content' holds tags of thoughts"),
+    (assistant('Well. <think>a</think>', tool_calls=[call()]), 'not one block in front'),
+    (assistant('<think>a</think><think>b</think>', tool_calls=[call()]), 'not one block'),
+    (assistant('x', reasoning='about <think> tags'), "'reasoning' holds <think>"),
     (assistant(tool_calls=[call(), call()]), 'two of its calls have one id'),
     (assistant(tool_calls=[call() | {'type': 'custom'}]), 'custom'),
     (assistant(tool_calls=[call() | {'extra': 1}]), "'extra'"),
@@ -233,6 +237,41 @@ def test_bookkeeping_passes():
 )
 def test_what_a_message_says_is_never_lost(message, reason):
   refused(row(user(), message), reason)
+
+
+@pytest.mark.parametrize(
+  'arguments, printed',
+  [
+    ('{"city": "a\nb\tc"}', "city='a\\nb\\tc'"),
+    ("{'city': 'x', 'day': None, 'far': true}", "city='x', day=None, far=True"),
+    (json.dumps(json.dumps({'from': 1})), 'from=1'),
+    *((nothing, '') for nothing in ('null', '""', ' ', [], '[]', {}, None)),
+  ],
+)
+def test_arguments_are_read_as_in_every_other_place(arguments, printed):
+  for fields in ({'arguments': arguments}, {'arguments': '', 'parameters': arguments}):
+    record = row(user(), assistant(tool_calls=[call(**fields)]))
+    assert contents(record)[-1] == f'[get_weather({printed})]'
+  record = row(user(), assistant('<tool_call>{"name": "f", "arguments": []}</tool_call>'))
+  assert contents(record)[-1].startswith('<tool_call>')
+
+
+def test_tools_as_json_text_may_break_lines():
+  record = row(user(), assistant(tool_calls=[call()]), tools=json.dumps([SPEC]))
+  broken = record['tools'].replace('Weather of', 'Weather\nof')
+  assert contents(record | {'tools': broken})[-1] == "[get_weather(city='Paris')]"
+
+
+@pytest.mark.parametrize(
+  'thoughts', ['<think>\nhm\n</think>', '<think>hm', ' hm\n</think>\n', 'hm\n']
+)
+def test_thoughts_with_their_tags_are_trained_with_one_tag(thoughts):
+  for answer in (assistant('Hi.', reasoning=thoughts), assistant(None, reasoning=thoughts)):
+    if answer['content'] is None:
+      answer['tool_calls'] = [call()]
+    said = contents(row(user(), answer))[-1]
+    assert said.startswith('<think>\n') and said.count('think>') == 2
+    assert said.partition('</think>')[0].removeprefix('<think>').strip() == 'hm'
 
 
 @pytest.mark.parametrize(
@@ -296,6 +335,16 @@ CHOSEN = [user(), assistant(tool_calls=[call()])]
     {'prompt': CHOSEN[0]['content'], 'chosen': CHOSEN, 'rejected': [user(), assistant('no')]},
     {'prompt': CHOSEN[:1], 'chosen': CHOSEN[1:], 'rejected': None, 'score_chosen': 5},
     {'chosen': CHOSEN, 'rejected': [user(), assistant('no')]},
+    {'messages': CHOSEN[:1], 'chosen': CHOSEN[1], 'rejected': assistant('no')},
+    {'messages': CHOSEN, 'chosen': CHOSEN[-1], 'rejected': assistant('no')},
+    {'messages': CHOSEN, 'chosen': CHOSEN, 'prompt': CHOSEN[0]['content'], 'rejected': CHOSEN},
+    {'messages': CHOSEN, 'rejected_response': 'no'},
+    {'question': CHOSEN[0]['content'], 'chosen': CHOSEN[1:], 'rejected': 'no'},
+    {
+      'input': {'messages': CHOSEN[:1], 'parallel_tool_calls': True},
+      'preferred_output': CHOSEN[1:],
+      'non_preferred_output': [assistant('no')],
+    },
     {'messages': json.dumps(CHOSEN)},
   ],
 )
@@ -312,6 +361,10 @@ def test_the_common_forms_say_the_same_to_training_and_as_seeds(record, tmp_path
 def test_pairs_that_make_no_conversation_are_refused():
   refused({'chosen': 'x', 'rejected': 'y'}, "'chosen' is a text without a prompt")
   refused({'prompt': 'other', 'chosen': CHOSEN}, 'another prompt')
+  refused({'prompt': 'other', 'messages': CHOSEN, 'chosen': CHOSEN}, 'different prompts')
+  refused({'messages': CHOSEN, 'chosen': [assistant('no')]}, "is not 'chosen'")
+  refused({'input': 'x', 'preferred_output': CHOSEN}, "'input' is no object")
+  refused({'input': {'n': 1}, 'n': 2, 'preferred_output': CHOSEN}, "'n' stands in 'input'")
   refused({'prompt': 3, 'completion': 'x'}, "'prompt' is neither")
   sharegpt = [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'ho'}]
   assert contents({'messages': sharegpt}) == ['hi', 'ho']

@@ -116,7 +116,6 @@ def test_marks_compression_and_kinds(tmp_path, suffix, pack):
   [
     ('{"a": 1}'.encode('utf-16'), 'line 1 is not UTF-8'),
     ('{"a": 1}'.encode('utf-16-le'), 'line 1 is not UTF-8'),
-    ('{"a": 1}\n{"a": "é"}'.encode('latin-1'), 'line 2 is not UTF-8'),
   ],
 )
 def test_other_encodings_are_named(tmp_path, data, reason):
@@ -135,7 +134,7 @@ def test_other_encodings_are_named(tmp_path, data, reason):
     ('a.json', '{"data":\n [{"a": 1}]}', 'expected a list of objects'),
     ('a.json', '3', 'expected a list of objects'),
     ('a.csv', 'prompt,prompt\n1,2', 'two columns have one name'),
-    ('a.csv', 'prompt,completion\n"a"b,c', 'is not CSV behind line 1'),
+    ('a.csv', 'prompt,"a"b\nc,d', 'a.csv, line 1 is not CSV'),
     ('a.txt', 'x', 'is no file of rows'),
   ],
 )
@@ -146,8 +145,33 @@ def test_a_file_that_is_no_list_of_records_is_an_error(tmp_path, name, text, rea
     load_records(str(path))
 
 
-def test_a_csv_row_of_too_many_cells_is_unreadable(tmp_path):
+@pytest.mark.parametrize(
+  'odd, reason',
+  [
+    ('hi,ho,x', 'line 3 has more cells than the header'),
+    ('"a"b,c', 'line 3 is not CSV'),
+    ('"never closed,ho', 'line 3 is not CSV'),
+    ('hi,caf\udce9', 'line 3 is not UTF-8 text: it holds the byte 0xe9'),
+  ],
+)
+def test_an_odd_csv_row_is_one_unreadable_row(tmp_path, odd, reason):
   path = tmp_path / 'rows.csv'
-  path.write_text('prompt,completion\nhi,ho\nhi,ho,x\n')
+  text = f'prompt,completion\nhi,ho!\n{odd}\n"good",day\nhi,ho\n'
+  path.write_bytes(text.encode('utf-8', 'surrogateescape'))
   found = sft_rows([str(path)], unreadable='drop')
-  assert len(found.rows) == 1 and found.unreadable == 1
+  assert [row['conversations'][-1]['content'] for row in found.rows] == ['ho!', 'day', 'ho']
+  assert found.unreadable == 1
+  with pytest.raises(ValueError, match=f'rows.csv, row 1, cannot be read: {reason}'):
+    sft_rows([str(path)])
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.json'])
+def test_a_byte_that_is_not_utf8_makes_one_row_unreadable(tmp_path, name):
+  lines = [json.dumps(ROW, ensure_ascii=False).encode() for _ in range(3)]
+  lines[1] = lines[1].replace('é'.encode(), 'é'.encode('latin-1'))
+  packed = b'[' + b',\n'.join(lines) + b']' if name == 'a.json' else b'\n'.join(lines)
+  (tmp_path / name).write_bytes(packed)
+  found = sft_rows([str(tmp_path / name)], unreadable='drop')
+  assert len(found.rows) == 2 and found.unreadable == 1
+  with pytest.raises(ValueError, match=f'{name}, row 1, .*not UTF-8 text: it holds the byte 0xe9'):
+    sft_rows([str(tmp_path / name)])

@@ -40,6 +40,15 @@ def write(path, records):
     {'messages': ASKED, 'answer': json.dumps([CALL])},
     {'messages': ASKED, 'answer': REFERENCE},
     {'messages': ASKED, 'reference': CALL},
+    {'messages': ASKED, 'reference': str([CALL])},
+    {'messages': ASKED, 'reference': REFERENCE[1:-1]},
+    {
+      'prompt': ASKED,
+      'reward_model': {
+        'ground_truth': '<think> a <tool_call> </think>\n'
+        f'<tool_call>\n{json.dumps(CALL)}\n</tool_call>'
+      },
+    },
     {'messages': ASKED, 'reference': ["get_weather(city='Paris')"]},
     {'conversations': ASKED, 'answer': f'<tool_call>\n{json.dumps(CALL)}\n</tool_call>'},
     {'prompt': ASKED, 'reward_model': {'ground_truth': [CALL], 'style': 'rule'}, 'ability': 'x'},
@@ -65,13 +74,15 @@ def test_words_and_longer_histories(tmp_path):
   records = [
     {'messages': messages, 'tools': TOOLS, 'answer': 'It is 18 degrees.', 'id': 5},
     {'messages': [*messages, {'role': 'assistant', 'content': 'It is 18.', 'reasoning': 'hm'}]},
+    {'messages': messages, 'answer': '<think> x </think>\n<response> yes (of course) </response>'},
   ]
-  first, second = rl_points([write(tmp_path / 'rows.jsonl', records)])
+  first, second, third = rl_points([write(tmp_path / 'rows.jsonl', records)])
   assert first.reference == 'It is 18 degrees.' and first.kind == 'irrelevant' and first.id == '5'
   assert [m.content for m in first.messages[2:]] == [
     REFERENCE,
     '<tool_response>\n18 C\n</tool_response>',
   ]
+  assert third.reference == 'yes (of course)'
   assert second.reference == 'It is 18.' and second.messages[1].content == REFERENCE
 
 

@@ -28,6 +28,14 @@ TRENDS = {
 }
 
 
+TAGGED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def hermes_answer(text):
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': text}]
+  return {'conversations': turns, 'tools': json.dumps([WEATHER])}
+
+
 def toolace(answer='[Market Trends API(country="us"), get_weather(city="Rome, Paris (old)")]'):
   system = (
     'You are an expert in composing functions. Point out what is missing. '
@@ -310,6 +318,78 @@ def test_calls_of_a_column_that_others_fill():
   assert row['conversations'][-1]['content'] == '[f(a=1)]'
 
 
+@pytest.mark.parametrize(
+  'name, python',
+  [
+    ('import', 'import_'),
+    ('None.class', 'None_.class_'),
+    ('x²', 'x2'),
+    ('ﬁnd', 'find'),
+    ('৹.3d', '_._3d'),
+    ('get-it', 'get_it'),
+  ],
+)
+def test_tools_of_any_name_can_be_called_in_the_python_style(name, python):
+  record = toolace(f'[{name}(country="us")]')
+  record['system'] = record['system'].replace('Market Trends API', name)
+  (row,) = to_rows(record, 'toolace', 'r')
+  assert row['conversations'][2]['content'] == f"[{python}(country='us')]"
+  assert parse_calls(row['conversations'][2]['content'])[0].name == python
+  assert f'"name": "{python}"' in row['conversations'][0]['content']
+
+
+@pytest.mark.parametrize(
+  'system',
+  [
+    'You are a function calling AI model. You are provided with function signatures within <tools> '
+    '</tools> XML tags. {0}You may call one or more functions to assist with the user query. '
+    "Don't make assumptions about what values to plug into functions.\n<tools>\n[{1}]\n</tools>\n"
+    'For each function call return a JSON object, with the following pydantic model json schema:\n'
+    "{{'title': 'FunctionCall'}}\nEach function call should be enclosed within <tool_call> "
+    "</tool_call> XML tags.\n<tool_call>\n{{'arguments': <args-dict>}}\n</tool_call>",
+    'You are a function calling AI model. Here are the available tools: <tools> {1} </tools> {0}'
+    'Use the following pydantic model json schema for each tool call: {{"title": "FunctionCall"}} '
+    'For each function call return a json object within <tool_call></tool_call> tags as follows:',
+  ],
+)
+def test_hermes_prompts_keep_what_they_say_beside_the_tools(system):
+  turns = [{'from': 'human', 'value': 'x'}, {'from': 'gpt', 'value': TAGGED}]
+  for policy in ('', 'Never call a refund tool before the user agrees. '):
+    text = system.format(policy, json.dumps(WEATHER))
+    record = hermes(conversations=[{'from': 'system', 'value': text}, *turns])
+    (row,) = to_rows(record | {'tools': None}, 'hermes', 'r', 'hermes')
+    first = row['conversations'][0]
+    assert first['content'] == (policy.strip() or 'x')
+
+
+def test_tools_among_the_notes_of_a_row_are_not_lost():
+  record = {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}
+  for notes in ({'tools': [WEATHER]}, json.dumps({'tools': [WEATHER]})):
+    with pytest.raises(ValueError, match="'metadata' holds tools"):
+      to_rows(record | {'metadata': notes}, 'rows', 'r')
+    assert to_rows(record | {'metadata': notes, 'tools': [WEATHER]}, 'rows', 'r')
+  assert to_rows(record | {'metadata': 'about "tools"', 'reasoning': 'off'}, 'rows', 'r')
+  with pytest.raises(ValueError, match="'reasoning'"):
+    to_rows(record | {'reasoning': 'I think so.'}, 'rows', 'r')
+
+
+def test_words_beside_outputs_are_kept():
+  turns = [
+    {'from': 'human', 'value': 'x'},
+    {'from': 'gpt', 'value': TAGGED},
+    {'from': 'tool', 'value': 'Stale.\n<tool_response>\n18\n</tool_response>'},
+    {'from': 'gpt', 'value': 'Warm.'},
+  ]
+  (row,) = to_rows(hermes(conversations=turns), 'hermes', 'r', 'hermes')
+  assert row['conversations'][2]['content'] == turns[2]['value']
+
+
+def test_an_empty_text_of_tools_lists_none():
+  record = apigen_mt() | {'tools': ''}
+  (row,) = to_rows(record, 'apigen_mt', 'r', 'hermes')
+  assert 'tools' not in row
+
+
 def test_packs_come_apart_where_they_were_put_together():
   first, second = to_rows(packed(), 'packed', 'r')
   assert (first['id'], second['id']) == ('9-0', '9-1')
@@ -331,6 +411,10 @@ def test_packs_come_apart_where_they_were_put_together():
     (xlam() | {'answers': '[{"name": "f", "args": {"a": 1}}]'}, "unknown key 'args'"),
     (xlam() | {'answers': '[{"name": "f", "name": "g"}]'}, 'given twice'),
     (xlam() | {'tools': '[3]'}, 'a tool needs'),
+    (xlam() | {'tools': '[{"name": "f", "returns": "text"}]'}, "tool 'f': the field 'returns'"),
+    (xlam() | {'tools': '[{"function": {"name": "f"}, "price": 1}]'}, "a tool: the field 'price'"),
+    (hermes_answer('<think>\nhm\n' + TAGGED), 'message 1 holds tags of thoughts'),
+    (hermes_answer('<think>a</think> and <think>b</think>' + TAGGED), 'not one block in front'),
     (xlam() | {'tools': '[{"name": "a b"}, {"name": "a/b"}]'}, 'two tools have one name'),
     (
       apigen_mt() | {'conversations': [{'from': 'critic', 'value': 'x'}]},

@@ -90,6 +90,24 @@ def test_a_dialogue_gives_a_seed_for_every_turn_that_calls(tmp_path):
   assert found.dropped == {'a turn without calls': 1} and found.records == 1
 
 
+def test_what_must_not_be_learned_from_is_no_reference(tmp_path):
+  def asked(city, weight):
+    function = {'name': 'weather', 'arguments': {'city': city}}
+    return [
+      {'role': 'user', 'content': f'Weather in {city}?'},
+      {'role': 'assistant', 'tool_calls': [{'function': function}], 'weight': weight},
+    ]
+
+  record = {
+    'messages': asked('Oslo', 0) + [{'role': 'tool', 'content': 'snow'}] + asked('Rome', 1),
+    'tools': [{'name': 'weather', 'parameters': {}}],
+  }
+  found = load(tmp_path, record)
+  assert [seed.query for seed in found.seeds] == ['Weather in Rome?']
+  assert found.dropped == {'not to be trained': 1}
+  assert "[weather(city='Oslo')]" in [m.content for m in found.seeds[0].conversations]
+
+
 def test_steps_that_follow_each_other_are_sequential_and_need_their_outputs(tmp_path):
   steps = (
     ('user', 'Both, one after the other.'),

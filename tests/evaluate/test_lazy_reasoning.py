@@ -93,8 +93,13 @@ def test_multi_turn_counts_steps(tmp_path):
     ('result', '[]', r'result\.json:3: expected an object'),
     (
       'result',
-      '{"id": "a", "result": "x"}',
-      r'result\.json:3: a result row needs id and reasoning_content',
+      '{"id": "a", "answer": "x"}',
+      r'result\.json:3: a result row needs id and result',
+    ),
+    (
+      'result',
+      '{"id": ["a"], "result": "x"}',
+      r'result\.json:3: a result row needs id and result',
     ),
     (
       'result',
@@ -129,6 +134,33 @@ def test_failed_and_missing_items_are_left_out_and_counted(tmp_path):
   assert notes == ['multi_turn_base: 3 failed inferences and 1 missing items left out']
 
 
+def test_answers_without_thoughts_count_as_those_with_empty_ones(tmp_path):
+  multi_turn_files(tmp_path)
+  whole = group(tmp_path, [])
+  path = tmp_path / 'result' / 'BFCL_v3_multi_turn_base_result.json'
+  before = path.read_text()
+  lines = [
+    {'id': 'a', 'result': [['f()', 'g()'], ['h()']]},
+    {'id': 'b', 'result': 'yes', 'reasoning_content': None},
+    {'id': 'c', 'result': [{'f': '{}'}]},
+    {'id': 'd', 'result': [['f()'], ['g()']], 'reasoning_content': [['no', None], []]},
+  ]
+  path.write_text(before + '\n'.join(map(json.dumps, lines)))
+  notes = []
+  total = whole['total'] + 3 + 1 + 1 + 2
+  assert group(tmp_path, notes) == {
+    'lazy': whole['lazy'],
+    'total': total,
+    'ratio': whole['lazy'] / total,
+  }
+  assert notes == ['multi_turn_base: 3 answers without thoughts, which are not lazy']
+  for path in (tmp_path / 'result').rglob('*.json'):
+    path.write_text(json.dumps({'id': 'multi_turn_base_0', 'result': 'x'}) + '\n')
+  for path in (tmp_path / 'score').rglob('*.json'):
+    path.write_text('{"accuracy": 1}\n')
+  assert group(tmp_path, notes) is None and 'no answer with thoughts' in notes[-1]
+
+
 def test_files_of_which_nothing_is_left(tmp_path):
   multi_turn_files(tmp_path)
   for path in (tmp_path / 'result').rglob('*.json'):
@@ -136,7 +168,7 @@ def test_files_of_which_nothing_is_left(tmp_path):
   for path in (tmp_path / 'score').rglob('*.json'):
     path.write_text('{"accuracy": 0}\n{"id": "a"}\n')
   notes = []
-  assert group(tmp_path, notes) is None and 'no answer in' in notes[-1]
+  assert group(tmp_path, notes) is None and 'no answer with thoughts in' in notes[-1]
   path.write_text('{"accuracy": 0}\n{"id": "stranger"}\n')
   with pytest.raises(ValueError, match="judges 1 items that .* lacks, such as 'stranger'"):
     group(tmp_path, [])
