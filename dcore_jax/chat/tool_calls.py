@@ -54,7 +54,12 @@ def parse_calls(text: str) -> list[ToolCall] | None:
   """
   stripped = text.strip()
   if stripped[:1] == '[' and stripped[-1:] == ']':
-    return parse_python(stripped)
+    try:
+      return parse_python(stripped)
+    except ToolCallError:
+      # Words in brackets may stand around tagged calls.
+      if OPEN_CALL not in stripped:
+        raise
   return parse_hermes(stripped) if OPEN_CALL in stripped else None
 
 
