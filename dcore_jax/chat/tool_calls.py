@@ -55,7 +55,12 @@ def parse_calls(text: str) -> list[ToolCall] | None:
   stripped = text.strip()
   # The Python style comes first: a tag inside of its strings is text.
   if stripped[:1] == '[' and stripped[-1:] == ']':
-    return parse_python(stripped)
+    try:
+      return parse_python(stripped)
+    except ToolCallError:
+      # Words in brackets may stand around tagged calls.
+      if OPEN_CALL not in stripped:
+        raise
   return parse_hermes(stripped) if OPEN_CALL in stripped else None
 
 

@@ -192,7 +192,8 @@ def test_hermes_calls():
   ],
 )
 def test_spellings_of_one_call(body):
-  for text in (f'<tool_call>{body}</tool_call>', f'So:\n<tool_call>\n {body} \n</tool_call>\n'):
+  tagged = f'<tool_call>\n {body} \n</tool_call>\n'
+  for text in (f'<tool_call>{body}</tool_call>', f'So:\n{tagged}', f'[So] {tagged} [end]'):
     assert parse_calls(text) == [ToolCall('f', {'a': 1})]
 
 
