@@ -32,7 +32,9 @@ FREE_FIELDS = BOOKKEEPING | frozenset(
   'score_rejected chosen_score rejected_score chosen_model rejected_model '
   'num_turns turns n_turns length ability temperature top_p top_k min_p seed n stream '
   'stream_options max_tokens max_completion_tokens user frequency_penalty presence_penalty '
-  'parallel_tool_calls'.split()
+  'parallel_tool_calls '
+  # Rows of our own distillation say how they were made.
+  'provenance'.split()
 )
 
 Record = dict[str, Any]

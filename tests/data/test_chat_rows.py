@@ -458,3 +458,11 @@ def test_what_the_server_answers_can_be_trained_on(style, tokenizer):
   assert contents(record, style)[-1] == text
   path = [{**record, 'id': 'a'}]
   assert adapt_rows(path, 'made', call_style=style).rows[0]['id'] == 'a'
+
+
+def test_rows_of_a_run_are_read_again():
+  """They lie in the work directory of a run, and are given to other runs as `sft.files`."""
+  record = row(user(), {'role': 'assistant', 'content': '[f()]'})
+  record |= {'id': 'a/0', 'kind': 'single', 'provenance': {'model': 'm', 'seconds': 1.5}}
+  [read] = adapt_rows([record], 'made').rows
+  assert read['id'] == 'a/0' and read['conversations'][-1]['content'] == '[f()]'
