@@ -54,6 +54,8 @@ MODELS = {
   'qwen2': {'model_type': 'qwen2', 'rms_norm_eps': 1e-5},
   'qwen2_tied': {'model_type': 'qwen2', 'tie_word_embeddings': True},
   'qwen3': {'model_type': 'qwen3', 'head_dim': 32},
+  # The size of all published models, and the one that transformers' own reading of such files has.
+  'qwen3_heads_of_128': {'model_type': 'qwen3', 'head_dim': 128},
   'qwen3_tied': {'model_type': 'qwen3', 'head_dim': 8, 'tie_word_embeddings': True},
 }
 _TEMPLATE = (
@@ -153,7 +155,7 @@ def test_rounded_weights_are_those_of_the_package(tmp_path, name, kind):
     np.testing.assert_array_equal(stored[key], value, err_msg=key)
 
 
-@pytest.mark.parametrize('name', ['llama_tied', 'qwen2', 'qwen3'])
+@pytest.mark.parametrize('name', ['llama_tied', 'qwen2', 'qwen3_heads_of_128'])
 def test_transformers_reads_the_same_from_the_file_itself(tmp_path, name):
   pytest.importorskip('accelerate', reason='transformers reads GGUF files with accelerate')
   save(tmp_path / 'model.gguf', name, 'Q8_0')
