@@ -543,19 +543,18 @@ def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.A
   return out.reshape(B, T, *weight.shape[inputs:])
 
 
-def _block(
+def queries_keys_values(
   layer: Params,
   config: DecoderConfig,
   hidden_BTD: jax.Array,
   cos: jax.Array,
   sin: jax.Array,
-  attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   rows: str = 'batch',
-) -> jax.Array:
-  """Runs one layer.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns (queries [B, T, N, H], keys [B, T, K, H], values) of one layer, the first two rotated.
 
-  `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, so that training and decoding
-  share this function. `rows` is the logical axis of B.
+  It is the half of a layer before attention; `after_attention` is the other. `rows` is the logical
+  axis of B.
   """
 
   def spread(x, heads):
@@ -578,14 +577,45 @@ def _block(
   if config.qk_norm:
     q_BTNH = _rms_norm(q_BTNH, layer['q_norm'], config.rms_norm_eps)
     k_BTKH = _rms_norm(k_BTKH, layer['k_norm'], config.rms_norm_eps)
-  out_BTNH = spread(
-    # Values are not rotated: positions enter through the scores alone.
-    attend(rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH),
-    'heads',
-  )
+  # Values are not rotated: positions enter through the scores alone.
+  return rotary.rotate(q_BTNH, cos, sin), rotary.rotate(k_BTKH, cos, sin), v_BTKH
+
+
+def after_attention(
+  layer: Params,
+  config: DecoderConfig,
+  hidden_BTD: jax.Array,
+  out_BTNH: jax.Array,
+  rows: str = 'batch',
+) -> jax.Array:
+  """Returns the hidden states [B, T, D] behind a layer, given those before it and its attention."""
+  out_BTNH = sharding.constrain(out_BTNH, rows, 'length', 'heads', 'head_dim')
   # `o` sums over heads, which is the one exchange of attention under tensor parallelism.
   hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=_INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   # SwiGLU (Shazeer 2020, arXiv:2002.05202): the gate alone passes through SiLU.
   gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])
   return hidden_BTD + _project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])
+
+
+def final_norm(params: Params, config: DecoderConfig, hidden_BTD: jax.Array) -> jax.Array:
+  """Returns the final-normed hidden states, which `logits` reads."""
+  return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps)
+
+
+def _block(
+  layer: Params,
+  config: DecoderConfig,
+  hidden_BTD: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  rows: str = 'batch',
+) -> jax.Array:
+  """Runs one layer.
+
+  `attend(q_BTNH, k_BTKH, v_BTKH)` decides where keys and values live, so that training and decoding
+  share this function. `rows` is the logical axis of B.
+  """
+  out_BTNH = attend(*queries_keys_values(layer, config, hidden_BTD, cos, sin, rows))
+  return after_attention(layer, config, hidden_BTD, out_BTNH, rows)

@@ -1,30 +1,27 @@
-"""Continuous batching: many rollouts on a fixed set of lanes, compiled once for each shape bucket.
+"""Continuous batching: many rollouts, computed as few texts as they differ in.
 
-A prompt is prefilled once into a trunk, which all rollouts of it read; what a rollout samples goes
-into the branch of its lane. A decode call runs up to `steps_per_call` steps on the device for a
-tile of lanes. Each step draws a token from the lane's last hidden state and extends its branch with
-it. Then the host collects what was drawn, hands out the rollouts that have ended and fills the free
-lanes.
+Every rollout has a lane, which holds what it has drawn, and rides on a branch, which is a text and
+the keys and values of it. Rollouts of one prompt begin on one branch. As long as they draw the same
+tokens they stay on it: a text is computed once, however many rollouts agree on it, and each draws
+from it by its own random numbers. Rollouts that draw other tokens go on in branches of their own,
+which share all full pages of the cache with the one that they leave.
+
+A step runs passes through the model. A pass holds the last token of each branch, tokens that are
+guessed to come next (drafts.py), and pieces of prompts.
 
 Every rollout has a random key of its own, folded from (seed, key_id, token index). Its random
-numbers therefore do not depend on which lane it runs in, nor beside which others. Its
-log-probabilities do to their last bits (1e-6 in float32, 1e-2 in bfloat16), because tiles of other
-shapes add up in another order.
+numbers therefore do not depend on which lane it runs in, nor beside which others, nor on what was
+guessed. Its log-probabilities do to their last bits (1e-6 in float32, 1e-2 in bfloat16), because
+passes with other numbers of rows add up in another order.
 
 Underneath are `submit`, `step` and `cancel`, for a server whose requests come and go; `generate`
-and `stream` are loops over them. A conversation needs no bookkeeping: a prompt that continues what
-a trunk holds (the last prompt, the answer as the template replays it, a tool's output) is prefilled
-from there.
+and `stream` are loops over them. A conversation needs no bookkeeping: a prompt that begins as a
+text that is kept (the last prompt, the answer as the template replays it) is computed from there.
 
-The programs that can be compiled are:
-- a prefill for each length and span of `bucket_ladder(max_len)` with the length not above the span;
-- a decode for each span of trunks, span of branches and shape of a tile (its lanes, and the rows of
-  its trunks: as many as lanes, or an eighth or a quarter of that), in each mode of sampling, with
-  and without alternatives;
-- a scoring of prompts for each length of the ladder, with and without alternatives.
-Nothing else of a request is compiled in.
+No length, rule or number of rollouts is compiled in: an engine has the few programs of its
+executor, which `prepare` compiles.
 
-Letters as in device.py.
+Letters as in passes.py.
 """
 
 import collections
@@ -35,14 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import device
+from dcore_jax.rollout import programs
 from dcore_jax.rollout import sampling as sampling_lib
-from dcore_jax.rollout.device import DecodeShape, LaneInputs, PrefillShape
+from dcore_jax.rollout.executors import make_executor
 from dcore_jax.rollout.lane_table import Decode, InFlight, LaneTable, empty_progress
-from dcore_jax.rollout.prefill import PrefillCall, prefill_calls, prefill_rows
+from dcore_jax.rollout.live_branches import LiveBranches
 from dcore_jax.rollout.requests import (
   Completion,
   EngineStats,
@@ -53,11 +49,8 @@ from dcore_jax.rollout.requests import (
   checked_limit,
   checked_prompt,
 )
-from dcore_jax.rollout.sampling import TOP, SamplingParams
-from dcore_jax.rollout.scoring import Scoring
-from dcore_jax.rollout.sizes import EngineSizes, bucket, span_ladder
-from dcore_jax.rollout.tiles import Tile
-from dcore_jax.rollout.trunk_table import TrunkTable
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
 _DEFAULT_SIZES = EngineSizes()
 
@@ -65,20 +58,20 @@ _DEFAULT_SIZES = EngineSizes()
 class Engine:
   """Rollouts of one model on a fixed number of lanes.
 
-  Where the parameters are split over a mesh (`sharding.shardings`), trunks and branches are split
-  by key heads over its tensor axis; every device of the other axes holds all of them.
+  Where the parameters are split over a mesh (`sharding.shardings`), the cache is split by key heads
+  over its tensor axis; every device of the other axes holds all of it.
 
   Args:
     params: the parameter tree (`models.decoder`); its dtype is that of the computation and of the
-      caches.
+      cache.
     config: the model's configuration.
     stop_ids: tokens that end a rollout; a rollout keeps the one that ended it.
-    sizes: lanes, lengths and steps.
+    sizes: lanes, lengths and passes.
     decode: turns token ids into text; needed where rollouts have stop strings.
 
   Attributes:
     params: the parameters in use.
-    sizes: the sizes, none of them 0.
+    sizes: the sizes, none of them 0 but `guesses`.
     stop_ids: int32, ascending.
     stats: counts since the engine was made.
 
@@ -100,33 +93,20 @@ class Engine:
       raise ValueError(
         f'stop_ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}'
       )
-    self._placement = device.cache_placement(params, config)
-    # Without a mesh the one device of the process holds everything.
-    self._mesh = self._placement.mesh if self._placement else None
-    self._platform = sharding.platform(self._mesh)
     self.config = config
-    self.sizes = sizes.resolved(config, self._platform)
+    self.sizes = sizes.resolved(config)
     self.decode = decode
-    # Sorted and without repetition: the array is an argument of a compiled program, and its length
-    # decides which.
     self.stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self.stats = EngineStats()
-    self._set_weights(_committed(params))
-    # The caches have the parameters' dtype, so that a step casts neither.
-    dtype = params['embed'].dtype
-    self._state = _committed(device.init_state(config, self.sizes, dtype, self._placement))
-    self._trunks = TrunkTable(self.sizes.trunks, self.sizes.max_len)
-    self._lanes = LaneTable(
-      self.sizes,
-      tile_sizes=self.sizes.tiles(self._platform),
-      stop_ids=self.stop_ids,
-      decode=decode,
-    )
+    self.params = _committed(params)
+    self._executor = make_executor(self.params, config, self.sizes)
+    self._lanes = LaneTable(self.sizes, self.stop_ids, decode)
+    self._live = LiveBranches(self.sizes, self._executor, self._lanes, self.stats)
     # Handles are never used again, so that a late `cancel` cannot end another rollout.
     self._handles = 0
     self._streaming = False
     self._rollouts: dict[int, InFlight] = {}
-    # First in, first out; a rollout that cannot have a trunk yet keeps its place.
+    # First in, first out; a rollout that cannot have a branch yet keeps its place.
     self._queue: collections.deque[InFlight] = collections.deque()
 
   @property
@@ -156,6 +136,18 @@ class Engine:
   def busy(self) -> bool:
     """Whether a step would do anything."""
     return bool(self._rollouts)
+
+  def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
+    """Compiles all programs that the engine will ever call, several at a time.
+
+    An engine that was not prepared compiles each where it is first needed.
+
+    Args:
+      progress: is called with (programs that are ready, all programs).
+    """
+    before = programs.traces.total()
+    self._executor.prepare(progress or (lambda ready, total: None))
+    self.stats.compilations += programs.traces.total() - before
 
   def submit(self, request: Request, sampling: SamplingParams) -> int:
     """Queues a rollout and returns its handle, which is valid until the rollout ends.
@@ -193,30 +185,38 @@ class Engine:
     if rollout is None:
       raise ValueError(f'cancel: there is no rollout {handle}')
     # One that waits has no lane to free, but would be given one.
-    if rollout in self._queue:
+    if rollout.lane is None:
       self._queue.remove(rollout)
+    else:
+      self._live.leave(rollout)
     self._remove(rollout)
 
   def step(self) -> list[Progress]:
-    """Gives waiting rollouts their lanes and decodes once, `steps_per_call` tokens at most.
-
-    A prompt that is to be scored is scored before its rollout gets a lane, one a step: who decodes
-    waits for no more than that.
+    """Gives waiting rollouts their lanes and runs passes, `steps_per_call` rounds at most.
 
     Returns:
-      What was drawn for each rollout that runs, and the end of those that sample nothing.
+      What was drawn for each rollout that runs, and the end of those that have ended.
 
     Raises:
       FloatingPointError: a log-probability is not a number.
     """
-    scoring = Scoring(self._counted, self.params, self.config, self.max_len, self._placement)
-    self.stats.scored_tokens += scoring.score_first(self._queue)
-    ended = self._end_empty()
-    # Several rounds: prompts that share a prefix with one of a round are copied in the next.
-    # Each round that admits a rollout shortens the queue, so that the loop ends.
-    while self._queue and self._admit_round():
-      pass
-    return ended + self._advance()
+    before = programs.traces.total()
+    result = self._end_empty()
+    ended: list[InFlight] = []
+    for _ in range(self.sizes.steps_per_call):
+      self._admit()
+      # Whoever asked for a rollout that has ended may have another one.
+      if ended or not self._live:
+        break
+      ended = self._live.run()
+    for rollout in ended:
+      result.append(self._lanes.progress(rollout, ended=True))
+      self._remove(rollout)
+    for rollout in self._rollouts.values():
+      if rollout.lane is not None and self._lanes.has_news(rollout):
+        result.append(self._lanes.progress(rollout, ended=False))
+    self.stats.compilations += programs.traces.total() - before
+    return result
 
   # --- many --------------------------------------------------------------------------------------
 
@@ -242,10 +242,11 @@ class Engine:
     # Shapes and shardings stay; the arrays themselves are let go.
     places = jax.tree.map(_place_of, self.params)
     del self.params
-    del self._decode_params
-    self._set_weights(jax.tree.map(_put, params, places))
+    self._executor.unload()
+    self.params = jax.tree.map(_put, params, places)
+    self._executor.load(self.params)
     # Keys and values of the old weights are of no use to the new ones.
-    self._trunks.forget()
+    self._live.forget()
 
   def generate(
     self,
@@ -291,7 +292,7 @@ class Engine:
     if self._rollouts or self._streaming:
       raise RuntimeError('an engine runs one stream at a time')
     # What a stream gives must not depend on what ran before it, to the last bit.
-    self._trunks.forget()
+    self._live.forget()
     tags: dict[int, Tag] = {}
     self._streaming = True
     try:
@@ -318,156 +319,35 @@ class Engine:
 
   # --- what the host does ------------------------------------------------------------------------
 
-  def _set_weights(self, params: decoder.Params) -> None:
-    self.params = params
-    # On an accelerator both names hold the same arrays.
-    self._decode_params = params
-    if self._platform == 'cpu':
-      # A second copy for decoding, layer by layer and transposed. Cut out of their stacks in every
-      # step, the 100 MB of a model with 8 layers of width 512 made a step of 8 lanes take 17 ms,
-      # where 12 are enough.
-      self._decode_params = _turn(params)
-
   def _remove(self, rollout: InFlight) -> None:
     """Forgets a rollout that has ended."""
     del self._rollouts[rollout.handle]
     if rollout.lane is not None:
-      self._trunks.release(rollout.trunk)
       self._lanes.vacate(rollout.lane)
 
   def _end_empty(self) -> list[Progress]:
-    """Ends the rollouts that sample nothing, once their prompts are scored."""
+    """Ends the rollouts that ask for nothing."""
     ended = []
     for rollout in list(self._queue):
-      if not rollout.limit and not rollout.unscored:
+      if not rollout.limit and rollout.prompt_top is None:
         self._queue.remove(rollout)
         self._remove(rollout)
         ended.append(empty_progress(rollout))
     return ended
 
-  def _admit_round(self) -> bool:
-    """Gives waiting rollouts lanes and trunks, in order, and prefills what the trunks lack.
-
-    A rollout whose prompt shares a long prefix with one of this round waits for the next round,
-    which copies it. Returns whether any rollout was admitted.
-    """
-    self._trunks.start_round()
-    fills = []
+  def _admit(self) -> None:
+    """Gives waiting rollouts lanes and branches, in order."""
+    if not self._queue or not self._lanes.free:
+      return
+    self._live.start_round()
     later = []
-    admitted = False
     while self._queue and self._lanes.free:
       rollout = self._queue.popleft()
       # A rollout that has to wait does not hold up those behind it: their prompts may be there.
-      found = None if rollout.unscored else self._trunks.acquire(rollout.prompt)
-      if found is None:
+      if not self._live.admit(rollout):
         later.append(rollout)
-        continue
-      admitted = True
-      rollout.trunk, fill = found
-      self._lanes.start(rollout)
-      if fill:
-        fills.append(fill)
-      # Prompt tokens that were not computed, because another rollout or turn had left them.
-      self.stats.reused_tokens += fill.start if fill else len(rollout.prompt)
     # Those that wait keep their places before the ones that came after them.
     self._queue.extendleft(reversed(later))
-    self.stats.prefill_tokens += sum(len(fill.tokens) for fill in fills)
-    for call in prefill_calls(fills, self.sizes):
-      self._prefill(call)
-    return admitted
-
-  def _prefill(self, call: PrefillCall) -> None:
-    # Shapes depend on the ladder alone, so that few programs serve all prompts.
-    tokens_XT, place_4X = call.arrays(self.lanes)
-    shape = PrefillShape(
-      config=self.config,
-      span=call.span,
-      rows=prefill_rows(call.length, self.lanes),
-      placement=self._placement,
-    )
-    self._state = self._counted(
-      device.prefill,
-      self.params,
-      self._state,
-      tokens_XT,
-      place_4X,
-      # An array, not a Python int: another count must not compile another program.
-      np.int32(len(call.pieces)),
-      shape=shape,
-    )
-    self.stats.prefill_calls += 1
-
-  def _advance(self) -> list[Progress]:
-    """Makes one decode call for each tile with live lanes and returns what they drew."""
-    # All calls are dispatched before the first result is waited for, so that the device never
-    # idles.
-    calls = [(tile, *self._decode(tile)) for tile in self._lanes.tiles(self._trunks.length_U)]
-    result = []
-    # Calls end in the order in which they were made.
-    for tile, slots, drawn in calls:
-      # Here the host waits for the device.
-      drawn = jax.device_get(drawn)
-      steps = int(drawn.steps)
-      self.stats.decode_calls += 1
-      self.stats.decode_steps += steps
-      self.stats.lane_steps += steps * len(tile.lane_B)
-      self.stats.slots_read += steps * slots
-      # Lanes that only fill the tile up have nothing to collect.
-      for column in np.flatnonzero(self._lanes.inputs.live_B[tile.lane_B]).tolist():
-        lane = int(tile.lane_B[column])
-        rollout = self._lanes.rollouts[lane]
-        part = self._lanes.collect(lane, column, drawn)
-        self.stats.decoded_tokens += len(part.tokens)
-        if part.completion is not None:
-          self._remove(rollout)
-        result.append(part)
-    return result
-
-  def _decode(self, tile: Tile) -> tuple[int, device.Drawn]:
-    """Returns (slots that a step reads, what the call will have drawn)."""
-    rollouts = self._lanes.tile_rollouts(tile)
-    inputs = self._lanes.tile_inputs(tile)
-    # All alternatives that there may be, however many are wanted: each number would be a program.
-    top = min(TOP, self.config.vocab_size) if any(rollout.top for rollout in rollouts) else 0
-    shape = DecodeShape(
-      config=self.config,
-      # The smallest compiled spans that hold this tile; a step reads no slots beyond them.
-      trunk_span=bucket(span_ladder(self.max_len), int(tile.sharing.length_R.max())),
-      span=bucket(span_ladder(self.max_new), _reach(inputs, self.sizes.steps_per_call)),
-      # One program draws for all lanes of the tile, each by a rule of its own.
-      mode=sampling_lib.widest(rollout.sampling.mode for rollout in rollouts),
-      top=top,
-      steps=self.sizes.steps_per_call,
-      placement=self._placement,
-    )
-    self._state, drawn = self._counted(
-      device.decode,
-      self._decode_params,
-      self._state,
-      tile,
-      inputs,
-      self.stop_ids,
-      shape=shape,
-    )
-    # Every row and branch is read as far as the longest one.
-    slots = len(tile.trunk_R) * shape.trunk_span + len(tile.lane_B) * shape.span
-    return slots, drawn
-
-  def _counted(self, function: Callable[..., Any], *args, **kwargs) -> Any:
-    """Calls a device program and counts how many programs that compiled.
-
-    The mesh in context is that of the weights, whatever the trainer's is.
-    """
-    # Tracing happens once for each compilation, also where the persistent cache has the program.
-    before = device.traces.total()
-    with jax.set_mesh(self._mesh):
-      result = function(*args, **kwargs)
-    self.stats.compilations += device.traces.total() - before
-    return result
-
-
-# One compiled program: layer by layer, each copy would be dispatched on its own.
-_turn = jax.jit(decoder.turn)
 
 
 def _committed(tree: Any) -> Any:
@@ -487,10 +367,3 @@ def _place_of(held: jax.Array) -> jax.ShapeDtypeStruct:
 def _put(value: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
   # Cast on the way, so that no second copy in the trainer's dtype stays on the device.
   return jax.device_put(jnp.asarray(value, place.dtype), place.sharding)
-
-
-def _reach(inputs: LaneInputs, steps: int) -> int:
-  """Returns the slots that the longest of the live branches can have in use `steps` steps later."""
-  # A lane near its limit uses fewer slots than the call has steps.
-  new_B = np.minimum(steps, inputs.limit_B - inputs.slot_B)
-  return int((inputs.slot_B + new_B)[inputs.live_B].max())

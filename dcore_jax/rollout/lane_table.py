@@ -1,6 +1,6 @@
-"""What each lane of an engine runs, and what it has drawn.
+"""What each rollout of an engine is, and what it has drawn.
 
-Letters as in device.py.
+Letters as in passes.py.
 """
 
 import dataclasses
@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from dcore_jax.rollout.device import Drawn, LaneInputs
+from dcore_jax.rollout.programs import DrawInputs, Drawn
 from dcore_jax.rollout.requests import Completion, Progress, PromptScores
-from dcore_jax.rollout.sampling import Alternatives, SamplingParams
+from dcore_jax.rollout.sampling import TOP, Alternatives, SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
-from dcore_jax.rollout.tiles import Tile, plan_tiles
 
 Decode = Callable[[list[int]], str]  # token ids to text
 
@@ -30,9 +29,11 @@ class InFlight:
     sampling: its rule.
     top: alternatives to be reported with each token.
     prompt_top: the same for the tokens of the prompt; None: they are not scored.
-    prompt_scores: those that the next progress reports.
-    trunk: which holds the prompt; meaningless without a lane.
     lane: None while it waits.
+    reported: tokens that the caller knows of.
+    listed: alternatives of the tokens that the caller does not know of yet.
+    prompt_scores: those that the next progress reports.
+    stop: the stop string that its last token completed.
   """
 
   handle: int
@@ -43,62 +44,40 @@ class InFlight:
   sampling: SamplingParams
   top: int
   prompt_top: int | None
-  prompt_scores: PromptScores | None = None
-  trunk: int = -1
   lane: int | None = None
-
-  @property
-  def unscored(self) -> bool:
-    """Whether its prompt is still to be scored, before it gets a lane."""
-    return self.prompt_top is not None and self.prompt_scores is None and self.lane is None
-
-  def take_scores(self) -> PromptScores | None:
-    """Returns the scores of the prompt, once."""
-    scores = self.prompt_scores
-    self.prompt_scores = None
-    return scores
+  reported: int = 0
+  listed: list[Alternatives] = dataclasses.field(default_factory=list)
+  prompt_scores: PromptScores | None = None
+  stop: str | None = None
 
 
 class LaneTable:
-  """What each lane runs, and what it has drawn.
+  """What each lane has drawn, and the rule it draws by.
 
   Args:
     sizes: resolved sizes.
-    tile_sizes: numbers of lanes that are decoded together, ascending.
     stop_ids: tokens that end a rollout.
     decode: turns token ids into text; needed where rollouts have stop strings.
 
   Attributes:
-    inputs: of all lanes, for decode calls. `inputs.live_B` says which lanes run a rollout.
-    rollouts: the rollout of each lane, if any.
+    count_B: int32, tokens that each lane's rollout has drawn.
+    limit_B: int32, tokens that it may draw.
   """
 
-  def __init__(
-    self,
-    sizes: EngineSizes,
-    tile_sizes: Sequence[int],
-    stop_ids: np.ndarray,
-    decode: Decode | None,
-  ):
+  def __init__(self, sizes: EngineSizes, stop_ids: np.ndarray, decode: Decode | None):
     lanes = sizes.lanes
-    # Any valid rule: the numbers of an idle lane are never used.
+    self.count_B = np.zeros(lanes, np.int32)
+    self.limit_B = np.zeros(lanes, np.int32)
+    self._key_B2 = np.zeros((lanes, 2), np.uint32)
     rule = SamplingParams().rule()
-    self.inputs = LaneInputs(
-      key_B2=np.zeros((lanes, 2), np.uint32),
-      slot_B=np.zeros(lanes, np.int32),
-      limit_B=np.zeros(lanes, np.int32),
-      live_B=np.zeros(lanes, bool),
-      rule=jax.tree.map(lambda number: np.zeros(lanes, number.dtype), rule),
-    )
-    self.rollouts: list[InFlight | None] = [None] * lanes
-    self._tile_sizes = tile_sizes
+    self._rule = jax.tree.map(lambda number: np.zeros(lanes, number.dtype), rule)
+    self._lists_B = np.zeros(lanes, bool)
+    self._rollouts: dict[int, InFlight] = {}  # by their lane
     self._stop_ids = stop_ids
     self._decode = decode
     # A dict as an ordered set: taking the lane that is free for longest is quick, and which lane a
     # rollout gets depends on nothing but the order of events.
     self._free = dict.fromkeys(range(lanes))  # in the order of release
-    # What a lane has drawn stays on the host as well: the completion is then there when the rollout
-    # ends, without another copy from the device.
     self._tokens_BZ = np.zeros((lanes, sizes.max_new), np.int32)
     self._scores_3BZ = np.zeros((3, lanes, sizes.max_new), np.float32)
 
@@ -108,109 +87,140 @@ class LaneTable:
     return len(self._free)
 
   def start(self, rollout: InFlight) -> None:
-    """Gives a rollout the lane that has been free for longest, with an empty branch."""
+    """Gives a rollout the lane that has been free for longest."""
     lane = next(iter(self._free))
     del self._free[lane]
     rollout.lane = lane
-    self.rollouts[lane] = rollout
-    inputs = self.inputs
-    inputs.key_B2[lane] = rollout.key
-    # What the branch holds of the last rollout is never read: slots are written before they count.
-    inputs.slot_B[lane] = 0
-    inputs.limit_B[lane] = rollout.limit
-    inputs.live_B[lane] = True
+    self._rollouts[lane] = rollout
+    self.count_B[lane] = 0
+    self.limit_B[lane] = rollout.limit
+    self._key_B2[lane] = rollout.key
+    self._lists_B[lane] = rollout.top > 0
     # In the order of `Rule`'s fields, which both sides share.
-    for number_B, number in zip(inputs.rule, rollout.sampling.rule(), strict=True):
+    for number_B, number in zip(self._rule, rollout.sampling.rule(), strict=True):
       number_B[lane] = number
 
   def vacate(self, lane: int) -> None:
     """Frees a lane."""
-    self.inputs.live_B[lane] = False
-    self.rollouts[lane] = None
+    del self._rollouts[lane]
     self._free[lane] = None
 
-  def tiles(self, length_U: np.ndarray) -> list[Tile]:
-    """Returns the tiles of a step, given the tokens that each trunk holds."""
-    # Lanes without a rollout name trunk 0, of which nothing is read for them.
-    trunk_B = np.array([rollout.trunk if rollout else 0 for rollout in self.rollouts], np.int32)
-    return plan_tiles(
-      np.flatnonzero(self.inputs.live_B),
-      np.flatnonzero(~self.inputs.live_B),
-      trunk_B,
-      length_U[trunk_B],
-      self.inputs.slot_B,
-      self._tile_sizes,
+  def room(self, rollouts: Sequence[InFlight]) -> int:
+    """Returns how many tokens the one of these rollouts may still draw that may draw most."""
+    lanes = [rollout.lane for rollout in rollouts]
+    return int((self.limit_B[lanes] - self.count_B[lanes]).max())
+
+  def draw_inputs(self, lane_A: np.ndarray, row_A: np.ndarray, step_A: np.ndarray) -> DrawInputs:
+    """Returns what is drawn for lanes, from rows of a pass, so many tokens ahead of each."""
+    return DrawInputs(
+      row_A=row_A.astype(np.int32),
+      key_A2=self._key_B2[lane_A],
+      index_A=self.count_B[lane_A] + step_A,
+      rule=jax.tree.map(lambda number_B: number_B[lane_A], self._rule),
+      target_A=np.zeros(len(lane_A), np.int32),
+      scoring=np.bool_(False),
+      listing=np.bool_(self._lists_B[lane_A].any()),
     )
 
-  def tile_inputs(self, tile: Tile) -> LaneInputs:
-    """Returns the inputs of a tile's lanes."""
-    return jax.tree.map(lambda number_B: number_B[tile.lane_B], self.inputs)
+  def score_inputs(self, row_A: np.ndarray, target_A: np.ndarray) -> DrawInputs:
+    """Returns what is scored: tokens behind rows of a pass."""
+    count = len(row_A)
+    return DrawInputs(
+      row_A=row_A,
+      key_A2=np.zeros((count, 2), np.uint32),
+      index_A=np.zeros(count, np.int32),
+      rule=jax.tree.map(lambda number: np.full(count, number), SamplingParams().rule()),
+      target_A=target_A,
+      scoring=np.bool_(True),
+      listing=np.bool_(True),
+    )
 
-  def tile_rollouts(self, tile: Tile) -> list[InFlight]:
-    """Returns the rollouts that a tile's live lanes run."""
-    live_B = self.inputs.live_B[tile.lane_B]
-    return [self.rollouts[lane] for lane in tile.lane_B[live_B]]
+  def stops(self, token_A: np.ndarray) -> np.ndarray:
+    """Returns bool: tokens that end a rollout."""
+    return np.isin(token_A, self._stop_ids)
 
-  def collect(self, lane: int, column: int, drawn: Drawn) -> Progress:
-    """Takes what a decode call drew for a lane; its rollout has ended where there is a completion.
+  def stop_string(self, rollout: InFlight, tokens: np.ndarray) -> str | None:
+    """Returns the stop string that the last of these tokens completes.
 
     Args:
-      lane: the lane.
-      column: its place in the call's tile.
-      drawn: what the call drew, on the host.
+      rollout: the rollout.
+      tokens: those behind what it has drawn so far.
+    """
+    stops = rollout.sampling.stop
+    if not stops:
+      return None
+    # A string of n bytes lies in the last n tokens where it lies in any, since each token holds at
+    # least a byte.
+    reach = max(len(text.encode()) for text in stops)
+    drawn = self._tokens_BZ[rollout.lane, : self.count_B[rollout.lane]]
+    tail = self._decode(np.concatenate([drawn, tokens])[-reach:].tolist())
+    return next((text for text in stops if text in tail), None)
+
+  def record(self, lane_A: np.ndarray, step_A: np.ndarray, drawn: Drawn) -> None:
+    """Takes draws in; those of a lane follow each other from step 0 on.
 
     Raises:
       FloatingPointError: a log-probability is not a number.
     """
-    rollout = self.rollouts[lane]
-    before = int(self.inputs.slot_B[lane])
-    after = int(drawn.slot_B[column])
-    scores_3Q = drawn.scores_3QB[:, : after - before, column]
+    scores_3A = np.stack([drawn.logprob_A, drawn.full_logprob_A, drawn.entropy_A])
     # Weights that are not finite show here first. Going on would sample nonsense for hours.
-    if np.isnan(scores_3Q).any():
+    if np.isnan(scores_3A).any():
       raise FloatingPointError('the model gives log-probabilities that are not a number')
-    self._tokens_BZ[lane, before:after] = drawn.tokens_QB[: after - before, column]
-    self._scores_3BZ[:, lane, before:after] = scores_3Q
-    stop = None
-    # Only the host knows the text. The device may have drawn past a stop string: what lies behind
-    # it is dropped.
-    if rollout.sampling.stop:
-      tokens = self._tokens_BZ[lane, :after].tolist()
-      after, stop = _first_stop(tokens, before, rollout.sampling.stop, self._decode)
-    self.inputs.slot_B[lane] = after
+    place_A = self.count_B[lane_A] + step_A
+    self._tokens_BZ[lane_A, place_A] = drawn.token_A
+    self._scores_3BZ[:, lane_A, place_A] = scores_3A
+    self.count_B += np.bincount(lane_A, minlength=len(self.count_B)).astype(np.int32)
+    for lane in np.unique(lane_A[self._lists_B[lane_A]]).tolist():
+      mine_A = lane_A == lane
+      self._rollouts[lane].listed.append(
+        Alternatives(drawn.top.token_BJ[mine_A], drawn.top.logprob_BJ[mine_A])
+      )
+
+  def has_news(self, rollout: InFlight) -> bool:
+    """Whether there is something that the caller does not know of."""
+    return self.count_B[rollout.lane] > rollout.reported or rollout.prompt_scores is not None
+
+  def progress(self, rollout: InFlight, *, ended: bool) -> Progress:
+    """Returns what the caller does not know of yet."""
+    places = slice(rollout.reported, int(self.count_B[rollout.lane]))
+    rollout.reported = places.stop
+    # Copies: the table's rows are written again by the lane's next rollout.
+    logprobs, full_logprobs, _ = self._scores_3BZ[:, rollout.lane, places].copy()
     top = None
     if rollout.top:
-      # The device gives `TOP` alternatives to every lane of the tile; this rollout wants fewer.
-      places = (slice(after - before), column, slice(rollout.top))
-      top = Alternatives(drawn.top.token_BJ[places], drawn.top.logprob_BJ[places])
-    # Copies: the table's rows are written again by the lane's next rollout.
-    logprobs, full_logprobs, _ = self._scores_3BZ[:, lane, before:after].copy()
-    # The device ends a rollout at its limit or at a stop token.
-    ended = stop is not None or not drawn.live_B[column]
+      none = np.zeros((0, TOP))
+      listed = rollout.listed or [Alternatives(none.astype(np.int32), none.astype(np.float32))]
+      top = Alternatives(
+        token_BJ=np.concatenate([one.token_BJ for one in listed])[:, : rollout.top],
+        logprob_BJ=np.concatenate([one.logprob_BJ for one in listed])[:, : rollout.top],
+      )
+      rollout.listed = []
+    scores = rollout.prompt_scores
+    rollout.prompt_scores = None
     return Progress(
       handle=rollout.handle,
-      tokens=self._tokens_BZ[lane, before:after].copy(),
+      tokens=self._tokens_BZ[rollout.lane, places].copy(),
       logprobs=logprobs,
       full_logprobs=full_logprobs,
-      completion=self._completion(lane, stop) if ended else None,
+      completion=self._completion(rollout) if ended else None,
       top=top,
-      prompt=rollout.take_scores(),
+      prompt=scores,
     )
 
-  def _completion(self, lane: int, stop: str | None) -> Completion:
-    """Returns all that a lane has drawn; `stop` is the stop string that it completed, if any."""
-    count = int(self.inputs.slot_B[lane])
-    tokens = self._tokens_BZ[lane, :count].copy()
-    logprobs, full_logprobs, entropies = self._scores_3BZ[:, lane, :count].copy()
+  def _completion(self, rollout: InFlight) -> Completion:
+    """Returns all that a rollout has drawn."""
+    count = int(self.count_B[rollout.lane])
+    tokens = self._tokens_BZ[rollout.lane, :count].copy()
+    logprobs, full_logprobs, entropies = self._scores_3BZ[:, rollout.lane, :count].copy()
     return Completion(
       tokens=tokens,
       logprobs=logprobs,
       full_logprobs=full_logprobs,
       entropies=entropies,
-      finished=bool(tokens[-1] in self._stop_ids),
-      stop=stop,
       # A stop token that is also the last one that fits counts as finished.
-      prompt_len=len(self.rollouts[lane].prompt),
+      finished=bool(count and tokens[-1] in self._stop_ids),
+      stop=rollout.stop,
+      prompt_len=len(rollout.prompt),
     )
 
 
@@ -233,29 +243,4 @@ def empty_progress(rollout: InFlight) -> Progress:
     logprobs=logprobs,
     full_logprobs=logprobs,
     completion=completion,
-    prompt=rollout.take_scores(),
   )
-
-
-def _first_stop(
-  tokens: list[int], before: int, stops: Sequence[str], decode: Decode
-) -> tuple[int, str | None]:
-  """Finds the first of the tokens from `before` on that completes a stop string.
-
-  A string of n bytes lies in the last n tokens where it lies in any, since each token holds at
-  least a byte.
-
-  Returns:
-    (tokens up to that one, the string), or (all tokens, None).
-  """
-  reach = max(len(text.encode()) for text in stops)
-  # First all new tokens together, with what a string may have begun in: most calls complete none,
-  # and decoding once is cheaper than once for each token.
-  chunk = decode(tokens[max(0, before + 1 - reach) :])
-  if any(text in chunk for text in stops):
-    for end in range(before + 1, len(tokens) + 1):
-      tail = decode(tokens[max(0, end - reach) : end])
-      for text in stops:
-        if text in tail:
-          return end, text
-  return len(tokens), None

@@ -113,15 +113,15 @@ class EngineStats:
   """Counts since the engine was made.
 
   Attributes:
-    prefill_tokens: prompt tokens that went through the model.
+    prefill_tokens: prompt tokens that went through the model, but for those drawn from.
     reused_tokens: prompt tokens whose keys and values were there from another rollout or an earlier
       turn.
-    decoded_tokens: tokens handed out, which is also the number of lane-steps that did something.
-    lane_steps: decode steps times the lanes of their tiles.
-    decode_steps: each reads the weights once.
-    slots_read: slots (keys and values of one token) that decode steps read.
-    prefill_calls: calls of the prefill program.
-    decode_calls: calls of the decode program.
+    decoded_tokens: tokens handed out.
+    passes: each reads the weights once.
+    rows: tokens that went through the model, right and wrong guesses included.
+    guessed_tokens: tokens that were guessed ahead.
+    right_guesses: those of them that were what was drawn.
+    slots_read: slots (keys and values of one token) that passes read.
     scored_tokens: tokens of prompts that were scored.
     compilations: programs compiled.
   """
@@ -129,19 +129,19 @@ class EngineStats:
   prefill_tokens: int = 0
   reused_tokens: int = 0
   decoded_tokens: int = 0
-  lane_steps: int = 0
-  decode_steps: int = 0
+  passes: int = 0
+  rows: int = 0
+  guessed_tokens: int = 0
+  right_guesses: int = 0
   slots_read: int = 0
-  prefill_calls: int = 0
-  decode_calls: int = 0
   scored_tokens: int = 0
   compilations: int = 0
 
   @property
-  def occupancy(self) -> float:
-    """The share of the lane-steps that drew a token of a rollout."""
-    # Before the first step there are no lane-steps to divide by.
-    return self.decoded_tokens / max(self.lane_steps, 1)
+  def tokens_per_row(self) -> float:
+    """Tokens handed out for each token that went through the model behind a prompt."""
+    # Before the first pass there are no rows to divide by.
+    return self.decoded_tokens / max(self.rows - self.prefill_tokens, 1)
 
 
 def checked_prompt(request: Request, max_len: int, vocab: int) -> np.ndarray:

@@ -11,7 +11,7 @@ Letters as in device.py, and C blocks of the vocabulary, E entries of a row that
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ KEY_IMPL = 'threefry2x32'  # pinned: a rollout must not change with jax's defaul
 TOP = 20  # most alternatives that are reported with a token, as many as OpenAI allows
 # The bit pattern of 1.0. Probabilities relative to the most likely token lie in [0, 1].
 _ONE_BITS = 0x3F800000
-_MODES = ('greedy', 'full', 'truncated')  # each can draw what those before it draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ class SamplingParams:
 
   @property
   def mode(self) -> Mode:
-    """The program that draws: the only part of the rule that is compiled in (`widest`)."""
+    """What kind of distribution it draws from."""
     if self.temperature == 0:
       return 'greedy'
     truncates = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
@@ -76,7 +75,7 @@ class SamplingParams:
 
   def rule(self) -> 'Rule':
     """Returns the numbers of one lane: numpy scalars."""
-    # Numbers of each lane, as arguments: only the mode decides which program is compiled.
+    # Numbers of each lane, as arguments: no rule is compiled in.
     return Rule(
       temperature_B=np.float32(self.temperature),
       top_p_B=np.float32(self.top_p),
@@ -92,11 +91,6 @@ class Rule(NamedTuple):
   top_p_B: jax.Array | np.ndarray
   top_k_B: jax.Array | np.ndarray  # int32
   min_p_B: jax.Array | np.ndarray
-
-
-def widest(modes: Iterable[Mode]) -> Mode:
-  """Returns the mode that draws for lanes of all these modes together."""
-  return max(modes, key=_MODES.index)
 
 
 def request_key(seed: int, key_id: Sequence[int]) -> np.ndarray:
@@ -133,7 +127,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: SamplingParams) ->
     sampling: the rule.
   """
   rule = jax.tree.map(lambda number: jnp.full(logits_BV.shape[:1], number), sampling.rule())
-  return draw(logits_BV, uniforms(keys_B), rule, sampling.mode)
+  return draw(logits_BV, uniforms(keys_B), rule, jnp.bool_(False))
 
 
 class Alternatives(NamedTuple):
@@ -156,80 +150,108 @@ class Draw(NamedTuple):
       For greedy lanes this and the next two are of the distribution without a temperature.
     full_logprob_B: float32, before truncation: what a trainer computes at the same temperature.
     entropy_B: float32, nats, before truncation.
-    top: alternatives, where they were asked for.
+    top: alternatives, as many as may be asked for; zeros where none are wanted.
   """
 
   token_B: jax.Array
   logprob_B: jax.Array
   full_logprob_B: jax.Array
   entropy_B: jax.Array
-  top: Alternatives | None = None
+  top: Alternatives
 
 
-def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, mode: Mode, top: int = 0) -> Draw:
-  """Draws as `sample` does, with random numbers given, rules traced, and alternatives.
+def draw(logits_BV: jax.Array, uniform_B2: jax.Array, rule: Rule, listing: jax.Array) -> Draw:
+  """Draws as `sample` does, with random numbers given, and rules and `listing` as numbers.
 
-  A NaN logit gives a NaN log-probability.
+  One program serves every rule; work that no lane wants is skipped when it runs. A NaN logit gives
+  a NaN log-probability.
 
   Args:
     logits_BV: logits, any float type.
     uniform_B2: random numbers (`uniforms`).
     rule: of each lane.
-    mode: of the lanes together (`widest`).
-    top: alternatives of each token; 0 for none.
+    listing: bool [], whether alternatives are wanted; they are zeros where they are not.
   """
   logits_BV = logits_BV.astype(jnp.float32)
+  greedy_B = rule.temperature_B == 0
   # Less the maximum, exp cannot overflow, and the most likely token has mass 1 exactly.
   score_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-  if mode == 'greedy':
-    token_B = _first(score_BV >= 0)
-    full_BV = jnp.exp(score_BV)
-    mass_BV = full_BV
-  else:
-    greedy_B = rule.temperature_B == 0
-    # A greedy lane beside others has temperature 0, by which nothing can be divided.
-    score_BV = score_BV / jnp.where(greedy_B, 1, rule.temperature_B)[:, None]
-    full_BV = jnp.exp(score_BV)
-    mass_BV = full_BV
-    if mode == 'truncated':
-      mass_BV = truncate(
-        full_BV,
-        top_p_B=jnp.where(greedy_B, 1.0, rule.top_p_B),
-        top_k_B=jnp.where(greedy_B, 0, rule.top_k_B),
-        min_p_B=jnp.where(greedy_B, 0.0, rule.min_p_B),
-      )
-    token_B = _invert(mass_BV, uniform_B2)
-    # Scores of at least 0 are those of the most likely tokens. The scan for them is skipped where
-    # no lane is greedy.
-    token_B = jax.lax.cond(
-      jnp.any(greedy_B),
-      lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B),
-      lambda: token_B,
-    )
+  # A greedy lane has temperature 0, by which nothing can be divided.
+  score_BV = score_BV / jnp.where(greedy_B, 1, rule.temperature_B)[:, None]
+  full_BV = jnp.exp(score_BV)
+  total_B = jnp.sum(full_BV, axis=-1)
+  top_p_B = jnp.where(greedy_B, 1.0, rule.top_p_B)
+  top_k_B = jnp.where(greedy_B, 0, rule.top_k_B)
+  min_p_B = jnp.where(greedy_B, 0.0, rule.min_p_B)
+  truncates = jnp.any((top_p_B < 1) | (top_k_B > 0) | (min_p_B > 0))
+
+  def truncated() -> tuple[jax.Array, jax.Array]:
+    mass_BV = truncate(full_BV, top_p_B=top_p_B, top_k_B=top_k_B, min_p_B=min_p_B)
+    return mass_BV, jnp.sum(mass_BV, axis=-1)
+
+  mass_BV, mass_B = jax.lax.cond(truncates, truncated, lambda: (full_BV, total_B))
+  token_B = jax.lax.cond(
+    jnp.all(greedy_B),
+    lambda: jnp.zeros(len(greedy_B), jnp.int32),
+    lambda: _invert(mass_BV, uniform_B2),
+  )
+  # Scores of at least 0 are those of the most likely tokens. The scan for them is skipped where no
+  # lane is greedy.
+  token_B = jax.lax.cond(
+    jnp.any(greedy_B),
+    lambda: jnp.where(greedy_B, _first(score_BV >= 0), token_B),
+    lambda: token_B,
+  )
   # Log-probabilities come from the scores and not from the masses, whose logarithm would be rounded
   # twice and is -inf where exp underflows.
   score_B = jnp.take_along_axis(score_BV, token_B[:, None], axis=-1)[:, 0]
-  total_B = jnp.sum(full_BV, axis=-1)
   full_logprob_B = score_B - jnp.log(total_B)
   # A logit may be -inf, and 0 x -inf is no number.
   weighted_BV = jnp.where(full_BV == 0, 0, full_BV * score_BV)
-  entropy_B = jnp.log(total_B) - jnp.sum(weighted_BV, axis=-1) / total_B
-  logprob_B = full_logprob_B
-  if mode == 'truncated':
-    logprob_B = score_B - jnp.log(jnp.sum(mass_BV, axis=-1))
-    score_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
-  alternatives = None
-  if top:
+  count = min(TOP, logits_BV.shape[1])
+
+  def list_likeliest() -> Alternatives:
     # Where tokens are equally likely, top_k gives the first ones, as a greedy draw does.
-    score_BJ, token_BJ = jax.lax.top_k(score_BV, top)
-    log_total_B1 = jnp.log(jnp.sum(mass_BV, axis=-1, keepdims=True))
-    alternatives = Alternatives(token_BJ, score_BJ - log_total_B1)
+    kept_BV = jnp.where(mass_BV > 0, score_BV, -jnp.inf)
+    score_BJ, token_BJ = jax.lax.top_k(kept_BV, count)
+    return Alternatives(token_BJ, score_BJ - jnp.log(mass_B)[:, None])
+
   return Draw(
     token_B=token_B,
-    logprob_B=logprob_B,
+    logprob_B=jnp.where(truncates, score_B - jnp.log(mass_B), full_logprob_B),
     full_logprob_B=full_logprob_B,
-    entropy_B=entropy_B,
-    top=alternatives,
+    entropy_B=jnp.log(total_B) - jnp.sum(weighted_BV, axis=-1) / total_B,
+    top=jax.lax.cond(listing, list_likeliest, lambda: _no_alternatives(len(greedy_B), count)),
+  )
+
+
+def score(logits_BV: jax.Array, target_B: jax.Array) -> Draw:
+  """Scores given tokens at temperature 1 without truncation, in the form of a draw.
+
+  Args:
+    logits_BV: float32 logits.
+    target_B: int32, the tokens.
+
+  Returns:
+    `token_B` is the target's rank: 1 where no token is more likely.
+  """
+  logprob_BV = jax.nn.log_softmax(logits_BV)
+  logprob_B = jnp.take_along_axis(logprob_BV, target_B[:, None], axis=-1)[:, 0]
+  likelier_B = jnp.sum(logprob_BV > logprob_B[:, None], axis=-1)
+  logprob_BJ, token_BJ = jax.lax.top_k(logprob_BV, min(TOP, logits_BV.shape[1]))
+  return Draw(
+    # Equals count as less likely: the first of the most likely tokens has rank 1.
+    token_B=likelier_B.astype(jnp.int32) + 1,
+    logprob_B=logprob_B,
+    full_logprob_B=logprob_B,
+    entropy_B=jnp.zeros_like(logprob_B),
+    top=Alternatives(token_BJ, logprob_BJ),
+  )
+
+
+def _no_alternatives(rows: int, count: int) -> Alternatives:
+  return Alternatives(
+    token_BJ=jnp.zeros((rows, count), jnp.int32), logprob_BJ=jnp.zeros((rows, count), jnp.float32)
   )
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import prefill
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -100,7 +99,7 @@ def test_steps_report_what_they_draw():
 
 
 def test_cancel_frees_lanes_whatever_they_do():
-  runner = engine(lanes=2, tile=2, stop_ids=[])
+  runner = engine(lanes=2, stop_ids=[])
   sampling = SamplingParams(max_tokens=20)
   handles = [runner.submit(Request(prompt(9, i), (i,)), sampling) for i in range(3)]
   runner.step()
@@ -119,16 +118,16 @@ def test_a_conversation_keeps_its_trunk():
   sampling = SamplingParams(max_tokens=12, seed=2)
   separate = engine()
   context = prompt(50)
-  turns = []
   for turn in range(3):
     request = Request(context, (turn,))
     [completion], _ = finish(runner, runner.submit(request, sampling))
     [want] = separate.generate([request], sampling)
     assert completion.tokens.tolist() == want.tokens.tolist()
     exact(context, completion)
-    turns.append(len(completion.tokens[-3:]) + 5)
     context = np.concatenate([context, completion.tokens[-3:], prompt(5, turn)])
-  assert runner.stats.prefill_tokens == 50 + sum(turns[:2])
+  # But for the last token of each prompt, which is drawn from; 3 tokens of the answer and 5 new ones
+  # follow in each turn.
+  assert runner.stats.prefill_tokens == 49 + 2 * (3 + 5 - 1)
   assert separate.stats.reused_tokens == 0
 
 
@@ -140,12 +139,12 @@ def test_prompts_with_a_long_prefix_in_common_share_its_computation():
   ]
   for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
     exact(request.prompt, completion)
-  # The last one needs the hidden state of its last token, which was not kept.
-  assert runner.stats.prefill_tokens == 48 + sum(4 + i for i in range(6)) + 1
+  # But for the last token of each prompt, which is drawn from. The second to the last one wait for
+  # the first one's prefix.
+  assert runner.stats.prefill_tokens == 48 + sum(3 + i for i in range(6))
 
 
-def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch):
-  monkeypatch.setattr(prefill, 'PIECE', 32)
+def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces():
   runner = engine(trunks=2, max_new=24)
   made = [
     Request(prompt(70 + group, group), (group, i), 40) for group in range(4) for i in range(3)
@@ -153,7 +152,7 @@ def test_few_trunks_serve_many_prompts_and_long_prompts_go_in_pieces(monkeypatch
   for request, completion in zip(made, runner.generate(made, SamplingParams()), strict=True):
     exact(request.prompt, completion)
     assert len(completion.tokens) <= 24
-  assert runner.stats.prefill_tokens == sum(70 + group for group in range(4))
+  assert runner.stats.prefill_tokens == sum(69 + group for group in range(4))
 
 
 def test_weights_change_only_when_nothing_is_in_flight_and_trunks_go_with_them():
@@ -167,7 +166,7 @@ def test_weights_change_only_when_nothing_is_in_flight_and_trunks_go_with_them()
   runner.cancel(handle)
   runner.update(params())
   finish(runner, runner.submit(Request(prompt(9), (0,), 2), SamplingParams()))
-  assert runner.stats.prefill_tokens == 18
+  assert runner.stats.prefill_tokens == 8 + 8
 
 
 def test_stop_strings_end_with_the_token_that_completes_them():

@@ -9,7 +9,7 @@ from dcore_jax.rollout import sampling
 from dcore_jax.rollout.sampling import SamplingParams, sample
 
 DRAWS = 20000
-DRAW = jax.jit(sampling.draw, static_argnames='mode')
+DRAW = jax.jit(sampling.draw)
 
 
 def keys(count, seed=0):
@@ -60,7 +60,7 @@ def test_draws_follow_the_distribution(rule, vocab):
   many = jnp.tile(logits[None], (DRAWS, 1))
   lanes = jax.tree.map(lambda number: jnp.full(DRAWS, number), chosen.rule())
   tokens, logprobs, full_logprobs, entropies, _ = DRAW(
-    many, sampling.uniforms(keys(DRAWS)), lanes, chosen.mode
+    many, sampling.uniforms(keys(DRAWS)), lanes, False
   )
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[want == 0].any()
@@ -81,9 +81,9 @@ def test_alternatives_are_the_likeliest_tokens_of_the_policy_that_draws(rule):
   logits[:, 40] = logits[:, 60] = 5  # of equals the first comes first
   chosen = SamplingParams(**rule)
   lanes = jax.tree.map(lambda number: jnp.full(3, number), chosen.rule())
-  asked = jnp.asarray(logits), sampling.uniforms(keys(3)), lanes, chosen.mode
-  *drawn, top = sampling.draw(*asked, top=20)
-  for got, alone in zip(drawn, sampling.draw(*asked)[:4], strict=True):
+  asked = jnp.asarray(logits), sampling.uniforms(keys(3)), lanes
+  *drawn, top = DRAW(*asked, True)
+  for got, alone in zip(drawn, DRAW(*asked, False)[:4], strict=True):
     np.testing.assert_array_equal(got, alone)
   for lane, row in enumerate(logits):
     kept = truncated_reference(row, **rule)
@@ -146,14 +146,10 @@ def test_lanes_with_different_rules_draw_as_each_does_alone():
     SamplingParams(1.0, top_p=0.6),
     SamplingParams(1.3, min_p=0.2),
   ]
-  assert (
-    sampling.widest(rule.mode for rule in rules) == 'truncated'
-    and sampling.widest(['full', 'greedy']) == 'full'
-  )
   together = jax.tree.map(lambda *numbers: np.stack(numbers), *(rule.rule() for rule in rules))
-  for mode, lanes in (('truncated', slice(5)), ('full', slice(2))):
+  for lanes in (slice(5), slice(2)):
     some = sampling.Rule(*(numbers[lanes] for numbers in together))
-    drawn = sampling.draw(logits[lanes], sampling.uniforms(keys(5)[lanes]), some, mode)
+    drawn = sampling.draw(logits[lanes], sampling.uniforms(keys(5)[lanes]), some, False)
     for lane, rule in enumerate(rules[lanes]):
       alone = sample(logits[lane : lane + 1], keys(5)[lane : lane + 1], rule)
       assert alone.token_B[0] == drawn.token_B[lane]

@@ -100,7 +100,8 @@ def test_the_rule_of_sampling_does_not_change_the_scores_nor_they_what_is_sample
   [(none, plain)] = run(engine(), [Request(tokens, (0,))], rule)
   assert none is None
   np.testing.assert_array_equal(done.tokens, plain.tokens)
-  np.testing.assert_array_equal(done.logprobs, plain.logprobs)
+  # The prompt goes through the model in other pieces, which add up in another order.
+  np.testing.assert_allclose(done.logprobs, plain.logprobs, atol=1e-5)
 
 
 def test_samples_of_a_prompt_share_its_scores_and_others_are_not_held_up():
@@ -115,8 +116,8 @@ def test_samples_of_a_prompt_share_its_scores_and_others_are_not_held_up():
   assert [scores is None for scores, _ in got] == [False, False, False, True, True, False]
   np.testing.assert_array_equal(got[0][0].logprobs, got[2][0].logprobs)
   np.testing.assert_allclose(got[5][0].logprobs, got[0][0].logprobs, atol=1e-5)
-  # Once for the three samples, and once without alternatives.
-  assert runner.stats.scored_tokens == 40
+  # Once for all four samples.
+  assert runner.stats.scored_tokens == 20
   assert [len(done.tokens) == 0 for _, done in got] == [False] * 4 + [True] * 2
   assert runner.free == 2
 

@@ -1,0 +1,141 @@
+"""Guesses of what comes next in a text, from what stands in texts of the same origin.
+
+A guess is the continuation of the latest place at which the last tokens stood before: in the text
+itself, in its prompt, or in a text that began as it did (a sibling in a group of rollouts, an
+earlier turn). Guessed tokens go through the model together with the last token. A token's random
+number depends on its place alone, so that a guess is right if and only if it is what is drawn
+anyway: guesses change what a pass costs, and never what is drawn.
+
+Letters as in branches.py; n places, k tokens.
+"""
+
+import numpy as np
+
+from dcore_jax.rollout.branches import BranchTable
+
+# Tokens that must agree, the longest first.
+_LENGTHS = (6, 4, 3, 2)
+_SIZE = 1 << 18  # entries of the index
+# A guess is expected to be right so often, before anything is known.
+_FIRST_RATE = 0.7
+# Weight of a new verdict in the running mean, and what a text regains with each token for which
+# nothing was guessed, so that guessing is tried again.
+_WEIGHT = 0.25
+_REGAIN = 0.01
+
+
+class Drafts:
+  """An index of the places where sequences of tokens were followed by something.
+
+  Args:
+    table: the texts.
+    longest: tokens that are guessed at once at most; 0 turns guessing off.
+    overhead: what a pass costs beside its rows, in rows.
+  """
+
+  def __init__(self, table: BranchTable, longest: int, overhead: float):
+    self._table = table
+    self._longest = longest
+    self._overhead = overhead
+    # Row and position of the latest continuation. Two sequences may share an entry; the tokens are
+    # compared when it is used.
+    self._row = np.zeros((len(_LENGTHS), _SIZE), np.int32)
+    self._place = np.zeros((len(_LENGTHS), _SIZE), np.int32)
+    self._rate_X = np.full(len(table.length_X), _FIRST_RATE)
+
+  def start(self, row: int) -> None:
+    """Notes the prompt of a text that begins."""
+    self._rate_X[row] = _FIRST_RATE
+    if self._longest:
+      places = np.arange(1, self._table.length_X[row], dtype=np.int32)
+      self.add(np.full(len(places), row, np.int32), places)
+
+  def add(self, row_n: np.ndarray, place_n: np.ndarray) -> None:
+    """Notes that texts have got a token at these places."""
+    if not self._longest:
+      return
+    for which, length in enumerate(_LENGTHS):
+      enough_n = place_n >= length
+      row = row_n[enough_n]
+      place = place_n[enough_n]
+      entry = self._entry(which, row, place)
+      self._row[which, entry] = row
+      self._place[which, entry] = place
+
+  def guess(self, row_n: np.ndarray, room_n: np.ndarray, rows: int) -> list[np.ndarray]:
+    """Returns guesses for some texts that wait for their next token, best first for each.
+
+    Args:
+      row_n: the texts.
+      room_n: tokens that may be guessed for each at most.
+      rows: rows that the pass has besides.
+    """
+    none = np.zeros(0, np.int32)
+    if not self._longest or not len(row_n):
+      return [none] * len(row_n)
+    # Tokens a row that the pass yields without guesses. A guess is worth its row where it is right
+    # more often than that.
+    yielded = rows / (rows + self._overhead)
+    rate_n = self._rate_X[row_n]
+    with np.errstate(divide='ignore'):
+      worth_n = np.floor(np.log(yielded) / np.log(np.minimum(rate_n, 0.999)))
+    want_n = np.minimum(np.minimum(worth_n, self._longest), room_n).astype(np.int64)
+    from_n, place_n = self._places(row_n)
+    found_n = from_n >= 0
+    self._rate_X[row_n] = np.where(
+      (want_n < 1) & found_n, np.minimum(rate_n + _REGAIN, _FIRST_RATE), rate_n
+    )
+    result = []
+    table = self._table
+    for source, place, want in zip(from_n.tolist(), place_n.tolist(), want_n.tolist(), strict=True):
+      if source < 0 or want < 1:
+        result.append(none)
+        continue
+      end = min(place + want, int(table.length_X[source]))
+      result.append(table.text_XS[source, place:end].copy())
+    return result
+
+  def learn(self, row: int, guessed: int, right: int) -> None:
+    """Takes note of how many of the guesses for a text were right."""
+    # What stands behind the first wrong guess was not put to the test.
+    share = right / min(right + 1, guessed)
+    self._rate_X[row] += _WEIGHT * (share - self._rate_X[row])
+
+  def _places(self, row_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (row, position) where each text's last tokens were followed by something; row -1."""
+    table = self._table
+    length_n = table.length_X[row_n]
+    from_n = np.full(len(row_n), -1, np.int64)
+    place_n = np.zeros(len(row_n), np.int64)
+    for which, length in enumerate(_LENGTHS):
+      open_n = np.flatnonzero((from_n < 0) & (length_n >= length))
+      if not len(open_n):
+        continue
+      row = row_n[open_n]
+      end = length_n[open_n]
+      entry = self._entry(which, row, end)
+      other = self._row[which, entry]
+      place = self._place[which, entry]
+      back = np.arange(-length, 0)
+      # A place near a text's beginning would read from its end; it never agrees by length.
+      same = (place >= length) & (place < table.length_X[other])
+      same &= table.family_X[other] == table.family_X[row]
+      mine = table.text_XS[row[:, None], end[:, None] + back[None, :]]
+      theirs = table.text_XS[other[:, None], np.maximum(place[:, None] + back[None, :], 0)]
+      same &= (mine == theirs).all(axis=1)
+      from_n[open_n[same]] = other[same]
+      place_n[open_n[same]] = place[same]
+    return from_n, place_n
+
+  def _entry(self, which: int, row_n: np.ndarray, place_n: np.ndarray) -> np.ndarray:
+    """Returns the entry of the tokens before each place, and of the text's origin."""
+    length = _LENGTHS[which]
+    back = np.arange(-length, 0)
+    gram_nk = self._table.text_XS[row_n[:, None], place_n[:, None] + back[None, :]].astype(
+      np.uint64
+    )
+    mixed_n = self._table.family_X[row_n].astype(np.uint64)
+    # Multiplication modulo 2^64 by an odd constant spreads the tokens over all bits.
+    for k in range(length):
+      mixed_n = (mixed_n ^ gram_nk[:, k]) * np.uint64(0x9E3779B97F4A7C15)
+    return (mixed_n >> np.uint64(46)).astype(np.int64)

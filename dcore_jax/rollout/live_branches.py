@@ -1,0 +1,251 @@
+"""The branches that are being computed, and the rollouts that ride on them.
+
+Letters as in passes.py.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dcore_jax.rollout.branches import Branch, BranchTable
+from dcore_jax.rollout.drafts import Drafts
+from dcore_jax.rollout.executors import Executor
+from dcore_jax.rollout.lane_table import InFlight, LaneTable
+from dcore_jax.rollout.page_pool import PagePool
+from dcore_jax.rollout.passes import Part, Pass, Planner
+from dcore_jax.rollout.programs import Drawn
+from dcore_jax.rollout.requests import EngineStats
+from dcore_jax.rollout.scoring import PromptScoring, first_alternatives
+from dcore_jax.rollout.settle import Verdicts, settle
+from dcore_jax.rollout.sizes import EngineSizes
+
+
+class LiveBranches:
+  """Gives rollouts their branches, and computes these pass by pass.
+
+  Args:
+    sizes: resolved sizes.
+    executor: runs the passes.
+    lanes: what the rollouts have drawn.
+    stats: are counted on.
+  """
+
+  def __init__(self, sizes: EngineSizes, executor: Executor, lanes: LaneTable, stats: EngineStats):
+    self._executor = executor
+    self._lanes = lanes
+    self._stats = stats
+    self._pool = PagePool(sizes.pages(executor.slots))
+    self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
+    self._drafts = Drafts(self._table, sizes.guesses, executor.overhead)
+    self._planner = Planner(self._table, lanes, self._drafts, executor.rows)
+    self._scoring = PromptScoring()
+    # In the order in which they came.
+    self._branches: dict[Branch, None] = {}
+    # Branches from which nothing has been drawn, by their prompt: others may still join.
+    self._fresh: dict[bytes, Branch] = {}
+    self._ended: list[InFlight] = []  # without having had a branch
+
+  def __bool__(self) -> bool:
+    return bool(self._branches or self._ended)
+
+  def forget(self) -> None:
+    """Gives up the texts that have ended, and their scores."""
+    self._table.forget()
+    self._scoring.forget()
+
+  def start_round(self) -> None:
+    """Notes how many pages the rollouts that run may still take, before others are admitted."""
+    self._pool.promised = sum(self._promise(branch) for branch in self._branches)
+
+  def admit(self, rollout: InFlight) -> bool:
+    """Lets a rollout ride on a branch, if there is room for it now (after `start_round`).
+
+    Returns:
+      Whether it does. If not, it waits: for pages, or for a text that it shares much with.
+    """
+    prompt = rollout.prompt
+    n = len(prompt)
+    most = self._pages(n + rollout.limit)
+    key = prompt.tobytes()
+    scored = rollout.prompt_top is not None
+    if scored and (scores := self._scoring.known(key)):
+      rollout.prompt_scores = first_alternatives(scores, rollout.prompt_top)
+      scored = False
+      if not rollout.limit:
+        self._lanes.start(rollout)
+        self._ended.append(rollout)
+        return True
+    branch = self._fresh.get(key)
+    if branch and (not scored or branch.scored and not self._table.computed_X[branch.row]):
+      # From the page on in which its prompt ends it may need pages of its own.
+      own = most - n // self._table.slots
+      if self._pool.available < own:
+        return False
+      self._stats.reused_tokens += n - 1
+    else:
+      source, shared, wait = self._table.find(prompt)
+      if scored:
+        shared = 0
+      elif wait:
+        return False
+      if self._pool.available < most - self._table.shared_pages(source, shared):
+        return False
+      branch = self._open(prompt, source, shared)
+      branch.scored = scored
+      branch.key = key
+      self._fresh[key] = branch
+      self._drafts.start(branch.row)
+      own = most - len(branch.pages)
+      self._stats.reused_tokens += shared
+      self._stats.scored_tokens += n if scored else 0
+    self._pool.promised += own
+    self._lanes.start(rollout)
+    branch.rollouts.append(rollout)
+    return True
+
+  def leave(self, rollout: InFlight) -> None:
+    """Takes a rollout off its branch."""
+    branch = next(branch for branch in self._branches if rollout in branch.rollouts)
+    branch.rollouts.remove(rollout)
+    if not branch.rollouts:
+      self._close(branch)
+
+  def run(self) -> list[InFlight]:
+    """Computes the next token of every branch that waits for one, and pieces of prompts.
+
+    Returns:
+      The rollouts that have ended.
+
+    Raises:
+      FloatingPointError: a log-probability is not a number.
+    """
+    ended = [*self._ended, *self._end_scored(list(self._branches))]
+    self._ended.clear()
+    for parts, work in self._planner.plan(list(self._branches)):
+      drawn, scored = self._executor.run(work)
+      self._count(parts, work)
+      self._advance(parts, scored)
+      complete = [part for part in parts if part.complete]
+      if complete:
+        ended += self._settle(complete, work, drawn)
+      ended += self._end_scored([part.branch for part in parts if part.branch.rollouts])
+    return ended
+
+  def _open(self, text: np.ndarray, source: int, shared: int) -> Branch:
+    branch, copied = self._table.open(text, source, shared)
+    # At once: the page that is copied may be given up for the next branch.
+    if copied:
+      self._executor.copy([copied])
+    self._branches[branch] = None
+    return branch
+
+  def _close(self, branch: Branch) -> None:
+    del self._branches[branch]
+    self._not_fresh(branch)
+    self._scoring.drop(branch.row)
+    self._table.close(branch)
+
+  def _not_fresh(self, branch: Branch) -> None:
+    if self._fresh.get(branch.key) is branch:
+      del self._fresh[branch.key]
+
+  def _pages(self, positions: int) -> int:
+    return -(-positions // self._table.slots)
+
+  def _promise(self, branch: Branch) -> int:
+    """Returns the pages that the rollouts of a branch may still take."""
+    positions = int(self._table.length_X[branch.row])
+    lanes = [rollout.lane for rollout in branch.rollouts]
+    left = (self._lanes.limit_B[lanes] - self._lanes.count_B[lanes]).tolist()
+    # Whoever stays on the branch has its pages; the others need all from the one on in which their
+    # text ends.
+    most = max(self._pages(positions + count) for count in left) - len(branch.pages)
+    others = sorted(left, reverse=True)[1:]
+    own = positions // self._table.slots
+    return max(0, most) + sum(self._pages(positions + count) - own for count in others)
+
+  def _count(self, parts: Sequence[Part], work: Pass) -> None:
+    stats = self._stats
+    stats.passes += 1
+    stats.rows += len(work.tokens_R)
+    stats.slots_read += sum(len(pages) for pages in work.pages) * self._table.slots
+    for part in parts:
+      stats.guessed_tokens += part.guesses
+      # The last token of a prompt counts as one that is drawn from.
+      stats.prefill_tokens += len(part.tokens) - part.guesses - part.complete
+
+  def _advance(self, parts: Sequence[Part], scored: Drawn | None) -> None:
+    """Notes which positions are computed, and takes the scores of prompts."""
+    first = 0
+    for part in parts:
+      count = len(part.tokens)
+      self._table.computed_X[part.branch.row] = part.position + count - part.guesses
+      if part.branch.scored and not part.complete:
+        places = slice(first, first + count)
+        piece = jax.tree.map(lambda x, places=places: x[places], scored)
+        self._scoring.add(part.branch.row, piece)
+        first += count
+
+  def _end_scored(self, branches: Sequence[Branch]) -> list[InFlight]:
+    """Gives scores to whom they are due, and ends the rollouts that wanted no more."""
+    ended = []
+    for branch in branches:
+      row = branch.row
+      if not branch.scored or self._table.computed_X[row] < self._table.length_X[row] - 1:
+        continue
+      branch.scored = False
+      scores = self._scoring.take(row, branch.key)
+      for rollout in branch.rollouts:
+        if rollout.prompt_top is not None:
+          rollout.prompt_scores = first_alternatives(scores, rollout.prompt_top)
+      done = [rollout for rollout in branch.rollouts if not rollout.limit]
+      branch.rollouts = [rollout for rollout in branch.rollouts if rollout.limit]
+      ended += done
+      if not branch.rollouts:
+        self._close(branch)
+    return ended
+
+  def _settle(self, parts: Sequence[Part], work: Pass, drawn: Drawn) -> list[InFlight]:
+    """Takes what was drawn, lets branches part, and returns the rollouts that have ended."""
+    lanes = self._lanes
+    verdicts = Verdicts(
+      tokens=drawn.token_A.tolist(),
+      stops=lanes.stops(drawn.token_A).tolist(),
+      fulls=(work.draws.index_A + 1 >= lanes.limit_B[work.lane_A]).tolist(),
+    )
+    ended = []
+    accepted_n = []
+    width_n = []
+    rows = []
+    places = []
+    for part in parts:
+      outcome = settle(part, verdicts, lanes)
+      accepted_n += outcome.accepted
+      width_n += [1 + part.guesses] * len(outcome.accepted)
+      ended += outcome.ended
+      branch = part.branch
+      length = int(self._table.length_X[branch.row])
+      # Guesses that were right are computed already.
+      tokens, branch.rollouts = outcome.stays
+      self._stats.right_guesses += len(tokens) - 1
+      if part.guesses:
+        self._drafts.learn(branch.row, part.guesses, len(tokens) - 1)
+      for given, rollouts in outcome.leaves:
+        text = np.concatenate([self._table.text_XS[branch.row, :length], given]).astype(np.int32)
+        other = self._open(text, branch.row, length + len(given) - 1)
+        other.rollouts = rollouts
+        rows.append(other.row)
+        places.append(len(text) - 1)
+      self._table.append(branch, tokens)
+      rows += [branch.row] * len(tokens)
+      places += range(length, length + len(tokens))
+      self._not_fresh(branch)
+      if not branch.rollouts:
+        self._close(branch)
+    counted_A = work.step_A < np.repeat(accepted_n, width_n)
+    taken = jax.tree.map(lambda x: x[counted_A], drawn)
+    lanes.record(work.lane_A[counted_A], work.step_A[counted_A], taken)
+    self._stats.decoded_tokens += len(taken.token_A)
+    self._drafts.add(np.array(rows, np.int32), np.array(places, np.int32))
+    return ended

@@ -1,0 +1,224 @@
+"""What goes through the model together: the rows of a pass, and what is drawn behind them.
+
+A row is one token of a text at its position. A pass holds rows of many texts: the last token of
+each that waits for its next one, tokens that are guessed to come, and pieces of prompts. What is
+drawn from a row is drawn for each rollout whose text agrees so far.
+
+Letters of this room, beside those of models/config.py (D, H, K, L, N, T, V):
+
+| letter | dimension |
+|---|---|
+| R | rows of a pass |
+| A | draws of a pass |
+| P | pages of a group, or of a text |
+| C | slots of a page; a slot holds the keys and values of one token |
+| W | places for rows at a page |
+| B | lanes of the engine; a lane holds what one rollout has drawn |
+| Z | tokens that a rollout may draw |
+| X, S | rows and positions of the table of texts (branches.py) |
+| J | alternatives of a token |
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dcore_jax.rollout.branches import Branch, BranchTable
+from dcore_jax.rollout.drafts import Drafts
+from dcore_jax.rollout.lane_table import LaneTable
+from dcore_jax.rollout.programs import DrawInputs
+
+
+@dataclasses.dataclass(eq=False)
+class Part:
+  """The rows of one branch in a pass.
+
+  Attributes:
+    branch: the branch.
+    first: its first row of the pass.
+    position: of that row.
+    tokens: int32, of its rows; the guessed ones come last.
+    guesses: how many of them are guessed.
+    complete: whether the rows reach the end of the text, so that the next token can be drawn.
+    draws: its first draw of the pass, meaningful where it is complete.
+  """
+
+  branch: Branch
+  first: int
+  position: int
+  tokens: np.ndarray
+  guesses: int
+  complete: bool
+  draws: int = 0
+
+  @property
+  def guessed(self) -> np.ndarray:
+    """The guessed tokens."""
+    return self.tokens[len(self.tokens) - self.guesses :]
+
+
+class Pass(NamedTuple):
+  """A pass as an executor takes it.
+
+  Attributes:
+    tokens_R: int32.
+    position_R: int32.
+    text_R: int32, the place in `pages` of each row's text.
+    pages: for each text the pages that hold its positions, those of its rows included.
+    draws: what is drawn, none where no text is complete.
+    lane_A: int32, the lane of each draw.
+    step_A: int32, how many guesses stand between each draw and the text's end.
+    scores: what is scored, if anything.
+  """
+
+  tokens_R: np.ndarray
+  position_R: np.ndarray
+  text_R: np.ndarray
+  pages: Sequence[Sequence[int]]
+  draws: DrawInputs
+  lane_A: np.ndarray
+  step_A: np.ndarray
+  scores: DrawInputs | None
+
+
+class Planner:
+  """Chooses what goes through the model next.
+
+  Args:
+    table: the texts.
+    lanes: the rollouts.
+    drafts: the guesses.
+    rows: rows of a pass at most.
+  """
+
+  def __init__(self, table: BranchTable, lanes: LaneTable, drafts: Drafts, rows: int):
+    self._table = table
+    self._lanes = lanes
+    self._drafts = drafts
+    self._rows = rows
+
+  def plan(self, branches: Sequence[Branch]) -> list[tuple[list[Part], Pass]]:
+    """Returns passes in which every branch that waits for its next token gets one.
+
+    Prompts fill the rows that are left over in the last of them. Where those are less than half a
+    pass, prompts get one more, so that a long prompt holds up who draws for one pass at a time.
+    """
+    waiting = []
+    unread = []
+    for branch in branches:
+      missing = int(self._table.length_X[branch.row] - self._table.computed_X[branch.row])
+      (waiting if missing == 1 else unread).append(branch)
+    rounds = self._waiting(waiting)
+    if unread:
+      room = self._rows - sum(len(part.tokens) for part in rounds[-1]) if rounds else 0
+      if 2 * room < self._rows:
+        rounds.append([])
+        room = self._rows
+      rounds[-1].extend(self._prompts(unread, room))
+    return [(parts, self._pass(parts)) for parts in rounds]
+
+  def _waiting(self, waiting: Sequence[Branch]) -> list[list[Part]]:
+    """Returns the parts of branches that lack one token, as many to a pass as fit."""
+    rounds = []
+    row_n = np.array([branch.row for branch in waiting], np.int32)
+    room_n = np.array([self._lanes.room(branch.rollouts) - 1 for branch in waiting], np.int32)
+    for first in range(0, len(waiting), self._rows):
+      some = slice(first, first + self._rows)
+      guesses = self._drafts.guess(row_n[some], room_n[some], len(row_n[some]))
+      spare = self._rows - len(guesses)
+      parts = []
+      for branch, guessed in zip(waiting[some], guesses, strict=True):
+        guessed = guessed[:spare]
+        spare -= len(guessed)
+        end = int(self._table.length_X[branch.row])
+        known = self._table.text_XS[branch.row, end - 1 : end]
+        parts.append(
+          Part(
+            branch=branch,
+            first=0,
+            position=end - 1,
+            tokens=np.concatenate([known, guessed]),
+            guesses=len(guessed),
+            complete=True,
+          )
+        )
+      rounds.append(parts)
+    return rounds
+
+  def _prompts(self, unread: Sequence[Branch], room: int) -> list[Part]:
+    """Returns pieces of prompts, first come, first served."""
+    parts = []
+    for branch in unread:
+      if not room:
+        break
+      start = int(self._table.computed_X[branch.row])
+      end = int(self._table.length_X[branch.row])
+      # The last token of a prompt that is scored waits until all scores are there: who only wants
+      # those does not draw.
+      stop = min(end - branch.scored, start + room)
+      room -= stop - start
+      parts.append(
+        Part(
+          branch=branch,
+          first=0,
+          position=start,
+          tokens=self._table.text_XS[branch.row, start:stop].copy(),
+          guesses=0,
+          complete=stop == end,
+        )
+      )
+    return parts
+
+  def _pass(self, parts: Sequence[Part]) -> Pass:
+    """Lays the parts out, and gives their branches the pages that they write."""
+    row = 0
+    draw = 0
+    lanes = []
+    counts = []
+    firsts = []
+    for part in parts:
+      self._table.extend(part.branch, part.position + len(part.tokens))
+      part.first = row
+      row += len(part.tokens)
+      if part.complete:
+        part.draws = draw
+        draw += len(part.branch.rollouts) * (1 + part.guesses)
+        for rollout in part.branch.rollouts:
+          lanes.append(rollout.lane)
+          counts.append(1 + part.guesses)
+          firsts.append(row - 1 - part.guesses)
+    count_n = np.array(counts, np.int32)
+    lane_A = np.repeat(np.array(lanes, np.int32), count_n)
+    begin_n = np.cumsum(count_n) - count_n
+    step_A = np.arange(draw, dtype=np.int32) - np.repeat(begin_n, count_n).astype(np.int32)
+    length_n = np.array([len(part.tokens) for part in parts], np.int32)
+    position_n = np.array([part.position for part in parts], np.int32)
+    first_n = np.array([part.first for part in parts], np.int32)
+    position_R = np.arange(row, dtype=np.int32) + np.repeat(position_n - first_n, length_n)
+    return Pass(
+      tokens_R=np.concatenate([part.tokens for part in parts]),
+      position_R=position_R,
+      text_R=np.repeat(np.arange(len(parts), dtype=np.int32), length_n),
+      pages=[part.branch.pages for part in parts],
+      draws=self._lanes.draw_inputs(
+        lane_A, np.repeat(np.array(firsts, np.int32), count_n) + step_A, step_A
+      ),
+      lane_A=lane_A,
+      step_A=step_A,
+      scores=self._scores(parts),
+    )
+
+  def _scores(self, parts: Sequence[Part]) -> DrawInputs | None:
+    """Returns what is scored: the token behind each row of a scored prompt but for the last."""
+    rows = []
+    targets = []
+    for part in parts:
+      if part.branch.scored and not part.complete:
+        start = part.position + 1
+        rows.append(part.first + np.arange(len(part.tokens), dtype=np.int32))
+        targets.append(self._table.text_XS[part.branch.row, start : start + len(part.tokens)])
+    if not rows:
+      return None
+    return self._lanes.score_inputs(np.concatenate(rows), np.concatenate(targets))
