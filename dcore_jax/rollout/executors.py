@@ -1,6 +1,6 @@
 """What runs the passes of an engine: layer by layer on a CPU, as one program elsewhere."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from dcore_jax import sharding
@@ -29,8 +29,8 @@ class Executor(Protocol):
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host; None: there was nothing."""
 
-  def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copies pages; each pair is (from, to)."""
+  def copy(self, source: int, target: int, positions: int) -> None:
+    """Copies the first positions of a page into another."""
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs; `progress` is called with (those that are ready, all)."""
@@ -46,5 +46,5 @@ def make_executor(params: decoder.Params, config: DecoderConfig, sizes: EngineSi
   """Returns what runs passes where the parameters are."""
   placement = device.cache_placement(params, config)
   if placement is None and sharding.platform() == 'cpu':
-    return LayerExecutor(params, config)
+    return LayerExecutor(params, config, sizes.max_len)
   return device.MeshExecutor(params, config, sizes, placement)

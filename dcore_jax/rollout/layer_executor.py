@@ -1,13 +1,15 @@
 """Runs passes on a CPU, layer by layer.
 
-The cache is a list of groups of pages. A pass visits the groups that hold pages of its texts, and
-no others; groups are made when their first page is used.
+Every text has the positions of its own: on a CPU a product needs its operand in one piece, and what
+is copied together costs as much as what is read. So a page is as long as a text may become, and its
+positions are cut into blocks. A block holds the same positions of several texts, which meet their
+rows in one product. Blocks are made when their first position is used.
 
-Letters as in passes.py.
+Letters as in passes.py; Y texts of a block, C its positions.
 """
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,18 +19,27 @@ import numpy as np
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import layer_programs
-from dcore_jax.rollout.layer_programs import DRAW_SIZES, DRAWS, MODES, READERS, ROWS, SIZES, Reads
+from dcore_jax.rollout.layer_programs import (
+  ALL_TEXTS,
+  DRAW_SIZES,
+  DRAWS,
+  POSITIONS,
+  ROWS,
+  ROWS_OF_ONE,
+  SIZES,
+  Reads,
+)
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import DrawInputs, Drawn
 from dcore_jax.rollout.sampling import SamplingParams
 
-# Positions of a page. Half of one is read in vain by each text; the fewer a page has, the more of
-# them are looked after.
-SLOTS = 64
-# Bytes of the keys and values of a group in one layer. A call of a program takes 15 microseconds,
-# in which some 200 kB can be read; a group is read as a whole, however few of its pages are in use.
-_GROUP_BYTES = 1_500_000
-_GROUP_PAGES = (8, 64)  # fewest and most
+# Bytes of a block's keys and values in one layer. Larger ones fall out of the caches, smaller ones
+# are many: a call of a program takes 15 microseconds, and its small operations some 50.
+_BLOCK_BYTES = 2_500_000
+_BLOCK_TEXTS = (4, 32)  # fewest and most
+# So many texts with one row each are read together with all others of their block; fewer are cut
+# out one by one.
+_TOGETHER = 3
 
 # One compiled program: layer by layer, each copy would be dispatched on its own.
 _turn = jax.jit(decoder.turn)
@@ -40,26 +51,27 @@ class LayerExecutor:
   Args:
     params: the parameter tree.
     config: the model's configuration.
+    max_len: tokens of a text at most.
 
   Attributes:
     rows: rows of a pass at most.
-    slots: positions of a page.
+    slots: positions of a page, which is that of one text.
     overhead: what a pass costs beside its rows, in rows: with one row a pass of 8 layers of width
       512 takes 7 ms, with 32 rows 30 ms.
   """
 
   rows = ROWS
-  slots = SLOTS
   overhead = 7.0
 
-  def __init__(self, params: decoder.Params, config: DecoderConfig):
+  def __init__(self, params: decoder.Params, config: DecoderConfig, max_len: int):
+    self.slots = max_len
     self._config = config
     self._dtype = params['embed'].dtype
-    one_page = 2 * SLOTS * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
-    fewest, most = _GROUP_PAGES
-    self._pages = int(np.clip(_GROUP_BYTES // one_page, fewest, most))
-    # For each group the keys and values of each layer, [K, P, C, H], layer after layer.
-    self._groups: list[list[jax.Array]] = []
+    one_text = 2 * POSITIONS * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
+    fewest, most = _BLOCK_TEXTS
+    self._texts = int(np.clip(_BLOCK_BYTES // one_text, fewest, most))
+    # (texts, positions) -> keys and values of each layer, [Y, K, C, H], layer after layer.
+    self._blocks: dict[tuple[int, int], list[jax.Array]] = {}
     self._nothing = layer_programs.nothing(config)
     self.load(params)
 
@@ -81,7 +93,7 @@ class LayerExecutor:
     count = len(work.tokens_R)
     reads = self._reads(work)
     tokens_R, position_R, *packed = jax.device_put(
-      [_filled(work.tokens_R), _filled(work.position_R), *(one.packed() for one in reads.values())]
+      [_filled(work.tokens_R), _filled(work.position_R), *(one.packed() for _, one in reads)]
     )
     size = jax.device_put(np.int32(np.searchsorted(SIZES, count)))
     queries = layer_programs.first(
@@ -89,13 +101,12 @@ class LayerExecutor:
     )
     for number, layer in enumerate(layers):
       read = self._nothing
-      for group, one in zip(reads, packed, strict=True):
-        held = self._groups[group]
-        keys, values, read = layer_programs.attend(
-          held[2 * number], held[2 * number + 1], queries, read, one, position_R
+      keys = 2 * number
+      values = keys + 1
+      for (block, _), one in zip(reads, packed, strict=True):
+        block[keys], block[values], read = layer_programs.attend(
+          block[keys], block[values], queries, read, one, position_R
         )
-        held[2 * number] = keys
-        held[2 * number + 1] = values
       if number + 1 < len(layers):
         queries = layer_programs.middle(
           layer, layers[number + 1], queries.hidden_RD, read, position_R, size, config=config
@@ -108,13 +119,14 @@ class LayerExecutor:
 
     return finish(work.draws), finish(work.scores)
 
-  def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copies pages; each pair is (from, to)."""
-    for source, target in pairs:
-      group, place = divmod(source, self._pages)
-      part = layer_programs.read_page(self._group(group), np.int32(place))
-      group, place = divmod(target, self._pages)
-      self._groups[group] = layer_programs.write_page(self._group(group), part, np.int32(place))
+  def copy(self, source: int, target: int, positions: int) -> None:
+    """Copies the first positions of a page into another."""
+    for place in range(-(-positions // POSITIONS)):
+      tile, text = divmod(source, self._texts)
+      part = layer_programs.read_text(self._block(tile, place), np.int32(text))
+      tile, text = divmod(target, self._texts)
+      block = self._block(tile, place)
+      self._blocks[tile, place] = layer_programs.write_text(block, part, np.int32(text))
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
@@ -125,13 +137,13 @@ class LayerExecutor:
     q_RNH = jnp.zeros((ROWS, config.num_attention_heads, config.head_dim), self._dtype)
     k_RKH = jnp.zeros((ROWS, config.num_key_value_heads, config.head_dim), self._dtype)
     queries = layer_programs.Queries(hidden_RD=hidden_RD, q_RNH=q_RNH, k_RKH=k_RKH, v_RKH=k_RKH)
-    group = self._new_group()
+    block = self._new_block()
     inputs = _draws_filled(_no_draw())
     packed = jax.device_put(self._blank_reads().packed())
 
-    def pages() -> None:
-      part = layer_programs.read_page(group, np.int32(0))
-      layer_programs.write_page(self._new_group(), part, np.int32(0))
+    def copies() -> None:
+      part = layer_programs.read_text(block, np.int32(0))
+      layer_programs.write_text(self._new_block(), part, np.int32(0))
 
     # Each is called once as a pass calls it, and what it gives is thrown away. The longest first.
     calls = [
@@ -142,12 +154,12 @@ class LayerExecutor:
         layers[0], layers[-1], hidden_RD, self._nothing, tokens_R, size, config=config
       ),
       lambda: layer_programs.attend(
-        *self._new_group()[:2], queries, self._nothing, packed, tokens_R
+        *self._new_block()[:2], queries, self._nothing, packed, tokens_R
       ),
       lambda: layer_programs.first(
         self._params['embed'], layers[0], tokens_R, tokens_R, size, config=config
       ),
-      pages,
+      copies,
     ]
     progress(0, len(calls))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -158,19 +170,19 @@ class LayerExecutor:
 
   # --- what passes are made of --------------------------------------------------------------------
 
-  def _new_group(self) -> list[jax.Array]:
+  def _new_block(self) -> list[jax.Array]:
     config = self._config
-    shape = (config.num_key_value_heads, self._pages, SLOTS, config.head_dim)
+    shape = (self._texts, config.num_key_value_heads, POSITIONS, config.head_dim)
     blank = []
     for _ in range(2 * config.num_hidden_layers):
       blank.append(jax.device_put(np.zeros(shape, self._dtype)))
     return blank
 
-  def _group(self, number: int) -> list[jax.Array]:
-    """Returns a group; memory grows with what is in use."""
-    while len(self._groups) <= number:
-      self._groups.append(self._new_group())
-    return self._groups[number]
+  def _block(self, tile: int, place: int) -> list[jax.Array]:
+    """Returns a block; memory grows with what is in use."""
+    if (tile, place) not in self._blocks:
+      self._blocks[tile, place] = self._new_block()
+    return self._blocks[tile, place]
 
   def _finish(self, hidden_RD: jax.Array, read: Any, inputs: DrawInputs) -> Drawn:
     """Draws or scores, `DRAWS` rows at a time."""
@@ -190,69 +202,66 @@ class LayerExecutor:
 
   def _blank_reads(self) -> Reads:
     return Reads(
-      mode=np.int32(0),
+      mode=np.int32(ALL_TEXTS),
+      start=np.int32(0),
+      text=np.int32(0),
+      first=np.int32(0),
+      rows=np.int32(0),
       writes=np.int32(0),
-      start_P=np.zeros(self._pages, np.int32),
-      place_RP=np.full((ROWS, self._pages), -1, np.int32),
-      reader_PW=np.zeros((self._pages, READERS), np.int32),
+      row_Y=np.zeros(self._texts, np.int32),
+      text_R=np.full(ROWS, -1, np.int32),
       write_row_R=np.zeros(ROWS, np.int32),
-      write_slot_R=np.zeros(ROWS, np.int32),
+      write_text_R=np.zeros(ROWS, np.int32),
     )
 
-  def _reads(self, work: Pass) -> dict[int, Reads]:
-    """Returns what is read and written of each group that holds pages of the pass's texts."""
-    P = self._pages
-    count = len(work.tokens_R)
-    rows_X = np.bincount(work.text_R, minlength=len(work.pages))
-    first_X = np.cumsum(rows_X) - rows_X
-    # One entry for each page of each text.
-    pages_X = np.array([len(pages) for pages in work.pages])
-    page_n = np.concatenate([np.asarray(pages) for pages in work.pages])
-    text_n = np.repeat(np.arange(len(work.pages)), pages_X)
-    start_n = (np.arange(len(page_n)) - np.repeat(np.cumsum(pages_X) - pages_X, pages_X)) * SLOTS
-    order = np.argsort(page_n, kind='stable')
-    page_n = page_n[order]
-    text_n = text_n[order]
-    start_n = start_n[order]
-    # One entry for each row of each text that reads the page: its place among the page's readers.
-    width_n = rows_X[text_n]
-    page_m = np.repeat(page_n, width_n)
-    begin_m = np.repeat(np.cumsum(width_n) - width_n, width_n)
-    row_m = np.repeat(first_X[text_n], width_n) + np.arange(len(page_m)) - begin_m
-    place_m = np.arange(len(page_m)) - np.searchsorted(page_m, page_m)
-    write_page_R = np.concatenate([np.asarray(pages) for pages in work.pages])[
-      np.repeat(np.cumsum(pages_X) - pages_X, rows_X) + work.position_R // SLOTS
-    ]
-    result = {}
-    for group in np.unique(page_n // P).tolist():
-      self._group(group)
-      reads = self._blank_reads()
-      mine_n = page_n // P == group
-      reads.start_P[page_n[mine_n] % P] = start_n[mine_n]
-      mine_m = page_m // P == group
-      page = page_m[mine_m] % P
-      reads.place_RP[row_m[mine_m], page] = place_m[mine_m]
-      few = mine_m & (place_m < READERS)
-      reads.reader_PW[page_m[few] % P, place_m[few]] = row_m[few]
-      written = np.flatnonzero(write_page_R // P == group)
-      reads.write_row_R[: len(written)] = written
-      slot = write_page_R[written] % P * SLOTS + work.position_R[written] % SLOTS
-      reads.write_slot_R[: len(written)] = slot
-      result[group] = reads._replace(
-        mode=np.int32(_mode(count, int(place_m[mine_m].max()) + 1)), writes=np.int32(len(written))
-      )
-    return result
+  def _reads(self, work: Pass) -> list[tuple[list[jax.Array], Reads]]:
+    """Returns the blocks that a pass visits, and what it does there."""
+    rows_n = np.bincount(work.text_R, minlength=len(work.pages))
+    first_n = np.cumsum(rows_n) - rows_n
+    last_n = work.position_R[first_n + rows_n - 1]
+    page_n = np.array([pages[0] for pages in work.pages])
+    visits = []
+    for tile in np.unique(page_n // self._texts).tolist():
+      mine_n = page_n // self._texts == tile
+      for place in range(int(last_n[mine_n].max()) // POSITIONS + 1):
+        there_n = mine_n & (last_n >= place * POSITIONS)
+        single = np.flatnonzero(there_n & (rows_n == 1))
+        alone = np.flatnonzero(there_n)
+        if len(single) >= _TOGETHER:
+          visits.append((tile, place, self._together(work, place, first_n[single], page_n[single])))
+          alone = np.flatnonzero(there_n & (rows_n > 1))
+        for text in alone.tolist():
+          reads = self._alone(work, place, int(first_n[text]), int(rows_n[text]), page_n[text])
+          visits.append((tile, place, reads))
+    return [(self._block(tile, place), reads) for tile, place, reads in visits]
 
+  def _together(self, work: Pass, place: int, row_n: np.ndarray, page_n: np.ndarray) -> Reads:
+    """Returns what texts with one row each do in a block."""
+    reads = self._blank_reads()
+    text_n = page_n % self._texts
+    reads.row_Y[text_n] = row_n
+    reads.text_R[row_n] = text_n
+    written_n = work.position_R[row_n] // POSITIONS == place
+    count = np.count_nonzero(written_n)
+    reads.write_row_R[:count] = row_n[written_n]
+    reads.write_text_R[:count] = text_n[written_n]
+    return reads._replace(start=np.int32(place * POSITIONS), writes=np.int32(count))
 
-def _mode(rows: int, readers: int) -> int:
-  """Returns how rows meet the pages of a group, given the most readers that a page has."""
-  for kind, most in (('all', 1), ('all', 8)):
-    if rows <= most:
-      return MODES.index((kind, most))
-  for kind, most in (('page', 1), ('page', READERS)):
-    if readers <= most:
-      return MODES.index((kind, most))
-  return MODES.index(('all', ROWS))
+  def _alone(self, work: Pass, place: int, first: int, rows: int, page: int) -> Reads:
+    """Returns what one text does in a block."""
+    reads = self._blank_reads()
+    own = first + np.arange(rows)
+    written = own[work.position_R[own] // POSITIONS == place]
+    reads.write_row_R[: len(written)] = written
+    reads.write_text_R[: len(written)] = page % self._texts
+    return reads._replace(
+      mode=np.int32(1 + np.searchsorted(ROWS_OF_ONE, rows)),
+      start=np.int32(place * POSITIONS),
+      text=np.int32(page % self._texts),
+      first=np.int32(first),
+      rows=np.int32(rows),
+      writes=np.int32(len(written)),
+    )
 
 
 def _filled(array: np.ndarray) -> np.ndarray:

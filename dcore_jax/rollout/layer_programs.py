@@ -30,8 +30,8 @@ SIZES = (1, 4, 8, 16, 32, ROWS)
 # what is compiled.
 DRAWS = 32
 DRAW_SIZES = (1, 8, DRAWS)
-# Rows that can read a page without meeting all pages of the group.
-READERS = 8
+# Positions of a block: the fewer, the less is read in vain, and the more calls there are.
+POSITIONS = 128
 
 
 class Queries(NamedTuple):
@@ -52,46 +52,51 @@ class Partial(NamedTuple):
 
 
 class Reads(NamedTuple):
-  """Which rows read which pages of a group, and which slots they write; int32.
+  """Which rows read which texts of a block, and which positions they write; int32.
 
   Attributes:
-    mode: place in `MODES`: how rows meet pages.
-    writes: number of rows whose keys and values lie in the group.
-    start_P: the position of each page's first slot.
-    place_RP: a row's place among the readers of each page; -1 where it does not read it.
-    reader_PW: the row at each place of a page; any row where there is none.
-    write_row_R: the rows whose keys and values lie in the group.
-    write_slot_R: where they lie, counted through the group.
+    mode: place in `MODES`: how rows meet texts.
+    start: the position at which the block begins.
+    text: the text that is read, for modes of one text.
+    first: its first row of the pass.
+    rows: the number of its rows.
+    row_Y: the row of each text, for mode 'texts'; any row where it has none.
+    text_R: the text of each row, for mode 'texts'; -1 where it does not read the block.
+    writes: number of rows whose keys and values lie in the block.
+    write_row_R: which rows those are.
+    write_text_R: the text of each of them.
   """
 
-  mode: jax.Array | np.ndarray
-  writes: jax.Array | np.ndarray
-  start_P: jax.Array | np.ndarray
-  place_RP: jax.Array | np.ndarray
-  reader_PW: jax.Array | np.ndarray
-  write_row_R: jax.Array | np.ndarray
-  write_slot_R: jax.Array | np.ndarray
+  mode: np.ndarray
+  start: np.ndarray
+  text: np.ndarray
+  first: np.ndarray
+  rows: np.ndarray
+  writes: np.ndarray
+  row_Y: np.ndarray
+  text_R: np.ndarray
+  write_row_R: np.ndarray
+  write_text_R: np.ndarray
 
   def packed(self) -> np.ndarray:
     """Returns all of it as one array: each argument of a program costs its call some time."""
     return np.concatenate([np.ravel(part) for part in self]).astype(np.int32)
 
 
-def _unpacked(packed: jax.Array, pages: int) -> Reads:
-  """Undoes `Reads.packed`, given the number of pages of a group."""
-  shapes = ((), (), (pages,), (ROWS, pages), (pages, READERS), (ROWS,), (ROWS,))
+def _unpacked(packed: jax.Array, texts: int) -> Reads:
+  """Undoes `Reads.packed`, given the number of texts of a block."""
   parts = []
   start = 0
-  for shape in shapes:
+  for shape in (*[()] * 6, (texts,), (ROWS,), (ROWS,), (ROWS,)):
     count = math.prod(shape)
     parts.append(packed[start : start + count].reshape(shape))
     start += count
   return Reads(*parts)
 
 
-# How rows meet the pages of a group: the first so many rows meet all pages, or each page meets the
-# rows at so many of its places.
-MODES = (('all', 1), ('all', 8), ('all', ROWS), ('page', 1), ('page', READERS))
+# How rows meet a block: all its texts meet one row each, or one text meets so many rows at most.
+ALL_TEXTS = 0
+ROWS_OF_ONE = (1, 8, ROWS)  # modes 1, 2 and 3
 
 
 def _filled(x: jax.Array, rows: int = ROWS) -> jax.Array:
@@ -206,118 +211,112 @@ def attend(
   packed: jax.Array,
   position_R: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Partial]:
-  """Writes the rows' keys and values into a group of pages, and attends over the group.
+  """Writes the rows' keys and values into a block, and attends over it.
 
   Args:
-    keys: [K, P, C, H], donated.
-    values: [K, P, C, H], donated.
+    keys: [Y, K, C, H], donated.
+    values: [Y, K, C, H], donated.
     queries: of the rows, with their own keys and values.
-    read: attention over other groups.
+    read: attention over other blocks.
     packed: what is written and read (`Reads.packed`).
-    position_R: the rows' positions; a row sees the slots up to its own.
+    position_R: the rows' positions; a row sees the positions up to its own.
 
   Returns:
-    (keys, values, attention over this group, too).
+    (keys, values, attention over this block, too).
   """
   traces['attend'] += 1
-  P, C = keys.shape[1:3]
-  reads = _unpacked(packed, P)
+  Y, K, C, H = keys.shape
+  reads = _unpacked(packed, Y)
 
   # A loop over what is there: a scatter would walk over all rows.
   def write(number: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     row = reads.write_row_R[number]
-    slot = reads.write_slot_R[number]
-    place = (0, slot // C, slot % C, 0)
+    place = (reads.write_text_R[number], 0, position_R[row] - reads.start, 0)
     stored = []
     for array, new_RKH in zip(held, (queries.k_RKH, queries.v_RKH), strict=True):
-      new_K11H = new_RKH[row][:, None, None].astype(array.dtype)
-      stored.append(jax.lax.dynamic_update_slice(array, new_K11H, place))
+      new_1K1H = new_RKH[row][None, :, None].astype(array.dtype)
+      stored.append(jax.lax.dynamic_update_slice(array, new_1K1H, place))
     return tuple(stored)
 
   keys, values = jax.lax.fori_loop(0, reads.writes, write, (keys, values))
-  K, _, _, H = keys.shape
+  position_C = reads.start + jnp.arange(C)
   q_RNH = queries.q_RNH
-  q_RKGH = q_RNH.reshape(len(q_RNH), K, -1, H) * H**-0.5
-  slot_PC = reads.start_P[:, None] + jnp.arange(C)[None, :]
+  # 16-bit queries stay as they are: their scores are scaled instead.
+  q_RKGH = q_RNH.reshape(len(q_RNH), K, -1, H)
 
-  def branch(kind: str, count: int):
-    def compute():
-      if kind == 'all':
-        return _all_pages(keys, values, q_RKGH, read, reads, slot_PC, position_R, count)
-      return _by_page(keys, values, q_RKGH, read, reads, slot_PC, position_R, count)
+  def all_texts() -> Partial:
+    seen_YC = position_C[None] <= position_R[reads.row_Y][:, None]
+    parts = _attention(q_RKGH[reads.row_Y], keys, values, seen_YC[:, None, None])
+    there_R = reads.text_R >= 0
+    # Texts are gathered by row: a scatter of rows would be a loop.
+    parts = jax.tree.map(lambda x: x[jnp.maximum(reads.text_R, 0)], parts)
+    return _merged(read, parts, there_R)
+
+  def one_text(rows: int):
+    def compute() -> Partial:
+      # The window of rows may begin before the text's own, at the end of the pass.
+      first = jnp.minimum(reads.first, ROWS - rows)
+      row_r = first + jnp.arange(rows)
+      k_1KCH, v_1KCH = (
+        jax.lax.dynamic_slice_in_dim(stored, reads.text, 1) for stored in (keys, values)
+      )
+      q_rKGH = jax.lax.dynamic_slice_in_dim(q_RKGH, first, rows)
+      position_r = jax.lax.dynamic_slice_in_dim(position_R, first, rows)
+      seen_rC = position_C[None] <= position_r[:, None]
+      G = q_rKGH.shape[2]
+      parts = _attention(
+        q_rKGH.transpose(1, 2, 0, 3).reshape(1, K, G * rows, H),
+        k_1KCH,
+        v_1KCH,
+        jnp.tile(seen_rC, (G, 1))[None, None],
+      )
+
+      def by_row(x: jax.Array) -> jax.Array:
+        """[1, K * G * rows, ...] -> [rows, N, ...]."""
+        return jnp.moveaxis(x.reshape(K * G, rows, *x.shape[2:]), 0, 1)
+
+      window = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, rows), read)
+      own_r = (row_r >= reads.first) & (row_r < reads.first + reads.rows)
+      merged = _merged(window, jax.tree.map(by_row, parts), own_r)
+      return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, 0), read, merged
+      )
 
     return compute
 
-  read = jax.lax.switch(reads.mode, [branch(*mode) for mode in MODES])
+  read = jax.lax.switch(reads.mode, [all_texts, *[one_text(rows) for rows in ROWS_OF_ONE]])
   return keys, values, read
 
 
-def _all_pages(keys, values, q_RKGH, read, reads, slot_PC, position_R, rows) -> Partial:
-  """The first `rows` rows meet all pages of a group."""
-  K, P, C, H = keys.shape
-  G = q_RKGH.shape[2]
-  q = q_RKGH[:rows].transpose(1, 0, 2, 3).reshape(K, rows * G, H)
-  scores = _scores(q, keys.reshape(K, P * C, H)).reshape(K, rows, G, P * C)
-  before_RPC = slot_PC[None] <= position_R[:rows, None, None]
-  seen_RPC = (reads.place_RP[:rows] >= 0)[:, :, None] & before_RPC
-  seen = seen_RPC.reshape(1, rows, 1, P * C)
-  scores = jnp.where(seen, scores, MASKED_SCORE)
-  top_KRG = scores.max(axis=-1)
-  weights = jnp.where(seen, jnp.exp(scores - top_KRG[..., None]), 0)
-  out = _weighted(weights.reshape(K, rows * G, P * C), values.reshape(K, P * C, H))
-
-  def by_row(x: jax.Array) -> jax.Array:
-    """[K, R, G, ...] -> [R, N, ...], filled up."""
-    return _filled(jnp.moveaxis(x, 0, 1).reshape(rows, K * G, *x.shape[3:]))
-
-  part = Partial(
-    top_RN=_filled(jnp.moveaxis(top_KRG, 0, 1).reshape(rows, K * G) - MASKED_SCORE) + MASKED_SCORE,
-    total_RN=by_row(weights.sum(axis=-1)),
-    out_RNH=by_row(out.reshape(K, rows, G, H)),
+def _attention(
+  q_YKTH: jax.Array, k_YKCH: jax.Array, v_YKCH: jax.Array, seen_YKTC: jax.Array
+) -> Partial:
+  """Attention of T queries of each text, [Y, K * T, ...]."""
+  Y, K, T, H = q_YKTH.shape
+  C = k_YKCH.shape[2]
+  q, k, v = (x.reshape(Y * K, -1, H) for x in (q_YKTH, k_YKCH, v_YKCH))
+  scores = _scores(q, k).reshape(Y, K, T, C) * H**-0.5
+  scores = jnp.where(seen_YKTC, scores, MASKED_SCORE)
+  top = scores.max(axis=-1)
+  # A row that sees nothing here has a top of MASKED_SCORE, and adds nothing where it is merged.
+  weights = jnp.exp(scores - top[..., None])
+  out = _weighted(weights.reshape(Y * K, T, C), v)
+  return Partial(
+    top_RN=top.reshape(Y, K * T),
+    total_RN=weights.sum(axis=-1).reshape(Y, K * T),
+    out_RNH=out.reshape(Y, K * T, H),
   )
-  top_RN = jnp.maximum(read.top_RN, part.top_RN)
+
+
+def _merged(read: Partial, part: Partial, own_R: jax.Array) -> Partial:
+  """Adds attention over other positions for some rows."""
+  top_RN = jnp.where(own_R[:, None], jnp.maximum(read.top_RN, part.top_RN), read.top_RN)
   old_RN = jnp.exp(read.top_RN - top_RN)
-  new_RN = jnp.exp(part.top_RN - top_RN)
+  new_RN = jnp.where(own_R[:, None], jnp.exp(part.top_RN - top_RN), 0)
   return Partial(
     top_RN=top_RN,
     total_RN=read.total_RN * old_RN + part.total_RN * new_RN,
     out_RNH=read.out_RNH * old_RN[..., None] + part.out_RNH * new_RN[..., None],
-  )
-
-
-def _by_page(keys, values, q_RKGH, read, reads, slot_PC, position_R, places) -> Partial:
-  """Each page of a group meets the rows at its first `places` places."""
-  K, P, C, H = keys.shape
-  W = places
-  G = q_RKGH.shape[2]
-  row_PW = reads.reader_PW[:, :W]
-  q = q_RKGH[row_PW].transpose(2, 0, 1, 3, 4).reshape(K * P, W * G, H)
-  scores = _scores(q, keys.reshape(K * P, C, H)).reshape(K, P, W, G, C)
-  seen = (slot_PC[:, None, :] <= position_R[row_PW][:, :, None])[None, :, :, None, :]
-  scores = jnp.where(seen, scores, MASKED_SCORE)
-  top = scores.max(axis=-1)
-  weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0)
-  out = _weighted(weights.reshape(K * P, W * G, C), values.reshape(K * P, C, H))
-
-  def by_place(x: jax.Array) -> jax.Array:
-    """[K, P, W, G, ...] -> [N, P * W, ...]."""
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(K * G, P * W, *x.shape[4:])
-
-  top_NX = by_place(top)
-  # Whether a row stands at a place of a page. Sums over places are products with this; a scatter
-  # would walk over the places one by one.
-  stands_RX = (reads.place_RP[:, :, None] == jnp.arange(W)[None, None, :]).reshape(-1, P * W)
-  top_NRX = jnp.where(stands_RX[None], top_NX[:, None], MASKED_SCORE)
-  top_NR = jnp.maximum(read.top_RN.T, top_NRX.max(axis=-1))
-  share_NRX = jnp.where(stands_RX[None], jnp.exp(top_NX[:, None] - top_NR[..., None]), 0)
-  old_NR = jnp.exp(read.top_RN.T - top_NR)
-  total_NR = jnp.sum(share_NRX * by_place(weights.sum(axis=-1))[:, None], axis=-1)
-  out_NRH = _weighted(share_NRX, by_place(out.reshape(K, P, W, G, H)))
-  return Partial(
-    top_RN=top_NR.T,
-    total_RN=read.total_RN * old_NR.T + total_NR.T,
-    out_RNH=read.out_RNH * old_NR.T[..., None] + out_NRH.swapaxes(0, 1),
   )
 
 
@@ -376,17 +375,17 @@ def last(
 
 
 @jax.jit
-def read_page(group: list[jax.Array], page: jax.Array) -> list[jax.Array]:
-  """Returns one page of a group, [K, 1, C, H] for the keys and the values of each layer."""
-  traces['read_page'] += 1
-  return [jax.lax.dynamic_slice_in_dim(stored, page, 1, axis=1) for stored in group]
+def read_text(block: list[jax.Array], text: jax.Array) -> list[jax.Array]:
+  """Returns one text's part of a block, [1, K, C, H] for keys and values of each layer."""
+  traces['read_text'] += 1
+  return [jax.lax.dynamic_slice_in_dim(stored, text, 1) for stored in block]
 
 
-@functools.partial(jax.jit, donate_argnames=('group',))
-def write_page(group: list[jax.Array], part: list[jax.Array], page: jax.Array) -> list[jax.Array]:
-  """Writes what `read_page` gave into a page of a group, which is donated."""
-  traces['write_page'] += 1
+@functools.partial(jax.jit, donate_argnames=('block',))
+def write_text(block: list[jax.Array], part: list[jax.Array], text: jax.Array) -> list[jax.Array]:
+  """Writes what `read_text` gave into another text of a block, which is donated."""
+  traces['write_text'] += 1
   written = []
-  for stored, new in zip(group, part, strict=True):
-    written.append(jax.lax.dynamic_update_slice_in_dim(stored, new, page, axis=1))
+  for stored, new in zip(block, part, strict=True):
+    written.append(jax.lax.dynamic_update_slice_in_dim(stored, new, text, 0))
   return written

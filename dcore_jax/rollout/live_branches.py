@@ -136,7 +136,7 @@ class LiveBranches:
     branch, copied = self._table.open(text, source, shared)
     # At once: the page that is copied may be given up for the next branch.
     if copied:
-      self._executor.copy([copied])
+      self._executor.copy(*copied, shared % self._table.slots)
     self._branches[branch] = None
     return branch
 

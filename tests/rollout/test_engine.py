@@ -38,8 +38,8 @@ PROGRAMS = (
   layer_programs.middle,
   layer_programs.attend,
   layer_programs.last,
-  layer_programs.read_page,
-  layer_programs.write_page,
+  layer_programs.read_text,
+  layer_programs.write_text,
 )
 
 
