@@ -44,7 +44,8 @@ def partial_pages(
 
   Scores are q k / sqrt(H). Products run in the dtype of q and are summed in float32, weights are
   rounded to the dtype of q for theirs. Slots that nobody sees must hold finite numbers. Arrays are
-  those of one device: under a mesh, call it inside `sharding.on_shards`.
+  those of one device: under a mesh, call it inside `sharding.on_shards`, together with `finish`,
+  whose result is split as q is.
 
   Args:
     q_RKTH: queries, float32 or bfloat16.

@@ -27,9 +27,9 @@ from dcore_jax.models.attention.tree_kernels import dot
 
 _LOG2_E = math.log2(math.e)  # e^x is computed as 2^(x log2 e): the hardware has 2^x only
 
-# Some two programs for each of an A100's 108 or an H100's 132 cores. A share is at least so many
-# slots: below, its result of 4 T H bytes is no longer small beside the keys that it has read.
-_PROGRAMS = 256
+# Some more programs than an A100 holds at once, which is four on each of its 108 cores. A share is
+# at least 256 slots: below, its result is no longer small beside the keys that it has read.
+_PROGRAMS = 512
 _LEAST_SLOTS = 256
 
 
@@ -79,24 +79,27 @@ def partial_pages(
     )
   small = q_RKTH.dtype.itemsize <= 2
   block_q = block_q or min(64 if small else 32, max(16, 1 << (T - 1).bit_length()))
-  last_RT, count_RX = page_reads.blocks(page_reads.last_seen(reads, C), C, block_q)
-  X = count_RX.shape[1]
+  X = pl.cdiv(T, block_q)
   if shares is None:
     shares = max(1, min(_PROGRAMS // (R * K * X), P * C // _LEAST_SLOTS))
   scales = [] if k_scale_LNKC is None else [k_scale_LNKC, v_scale_LNKC]
+  limit_R = reads.limit_R
+  if limit_R is None:
+    limit_R = jnp.full((R,), jnp.iinfo(jnp.int32).max, jnp.int32)
   # No spec: the program gets the whole array, of which it reads what it needs.
   everywhere = pl.BlockSpec(memory_space=pl.ANY)
+  of_row = pl.BlockSpec((None,), lambda i, k, r: (r,))
   blocks = [X * block_q]
   parts = pl.pallas_call(
-    functools.partial(_program, shares, H**-0.5 * _LOG2_E, min(C, 64 if small else 32)),
+    functools.partial(_program, block_q, shares, H**-0.5 * _LOG2_E, min(C, 64 if small else 32)),
     # The shares of a block of queries run side by side, then its other key heads.
     grid=(shares * X, K, R),
     in_specs=[
       pl.BlockSpec((1,), lambda i, k, r: (0,)),
       pl.BlockSpec((None, P), lambda i, k, r: (r, 0)),
-      pl.BlockSpec((None, None), lambda i, k, r: (r, i // shares)),
-      pl.BlockSpec((None, block_q), lambda i, k, r: (r, i // shares)),
-      pl.BlockSpec((None, None, block_q, H), lambda i, k, r: (r, k, i // shares, 0)),
+      *[of_row] * 3,
+      pl.BlockSpec((None, T), lambda i, k, r: (r, 0)),
+      pl.BlockSpec((None, None, T, H), lambda i, k, r: (r, k, 0, 0)),
       *[everywhere] * (2 + len(scales)),
     ],
     out_specs=[
@@ -109,15 +112,18 @@ def partial_pages(
     ],
     interpret=interpret,
     name='page_attention',
-    # Keys of the next step are copied while this one is computed. Two stages of 64 slots of 128
-    # 16-bit numbers take 64 KiB of shared memory, so that a core holds two programs.
+    # Keys of the next step are copied while this one is computed. At 64 slots of 128 16-bit numbers
+    # that takes 38 KiB of shared memory and 96 registers a thread for 16 queries, so that a core of
+    # an A100 holds four programs.
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
   )(
     layer.reshape(1),
     reads.pages_RP,
-    count_RX,
-    last_RT,
-    jnp.pad(q_RKTH, ((0, 0), (0, 0), (0, last_RT.shape[1] - T), (0, 0))),
+    reads.start_R,
+    reads.count_R,
+    limit_R,
+    reads.position_RT,
+    q_RKTH,
     k_LNKCH,
     v_LNKCH,
     *scales,
@@ -147,13 +153,16 @@ def _join(top_SRKT: jax.Array, total_SRKT: jax.Array, out_SRKTH: jax.Array) -> P
 
 
 def _program(
+  block_q,
   shares,
   factor,
   taken,
   layer_ref,
   pages_ref,
+  start_ref,
   count_ref,
-  last_ref,
+  limit_ref,
+  position_ref,
   q_ref,
   k_ref,
   v_ref,
@@ -167,27 +176,36 @@ def _program(
   layer = layer_ref[0]
   head = pl.program_id(1)
   pieces = _pieces(q_ref.shape[1])
-  q = [q_ref[:, piece] for piece in pieces]
-  last = last_ref[:]
+  # Behind the last query of the row, the block repeats it; these results are cut off. Neither
+  # queries nor positions are padded beforehand, which would be a program of its own in each layer.
+  first = jax.lax.div(pl.program_id(0), shares) * block_q
+  queries = jnp.minimum(first + jnp.arange(block_q, dtype=jnp.int32), q_ref.shape[0] - 1)
+  q = [q_ref[queries, piece] for piece in pieces]
+  slots = k_ref.shape[3]
+  # The last slot that each query sees, counted from the row's first (page_reads.last_seen).
+  last = jnp.minimum(position_ref[queries], limit_ref[...] - 1) - start_ref[...]
+  last = jnp.minimum(last, count_ref[...] * slots - 1)
+  # Pages that any of them sees: none where the last slot is -1.
+  count = jax.lax.div(jnp.maximum(last.max(), -1) + slots, slots)
   # A page is taken in this many steps.
-  steps = k_ref.shape[3] // taken
-  share = pl.cdiv(count_ref[...], shares)
+  steps = slots // taken
+  share = pl.cdiv(count, shares)
   begin = jax.lax.rem(pl.program_id(0), shares) * share
-  end = jnp.minimum(begin + share, count_ref[...])
+  end = jnp.minimum(begin + share, count)
 
   def step(place, carry):
     """Takes some slots of a page into the running maximum, sum and output."""
     top, total, *outs = carry
     page = pages_ref[jax.lax.div(place, steps)]
-    slots = pl.ds(jax.lax.rem(place, steps) * taken, taken)
+    here = pl.ds(jax.lax.rem(place, steps) * taken, taken)
     # Whatever the cache holds becomes the dtype of q, which represents int8 exactly.
     scores = sum(
-      dot(part, k_ref[layer, page, head, slots, piece].astype(part.dtype), transpose_b=True)
+      dot(part, k_ref[layer, page, head, here, piece].astype(part.dtype), transpose_b=True)
       for part, piece in zip(q, pieces, strict=True)
     )
     # A scale belongs to a slot, so that it leaves the product over H, and enters the one over C.
     if scale_refs:
-      scores *= scale_refs[0][layer, page, head, slots].astype(jnp.float32)[None, :]
+      scores *= scale_refs[0][layer, page, head, here].astype(jnp.float32)[None, :]
     slot = place * taken + jnp.arange(taken, dtype=jnp.int32)
     scores = jnp.where(slot[None, :] <= last[:, None], scores, tree_kernels.HIDDEN_SCORE)
     new_top = jnp.maximum(top, scores.max(axis=1))
@@ -196,21 +214,20 @@ def _program(
     shrink = jax.lax.exp2((top - new_top) * factor)
     total = total * shrink + weights.sum(axis=1)
     if scale_refs:
-      weights *= scale_refs[1][layer, page, head, slots].astype(jnp.float32)[None, :]
+      weights *= scale_refs[1][layer, page, head, here].astype(jnp.float32)[None, :]
     weights = weights.astype(q[0].dtype)
     outs = [
       out * shrink[:, None]
-      + dot(weights, v_ref[layer, page, head, slots, piece].astype(weights.dtype))
+      + dot(weights, v_ref[layer, page, head, here, piece].astype(weights.dtype))
       for out, piece in zip(outs, pieces, strict=True)
     ]
     return new_top, total, *outs
 
-  queries = q_ref.shape[0]
   start = (
     # Above HIDDEN_SCORE, so that slots which nobody sees add nothing (tree_kernels).
-    jnp.full((queries,), tree_kernels.LEAST_TOP, jnp.float32),
-    jnp.zeros((queries,), jnp.float32),
-    *(jnp.zeros((queries, piece.size), jnp.float32) for piece in pieces),
+    jnp.full((block_q,), tree_kernels.LEAST_TOP, jnp.float32),
+    jnp.zeros((block_q,), jnp.float32),
+    *(jnp.zeros((block_q, piece.size), jnp.float32) for piece in pieces),
   )
   # The bounds depend on data: a share behind the row's end takes no step.
   top, total, *outs = jax.lax.fori_loop(begin * steps, end * steps, step, start)
