@@ -13,6 +13,17 @@ import jax.numpy as jnp
 from dcore_jax.models.attention.reference import MASKED_SCORE
 
 
+class Steps(NamedTuple):
+  """What the grid of the TPU's program walks over: I steps of n pages, of all rows in order."""
+
+  count: jax.Array  # how many of the I steps are used
+  owner_I: jax.Array  # the block of queries, r * X + x
+  slot_I: jax.Array  # the first slot, counted from the row's; -1 where there is nothing to see
+  # The n pages of each step. Flat, because scalar memory pads a last axis to 128 words.
+  page_I: jax.Array
+  last_R1T: jax.Array  # `last_seen`, for whole blocks of queries
+
+
 class PageReads(NamedTuple):
   """The pages of R rows, which T queries a key head read. All arrays are int32.
 
@@ -25,6 +36,7 @@ class PageReads(NamedTuple):
   count_R: jax.Array  # pages to read, 0 .. P
   position_RT: jax.Array  # of each query
   limit_R: jax.Array | None = None  # where the row ends inside a page; None: by the positions alone
+  steps: Steps | None = None  # by `pages.prepare`; None: computed at each call
 
 
 class Partial(NamedTuple):

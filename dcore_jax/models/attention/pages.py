@@ -31,6 +31,24 @@ merge_partials = page_reads.merge_partials
 quantize = page_reads.quantize
 
 
+def prepare(reads: PageReads, k_LNKCH: jax.Array) -> PageReads:
+  """Computes once what the reads of all layers have in common, before the loop over layers.
+
+  XLA leaves it inside that loop: some tens of small operations a layer on a TPU. Elsewhere there is
+  nothing to compute. The result belongs to these reads alone: another count or position needs
+  another call. It may be called on whole arrays, outside of `sharding.on_shards`.
+
+  Args:
+    reads: what is read in every layer.
+    k_LNKCH: the cache, whole.
+  """
+  if sharding.platform() != 'tpu':
+    return reads
+  K = k_LNKCH.shape[2]
+  shards = sharding.shards('kv_heads')
+  return pages_tpu.prepare(reads, K if K % shards else K // shards, k_LNKCH)
+
+
 def partial_pages(
   q_RKTH: jax.Array,
   k_LNKCH: jax.Array,

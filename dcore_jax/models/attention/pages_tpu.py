@@ -19,7 +19,6 @@ O blocks of queries of all rows.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dcore_jax.models.attention import page_reads, tree_kernels
-from dcore_jax.models.attention.page_reads import PageReads, Partial
+from dcore_jax.models.attention.page_reads import PageReads, Partial, Steps
 from dcore_jax.models.attention.reference import MASKED_SCORE
 from dcore_jax.models.attention.tree_kernels import dot
 
@@ -75,7 +74,6 @@ def partial_pages(
   page_reads.check(q_RKTH, k_LNKCH, v_LNKCH, reads, k_scale_LNKC, v_scale_LNKC)
   R, K, T, H = q_RKTH.shape
   C = k_LNKCH.shape[3]
-  P = reads.pages_RP.shape[1]
   quantized = k_scale_LNKC is not None
   if not interpret and C % _LANES and (H % _LANES or quantized):
     raise ValueError(
@@ -84,22 +82,22 @@ def partial_pages(
     )
   slots_last = H % _LANES != 0 and C % _LANES == 0
   heads = _heads(K)
-  page_bytes = 2 * heads * C * H * k_LNKCH.dtype.itemsize
-  n = step_pages or max(1, min(_STEP_BYTES // page_bytes, _MOST_PAGES, P))
   block_q = block_q or _block(T)
-  last_RT, count_RX = page_reads.blocks(page_reads.last_seen(reads, C), C, block_q)
-  lists = _lists(reads.pages_RP, count_RX, n, C)
-  padded = last_RT.shape[1]
+  if reads.steps is None:
+    reads = prepare(reads, K, k_LNKCH, block_q=block_q, step_pages=step_pages)
+  steps = reads.steps
+  n = len(steps.page_I) // len(steps.owner_I)
+  padded = steps.last_R1T.shape[2]
   # Where slots fill the lanes, the axes are exchanged in name alone.
   cache = [x.swapaxes(3, 4) if slots_last else x for x in (k_LNKCH, v_LNKCH)]
   scales = [k_scale_LNKC, v_scale_LNKC] if quantized else []
-  specs = _specs(count_RX.shape[1], n, heads, block_q, q_RKTH.shape, cache[0].shape, C)
+  specs = _specs(padded // block_q, n, heads, block_q, q_RKTH.shape, cache[0].shape, C)
   top, total, out = pl.pallas_call(
     functools.partial(_program, n, slots_last, H**-0.5),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1 + len(lists.arrays),
+      num_scalar_prefetch=4,
       # A grid size that depends on data.
-      grid=(K // heads, lists.steps),
+      grid=(K // heads, steps.count),
       # An array for each of the n pages: the same one, copied nowhere.
       in_specs=[specs['last'], specs['q'], *specs['pages'] * 2]
       + ([*specs['scales'] * 2] if scales else []),
@@ -125,8 +123,10 @@ def partial_pages(
     ),
   )(
     layer.reshape(1),
-    *lists.arrays,
-    last_RT[:, None],
+    steps.owner_I,
+    steps.slot_I,
+    steps.page_I,
+    steps.last_R1T,
     jnp.pad(q_RKTH, ((0, 0), (0, 0), (0, padded - T), (0, 0))),
     *[array for array in (*cache, *scales) for _ in range(n)],
   )
@@ -150,24 +150,27 @@ def _block(T: int) -> int:
   return _LANES * pl.cdiv(pl.cdiv(T, pl.cdiv(T, _MOST_QUERIES)), _LANES)
 
 
-class _Lists(NamedTuple):
-  """What the grid walks over."""
+def prepare(
+  reads: PageReads,
+  K: int,
+  k_LNKCH: jax.Array,
+  *,
+  block_q: int | None = None,
+  step_pages: int | None = None,
+) -> PageReads:
+  """Returns the reads with their `steps`, which all layers share; K are a device's key heads.
 
-  steps: jax.Array  # how many entries are used
-  # For each step, the block of queries, and the place in its row of the first slot, -1 where there
-  # is nothing to see; then the n pages of each step. Flat, because scalar memory pads a last axis
-  # to 128 words.
-  arrays: tuple[jax.Array, jax.Array, jax.Array]
-
-
-def _lists(pages_RP: jax.Array, count_RX: jax.Array, n: int, slots: int) -> _Lists:
-  """Lists the steps of all blocks of queries, n pages of `slots` slots each.
-
-  A block that sees nothing has one step, which writes that down.
+  A block of queries that sees nothing has one step, which writes that down.
 
   Raises:
     ValueError: scalar memory cannot hold the lists.
   """
+  C, H = k_LNKCH.shape[3:]
+  pages_RP = reads.pages_RP
+  page_bytes = 2 * _heads(K) * C * H * k_LNKCH.dtype.itemsize
+  n = step_pages or max(1, min(_STEP_BYTES // page_bytes, _MOST_PAGES, pages_RP.shape[1]))
+  block_q = block_q or _block(reads.position_RT.shape[1])
+  last_RT, count_RX = page_reads.blocks(page_reads.last_seen(reads, C), C, block_q)
   P = pages_RP.shape[1]
   X = count_RX.shape[1]
   count_O = count_RX.reshape(-1)
@@ -195,8 +198,16 @@ def _lists(pages_RP: jax.Array, count_RX: jax.Array, n: int, slots: int) -> _Lis
   page_In = jnp.take_along_axis(page_In, source_In, axis=0)
   # An operand that never needs one takes a page of the first operand, which some row reads.
   page_In = jnp.where(wanted_In.any(axis=0)[None, :], page_In, page_In[first_n[0], 0])
-  slot_I = jnp.where(wanted_In[:, 0], step_I * (n * slots), -1)
-  return _Lists(steps=behind_O[-1], arrays=(owner_I, slot_I, page_In.reshape(-1)))
+  slot_I = jnp.where(wanted_In[:, 0], step_I * (n * C), -1)
+  return reads._replace(
+    steps=Steps(
+      count=behind_O[-1],
+      owner_I=owner_I,
+      slot_I=slot_I,
+      page_I=page_In.reshape(-1),
+      last_R1T=last_RT[:, None],
+    )
+  )
 
 
 def _specs(X, n, heads, block_q, queries, cache, C):

@@ -68,9 +68,11 @@ def steps(mesh, cache, q_BKTH, page_B, slot_B, reads):
     check_vma=False,
   )
 
+  prepared = pages.prepare(reads, cache.k)
+
   def layer_step(carry, layer):
     """One layer."""
-    return split(*carry, layer, page_B, slot_B, reads), None
+    return split(*carry, layer, page_B, slot_B, prepared), None
 
   def step(carry, _):
     """One step."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcore_jax.models.attention import pages, pages_gpu, pages_tpu
@@ -98,6 +98,7 @@ def compiled_reference():
 
 # 3 queries take the way of matrix-vector products, 5 that of one matrix product.
 @pytest.mark.parametrize('T', [3, 5])
+@settings(max_examples=50)
 @given(data=st.data())
 def test_the_reference_is_a_softmax_over_what_is_seen(T, data):
   R, K, P, C, H = (2, 2, 3, 4, 6)
@@ -124,6 +125,7 @@ def test_without_a_limit_positions_alone_decide():
   check(pages.partial_pages(q, k, v, LAYER, read), plain(q, k, v, read))
 
 
+@settings(max_examples=50)
 @given(place=st.integers(0, 4), seed=st.integers(0, 3))
 def test_two_places_joined_are_the_whole(place, seed):
   q, k, v, read = drawn(R=3, K=2, T=3, H=8, P=4, C=4, seed=seed)
@@ -181,6 +183,7 @@ def test_kernels_in_bfloat16_are_near_the_float32_reference(kernel):
   )
 
 
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000))
 def test_rows_of_any_length_in_steps_and_shares(seed):
   # Blocks of 16 queries, so that a row has two; shares of a page, and steps of two.
@@ -196,6 +199,14 @@ def sharing_kernels():
     jax.jit(functools.partial(pages_gpu.partial_pages, block_q=16, shares=3, interpret=True)),
     jax.jit(functools.partial(pages_tpu.partial_pages, block_q=16, step_pages=2, interpret=True)),
   )
+
+
+def test_prepared_steps_change_nothing():
+  q, k, v, read = drawn(R=3, K=2, T=4, H=16, P=5, C=16)
+  kernel = jax.jit(functools.partial(pages_tpu.partial_pages, interpret=True))
+  # Steps of other sizes than the program would choose: it takes what is prepared.
+  prepared = pages_tpu.prepare(read, 2, k, step_pages=2)
+  check(kernel(q, k, v, LAYER, prepared), kernel(q, k, v, LAYER, read))
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
