@@ -175,15 +175,20 @@ def packing(rounds: int, python: str) -> None:
           ours.append(time.process_time() - began)
           if peer:
             answers.append(peer('pack'))
+      theirs = None
+      peer_facts = {}
+      if answers:
+        theirs = float(np.median([answer.pop('seconds') for answer in answers]))
+        peer_facts = {f'peer_{name}': value for name, value in answers[-1].items()}
       line(
         case,
         'trl AsyncGRPO packer' if python else 'none: name its environment by --trl_python',
         float(np.median(ours)),
-        float(np.median([answer['seconds'] for answer in answers])) if answers else None,
+        theirs,
         'CPU s',
         wanted=20,
         tokens=tree.live,
         rows=tree.rows,
         dedup=tree.dedup,
-        **{f'peer_{name}': value for name, value in answers[-1].items()} if answers else {},
+        **peer_facts,
       )
