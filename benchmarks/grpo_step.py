@@ -2,8 +2,9 @@
 
     python -m benchmarks.grpo_step --trl_python=ENV/bin/python
     python -m benchmarks.grpo_step --cases=update --vocabularies=4096 --rounds=3
+    python -m benchmarks.grpo_step --cases=repeated,packing --trl_python=ENV/bin/python
 
-Every case takes about 90 minutes on 2 cores. The environment of a peer:
+All cases take about 90 minutes on 2 cores. The environment of a peer:
 
     python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.16.0 scipy
 
@@ -16,6 +17,9 @@ and trl's GRPOTrainer; one whose environment is not named gives a line that says
   whole   A step from sampling to update with the packaged organism.
   small   The same for a model of two layers of width 128, where google-tunix (its environment:
           benchmarks.rollout) is at home.
+  repeated  The updates of a step of the organism whose rollouts repeat each other, merged and not
+          (benchmarks.repeated).
+  packing  Groups of 8,192 + 8 x 4,096 tokens on the host, against trl's AsyncGRPO packer.
   memory  What the compiled gradient of the loss needs beside its arguments.
 
 Bounds are the multiply-adds at the rate of one large matrix product.
@@ -33,36 +37,34 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from benchmarks import measure
+from benchmarks import measure, repeated
 from benchmarks.measure import line, say
+from benchmarks.organism_step import OrganismStep
 from benchmarks.peers import Peer, trl_peer
 from configs import nano
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.data.seeds import DecisionPoint, decision_points
-from dcore_jax.data.world_seeds import task_seeds
+from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.learn import grpo, objectives, optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.policy import ORGANISM, Policy, load_policy
+from dcore_jax.rollout.policy import ORGANISM, Policy
 from dcore_jax.rollout.sizes import EngineSizes
-from dcore_jax.train.learner import Learner, Reference
+from dcore_jax.train.learner import Learner
 from dcore_jax.train.prompt_order import PromptOrder
 from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
 from dcore_jax.train.sampler import Sampler
-from dcore_jax.train.sources import Prompt, Questions, encode_prompts
+from dcore_jax.train.sources import Prompt, Questions
 from dcore_jax.train.throughput import forward_flops, matmul_rate
-from dcore_jax.worlds.toolworld.tasks import KINDS
-from dcore_jax.worlds.toolworld.world import ToolWorld
 
 PROMPTS = 4
 GROUP = 8
 PROMPT_TOKENS = 1024
 RESPONSE_TOKENS = 128
 LEARNING_RATE = 1e-6
-CASES = ('update', 'whole', 'small', 'memory')
+CASES = ('update', 'whole', 'small', 'repeated', 'packing', 'memory')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _VOCABULARIES = flags.DEFINE_list(
   'vocabularies', ['4096', '151936'], 'Vocabulary sizes of the case update.'
@@ -149,14 +151,15 @@ class Ours:
     advantage_N = (
       centred_PG / (rollouts.rewards_PG.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     ).reshape(-1)
+    advantage_RT = on_rows(np.repeat(advantage_N[:, None], RESPONSE_TOKENS, axis=1))
     self._shift_RT = on_rows(rollouts.shift_NT)
-    self._advantage_RT = on_rows(np.repeat(advantage_N[:, None], RESPONSE_TOKENS, axis=1))
+    self._sides = objectives.advantage_sides(advantage_RT)
 
   def __call__(self) -> float:
     """Scores the old policy and makes one update; returns the loss."""
     tree = self.tree
     logp_RT, _ = grpo.score_rows(self._score, self._state.params, tree, self._rows)
-    tree = tree.with_extras(old_logp=logp_RT + self._shift_RT, advantage=self._advantage_RT)
+    tree = tree.with_extras(old_logp=logp_RT + self._shift_RT, **self._sides)
     self._state, metrics = self._step(self._state, tree.batch(accumulate=tree.rows // self._rows))
     return float(metrics['loss'])
 
@@ -251,82 +254,6 @@ def update(vocabulary: int) -> None:
         flat_tokens=facts['flat']['tokens'],
         flat_bound=facts['flat']['bound'],
       )
-
-
-class OrganismStep:
-  """Our steps on the packaged organism, with the geometry of configs/nano.py.
-
-  A call makes steps until one compiles nothing, and returns the seconds of that one: other lengths
-  may need other programs, which are compiled once in a run.
-
-  Attributes:
-    policy, params: the organism.
-    prompts: what is asked.
-    order: the prompts of each step.
-    phases: seconds of each phase, and tokens of a response, of the steps that counted.
-  """
-
-  def __init__(self, c: ml_collections.ConfigDict):
-    self.policy = load_policy(c.model, seed=0)
-    self.prompts, _ = encode_prompts(
-      self.policy.tokenizer, organism_points(), c.rl.max_prompt_tokens
-    )
-    self.params = self.policy.load(None)
-    self.phases: list[dict[str, float]] = []
-    self.order = PromptOrder(items=range(len(self.prompts)), prompts=c.rl.prompts, seed=0)
-    self._engine = Engine(
-      self.params,
-      self.policy.config,
-      stop_ids=self.policy.stop_ids,
-      sizes=EngineSizes(
-        lanes=c.engine.lanes,
-        max_len=c.engine.max_len,
-        steps_per_call=c.engine.steps_per_call,
-      ),
-    )
-    self._source = Questions(self.policy.tokenizer, self.prompts, c.rl.reward)
-    self._sampler = Sampler(self._engine, self._source, self.order, c.rl)
-    self._learner = Learner(self.policy, self._engine, self._source, c.rl, Execution())
-    copied = jax.tree.map(lambda leaf: leaf.copy(), self.params)
-    self._state = optimizer.init_state(copied, self._learner.programs.tx)
-    self._reference = Reference(self.params, Execution())
-    self._engine.update(self._state.params)
-
-  def __call__(self) -> float:
-    """Makes steps until one compiles nothing; returns its seconds."""
-    while True:
-      compiled = self._engine.stats.compilations
-      measured = self._step(len(self.phases))
-      new = self._engine.stats.compilations - compiled
-      if not new:
-        self.phases.append(measured)
-        return measured['seconds']
-      say(f'a step that compiled {new} programs: {measured["seconds"]:.2f} s')
-
-  def _step(self, number: int) -> dict[str, float]:
-    began = time.perf_counter()
-    rollouts = self._sampler.rollouts(number)
-    measured = {'rollout': time.perf_counter() - began}
-    batch = self._source.judge(self.order.chosen(number), rollouts)
-    self._state, under_way = self._learner.update(self._state, self._reference, batch)
-    numbers = under_way.numbers(self._engine)
-    for name in ('score', 'reference', 'update'):
-      measured[name] = numbers[f'seconds_{name}']
-    measured['seconds'] = time.perf_counter() - began
-    lengths = [len(completion.tokens) for r in rollouts for _, completion in r.exchanges]
-    measured['response_tokens'] = float(np.mean(lengths))
-    return measured
-
-
-def organism_points() -> list[DecisionPoint]:
-  """The decision points of 16 training tasks of each kind of ToolWorld."""
-  world = ToolWorld()
-  points = []
-  for kind in KINDS:
-    for task in world.tasks(kind, 16, seed=5, split='train'):
-      for seed in task_seeds(world, task):
-        points += decision_points(seed)
-  return points
 
 
 def trl_job(ours: OrganismStep, c: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -523,6 +450,7 @@ def memory() -> None:
 
   loss_tokens = shape(1, B * C)
   numbers = shape(1, B * C, dtype=np.float32)
+  loss = objectives.PolicyLoss()
   rows = shape(1, B, P + C)
   batch = tokentree.RowBatch(
     tokens=rows,
@@ -532,14 +460,14 @@ def memory() -> None:
     slot=loss_tokens,
     target=loss_tokens,
     weight=numbers,
-    extras={'old_logp': numbers, 'advantage': numbers},
+    extras=dict.fromkeys(loss.extras, numbers),
   )
   abstract = jax.tree.map(
     lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), decoder.abstract_params(config)
   )
   tx = optax.sgd(1.0)
   step = (
-    grpo.make_grpo_step(config, tx, objectives.PolicyLoss())
+    grpo.make_grpo_step(config, tx, loss)
     .lower(jax.eval_shape(lambda p: optimizer.init_state(p, tx), abstract), batch)
     .compile()
   )
@@ -564,6 +492,10 @@ def main(_) -> None:
   if 'update' in _CASES.value:
     for vocabulary in map(int, _VOCABULARIES.value):
       update(vocabulary)
+  if 'repeated' in _CASES.value:
+    repeated.updates(_ROUNDS.value)
+  if 'packing' in _CASES.value:
+    repeated.packing(_ROUNDS.value, _TRL.value)
   for name, case in dict(whole=whole, small=small, memory=memory).items():
     if name in _CASES.value:
       case()

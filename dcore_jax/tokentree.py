@@ -29,9 +29,9 @@ class TokenSequence:
     tokens: int32 [n].
     weights: float32 [n], loss weight of predicting token i; 0 for a prompt, and for token 0, which
       nothing predicts.
-    shared: number of leading tokens that may be merged with those of other sequences. In
-      fine-tuning that is n; in reinforcement learning the prompt's length, since each sampled token
-      has an advantage of its own.
+    shared: number of leading tokens that may be merged with those of other sequences. That is n
+      where the loss of a token is made of what adds up over sequences, as in fine-tuning, and the
+      length of the prompt where it is not (`objectives.PolicyLoss.merges`).
 
   Raises:
     ValueError: shapes that disagree, weights that mean nothing, or `shared` outside 0..n.
@@ -162,6 +162,31 @@ class TokenTree:
         flat[path[len(path) - len(value) :]] = value
     return flat.reshape(self.tokens.shape)
 
+  def add_up(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Adds values of each sequence's tokens up on the rows -> float64 [R, T], 0 elsewhere.
+
+    As `scatter`, but where sequences share a token, the sum of their values is there.
+    """
+    places = []
+    added = []
+    for path, value in zip(self.paths, values, strict=True):
+      if len(path):
+        places.append(path[len(path) - len(value) :])
+        added.append(value)
+    if not places:
+      return np.zeros(self.tokens.shape)
+    # One pass over all sequences; `bincount` adds in float64, in the order of the sequences.
+    total = np.bincount(
+      np.concatenate(places), weights=np.concatenate(added), minlength=self.tokens.size
+    )
+    return total.reshape(self.tokens.shape)
+
+  def rows_of(self, sequences: Sequence[int]) -> set[int]:
+    """Returns the rows that hold these sequences, which are named by their places in `pack`."""
+    # A sequence lies in one row. Those that were dropped have no path.
+    paths = [self.paths[index] for index in sequences]
+    return {int(path[0]) // self.capacity for path in paths if len(path)}
+
   def with_extras(self, **extras: np.ndarray) -> 'TokenTree':
     """Returns a copy with more per-token values, each [R, T]."""
     for name, array in extras.items():
@@ -291,17 +316,7 @@ def pack(
   if capacity < 1 or rows_multiple < 1:
     raise ValueError(f'capacity = {capacity} and rows_multiple = {rows_multiple} must be positive')
   dropped = [index for index, sequence in enumerate(sequences) if len(sequence.tokens) > capacity]
-  # Only the first `shared` tokens may be merged, so that they alone make the key. Big-endian bytes
-  # sort as the lists of tokens would; sorting brings common prefixes together, shorter ones first.
-  keys = [
-    np.asarray(sequence.tokens[: sequence.shared]).astype('>i4').tobytes() for sequence in sequences
-  ]
-  order = sorted(set(range(len(sequences))) - set(dropped), key=keys.__getitem__)
-  lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
-  common = common_prefixes([keys[index] for index in order])
-  # No prefix is longer than a row, so that capacity + 1 merges nothing.
-  least = min(_LEAST_SHARED, capacity // 32) if merge else capacity + 1
-  common[common < least] = 0
+  order, lengths, common = _sorted_by_prefix(sequences, capacity, merge=merge)
   # From here on a sequence is its length and what it shares with its neighbour.
   row_of, fresh = plan_rows(lengths, common, capacity)
   # Rows are numbered from 0; `initial` serves an empty list of sequences.
@@ -335,6 +350,38 @@ def pack(
     dropped=dropped,
     live=int(fresh.sum()),
   )
+
+
+def tree_size(sequences: Sequence[TokenSequence], capacity: int) -> int:
+  """Returns the tokens that these sequences, merged, would take in one row of any length.
+
+  More than `capacity` of them do not fit a row of `pack`, which then repeats their trunk. Sequences
+  that alone are longer than a row do not count.
+  """
+  _, lengths, common = _sorted_by_prefix(sequences, capacity, merge=True)
+  return int(lengths.sum() - common.sum())
+
+
+def _sorted_by_prefix(
+  sequences: Sequence[TokenSequence], capacity: int, *, merge: bool
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+  """Sorts the sequences that fit a row -> (their places in order, lengths, common prefixes).
+
+  A common prefix is what a sequence shares with the one before it, or 0 where that is too little.
+  """
+  # Only the first `shared` tokens may be merged, so that they alone make the key. Big-endian bytes
+  # sort as the lists of tokens would; sorting brings common prefixes together, shorter ones first.
+  keys = [
+    np.asarray(sequence.tokens[: sequence.shared]).astype('>i4').tobytes() for sequence in sequences
+  ]
+  order = [index for index, sequence in enumerate(sequences) if len(sequence.tokens) <= capacity]
+  order.sort(key=keys.__getitem__)
+  lengths = np.array([len(sequences[index].tokens) for index in order], np.int64)
+  common = common_prefixes([keys[index] for index in order])
+  # No prefix is longer than a row, so that capacity + 1 merges nothing.
+  least = min(_LEAST_SHARED, capacity // 32) if merge else capacity + 1
+  common[common < least] = 0
+  return order, lengths, common
 
 
 class _Rows:

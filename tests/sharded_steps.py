@@ -44,23 +44,35 @@ make_params = jax.jit(decoder.init_params, static_argnums=0)
 
 
 def forest() -> tokentree.TokenTree:
-  """8 rows, in each of which responses share a prompt; with values for every extra of the GRPO
-  step.
+  """8 rows, in each of which three responses share a prompt, and two of them their first tokens;
+  with values for every extra of the GRPO step.
   """
   rng = np.random.default_rng(0)
-  sequences = []
+
+  def draw(size):
+    return rng.normal(size=size).astype(np.float32)
+
+  responses = []
   for _ in range(8):
-    prompt = rng.integers(0, 64, 70)
-    for _ in range(3):
-      row = np.r_[prompt, rng.integers(0, 64, 7)].astype(np.int32)
-      sequences.append(tokentree.TokenSequence(row, (np.arange(77) >= 70).astype(np.float32), 70))
-  tree = tokentree.pack(sequences, 96, rows_multiple=8)
-  assert tree.rows == 8 and tree.dedup > 1.5
-
-  def draw():
-    return rng.normal(size=tree.tokens.shape).astype(np.float32)
-
-  return tree.with_extras(advantage=draw(), old_logp=-4 + 0.1 * draw(), ref_logp=-4 + 0.1 * draw())
+    prompt = rng.integers(0, 64, 70).astype(np.int32)
+    first, *others = rng.integers(0, 64, (3, 7)).astype(np.int32)
+    others[0][:4] = first[:4]
+    for tokens in (first, *others):
+      old = -4 + 0.1 * draw(7)
+      responses.append(
+        grpo.Response(
+          prompt,
+          tokens,
+          behaviour_logp=old,
+          old_logp=old,
+          entropy=old,
+          ref_logp=-4 + 0.1 * draw(7),
+          advantage=draw(7),
+        )
+      )
+  tree = grpo.pack_responses(responses, 96, rows_multiple=8, merge=True)
+  assert tree.rows == 8 and tree.dedup > 1.5 and tree.weight.max() == 2
+  return grpo.lay_values(tree, responses, objectives.PolicyLoss(kl_coefficient=0.1).extras)
 
 
 def gradient(step, config, tree, mesh):

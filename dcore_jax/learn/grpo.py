@@ -30,6 +30,8 @@ from dcore_jax.tokentree import TokenTree
 ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
 _DEFAULT_EXECUTION = Execution()
 _BY_TOKEN = ('clip_share', 'entropy', 'importance')  # metrics that are means over tokens
+# Values that the loss is linear in, beside a token's weight in it.
+_BY_LOSS = ('advantage', 'advantage_up', 'advantage_down', 'psi', 'uniform')
 
 
 # --- responses on the host ---
@@ -70,14 +72,32 @@ class Response:
 
 
 def pack_responses(
-  responses: Sequence[Response], capacity: int, rows_multiple: int = 1, pad_id: int = 0
+  responses: Sequence[Response],
+  capacity: int,
+  rows_multiple: int = 1,
+  pad_id: int = 0,
+  *,
+  merge: bool = False,
 ) -> TokenTree:
   """Packs a sequence a response: its prompt has no loss weight and may be shared.
 
-  A later prompt of an episode replays the answers before it without their thoughts. It leaves the
-  earlier response's path where that begins, and merges with the other turns and rollouts of the
-  task as far as they agree.
+  A later prompt of an episode replays the answers before it. Without their thoughts it leaves the
+  earlier response's path where those begin, and merges with the other turns and rollouts of the
+  task as far as they agree. With all that was sampled, and with `merge`, it goes on from the
+  earlier response, whose tokens are loss tokens and context at once.
+
+  Args:
+    responses: what to pack.
+    capacity: tokens of a row.
+    rows_multiple: the number of rows is rounded up to a multiple of it.
+    pad_id: token of places that stay empty.
+    merge: whether sampled tokens of the same prefix become one loss token, which weighs as many as
+      it stands for. Only for a loss that merges (`objectives.PolicyLoss.merges`).
   """
+  return tokentree.pack(_sequences(responses, merge=merge), capacity, rows_multiple, pad_id)
+
+
+def _sequences(responses: Sequence[Response], *, merge: bool) -> list[tokentree.TokenSequence]:
   sequences = []
   for response in responses:
     # The model did not write its prompt, so nothing of it is trained.
@@ -85,25 +105,78 @@ def pack_responses(
     own_weights = np.ones(len(response.tokens), np.float32)
     # All tokens of a response have weight 1; the aggregation of the loss decides what a token
     # counts.
+    tokens = np.concatenate([response.prompt, response.tokens])
     sequences.append(
       tokentree.TokenSequence(
-        tokens=np.concatenate([response.prompt, response.tokens]),
+        tokens=tokens,
         weights=np.concatenate([prompt_weights, own_weights]),
-        shared=len(response.prompt),
+        shared=len(tokens) if merge else len(response.prompt),
       )
     )
-  return tokentree.pack(sequences, capacity, rows_multiple, pad_id)
+  return sequences
+
+
+def cut_groups(tree: TokenTree, groups: Sequence[Sequence[Response]], *, merge: bool) -> list[int]:
+  """Finds the groups of which no row could hold the whole tree -> the tokens of each such tree.
+
+  Each row that such a group lies in computes its trunk again.
+
+  Args:
+    tree: `pack_responses` of all responses, group by group.
+    groups: the responses of each group.
+    merge: as the tree was packed.
+  """
+  sizes = []
+  first = 0
+  for responses in groups:
+    places = range(first, first + len(responses))
+    first += len(responses)
+    # Most groups lie in one row, which is seen at once. Others may have been divided although they
+    # fit, where that takes fewer rows.
+    if len(tree.rows_of(places)) > 1:
+      size = tokentree.tree_size(_sequences(responses, merge=merge), tree.capacity)
+      if size > tree.capacity:
+        sizes.append(size)
+  return sizes
 
 
 def lay_values(
-  tree: TokenTree, responses: Sequence[Response], names: AbstractSet[str]
+  tree: TokenTree,
+  responses: Sequence[Response],
+  names: AbstractSet[str],
+  aggregation: str = 'token',
 ) -> TokenTree:
-  """The tree of `pack_responses` with the named values of the responses on its loss tokens."""
+  """The tree of `pack_responses` with the named values of the responses on its loss tokens.
+
+  A token that several responses share gets means of their values. Advantages and what else the loss
+  is linear in are weighed as `aggregation` weighs tokens; log-probabilities are the same for all of
+  them up to rounding, and everything else is a mean over tokens.
+  """
+  ones = [np.ones(len(response.tokens)) for response in responses]
+  shares = [one / len(one) for one in ones]  # of each token in its sequence
+  by_token = (ones, tree.add_up(ones))
+  by_loss = (shares, tree.add_up(shares)) if aggregation == 'sequence' else by_token
   extras = {}
-  for name in sorted(names):
+  if 'sequence_weight' in names:
+    extras['sequence_weight'] = tree.add_up(shares).astype(np.float32)
+  if 'sequence' in names:
+    # Read by losses that do not merge: each token has one sequence.
+    numbers = [np.broadcast_to(each.sequence, each.tokens.shape) for each in responses]
+    extras['sequence'] = tree.scatter(numbers, np.int32)
+  values = {}
+  if names & objectives.SIDES:
+    sides = [objectives.advantage_sides(response.advantage) for response in responses]
+    values = {name: [side[name] for side in sides] for name in objectives.SIDES}
+  for name in sorted(names - extras.keys()):
     # A scalar of a response is spread over its tokens, as the loss reads one value a token.
-    values = [np.broadcast_to(getattr(each, name), each.tokens.shape) for each in responses]
-    extras[name] = tree.scatter(values, np.int32 if name == 'sequence' else np.float32)
+    own = values.get(name) or [
+      np.broadcast_to(getattr(each, name), each.tokens.shape) for each in responses
+    ]
+    weights, total_RT = by_loss if name in _BY_LOSS else by_token
+    weighted = [value * weight for value, weight in zip(own, weights, strict=True)]
+    # In float64: the mean of equal float32 values is that value to the bit.
+    mean_RT = tree.add_up(weighted) / np.where(total_RT, total_RT, 1)
+    extras[name] = mean_RT.astype(np.float32)
   return tree.with_extras(**extras)
 
 
@@ -303,7 +376,7 @@ def make_grpo_step(
     # Runs once, while the step is traced: names are known then, and a missing one is a clear error.
     _check_extras(batch, loss.extras)
     weight, total = objectives.aggregate(
-      batch.weight, batch.extras.get('sequence'), loss.aggregation, loss.max_tokens
+      batch.weight, batch.extras.get('sequence_weight'), loss.aggregation, loss.max_tokens
     )
     extras = batch.extras
     if loss.aggregation == 'sequence':
@@ -420,8 +493,8 @@ def make_psi_norm(
   extra of the batch), aggregated as in the step. It costs a backward pass: meant for measuring on
   one mini-batch how much of an update is due to psi.
   """
-  # Only the other aggregations need to know which tokens are of one sequence.
-  needed = {'psi'} if aggregation == 'token' else {'psi', 'sequence'}
+  # Only the other aggregations need to know how long a token's sequence is.
+  needed = {'psi'} if aggregation == 'token' else {'psi', 'sequence_weight'}
 
   def objective(logp_C, _, values):
     weight_C, psi_C = values
@@ -442,7 +515,7 @@ def make_psi_norm(
   def psi_norm(params, batch):
     _check_extras(batch, needed)
     weight, total = objectives.aggregate(
-      batch.weight, batch.extras.get('sequence'), aggregation, max_tokens
+      batch.weight, batch.extras.get('sequence_weight'), aggregation, max_tokens
     )
     grads, _ = accumulate(psi_sum, params, batch._replace(weight=weight))
     return optax.global_norm(grads) / jnp.maximum(total, 1e-8)

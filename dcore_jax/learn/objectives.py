@@ -7,6 +7,11 @@ that a result depends neither on micro-batches nor on the chunks of the head. So
 statistics at the current parameters of more tokens than a chunk holds: those are computed
 beforehand, without gradient, and come as one more value a token. Letters: M loss tokens; A
 micro-batches of them.
+
+Rollouts that agree are one node of the token tree up to where they part, and a node has a
+log-probability of its own and several advantages. A loss that is homogeneous in the advantage,
+loss(c A) = c loss(A) for c >= 0, needs of them no more than the sum of the positive and that of the
+negative ones: `Objective.merges` declares it, and `PolicyLoss` computes with these two sums.
 """
 
 import dataclasses
@@ -24,10 +29,14 @@ _SEQUENCE_LOG_RATIO_BOUND = 10.0  # GSPO's, from above only (docs/method.md, sec
 # The released bound of the KL estimate (docs/method.md, section 3.4).
 _KL_BOUND = 10.0
 
-# Per loss token: advantage, old_logp and what else a loss asks for: ref_logp, behaviour_logp,
-# sequence (its number), updated (1 where updates lie between the old policy and the present one),
-# uniform (1 in a group whose rewards are all equal).
+# Per loss token: advantage (or its sides, see `advantage_sides`), old_logp and what else a loss
+# asks for: ref_logp, behaviour_logp, sequence (its number), sequence_weight (see `aggregate`),
+# updated (1 where updates lie between the old policy and the present one), uniform (1 in a group
+# whose rewards are all equal).
 Values = Mapping[str, jax.Array]
+
+# What `advantage_sides` splits an advantage into.
+SIDES = frozenset({'advantage_up', 'advantage_down', 'share_up', 'share_down'})
 
 
 class Objective(NamedTuple):
@@ -39,12 +48,16 @@ class Objective(NamedTuple):
       comes to the loss as a value that is called as this function.
     scope: what the statistic is of: a micro-batch, which holds whole sequences, or the mini-batch.
     needs: values that a batch must bring, beside `advantage` and `old_logp`.
+    merges: loss_M is homogeneous in the advantage, and clipped_M depends on its sign alone. Tokens
+      of the same prefix may then be one loss token; what the loss reads beside the advantage must
+      be the same for all of them, as log-probabilities are.
   """
 
   loss: Callable[..., tuple[jax.Array, jax.Array]]
   statistic: Callable[..., jax.Array] | None = None
   scope: Literal['micro-batch', 'mini-batch'] | None = None
   needs: frozenset[str] = frozenset()
+  merges: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -56,6 +69,7 @@ def register_objective(
   statistic: Callable[..., jax.Array] | None = None,
   scope: Literal['micro-batch', 'mini-batch'] | None = None,
   needs: frozenset[str] = frozenset(),
+  merges: bool = False,
 ) -> Callable[[Callable], Callable]:
   """Returns a decorator that makes a loss known as `name`, also from outside this package.
 
@@ -64,22 +78,30 @@ def register_objective(
     statistic: see `Objective`, as the others.
     scope: given with a statistic and only then.
     needs: values that a batch must bring.
+    merges: off where nobody has shown it to hold, as unmerged tokens are right for every loss.
 
   Options of the loss and of the statistic are keyword-only arguments: those that `PolicyLoss` has
   as fields get its values, the others keep their defaults.
 
   Raises:
-    ValueError: another loss has this name, or one of `statistic` and `scope` is missing.
+    ValueError: another loss has this name, one of `statistic` and `scope` is missing, or a loss
+      with a statistic is said to merge.
   """
   # A statistic without a scope would be computed nowhere, and the loss would miss its value.
   if (statistic is None) != (scope is None):
     raise ValueError(f'objective {name!r}: a statistic and its scope belong together')
 
+  # A statistic is of single tokens, or of one sequence's.
+  if merges and statistic:
+    raise ValueError(f'objective {name!r} has a statistic, so that its tokens cannot be merged')
+
   def register(loss: Callable) -> Callable:
     # The same function may be registered again; another one would replace it unseen.
     if name in OBJECTIVES and OBJECTIVES[name].loss is not loss:
       raise ValueError(f'an objective {name!r} is registered already')
-    OBJECTIVES[name] = Objective(loss=loss, statistic=statistic, scope=scope, needs=needs)
+    OBJECTIVES[name] = Objective(
+      loss=loss, statistic=statistic, scope=scope, needs=needs, merges=merges
+    )
     return loss
 
   return register
@@ -137,7 +159,7 @@ def _sequence_mean(x: jax.Array, used: jax.Array, sequence: jax.Array) -> jax.Ar
 # --- objectives -----------------------------------------------------------------------------------
 
 
-@register_objective('ppo')
+@register_objective('ppo', merges=True)
 def ppo_loss(
   logp_M: jax.Array,
   values: Values,
@@ -202,7 +224,7 @@ def kl_cov_loss(
   return -values['advantage'] * _ratio(logp_M, values) + cov_penalty * held_M * distance_M, held_M
 
 
-@register_objective('cispo')
+@register_objective('cispo', merges=True)
 def cispo_loss(
   logp_M: jax.Array, values: Values, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
@@ -266,25 +288,38 @@ def importance_weights(old_logp_M: jax.Array, behaviour_logp_M: jax.Array, cap: 
 
 
 def aggregate(
-  weight: jax.Array, sequence: jax.Array | None, how: str, max_tokens: int
+  weight: jax.Array, sequence_weight: jax.Array | None, how: str, max_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
   """Aggregates a mini-batch -> (weights of the loss tokens, divisor of their weighted sum).
 
   'token': the mean over tokens, as released. 'sequence': the mean over sequences of their token
   means, as printed in the paper. 'dr': the sum over tokens by the number of sequences x
-  `max_tokens`, which no length biases (Dr. GRPO).
+  `max_tokens`, which no length biases (Dr. GRPO). `sequence_weight`, which 'token' does not need,
+  is a token's share of its sequence, summed over the sequences that share the token.
   """
   # The divisor is that of the whole mini-batch: micro-batches of other sizes change nothing.
   if how == 'token':
     return weight, jnp.sum(weight)
-  total = _sequence_sum(weight, sequence)
-  # Sequences without a loss token have no mean, and do not count.
-  sequences = jnp.sum(total > 0)
+  # The shares of each sequence sum to 1, so that all of them sum to the number of sequences.
+  sequences = jnp.sum(sequence_weight)
   if how == 'sequence':
-    # A token's share of its sequence: the shares of each sequence sum to 1.
-    share = weight / jnp.maximum(total, 1e-8)[sequence]
-    return jnp.where(weight != 0, share, 0), sequences
+    return sequence_weight, sequences
   return weight, sequences * max_tokens
+
+
+def advantage_sides(advantage: np.ndarray) -> dict[str, np.ndarray]:
+  """Splits advantages by their sign, float32 arrays of the same shape.
+
+  advantage_up is max(A, 0), advantage_down max(-A, 0); share_up is 1 where A > 0, share_down where
+  A < 0. Means of these over the rollouts of a node, unlike those of A itself, say what a loss that
+  merges is there, and its share of clipped tokens.
+  """
+  return {
+    'advantage_up': np.maximum(advantage, 0).astype(np.float32),
+    'advantage_down': np.maximum(-advantage, 0).astype(np.float32),
+    'share_up': (advantage > 0).astype(np.float32),
+    'share_down': (advantage < 0).astype(np.float32),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +383,8 @@ class PolicyLoss:
   def extras(self) -> frozenset[str]:
     """Values a batch must bring for each loss token."""
     # Only what the loss reads is put on the tree: each value is an array of the size of the batch.
-    names = {'advantage', 'old_logp', *OBJECTIVES[self.objective].needs}
+    names = {'old_logp', *OBJECTIVES[self.objective].needs}
+    names |= SIDES if self.merges else {'advantage'}
     if self.kl_coefficient:
       # A reference policy costs a forward pass of each batch, which runs without the KL need not
       # make.
@@ -358,8 +394,16 @@ class PolicyLoss:
     if self.uniform_kl:
       names.add('uniform')
     if self.aggregation != 'token':
-      names.add('sequence')
+      names.add('sequence_weight')
     return frozenset(names)
+
+  @property
+  def merges(self) -> bool:
+    """Whether tokens of the same prefix may be one loss token of several rollouts.
+
+    The objective decides alone: all terms beside it are linear in weights, whose sums are exact.
+    """
+    return OBJECTIVES[self.objective].merges
 
   @property
   def scope(self) -> str | None:
@@ -388,8 +432,7 @@ class PolicyLoss:
     Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends
     on hidden states.
     """
-    loss_function = OBJECTIVES[self.objective].loss
-    pg_M, clipped_M = loss_function(logp_M, values, **self._options(loss_function))
+    pg_M, clipped_M = self._objective(logp_M, values)
 
     # Sums and not means: they are added over chunks and micro-batches, and divided once.
     def summed(x_M):
@@ -416,6 +459,30 @@ class PolicyLoss:
       sums['uniform_kl'] = -summed(values['uniform'] * logp_M)
       loss += self.uniform_kl * sums['uniform_kl']
     return loss, sums
+
+  def _objective(self, logp_M: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+    """(loss, share of it that is clipped) of the objective, each a mean over a token's rollouts."""
+    function = OBJECTIVES[self.objective].loss
+    options = self._options(function)
+    if not self.merges:
+      return function(logp_M, values, **options)
+
+    def at(advantage: float) -> tuple[jax.Array, jax.Array]:
+      same_M = jnp.full_like(logp_M, advantage)
+      return function(logp_M, {**values, 'advantage': same_M}, **options)
+
+    # By homogeneity the loss at A is |A| times that at its sign. Three evaluations cost a few
+    # operations a token, where its logits took a product with the whole vocabulary.
+    up_M, clipped_up_M = at(1.0)
+    down_M, clipped_down_M = at(-1.0)
+    _, clipped_zero_M = at(0.0)
+    share_zero_M = 1 - values['share_up'] - values['share_down']
+    return (
+      values['advantage_up'] * up_M + values['advantage_down'] * down_M,
+      values['share_up'] * clipped_up_M
+      + values['share_down'] * clipped_down_M
+      + share_zero_M * clipped_zero_M,
+    )
 
   def _options(self, function: Callable[..., Any]) -> dict[str, Any]:
     # A function from outside may have options of its own, which keep their defaults.

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,12 @@ class MiniBatch:
   def responses(self) -> list[Response]:
     """All responses, in the order in which the tree has them."""
     return _flat(self.rollouts)
+
+  @property
+  def groups(self) -> list[list[Response]]:
+    """The responses of each prompt's rollouts together, in the order of the tree."""
+    P, G = self.rewards_PG.shape
+    return [_flat(self.rollouts[p * G : (p + 1) * G]) for p in range(P)]
 
   def with_responses(self, responses: Sequence[Response]) -> 'MiniBatch':
     """The same rollouts with other values; `responses` are in the order of the property."""
@@ -281,6 +288,7 @@ class Learner:
     self._config = config
     # Resolved once: a wrong option is an error before the first rollout.
     self._loss = policy_loss(config)
+    self._warned_of_cuts = False
     self._with_psi = advantages.uses_entropy(config.estimator)
     # Loss tokens of a micro-batch. All places are budgeted: where prompts are shared, most tokens
     # of a row are sampled ones.
@@ -325,7 +333,8 @@ class Learner:
         minis = self._with_reference(reference, minis)
     # Only what the loss reads goes to the device.
     names = self._loss.extras
-    trees = [grpo.lay_values(mini.tree, mini.responses, names) for mini in minis]
+    how = self._loss.aggregation
+    trees = [grpo.lay_values(mini.tree, mini.responses, names, how) for mini in minis]
     # Before the updates: psi's gradient is that of the policy which sampled.
     psi = self._psi(state.params, minis, trees) if self._with_psi else None
     began = time.monotonic()
@@ -339,7 +348,8 @@ class Learner:
     self._engine.update(state.params)
     # Sampling computes what a forward pass does, and an update three times that.
     passes = 5 if self._config.kl_coefficient else 4
-    # Counted from the trees, without padding: what the mathematics needs.
+    # Counted from the trees, without padding: what the mathematics needs. Rollouts that repeat each
+    # other count once, though each was sampled.
     forward = sum(forward_flops(self._policy.config, mini.tree) for mini in minis)
     update = Update(
       began=began,
@@ -354,23 +364,38 @@ class Learner:
   def _facts(self, minis: Sequence[MiniBatch], scores: Sequence[Scores]) -> dict[str, float]:
     gap = np.concatenate([part.gap for part in scores])
     # Each host has all responses, so that these figures need no exchange.
-    loss_tokens = sum(np.count_nonzero(mini.tree.weight) for mini in minis)
+    sampled = sum(len(response.tokens) for mini in minis for response in mini.responses)
     # Summed over packed rows, so that the order of addition, and with it the last bit that an
-    # adapted alpha depends on, is that of earlier versions' runs.
+    # adapted alpha depends on, is that of earlier versions' runs where nothing is merged.
     entropy = 0.0
     for mini in minis:
-      entropy_RT = mini.tree.scatter([response.entropy for response in mini.responses])
-      entropy += entropy_RT.sum(dtype=np.float64)
+      entropy += mini.tree.add_up([response.entropy for response in mini.responses]).sum()
     facts = {
       'logp_gap_mean': float(gap.mean()),
       'logp_gap_max': float(gap.max()),
-      'scored_fraction': len(gap) / loss_tokens,
+      'scored_fraction': len(gap) / sampled,
       'dedup': float(np.mean([mini.tree.dedup for mini in minis])),
-      'entropy': float(entropy / loss_tokens),
+      'cut_groups': self._cut_groups(minis),
+      'entropy': float(entropy / sampled),
     }
     if self._with_psi:
       facts['alpha'] = self.alpha
     return facts
+
+  def _cut_groups(self, minis: Sequence[MiniBatch]) -> int:
+    """Counts the groups that no row could hold, and warns of the first ones of a run."""
+    sizes = []
+    for mini in minis:
+      sizes += grpo.cut_groups(mini.tree, mini.groups, merge=self._loss.merges)
+    if sizes and not self._warned_of_cuts:
+      self._warned_of_cuts = True
+      warnings.warn(
+        f'{len(sizes)} groups of rollouts need more than a row of rl.capacity = '
+        f'{self._config.capacity} tokens, the largest {max(sizes)}: each of their rows computes '
+        'their prompt again. A larger rl.capacity saves that, where it fits in memory.',
+        stacklevel=2,
+      )
+    return len(sizes)
 
   def mini_batches(self, batch: RolloutBatch) -> list[MiniBatch]:
     """Splits a rollout batch into the mini-batches of its optimizer steps, and packs them."""
@@ -392,7 +417,11 @@ class Learner:
   def _pack(self, responses: Sequence[Response]) -> TokenTree:
     # Without a padding token any id will do, since padding weighs nothing.
     tree = grpo.pack_responses(
-      responses, self._config.capacity, self._rows, self._policy.tokenizer.pad_token_id or 0
+      responses,
+      self._config.capacity,
+      self._rows,
+      self._policy.tokenizer.pad_token_id or 0,
+      merge=self._loss.merges,
     )
     if tree.dropped:  # `check_options` has made sure that rollouts fit
       raise AssertionError(
@@ -495,7 +524,9 @@ class Learner:
       # A group whose rewards differ has no psi under DA-GRPO; the first mini-batch may have none.
       if not any(response.psi.any() for response in responses):
         continue
-      batch = self._row_batch(grpo.lay_values(tree, responses, {'psi'}))
+      # What an aggregation needs beside it is on the tree already.
+      laid = grpo.lay_values(tree, responses, {'psi'}, self._loss.aggregation)
+      batch = self._row_batch(laid)
       share = 1.0
       # Under other aggregations the weight of a token depends on its whole sequence.
       if self._loss.aggregation == 'token':

@@ -49,6 +49,11 @@ def with_psi(responses, rewards, estimator, psi_tokens=None):
   return [each for (each,) in made]
 
 
+def with_advantage(tree, advantage_RT):
+  """The tree with these advantages, in the forms that losses read."""
+  return tree.with_extras(advantage=advantage_RT, **objectives.advantage_sides(advantage_RT))
+
+
 @pytest.fixture(scope='module')
 def scored(params, score_pass):
   """(responses, their sequences, tree with the extras of an off-policy step, old log-probabilities,
@@ -64,7 +69,8 @@ def scored(params, score_pass):
     for response, own in zip(responses, entropies, strict=True)
   ]
   responses = with_psi(responses, REWARDS, DA_GRPO)
-  off_policy = grpo.lay_values(tree, responses, {'advantage', 'psi'}).with_extras(
+  laid = grpo.lay_values(tree, responses, {'advantage', 'psi', *objectives.SIDES})
+  off_policy = laid.with_extras(
     old_logp=np.where(tree.weight, logp + 0.3, 0),
     ref_logp=np.where(tree.weight, logp - 0.2, 0),
   )
@@ -163,7 +169,7 @@ def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumu
   _, _, tree, logp, _ = scored
   on_policy = tree.with_extras(old_logp=tree.scatter(logp))
   norm = grpo.make_psi_norm(config)(params, on_policy.batch(accumulate=accumulate))
-  grads, _ = sgd_step(on_policy.with_extras(advantage=tree.extras['psi']).batch())
+  grads, _ = sgd_step(with_advantage(on_policy, tree.extras['psi']).batch())
   np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-4)
   _, mixed = sgd_step(on_policy.batch())
   assert 0 < norm < mixed['grad_norm']
@@ -178,9 +184,8 @@ def wide(scored):
     dataclasses.replace(response, sequence=number, updated=1.0)
     for number, response in enumerate(responses)
   ]
-  tree = grpo.lay_values(tree, numbered, {'sequence', 'updated', 'uniform'})
-  return sequences, tree.with_extras(
-    advantage=relative,
+  tree = grpo.lay_values(tree, numbered, {'sequence', 'sequence_weight', 'updated', 'uniform'})
+  return sequences, with_advantage(tree, relative).with_extras(
     behaviour_logp=np.where(tree.weight, tree.scatter(logp) - 0.4, 0),
   )
 
@@ -283,7 +288,7 @@ def test_shares_and_means_are_over_tokens_whatever_the_aggregation(sgd_step, wid
 
 def test_uniform_kl_raises_entropy_where_psi_would(params, sgd_step, wide, score_pass):
   _, tree = wide
-  silent = tree.with_extras(advantage=0 * tree.weight)
+  silent = with_advantage(tree, 0 * tree.weight)
 
   def step(uniform):
     return sgd_step(silent.with_extras(uniform=uniform).batch(accumulate=2), **EVERYTHING)
@@ -312,7 +317,7 @@ def test_uniform_is_a_group_and_not_a_rollout_at_its_mean(scored):
 
 def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, scored):
   _, tree = wide
-  tree = tree.with_extras(old_logp=tree.scatter(scored[3]), advantage=tree.extras['psi'])
+  tree = with_advantage(tree, tree.extras['psi']).with_extras(old_logp=tree.scatter(scored[3]))
   norm = grpo.make_psi_norm(config, aggregation='sequence')(params, tree.batch(accumulate=2))
   grads, _ = sgd_step(
     tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4
@@ -373,7 +378,7 @@ def test_step_raises_good_responses_and_compiles_once(config, params, score_pass
   responses = with_psi(rollouts(), REWARDS, advantages.grpo_advantages)
   tree = grpo.pack_responses(responses, 48, rows_multiple=2)
   logp, _ = grpo.score_rows(score_pass, params, tree, 2)
-  tree = grpo.lay_values(tree, responses, {'advantage'}).with_extras(old_logp=logp)
+  tree = grpo.lay_values(tree, responses, objectives.SIDES).with_extras(old_logp=logp)
   tx = optimizer.make_optimizer('adamw', 1e-2)
   step = grpo.make_grpo_step(config, tx, objectives.PolicyLoss())
   state = optimizer.init_state(params, tx)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dcore_jax.learn import objectives
+from dcore_jax.learn.advantages import options_of
 from dcore_jax.learn.objectives import PolicyLoss
 
 M = 300
@@ -38,6 +39,7 @@ def batch():
   values = {name: array.astype(np.float32) for name, array in values.items()} | {
     'sequence': rng.integers(0, 12, M, np.int32)
   }
+  values |= objectives.advantage_sides(values['advantage'])
   values['updated'] = np.ones(M, np.float32)
   weight = np.ones(M, np.float32)
   weight[-UNUSED:] = 0
@@ -65,6 +67,12 @@ def largest_covariances(logp, weight, values, share):
   chosen = np.zeros(len(logp))
   chosen[used[np.argsort(-covariance, kind='stable')[: max(1, int(len(used) * share))]]] = 1
   return chosen
+
+
+def sequence_weights(weight, sequence):
+  """The share of each token in its sequence, float32."""
+  lengths = np.bincount(sequence, weights=weight)
+  return (weight / np.maximum(lengths, 1)[sequence]).astype(np.float32)
 
 
 def transcript(loss, logp, weight, values):
@@ -133,7 +141,7 @@ def transcript(loss, logp, weight, values):
 def ours(loss, logp, weight, values):
   """(loss, parts), d loss / d logp, by what a step calls."""
   weight_M, total = objectives.aggregate(
-    weight, values['sequence'], loss.aggregation, loss.max_tokens
+    weight, sequence_weights(weight, values['sequence']), loss.aggregation, loss.max_tokens
   )
   values = loss.with_statistic(logp, weight, values) if loss.scope else values
 
@@ -234,7 +242,7 @@ def test_on_policy_all_objectives_give_the_policy_gradient():
     'old_logp': old,
     'sequence': np.zeros(3, np.int32),
     'updated': np.zeros(3, np.float32),
-  }
+  } | objectives.advantage_sides(advantage)
   for objective in objectives.OBJECTIVES:
     loss = PolicyLoss(objective=objective, cov_share=1.0)
     # Exactly, or as two passes of one policy differ by their rounding: no objective may make more
@@ -265,6 +273,47 @@ def test_an_objective_from_outside_gets_the_options_that_the_section_has(batch, 
     objectives.register_objective('ppo')(toy)
   with pytest.raises(ValueError, match='belong together'):
     objectives.register_objective('other', scope='micro-batch')
+  with pytest.raises(ValueError, match='cannot be merged'):
+    objectives.register_objective(
+      'other', statistic=objectives.high_covariance, scope='mini-batch', merges=True
+    )
+
+
+MERGING = sorted(name for name, each in objectives.OBJECTIVES.items() if each.merges)
+
+
+@pytest.mark.parametrize('name', MERGING)
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_the_sides_of_a_node_are_all_that_a_loss_that_merges_needs(name, data):
+  """Loss, its slope and clipped share of a token with several advantages, against single tokens."""
+  # Quarters, among which there are zeros, and no numbers so small that their products vanish.
+  quarters = st.integers(-12, 12)
+  gap = data.draw(quarters) / 4
+  advantages = np.float32(data.draw(st.lists(quarters, min_size=1, max_size=6))) / 4
+  loss = PolicyLoss(objective=name, clip_low=0.1, clip_high=0.3, dual_clip=2.0)
+  function = objectives.OBJECTIVES[name].loss
+  options = {option: getattr(loss, option) for option in options_of(function)}
+  old = np.full(len(advantages), -2, np.float32)
+  logp = jnp.float32(old + gap)
+
+  def single(logp):
+    each, clipped = function(logp, {'advantage': advantages, 'old_logp': old}, **options)
+    return each.sum(), clipped.sum()
+
+  count = np.float32([len(advantages)])
+  sides = objectives.advantage_sides(advantages)
+  node = {side: values.mean(keepdims=True) for side, values in sides.items()}
+
+  def merged(logp):
+    total, parts = loss.sums(logp, jnp.zeros(1), count, {'old_logp': old[:1], **node})
+    return total, parts['clip_share']
+
+  (wanted, clipped), slope = jax.value_and_grad(single, has_aux=True)(logp)
+  (total, share), own_slope = jax.value_and_grad(merged, has_aux=True)(logp[:1])
+  np.testing.assert_allclose(total, wanted, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(own_slope.sum(), slope.sum(), rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(share, clipped, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +362,8 @@ def test_aggregations_equal_their_definitions(data):
 
   number = place(np.repeat(np.arange(len(sequences), dtype=np.int32), list(map(len, sequences))))
   for how, mean in wanted.items():
-    weight, total = objectives.aggregate(place(np.ones(len(flat), np.float32)), number, how, 7)
+    used = place(np.ones(len(flat), np.float32))
+    weight, total = objectives.aggregate(used, sequence_weights(used, number), how, 7)
     np.testing.assert_allclose(
       (weight * place(np.float32(flat))).sum() / total, mean, rtol=1e-5, atol=1e-6
     )
@@ -332,18 +382,15 @@ def test_covariance_counts_used_tokens_only(batch):
 
 
 def test_extras_say_what_a_batch_must_bring():
-  assert PolicyLoss().extras == {'advantage', 'old_logp'}
-  assert PolicyLoss(kl_coefficient=0.1, importance_cap=2.0).extras == {
-    'advantage',
-    'old_logp',
+  sides = {'advantage_up', 'advantage_down', 'share_up', 'share_down', 'old_logp'}
+  assert PolicyLoss().extras == PolicyLoss(objective='cispo').extras == sides
+  assert PolicyLoss(kl_coefficient=0.1, importance_cap=2.0).extras == sides | {
     'ref_logp',
     'behaviour_logp',
   }
-  assert (
-    PolicyLoss(objective='gspo').extras
-    == PolicyLoss(aggregation='dr').extras
-    == {'advantage', 'old_logp', 'sequence'}
-  )
+  assert PolicyLoss(objective='gspo').extras == {'advantage', 'old_logp', 'sequence'}
+  for how in ('sequence', 'dr'):
+    assert PolicyLoss(aggregation=how).extras == sides | {'sequence_weight'}
   assert PolicyLoss(objective='kl_cov', uniform_kl=0.1).extras == {
     'advantage',
     'old_logp',

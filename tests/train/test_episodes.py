@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 import types
+import warnings
 
 import jax
 import numpy as np
@@ -266,10 +267,15 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
   )
   batch.total_PG[:] = [[3, -3, 3], [-3, -3, 3]]
   start = init_state(tiny_rl.params(), learner.programs.tx)
-  state, update = learner.update(start, None, batch)
+  # An episode's responses share little here, so that no row holds a group.
+  with pytest.warns(UserWarning, match='2 groups of rollouts need more .* rl.capacity = 256'):
+    state, update = learner.update(start, None, batch)
   numbers = update.numbers(engine)
   assert numbers['scored_fraction'] < 1 and numbers['logp_gap_max'] < 1e-5
   assert numbers['grad_norm'] > 0 and int(state.step) == 2
+  assert numbers['cut_groups'] == 2
+  with warnings.catch_warnings(action='error'):  # once a run
+    learner.update(state, None, batch)
   # The world finds some of them right; without thoughts that are closed they are not what is to be
   # learned.
   assert any(rollout.outcome.correct for rollout in batch.rollouts) and not batch.right_PG.any()

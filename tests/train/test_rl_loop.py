@@ -165,7 +165,7 @@ def test_an_exact_engine_spares_the_score_pass(monkeypatch, estimator, updates):
   _, numbers = one_step(MIXED, full_batches, **options)
   assert numbers['scored_fraction'] == 1
   assert len(full_batches) == updates
-  assert any(batch.extras['advantage'].any() for batch in full_batches)
+  assert any(batch.extras['advantage_up'].any() for batch in full_batches)
   for sparing, full in zip(sparing_batches, full_batches, strict=True):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), sparing, full)
   for name in ('loss', 'entropy', 'kl', 'grad_norm'):
@@ -572,6 +572,7 @@ def test_metrics_rows_are_plain_json(tmp_path):
     'tflops',
     'mfu',
     'dedup',
+    'cut_groups',
   } <= row.keys()
   phases = ('rollout', 'rewards', 'score', 'reference', 'update', 'engine_update')
   assert 0 < sum(row[f'seconds_{phase}'] for phase in phases) <= row['seconds'] * 1.01
