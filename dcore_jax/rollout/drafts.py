@@ -9,6 +9,8 @@ anyway: guesses change what a pass costs, and never what is drawn.
 Letters as in branches.py; n places, k tokens.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dcore_jax.rollout.branches import BranchTable
@@ -22,6 +24,9 @@ _FIRST_RATE = 0.7
 # nothing was guessed, so that guessing is tried again.
 _WEIGHT = 0.25
 _REGAIN = 0.01
+# Tokens a row from which on no guess is looked for: even one that is right as often as the first
+# ones would not be worth its row.
+_FULL = _FIRST_RATE
 
 
 class Drafts:
@@ -42,27 +47,39 @@ class Drafts:
     self._row = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._place = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._rate_X = np.full(len(table.length_X), _FIRST_RATE)
+    # Rows and places that are not in the index yet. Where passes are full nothing is guessed, and
+    # the index is not kept.
+    self._new: list[tuple[list[int], list[int]]] = []
 
   def start(self, row: int) -> None:
     """Notes the prompt of a text that begins."""
     self._rate_X[row] = _FIRST_RATE
-    if self._longest:
-      places = np.arange(1, self._table.length_X[row], dtype=np.int32)
-      self.add(np.full(len(places), row, np.int32), places)
+    length = int(self._table.length_X[row])
+    self.add([row] * (length - 1), range(1, length))
 
-  def add(self, row_n: np.ndarray, place_n: np.ndarray) -> None:
+  def add(self, rows: Sequence[int], places: Sequence[int]) -> None:
     """Notes that texts have got a token at these places."""
-    if not self._longest:
+    if self._longest:
+      self._new.append((rows, places))
+
+  def _take_in(self) -> None:
+    """Brings the index up to date."""
+    if not self._new:
       return
+    row_n = np.concatenate([np.asarray(rows, np.int32) for rows, _ in self._new])
+    place_n = np.concatenate([np.asarray(places, np.int32) for _, places in self._new])
+    self._new.clear()
+    # A row may belong to another, shorter text by now.
+    there_n = place_n < self._table.length_X[row_n]
     for which, length in enumerate(_LENGTHS):
-      enough_n = place_n >= length
+      enough_n = there_n & (place_n >= length)
       row = row_n[enough_n]
       place = place_n[enough_n]
       entry = self._entry(which, row, place)
       self._row[which, entry] = row
       self._place[which, entry] = place
 
-  def guess(self, row_n: np.ndarray, room_n: np.ndarray, rows: int) -> list[np.ndarray]:
+  def guess(self, row_n: np.ndarray, room_n: np.ndarray, rows: int) -> list[list[int]]:
     """Returns guesses for some texts that wait for their next token, best first for each.
 
     Args:
@@ -70,7 +87,7 @@ class Drafts:
       room_n: tokens that may be guessed for each at most.
       rows: rows that the pass has besides.
     """
-    none = np.zeros(0, np.int32)
+    none: list[int] = []
     if not self._longest or not len(row_n):
       return [none] * len(row_n)
     # Tokens a row that the pass yields without guesses. A guess is worth its row where it is right
@@ -80,6 +97,9 @@ class Drafts:
     with np.errstate(divide='ignore'):
       worth_n = np.floor(np.log(yielded) / np.log(np.minimum(rate_n, 0.999)))
     want_n = np.minimum(np.minimum(worth_n, self._longest), room_n).astype(np.int64)
+    if want_n.max() < 1 and yielded > _FULL:
+      return [none] * len(row_n)
+    self._take_in()
     from_n, place_n = self._places(row_n)
     found_n = from_n >= 0
     self._rate_X[row_n] = np.where(
@@ -92,7 +112,7 @@ class Drafts:
         result.append(none)
         continue
       end = min(place + want, int(table.length_X[source]))
-      result.append(table.text_XS[source, place:end].copy())
+      result.append(table.text_XS[source, place:end].tolist())
     return result
 
   def learn(self, row: int, guessed: int, right: int) -> None:

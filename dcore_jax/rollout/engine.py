@@ -295,6 +295,8 @@ class Engine:
     self._live.forget()
     tags: dict[int, Tag] = {}
     self._streaming = True
+    # Nobody looks at tokens one by one, so that only the number of passes counts.
+    self._live.be_patient(True)
     try:
       while True:
         # A source that was asked for more than the free lanes would have to choose before it knows
@@ -314,6 +316,7 @@ class Engine:
     finally:
       # A consumer may leave the loop early; then the lanes have to be free for the next stream.
       self._streaming = False
+      self._live.be_patient(False)
       for handle in list(self._rollouts):
         self.cancel(handle)
 

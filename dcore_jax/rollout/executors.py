@@ -46,5 +46,5 @@ def make_executor(params: decoder.Params, config: DecoderConfig, sizes: EngineSi
   """Returns what runs passes where the parameters are."""
   placement = device.cache_placement(params, config)
   if placement is None and sharding.platform() == 'cpu':
-    return LayerExecutor(params, config, sizes.max_len)
+    return LayerExecutor(params, config, sizes)
   return device.MeshExecutor(params, config, sizes, placement)

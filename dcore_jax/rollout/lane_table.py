@@ -4,7 +4,7 @@ Letters as in passes.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -105,10 +105,9 @@ class LaneTable:
     del self._rollouts[lane]
     self._free[lane] = None
 
-  def room(self, rollouts: Sequence[InFlight]) -> int:
-    """Returns how many tokens the one of these rollouts may still draw that may draw most."""
-    lanes = [rollout.lane for rollout in rollouts]
-    return int((self.limit_B[lanes] - self.count_B[lanes]).max())
+  def left(self) -> list[int]:
+    """Returns how many tokens each lane's rollout may still draw."""
+    return (self.limit_B - self.count_B).tolist()
 
   def draw_inputs(self, lane_A: np.ndarray, row_A: np.ndarray, step_A: np.ndarray) -> DrawInputs:
     """Returns what is drawn for lanes, from rows of a pass, so many tokens ahead of each."""

@@ -10,7 +10,6 @@ Letters as in passes.py; Y texts of a block, C its positions.
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +31,11 @@ from dcore_jax.rollout.layer_programs import (
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import DrawInputs, Drawn
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
 
-# Bytes of a block's keys and values in one layer. Larger ones fall out of the caches, smaller ones
-# are many: a call of a program takes 15 microseconds, and its small operations some 50.
-_BLOCK_BYTES = 2_500_000
-_BLOCK_TEXTS = (4, 32)  # fewest and most
+# Texts of a block. A call of a program costs some 100 microseconds beside its products, so that few
+# large blocks are better than many small ones.
+_TEXTS = 32
 # So many texts with one row each are read together with all others of their block; fewer are cut
 # out one by one.
 _TOGETHER = 3
@@ -51,7 +50,7 @@ class LayerExecutor:
   Args:
     params: the parameter tree.
     config: the model's configuration.
-    max_len: tokens of a text at most.
+    sizes: lanes and lengths.
 
   Attributes:
     rows: rows of a pass at most.
@@ -63,28 +62,29 @@ class LayerExecutor:
   rows = ROWS
   overhead = 7.0
 
-  def __init__(self, params: decoder.Params, config: DecoderConfig, max_len: int):
-    self.slots = max_len
+  def __init__(self, params: decoder.Params, config: DecoderConfig, sizes: EngineSizes):
+    self.slots = sizes.max_len
     self._config = config
     self._dtype = params['embed'].dtype
-    one_text = 2 * POSITIONS * config.num_key_value_heads * config.head_dim * self._dtype.itemsize
-    fewest, most = _BLOCK_TEXTS
-    self._texts = int(np.clip(_BLOCK_BYTES // one_text, fewest, most))
+    self._texts = min(_TEXTS, sizes.lanes)
     # (texts, positions) -> keys and values of each layer, [Y, K, C, H], layer after layer.
     self._blocks: dict[tuple[int, int], list[jax.Array]] = {}
     self._nothing = layer_programs.nothing(config)
+    # Made once: to bring a number to the device takes as long as to call a program.
+    self._sizes = [jnp.int32(place) for place in range(max(len(SIZES), len(DRAW_SIZES)))]
     self.load(params)
 
   def unload(self) -> None:
     """Lets the weights go."""
     del self._params
-    del self._last
+    del self._head
 
   def load(self, params: decoder.Params) -> None:
     """Takes other weights of the same shapes."""
     # A copy for single rows, layer by layer and transposed (`decoder.turn`).
     self._params = _turn(params)
-    self._last = {**self._params, 'layers': self._params['layers'][-1:]}
+    # Beside the layers: whether these are a tuple says how products are made (`decoder.logits`).
+    self._head = {**self._params, 'layers': ()}
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host."""
@@ -92,10 +92,15 @@ class LayerExecutor:
     layers = self._params['layers']
     count = len(work.tokens_R)
     reads = self._reads(work)
-    tokens_R, position_R, *packed = jax.device_put(
-      [_filled(work.tokens_R), _filled(work.position_R), *(one.packed() for _, one in reads)]
-    )
-    size = jax.device_put(np.int32(np.searchsorted(SIZES, count)))
+    tokens_R, position_R, *packed = [
+      jnp.asarray(array)
+      for array in (
+        _filled(work.tokens_R),
+        _filled(work.position_R),
+        *(one.packed() for _, one in reads),
+      )
+    ]
+    size = self._sizes[np.searchsorted(SIZES, count)]
     queries = layer_programs.first(
       self._params['embed'], layers[0], tokens_R, position_R, size, config=config
     )
@@ -107,15 +112,16 @@ class LayerExecutor:
         block[keys], block[values], read = layer_programs.attend(
           block[keys], block[values], queries, read, one, position_R
         )
-      if number + 1 < len(layers):
-        queries = layer_programs.middle(
-          layer, layers[number + 1], queries.hidden_RD, read, position_R, size, config=config
-        )
+      # Behind the last layer another one is begun in vain, which spares a program.
+      behind = layers[(number + 1) % len(layers)]
+      queries = layer_programs.middle(
+        layer, behind, queries.hidden_RD, read, position_R, size, config=config
+      )
 
     def finish(inputs: DrawInputs | None) -> Drawn | None:
       if inputs is None or not len(inputs.row_A):
         return None
-      return self._finish(queries.hidden_RD, read, inputs)
+      return self._draw(queries.hidden_RD, inputs)
 
     return finish(work.draws), finish(work.scores)
 
@@ -147,9 +153,7 @@ class LayerExecutor:
 
     # Each is called once as a pass calls it, and what it gives is thrown away. The longest first.
     calls = [
-      lambda: layer_programs.last(
-        self._last, hidden_RD, self._nothing, inputs, size, config=config
-      ),
+      lambda: layer_programs.draw(self._head, hidden_RD, inputs, size, config=config),
       lambda: layer_programs.middle(
         layers[0], layers[-1], hidden_RD, self._nothing, tokens_R, size, config=config
       ),
@@ -184,15 +188,15 @@ class LayerExecutor:
       self._blocks[tile, place] = self._new_block()
     return self._blocks[tile, place]
 
-  def _finish(self, hidden_RD: jax.Array, read: Any, inputs: DrawInputs) -> Drawn:
+  def _draw(self, hidden_RD: jax.Array, inputs: DrawInputs) -> Drawn:
     """Draws or scores, `DRAWS` rows at a time."""
     found = []
     for first in range(0, len(inputs.row_A), DRAWS):
       some = _places(inputs, slice(first, first + DRAWS))
       count = len(some.row_A)
-      size = np.int32(np.searchsorted(DRAW_SIZES, count))
-      drawn = layer_programs.last(
-        self._last, hidden_RD, read, _draws_filled(some), size, config=self._config
+      size = self._sizes[np.searchsorted(DRAW_SIZES, count)]
+      drawn = layer_programs.draw(
+        self._head, hidden_RD, _draws_filled(some), size, config=self._config
       )
       found.append((count, drawn))
     host = []

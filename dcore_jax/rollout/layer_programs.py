@@ -21,17 +21,16 @@ from dcore_jax.models.attention.reference import MASKED_SCORE
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.programs import DrawInputs, Drawn, draw_or_score, traces
 
-# Rows of tokens that a pass has at most. A product with 64 rows runs at two thirds of the speed
-# that one with 256 has, and every program has arrays of this size.
-ROWS = 64
+# Rows of tokens that a pass has at most: with 128 of them a product is as fast as with any more.
+ROWS = 128
 # Numbers of rows that are computed; a pass is filled up to the next one.
-SIZES = (1, 4, 8, 16, 32, ROWS)
+SIZES = (1, 4, 8, 16, 32, 64, ROWS)
 # Draws of a call, and the numbers of them that are made. They are few, since drawing is most of
 # what is compiled.
-DRAWS = 32
-DRAW_SIZES = (1, 8, DRAWS)
+DRAWS = 128
+DRAW_SIZES = (1, 8, 32, DRAWS)
 # Positions of a block: the fewer, the less is read in vain, and the more calls there are.
-POSITIONS = 128
+POSITIONS = 256
 
 
 class Queries(NamedTuple):
@@ -80,7 +79,7 @@ class Reads(NamedTuple):
 
   def packed(self) -> np.ndarray:
     """Returns all of it as one array: each argument of a program costs its call some time."""
-    return np.concatenate([np.ravel(part) for part in self]).astype(np.int32)
+    return np.concatenate(self, axis=None)
 
 
 def _unpacked(packed: jax.Array, texts: int) -> Reads:
@@ -182,7 +181,7 @@ def middle(
 
   Args:
     ended: the layer whose attention is there.
-    begun: the layer behind it.
+    begun: the layer behind it; any where that was the last one.
     hidden_RD: hidden states before the layer that ends.
     read: its attention.
     position_R: the rows' positions.
@@ -339,33 +338,29 @@ def _weighted(weights_BTC: jax.Array, v_BCH: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def last(
+def draw(
   params: decoder.Params,
   hidden_RD: jax.Array,
-  read: Partial,
   inputs: DrawInputs,
   size: jax.Array,
   *,
   config: DecoderConfig,
 ) -> Drawn:
-  """Ends the last layer for the rows that are drawn from, and draws.
+  """Draws from rows of a pass, or scores tokens behind them.
 
   Args:
-    params: embedding or head, final norm, and the last layer alone.
-    hidden_RD: hidden states before the last layer.
-    read: its attention.
+    params: embedding or head, and the final norm.
+    hidden_RD: hidden states behind the last layer.
     inputs: of the draws; `DRAWS` of them.
     size: which of the numbers of draws is made.
     config: the model's configuration.
   """
-  traces['last'] += 1
+  traces['draw'] += 1
 
   def branch(count: int):
     def compute():
       some = jax.tree.map(lambda x: x[:count] if x.ndim else x, inputs)
-      part = jax.tree.map(lambda x: x[some.row_A], read)
-      hidden_AD = _leave(params['layers'][0], config, hidden_RD[some.row_A], part)
-      hidden_AD = decoder.final_norm(params, config, hidden_AD[None])[0]
+      hidden_AD = decoder.final_norm(params, config, hidden_RD[some.row_A][None])[0]
       drawn = draw_or_score(decoder.logits(params, hidden_AD), some)
       return jax.tree.map(lambda x: _filled(x, DRAWS), drawn)
 

@@ -49,6 +49,10 @@ class LiveBranches:
   def __bool__(self) -> bool:
     return bool(self._branches or self._ended)
 
+  def be_patient(self, patient: bool) -> None:
+    """Says whether all prompts are read before anybody draws."""
+    self._planner.patient = patient
+
   def forget(self) -> None:
     """Gives up the texts that have ended, and their scores."""
     self._table.forget()
@@ -247,5 +251,5 @@ class LiveBranches:
     taken = jax.tree.map(lambda x: x[counted_A], drawn)
     lanes.record(work.lane_A[counted_A], work.step_A[counted_A], taken)
     self._stats.decoded_tokens += len(taken.token_A)
-    self._drafts.add(np.array(rows, np.int32), np.array(places, np.int32))
+    self._drafts.add(rows, places)
     return ended

@@ -39,7 +39,7 @@ class Part:
     branch: the branch.
     first: its first row of the pass.
     position: of that row.
-    tokens: int32, of its rows; the guessed ones come last.
+    tokens: of its rows; the guessed ones come last.
     guesses: how many of them are guessed.
     complete: whether the rows reach the end of the text, so that the next token can be drawn.
     draws: its first draw of the pass, meaningful where it is complete.
@@ -48,13 +48,13 @@ class Part:
   branch: Branch
   first: int
   position: int
-  tokens: np.ndarray
+  tokens: list[int]
   guesses: int
   complete: bool
   draws: int = 0
 
   @property
-  def guessed(self) -> np.ndarray:
+  def guessed(self) -> list[int]:
     """The guessed tokens."""
     return self.tokens[len(self.tokens) - self.guesses :]
 
@@ -91,9 +91,14 @@ class Planner:
     lanes: the rollouts.
     drafts: the guesses.
     rows: rows of a pass at most.
+
+  Attributes:
+    patient: whether prompts are read first, and nobody draws meanwhile. Rollouts then draw side by
+      side, in fewer passes.
   """
 
   def __init__(self, table: BranchTable, lanes: LaneTable, drafts: Drafts, rows: int):
+    self.patient = False
     self._table = table
     self._lanes = lanes
     self._drafts = drafts
@@ -110,7 +115,7 @@ class Planner:
     for branch in branches:
       missing = int(self._table.length_X[branch.row] - self._table.computed_X[branch.row])
       (waiting if missing == 1 else unread).append(branch)
-    rounds = self._waiting(waiting)
+    rounds = [] if self.patient and unread else self._waiting(waiting)
     if unread:
       room = self._rows - sum(len(part.tokens) for part in rounds[-1]) if rounds else 0
       if 2 * room < self._rows:
@@ -122,24 +127,30 @@ class Planner:
   def _waiting(self, waiting: Sequence[Branch]) -> list[list[Part]]:
     """Returns the parts of branches that lack one token, as many to a pass as fit."""
     rounds = []
+    left = self._lanes.left()
+    rooms = []
+    for branch in waiting:
+      rooms.append(max([left[rollout.lane] for rollout in branch.rollouts]) - 1)
     row_n = np.array([branch.row for branch in waiting], np.int32)
-    room_n = np.array([self._lanes.room(branch.rollouts) - 1 for branch in waiting], np.int32)
+    room_n = np.array(rooms, np.int32)
+    end_n = self._table.length_X[row_n]
+    last_n = self._table.text_XS[row_n, end_n - 1]
     for first in range(0, len(waiting), self._rows):
       some = slice(first, first + self._rows)
       guesses = self._drafts.guess(row_n[some], room_n[some], len(row_n[some]))
       spare = self._rows - len(guesses)
       parts = []
-      for branch, guessed in zip(waiting[some], guesses, strict=True):
+      for branch, end, last, guessed in zip(
+        waiting[some], end_n[some].tolist(), last_n[some].tolist(), guesses, strict=True
+      ):
         guessed = guessed[:spare]
         spare -= len(guessed)
-        end = int(self._table.length_X[branch.row])
-        known = self._table.text_XS[branch.row, end - 1 : end]
         parts.append(
           Part(
             branch=branch,
             first=0,
             position=end - 1,
-            tokens=np.concatenate([known, guessed]),
+            tokens=[last, *guessed],
             guesses=len(guessed),
             complete=True,
           )
@@ -164,7 +175,7 @@ class Planner:
           branch=branch,
           first=0,
           position=start,
-          tokens=self._table.text_XS[branch.row, start:stop].copy(),
+          tokens=self._table.text_XS[branch.row, start:stop].tolist(),
           guesses=0,
           complete=stop == end,
         )
@@ -198,7 +209,7 @@ class Planner:
     first_n = np.array([part.first for part in parts], np.int32)
     position_R = np.arange(row, dtype=np.int32) + np.repeat(position_n - first_n, length_n)
     return Pass(
-      tokens_R=np.concatenate([part.tokens for part in parts]),
+      tokens_R=np.array([token for part in parts for token in part.tokens], np.int32),
       position_R=position_R,
       text_R=np.repeat(np.arange(len(parts), dtype=np.int32), length_n),
       pages=[part.branch.pages for part in parts],

@@ -9,7 +9,6 @@ from dcore_jax.rollout.programs import Drawn
 from dcore_jax.rollout.requests import PromptScores
 from dcore_jax.rollout.sampling import Alternatives
 
-
 # Prompts whose scores are remembered: the choices of a request that wait for a lane ask again.
 _REMEMBERED = 8
 

@@ -48,7 +48,7 @@ def settle(part: Part, verdicts: Verdicts, lanes: LaneTable) -> Outcome:
   with the guessed one stay, or else the most.
   """
   rollouts = part.branch.rollouts
-  guessed = part.guessed.tolist()
+  guessed = part.guessed
   width = len(guessed) + 1
   accepted = [0] * len(rollouts)
   ended = []

@@ -37,7 +37,7 @@ PROGRAMS = (
   layer_programs.first,
   layer_programs.middle,
   layer_programs.attend,
-  layer_programs.last,
+  layer_programs.draw,
   layer_programs.read_text,
   layer_programs.write_text,
 )
