@@ -119,7 +119,7 @@ class BranchTable:
     branch = Branch(row=row, pages=pages, rollouts=[])
     if torn is None:
       return branch, None
-    own = self._take_page()
+    own = self._take_page(len(pages))
     pages.append(own)
     self._pool.release([torn])
     return branch, (torn, own)
@@ -128,7 +128,7 @@ class BranchTable:
     """Gives a branch the pages that hold so many positions; returns how many it was given."""
     before = len(branch.pages)
     while len(branch.pages) * self.slots < positions:
-      branch.pages.append(self._take_page())
+      branch.pages.append(self._take_page(len(branch.pages)))
     return len(branch.pages) - before
 
   def append(self, branch: Branch, tokens: Sequence[int]) -> None:
@@ -162,10 +162,10 @@ class BranchTable:
     full = self._pages[source][: shared // self.slots] if shared else []
     return self._pool.count_live(full)
 
-  def _take_page(self) -> int:
-    while self._pool.empty:
+  def _take_page(self, place: int) -> int:
+    while self._pool.empty(place):
       self._give_up(next(iter(self._kept)))
-    return self._pool.take()
+    return self._pool.take(place)
 
   def _give_up(self, row: int) -> None:
     del self._kept[row]

@@ -19,18 +19,22 @@ class Executor(Protocol):
   Attributes:
     rows: rows of a pass at most.
     slots: positions of a page.
+    pages: number of pages.
+    places: pages of a text that are kept apart (`PagePool`).
     overhead: what a pass costs beside its rows, in rows.
   """
 
   rows: int
   slots: int
+  pages: int
+  places: int
   overhead: float
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host; None: there was nothing."""
 
-  def copy(self, source: int, target: int, positions: int) -> None:
-    """Copies the first positions of a page into another."""
+  def copy(self, source: int, target: int) -> None:
+    """Copies a page into another."""
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs; `progress` is called with (those that are ready, all)."""

@@ -1,15 +1,16 @@
 """Runs passes on a CPU, layer by layer.
 
-Every text has the positions of its own: on a CPU a product needs its operand in one piece, and what
-is copied together costs as much as what is read. So a page is as long as a text may become, and its
-positions are cut into blocks. A block holds the same positions of several texts, which meet their
-rows in one product. Blocks are made when their first position is used.
+On a CPU a product needs its operand in one piece, and to copy pages together costs as much as to
+read them. So the first pages of all texts stand together, and their second ones, and so on: a block
+holds pages of one place. Its rows meet it in one product, and each row reads one of its pages.
+Blocks are made when their first page is used.
 
-Letters as in passes.py; Y texts of a block, C its positions.
+Letters as in passes.py.
 """
 
+import collections
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,13 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import layer_programs
 from dcore_jax.rollout.layer_programs import (
-  ALL_TEXTS,
   DRAW_SIZES,
   DRAWS,
+  MODES,
+  PAGES,
   POSITIONS,
+  READERS,
   ROWS,
-  ROWS_OF_ONE,
   SIZES,
   Reads,
 )
@@ -33,11 +35,8 @@ from dcore_jax.rollout.programs import DrawInputs, Drawn
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 
-# Texts of a block. A call of a program costs some 100 microseconds beside its products, so that few
-# large blocks are better than many small ones.
-_TEXTS = 32
-# So many texts with one row each are read together with all others of their block; fewer are cut
-# out one by one.
+# So many pages that one row reads each are read together with all others of their block; fewer are
+# cut out one by one.
 _TOGETHER = 3
 
 # One compiled program: layer by layer, each copy would be dispatched on its own.
@@ -54,21 +53,26 @@ class LayerExecutor:
 
   Attributes:
     rows: rows of a pass at most.
-    slots: positions of a page, which is that of one text.
+    slots: positions of a page.
+    pages: number of pages.
+    places: pages of a text.
     overhead: what a pass costs beside its rows, in rows: with one row a pass of 8 layers of width
       512 takes 7 ms, with 32 rows 30 ms.
   """
 
   rows = ROWS
+  slots = POSITIONS
   overhead = 7.0
 
   def __init__(self, params: decoder.Params, config: DecoderConfig, sizes: EngineSizes):
-    self.slots = sizes.max_len
+    self.places = -(-sizes.max_len // POSITIONS)
+    # Of each place one for every text that there can be, in whole blocks.
+    self._blocks_of_place = -(-(sizes.lanes + sizes.trunks + 1) // PAGES)
+    self.pages = self.places * self._blocks_of_place * PAGES
     self._config = config
     self._dtype = params['embed'].dtype
-    self._texts = min(_TEXTS, sizes.lanes)
-    # (texts, positions) -> keys and values of each layer, [Y, K, C, H], layer after layer.
-    self._blocks: dict[tuple[int, int], list[jax.Array]] = {}
+    # Keys and values of each layer, [P, K, C, H], layer after layer.
+    self._blocks: dict[int, list[jax.Array]] = {}
     self._nothing = layer_programs.nothing(config)
     # Made once: to bring a number to the device takes as long as to call a program.
     self._sizes = [jnp.int32(place) for place in range(max(len(SIZES), len(DRAW_SIZES)))]
@@ -106,12 +110,11 @@ class LayerExecutor:
     )
     for number, layer in enumerate(layers):
       read = self._nothing
-      keys = 2 * number
-      values = keys + 1
       for (block, _), one in zip(reads, packed, strict=True):
-        block[keys], block[values], read = layer_programs.attend(
-          block[keys], block[values], queries, read, one, position_R
+        keys, values, read = layer_programs.attend(
+          block[2 * number], block[2 * number + 1], queries, read, one, position_R
         )
+        block[2 * number : 2 * number + 2] = keys, values
       # Behind the last layer another one is begun in vain, which spares a program.
       behind = layers[(number + 1) % len(layers)]
       queries = layer_programs.middle(
@@ -125,14 +128,12 @@ class LayerExecutor:
 
     return finish(work.draws), finish(work.scores)
 
-  def copy(self, source: int, target: int, positions: int) -> None:
-    """Copies the first positions of a page into another."""
-    for place in range(-(-positions // POSITIONS)):
-      tile, text = divmod(source, self._texts)
-      part = layer_programs.read_text(self._block(tile, place), np.int32(text))
-      tile, text = divmod(target, self._texts)
-      block = self._block(tile, place)
-      self._blocks[tile, place] = layer_programs.write_text(block, part, np.int32(text))
+  def copy(self, source: int, target: int) -> None:
+    """Copies a page into another."""
+    block, page = divmod(source, PAGES)
+    part = layer_programs.read_page(self._block(block), np.int32(page))
+    block, page = divmod(target, PAGES)
+    self._blocks[block] = layer_programs.write_page(self._block(block), part, np.int32(page))
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
@@ -145,11 +146,11 @@ class LayerExecutor:
     queries = layer_programs.Queries(hidden_RD=hidden_RD, q_RNH=q_RNH, k_RKH=k_RKH, v_RKH=k_RKH)
     block = self._new_block()
     inputs = _draws_filled(_no_draw())
-    packed = jax.device_put(self._blank_reads().packed())
+    packed = jax.device_put(_blank_reads().packed())
 
     def copies() -> None:
-      part = layer_programs.read_text(block, np.int32(0))
-      layer_programs.write_text(self._new_block(), part, np.int32(0))
+      part = layer_programs.read_page(block, np.int32(0))
+      layer_programs.write_page(self._new_block(), part, np.int32(0))
 
     # Each is called once as a pass calls it, and what it gives is thrown away. The longest first.
     calls = [
@@ -176,17 +177,17 @@ class LayerExecutor:
 
   def _new_block(self) -> list[jax.Array]:
     config = self._config
-    shape = (self._texts, config.num_key_value_heads, POSITIONS, config.head_dim)
+    shape = (PAGES, config.num_key_value_heads, POSITIONS, config.head_dim)
     blank = []
     for _ in range(2 * config.num_hidden_layers):
       blank.append(jax.device_put(np.zeros(shape, self._dtype)))
     return blank
 
-  def _block(self, tile: int, place: int) -> list[jax.Array]:
+  def _block(self, number: int) -> list[jax.Array]:
     """Returns a block; memory grows with what is in use."""
-    if (tile, place) not in self._blocks:
-      self._blocks[tile, place] = self._new_block()
-    return self._blocks[tile, place]
+    if number not in self._blocks:
+      self._blocks[number] = self._new_block()
+    return self._blocks[number]
 
   def _draw(self, hidden_RD: jax.Array, inputs: DrawInputs) -> Drawn:
     """Draws or scores, `DRAWS` rows at a time."""
@@ -204,68 +205,116 @@ class LayerExecutor:
       host.append(jax.tree.map(lambda x, count=count: x[:count], drawn))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *host)
 
-  def _blank_reads(self) -> Reads:
-    return Reads(
-      mode=np.int32(ALL_TEXTS),
-      start=np.int32(0),
-      text=np.int32(0),
-      first=np.int32(0),
-      rows=np.int32(0),
-      writes=np.int32(0),
-      row_Y=np.zeros(self._texts, np.int32),
-      text_R=np.full(ROWS, -1, np.int32),
-      write_row_R=np.zeros(ROWS, np.int32),
-      write_text_R=np.zeros(ROWS, np.int32),
-    )
-
   def _reads(self, work: Pass) -> list[tuple[list[jax.Array], Reads]]:
     """Returns the blocks that a pass visits, and what it does there."""
     rows_n = np.bincount(work.text_R, minlength=len(work.pages))
     first_n = np.cumsum(rows_n) - rows_n
-    last_n = work.position_R[first_n + rows_n - 1]
-    page_n = np.array([pages[0] for pages in work.pages])
+    place_n = work.position_R[first_n + rows_n - 1] // POSITIONS
     visits = []
-    for tile in np.unique(page_n // self._texts).tolist():
-      mine_n = page_n // self._texts == tile
-      for place in range(int(last_n[mine_n].max()) // POSITIONS + 1):
-        there_n = mine_n & (last_n >= place * POSITIONS)
-        single = np.flatnonzero(there_n & (rows_n == 1))
-        alone = np.flatnonzero(there_n)
-        if len(single) >= _TOGETHER:
-          visits.append((tile, place, self._together(work, place, first_n[single], page_n[single])))
-          alone = np.flatnonzero(there_n & (rows_n > 1))
-        for text in alone.tolist():
-          reads = self._alone(work, place, int(first_n[text]), int(rows_n[text]), page_n[text])
-          visits.append((tile, place, reads))
-    return [(self._block(tile, place), reads) for tile, place, reads in visits]
+    for place in range(int(place_n.max()) + 1):
+      there = np.flatnonzero(place_n >= place).tolist()
+      by_block: dict[int, list[tuple[int, int]]] = {}
+      for text in there:
+        block, page = divmod(work.pages[text][place], PAGES)
+        by_block.setdefault(block, []).append((text, page))
+      for block, members in by_block.items():
+        for reads in self._visits(work, place, members, first_n, rows_n):
+          visits.append((self._block(block), reads))
+    return visits
 
-  def _together(self, work: Pass, place: int, row_n: np.ndarray, page_n: np.ndarray) -> Reads:
-    """Returns what texts with one row each do in a block."""
-    reads = self._blank_reads()
-    text_n = page_n % self._texts
-    reads.row_Y[text_n] = row_n
-    reads.text_R[row_n] = text_n
-    written_n = work.position_R[row_n] // POSITIONS == place
-    count = np.count_nonzero(written_n)
-    reads.write_row_R[:count] = row_n[written_n]
-    reads.write_text_R[:count] = text_n[written_n]
-    return reads._replace(start=np.int32(place * POSITIONS), writes=np.int32(count))
+  def _visits(
+    self,
+    work: Pass,
+    place: int,
+    members: list[tuple[int, int]],
+    first_n: np.ndarray,
+    rows_n: np.ndarray,
+  ) -> Iterator[Reads]:
+    """Yields what texts do in a block; `members` are (text, page)."""
+    single = [(text, page) for text, page in members if rows_n[text] == 1]
+    # Readers beyond the places of a page go alone.
+    together, alone = _seated(single) if len(single) >= _TOGETHER else ([], single)
+    if together:
+      yield _together(work, place, together, first_n)
+    alone += [(text, page) for text, page in members if rows_n[text] > 1]
+    for text, page in alone:
+      yield _alone(work, place, page, int(first_n[text]), int(rows_n[text]))
 
-  def _alone(self, work: Pass, place: int, first: int, rows: int, page: int) -> Reads:
-    """Returns what one text does in a block."""
-    reads = self._blank_reads()
-    own = first + np.arange(rows)
-    written = own[work.position_R[own] // POSITIONS == place]
-    reads.write_row_R[: len(written)] = written
-    reads.write_text_R[: len(written)] = page % self._texts
-    return reads._replace(
-      mode=np.int32(1 + np.searchsorted(ROWS_OF_ONE, rows)),
-      start=np.int32(place * POSITIONS),
-      text=np.int32(page % self._texts),
-      first=np.int32(first),
-      rows=np.int32(rows),
-      writes=np.int32(len(written)),
-    )
+
+def _seated(
+  members: list[tuple[int, int]],
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+  """Returns ((text, page, its seat there), those for which there is no seat)."""
+  seats = collections.Counter()
+  seated = []
+  left = []
+  for text, page in members:
+    if seats[page] < READERS:
+      seated.append((text, page, seats[page]))
+      seats[page] += 1
+    else:
+      left.append((text, page))
+  return seated, left
+
+
+def _blank_reads() -> Reads:
+  return Reads(
+    mode=np.int32(0),
+    start=np.int32(0),
+    page=np.int32(0),
+    first=np.int32(0),
+    rows=np.int32(0),
+    writes=np.int32(0),
+    row_PW=np.zeros((PAGES, READERS), np.int32),
+    place_R=np.full(ROWS, -1, np.int32),
+    write_row_R=np.zeros(ROWS, np.int32),
+    write_page_R=np.zeros(ROWS, np.int32),
+  )
+
+
+def _together(
+  work: Pass, place: int, members: list[tuple[int, int, int]], first_n: np.ndarray
+) -> Reads:
+  """Returns what texts with one row each do in a block."""
+  reads = _blank_reads()
+  text_n, page_n, seat_n = np.array(members, np.int32).T
+  row_n = first_n[text_n]
+  reads.row_PW[page_n, seat_n] = row_n
+  reads.place_R[row_n] = page_n * READERS + seat_n
+  written_n = work.position_R[row_n] // POSITIONS == place
+  count = np.count_nonzero(written_n)
+  reads.write_row_R[:count] = row_n[written_n]
+  reads.write_page_R[:count] = page_n[written_n]
+  return reads._replace(
+    mode=np.int32(_mode('together', int(seat_n.max()) + 1)),
+    start=np.int32(place * POSITIONS),
+    writes=np.int32(count),
+  )
+
+
+def _alone(work: Pass, place: int, page: int, first: int, rows: int) -> Reads:
+  """Returns what one text does in a block."""
+  reads = _blank_reads()
+  own = first + np.arange(rows)
+  written = own[work.position_R[own] // POSITIONS == place]
+  reads.write_row_R[: len(written)] = written
+  reads.write_page_R[: len(written)] = page
+  return reads._replace(
+    mode=np.int32(_mode('alone', rows)),
+    start=np.int32(place * POSITIONS),
+    page=np.int32(page),
+    first=np.int32(first),
+    rows=np.int32(rows),
+    writes=np.int32(len(written)),
+  )
+
+
+def _mode(kind: str, rows: int) -> int:
+  """Returns the first mode that holds so many rows."""
+  for place, mode in enumerate(MODES):
+    if mode.kind == kind and rows <= mode.rows:
+      return place
+  raise AssertionError('the last mode of each kind holds all')
 
 
 def _filled(array: np.ndarray) -> np.ndarray:

@@ -29,8 +29,13 @@ SIZES = (1, 4, 8, 16, 32, 64, ROWS)
 # what is compiled.
 DRAWS = 128
 DRAW_SIZES = (1, 8, 32, DRAWS)
-# Positions of a block: the fewer, the less is read in vain, and the more calls there are.
-POSITIONS = 256
+# Positions of a page: the fewer, the less is read in vain, and the more calls there are.
+POSITIONS = 128
+# Rows that can read a page together.
+READERS = 8
+# Pages of a block. A call of a program costs some 100 microseconds beside its products, and what no
+# row reads of a block is read in vain.
+PAGES = 16
 
 
 class Queries(NamedTuple):
@@ -51,51 +56,68 @@ class Partial(NamedTuple):
 
 
 class Reads(NamedTuple):
-  """Which rows read which texts of a block, and which positions they write; int32.
+  """Which rows read which pages of a block, and which slots they write; int32.
+
+  All pages of a block hold the same positions of their texts, so that a row reads at most one.
 
   Attributes:
-    mode: place in `MODES`: how rows meet texts.
-    start: the position at which the block begins.
-    text: the text that is read, for modes of one text.
+    mode: place in `MODES`: how rows meet pages.
+    start: the position at which the pages begin.
+    page: the page that is read, for modes of one page.
     first: its first row of the pass.
     rows: the number of its rows.
-    row_Y: the row of each text, for mode 'texts'; any row where it has none.
-    text_R: the text of each row, for mode 'texts'; -1 where it does not read the block.
     writes: number of rows whose keys and values lie in the block.
-    write_row_R: which rows those are.
-    write_text_R: the text of each of them.
+    row_PW: the row at each place of a page; any row where there is none.
+    place_R: the place of each row, counted through the block; -1 where it reads none of its pages.
+    write_row_R: which rows have their keys and values in the block.
+    write_page_R: the page of each of them.
   """
 
   mode: np.ndarray
   start: np.ndarray
-  text: np.ndarray
+  page: np.ndarray
   first: np.ndarray
   rows: np.ndarray
   writes: np.ndarray
-  row_Y: np.ndarray
-  text_R: np.ndarray
+  row_PW: np.ndarray
+  place_R: np.ndarray
   write_row_R: np.ndarray
-  write_text_R: np.ndarray
+  write_page_R: np.ndarray
 
   def packed(self) -> np.ndarray:
     """Returns all of it as one array: each argument of a program costs its call some time."""
     return np.concatenate(self, axis=None)
 
 
-def _unpacked(packed: jax.Array, texts: int) -> Reads:
-  """Undoes `Reads.packed`, given the number of texts of a block."""
+def _unpacked(packed: jax.Array) -> Reads:
+  """Undoes `Reads.packed`."""
   parts = []
   start = 0
-  for shape in (*[()] * 6, (texts,), (ROWS,), (ROWS,), (ROWS,)):
+  for shape in (*[()] * 6, (PAGES, READERS), (ROWS,), (ROWS,), (ROWS,)):
     count = math.prod(shape)
     parts.append(packed[start : start + count].reshape(shape))
     start += count
   return Reads(*parts)
 
 
-# How rows meet a block: all its texts meet one row each, or one text meets so many rows at most.
-ALL_TEXTS = 0
-ROWS_OF_ONE = (1, 8, ROWS)  # modes 1, 2 and 3
+class Mode(NamedTuple):
+  """How rows meet the pages of a block.
+
+  'alone': one page meets so many rows that follow each other; 'together': each page meets the rows
+  at its first places, so many of them.
+  """
+
+  kind: str
+  rows: int
+
+
+MODES = (
+  Mode('alone', 1),
+  Mode('alone', 8),
+  Mode('alone', ROWS),
+  Mode('together', 1),
+  Mode('together', READERS),
+)
 
 
 def _filled(x: jax.Array, rows: int = ROWS) -> jax.Array:
@@ -213,8 +235,8 @@ def attend(
   """Writes the rows' keys and values into a block, and attends over it.
 
   Args:
-    keys: [Y, K, C, H], donated.
-    values: [Y, K, C, H], donated.
+    keys: [P, K, C, H], donated.
+    values: [P, K, C, H], donated.
     queries: of the rows, with their own keys and values.
     read: attention over other blocks.
     packed: what is written and read (`Reads.packed`).
@@ -224,40 +246,53 @@ def attend(
     (keys, values, attention over this block, too).
   """
   traces['attend'] += 1
-  Y, K, C, H = keys.shape
-  reads = _unpacked(packed, Y)
+  _, K, C, H = keys.shape
+  reads = _unpacked(packed)
 
   # A loop over what is there: a scatter would walk over all rows.
   def write(number: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     row = reads.write_row_R[number]
-    place = (reads.write_text_R[number], 0, position_R[row] - reads.start, 0)
+    place = (reads.write_page_R[number], 0, position_R[row] - reads.start, 0)
     stored = []
     for array, new_RKH in zip(held, (queries.k_RKH, queries.v_RKH), strict=True):
-      new_1K1H = new_RKH[row][None, :, None].astype(array.dtype)
+      new_1KH = jax.lax.dynamic_slice_in_dim(new_RKH, row, 1)
+      new_1K1H = new_1KH[:, :, None].astype(array.dtype)
       stored.append(jax.lax.dynamic_update_slice(array, new_1K1H, place))
     return tuple(stored)
 
   keys, values = jax.lax.fori_loop(0, reads.writes, write, (keys, values))
   position_C = reads.start + jnp.arange(C)
   q_RNH = queries.q_RNH
-  # 16-bit queries stay as they are: their scores are scaled instead.
   q_RKGH = q_RNH.reshape(len(q_RNH), K, -1, H)
 
-  def all_texts() -> Partial:
-    seen_YC = position_C[None] <= position_R[reads.row_Y][:, None]
-    parts = _attention(q_RKGH[reads.row_Y], keys, values, seen_YC[:, None, None])
-    there_R = reads.text_R >= 0
-    # Texts are gathered by row: a scatter of rows would be a loop.
-    parts = jax.tree.map(lambda x: x[jnp.maximum(reads.text_R, 0)], parts)
-    return _merged(read, parts, there_R)
+  def together(mode: Mode):
+    def compute() -> Partial:
+      row_PW = reads.row_PW[:, : mode.rows]
+      G = q_RKGH.shape[2]
+      q_PKTH = q_RKGH[row_PW].swapaxes(1, 2).reshape(PAGES, K, mode.rows * G, H)
+      seen_PWC = position_C[None, None] <= position_R[row_PW][..., None]
+      seen_PTC = jnp.repeat(seen_PWC, G, axis=1)
+      parts = _attention(q_PKTH, keys, values, seen_PTC[:, None])
 
-  def one_text(rows: int):
+      def by_row(x: jax.Array) -> jax.Array:
+        """[P, K * W * G, ...] -> [R, N, ...]; places are gathered: a scatter would be a loop."""
+        rest = x.shape[2:]
+        x = x.reshape(PAGES, K, mode.rows, G, *rest).swapaxes(1, 2)
+        # Places are counted with all that a page can have.
+        place_R = reads.place_R // READERS * mode.rows + reads.place_R % READERS
+        return x.reshape(-1, K * G, *rest)[jnp.maximum(place_R, 0)]
+
+      return _merged(read, jax.tree.map(by_row, parts), reads.place_R >= 0)
+
+    return compute
+
+  def alone(rows: int):
     def compute() -> Partial:
       # The window of rows may begin before the text's own, at the end of the pass.
       first = jnp.minimum(reads.first, ROWS - rows)
       row_r = first + jnp.arange(rows)
       k_1KCH, v_1KCH = (
-        jax.lax.dynamic_slice_in_dim(stored, reads.text, 1) for stored in (keys, values)
+        jax.lax.dynamic_slice_in_dim(stored, reads.page, 1) for stored in (keys, values)
       )
       q_rKGH = jax.lax.dynamic_slice_in_dim(q_RKGH, first, rows)
       position_r = jax.lax.dynamic_slice_in_dim(position_R, first, rows)
@@ -283,27 +318,28 @@ def attend(
 
     return compute
 
-  read = jax.lax.switch(reads.mode, [all_texts, *[one_text(rows) for rows in ROWS_OF_ONE]])
+  branches = [alone(mode.rows) if mode.kind == 'alone' else together(mode) for mode in MODES]
+  read = jax.lax.switch(reads.mode, branches)
   return keys, values, read
 
 
 def _attention(
-  q_YKTH: jax.Array, k_YKCH: jax.Array, v_YKCH: jax.Array, seen_YKTC: jax.Array
+  q_PKTH: jax.Array, k_PKCH: jax.Array, v_PKCH: jax.Array, seen_PKTC: jax.Array
 ) -> Partial:
-  """Attention of T queries of each text, [Y, K * T, ...]."""
-  Y, K, T, H = q_YKTH.shape
-  C = k_YKCH.shape[2]
-  q, k, v = (x.reshape(Y * K, -1, H) for x in (q_YKTH, k_YKCH, v_YKCH))
-  scores = _scores(q, k).reshape(Y, K, T, C) * H**-0.5
-  scores = jnp.where(seen_YKTC, scores, MASKED_SCORE)
+  """Attention of T queries of each page, [P, K * T, ...]."""
+  P, K, T, H = q_PKTH.shape
+  C = k_PKCH.shape[2]
+  q, k, v = (x.reshape(P * K, -1, H) for x in (q_PKTH, k_PKCH, v_PKCH))
+  scores = _scores(q, k).reshape(P, K, T, C) * H**-0.5
+  scores = jnp.where(seen_PKTC, scores, MASKED_SCORE)
   top = scores.max(axis=-1)
   # A row that sees nothing here has a top of MASKED_SCORE, and adds nothing where it is merged.
   weights = jnp.exp(scores - top[..., None])
-  out = _weighted(weights.reshape(Y * K, T, C), v)
+  out = _weighted(weights.reshape(P * K, T, C), v)
   return Partial(
-    top_RN=top.reshape(Y, K * T),
-    total_RN=weights.sum(axis=-1).reshape(Y, K * T),
-    out_RNH=out.reshape(Y, K * T, H),
+    top_RN=top.reshape(P, K * T),
+    total_RN=weights.sum(axis=-1).reshape(P, K * T),
+    out_RNH=out.reshape(P, K * T, H),
   )
 
 
@@ -370,17 +406,17 @@ def draw(
 
 
 @jax.jit
-def read_text(block: list[jax.Array], text: jax.Array) -> list[jax.Array]:
-  """Returns one text's part of a block, [1, K, C, H] for keys and values of each layer."""
-  traces['read_text'] += 1
-  return [jax.lax.dynamic_slice_in_dim(stored, text, 1) for stored in block]
+def read_page(block: list[jax.Array], page: jax.Array) -> list[jax.Array]:
+  """Returns one page of a block, [1, K, C, H] for keys and values of each layer."""
+  traces['read_page'] += 1
+  return [jax.lax.dynamic_slice_in_dim(stored, page, 1) for stored in block]
 
 
 @functools.partial(jax.jit, donate_argnames=('block',))
-def write_text(block: list[jax.Array], part: list[jax.Array], text: jax.Array) -> list[jax.Array]:
-  """Writes what `read_text` gave into another text of a block, which is donated."""
-  traces['write_text'] += 1
+def write_page(block: list[jax.Array], part: list[jax.Array], page: jax.Array) -> list[jax.Array]:
+  """Writes what `read_page` gave into a page of a block, which is donated."""
+  traces['write_page'] += 1
   written = []
   for stored, new in zip(block, part, strict=True):
-    written.append(jax.lax.dynamic_update_slice_in_dim(stored, new, text, 0))
+    written.append(jax.lax.dynamic_update_slice_in_dim(stored, new, page, 0))
   return written

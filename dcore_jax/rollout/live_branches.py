@@ -35,7 +35,7 @@ class LiveBranches:
     self._executor = executor
     self._lanes = lanes
     self._stats = stats
-    self._pool = PagePool(sizes.pages(executor.slots))
+    self._pool = PagePool(executor.pages, executor.places)
     self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
     self._drafts = Drafts(self._table, sizes.guesses, executor.overhead)
     self._planner = Planner(self._table, lanes, self._drafts, executor.rows)
@@ -140,7 +140,7 @@ class LiveBranches:
     branch, copied = self._table.open(text, source, shared)
     # At once: the page that is copied may be given up for the next branch.
     if copied:
-      self._executor.copy(*copied, shared % self._table.slots)
+      self._executor.copy(*copied)
     self._branches[branch] = None
     return branch
 

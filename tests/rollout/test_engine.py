@@ -38,8 +38,8 @@ PROGRAMS = (
   layer_programs.middle,
   layer_programs.attend,
   layer_programs.draw,
-  layer_programs.read_text,
-  layer_programs.write_text,
+  layer_programs.read_page,
+  layer_programs.write_page,
 )
 
 
