@@ -185,9 +185,16 @@ class EngineSection:
     free=True,
     least=0,
   )
-  tile: int = _option(0, "Lanes decoded together; 0 is the engine's choice.", free=True, least=0)
   steps_per_call: int = _option(
-    16, 'Tokens decoded between two looks of the host.', free=True, least=1
+    16, 'Passes of the engine between two looks of the host.', free=True, least=1
+  )
+  # What is drawn does not depend on it; a pass of other rows adds up in another order.
+  guesses: int = _option(
+    15,
+    'Tokens of a rollout that are guessed ahead at most; 0 is none.',
+    free=True,
+    least=0,
+    most=63,
   )
   tensor: int = _option(
     0,

@@ -1,12 +1,16 @@
-"""The devices of a run: many hosts as one program, and the meshes for training and for rollouts.
+"""The devices of a run: many hosts as one program, meshes, and where compiled programs are kept.
 
 Hosts run the same program on the same data and share the work directory; the first one writes what
 is not a checkpoint.
 """
 
+import hashlib
+import os
 import pathlib
+import platform
 
 import jax
+import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -49,18 +53,65 @@ def join(hosts: str) -> None:
 
 
 def keep_programs() -> None:
-  """Keeps compiled programs on disk, so that they outlive the process.
+  """Keeps compiled programs on disk, so that the next process need not compile them.
 
-  They go to JAX_COMPILATION_CACHE_DIR, or else, on accelerators, to ~/.cache/dcore_jax. It must run
-  before anything is compiled.
+  They go to a folder of their own (`programs_folder`) below DCORE_CACHE, by default
+  $XDG_CACHE_HOME/dcore_jax or ~/.cache/dcore_jax; where DCORE_CACHE is empty they are not kept.
+  JAX_COMPILATION_CACHE_DIR goes before all of it. It must run before anything is compiled.
   """
-  # An engine has dozens of decode programs, 20 to 150 s each for Qwen3-8B. Those of a CPU take 1 to
-  # 2 s, and jax may load them on a machine that lacks their instructions (openxla/xla#44565): so a
-  # CPU keeps them only where the variable asks for it.
-  if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu':
-    jax.config.update(
-      'jax_compilation_cache_dir', str(pathlib.Path('~/.cache/dcore_jax').expanduser())
-    )
+  root = os.environ.get('DCORE_CACHE')
+  if root is None:
+    # The standard's default, also where the variable is empty.
+    shared = os.environ.get('XDG_CACHE_HOME') or pathlib.Path('~/.cache').expanduser()
+    root = str(pathlib.Path(shared) / 'dcore_jax')
+  # Whoever has told jax where to keep them has chosen what is kept, too.
+  if jax.config.jax_compilation_cache_dir is not None or not root:
+    return
+  jax.config.update('jax_compilation_cache_dir', str(programs_folder(pathlib.Path(root))))
+  # jax keeps what takes 1 s or more. A start has a dozen programs that take less, and each of them
+  # is 10 to 100 kB.
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def programs_folder(root: pathlib.Path) -> pathlib.Path:
+  """Returns the folder for the programs of this version of jax on this kind of processor.
+
+  jax may load a CPU's program on a machine that lacks its instructions (openxla/xla#44565), and a
+  home directory may be shared by machines of several kinds.
+  """
+  processor = hashlib.sha256(_processor().encode()).hexdigest()[:8]
+  return root / f'programs-{jax.__version__}-{jaxlib.__version__}-{processor}'
+
+
+# Lines of /proc/cpuinfo that say which instructions there are, on x86 and on ARM. Others change
+# from start to start (MHz) or from core to core.
+_PROCESSOR_LINES = (
+  'vendor_id',
+  'cpu family',
+  'model',
+  'model name',
+  'stepping',
+  'flags',
+  'Features',
+  'CPU implementer',
+  'CPU architecture',
+  'CPU variant',
+  'CPU part',
+)
+
+
+def _processor() -> str:
+  """Returns what distinguishes this kind of processor from others."""
+  found = [platform.machine(), platform.processor()]
+  listed = pathlib.Path('/proc/cpuinfo')
+  # Other systems than Linux have no such file; their homes are hardly ever shared.
+  if listed.is_file():
+    # Lines are sorted and counted once: a machine may have cores of several kinds.
+    lines = listed.read_text(encoding='utf-8', errors='replace').splitlines()
+    kept = {line for line in lines if line.partition(':')[0].strip() in _PROCESSOR_LINES}
+    found += sorted(kept)
+  return '\n'.join(found)
 
 
 def writes() -> bool:

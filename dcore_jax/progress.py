@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 import tqdm
@@ -88,6 +88,23 @@ def progress(
     miniters=1,
     ncols=100,
   )
+
+
+def show_compiling(prepare: Callable[[Callable[[int, int], None]], Any]) -> None:
+  """Shows a bar while programs are compiled.
+
+  Args:
+    prepare: compiles them. It is called with a function of (programs that are ready, all), which it
+      calls now and then.
+  """
+  # How many there are is known from the first call on.
+  with progress(total=0, description='compile', unit='program') as bar:
+
+    def show(ready: int, total: int) -> None:
+      bar.total = total
+      bar.update(ready - bar.n)
+
+    prepare(show)
 
 
 @dataclasses.dataclass

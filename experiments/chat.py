@@ -10,6 +10,7 @@ import sys
 from absl import app, flags, logging
 
 from dcore_jax.data.show_rows import use_colour
+from dcore_jax.progress import show_compiling
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.run.terminal import Chat, Speaker
 from dcore_jax.serve.scheduler import Scheduler, Stopped
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> None:
   # One may wait: the lane of a cancelled answer comes free a step later.
   scheduler = Scheduler(model.engine, max_waiting=1)
   print(f'{model.name}: {model.summary()}', file=sys.stderr)
+  # Before the first line is typed, or its answer would wait for it.
+  scheduler.prepare()
+  show_compiling(scheduler.wait_until_ready)
   chat = Chat(
     Speaker(scheduler, model.tokenizer, sampling, sys.stdout, use_colour(sys.stdout)),
     system=_SYSTEM.value,

@@ -20,7 +20,8 @@ from dcore_jax.config import RunConfig
 from dcore_jax.data.seed_sources import config_seeds
 from dcore_jax.distill.stage import BACKENDS, run_distillation
 from dcore_jax.files import write_json_atomic
-from dcore_jax.progress import progress, stage
+from dcore_jax.progress import progress, show_compiling, stage
+from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import local_backend
 from dcore_jax.run import program
 from dcore_jax.run.config import define_config, read_config
@@ -49,10 +50,14 @@ def main() -> None:
 
 def _distill(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
   seeds = config_seeds(config)
+
+  def local(journal: pathlib.Path) -> LocalBackend:
+    backend = local_backend(config, journal)
+    show_compiling(backend.engine.prepare)
+    return backend
+
   with stage('distill'), progress(total=len(seeds), description='distill') as bar:
-    summary = run_distillation(
-      config, folder, seeds, lambda journal: local_backend(config, journal), progress=bar.update
-    )
+    summary = run_distillation(config, folder, seeds, local, progress=bar.update)
   write_json_atomic(folder / 'result.json', summary)
   return summary
 

@@ -22,7 +22,7 @@ from dcore_jax.config import RunConfig
 from dcore_jax.distill.stage import endpoint, prices
 from dcore_jax.evaluate.held_out import evaluate_backend
 from dcore_jax.files import write_json_atomic
-from dcore_jax.progress import stage
+from dcore_jax.progress import show_compiling, stage
 from dcore_jax.rollout.policy import load_tokenizer, local_backend
 from dcore_jax.run import program
 from dcore_jax.run.config import define_config, read_config
@@ -57,6 +57,7 @@ def _evaluate(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
       )
     else:
       backend = local_backend(config, journal)
+      show_compiling(backend.engine.prepare)
     result = evaluate_backend(config, folder, backend, tokenizer)
   write_json_atomic(folder / 'result.json', result | {'seconds': timer.seconds})
   return result

@@ -2,8 +2,9 @@
 
 It listens on this machine only unless --host says otherwise. The API key, if any, is read from the
 environment variable that --api_key_env names, so that no process list shows it. --name may be
-given several times; the path of the model is always a name of it, too. After SIGTERM it finishes
-what is under way and refuses the rest.
+given several times; the path of the model is always a name of it, too. It prints its URL when all
+programs are compiled; until then requests wait, and /health answers 503 with how far it is. After
+SIGTERM it finishes what is under way and refuses the rest.
 """
 
 import os
@@ -13,7 +14,7 @@ from absl import app, flags, logging
 
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
-from dcore_jax.serve.server import DTYPES, Server, check_port, load_model
+from dcore_jax.serve.server import DTYPES, Server, check_port, load_model, process_seconds
 
 _MODEL = flags.DEFINE_string(
   'model', '', 'Hugging Face directory; default: the organism inside the package.'
@@ -88,7 +89,8 @@ def main(argv: list[str]) -> None:
 
   def announce(url: str) -> None:
     names = ' and '.join(service.names)
-    print(f'{url} serves {names}: {model.summary()}', file=sys.stderr, flush=True)
+    ready = f'ready after {process_seconds():.1f} s'
+    print(f'{url} serves {names}: {model.summary()}; {ready}', file=sys.stderr, flush=True)
 
   Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce).run()
   if scheduler.failure is not None:

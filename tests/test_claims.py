@@ -61,7 +61,7 @@ def test_fields_that_say_where_and_how_fast_may_change(tmp_path):
     RunConfig(),
     {
       'distill': {'base_url': 'http://other:8000/v1', 'concurrency': 2, 'prompt_price': 2.0},
-      'engine': {'lanes': 8, 'tile': 4},
+      'engine': {'lanes': 8, 'guesses': 0},
       'mesh': {'tensor': 2},
       'report': {'traces': 1},
       'stages': ('report',),
@@ -79,6 +79,18 @@ def test_fields_that_say_where_and_how_fast_may_change(tmp_path):
     )
   said = 'differs in engine.max_len: was 1024, is 64; rl.alpha: was 0.1, is 0.4; name another'
   assert said in str(error.value)
+
+
+def test_a_run_of_an_engine_with_tiles_goes_on(tmp_path):
+  path = tmp_path / 'config.json'
+  record = to_json(RunConfig())
+  # Such an engine decoded lanes in tiles, and guessed nothing.
+  record['engine']['tile'] = 32
+  del record['engine']['guesses']
+  path.write_text(json.dumps(record))
+  moved = overlay(RunConfig(), {'engine': {'guesses': 3}})
+  claim(path, to_json(moved), 'holds results of a config that differs in', defaults=RunConfig())
+  assert json.loads(path.read_text()) == to_json(moved)
 
 
 def test_a_record_of_sections_beside_other_entries(tmp_path):

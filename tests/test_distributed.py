@@ -69,21 +69,45 @@ def test_hosts_that_cannot_be_are_named(hosts):
 
 
 @pytest.mark.parametrize(
-  ('backend', 'asked', 'kept'),
+  ('told', 'variables', 'kept'),
   [
-    ('tpu', None, '/home/someone/.cache/dcore_jax'),
-    ('cpu', None, None),
-    ('gpu', '/elsewhere', '/elsewhere'),
-    ('cpu', '/elsewhere', '/elsewhere'),
+    (None, {}, '/home/someone/.cache/dcore_jax/programs-'),
+    (None, {'XDG_CACHE_HOME': '/fast'}, '/fast/dcore_jax/programs-'),
+    (None, {'XDG_CACHE_HOME': ''}, '/home/someone/.cache/dcore_jax/programs-'),
+    (None, {'XDG_CACHE_HOME': '/fast', 'DCORE_CACHE': '/mine'}, '/mine/programs-'),
+    (None, {'DCORE_CACHE': ''}, None),
+    ('/elsewhere', {'DCORE_CACHE': '/mine'}, '/elsewhere'),
   ],
 )
-def test_compiled_programs_are_kept_where_they_are_worth_it(monkeypatch, backend, asked, kept):
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+def test_where_compiled_programs_are_kept(monkeypatch, told, variables, kept):
+  for name in ('DCORE_CACHE', 'XDG_CACHE_HOME', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv('HOME', '/home/someone')
-  before = jax.config.jax_compilation_cache_dir
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  settings = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = {name: getattr(jax.config, name) for name in settings}
   try:
-    jax.config.update('jax_compilation_cache_dir', asked)
+    jax.config.update('jax_compilation_cache_dir', told)
     distributed.keep_programs()
-    assert jax.config.jax_compilation_cache_dir == kept
+    got = jax.config.jax_compilation_cache_dir
+    assert got == kept if kept is None else got.startswith(kept)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    # Only the project's own folder has all of them.
+    assert (least == 0) == (kept is not None and kept.endswith('programs-'))
   finally:
-    jax.config.update('jax_compilation_cache_dir', before)
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
+def test_programs_of_other_processors_and_versions_have_other_folders(monkeypatch):
+  def folder():
+    return distributed.programs_folder(pathlib.Path('root'))
+
+  here = folder()
+  assert here == folder()
+  monkeypatch.setattr(distributed, '_processor', lambda: 'a processor without AVX-512')
+  assert folder() != here and folder().parent == here.parent
+  monkeypatch.undo()
+  monkeypatch.setattr(jax, '__version__', '99.0')
+  assert '99.0' in folder().name

@@ -22,6 +22,7 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params
 from dcore_jax.models.hf_checkpoint import ModelFiles, save_checkpoint
 from dcore_jax.models.module import Decoder
+from dcore_jax.progress import show_compiling
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_policy
 from dcore_jax.rollout.requests import Completion, Request
@@ -164,6 +165,7 @@ class _Answering:
     weights = jax.tree.leaves(model.params())
     if self._engine is None:
       self._engine = make_engine(model, lanes=_LANES)
+      show_compiling(self._engine.prepare)
     # Arrays never change, so that weights are the engine's own if the arrays are.
     elif any(new is not old for new, old in zip(weights, self._weights, strict=True)):
       self._engine.update(model.params())

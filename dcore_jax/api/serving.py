@@ -8,6 +8,7 @@ from typing import Any
 
 from dcore_jax.api.model import Model, make_engine, sampling_rule
 from dcore_jax.data.show_rows import use_colour
+from dcore_jax.progress import show_compiling
 from dcore_jax.run.terminal import Chat, Speaker
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
@@ -22,11 +23,14 @@ _DRAIN_SECONDS = 30.0  # after SIGTERM, for what is under way
 class BackgroundServer:
   """A server on a thread of this process.
 
+  It is ready when it is made: all programs of its engine are compiled.
+
   Attributes:
     url: where it listens, '/v1' included.
 
   Raises:
     OSError: it cannot listen there.
+    RuntimeError: the engine failed.
   """
 
   def __init__(self, service: Service, host: str, port: int):
@@ -43,6 +47,8 @@ class BackgroundServer:
       if not self._thread.is_alive():
         # The engine's thread would otherwise outlive the error and hold its memory.
         service.scheduler.close()
+        if service.scheduler.failure is not None:
+          raise _failed(service.scheduler)
         raise OSError(f'no server can listen on {host}:{port}')
 
   def _run(self) -> None:
@@ -110,8 +116,14 @@ def serve_model(
   # The server drains and ends quietly when its engine fails; a script must not take that for
   # success.
   if scheduler.failure is not None:
-    raise RuntimeError(f'the engine failed: {scheduler.failure}') from scheduler.failure
+    raise _failed(scheduler)
   return None
+
+
+def _failed(scheduler: Scheduler) -> RuntimeError:
+  error = RuntimeError(f'the engine failed: {scheduler.failure}')
+  error.__cause__ = scheduler.failure
+  return error
 
 
 def chat_with(
@@ -144,6 +156,9 @@ def chat_with(
   # One more may wait: the lane of a cancelled answer comes free a step later.
   scheduler = Scheduler(make_engine(model, lanes=1, steps_per_call=4), max_waiting=1)
   try:
+    # Before the first line is typed, or its answer would wait for it.
+    scheduler.prepare()
+    show_compiling(scheduler.wait_until_ready)
     speaker = Speaker(
       scheduler, model.tokenizer, rule, out=sys.stdout, colour=use_colour(sys.stdout)
     )

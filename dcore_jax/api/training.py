@@ -28,7 +28,7 @@ from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.files import read_rows
 from dcore_jax.models import decoder
 from dcore_jax.overrides import overlay, to_json
-from dcore_jax.progress import progress
+from dcore_jax.progress import progress, show_compiling
 from dcore_jax.rollout.local_backend import LocalBackend
 from dcore_jax.rollout.policy import Policy, make_engine
 from dcore_jax.run.config import read_config
@@ -81,6 +81,7 @@ def distill_seeds(
   def local(journal: pathlib.Path) -> LocalBackend:
     params = policy.load(mesh)
     engine = make_engine(settings, policy, params, mesh)
+    show_compiling(engine.prepare)
     return LocalBackend(engine, model.tokenizer, journal=journal, model=policy.name(params))
 
   # Answers are kept in a journal inside: a call that goes on asks no question twice.
@@ -186,7 +187,9 @@ def da_grpo(
 
   def engine(params: Any) -> Any:
     # The rollouts of an episode's group share its first prompt alone.
-    return make_engine(settings, policy, params, mesh, groups=not section.episodes)
+    made = make_engine(settings, policy, params, mesh, groups=not section.episodes)
+    show_compiling(made.prepare)
+    return made
 
   with _folder(workdir) as folder:
     # The loop makes its frozen reference from them before the first update.
@@ -234,6 +237,7 @@ def evaluate_model(
   policy = _policy(model)
   mesh = distributed.training_mesh(settings)
   engine = make_engine(settings, policy, policy.load(mesh), mesh)
+  show_compiling(engine.prepare)
 
   def actor(world, tasks, sampling, told):
     return act(engine, model.tokenizer, world, tasks, sampling, told)

@@ -58,8 +58,9 @@ def run_distillation(
 ) -> dict[str, Any]:
   """Distils the seeds into `folder` and returns the content of distill.json.
 
-  Its `seconds` are those of all calls that it took, from the first on; `usage` and `occupancy` are
-  of the call that ended it. A call that finds the run finished returns what was written.
+  Its `seconds` are those of all calls that it took, from the first on; `usage` and
+  `tokens_per_row` (tokens drawn for each token that went through the model behind a prompt) are of
+  the call that ended it. A call that finds the run finished returns what was written.
 
   Args:
     config: the whole pipeline config; sections `distill` and `world`, and its `seed`.
@@ -85,7 +86,7 @@ def run_distillation(
   backend = _make_backend(section, folder / 'replies.jsonl', local)
   # Before the first row: a folder of other rows must not be added to.
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
-  # The engine may have served other stages. Its occupancy is that of what distillation adds.
+  # The engine may have served other stages. Only what distillation adds is counted.
   before = dataclasses.replace(backend.engine.stats) if isinstance(backend, LocalBackend) else None
   # Labels may change the kind of a seed and drop it. Success rates are about the given seeds.
   given = seeds
@@ -118,7 +119,8 @@ def run_distillation(
   summary['usage'] = backend.usage.record()
   summary['seconds'] = round(clock.write(), 1)
   if before:
-    summary['occupancy'] = round(_occupancy(before, backend.engine.stats), 4)
+    spent = since(before, backend.engine.stats)
+    summary['tokens_per_row'] = round(spent.tokens_per_row, 4)
   _finish(folder, run, summary)
   return summary
 
@@ -242,11 +244,9 @@ def _asked_records(run: Shards, given: Sequence[Seed], labels: '_Labels') -> lis
   return records
 
 
-def _occupancy(before: EngineStats, now: EngineStats) -> float:
-  """The share of an engine's lanes that were busy since `before`."""
-  # Counts are since the engine was made, so that those of before are taken off.
-  spent = {name: value - getattr(before, name) for name, value in vars(now).items()}
-  return EngineStats(**spent).occupancy
+def since(before: EngineStats, now: EngineStats) -> EngineStats:
+  """Returns what an engine has done since a copy of its counts was taken."""
+  return EngineStats(**{name: value - getattr(before, name) for name, value in vars(now).items()})
 
 
 # --- what the rows of a folder are made of --------------------------------------------------------

@@ -36,7 +36,7 @@ from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
 from dcore_jax.models.hf_checkpoint import ModelFiles, load_params, save_checkpoint
 from dcore_jax.overrides import to_json
-from dcore_jax.progress import progress, stage
+from dcore_jax.progress import progress, show_compiling, stage
 from dcore_jax.report.collect import collect_summary, collect_traces, stage_folders
 from dcore_jax.report.model_card import model_card
 from dcore_jax.report.report import write_report
@@ -195,6 +195,8 @@ class Pipeline:
     if self._engine is None:
       self._engine = make_engine(self.config, self.policy, params, self.mesh, groups=groups)
       self._grouped = groups
+      # Once for all stages: later ones only change the weights.
+      show_compiling(self._engine.prepare)
     else:
       self._engine.update(params)
     return self._engine

@@ -158,9 +158,15 @@ class Service:
     # 503 tells a load balancer to send no more requests here.
     if self.scheduler.failure is not None:
       return JSONResponse({'status': 'failed'}, 503)
-    return (
-      JSONResponse({'status': 'draining'}, 503) if self.draining else JSONResponse({'status': 'ok'})
-    )
+    if self.draining:
+      return JSONResponse({'status': 'draining'}, 503)
+    if not self.scheduler.ready:
+      ready, total = self.scheduler.programs
+      programs = {'ready': ready, 'total': total}
+      # Before the engine has counted its programs, there are none to divide by.
+      starting = {'status': 'starting', 'programs': programs, 'share': ready / max(total, 1)}
+      return JSONResponse(starting, 503, RETRY_AFTER)
+    return JSONResponse({'status': 'ok'})
 
   async def _metrics(self, _: Request) -> Response:
     return Response(self.telemetry.text(), media_type='text/plain; version=0.0.4')

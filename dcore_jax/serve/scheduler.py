@@ -5,6 +5,7 @@ happens to one of them is told to the job's `deliver`, on the engine's thread, w
 hands it on.
 """
 
+import contextlib
 import functools
 import queue
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 from dcore_jax.rollout.engine import Engine, Progress, Request
 from dcore_jax.rollout.sampling import SamplingParams
+
+_LOOK_SECONDS = 0.1  # between two looks at how many programs are compiled
 
 # Takes (which of the job's rollouts, what it drew or why it ends).
 Deliver = Callable[[int, Progress | Exception], None]
@@ -50,6 +53,9 @@ class Scheduler:
     self.engine = engine
     self.max_waiting = max_waiting
     self.failure: Exception | None = None
+    # Programs that are compiled, and all; all are 0 until the engine has counted them.
+    self.programs = (0, 0)
+    self._prepared = threading.Event()
     self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     # The lock guards `_in_flight` and `_closed`, which all threads change. All else is touched by
     # the engine's thread alone.
@@ -70,6 +76,25 @@ class Scheduler:
   def in_flight(self) -> int:
     """Rollouts that run or wait."""
     return self._in_flight
+
+  @property
+  def ready(self) -> bool:
+    """Whether `prepare` is done: nothing has to be compiled for a request any more."""
+    return self._prepared.is_set()
+
+  def prepare(self) -> None:
+    """Lets the engine compile its programs, and returns at once; what is submitted waits for it."""
+    self._commands.put(self._prepare)
+
+  def wait_until_ready(self, progress: Callable[[int, int], None]) -> None:
+    """Returns when `prepare` is done, or the engine's thread has ended.
+
+    Args:
+      progress: is called with (programs that are compiled, all), here and there.
+    """
+    while not self._prepared.wait(_LOOK_SECONDS) and self._thread.is_alive():
+      progress(*self.programs)
+    progress(*self.programs)
 
   def submit(self, requests: Sequence[Request], sampling: SamplingParams, deliver: Deliver) -> Job:
     """Takes all of the requests or none.
@@ -141,6 +166,18 @@ class Scheduler:
     """Carries out what was asked for before `_closed` was set and not read before the end."""
     while not self._commands.empty():
       self._commands.get()()
+
+  def _prepare(self) -> None:
+    # Closed meanwhile: the command to stop is the next that is carried out.
+    with contextlib.suppress(Stopped):
+      self.engine.prepare(self._count_programs)
+      self._prepared.set()
+
+  def _count_programs(self, ready: int, total: int) -> None:
+    self.programs = ready, total
+    # Whoever ends the server does not wait for what nobody will call.
+    if self._closed:
+      raise Stopped
 
   def _admit(self, job: Job, requests: Sequence[Request], sampling: SamplingParams) -> None:
     for place, request in enumerate(requests):

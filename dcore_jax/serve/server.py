@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import pathlib
 import signal
 import socket
@@ -24,6 +25,7 @@ from dcore_jax.serve.openai_api import Service
 # Tokens of prompt and answer if nobody says otherwise.
 _MAX_LEN = 4096
 _LAST_PORT = 65535
+_IMPORTED = time.monotonic()
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -117,12 +119,25 @@ def check_port(port: int) -> None:
     raise ValueError(f'port = {port}; expected 0 (any that is free) to {_LAST_PORT}')
 
 
+def process_seconds() -> float:
+  """Returns the seconds since this process began; off Linux, since this module was imported."""
+  try:
+    # Behind the name, which may hold blanks, the 20th field is the start in ticks since the boot.
+    fields = pathlib.Path('/proc/self/stat').read_text(encoding='utf-8').rpartition(')')[2].split()
+    began = int(fields[19]) / os.sysconf('SC_CLK_TCK')
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+  except (OSError, AttributeError):
+    return time.monotonic() - _IMPORTED
+
+
 class Server(uvicorn.Server):
   """Serves until SIGTERM or SIGINT, then finishes what is under way, for `drain_seconds` at most,
   and takes nothing new.
 
-  A second signal ends it at once. It ends by itself where the engine fails. `announce` is told the
-  URL once it listens.
+  A second signal ends it at once. It ends by itself where the engine fails.
+
+  As soon as it listens, the engine compiles its programs. Requests that come meanwhile wait for it,
+  and /health answers 503. Then `announce` is told the URL.
   """
 
   def __init__(
@@ -143,12 +158,18 @@ class Server(uvicorn.Server):
     self._drain_seconds = drain_seconds
     self._deadline = float('inf')
     self._announce = announce
+    self._announced = False
     self._closing: asyncio.Task | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-    """Binds, then announces the address."""
-    # The socket has to listen before anybody is told of it.
+    """Binds, then lets the engine compile its programs."""
+    # A port that is taken should come to light before that.
     await super().startup(sockets)
+    self._service.scheduler.prepare()
+
+  def _tell(self) -> None:
+    """Announces the address."""
+    self._announced = True
     # With port 0 the operating system has chosen one, which only the socket knows.
     host, port, *_ = self.servers[0].sockets[0].getsockname()
     self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
@@ -167,9 +188,14 @@ class Server(uvicorn.Server):
     self._deadline = min(self._deadline, time.monotonic() + self._drain_seconds)
 
   async def on_tick(self, counter: int) -> bool:
-    """Ends the server once it has drained, its time to drain is over, or its engine has failed."""
+    """Announces the server once it is ready.
+
+    Ends it once it has drained, its time to drain is over, or its engine has failed.
+    """
     service = self._service
     # uvicorn calls this ten times a second.
+    if service.scheduler.ready and not self._announced:
+      self._tell()
     overdue = time.monotonic() > self._deadline
     if overdue and self._closing is None:
       # After the present step the scheduler ends the rollouts that are left, and their requests

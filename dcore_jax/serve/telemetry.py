@@ -64,6 +64,7 @@ class _EngineCollector:
       'lanes': ('Rollouts that can run at once.', self._scheduler.engine.lanes),
       'rollouts_in_flight': ('Rollouts that run or wait.', self._scheduler.in_flight),
       # Prometheus shows truth values as 0 and 1.
+      'ready': ('1 once all programs are compiled.', self._scheduler.ready),
       'up': ('0 once the engine has failed.', self._scheduler.failure is None),
     }
     for name, (meaning, value) in gauges.items():

@@ -3,7 +3,6 @@ script says.
 """
 
 import contextlib
-import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ def engine_like(engine):
     engine.params,
     engine.config,
     stop_ids=engine.stop_ids.tolist(),
-    sizes=dataclasses.replace(engine.sizes, tile=2),
+    sizes=engine.sizes,
     decode=engine.decode,
   )
 
@@ -53,6 +52,9 @@ class ScriptedEngine:
     self.stop_ids = np.array([self.reply[-1]])
     self.stats = EngineStats()
     self.go = threading.Event()
+    # `prepare` waits here between its two programs.
+    self.compiled = threading.Event()
+    self.compiled.set()
     self.broken = None
     self.cancelled = []
     self.prompts = []
@@ -67,6 +69,15 @@ class ScriptedEngine:
   @property
   def busy(self):
     return bool(self._rollouts)
+
+  def prepare(self, progress):
+    progress(0, 2)
+    progress(1, 2)
+    while not self.compiled.wait(0.01):
+      progress(1, 2)
+    if self.broken:
+      raise self.broken
+    progress(2, 2)
 
   def submit(self, request, sampling):
     if len(request.prompt) == 13:
@@ -124,12 +135,14 @@ def scripted_scores(request):
 
 
 @contextlib.contextmanager
-def running(service, drain_seconds=30.0):
-  """The service on a port of its own -> (URL, uvicorn server)."""
+def running(service, drain_seconds=30.0, ready=True):
+  """The service on a port of its own -> (URL, uvicorn server); as a rule once it is ready."""
   server = Server(service, '127.0.0.1', 0, drain_seconds)
   thread = threading.Thread(target=server.run, daemon=True)
   thread.start()
   until(lambda: server.started or not thread.is_alive())
+  if ready:
+    until(lambda: service.scheduler.ready or not thread.is_alive())
   try:
     yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}', server
   finally:
