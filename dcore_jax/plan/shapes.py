@@ -174,24 +174,6 @@ class RunShapes:
       )
     return rows // parts
 
-  @property
-  def rows_per_group(self) -> int:
-    """Rows that the rollouts of one longest prompt take at their longest; each repeats the prompt.
-
-    Raises:
-      ValueError: a row does not hold the prompt and one response.
-    """
-    rl = self.config.rl
-    # A row holds the prompt once, and behind it as many responses as there is room for.
-    fit = (rl.capacity - rl.max_prompt_tokens) // rl.max_tokens
-    if fit < 1:
-      raise ValueError(
-        f'rl.capacity = {rl.capacity} does not hold a prompt of {rl.max_prompt_tokens} and a '
-        f'response of {rl.max_tokens} tokens'
-      )
-    # Rounded up: the last row of a group may hold fewer responses, but is computed in full.
-    return math.ceil(rl.group / fit)
-
   def _on_host(self, tree: Any, what: str, moved: Any) -> Any:
     """Returns the same shapes, some of them in host memory where `execution.offload` names `what`.
 
