@@ -67,4 +67,5 @@ def paper_config(
   c.rl.tasks.update(dict(single=320, sequential=640, parallel=640, irrelevant=320, multi_turn=214))
   c.sft.rows = sft_rows
   c.rl.rows = rl_rows
+  c.rl.capacity = prompt + c.rl.group * response
   return c

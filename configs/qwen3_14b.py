@@ -21,5 +21,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'unknown variant {variant!r} of qwen3_14b')
   # With 128 lanes the update would lack 2.6 GiB on every device.
   c = paper_config('qwen3_14b', 'Qwen3-14B', sft_rows=8, lanes=64)
+  c.rl.capacity = 24_576
   c.rl.checkpoint_every = 50
   return c

@@ -18,4 +18,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_32b')
-  return paper_config('qwen3_32b', 'Qwen3-32B', sft_rows=16, rl_rows=16, lanes=64, tile=32)
+  c = paper_config('qwen3_32b', 'Qwen3-32B', sft_rows=16, rl_rows=16, lanes=64, tile=32)
+  c.rl.capacity = 24_576
+  c.execution.offload = ('optimizer',)
+  return c

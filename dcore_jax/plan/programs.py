@@ -18,6 +18,7 @@ from dcore_jax import tokentree
 from dcore_jax.config import RlSection
 from dcore_jax.learn import advantages, grpo, optimizer, sft
 from dcore_jax.plan import group_rows, roofline
+from dcore_jax.plan.compile_times import NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.plan.roofline import Work
 from dcore_jax.plan.shapes import RunShapes, abstract_batch, device_bytes
@@ -79,6 +80,17 @@ def of_run(run: RunShapes) -> list[Program]:
   if config.engine.trunks and outside_rl:
     found.append(decode_apart(run))
   return found
+
+
+def more_of_engine(run: RunShapes) -> list[NamedProgram]:
+  """Returns what the engine compiles in a run beside its longest calls, which `of_run` has.
+
+  They are compiled for their times alone. A run with other lengths of prompts and responses meets
+  other programs of the engine; the plan does not list them yet.
+  """
+  # An entry a program: NamedProgram('decode, span 1024', run.engine.decode).
+  del run
+  return []
 
 
 # --- training -------------------------------------------------------------------------------------

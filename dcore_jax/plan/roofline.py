@@ -40,6 +40,15 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 }
 
 
+def of_target(target: str) -> str:
+  """Returns the accelerator of a target of `topology.target`; an A100 where it has no roofline."""
+  kind = target.partition(':')[0]
+  for name in ACCELERATORS:
+    if name.partition('-')[0] == kind:
+      return name
+  return 'a100-80g'
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
   """What one call does on one device.
