@@ -3,13 +3,14 @@
     python -m experiments.plan --config=configs/qwen3_14b.py --topology=a100:8
 
 Compares what `rl.capacity` may be, then compiles the steps of the run for devices that need not be
-there (`pip install -e .[aot]`), and says how long each took to compile. `--capacity=auto` plans the
+there (`pip install -e .[aot]`), and says how long they took to compile. `--capacity=auto` plans the
 run with the best capacity instead of the config's. The exit status is 1 when a step does not fit.
 """
 
 import json
 import sys
 
+import jax
 from absl import flags
 
 from dcore_jax.config import RunConfig
@@ -22,11 +23,11 @@ _TOPOLOGY = flags.DEFINE_string(
   'topology', 'cpu:8', 'a100:8, a100:16 ..., v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.'
 )
 _JSON = flags.DEFINE_bool(
-  'json', False, 'Print JSON instead of tables: an object of capacities, one a step, one of times.'
+  'json',
+  False,
+  'Print JSON instead of tables: a line of capacities, one a step, one of compile times.',
 )
 _STEPS = flags.DEFINE_list('steps', [], 'Only these steps; default: all.')
-
-
 _CAPACITY = flags.DEFINE_enum(
   'capacity', 'config', ['config', 'auto'], 'Plan rl.capacity as in the config, or the best one.'
 )
@@ -34,6 +35,8 @@ _CAPACITY = flags.DEFINE_enum(
 
 def main() -> None:
   """Prints the plan and ends the program with its verdict."""
+  # A program from the cache of another process would take no time to compile.
+  jax.config.update('jax_enable_compilation_cache', False)
   config = read_config(_CONFIG.value)
   try:
     fits = _plan(config)
@@ -63,11 +66,11 @@ def _plan(config: RunConfig) -> bool:
       print(json.dumps(step.to_json()))
   else:
     print(fit.table(plans, target))
-  times = [step.compile_time for step in plans]
-  # Some steps alone are asked for to save time.
+  # A whole run waits for the sum of all its programs; some steps alone have no sum.
   if not steps:
+    times = [step.compile_time for step in plans]
     times += fit.more_compile_times(config, target)
-  _print({'compile_times': [each._asdict() for each in times]}, compile_times.table(times))
+    _print({'compile_times': [each._asdict() for each in times]}, compile_times.table(times))
   return all(step.fits for step in plans)
 
 

@@ -257,11 +257,21 @@ def test_the_program_says_so_by_its_exit_status(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   [step] = map(json.loads, done.stdout.splitlines())
   assert step['fits'] and step['collectives']['all-gather']['count'] >= 7
-  done = run_program(str(path), 'cpu:8', '--config.sft.rows=3')
+  done = run_program(str(path), 'cpu:8', '--config.rl.rows=8', '--config.sft.rows=3')
   assert (
     done.returncode == 1
     and 'sft.rows = 3 do not divide into 1 micro-batches over 8 devices' in done.stderr
   )
+  long = ['--config.rl.capacity=1024', '--steps=old log-probabilities']
+  least = {}
+  for flags in (long, [*long, '--capacity=auto']):
+    done = run_program(str(path), 'cpu:8', *rows, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *capacities, step = map(json.loads, done.stdout.splitlines())
+    least[len(capacities)] = step['flops']
+  assert capacities[0]['best'] == 512 and capacities[0]['config'] == 1024
+  # Rows of half as many tokens.
+  assert least[1] < 0.6 * least[0]
   done = run_program(
     str(path), 'cpu:8', *rows, '--steps=SFT step', '--config.model.init.vocab_size=400000000'
   )
