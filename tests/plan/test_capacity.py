@@ -40,6 +40,11 @@ def devices_of(name):
   return [Device(number, 'gpu') for number in range(int(count))]
 
 
+def without_kinds_of_memory(monkeypatch):
+  """A100s that are not there name none, and take any name for none; `Device` would refuse it."""
+  monkeypatch.setattr(jax.NamedSharding, 'with_memory_kind', lambda sharding, _: sharding)
+
+
 def section(prompts, group, prompt, response, tokens):
   c = default_config()
   c.rl.update(
@@ -114,8 +119,7 @@ A100_BYTES = 85_100_068_864
 
 @pytest.mark.parametrize('name', sorted(presets.RECORDS))
 def test_configs_have_the_best_capacity_for_the_devices_that_they_name(name, monkeypatch):
-  # These devices name no kinds of memory, and those of an A100 that is not there do not either.
-  monkeypatch.setattr(jax.NamedSharding, 'with_memory_kind', lambda sharding, _: sharding)
+  without_kinds_of_memory(monkeypatch)
   config = paper(name)
   choices = capacity.compare(
     config,
@@ -148,3 +152,14 @@ def test_temporaries_are_estimated_near_what_the_compiler_says(name):
     batch = programs.grpo_update(run).arguments['batch']
     estimate = capacity.update_temporaries(run, batch.tokens.shape[0])
     assert estimate / 2**30 == pytest.approx(compiled, abs=1.6)
+
+
+def test_what_lies_in_host_memory_is_not_counted_on_devices(monkeypatch):
+  without_kinds_of_memory(monkeypatch)
+  config = paper('qwen3_32b')
+  assert config.execution.offload == ('optimizer',)
+  run = shapes.RunShapes(config, fit.model_config(config.model), devices_of('qwen3_32b'))
+  state = run.state(programs.rl_optimizer(config.rl))
+  parameters = shapes.device_bytes(state.params)
+  assert shapes.device_bytes(state) == pytest.approx(parameters, abs=64)
+  assert shapes.host_bytes(state) == 2 * parameters
