@@ -26,6 +26,5 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     'deepseek-coder-6.7b-instruct',
     sft_rows=16,
     lanes=64,
-    tile=32,
     stages=SFT_ONLY,
   )

@@ -24,7 +24,6 @@ def paper_config(
   sft_rows: int,
   rl_rows: int = 8,
   lanes: int = 128,
-  tile: int = 64,
   stages: tuple[str, ...] | None = None,
 ) -> ml_collections.ConfigDict:
   """The paper's run for a model.
@@ -35,7 +34,6 @@ def paper_config(
     sft_rows: rows of 16,384 tokens a step; the paper has 2 a device for 8B and 1 for 14B.
     rl_rows: rows of a micro-batch of RL, a multiple of the devices that split rows.
     lanes: rollouts in flight, of the 256 of a step.
-    tile: lanes that are decoded together.
     stages: the stages to run; default: all.
   """
   c = default_config()
@@ -50,7 +48,6 @@ def paper_config(
   c.engine.update(
     dict(
       lanes=lanes,
-      tile=tile,
       trunks=lanes // 4,
       max_len=prompt + response,
       max_new=response,

@@ -19,4 +19,4 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_8b')
-  return paper_config('qwen3_8b', 'Qwen3-8B', sft_rows=16, tile=128)
+  return paper_config('qwen3_8b', 'Qwen3-8B', sft_rows=16)

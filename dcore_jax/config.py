@@ -185,7 +185,6 @@ class EngineSection:
     free=True,
     least=0,
   )
-  tile: int = _option(0, "Lanes decoded together; 0 is the engine's choice.", free=True, least=0)
   steps_per_call: int = _option(
     16, 'Tokens decoded between two looks of the host.', free=True, least=1
   )

@@ -22,7 +22,7 @@ from dcore_jax.plan.compile_times import NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.plan.roofline import Work
 from dcore_jax.plan.shapes import RunShapes, abstract_batch, device_bytes
-from dcore_jax.rollout.prefill import PIECE
+from dcore_jax.rollout.grids import PIECE
 from dcore_jax.train import rl_options
 
 _RL_STEP = 'DA-GRPO step'
@@ -44,9 +44,7 @@ class Program:
     calls: calls in one unit of `per`.
     per: the unit that the calls are counted for.
     loop_share: iterations of the program's own loop that run, over those that its text shows. A
-      loop over micro-batches is compiled for more than run, which makes a share below 1. The
-      compiler does not know the length of a decode loop and shows one iteration, which makes the
-      share their number.
+      loop over micro-batches is compiled for more than run, which makes a share below 1.
   """
 
   name: str
@@ -85,12 +83,9 @@ def of_run(run: RunShapes) -> list[Program]:
 def more_of_engine(run: RunShapes) -> list[NamedProgram]:
   """Returns what the engine compiles in a run beside its longest calls, which `of_run` has.
 
-  They are compiled for their times alone. A run with other lengths of prompts and responses meets
-  other programs of the engine; the plan does not list them yet.
+  They are compiled for their times alone.
   """
-  # An entry a program: NamedProgram('decode, span 1024', run.engine.decode).
-  del run
-  return []
+  return run.engine.others()
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -320,26 +315,24 @@ def prefill(run: RunShapes) -> Program:
 
 
 def decode(run: RunShapes) -> Program:
-  """Returns `engine.steps_per_call` tokens of a tile at the end of longest responses."""
+  """Returns a token for every lane at the end of longest responses."""
   calls = run.engine
   section = run.config.rl
-  # Every rollout as long as it may be, and tiles full: the most calls that a step can take.
-  tiles = math.ceil(section.prompts * section.group / calls.sizes.tile)
-  rounds = math.ceil(section.max_tokens / calls.sizes.steps_per_call)
+  # Every rollout as long as it may be, and all lanes in use: the most calls that a step can take.
+  rounds = math.ceil(section.prompts * section.group / calls.sizes.lanes)
   return Program(
     name='decode',
     lower=calls.decode,
-    arguments={'engine weights': calls.decode_weights(), 'engine caches': calls.state()},
+    arguments={'engine weights': calls.weights(), 'engine caches': calls.state()},
     beside=_beside_engine(run),
     work=_decode_work(run, calls),
-    calls=tiles * rounds,
+    calls=rounds * section.max_tokens,
     per=_RL_STEP,
-    loop_share=calls.sizes.steps_per_call,
   )
 
 
 def decode_apart(run: RunShapes) -> Program:
-  """Returns the same where every rollout has a prompt, and a trunk, of its own.
+  """Returns the same where every rollout has a prompt of its own.
 
   So it is in distillation and evaluation, which have no training beside them.
   """
@@ -349,12 +342,11 @@ def decode_apart(run: RunShapes) -> Program:
   return Program(
     name='decode without groups',
     lower=calls.decode,
-    arguments={'engine weights': calls.decode_weights(), 'engine caches': calls.state()},
+    arguments={'engine weights': calls.weights(), 'engine caches': calls.state()},
     beside={},
     work=_decode_work(run, calls),
     calls=1,
     per='call of the engine outside RL',
-    loop_share=calls.sizes.steps_per_call,
   )
 
 
@@ -365,13 +357,12 @@ def _beside_engine(run: RunShapes) -> dict[str, int]:
 
 
 def _decode_work(run: RunShapes, calls: EngineCalls) -> Work:
-  sizes = calls.sizes
+  # The head is counted here, although the draws are a program of their own.
   return roofline.decoding(
     run.model,
     ways=calls.mesh.shape['tensor'],
-    lanes=sizes.tile,
-    # Trunks are read once for all their lanes, branches once a lane.
-    slots=calls.trunks_of_tile * calls.trunk_span + sizes.tile * calls.span,
-    cached=calls.trunk_span + calls.span,
-    steps=sizes.steps_per_call,
+    lanes=calls.sizes.lanes,
+    slots=calls.slots_read,
+    cached=calls.prompt + calls.response,
+    steps=1,
   )

@@ -126,7 +126,7 @@ class RunShapes:
     engine_mesh = distributed.engine_mesh(config, self.mesh)
     # The engine's own functions, so that the plan has the sizes that the run will have.
     sizes = engine_sizes(config, groups=not config.rl.episodes)
-    sizes = sizes.resolved(model, sharding.platform(engine_mesh))
+    sizes = sizes.resolved(model)
     self.engine = EngineCalls(
       model=model,
       mesh=engine_mesh,

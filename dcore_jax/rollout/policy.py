@@ -128,7 +128,6 @@ def engine_sizes(config: RunConfig, *, groups: bool) -> EngineSizes:
     max_len=section.max_len,
     max_new=section.max_new,
     trunks=section.trunks if groups else 0,
-    tile=section.tile,
     steps_per_call=section.steps_per_call,
   )
 

@@ -103,7 +103,7 @@ def test_da_grpo_gives_a_new_model(tiny, small, tmp_path, estimator):
 
 def test_seeds_are_distilled(organism, tmp_path):
   config = nano.get_config('tiny')
-  config.engine.update(dict(lanes=8, max_len=512, tile=8))
+  config.engine.update(dict(lanes=8, max_len=512))
   seeds = [seed for seed in load_seeds('toolworld', count=4, seed=0).seeds if seed.kind == 'single']
   rows = dcore_jax.distill_seeds(organism, seeds[:4], config=config, workdir=tmp_path)
   assert rows and all(row['conversations'][-1]['role'] == 'assistant' for row in rows)

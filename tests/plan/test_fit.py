@@ -18,7 +18,8 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan import compile_times, fit, programs, shapes
 from dcore_jax.plan.compile_times import CompileTime, NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
-from dcore_jax.rollout import device
+from dcore_jax.rollout import device, mesh_programs
+from dcore_jax.rollout import engine as engine_lib
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -72,11 +73,13 @@ def test_the_batch_is_what_a_tree_gives():
 
 
 def test_the_calls_are_those_of_the_engine(monkeypatch):
-  """Eight groups of four on 32 lanes, prompts of the longest length: the same shapes."""
+  """All programs that a run of the engine calls are planned: the same shapes, compiled for the
+  same."""
   params = jax.tree.map(
     lambda spec: jnp.ones(spec.shape, spec.dtype), decoder.abstract_params(MODEL)
   )
-  called = {'prefill': [], 'decode': []}
+  names = ('forward', 'draw', 'copy_page')
+  called = {name: [] for name in names}
 
   def recorded(name, function):
     def record(*args, **static):
@@ -85,31 +88,46 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
 
     return record
 
-  for name in called:
-    monkeypatch.setattr(device, name, recorded(name, getattr(device, name)))
-  sizes = EngineSizes(lanes=32, max_len=160, max_new=64, trunks=8, tile=32, steps_per_call=4)
-  engine = Engine(params, MODEL, stop_ids=[5], sizes=sizes)
-  requests = [Request(np.full(96, 7 + p), (p, g), 64) for p in range(8) for g in range(4)]
+  for name in names:
+    monkeypatch.setattr(mesh_programs, name, recorded(name, getattr(mesh_programs, name)))
+  monkeypatch.setattr(
+    engine_lib,
+    'make_executor',
+    lambda params, config, sizes: device.MeshExecutor(params, config, sizes, None),
+  )
+  sizes = EngineSizes(lanes=40, max_len=200, max_new=64, trunks=8)
+  engine = Engine(params, MODEL, stop_ids=[], sizes=sizes)
+  # Long and short prompts, and groups that part within a page.
+  requests = [Request(np.full(length, 7), (length, g), 9) for length in (150, 3) for g in range(4)]
   engine.generate(requests, SamplingParams())
+  # One alone: few draws.
+  engine.generate(requests[:1], SamplingParams())
+  # Many at once.
+  many = [Request(np.full(20, 7), (g,), 9) for g in range(40)]
+  engine.generate(many, SamplingParams())
   monkeypatch.undo()
 
-  planned = {}
+  planned = {name: [] for name in names}
 
   class Recorder:
     def __init__(self, name):
       self.name = name
 
     def lower(self, *args, **static):
-      planned[self.name] = described(args), static
+      planned[self.name].append((described(args), static))
 
-  for name in called:
-    monkeypatch.setattr(device, name, Recorder(name))
+  for name in names:
+    monkeypatch.setattr(mesh_programs, name, Recorder(name))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   calls = EngineCalls(MODEL, mesh, engine.sizes, prompt=96, dtype=jnp.float32)
   calls.prefill()
   calls.decode()
-  assert planned['prefill'] in called['prefill']
-  assert planned['decode'] in called['decode']
+  for other in calls.others():
+    other.lower()
+  assert [len(planned[name]) for name in names] == [3, 2, 1]
+  for name in names:
+    assert all(call in called[name] for call in planned[name])
+    assert all(call in planned[name] for call in called[name])
 
 
 def test_a_plan_of_one_device():

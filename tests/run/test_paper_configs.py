@@ -34,7 +34,7 @@ def test_a_config_for_every_preset(name):
   assert (rl.clip_low, rl.clip_high, rl.dual_clip) == (0.2, 0.2, 3.0)
   assert (rl.max_prompt_tokens, rl.max_tokens, rl.temperature) == (8192, 4096, 1.0)
   assert rl.checkpoint_every == (50 if name == 'qwen3_14b' else 25)
-  assert config.engine.max_len == 12288 and config.engine.lanes % config.engine.tile == 0
+  assert config.engine.max_len == 12288
   if not name.startswith('qwen3'):
     assert config.stages == SFT_ONLY
     # Distillation writes shards.

@@ -3,7 +3,6 @@ script says.
 """
 
 import contextlib
-import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ def engine_like(engine):
     engine.params,
     engine.config,
     stop_ids=engine.stop_ids.tolist(),
-    sizes=dataclasses.replace(engine.sizes, tile=2),
+    sizes=engine.sizes,
     decode=engine.decode,
   )
 
