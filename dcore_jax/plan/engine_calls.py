@@ -1,6 +1,8 @@
-"""The engine's longest calls as shapes: what it compiles for a model, with nothing allocated."""
+"""The engine's programs as shapes: what it compiles for a model, with nothing allocated."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,34 +12,34 @@ from jax.sharding import Mesh, NamedSharding
 
 from dcore_jax import sharding
 from dcore_jax.models import decoder
-from dcore_jax.models.attention.reference import Sharing
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import device
-from dcore_jax.rollout.device import DecodeShape, LaneInputs, PrefillShape, State
-from dcore_jax.rollout.prefill import PIECE, prefill_rows
-from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.rollout.sizes import EngineSizes, bucket, bucket_ladder, span_ladder
-from dcore_jax.rollout.tiles import WIDTH, Tile
+from dcore_jax.plan.compile_times import NamedProgram
+from dcore_jax.rollout import device, grids, mesh_programs
+from dcore_jax.rollout.device import SLOTS
+from dcore_jax.rollout.grids import GridShape
+from dcore_jax.rollout.mesh_programs import MeshShape, State
+from dcore_jax.rollout.sizes import EngineSizes
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineCalls:
-  """An engine's longest prefill and decode calls on a mesh.
+  """An engine's calls on a mesh, at the end of longest responses to longest prompts.
+
+  On one CPU an engine runs layer by layer instead, by programs of no size; there these calls stand
+  in for them.
 
   model: the model's configuration.
   mesh: the mesh that holds the weights.
   sizes: the engine's sizes, resolved.
   prompt: tokens of the longest prompt.
-  stop_ids: number of tokens that end a rollout.
-  groups: whether rollouts share prompts, eight to one; otherwise each has its own trunk.
-  dtype: dtype of weights and caches.
+  groups: whether rollouts share prompts, eight to one; otherwise each has its own.
+  dtype: dtype of weights and cache.
   """
 
   model: DecoderConfig
   mesh: Mesh
   sizes: EngineSizes
   prompt: int
-  stop_ids: int = 1
   groups: bool = True
   dtype: Any = jnp.bfloat16
 
@@ -45,129 +47,111 @@ class EngineCalls:
     """Returns the weights as shapes."""
     return sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
 
-  def decode_weights(self) -> decoder.Params:
-    """Returns as shapes the weights that decode calls read.
-
-    On a CPU they are a second copy, layer by layer and transposed; elsewhere they are the weights.
-    """
-    # The same question as `Engine` asks, so that the plan counts the copy that the engine makes.
-    if sharding.platform(self.mesh) != 'cpu':
-      return self.weights()
-    return sharding.abstract(decoder.abstract_turned(self.model, self.dtype), self.mesh)
-
   def all_weights(self) -> Any:
     """Returns all weights that the engine holds, as trees of shapes."""
-    if sharding.platform(self.mesh) != 'cpu':
+    if sharding.platform(self.mesh) != 'cpu' or self.mesh.size > 1:
       return self.weights()
-    # Both copies stay in memory: prefill reads the stacked one.
-    return self.weights(), self.decode_weights()
+    # One CPU has a second copy, layer by layer and transposed.
+    turned = sharding.abstract(decoder.abstract_turned(self.model, self.dtype), self.mesh)
+    return self.weights(), turned
 
   def state(self) -> State:
-    """Returns trunks and branches as shapes."""
-
-    def make() -> State:
-      """The engine's empty state; `eval_shape` reads its shapes and allocates nothing."""
-      return device.init_state(self.model, self.sizes, self.dtype, None)
+    """Returns cache and hidden states as shapes."""
+    make = functools.partial(
+      mesh_programs.empty_state,
+      self._shape,
+      self.sizes.pages(SLOTS),
+      SLOTS,
+      self.dtype,
+      self.dtype,
+    )
 
     def place(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
       """The same shape, placed on the mesh."""
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     # On one device the engine has no placement; shapes need one, to say which devices they are for.
-    placed = device.state_placement(self._placement or self._everywhere, self._everywhere)
-    return jax.tree.map(place, jax.eval_shape(make), placed)
+    state = jax.eval_shape(make)
+    cache = self._shape.placement or self._everywhere
+    return jax.tree.map(place, state, mesh_programs.state_placement(state, cache, self._everywhere))
 
   def prefill(self) -> jax.stages.Lowered:
-    """Returns the call for the last piece of the longest prompt."""
-    lanes = self.sizes.lanes
-    ladder = bucket_ladder(self.sizes.max_len)
-    # A piece is the longest that one call takes; the rest of a prompt is other calls.
-    length = bucket(ladder, min(self.prompt, PIECE))
-    tokens_XT = np.zeros((lanes, length), np.int32)
-    place_4X = np.zeros((4, lanes), np.int32)
-    # Values do not matter: these arrays only have the shapes of a call's arguments.
-    inputs = self._inputs((tokens_XT, place_4X, np.int32(0)))
-    shape = PrefillShape(
-      config=self.model,
-      span=bucket(ladder, self.prompt),
-      # The engine asks the same functions, so that this is a program that it compiles.
-      rows=prefill_rows(length, lanes),
-      placement=self._placement,
-    )
-    # The engine's programs are traced under its own mesh.
-    with jax.set_mesh(self.mesh):
-      return device.prefill.lower(self.weights(), self.state(), *inputs, shape=shape)
+    """Returns the call for pieces of prompts."""
+    return self._forward(self._grids.piece)
 
   def decode(self) -> jax.stages.Lowered:
-    """Returns the call for a tile of lanes at the end of their responses to the longest prompts."""
-    # The full tile: smaller ones cost less.
-    lanes = self.sizes.tile
-    rows = self.trunks_of_tile
-    # A row that holds one lane has one place, and not `WIDTH` of them.
-    sharing = Sharing(
-      length_R=np.zeros(rows, np.int32),
-      lane_RW=np.zeros((rows, 1 if rows == lanes else WIDTH), np.int32),
-      place_B=np.zeros(lanes, np.int32),
-    )
-    tile = Tile(np.zeros(lanes, np.int32), np.zeros(rows, np.int32), sharing)
-    rule = SamplingParams().rule()
-    lane_inputs = LaneInputs(
-      key_B2=np.zeros((lanes, 2), np.uint32),
-      slot_B=np.zeros(lanes, np.int32),
-      limit_B=np.zeros(lanes, np.int32),
-      live_B=np.zeros(lanes, bool),
-      rule=jax.tree.map(lambda number: np.zeros(lanes, number.dtype), rule),
-    )
-    inputs = self._inputs((tile, lane_inputs, np.zeros(self.stop_ids, np.int32)))
-    shape = DecodeShape(
+    """Returns the call for a token of every lane."""
+    return self._forward(self._grids.one)
+
+  def others(self) -> list[NamedProgram]:
+    """Returns the engine's other programs, which are small beside these two."""
+    found = [NamedProgram('decode with guesses', lambda: self._forward(self._grids.few))]
+    for count in device.draw_counts(self.sizes):
+      found.append(NamedProgram(f'draw, {count} at a time', functools.partial(self._draw, count)))
+    found.append(NamedProgram('copy of a page', self._copy))
+    return found
+
+  @property
+  def response(self) -> int:
+    """Tokens of the longest response."""
+    # Behind the longest prompt there may be less room than `max_new`.
+    return min(self.sizes.max_new, self.sizes.max_len - self.prompt)
+
+  @property
+  def slots_read(self) -> int:
+    """Slots that a decode call reads of each layer, those that blocks read together once."""
+    lanes = self.sizes.lanes
+    prompts = -(-lanes // grids.WIDTH) if self.groups else lanes
+    return prompts * self.prompt + lanes * self.response
+
+  @property
+  def _grids(self) -> grids.GridShapes:
+    return grids.grid_shapes(self.sizes.lanes, -(-self.sizes.max_len // SLOTS))
+
+  @property
+  def _shape(self) -> MeshShape:
+    return MeshShape(
       config=self.model,
-      trunk_span=self.trunk_span,
-      span=self.span,
-      # Rollouts of RL are drawn at a temperature without truncation, and without alternatives.
-      mode=SamplingParams().mode,
-      top=0,
-      steps=self.sizes.steps_per_call,
-      placement=self._placement,
+      placement=device.cache_placement(self.weights(), self.model),
+      rows=device.pass_rows(self.sizes),
     )
-    with jax.set_mesh(self.mesh):
-      return device.decode.lower(self.decode_weights(), self.state(), *inputs, shape=shape)
-
-  @property
-  def trunks_of_tile(self) -> int:
-    """Rows of trunks in a tile.
-
-    Groups of eight that do not begin and end with the tile take a quarter as many rows as lanes
-    (`tiles.plan_tiles`).
-    """
-    # A tile of fewer than four lanes has no quarter.
-    quarter = self.sizes.tile // 4
-    return quarter if self.groups and quarter else self.sizes.tile
-
-  @property
-  def trunk_span(self) -> int:
-    """Slots of a trunk that a decode call reads."""
-    # The engine reads slots in steps of this ladder; between two steps it reads the longer one.
-    return bucket(span_ladder(self.sizes.max_len), self.prompt)
-
-  @property
-  def span(self) -> int:
-    """Slots of a branch that a decode call reads."""
-    # Behind the longest prompt, a response may have less room than `max_new`.
-    longest = min(self.sizes.max_new, self.sizes.max_len - self.prompt)
-    return bucket(span_ladder(self.sizes.max_new), longest)
-
-  @property
-  def _placement(self) -> NamedSharding | None:
-    return device.cache_placement(self.weights(), self.model)
 
   @property
   def _everywhere(self) -> NamedSharding:
     # Small arrays are whole on every device.
     return NamedSharding(self.mesh, jax.P())
 
-  def _inputs(self, tree: Any) -> Any:
-    """Returns numpy arrays as shapes that every device has whole."""
-    place = self._everywhere
-    return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+  def _forward(self, grid_shape: GridShape) -> jax.stages.Lowered:
+    shape = self._shape
+    packed = mesh_programs.pack(grids.blank(grid_shape, shape.rows))
+    return self._lower(
+      mesh_programs.forward,
+      self.weights(),
+      self.state(),
+      packed,
+      shape=shape,
+      grid_shape=grid_shape,
     )
+
+  def _draw(self, count: int) -> jax.stages.Lowered:
+    head = {**self.weights(), 'layers': {}}
+    packed = mesh_programs.pack(mesh_programs.no_draws(count))
+    hidden_RD = self.state().hidden_RD
+    return self._lower(mesh_programs.draw, head, hidden_RD, packed, count=count, shape=self._shape)
+
+  def _copy(self) -> jax.stages.Lowered:
+    pages_2 = np.zeros(2, np.int32)
+    return self._lower(mesh_programs.copy_page, self.state(), pages_2, shape=self._shape)
+
+  def _lower(self, program: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
+    """Lowers a program; what is a numpy array is whole on every device."""
+    # Values do not matter: these arrays only have the shapes of a call's arguments.
+    placed = [
+      jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=self._everywhere)
+      if isinstance(given, np.ndarray)
+      else given
+      for given in arguments
+    ]
+    # The engine's programs are traced under its own mesh.
+    with jax.set_mesh(self.mesh):
+      return program.lower(*placed, **static)

@@ -17,11 +17,12 @@ import optax
 from dcore_jax import tokentree
 from dcore_jax.config import RlSection
 from dcore_jax.learn import advantages, grpo, optimizer, sft
-from dcore_jax.plan import roofline
+from dcore_jax.plan import group_rows, roofline
+from dcore_jax.plan.compile_times import NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.plan.roofline import Work
 from dcore_jax.plan.shapes import RunShapes, abstract_batch, device_bytes
-from dcore_jax.rollout.prefill import PIECE
+from dcore_jax.rollout.grids import PIECE
 from dcore_jax.train import rl_options
 
 _RL_STEP = 'DA-GRPO step'
@@ -43,9 +44,7 @@ class Program:
     calls: calls in one unit of `per`.
     per: the unit that the calls are counted for.
     loop_share: iterations of the program's own loop that run, over those that its text shows. A
-      loop over micro-batches is compiled for more than run, which makes a share below 1. The
-      compiler does not know the length of a decode loop and shows one iteration, which makes the
-      share their number.
+      loop over micro-batches is compiled for more than run, which makes a share below 1.
   """
 
   name: str
@@ -81,6 +80,14 @@ def of_run(run: RunShapes) -> list[Program]:
   return found
 
 
+def more_of_engine(run: RunShapes) -> list[NamedProgram]:
+  """Returns what the engine compiles in a run beside its longest calls, which `of_run` has.
+
+  They are compiled for their times alone.
+  """
+  return run.engine.others()
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -112,7 +119,7 @@ def sft_step(run: RunShapes) -> Program:
     lower=functools.partial(_lower, run, step, state, batch),
     arguments={'train state': state, 'batch': batch},
     beside={},
-    work=_training_work(run, R, T) * A + _update_work(run),
+    work=_training_work(run, R, T, T) * A + _update_work(run),
     calls=1,
     per='SFT step',
   )
@@ -152,9 +159,10 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
   T = section.capacity
   # One micro-batch a call: there is no gradient to be accumulated.
   batch = abstract_batch(run.mesh, 1, R, T, R * T)
+  packed = group_rows.longest(section)
   # Rows are divided over the devices of the batch; heads over the others, see `_tensor_share`.
   rows = R / run.shards
-  work = roofline.forward(run.model, rows, T, rows * T)
+  work = roofline.forward(run.model, rows, T, rows * packed.loss_tokens, packed.seen)
   score = grpo.make_score_pass(run.model, temperature=section.temperature, execution=run.execution)
   return Program(
     name=name,
@@ -163,7 +171,7 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
     beside=beside | run.engine_bytes(),
     work=_tensor_share(run, work),
     # Every group at its longest, so that no step of the run makes more calls.
-    calls=math.ceil(section.prompts * run.rows_per_group / section.rows),
+    calls=section.updates * math.ceil(packed.rows / section.rows),
     per=_RL_STEP,
   )
 
@@ -191,9 +199,8 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
   section = run.config.rl
   R = run.micro_batch_rows('rl', section.rows)
   T = section.capacity
-  # Prompts of a step are divided over its updates; the last one may have fewer.
-  rows = math.ceil(section.prompts / section.updates) * run.rows_per_group
-  used = math.ceil(rows / R)
+  packed = group_rows.longest(section)
+  used = math.ceil(packed.rows / R)
   # Mini-batches are compiled for so many micro-batches; the empty ones are skipped at run time.
   multiple = rl_options.rows_multiple(section, section.max_prompt_tokens, section.max_tokens) // R
   A = math.ceil(used / multiple) * multiple
@@ -201,7 +208,7 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
     # Sorted, as the order of a set is not the same in every process.
     batch=abstract_batch(run.mesh, A, R, T, R * T, tuple(sorted(extras))),
     used=used,
-    gradient=_training_work(run, R, T),
+    gradient=_training_work(run, R, T, packed.loss_tokens, packed.seen),
   )
 
 
@@ -264,10 +271,16 @@ def _lower(run: RunShapes, function: Any, *arguments: Any) -> jax.stages.Lowered
     return function.lower(*arguments)
 
 
-def _training_work(run: RunShapes, R: int, T: int) -> Work:
-  """Returns the work of a device for the gradient of R full rows of which each token is trained."""
+def _training_work(
+  run: RunShapes, R: int, T: int, loss_tokens: int, seen: float | None = None
+) -> Work:
+  """Returns the work of a device for the gradient of R rows with so many loss tokens each.
+
+  `seen` is as for `roofline.forward`.
+  """
   rows = R / run.shards
-  return _tensor_share(run, roofline.training(run.model, rows, T, rows * T, run.execution.remat))
+  remat = run.execution.remat
+  return _tensor_share(run, roofline.training(run.model, rows, T, rows * loss_tokens, remat, seen))
 
 
 def _tensor_share(run: RunShapes, work: Work) -> Work:
@@ -302,26 +315,24 @@ def prefill(run: RunShapes) -> Program:
 
 
 def decode(run: RunShapes) -> Program:
-  """Returns `engine.steps_per_call` tokens of a tile at the end of longest responses."""
+  """Returns a token for every lane at the end of longest responses."""
   calls = run.engine
   section = run.config.rl
-  # Every rollout as long as it may be, and tiles full: the most calls that a step can take.
-  tiles = math.ceil(section.prompts * section.group / calls.sizes.tile)
-  rounds = math.ceil(section.max_tokens / calls.sizes.steps_per_call)
+  # Every rollout as long as it may be, and all lanes in use: the most calls that a step can take.
+  rounds = math.ceil(section.prompts * section.group / calls.sizes.lanes)
   return Program(
     name='decode',
     lower=calls.decode,
-    arguments={'engine weights': calls.decode_weights(), 'engine caches': calls.state()},
+    arguments={'engine weights': calls.weights(), 'engine caches': calls.state()},
     beside=_beside_engine(run),
     work=_decode_work(run, calls),
-    calls=tiles * rounds,
+    calls=rounds * section.max_tokens,
     per=_RL_STEP,
-    loop_share=calls.sizes.steps_per_call,
   )
 
 
 def decode_apart(run: RunShapes) -> Program:
-  """Returns the same where every rollout has a prompt, and a trunk, of its own.
+  """Returns the same where every rollout has a prompt of its own.
 
   So it is in distillation and evaluation, which have no training beside them.
   """
@@ -331,12 +342,11 @@ def decode_apart(run: RunShapes) -> Program:
   return Program(
     name='decode without groups',
     lower=calls.decode,
-    arguments={'engine weights': calls.decode_weights(), 'engine caches': calls.state()},
+    arguments={'engine weights': calls.weights(), 'engine caches': calls.state()},
     beside={},
     work=_decode_work(run, calls),
     calls=1,
     per='call of the engine outside RL',
-    loop_share=calls.sizes.steps_per_call,
   )
 
 
@@ -347,13 +357,12 @@ def _beside_engine(run: RunShapes) -> dict[str, int]:
 
 
 def _decode_work(run: RunShapes, calls: EngineCalls) -> Work:
-  sizes = calls.sizes
+  # The head is counted here, although the draws are a program of their own.
   return roofline.decoding(
     run.model,
     ways=calls.mesh.shape['tensor'],
-    lanes=sizes.tile,
-    # Trunks are read once for all their lanes, branches once a lane.
-    slots=calls.trunks_of_tile * calls.trunk_span + sizes.tile * calls.span,
-    cached=calls.trunk_span + calls.span,
-    steps=sizes.steps_per_call,
+    lanes=calls.sizes.lanes,
+    slots=calls.slots_read,
+    cached=calls.prompt + calls.response,
+    steps=1,
   )

@@ -1,21 +1,210 @@
-"""Passes as one program each, for accelerators and meshes (placeholder while the CPU path is tested)."""
+"""Runs passes on accelerators and meshes: a program for each grid of rows, and one for draws.
 
-from jax.sharding import NamedSharding
+Letters as in passes.py and grids.py.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
 from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import mesh_programs
+from dcore_jax.rollout.grids import PIECE, blank, grid_shapes, lay_out
+from dcore_jax.rollout.mesh_programs import MeshShape, State, cache_placement, no_draws, pack
+from dcore_jax.rollout.passes import Pass
+from dcore_jax.rollout.programs import DrawInputs, Drawn
+from dcore_jax.rollout.sizes import EngineSizes
+
+__all__ = ['SLOTS', 'MeshExecutor', 'cache_placement', 'draw_counts', 'pass_rows']
+
+# A TPU keeps an axis of 128 where it lies; with fewer slots most caches would be padded.
+SLOTS = 128
+# Draws of the small call, and the most of the large one: logits of 256 rows and 152,000 tokens take
+# 156 MB.
+_FEW_DRAWS = 32
+_MOST_DRAWS = 256
 
 
-def cache_placement(params: decoder.Params, config: DecoderConfig) -> NamedSharding | None:
-  held = getattr(params['embed'], 'sharding', None)  # numpy arrays have none
-  if not isinstance(held, NamedSharding) or held.mesh.size == 1:
-    return None
-  axes = ('layers', 'length', 'kv_heads', 'length', 'head_dim')
-  shape = (1, 1, config.num_key_value_heads, 1, 1)
-  return NamedSharding(held.mesh, sharding.partition_spec(axes, shape, held.mesh))
+def pass_rows(sizes: EngineSizes) -> int:
+  """Returns the rows of a pass: one for every lane, and no fewer than a piece of a prompt has."""
+  return max(sizes.lanes, PIECE)
+
+
+def draw_counts(sizes: EngineSizes) -> tuple[int, ...]:
+  """Returns the numbers of draws for which there are programs, ascending."""
+  most = min(max(sizes.lanes, _FEW_DRAWS), _MOST_DRAWS)
+  return (_FEW_DRAWS, most) if most > _FEW_DRAWS else (most,)
 
 
 class MeshExecutor:
-  pass
+  """Holds the weights and the cache of an engine on one or many devices, and runs its passes.
+
+  It has at most six programs (mesh_programs.py): `forward` for three grids, `draw` for two numbers
+  of draws, and `copy_page`. No length is compiled in. A pass takes a call for each grid that its
+  rows need and one for each 256 draws, and the host waits once, for what was drawn.
+
+  Args:
+    params: the parameter tree, on the devices.
+    config: the model's configuration.
+    sizes: resolved sizes.
+    placement: how keys and values are split (`cache_placement`); None: one device.
+
+  Attributes:
+    rows: rows of a pass at most.
+    slots: positions of a page.
+    pages: number of pages.
+    places: 1, since any page may hold any positions.
+    overhead: what a pass costs beside its rows, in rows: so many take as long as to read the
+      weights. An A100 does 312 Tflop/s and reads 2.0 TB/s, by which 156 rows of 16-bit weights are
+      as long as their reading, and 250 at the share of the peak that products reach.
+  """
+
+  slots = SLOTS
+  places = 1
+
+  def __init__(
+    self,
+    params: decoder.Params,
+    config: DecoderConfig,
+    sizes: EngineSizes,
+    placement: NamedSharding | None,
+  ):
+    self.rows = pass_rows(sizes)
+    self.pages = sizes.pages(SLOTS)
+    self._mesh = placement.mesh if placement else None
+    self.overhead = 7.0 if sharding.platform(self._mesh) == 'cpu' else 250.0
+    self._shape = MeshShape(config=config, placement=placement, rows=self.rows)
+    self._grids = grid_shapes(sizes.lanes, -(-sizes.max_len // SLOTS))
+    self._counts = draw_counts(sizes)
+    self.load(params)
+    self._state = self._new_state(params['embed'])
+
+  def unload(self) -> None:
+    """Lets the weights go."""
+    del self._params
+
+  def load(self, params: decoder.Params) -> None:
+    """Takes other weights of the same shapes."""
+    self._params = params
+
+  def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
+    """Runs a pass: what was drawn and what was scored, on the host."""
+    with self._context():
+      for grid_shape, grid in lay_out(work, self._grids, SLOTS, self.rows):
+        self._state = mesh_programs.forward(
+          self._params, self._state, pack(grid), shape=self._shape, grid_shape=grid_shape
+        )
+      calls = [self._draw(inputs) for inputs in (work.draws, work.scores)]
+    # Only here the host waits.
+    drawn, scored = (_joined(parts) for parts in jax.device_get(calls))
+    return drawn, scored
+
+  def copy(self, source: int, target: int, positions: int = SLOTS) -> None:
+    """Copies a page into another, all of it: that costs as much as its first positions."""
+    del positions
+    with self._context():
+      self._state = mesh_programs.copy_page(
+        self._state, np.array([source, target], np.int32), shape=self._shape
+      )
+
+  def prepare(self, progress: Callable[[int, int], None]) -> None:
+    """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
+    lowered = self._lowered()
+    progress(0, len(lowered))
+
+    def compile_one(lower: Callable[[], jax.stages.Lowered]) -> None:
+      with self._context():
+        lower().compile()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      waiting = [pool.submit(compile_one, lower) for lower in lowered]
+      for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
+        one.result()
+        progress(ready, len(lowered))
+
+  # --- what calls are made of ---------------------------------------------------------------------
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    """Sets the mesh of the weights, or none, whatever the mesh of the trainer is."""
+    return jax.set_mesh(self._mesh)
+
+  def _new_state(self, embed_VD: jax.Array) -> State:
+    """Returns an empty cache, each part of it made on its device: the whole may not fit on one."""
+    make = functools.partial(
+      mesh_programs.empty_state, self._shape, self.pages, SLOTS, embed_VD.dtype, embed_VD.dtype
+    )
+    # Tied to its devices as what calls return is: a program is compiled for the one or the other.
+    whole = NamedSharding(embed_VD.sharding.mesh, jax.P()) if self._mesh else embed_VD.sharding
+    cache = self._shape.placement or whole
+    placed = mesh_programs.state_placement(jax.eval_shape(make), cache, whole)
+    with self._context():
+      return jax.jit(make, out_shardings=placed)()
+
+  @property
+  def _head(self) -> decoder.Params:
+    # The draws' program reads no layer: it has fewer arguments without them.
+    return {**self._params, 'layers': {}}
+
+  def _lowered(self) -> list[Callable[[], jax.stages.Lowered]]:
+    """Returns what traces each program, those first that take longest to compile."""
+    shape = self._shape
+    found = []
+    for grid_shape in self._grids:
+      packed = pack(blank(grid_shape, self.rows))
+      found.append(
+        lambda packed=packed, grid_shape=grid_shape: mesh_programs.forward.lower(
+          self._params, self._state, packed, shape=shape, grid_shape=grid_shape
+        )
+      )
+    for count in self._counts:
+      packed = pack(no_draws(count))
+      found.append(
+        lambda packed=packed, count=count: mesh_programs.draw.lower(
+          self._head, self._state.hidden_RD, packed, count=count, shape=shape
+        )
+      )
+    pages_2 = np.zeros(2, np.int32)
+    found.append(lambda: mesh_programs.copy_page.lower(self._state, pages_2, shape=shape))
+    return found
+
+  def _draw(self, inputs: DrawInputs | None) -> list[tuple[int, Drawn]]:
+    """Draws or scores, as many at a time as there is a program for: (how many, what) of each."""
+    calls = []
+    if inputs is None:
+      return calls
+    most = self._counts[-1]
+    for first in range(0, len(inputs.row_A), most):
+      used = min(len(inputs.row_A) - first, most)
+      count = next(count for count in self._counts if count >= used)
+      filled = jax.tree.map(_filler(first, used), no_draws(count), inputs)
+      drawn = mesh_programs.draw(
+        self._head, self._state.hidden_RD, pack(filled), count=count, shape=self._shape
+      )
+      calls.append((used, drawn))
+    return calls
+
+
+def _filler(first: int, used: int) -> Callable[[Any, Any], Any]:
+  """Returns what puts some draws of an array into another one; flags are taken as they are."""
+
+  def fill(blank_A: np.ndarray, given_A: np.ndarray) -> np.ndarray:
+    if not np.ndim(given_A):
+      return given_A
+    blank_A[:used] = given_A[first : first + used]
+    return blank_A
+
+  return fill
+
+
+def _joined(parts: list[tuple[int, Drawn]]) -> Drawn | None:
+  """Returns what several calls drew, without what filled them up; None where there were none."""
+  cut = [jax.tree.map(lambda x, used=used: np.asarray(x)[:used], drawn) for used, drawn in parts]
+  return jax.tree.map(lambda *pieces: np.concatenate(pieces), *cut) if cut else None

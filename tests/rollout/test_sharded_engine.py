@@ -10,6 +10,7 @@ PROGRAM = textwrap.dedent("""
     from dcore_jax import sharding
     from dcore_jax.models import decoder
     from dcore_jax.models.config import DecoderConfig
+    from dcore_jax.rollout.device import MeshExecutor
     from dcore_jax.rollout.engine import Engine
     from dcore_jax.rollout.requests import Request
     from dcore_jax.rollout.sampling import SamplingParams
@@ -27,13 +28,13 @@ PROGRAM = textwrap.dedent("""
     )
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 64, length) for length in (9, 30, 41)]
+    prompts = [rng.integers(0, 64, length) for length in (9, 30, 141)]
     requests = [Request(prompt, (p, g), 12) for p, prompt in enumerate(prompts) for g in range(4)]
     requests += [Request(np.r_[prompts[2], 3, 4], (9, 0), 12)]
     sampling = SamplingParams(top_p=0.9, seed=2)
 
     def run(params):
-      sizes = EngineSizes(lanes=16, max_len=64, steps_per_call=4)
+      sizes = EngineSizes(lanes=16, max_len=200, steps_per_call=4)
       engine = Engine(params, config, stop_ids=[5], sizes=sizes)
       done = engine.generate(requests, sampling)
       compiled = engine.stats.compilations
@@ -48,7 +49,8 @@ PROGRAM = textwrap.dedent("""
       mesh = sharding.make_mesh(*ways)
       placed = sharding.shardings(decoder.abstract_params(config), mesh)
       engine, got, sharded = run(jax.device_put(params, placed))
-      held = engine._state.trunks.k
+      assert isinstance(engine._executor, MeshExecutor)
+      held = engine._executor._state.cache.k
       assert held.sharding.shard_shape(held.shape)[2] == 2 // ways[2]
       jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=1e-5), sharded, scores)
       for a, b in zip(got, want, strict=True):

@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture(scope='session')
 def organism():
-  """Small enough that few programs are compiled: two tiles, one span of branches."""
+  """Small enough to be quick."""
   model = load_model('', lanes=4, max_len=192, max_new=64, steps_per_call=8)
   return dataclasses.replace(model, engine=engine_like(model.engine))
 
