@@ -11,7 +11,7 @@ guessed to come next (drafts.py), and pieces of prompts.
 
 Every rollout has a random key of its own, folded from (seed, key_id, token index). Its random
 numbers therefore do not depend on which lane it runs in, nor beside which others, nor on what was
-guessed. Its log-probabilities do to their last bits (1e-6 in float32, 1e-2 in bfloat16), because
+guessed. Its log-probabilities do to their last bits (1e-5 in float32, 1e-2 in bfloat16), because
 passes with other numbers of rows add up in another order.
 
 Underneath are `submit`, `step` and `cancel`, for a server whose requests come and go; `generate`

@@ -14,7 +14,7 @@ _REMEMBERED = 8
 
 
 class PromptScoring:
-  """The scores of prompts that are being computed, by the row of their text, and of the last few."""
+  """The scores of prompts that are being computed, and of the last few that were."""
 
   def __init__(self):
     self._pieces: dict[int, list[Drawn]] = {}

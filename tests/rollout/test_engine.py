@@ -334,7 +334,7 @@ def test_short_prompts_share_a_pass_and_passes_read_what_is_there():
   # 7 x 9 tokens of prompts fit into one pass, and every text into one page.
   assert runner.stats.passes == max(len(completion.tokens) for completion in done)
   texts = sum(len(completion.tokens) for completion in done)
-  assert runner.stats.slots_read == texts * 64
+  assert runner.stats.slots_read == texts * layer_programs.POSITIONS
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,8 @@ def test_stop_strings_end_with_the_token_that_completes_them():
       if ends
       else completion.stop is None
     )
-    # Which tile a lane is decoded in depends on who else is live; products of other shapes round
-    # otherwise.
-    np.testing.assert_allclose(completion.logprobs, full.logprobs[:end], atol=1e-6)
+    # Which rows a pass has depends on who else draws; products of other shapes round otherwise.
+    np.testing.assert_allclose(completion.logprobs, full.logprobs[:end], atol=1e-5)
   with pytest.raises(ValueError, match='decode'):
     engine(decode=None).submit(made[0], SamplingParams(stop=('a',)))
 
