@@ -288,7 +288,7 @@ class Turned(NamedTuple):
 def turn(params: Params) -> Params:
   """Unstacks the layers and transposes every projection into a `Turned`.
 
-  On a CPU, `extend_branches` and `logits` read this form fastest.
+  On a CPU, `extend_each` and `logits` read this form fastest.
   """
 
   def turned(name, weight):
@@ -430,64 +430,53 @@ def extend(
   return _rms_norm(hidden_BTD, params['final_norm'], config.rms_norm_eps), KVCache(keys, values)
 
 
-def extend_branches(
+def extend_each(
   params: Params,
   config: DecoderConfig,
-  trunks: KVCache,
-  branches: KVCache,
-  sharing: reference.Sharing,
+  cache: KVCache,
   token_B: jax.Array,
-  slot_B: jax.Array,
+  position_B: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-  """Appends one token to every branch: (final-normed hidden [B, D], branches).
+  """Appends one token to every lane: (final-normed hidden [B, D], cache).
 
-  This is the step of a decode loop. Lane b's token takes slot `slot_B` of its branch, and its
-  rotary position is that many tokens behind its trunk. It sees its trunk, and its branch up to
-  itself. Writes at slots beyond the branch are dropped.
+  This is the step of a decode loop. It sees its lane up to itself. Writes at positions beyond the
+  lane are dropped.
 
   Args:
     params: the parameter tree. On a CPU, `turn`'s tree is better: there, cutting a layer out of its
       stack is a copy.
     config: its configuration.
-    trunks: unstacked cache of R trunks.
-    branches: unstacked cache of B branches. Unstacked caches unroll the layers: on a CPU decoding
-      takes some 30 % less time, and compile time grows with depth.
-    sharing: which lane reads which trunk.
+    cache: unstacked. Unstacked caches unroll the layers: on a CPU decoding takes some 30 % less
+      time, and compile time grows with depth.
     token_B: token ids.
-    slot_B: where they go, >= 0.
+    position_B: where they go, >= 0.
   """
-  W = sharing.lane_RW.shape[1]
-  # `place` counts over all places of all trunks, W to a trunk.
-  position_B1 = (sharing.length_R[sharing.place_B // W] + slot_B)[:, None]
+  position_B1 = position_B[:, None]
   cos, sin = rotary.rope_tables(
     position_B1, config.head_dim, config.rope_theta, config.rope_scaling
   )
   lane_B = jnp.arange(token_B.shape[0])
+  mask_B1S = reference.cache_mask(position_B1, cache.k[0].shape[2])
   hidden_B1D = params['embed'][token_B][:, None]
   # Lists, since each layer replaces its own array.
-  keys = list(branches.k)
-  values = list(branches.v)
+  keys = list(cache.k)
+  values = list(cache.v)
 
   for index, layer in enumerate(
     params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']
   ):
 
     def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
-      """Writes one key and value a lane, then attends over its trunk and its branch."""
+      """Writes one key and value a lane, then attends over the lane."""
       for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
         # A slice stands between the two index arrays: numpy's rule then puts their axis first, so
         # that the update is [B, K, H].
         held[index] = (
           held[index]
-          .at[lane_B, :, slot_B]
+          .at[lane_B, :, position_B]
           .set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
         )
-      # A query sees the token that it has just written, hence slot + 1 tokens of the branch.
-      return sharding.on_shards(
-        reference.attend_branches,
-        (q_B1NH, trunks.k[index], trunks.v[index], keys[index], values[index], sharing, slot_B + 1),
-        (_LANE_QUERIES, *[_LANE_KEYS] * 4),
-      )
+      return reference.attend(q_B1NH, keys[index], values[index], mask_B1S)
 
     hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend, rows='lanes')
   hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)

@@ -62,6 +62,7 @@ class MeshExecutor:
     slots: positions of a page.
     pages: number of pages.
     places: 1, since any page may hold any positions.
+    steps: 1, since the host looks at every token.
     overhead: what a pass costs beside its rows, in rows: so many take as long as to read the
       weights. An A100 does 312 Tflop/s and reads 2.0 TB/s, by which 156 rows of 16-bit weights are
       as long as their reading, and 250 at the share of the peak that products reach.
@@ -69,6 +70,7 @@ class MeshExecutor:
 
   slots = SLOTS
   places = 1
+  steps = 1
 
   def __init__(
     self,

@@ -99,7 +99,7 @@ class Engine:
     self.stop_ids = np.array(sorted(set(stop_ids)), np.int32)
     self.stats = EngineStats()
     self.params = _committed(params)
-    self._executor = make_executor(self.params, config, self.sizes)
+    self._executor = make_executor(self.params, config, self.sizes, self.stop_ids)
     self._lanes = LaneTable(self.sizes, self.stop_ids, decode)
     self._live = LiveBranches(self.sizes, self._executor, self._lanes, self.stats)
     # Handles are never used again, so that a late `cancel` cannot end another rollout.
@@ -203,7 +203,7 @@ class Engine:
     before = programs.traces.total()
     result = self._end_empty()
     ended: list[InFlight] = []
-    for _ in range(self.sizes.steps_per_call):
+    for _ in range(max(1, self.sizes.steps_per_call // self._executor.steps)):
       self._admit()
       # Whoever asked for a rollout that has ended may have another one.
       if ended or not self._live:

@@ -1,16 +1,18 @@
-"""What runs the passes of an engine: layer by layer on a CPU, as one program elsewhere."""
+"""What runs the passes of an engine: in tiles on a CPU, over a paged cache elsewhere."""
 
 from collections.abc import Callable
 from typing import Protocol
+
+import numpy as np
 
 from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device
-from dcore_jax.rollout.layer_executor import LayerExecutor
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import Drawn
 from dcore_jax.rollout.sizes import EngineSizes
+from dcore_jax.rollout.tile_executor import TileExecutor
 
 
 class Executor(Protocol):
@@ -22,6 +24,7 @@ class Executor(Protocol):
     pages: number of pages.
     places: pages of a text that are kept apart (`PagePool`).
     overhead: what a pass costs beside its rows, in rows.
+    steps: tokens that are drawn for each text before the host looks, where nothing is guessed.
   """
 
   rows: int
@@ -29,12 +32,22 @@ class Executor(Protocol):
   pages: int
   places: int
   overhead: float
+  steps: int
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host; None: there was nothing."""
 
-  def copy(self, source: int, target: int) -> None:
-    """Copies a page into another."""
+  def run_ahead(self, work: Pass) -> tuple[Drawn, np.ndarray]:
+    """Draws `steps` tokens for texts that have one row each; only where `steps` > 1.
+
+    Each text goes on with what the first of its rollouts draws.
+
+    Returns:
+      (what was drawn [A, steps], the tokens that each text went on with [texts, steps]).
+    """
+
+  def copy(self, source: int, target: int, positions: int) -> None:
+    """Copies at least the first positions of a page into another."""
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs; `progress` is called with (those that are ready, all)."""
@@ -46,9 +59,11 @@ class Executor(Protocol):
     """Takes other weights of the same shapes."""
 
 
-def make_executor(params: decoder.Params, config: DecoderConfig, sizes: EngineSizes) -> Executor:
+def make_executor(
+  params: decoder.Params, config: DecoderConfig, sizes: EngineSizes, stop_ids: np.ndarray
+) -> Executor:
   """Returns what runs passes where the parameters are."""
   placement = device.cache_placement(params, config)
   if placement is None and sharding.platform() == 'cpu':
-    return LayerExecutor(params, config, sizes)
+    return TileExecutor(params, config, sizes, stop_ids)
   return device.MeshExecutor(params, config, sizes, placement)

@@ -38,7 +38,14 @@ class LiveBranches:
     self._pool = PagePool(executor.pages, executor.places)
     self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
     self._drafts = Drafts(self._table, sizes.guesses, executor.overhead)
-    self._planner = Planner(self._table, lanes, self._drafts, executor.rows)
+    self._planner = Planner(
+      self._table,
+      lanes,
+      self._drafts,
+      executor.rows,
+      # What draws several tokens at once reads no prompts beside them.
+      apart=executor.steps > 1,
+    )
     self._scoring = PromptScoring()
     # In the order in which they came.
     self._branches: dict[Branch, None] = {}
@@ -127,7 +134,13 @@ class LiveBranches:
     ended = [*self._ended, *self._end_scored(list(self._branches))]
     self._ended.clear()
     for parts, work in self._planner.plan(list(self._branches)):
-      drawn, scored = self._executor.run(work)
+      if self._executor.steps > 1 and all(
+        part.complete and len(part.tokens) == 1 for part in parts
+      ):
+        work, drawn = self._run_ahead(parts, work)
+        scored = None
+      else:
+        drawn, scored = self._executor.run(work)
       self._count(parts, work)
       self._advance(parts, scored)
       complete = [part for part in parts if part.complete]
@@ -136,11 +149,33 @@ class LiveBranches:
       ended += self._end_scored([part.branch for part in parts if part.branch.rollouts])
     return ended
 
+  def _run_ahead(self, parts: Sequence[Part], work: Pass) -> tuple[Pass, Drawn]:
+    """Draws several tokens for each branch, as if what its first rollout draws had been guessed.
+
+    Returns:
+      (the pass with a draw for each of the tokens, what was drawn).
+    """
+    steps = self._executor.steps
+    drawn, text_NQ = self._executor.run_ahead(work)
+    for number, part in enumerate(parts):
+      part.tokens += text_NQ[number, :-1].tolist()
+      part.guesses = steps - 1
+      part.ahead = True
+      part.draws *= steps
+    step_A = np.tile(np.arange(steps, dtype=np.int32), len(work.lane_A))
+    index_A = np.repeat(work.draws.index_A, steps) + step_A
+    work = work._replace(
+      lane_A=np.repeat(work.lane_A, steps),
+      step_A=step_A,
+      draws=work.draws._replace(index_A=index_A),
+    )
+    return work, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
+
   def _open(self, text: np.ndarray, source: int, shared: int) -> Branch:
     branch, copied = self._table.open(text, source, shared)
     # At once: the page that is copied may be given up for the next branch.
     if copied:
-      self._executor.copy(*copied)
+      self._executor.copy(*copied, shared % self._table.slots)
     self._branches[branch] = None
     return branch
 
@@ -175,7 +210,7 @@ class LiveBranches:
     stats.rows += len(work.tokens_R)
     stats.slots_read += sum(len(pages) for pages in work.pages) * self._table.slots
     for part in parts:
-      stats.guessed_tokens += part.guesses
+      stats.guessed_tokens += 0 if part.ahead else part.guesses
       # The last token of a prompt counts as one that is drawn from.
       stats.prefill_tokens += len(part.tokens) - part.guesses - part.complete
 
@@ -232,8 +267,10 @@ class LiveBranches:
       length = int(self._table.length_X[branch.row])
       # Guesses that were right are computed already.
       tokens, branch.rollouts = outcome.stays
-      self._stats.right_guesses += len(tokens) - 1
-      if part.guesses:
+      if part.ahead:
+        self._stats.rows += len(tokens) - 1
+      elif part.guesses:
+        self._stats.right_guesses += len(tokens) - 1
         self._drafts.learn(branch.row, part.guesses, len(tokens) - 1)
       for given, rollouts in outcome.leaves:
         text = np.concatenate([self._table.text_XS[branch.row, :length], given]).astype(np.int32)

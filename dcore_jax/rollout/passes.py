@@ -43,6 +43,7 @@ class Part:
     guesses: how many of them are guessed.
     complete: whether the rows reach the end of the text, so that the next token can be drawn.
     draws: its first draw of the pass, meaningful where it is complete.
+    ahead: whether its guesses were not guessed, but drawn one after the other.
   """
 
   branch: Branch
@@ -52,6 +53,7 @@ class Part:
   guesses: int
   complete: bool
   draws: int = 0
+  ahead: bool = False
 
   @property
   def guessed(self) -> list[int]:
@@ -91,14 +93,18 @@ class Planner:
     lanes: the rollouts.
     drafts: the guesses.
     rows: rows of a pass at most.
+    apart: whether prompts go in passes of their own.
 
   Attributes:
     patient: whether prompts are read first, and nobody draws meanwhile. Rollouts then draw side by
       side, in fewer passes.
   """
 
-  def __init__(self, table: BranchTable, lanes: LaneTable, drafts: Drafts, rows: int):
+  def __init__(
+    self, table: BranchTable, lanes: LaneTable, drafts: Drafts, rows: int, *, apart: bool
+  ):
     self.patient = False
+    self._apart = apart
     self._table = table
     self._lanes = lanes
     self._drafts = drafts
@@ -118,7 +124,7 @@ class Planner:
     rounds = [] if self.patient and unread else self._waiting(waiting)
     if unread:
       room = self._rows - sum(len(part.tokens) for part in rounds[-1]) if rounds else 0
-      if 2 * room < self._rows:
+      if self._apart or 2 * room < self._rows:
         rounds.append([])
         room = self._rows
       rounds[-1].extend(self._prompts(unread, room))

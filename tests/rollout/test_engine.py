@@ -13,7 +13,7 @@ import pytest
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import layer_programs, programs
+from dcore_jax.rollout import programs, tile_programs
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -34,12 +34,10 @@ CONFIG = DecoderConfig(
 STOP = 5
 MAX_LEN = 128
 PROGRAMS = (
-  layer_programs.first,
-  layer_programs.middle,
-  layer_programs.attend,
-  layer_programs.draw,
-  layer_programs.read_page,
-  layer_programs.write_page,
+  tile_programs.decode,
+  tile_programs.read,
+  tile_programs.draw,
+  tile_programs.copy_row,
 )
 
 
@@ -249,29 +247,32 @@ def run_mixed(runner, seed):
     runner.step()
 
 
-def test_six_programs_serve_whatever_comes():
+def test_the_prepared_programs_serve_whatever_comes():
   # A model that no other test has, so that what is counted is compiled here.
-  config = dataclasses.replace(CONFIG, num_key_value_heads=1)
+  config = dataclasses.replace(CONFIG, intermediate_size=40)
   weights = decoder.init_params(config, jax.random.key(1))
-  before = programs.traces.copy()
+  told = []
 
-  def run(**changes):
-    runner = Engine(
+  def made(**changes):
+    return Engine(
       weights,
       config,
       stop_ids=[STOP],
-      sizes=EngineSizes(**{'max_len': 76, 'lanes': 8, **changes}),
+      sizes=EngineSizes(**{'max_len': 76, 'lanes': 8, 'steps_per_call': 4, **changes}),
       decode=lambda ids: ''.join(map(chr, np.array(ids) + 90)),
     )
-    for seed in range(3):
-      run_mixed(runner, seed)
-    return runner.stats.compilations
 
-  first = run()
-  assert first == 6
-  # Other engines of the same model, and a prepared one, compile nothing.
-  assert run(lanes=3, max_len=300, steps_per_call=1, guesses=0) == 0
-  assert (programs.traces - before).total() == first
+  runner = made()
+  runner.prepare(lambda ready, total: told.append((ready, total)))
+  # Tiles of 1 and of 8 texts, two lengths of prompts, draws behind them, copies.
+  assert runner.stats.compilations == 6
+  assert told[0] == (0, 6) and told[-1] == (6, 6)
+  for seed in range(3):
+    run_mixed(runner, seed)
+  # Other engines of the same sizes compile nothing.
+  other = made(guesses=0)
+  run_mixed(other, 3)
+  assert runner.stats.compilations == 6 and other.stats.compilations == 0
 
 
 def test_update_lets_the_old_weights_go_before_it_takes_the_new_ones():
@@ -328,13 +329,12 @@ def test_stats_and_progress():
   assert engine().generate([], SamplingParams()) == []
 
 
-def test_short_prompts_share_a_pass_and_passes_read_what_is_there():
+def test_short_prompts_share_a_pass():
   runner = engine(lanes=8, guesses=0)
   done = runner.generate(requests(7, lengths=(9,)), SamplingParams())
-  # 7 x 9 tokens of prompts fit into one pass, and every text into one page.
-  assert runner.stats.passes == max(len(completion.tokens) for completion in done)
-  texts = sum(len(completion.tokens) for completion in done)
-  assert runner.stats.slots_read == texts * layer_programs.POSITIONS
+  # All prompts are read in one pass; then each pass draws four tokens for every text.
+  longest = max(len(completion.tokens) for completion in done)
+  assert runner.stats.passes == 1 + -(-longest // 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,329 @@
+"""Runs passes on a CPU: texts that wait for a token in tiles, prompts and guesses one by one.
+
+Letters as in passes.py.
+"""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcore_jax.models import decoder
+from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import tile_programs
+from dcore_jax.rollout.passes import Pass
+from dcore_jax.rollout.programs import DrawInputs, Drawn
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.sizes import EngineSizes
+from dcore_jax.rollout.tile_programs import DecodeShape, ReadShape, Tile
+
+# Texts of a tile, and draws of it. Larger tiles fall out of a CPU's caches, smaller ones starve its
+# matrix products: a step of 8 layers of width 512 (100 MB of weights) takes 6 ms for 1 text, 12 for
+# 8 and 30 for 32.
+_TILES = ((1, 1), (8, 16), (32, 64))
+# Tokens that a text gets in one call, longest last.
+_READS = (32, 128)
+# Draws of a call beside tiles.
+_DRAWS = 32
+# The shortest span of positions that is compiled for. Each is that many times as long as the one
+# before it; layers are compiled one by one, so that a deep model has to do with fewer.
+_SHORTEST = 256
+_GROWTH = 2
+_GROWTH_OF_DEEP = 4
+_DEEP = 8  # layers
+
+# One compiled program: layer by layer, each copy would be dispatched on its own.
+_turn = jax.jit(decoder.turn)
+
+
+class _Members(NamedTuple):
+  """Texts of a pass that are decoded together, and the draws of them; places in the pass."""
+
+  texts: list[int]
+  draws: list[int]
+
+
+class TileExecutor:
+  """Holds the weights and the cache of an engine on one CPU, and runs its passes.
+
+  Args:
+    params: the parameter tree.
+    config: the model's configuration.
+    sizes: lanes and lengths, resolved.
+    stop_ids: tokens that end a text.
+
+  Attributes:
+    rows: rows of a pass at most.
+    slots: positions of a page: a text has one page, since a product needs its operand in one piece.
+    pages: number of pages.
+    places: 1.
+    overhead: what a pass costs beside its rows, in rows.
+    steps: tokens that are drawn for each text before the host looks.
+  """
+
+  rows = 512
+  places = 1
+  # Guesses are read by a program that is no faster than two or three steps of a tile.
+  overhead = 0.25
+
+  def __init__(
+    self,
+    params: decoder.Params,
+    config: DecoderConfig,
+    sizes: EngineSizes,
+    stop_ids: np.ndarray,
+  ):
+    self._config = config
+    self._stop_ids = stop_ids
+    self.steps = sizes.steps_per_call
+    self.slots = sizes.max_len
+    self.pages = sizes.lanes + sizes.trunks + 1
+    growth = _GROWTH_OF_DEEP if config.num_hidden_layers > _DEEP else _GROWTH
+    self._spans = _ladder(sizes.max_len, growth)
+    self._read_spans = _ladder(sizes.max_len, 4 * _GROWTH_OF_DEEP)
+    most = next((B for B, _ in _TILES if sizes.lanes <= B), _TILES[-1][0])
+    self._tiles = [(B, A) for B, A in _TILES if B <= most]
+    self.load(params)
+    cache = decoder.init_cache(config, self.pages, sizes.max_len, params['embed'].dtype)
+    # Tied to its device, as what calls return is: for an array that is not, jax compiles a program
+    # of its own.
+    self._cache = jax.device_put(cache, params['embed'].sharding)
+
+  def unload(self) -> None:
+    """Lets the weights go."""
+    del self._params
+    del self._turned
+
+  def load(self, params: decoder.Params) -> None:
+    """Takes other weights of the same shapes."""
+    self._params = params
+    # A copy for the few rows of a step, layer by layer and transposed (`decoder.turn`).
+    self._turned = _turn(params)
+
+  def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
+    """Runs a pass: what was drawn and what was scored, on the host."""
+    hidden = []
+    rows_n = np.bincount(work.text_R, minlength=len(work.pages))
+    first = 0
+    for text, rows in enumerate(rows_n.tolist()):
+      places = slice(first, first + rows)
+      hidden.append(
+        self._read(work.pages[text][0], work.tokens_R[places], int(work.position_R[first]))
+      )
+      first += rows
+    found = []
+    for inputs in (work.draws, work.scores):
+      found.append(None if inputs is None or not len(inputs.row_A) else inputs)
+    if not any(found):
+      return None, None
+    hidden_RD = jnp.concatenate(hidden)
+    # Arrays of many lengths would compile as many programs.
+    short = -len(hidden_RD) % (2 * self.rows)
+    hidden_RD = jnp.pad(hidden_RD, ((0, short), (0, 0)))
+    drawn, scored = (inputs and self._draw(hidden_RD, inputs) for inputs in found)
+    return drawn, scored
+
+  def run_ahead(self, work: Pass) -> tuple[Drawn, np.ndarray]:
+    """Draws `steps` tokens for texts that have one row each.
+
+    Returns:
+      (what was drawn [A, steps], the tokens that each text went on with [texts, steps]).
+    """
+    calls = []
+    for members in self._members(work):
+      calls.append((members, self._decode(work, members)))
+    texts = np.zeros((len(work.pages), self.steps), np.int32)
+    all_drawn = None
+    # Calls end in the order in which they were made; here the host waits.
+    for members, (tile, drawn) in calls:
+      drawn = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), jax.device_get(drawn))
+      if all_drawn is None:
+        shape = (len(work.draws.row_A),)
+        all_drawn = jax.tree.map(
+          lambda x, shape=shape: np.zeros(shape + x.shape[1:], x.dtype), drawn
+        )
+      for to, given in zip(jax.tree.leaves(all_drawn), jax.tree.leaves(drawn), strict=True):
+        to[members.draws] = given[: len(members.draws)]
+      leaders = tile.leader_B[: len(members.texts)]
+      texts[members.texts] = drawn.token_A[leaders]
+    return all_drawn, texts
+
+  def copy(self, source: int, target: int, positions: int) -> None:
+    """Copies the first positions of a page into another."""
+    self._cache = tile_programs.copy_row(
+      self._cache, np.int32(source), np.int32(target), np.int32(positions)
+    )
+
+  def prepare(self, progress: Callable[[int, int], None]) -> None:
+    """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
+    lowered = list(self._lowered())
+    progress(0, len(lowered))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      waiting = [pool.submit(lambda one=one: one().compile()) for one in lowered]
+      for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
+        one.result()
+        progress(ready, len(lowered))
+
+  # --- what calls are made of ---------------------------------------------------------------------
+
+  def _lowered(self) -> Iterator[Callable[[], jax.stages.Lowered]]:
+    """Yields for each program what traces it."""
+    # Lowering reads no more than shapes and places, and donates nothing.
+    cache = self._cache
+    for span in self._spans:
+      for B, A in self._tiles:
+        shape = DecodeShape(config=self._config, span=span, steps=self.steps)
+        yield lambda B=B, A=A, shape=shape: tile_programs.decode.lower(
+          self._turned, cache, _no_tile(B), _no_draws(A), self._stop_ids, shape=shape
+        )
+    for span in self._read_spans:
+      for count in _READS:
+        shape = ReadShape(config=self._config, span=span)
+        yield lambda count=count, shape=shape: tile_programs.read.lower(
+          self._params,
+          cache,
+          np.int32(0),
+          np.zeros(count, np.int32),
+          np.int32(0),
+          shape=shape,
+        )
+    hidden_RD = jax.ShapeDtypeStruct((2 * self.rows, self._config.hidden_size), self._cache.k.dtype)
+    yield lambda: tile_programs.draw.lower(self._params, hidden_RD, _no_draws(_DRAWS))
+    yield lambda: tile_programs.copy_row.lower(cache, np.int32(0), np.int32(0), np.int32(0))
+
+  def _read(self, row: int, tokens: np.ndarray, start: int) -> jax.Array:
+    """Appends tokens to a text; returns their hidden states."""
+    hidden = []
+    for first in range(0, len(tokens), _READS[-1]):
+      piece = tokens[first : first + _READS[-1]]
+      count = next(count for count in _READS if count >= len(piece))
+      end = start + first + len(piece)
+      padded = np.zeros(count, np.int32)
+      padded[: len(piece)] = piece
+      self._cache, hidden_TD = tile_programs.read(
+        self._params,
+        self._cache,
+        np.int32(row),
+        padded,
+        np.int32(start + first),
+        shape=ReadShape(config=self._config, span=_bucket(self._read_spans, end)),
+      )
+      hidden.append(hidden_TD[: len(piece)])
+    return hidden[0] if len(hidden) == 1 else jnp.concatenate(hidden)
+
+  def _draw(self, hidden_RD: jax.Array, inputs: DrawInputs) -> Drawn:
+    """Draws or scores, `_DRAWS` rows at a time."""
+    found = []
+    for first in range(0, len(inputs.row_A), _DRAWS):
+      some = _places(inputs, slice(first, first + _DRAWS))
+      drawn = tile_programs.draw(self._params, hidden_RD, _filled(some, _DRAWS))
+      found.append((len(some.row_A), drawn))
+    host = []
+    for count, drawn in jax.device_get(found):
+      host.append(jax.tree.map(lambda x, count=count: x[:count], drawn))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *host)
+
+  def _members(self, work: Pass) -> Iterator[_Members]:
+    """Yields the texts of each tile, short ones first: a tile is read as far as its longest."""
+    by_text: list[list[int]] = [[] for _ in work.pages]
+    for draw, text in enumerate(work.text_R[work.draws.row_A].tolist()):
+      by_text[text].append(draw)
+    most_texts, most_draws = self._tiles[-1]
+    members = _Members([], [])
+    for text in np.argsort(work.position_R, kind='stable').tolist():
+      full = len(members.texts) == most_texts
+      if members.texts and (full or len(members.draws) + len(by_text[text]) > most_draws):
+        yield members
+        members = _Members([], [])
+      members.texts.append(text)
+      members.draws.extend(by_text[text])
+    yield members
+
+  def _decode(self, work: Pass, members: _Members) -> tuple[Tile, Drawn]:
+    """Makes a decode call; returns its tile and what it will have drawn."""
+    texts, draws = members
+    B, A = next(
+      ((B, A) for B, A in self._tiles if len(texts) <= B and len(draws) <= A), self._tiles[-1]
+    )
+    # More rollouts of one text than a tile has draws are another program.
+    A = max(A, -(-len(draws) // A) * A)
+    place_of = {text: place for place, text in enumerate(texts)}
+    owner = np.array([place_of[text] for text in work.text_R[work.draws.row_A[draws]].tolist()])
+    tile = _no_tile(B)
+    count = len(texts)
+    tile.row_B[:count] = [work.pages[text][0] for text in texts]
+    tile.token_B[:count] = work.tokens_R[texts]
+    tile.position_B[:count] = work.position_R[texts]
+    tile.live_B[:count] = True
+    tile.leader_B[:count] = np.searchsorted(owner, np.arange(count))
+    inputs = _filled(_places(work.draws, draws), A)
+    inputs.row_A[: len(owner)] = owner
+    end = int(tile.position_B.max()) + self.steps
+    shape = DecodeShape(
+      config=self._config, span=_bucket(self._spans, min(end, self.slots)), steps=self.steps
+    )
+    self._cache, drawn = tile_programs.decode(
+      self._turned, self._cache, tile, inputs, self._stop_ids, shape=shape
+    )
+    return tile, drawn
+
+
+def _ladder(longest: int, growth: int) -> list[int]:
+  """Returns the spans that programs are compiled for, up to the longest."""
+  spans = []
+  span = _SHORTEST
+  while span < longest:
+    spans.append(span)
+    span *= growth
+  return [*spans, longest]
+
+
+def _bucket(ladder: Sequence[int], length: int) -> int:
+  """Returns the smallest span that holds `length`."""
+  return ladder[int(np.searchsorted(ladder, length))]
+
+
+def _no_tile(texts: int) -> Tile:
+  """Returns a tile without a text."""
+  return Tile(
+    row_B=np.zeros(texts, np.int32),
+    token_B=np.zeros(texts, np.int32),
+    position_B=np.zeros(texts, np.int32),
+    live_B=np.zeros(texts, bool),
+    leader_B=np.zeros(texts, np.int32),
+  )
+
+
+def _places(inputs: DrawInputs, places: slice | list[int]) -> DrawInputs:
+  """Returns some of the draws."""
+  return jax.tree.map(lambda x: x[places] if np.ndim(x) else x, inputs)
+
+
+def _filled(inputs: DrawInputs, count: int) -> DrawInputs:
+  """Returns so many draws, filled up with zeros."""
+
+  def fill(x: np.ndarray) -> np.ndarray:
+    if not np.ndim(x):
+      return x
+    filled = np.zeros((count, *x.shape[1:]), x.dtype)
+    filled[: len(x)] = x
+    return filled
+
+  return jax.tree.map(fill, inputs)
+
+
+def _no_draws(count: int) -> DrawInputs:
+  """Returns draws that nobody reads."""
+  rule = SamplingParams().rule()
+  return DrawInputs(
+    row_A=np.zeros(count, np.int32),
+    key_A2=np.zeros((count, 2), np.uint32),
+    index_A=np.zeros(count, np.int32),
+    rule=jax.tree.map(lambda number: np.zeros(count, number.dtype), rule),
+    target_A=np.zeros(count, np.int32),
+    scoring=np.bool_(False),
+    listing=np.bool_(False),
+  )
