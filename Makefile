@@ -128,6 +128,7 @@ bench: setup
 	$(RUN) -m benchmarks.sft_step
 	$(RUN) -m benchmarks.rollout
 	$(RUN) -m benchmarks.server
+	$(RUN) -m benchmarks.startup
 	$(RUN) -m benchmarks.grpo_step
 	$(RUN) -m benchmarks.rewards
 	$(RUN) -m benchmarks.distill

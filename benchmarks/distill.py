@@ -1,5 +1,4 @@
-"""Self-distillation: all subtasks of all seeds together against one at a time, and how full the
-lanes are.
+"""Self-distillation: all subtasks of all seeds together against one at a time, and what it takes.
 
     python -m benchmarks.distill                    # about 12 minutes on 2 cores
     python -m benchmarks.distill --cases=loop --seeds=30
@@ -12,8 +11,8 @@ The organism distils tasks of ToolWorld (one JSON line a case).
                 million parameters: each request runs on it for as many tokens as the organism's
                 answer has. The organism's weights fit into a CPU's caches, where a lane by itself
                 has no need of company; those of any model in earnest do not
-    occupancy   share of the lane-steps of a whole run that drew a token of a rollout, its tail
-                included; the bound is 1
+    rows        tokens that a whole run draws for each token that goes through the model behind a
+                prompt: wrong guesses make them fewer, rollouts that agree make them more
     host        seconds of the host's own work (rendering, parsing, verifying, composing) in a run,
                 by answering all of it from a journal, against the run itself
 """
@@ -35,6 +34,7 @@ from dcore_jax.data.seed_sources import DISTILL, training_seeds
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.algorithm import by_length, distill, summarise
 from dcore_jax.distill.solve import Distiller
+from dcore_jax.distill.stage import since
 from dcore_jax.models import decoder
 from dcore_jax.rollout.backends import ChatSource, Reply
 from dcore_jax.rollout.engine import Engine
@@ -44,7 +44,7 @@ from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 
-CASES = ('loop', 'larger', 'occupancy', 'host')
+CASES = ('loop', 'larger', 'rows', 'host')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _SEEDS = flags.DEFINE_integer(
   'seeds',
@@ -123,10 +123,8 @@ def compare(
   """Rounds of all seeds together and of one at a time, with `draws` different random seeds."""
   ways = (('together', many, True), ('one at a time', one, False))
   rates: dict[str, list[float]] = {name: [] for name, _, _ in ways}
-  # Each once before it is measured: other lengths may need other programs.
-  for number in range(draws):
-    for _, ours, at_once in ways:
-      run(seeds, ours, at_once=at_once, seed=number)
+  for _, ours, _ in ways:
+    ours.engine.prepare()
   compiled = many.engine.stats.compilations + one.engine.stats.compilations
   for number in range(rounds):
     for name, ours, at_once in ways:
@@ -143,7 +141,7 @@ def compare(
     wanted=5.0,
     better='more',
     seeds=len(seeds),
-    occupancy=many.engine.stats.occupancy,
+    tokens_per_row=many.engine.stats.tokens_per_row,
     compilations=many.engine.stats.compilations + one.engine.stats.compilations - compiled,
   )
 
@@ -193,30 +191,28 @@ def larger(policy: Policy, seeds: list[Seed]) -> None:
     )
 
 
-def occupancy(policy: Policy, seeds: list[Seed]) -> None:
-  """Prints the share of lane-steps that drew a token of a rollout."""
+def rows(policy: Policy, seeds: list[Seed]) -> None:
+  """Prints the tokens drawn for each token that went through the model."""
   ours = backend(policy, nano.get_config().engine.lanes)
-  run(seeds, ours)  # compiles
-  before = vars(ours.engine.stats).copy()
+  ours.engine.prepare()
+  before = dataclasses.replace(ours.engine.stats)
   summary, seconds = run(seeds, ours, seed=1)
-  spent = {name: value - before[name] for name, value in vars(ours.engine.stats).items()}
-  facts = {name: spent[name] for name in ('compilations', 'prefill_tokens', 'reused_tokens')}
+  spent = since(before, ours.engine.stats)
+  facts = {name: value for name, value in vars(spent).items() if name != 'decoded_tokens'}
   facts |= {
     name: summary[name]
     for name in ('success_rate', 'success_rate_all', 'decomposition_rate', 'kept')
   }
   line(
-    'lane occupancy',
-    'all lanes always busy',
-    spent['decoded_tokens'] / spent['lane_steps'],
-    None,
-    'share of lane-steps',
-    wanted=0.9,
-    bound=1.0,
+    'tokens drawn for each that goes through the model',
+    'one for each',
+    spent.tokens_per_row,
+    1.0,
+    'tokens',
     better='more',
     seeds=len(seeds),
     seconds=seconds,
-    tokens_per_second=spent['decoded_tokens'] / seconds,
+    tokens_per_second=spent.decoded_tokens / seconds,
     **facts,
   )
 
@@ -250,7 +246,7 @@ def main(_) -> None:
   config = nano.get_config()
   policy = load_policy(config.model, seed=0)
   seeds = training_seeds(config, config.distill.tasks, DISTILL)
-  for name, case in (('loop', loop), ('larger', larger), ('occupancy', occupancy), ('host', host)):
+  for name, case in (('loop', loop), ('larger', larger), ('rows', rows), ('host', host)):
     if name in _CASES.value:
       case(policy, seeds)
 

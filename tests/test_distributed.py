@@ -111,3 +111,52 @@ def test_programs_of_other_processors_and_versions_have_other_folders(monkeypatc
   monkeypatch.undo()
   monkeypatch.setattr(jax, '__version__', '99.0')
   assert '99.0' in folder().name
+
+
+# Counts what comes from the folder of programs, and what is compiled and put there.
+COUNTED = """
+import collections, json, sys
+import jax
+from dcore_jax import distributed
+
+distributed.keep_programs()
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.rpartition('/')[2]]))
+{work}
+print(json.dumps([counts['cache_hits'], counts['cache_misses']]))
+"""
+SMALL = 'jax.jit(lambda x: x * 2 + 1)(jax.numpy.arange(3.0))'
+ENGINE = """
+from dcore_jax.rollout.requests import Request
+from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.serve.server import load_model
+
+engine = load_model('', lanes=2, max_len=64).engine
+engine.prepare()
+engine.generate([Request([1, 2, 3], (0,))], SamplingParams(max_tokens=4))
+"""
+
+
+@pytest.mark.parametrize(
+  'work',
+  [pytest.param(SMALL, id='small'), pytest.param(ENGINE, id='engine', marks=pytest.mark.slow)],
+)
+def test_a_second_process_compiles_nothing_anew(tmp_path, work):
+  environment = os.environ | {'DCORE_CACHE': str(tmp_path), 'PYTHONPATH': str(PROGRAM.parents[1])}
+  # The tests have set these for themselves.
+  for name in [name for name in environment if name.startswith(('JAX_COMP', 'JAX_PERSISTENT'))]:
+    del environment[name]
+
+  def started():
+    command = [sys.executable, '-c', COUNTED.format(work=work)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+  folder = distributed.programs_folder(tmp_path)
+  _, compiled = started()
+  kept = sorted(path.name for path in folder.iterdir())
+  assert compiled and len(kept) == compiled
+  hits, misses = started()
+  assert misses == 0 and hits >= compiled
+  assert sorted(path.name for path in folder.iterdir()) == kept

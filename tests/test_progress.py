@@ -61,3 +61,13 @@ def test_a_stage_is_timed_and_announced_also_when_it_fails():
 )
 def test_durations_read_well(seconds, text):
   assert progress.format_seconds(seconds) == text
+
+
+def test_compiling_is_shown_as_programs_of_all(capsys):
+  def prepare(show):
+    for ready in range(4):
+      show(ready, 3)
+
+  progress.show_compiling(prepare)
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert 'compile' in last and '3/3' in last

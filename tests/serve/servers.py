@@ -142,7 +142,8 @@ def running(service, drain_seconds=30.0, ready=True):
   thread.start()
   until(lambda: server.started or not thread.is_alive())
   if ready:
-    until(lambda: service.scheduler.ready or not thread.is_alive())
+    # On a busy machine it takes a minute to compile what has never been.
+    until(lambda: service.scheduler.ready or not thread.is_alive(), 300)
   try:
     yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}', server
   finally:
