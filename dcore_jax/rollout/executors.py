@@ -6,7 +6,7 @@ from typing import Protocol
 from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import device
+from dcore_jax.rollout import device, mesh_programs
 from dcore_jax.rollout.layer_executor import LayerExecutor
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import Drawn
@@ -44,7 +44,8 @@ class Executor(Protocol):
 
 def make_executor(params: decoder.Params, config: DecoderConfig, sizes: EngineSizes) -> Executor:
   """Returns what runs passes where the parameters are."""
-  placement = device.cache_placement(params, config)
-  if placement is None and sharding.platform() == 'cpu':
+  placement = mesh_programs.cache_placement(params, config)
+  # Layer by layer a cache has the dtype of the parameters.
+  if placement is None and sharding.platform() == 'cpu' and not sizes.cache_dtype:
     return LayerExecutor(params, config, sizes)
   return device.MeshExecutor(params, config, sizes, placement)
