@@ -33,7 +33,7 @@ class EngineCalls:
   sizes: the engine's sizes, resolved.
   prompt: tokens of the longest prompt.
   groups: whether rollouts share prompts, eight to one; otherwise each has its own.
-  dtype: dtype of weights and cache.
+  dtype: dtype of weights, and of the cache where `sizes` name no other.
   """
 
   model: DecoderConfig
@@ -63,7 +63,7 @@ class EngineCalls:
       self.sizes.pages(SLOTS),
       SLOTS,
       self.dtype,
-      self.dtype,
+      device.cache_dtype(self.sizes, self.dtype),
     )
 
     def place(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -112,7 +112,7 @@ class EngineCalls:
   def _shape(self) -> MeshShape:
     return MeshShape(
       config=self.model,
-      placement=device.cache_placement(self.weights(), self.model),
+      placement=mesh_programs.cache_placement(self.weights(), self.model),
       rows=device.pass_rows(self.sizes),
     )
 

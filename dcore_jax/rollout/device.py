@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -18,12 +19,10 @@ from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import mesh_programs
 from dcore_jax.rollout.grids import PIECE, blank, grid_shapes, lay_out
-from dcore_jax.rollout.mesh_programs import MeshShape, State, cache_placement, no_draws, pack
+from dcore_jax.rollout.mesh_programs import MeshShape, State, no_draws, pack
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import DrawInputs, Drawn
 from dcore_jax.rollout.sizes import EngineSizes
-
-__all__ = ['SLOTS', 'MeshExecutor', 'cache_placement', 'draw_counts', 'pass_rows']
 
 # A TPU keeps an axis of 128 where it lies; with fewer slots most caches would be padded.
 SLOTS = 128
@@ -42,6 +41,11 @@ def draw_counts(sizes: EngineSizes) -> tuple[int, ...]:
   """Returns the numbers of draws for which there are programs, ascending."""
   most = min(max(sizes.lanes, _FEW_DRAWS), _MOST_DRAWS)
   return (_FEW_DRAWS, most) if most > _FEW_DRAWS else (most,)
+
+
+def cache_dtype(sizes: EngineSizes, dtype: Any) -> Any:
+  """Returns the dtype of keys and values, where the parameters have `dtype`."""
+  return jnp.dtype(sizes.cache_dtype or dtype)
 
 
 class MeshExecutor:
@@ -87,7 +91,7 @@ class MeshExecutor:
     self._grids = grid_shapes(sizes.lanes, -(-sizes.max_len // SLOTS))
     self._counts = draw_counts(sizes)
     self.load(params)
-    self._state = self._new_state(params['embed'])
+    self._state = self._new_state(params['embed'], cache_dtype(sizes, params['embed'].dtype))
 
   def unload(self) -> None:
     """Lets the weights go."""
@@ -138,10 +142,10 @@ class MeshExecutor:
     """Sets the mesh of the weights, or none, whatever the mesh of the trainer is."""
     return jax.set_mesh(self._mesh)
 
-  def _new_state(self, embed_VD: jax.Array) -> State:
+  def _new_state(self, embed_VD: jax.Array, dtype: Any) -> State:
     """Returns an empty cache, each part of it made on its device: the whole may not fit on one."""
     make = functools.partial(
-      mesh_programs.empty_state, self._shape, self.pages, SLOTS, embed_VD.dtype, embed_VD.dtype
+      mesh_programs.empty_state, self._shape, self.pages, SLOTS, embed_VD.dtype, dtype
     )
     # Tied to its devices as what calls return is: a program is compiled for the one or the other.
     whole = NamedSharding(embed_VD.sharding.mesh, jax.P()) if self._mesh else embed_VD.sharding

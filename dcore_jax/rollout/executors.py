@@ -8,7 +8,7 @@ import numpy as np
 from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import device
+from dcore_jax.rollout import device, mesh_programs
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import Drawn
 from dcore_jax.rollout.sizes import EngineSizes
@@ -63,7 +63,8 @@ def make_executor(
   params: decoder.Params, config: DecoderConfig, sizes: EngineSizes, stop_ids: np.ndarray
 ) -> Executor:
   """Returns what runs passes where the parameters are."""
-  placement = device.cache_placement(params, config)
-  if placement is None and sharding.platform() == 'cpu':
+  placement = mesh_programs.cache_placement(params, config)
+  # In tiles a cache has the dtype of the parameters.
+  if placement is None and sharding.platform() == 'cpu' and not sizes.cache_dtype:
     return TileExecutor(params, config, sizes, stop_ids)
   return device.MeshExecutor(params, config, sizes, placement)

@@ -104,6 +104,29 @@ def test_prompts_are_scored_alike():
     jax.tree.map(lambda *both: np.testing.assert_allclose(*both, atol=1e-5), *scores)
 
 
+def test_a_cache_of_int8_rounds_little():
+  """A scale for each slot: log-probabilities of the same tokens move a little."""
+  sizes = EngineSizes(lanes=LANES, max_len=MAX_LEN, guesses=0, cache_dtype='int8')
+  rounded = Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
+  scores = []
+  for each in (engines(0)[0], rounded):
+    each.submit(Request(prompt(300, 0), (9,), max_tokens=0, prompt_top=3), SamplingParams())
+    [scored] = each.step()
+    scores.append(scored.prompt.logprobs)
+  exact, near = scores
+  difference = np.abs(near - exact)
+  assert 0 < difference.max() < 0.05
+  # Parts of pages and shared ones are copied with their scales.
+  requests = [Request(prompt(200, 0), (0, rollout), 20) for rollout in range(5)]
+  together = rounded.generate(requests, SamplingParams(1.0))
+  alone = [rounded.generate([request], SamplingParams(1.0))[0] for request in requests]
+  for a, b in zip(together, alone, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+  with pytest.raises(ValueError, match='cache_dtype'):
+    EngineSizes(max_len=64, cache_dtype='int4').resolved(CONFIG)
+
+
 def test_what_is_prepared_is_not_compiled_again():
   """Neither by the first call nor by later ones, whose arguments come from other calls."""
   sizes = EngineSizes(lanes=5, max_len=MAX_LEN)

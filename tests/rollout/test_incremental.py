@@ -125,8 +125,8 @@ def test_a_conversation_keeps_its_trunk():
     assert completion.tokens.tolist() == want.tokens.tolist()
     exact(context, completion)
     context = np.concatenate([context, completion.tokens[-3:], prompt(5, turn)])
-  # But for the last token of each prompt, which is drawn from; 3 tokens of the answer and 5 new ones
-  # follow in each turn.
+  # But for the last token of each prompt, which is drawn from. In each turn 3 tokens of the answer
+  # and 5 new ones follow.
   assert runner.stats.prefill_tokens == 49 + 2 * (3 + 5 - 1)
   assert separate.stats.reused_tokens == 0
 
