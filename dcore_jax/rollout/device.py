@@ -66,6 +66,7 @@ class MeshExecutor:
     slots: positions of a page.
     pages: number of pages.
     places: 1, since any page may hold any positions.
+    guess_cost: 1.0, since a pass waits for the weights with guesses and without.
     steps: 1, since the host looks at every token.
     overhead: what a pass costs beside its rows, in rows: so many take as long as to read the
       weights. An A100 does 312 Tflop/s and reads 2.0 TB/s, by which 156 rows of 16-bit weights are
@@ -75,6 +76,7 @@ class MeshExecutor:
   slots = SLOTS
   places = 1
   steps = 1
+  guess_cost = 1.0
 
   def __init__(
     self,

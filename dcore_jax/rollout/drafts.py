@@ -23,7 +23,7 @@ _FIRST_RATE = 0.7
 # Weight of a new verdict in the running mean, and what a text regains with each token for which
 # nothing was guessed, so that guessing is tried again.
 _WEIGHT = 0.25
-_REGAIN = 0.01
+_REGAIN = 0.002
 # Tokens a row from which on no guess is looked for: even one that is right as often as the first
 # ones would not be worth its row.
 _FULL = _FIRST_RATE
@@ -36,12 +36,14 @@ class Drafts:
     table: the texts.
     longest: tokens that are guessed at once at most; 0 turns guessing off.
     overhead: what a pass costs beside its rows, in rows.
+    cost: what a pass with guesses for one text costs, in passes without.
   """
 
-  def __init__(self, table: BranchTable, longest: int, overhead: float):
+  def __init__(self, table: BranchTable, longest: int, overhead: float, cost: float):
     self._table = table
     self._longest = longest
     self._overhead = overhead
+    self._cost = cost
     # Row and position of the latest continuation. Two sequences may share an entry; the tokens are
     # compared when it is used.
     self._row = np.zeros((len(_LENGTHS), _SIZE), np.int32)
@@ -97,6 +99,12 @@ class Drafts:
     with np.errstate(divide='ignore'):
       worth_n = np.floor(np.log(yielded) / np.log(np.minimum(rate_n, 0.999)))
     want_n = np.minimum(np.minimum(worth_n, self._longest), room_n).astype(np.int64)
+    if self._cost > 1:
+      # Texts with guesses leave the others, each for a pass of its own, which costs the same
+      # however many they are.
+      want_n = np.minimum(room_n, self._longest)
+      expected_n = (1 - rate_n ** (want_n + 1)) / (1 - np.minimum(rate_n, 0.999))
+      want_n = np.where(expected_n > self._cost * max(1, rows / 2), want_n, 0)
     if want_n.max() < 1 and yielded > _FULL:
       return [none] * len(row_n)
     self._take_in()

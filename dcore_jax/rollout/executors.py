@@ -24,6 +24,7 @@ class Executor(Protocol):
     pages: number of pages.
     places: pages of a text that are kept apart (`PagePool`).
     overhead: what a pass costs beside its rows, in rows.
+    guess_cost: what a pass with guesses for one text costs, in passes without.
     steps: tokens that are drawn for each text before the host looks, where nothing is guessed.
   """
 
@@ -32,6 +33,7 @@ class Executor(Protocol):
   pages: int
   places: int
   overhead: float
+  guess_cost: float
   steps: int
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:

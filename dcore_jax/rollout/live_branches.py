@@ -37,7 +37,7 @@ class LiveBranches:
     self._stats = stats
     self._pool = PagePool(executor.pages, executor.places)
     self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
-    self._drafts = Drafts(self._table, sizes.guesses, executor.overhead)
+    self._drafts = Drafts(self._table, sizes.guesses, executor.overhead, executor.guess_cost)
     self._planner = Planner(
       self._table,
       lanes,

@@ -61,13 +61,16 @@ class TileExecutor:
     pages: number of pages.
     places: 1.
     overhead: what a pass costs beside its rows, in rows.
+    guess_cost: what a pass with guesses for one text costs, in passes without.
     steps: tokens that are drawn for each text before the host looks.
   """
 
   rows = 512
   places = 1
-  # Guesses are read by a program that is no faster than two or three steps of a tile.
-  overhead = 0.25
+  # Guesses are read by another program, which takes as long as three steps of one text, however
+  # many they are.
+  overhead = 4.0
+  guess_cost = 3.0
 
   def __init__(
     self,

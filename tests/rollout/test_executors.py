@@ -42,16 +42,16 @@ def params():
 
 @functools.cache
 def engines(guesses):
-  """(layer by layer, over grids): kept, so that later examples meet texts of earlier ones."""
+  """(in tiles, over grids): kept, so that later examples meet texts of earlier ones."""
   sizes = EngineSizes(lanes=LANES, max_len=MAX_LEN, steps_per_call=4, guesses=guesses)
-  layered = Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
+  tiled = Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
       engine,
       'make_executor',
-      lambda params, config, sizes: device.MeshExecutor(params, config, sizes, None),
+      lambda params, config, sizes, _: device.MeshExecutor(params, config, sizes, None),
     )
-    return layered, Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
+    return tiled, Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
 
 
 def prompt(length, seed):
@@ -87,9 +87,8 @@ def test_both_executors_give_the_same(groups, guesses, temperature):
 
 
 def test_guesses_are_among_what_is_compared():
-  layered, gridded = engines(15)
   requests = [Request(prompt(129, 0), (0, rollout), 40) for rollout in range(6)]
-  for each in (layered, gridded):
+  for each in engines(15):
     each.generate(requests, SamplingParams(0.0))
     assert each.stats.right_guesses
 
