@@ -79,7 +79,7 @@ class Scheduler:
 
   @property
   def ready(self) -> bool:
-    """Whether `prepare` is done: nothing has to be compiled for a request any more."""
+    """Whether `prepare` is done."""
     return self._prepared.is_set()
 
   def prepare(self) -> None:
