@@ -10,7 +10,6 @@ import pathlib
 import platform
 
 import jax
-import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -81,7 +80,7 @@ def programs_folder(root: pathlib.Path) -> pathlib.Path:
   home directory may be shared by machines of several kinds.
   """
   processor = hashlib.sha256(_processor().encode()).hexdigest()[:8]
-  return root / f'programs-{jax.__version__}-{jaxlib.__version__}-{processor}'
+  return root / f'programs-{jax.__version__}-{jax.lib.__version__}-{processor}'
 
 
 # Lines of /proc/cpuinfo that say which instructions there are, on x86 and on ARM. Others change

@@ -185,35 +185,39 @@ class ReadShape:
   span: int
 
 
-@functools.partial(jax.jit, static_argnames='shape', donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames='shape', donate_argnames=('cache', 'hidden_RD'))
 def read(
   params: decoder.Params,
   cache: decoder.KVCache,
-  row: jax.Array,
+  hidden_RD: jax.Array,
   tokens_T: jax.Array,
-  start: jax.Array,
+  place_3: jax.Array,
   *,
   shape: ReadShape,
 ) -> tuple[decoder.KVCache, jax.Array]:
-  """Appends tokens to a row of the cache: (cache, final-normed hidden states [T, D]).
+  """Appends tokens to a row of the cache, and puts their hidden states among those of the pass.
 
   Args:
     params: the stacked tree.
     cache: stacked; donated.
-    row: int32.
+    hidden_RD: final-normed hidden states of the pass; donated.
     tokens_T: token ids, padded on the right.
-    start: int32, position of the first one.
+    place_3: int32, the row of the cache, the position of the first token, its row of the pass.
     shape: what is compiled in.
+
+  Returns:
+    (cache, hidden_RD). What stands behind the tokens' hidden states means nothing.
   """
   traces['read'] += 1
   L, _, K, _, H = cache.k.shape
+  row, start, first = place_3
   size = (L, 1, K, shape.span, H)
   part = jax.tree.map(lambda stored: jax.lax.dynamic_slice(stored, (0, row, 0, 0, 0), size), cache)
   hidden_1TD, part = decoder.extend(params, shape.config, part, tokens_T[None], start[None])
   cache = jax.tree.map(
     lambda stored, new: jax.lax.dynamic_update_slice(stored, new, (0, row, 0, 0, 0)), cache, part
   )
-  return cache, hidden_1TD[0]
+  return cache, jax.lax.dynamic_update_slice(hidden_RD, hidden_1TD[0], (first, 0))
 
 
 @jax.jit
