@@ -94,6 +94,9 @@ class TileExecutor:
     # Tied to its device, as what calls return is: for an array that is not, jax compiles a program
     # of its own.
     self._cache = jax.device_put(cache, params['embed'].sharding)
+    # Of a pass, with room behind it for the padding of its last piece.
+    hidden_RD = jnp.zeros((self.rows + _READS[-1], config.hidden_size), params['embed'].dtype)
+    self._hidden_RD = jax.device_put(hidden_RD, params['embed'].sharding)
 
   def unload(self) -> None:
     """Lets the weights go."""
@@ -108,25 +111,13 @@ class TileExecutor:
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host."""
-    hidden = []
     rows_n = np.bincount(work.text_R, minlength=len(work.pages))
     first = 0
     for text, rows in enumerate(rows_n.tolist()):
-      places = slice(first, first + rows)
-      hidden.append(
-        self._read(work.pages[text][0], work.tokens_R[places], int(work.position_R[first]))
-      )
+      tokens = work.tokens_R[first : first + rows]
+      self._read(work.pages[text][0], tokens, int(work.position_R[first]), first)
       first += rows
-    found = []
-    for inputs in (work.draws, work.scores):
-      found.append(None if inputs is None or not len(inputs.row_A) else inputs)
-    if not any(found):
-      return None, None
-    hidden_RD = jnp.concatenate(hidden)
-    # Arrays of many lengths would compile as many programs.
-    short = -len(hidden_RD) % (2 * self.rows)
-    hidden_RD = jnp.pad(hidden_RD, ((0, short), (0, 0)))
-    drawn, scored = (inputs and self._draw(hidden_RD, inputs) for inputs in found)
+    drawn, scored = (self._draw(inputs) for inputs in (work.draws, work.scores))
     return drawn, scored
 
   def run_ahead(self, work: Pass) -> tuple[Drawn, np.ndarray]:
@@ -166,9 +157,13 @@ class TileExecutor:
     progress(0, len(lowered))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       waiting = [pool.submit(lambda one=one: one().compile()) for one in lowered]
-      for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
-        one.result()
-        progress(ready, len(lowered))
+      try:
+        for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
+          one.result()
+          progress(ready, len(lowered))
+      finally:
+        # Whoever is told may want to stop.
+        pool.shutdown(cancel_futures=True)
 
   # --- what calls are made of ---------------------------------------------------------------------
 
@@ -188,41 +183,39 @@ class TileExecutor:
         yield lambda count=count, shape=shape: tile_programs.read.lower(
           self._params,
           cache,
-          np.int32(0),
+          self._hidden_RD,
           np.zeros(count, np.int32),
-          np.int32(0),
+          np.zeros(3, np.int32),
           shape=shape,
         )
-    hidden_RD = jax.ShapeDtypeStruct((2 * self.rows, self._config.hidden_size), self._cache.k.dtype)
-    yield lambda: tile_programs.draw.lower(self._params, hidden_RD, _no_draws(_DRAWS))
+    yield lambda: tile_programs.draw.lower(self._params, self._hidden_RD, _no_draws(_DRAWS))
     yield lambda: tile_programs.copy_row.lower(cache, np.int32(0), np.int32(0), np.int32(0))
 
-  def _read(self, row: int, tokens: np.ndarray, start: int) -> jax.Array:
-    """Appends tokens to a text; returns their hidden states."""
-    hidden = []
+  def _read(self, page: int, tokens: np.ndarray, start: int, row: int) -> None:
+    """Appends tokens to a text; their hidden states are those of the pass from `row` on."""
     for first in range(0, len(tokens), _READS[-1]):
       piece = tokens[first : first + _READS[-1]]
       count = next(count for count in _READS if count >= len(piece))
-      end = start + first + len(piece)
       padded = np.zeros(count, np.int32)
       padded[: len(piece)] = piece
-      self._cache, hidden_TD = tile_programs.read(
+      span = _bucket(self._read_spans, start + first + len(piece))
+      self._cache, self._hidden_RD = tile_programs.read(
         self._params,
         self._cache,
-        np.int32(row),
+        self._hidden_RD,
         padded,
-        np.int32(start + first),
-        shape=ReadShape(config=self._config, span=_bucket(self._read_spans, end)),
+        np.array([page, start + first, row + first], np.int32),
+        shape=ReadShape(config=self._config, span=span),
       )
-      hidden.append(hidden_TD[: len(piece)])
-    return hidden[0] if len(hidden) == 1 else jnp.concatenate(hidden)
 
-  def _draw(self, hidden_RD: jax.Array, inputs: DrawInputs) -> Drawn:
-    """Draws or scores, `_DRAWS` rows at a time."""
+  def _draw(self, inputs: DrawInputs | None) -> Drawn | None:
+    """Draws or scores, `_DRAWS` rows at a time; None where there is nothing to do."""
+    if inputs is None or not len(inputs.row_A):
+      return None
     found = []
     for first in range(0, len(inputs.row_A), _DRAWS):
       some = _places(inputs, slice(first, first + _DRAWS))
-      drawn = tile_programs.draw(self._params, hidden_RD, _filled(some, _DRAWS))
+      drawn = tile_programs.draw(self._params, self._hidden_RD, _filled(some, _DRAWS))
       found.append((len(some.row_A), drawn))
     host = []
     for count, drawn in jax.device_get(found):
