@@ -67,4 +67,12 @@ def paper_config(
   c.rl.tasks.update(dict(single=320, sequential=640, parallel=640, irrelevant=320, multi_turn=214))
   c.sft.rows = sft_rows
   c.rl.rows = rl_rows
+  # What experiments.plan finds best where it fits: a row holds a prompt with all its responses, and
+  # repeats nothing. An update of Qwen3-8B (GiB that are not compiled are estimated):
+  #   capacity  merging factor    8 A100: least time, memory    8 v5p: least time, memory
+  #     16,384            1.50            15.6 s    49.5 GiB         10.6 s   49.4 GiB (estimate)
+  #     24,576            2.00            12.2 s    53.4 GiB          8.3 s   53.3 GiB (estimate)
+  #     40,960            2.40            10.5 s    56.9 GiB          7.1 s   56.9 GiB
+  # of 71.3 and 85.5 GiB that may be used.
+  c.rl.capacity = prompt + c.rl.group * response
   return c

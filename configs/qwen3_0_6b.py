@@ -4,8 +4,8 @@ Command:   python -m experiments.train --config=configs/qwen3_0_6b.py
            --config.model.path=DIR --workdir=runs/qwen3_0_6b
 Plan:      python -m experiments.plan --config=configs/qwen3_0_6b.py --topology=a100:1
 Hardware:  one A100-80G
-Time:      SFT 11 h at 40 % MFU (roofline 5.7 h). A DA-GRPO step takes at least 525 s
-           where all prompts and responses have their full length, 468 steps 68 h
+Time:      SFT 11 h at 40 % MFU (roofline 5.7 h). A DA-GRPO step takes at least 476 s
+           where all prompts and responses have their full length, 468 steps 62 h
 Result:    none yet: no accelerator was at hand
 """
 

@@ -4,8 +4,8 @@ Command:   python -m experiments.train --config=configs/qwen3_4b.py
            --config.model.path=DIR --workdir=runs/qwen3_4b
 Plan:      python -m experiments.plan --config=configs/qwen3_4b.py --topology=a100:8
 Hardware:  8 A100-80G
-Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h). A DA-GRPO step takes at least 139 s
-           where all prompts and responses have their full length, 468 steps 18 h
+Time:      SFT 5.8 h at 40 % MFU (roofline 3.0 h). A DA-GRPO step takes at least 111 s
+           where all prompts and responses have their full length, 468 steps 14 h
 Result:    none yet: no accelerator was at hand
 """
 

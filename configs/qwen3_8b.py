@@ -5,7 +5,7 @@ Command:   python -m experiments.train --config=configs/qwen3_8b.py
 Plan:      python -m experiments.plan --config=configs/qwen3_8b.py --topology=a100:8
 Hardware:  8 A100-80G
 Time:      SFT 9 h at 40 % MFU (roofline 4.7 h; the paper took 11 h). A DA-GRPO step takes at least
-           184 s where all prompts and responses have their full length, 468 steps 24 h. The paper's
+           141 s where all prompts and responses have their full length, 468 steps 18 h. The paper's
            468 steps took 11 h, so its responses were shorter
 Result:    none yet: no accelerator was at hand
 """

@@ -6,8 +6,8 @@ the rest. Times are the roofline's (plan/roofline.py) for several accelerators, 
 """
 
 import dataclasses
+import functools
 import re
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,9 @@ from dcore_jax.files import data_path
 from dcore_jax.models import presets
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.hf_checkpoint import load_config
-from dcore_jax.plan import collectives, programs, roofline, topology
+from dcore_jax.plan import capacity, collectives, compile_times, programs, roofline, topology
+from dcore_jax.plan.capacity import Choice
+from dcore_jax.plan.compile_times import CompileTime
 from dcore_jax.plan.programs import Program
 from dcore_jax.plan.shapes import RunShapes, device_bytes, host_bytes
 from dcore_jax.rollout.policy import ORGANISM
@@ -51,7 +53,7 @@ class StepPlan:
     bounds: accelerator -> least seconds, what bounds them, highest MFU.
     largest: (what, bytes), descending, where the step does not fit.
     remedies: options that save memory, where the step does not fit.
-    compile_seconds: seconds that this plan took to compile.
+    compile_time: what the program took to trace and compile.
     error: the compiler's message, where it refuses what does not fit.
   """
 
@@ -70,7 +72,7 @@ class StepPlan:
   bounds: dict[str, roofline.Bound]
   largest: list[tuple[str, int]]
   remedies: list[str]
-  compile_seconds: float
+  compile_time: CompileTime
   error: str = ''
 
   @property
@@ -87,7 +89,12 @@ class StepPlan:
 
   def to_json(self) -> dict[str, Any]:
     """Returns all fields and what follows from them."""
-    return dataclasses.asdict(self) | {'total': self.total, 'fits': self.fits}
+    # Named tuples would become lists.
+    return dataclasses.asdict(self) | {
+      'total': self.total,
+      'fits': self.fits,
+      'compile_time': self.compile_time._asdict(),
+    }
 
 
 def model_config(section: ModelSection) -> DecoderConfig:
@@ -109,6 +116,31 @@ def model_config(section: ModelSection) -> DecoderConfig:
   return load_config(folder)
 
 
+def run_shapes(config: RunConfig, target: str) -> RunShapes:
+  """Returns what a run of the config holds on a target; arguments and errors as for `plan`."""
+  return RunShapes(config, model_config(config.model), topology.target(target).devices)
+
+
+def more_compile_times(config: RunConfig, target: str) -> list[CompileTime]:
+  """Compiles what a run compiles beside the steps of `plan`; arguments and errors as for `plan`."""
+  return compile_times.compile_all(programs.more_of_engine(run_shapes(config, target)))
+
+
+def _limit(target: str) -> int:
+  return int(HEAD_ROOM * topology.target(target).device_bytes)
+
+
+def capacities(config: RunConfig, target: str) -> list[Choice]:
+  """Compares capacities of the rows of RL on a target; arguments and errors as for `plan`."""
+  return capacity.compare(
+    config,
+    model_config(config.model),
+    topology.target(target).devices,
+    _limit(target),
+    roofline.of_target(target),
+  )
+
+
 def plan(config: RunConfig, target: str, steps: tuple[str, ...] = ()) -> list[StepPlan]:
   """Compiles the steps of a config for a target.
 
@@ -121,8 +153,7 @@ def plan(config: RunConfig, target: str, steps: tuple[str, ...] = ()) -> list[St
     ValueError: a config that does not hold, an unknown target or step.
     ModuleNotFoundError: the target's compiler is not installed.
   """
-  devices, memory = topology.target(target)
-  run = RunShapes(config, model_config(config.model), devices)
+  run = run_shapes(config, target)
   known = programs.of_run(run)
   if not known:
     raise ValueError(f'stages {config.stages} train nothing: there is no step to compile')
@@ -131,7 +162,7 @@ def plan(config: RunConfig, target: str, steps: tuple[str, ...] = ()) -> list[St
   if unknown:
     raise ValueError(f'unknown steps {sorted(unknown)}; expected some of {names}')
   # All programs are described before any is compiled: a name that is wrong is found at once.
-  limit = int(HEAD_ROOM * memory)
+  limit = _limit(target)
   # In the order of the run, whatever the order on the command line.
   wanted = [program for program in known if not steps or program.name in steps]
   return [_step_plan(run, program, limit) for program in wanted]
@@ -142,15 +173,20 @@ class _Compiled(NamedTuple):
 
   Attributes:
     footprint: bytes on each device.
-    hlo: text of the compiled program; '' where the compiler refused it.
+    program: compiled; None where the compiler refused it.
     arrays: name -> bytes of the largest arrays, where the compiler refused it and lists them.
     error: first line of the compiler's refusal.
   """
 
   footprint: topology.Footprint
-  hlo: str
+  program: jax.stages.Compiled | None
   arrays: dict[str, int]
   error: str
+
+  @property
+  def hlo(self) -> str:
+    """Text of the compiled program; '' where the compiler refused it."""
+    return self.program.as_text() if self.program else ''
 
 
 def _compile(program: Program) -> _Compiled:
@@ -172,19 +208,21 @@ def _compile(program: Program) -> _Compiled:
       arrays = {'temporaries, none of them listed by the compiler': temporary}
     return _Compiled(
       topology.Footprint(arguments=arguments, outputs=0, temporary=temporary, peak=needed),
-      hlo='',
+      program=None,
       arrays=arrays,
       # The rest of the message lists allocations over many lines.
       error=str(caught).splitlines()[0][:300],
     )
   footprint = topology.footprint(compiled, host_bytes(program.arguments))
-  return _Compiled(footprint, hlo=compiled.as_text(), arrays={}, error='')
+  return _Compiled(footprint, program=compiled, arrays={}, error='')
 
 
 def _step_plan(run: RunShapes, program: Program, limit: int) -> StepPlan:
-  # Compile time is a cost of the plan, and shows which step a person waits for.
-  began = time.monotonic()
-  compiled = _compile(program)
+  # The time is one that the run waits for as well, and shows which step a person waits for.
+  compiled, compile_time = compile_times.measured(
+    program.name, functools.partial(_compile, program)
+  )
+  # Outside of what is timed: a run has no use for the text.
   kinds, sent = _sent_by_kind(compiled.hlo, program.loop_share)
   # What is sent is read from the program, since XLA places collectives by itself.
   work = dataclasses.replace(program.work, sent=sent)
@@ -208,7 +246,7 @@ def _step_plan(run: RunShapes, program: Program, limit: int) -> StepPlan:
     bounds=bounds,
     largest=[],
     remedies=[],
-    compile_seconds=time.monotonic() - began,
+    compile_time=compile_time,
     error=compiled.error,
   )
   # Naming arrays takes as long as parsing the program's text, and is left out where nothing is

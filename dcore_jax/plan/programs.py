@@ -17,7 +17,8 @@ import optax
 from dcore_jax import tokentree
 from dcore_jax.config import RlSection
 from dcore_jax.learn import advantages, grpo, optimizer, sft
-from dcore_jax.plan import roofline
+from dcore_jax.plan import group_rows, roofline
+from dcore_jax.plan.compile_times import NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.plan.roofline import Work
 from dcore_jax.plan.shapes import RunShapes, abstract_batch, device_bytes
@@ -81,6 +82,17 @@ def of_run(run: RunShapes) -> list[Program]:
   return found
 
 
+def more_of_engine(run: RunShapes) -> list[NamedProgram]:
+  """Returns what the engine compiles in a run beside its longest calls, which `of_run` has.
+
+  They are compiled for their times alone. A run with other lengths of prompts and responses meets
+  other programs of the engine; the plan does not list them yet.
+  """
+  # An entry a program: NamedProgram('decode, span 1024', run.engine.decode).
+  del run
+  return []
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -112,7 +124,7 @@ def sft_step(run: RunShapes) -> Program:
     lower=functools.partial(_lower, run, step, state, batch),
     arguments={'train state': state, 'batch': batch},
     beside={},
-    work=_training_work(run, R, T) * A + _update_work(run),
+    work=_training_work(run, R, T, T) * A + _update_work(run),
     calls=1,
     per='SFT step',
   )
@@ -152,9 +164,10 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
   T = section.capacity
   # One micro-batch a call: there is no gradient to be accumulated.
   batch = abstract_batch(run.mesh, 1, R, T, R * T)
+  packed = group_rows.longest(section)
   # Rows are divided over the devices of the batch; heads over the others, see `_tensor_share`.
   rows = R / run.shards
-  work = roofline.forward(run.model, rows, T, rows * T)
+  work = roofline.forward(run.model, rows, T, rows * packed.loss_tokens, packed.seen)
   score = grpo.make_score_pass(run.model, temperature=section.temperature, execution=run.execution)
   return Program(
     name=name,
@@ -163,7 +176,7 @@ def _score(run: RunShapes, name: str, params: Any, beside: dict[str, int]) -> Pr
     beside=beside | run.engine_bytes(),
     work=_tensor_share(run, work),
     # Every group at its longest, so that no step of the run makes more calls.
-    calls=math.ceil(section.prompts * run.rows_per_group / section.rows),
+    calls=section.updates * math.ceil(packed.rows / section.rows),
     per=_RL_STEP,
   )
 
@@ -191,9 +204,8 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
   section = run.config.rl
   R = run.micro_batch_rows('rl', section.rows)
   T = section.capacity
-  # Prompts of a step are divided over its updates; the last one may have fewer.
-  rows = math.ceil(section.prompts / section.updates) * run.rows_per_group
-  used = math.ceil(rows / R)
+  packed = group_rows.longest(section)
+  used = math.ceil(packed.rows / R)
   # Mini-batches are compiled for so many micro-batches; the empty ones are skipped at run time.
   multiple = rl_options.rows_multiple(section, section.max_prompt_tokens, section.max_tokens) // R
   A = math.ceil(used / multiple) * multiple
@@ -201,7 +213,7 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
     # Sorted, as the order of a set is not the same in every process.
     batch=abstract_batch(run.mesh, A, R, T, R * T, tuple(sorted(extras))),
     used=used,
-    gradient=_training_work(run, R, T),
+    gradient=_training_work(run, R, T, packed.loss_tokens, packed.seen),
   )
 
 
@@ -264,10 +276,16 @@ def _lower(run: RunShapes, function: Any, *arguments: Any) -> jax.stages.Lowered
     return function.lower(*arguments)
 
 
-def _training_work(run: RunShapes, R: int, T: int) -> Work:
-  """Returns the work of a device for the gradient of R full rows of which each token is trained."""
+def _training_work(
+  run: RunShapes, R: int, T: int, loss_tokens: int, seen: float | None = None
+) -> Work:
+  """Returns the work of a device for the gradient of R rows with so many loss tokens each.
+
+  `seen` is as for `roofline.forward`.
+  """
   rows = R / run.shards
-  return _tensor_share(run, roofline.training(run.model, rows, T, rows * T, run.execution.remat))
+  remat = run.execution.remat
+  return _tensor_share(run, roofline.training(run.model, rows, T, rows * loss_tokens, remat, seen))
 
 
 def _tensor_share(run: RunShapes, work: Work) -> Work:

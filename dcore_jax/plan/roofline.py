@@ -2,8 +2,8 @@
 
 The work is arithmetic, memory traffic and communication. All of it is counted from shapes, because
 the compiler's own count takes the body of a scanned loop once. Where a number depends on data, the
-most is assumed: full rows, each of them one causal sequence, every token trained. Letters as in
-models/config.py; M loss tokens.
+most is assumed: full rows, each of them one causal sequence, every token trained. Rows of rollouts
+are those of the longest groups (plan/group_rows.py). Letters as in models/config.py; M loss tokens.
 """
 
 import dataclasses
@@ -38,6 +38,15 @@ ACCELERATORS: Mapping[str, Accelerator] = {
   'v5p': Accelerator(459e12, 2.765e12, 600e9),
   'v6e': Accelerator(918e12, 1.64e12, 448e9),
 }
+
+
+def of_target(target: str) -> str:
+  """Returns the accelerator of a target of `topology.target`; an A100 where it has no roofline."""
+  kind = target.partition(':')[0]
+  for name in ACCELERATORS:
+    if name.partition('-')[0] == kind:
+      return name
+  return 'a100-80g'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +113,25 @@ def bound(work: Work, accelerator: Accelerator) -> Bound:
 
 
 def forward(
-  model: DecoderConfig, rows: float, T: int, loss_tokens: float, *, bytes_each: int = 2
+  model: DecoderConfig,
+  rows: float,
+  T: int,
+  loss_tokens: float,
+  seen: float | None = None,
+  *,
+  bytes_each: int = 2,
 ) -> Work:
   """Returns the work of a forward pass on one device that reads whole layers.
 
   Args:
     model: the model's configuration.
-    rows: causal rows.
+    rows: packed rows.
     T: tokens of a row.
     loss_tokens: tokens that the head runs on.
+    seen: keys that a token sees on average; by default those of a causal row, (T + 1) / 2.
     bytes_each: of a number.
   """
+  seen = _seen_causally(T) if seen is None else seen
   D = model.hidden_size
   F = model.intermediate_size
   V = model.vocab_size
@@ -123,8 +140,10 @@ def forward(
   H = model.head_dim
   # A multiplication and an addition for each entry.
   head = 2.0 * V * D
+  # Two products, q k and p v, of two operations a component. flops_per_token(1) has one key.
+  keys = 4.0 * model.num_hidden_layers * N * H * (seen - 1)
   # The head runs on the loss tokens alone, and is counted apart.
-  layers = (model.flops_per_token(T) - head) * rows * T
+  layers = (model.flops_per_token(1) - head + keys) * rows * T
   # Numbers that the seven products and attention read and write, for each token and layer: D in and
   # out, queries, keys, values, gate, up, and the product of the last two.
   widths = 4 * D + 2 * (2 * N * H + 2 * K * H) + 3 * F + 2 * D
@@ -136,19 +155,26 @@ def forward(
   return Work(model_flops=flops, flops=flops, bytes=moved + bytes_each * head_read)
 
 
-def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, remat: str) -> Work:
+def training(
+  model: DecoderConfig,
+  rows: float,
+  T: int,
+  loss_tokens: float,
+  remat: str,
+  seen: float | None = None,
+) -> Work:
   """Returns the work of forward and backward of the same rows.
 
   The backward pass takes twice the forward pass. In addition it recomputes what `remat`
   (decoder.REMAT) has not kept.
   """
+  seen = _seen_causally(T) if seen is None else seen
   # The backward pass has two products for each of the forward pass: one for each operand.
-  total = forward(model, rows, T, loss_tokens) * 3
-  layers = forward(model, rows, T, 0)
+  total = forward(model, rows, T, loss_tokens, seen) * 3
+  layers = forward(model, rows, T, 0, seen)
   width = model.num_attention_heads * model.head_dim
-  # Two products, q k and p v, of 2 * width operations a key; a token of a causal row sees (T + 1) /
-  # 2 keys on average.
-  attention = model.num_hidden_layers * 2 * width * (T + 1) * rows * T
+  # Two products, q k and p v, of 2 * width operations a key.
+  attention = model.num_hidden_layers * 4 * width * seen * rows * T
   # What the backward pass does again; `remat` concerns the layers alone.
   again = {
     'none': 0.0,
@@ -159,6 +185,11 @@ def training(model: DecoderConfig, rows: float, T: int, loss_tokens: float, rema
   # Doing a layer again reads its weights and writes its activations again.
   moved = layers.bytes if remat in ('attention', 'full') else 0.0
   return dataclasses.replace(total, flops=total.flops + again, bytes=total.bytes + moved)
+
+
+def _seen_causally(T: int) -> float:
+  # Token i sees itself and the i tokens before it.
+  return (T + 1) / 2
 
 
 def update(params_per_device: float) -> Work:

@@ -21,12 +21,19 @@ from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.rollout.policy import engine_sizes, make_execution
 
 
+class HostShape(jax.ShapeDtypeStruct):
+  """An array that lies in host memory.
+
+  The sharding alone cannot say so: GPUs that are not there name no kinds of memory.
+  """
+
+
 def device_bytes(tree: Any) -> int:
   """Returns the bytes of a tree of shapes on each device, less what lies in host memory."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     # Host memory is counted apart: `host_bytes`.
-    if leaf.sharding.memory_kind != optimizer.HOST:
+    if not isinstance(leaf, HostShape):
       total += _shard_bytes(leaf)
   return total
 
@@ -35,7 +42,7 @@ def host_bytes(tree: Any) -> int:
   """Returns the bytes of a tree of shapes that each device has in host memory."""
   total = 0
   for leaf in jax.tree.leaves(tree):
-    if leaf.sharding.memory_kind == optimizer.HOST:
+    if isinstance(leaf, HostShape):
       total += _shard_bytes(leaf)
   return total
 
@@ -174,24 +181,6 @@ class RunShapes:
       )
     return rows // parts
 
-  @property
-  def rows_per_group(self) -> int:
-    """Rows that the rollouts of one longest prompt take at their longest; each repeats the prompt.
-
-    Raises:
-      ValueError: a row does not hold the prompt and one response.
-    """
-    rl = self.config.rl
-    # A row holds the prompt once, and behind it as many responses as there is room for.
-    fit = (rl.capacity - rl.max_prompt_tokens) // rl.max_tokens
-    if fit < 1:
-      raise ValueError(
-        f'rl.capacity = {rl.capacity} does not hold a prompt of {rl.max_prompt_tokens} and a '
-        f'response of {rl.max_tokens} tokens'
-      )
-    # Rounded up: the last row of a group may hold fewer responses, but is computed in full.
-    return math.ceil(rl.group / fit)
-
   def _on_host(self, tree: Any, what: str, moved: Any) -> Any:
     """Returns the same shapes, some of them in host memory where `execution.offload` names `what`.
 
@@ -208,6 +197,6 @@ class RunShapes:
       if not move:
         return leaf
       host = leaf.sharding.with_memory_kind(optimizer.HOST)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+      return HostShape(leaf.shape, leaf.dtype, sharding=host)
 
     return jax.tree.map(place, tree, moved)

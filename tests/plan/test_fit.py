@@ -15,7 +15,8 @@ import pytest
 from dcore_jax import sharding, tokentree
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.plan import fit, shapes
+from dcore_jax.plan import compile_times, fit, programs, shapes
+from dcore_jax.plan.compile_times import CompileTime, NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
 from dcore_jax.rollout import device
 from dcore_jax.rollout.engine import Engine
@@ -131,7 +132,9 @@ def test_a_plan_of_one_device():
   # 4 rollouts of 16 tokens beside a prompt of 32 fit a row of 96: 2 prompts a mini-batch, 4 passes
   # of a row in all.
   assert plans['DA-GRPO update'].calls == 2 and plans['old log-probabilities'].calls == 4
-  json.dumps([step.to_json() for step in plans.values()])
+  written = json.loads(json.dumps([step.to_json() for step in plans.values()]))
+  assert [step['compile_time']['name'] for step in written] == list(plans)
+  assert all(step['compile_time']['seconds'] > 0 for step in written)
   assert 'a DA-GRPO step, at least' in fit.table(list(plans.values()), 'cpu:1')
 
 
@@ -150,6 +153,25 @@ def test_what_is_not_in_groups_is_planned_where_groups_have_trunks_of_their_own(
   config.stages = ('sft', 'rl')
   with pytest.raises(ValueError, match='unknown steps'):
     fit.plan(read_config(config), 'cpu:1', ('decode without groups',))
+
+
+def test_programs_beside_the_steps_are_compiled_for_their_times(monkeypatch):
+  traced = []
+
+  def square(x):
+    traced.append(x.shape)
+    return x * x
+
+  def program(size):
+    return NamedProgram(f'square of {size}', lambda: jax.jit(square).lower(jnp.ones(size)))
+
+  monkeypatch.setattr(programs, 'more_of_engine', lambda run: [program(2), program(3)])
+  times = fit.more_compile_times(read_config(tiny_config()), 'cpu:1')
+  assert [each.name for each in times] == ['square of 2', 'square of 3']
+  assert traced == [(2,), (3,)] and all(each.seconds > 0 for each in times)
+  known = [CompileTime('one', 1.5, 2.0), CompileTime('other', 2.0, 2.5)]
+  last = compile_times.table(known).splitlines()[-1]
+  assert last.startswith('all 2, one after the other') and last.split()[-2:] == ['3.5', '4.5']
 
 
 def test_what_does_not_fit_is_named_with_what_would_help(monkeypatch):
@@ -235,11 +257,21 @@ def test_the_program_says_so_by_its_exit_status(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   [step] = map(json.loads, done.stdout.splitlines())
   assert step['fits'] and step['collectives']['all-gather']['count'] >= 7
-  done = run_program(str(path), 'cpu:8', '--config.sft.rows=3')
+  done = run_program(str(path), 'cpu:8', '--config.rl.rows=8', '--config.sft.rows=3')
   assert (
     done.returncode == 1
     and 'sft.rows = 3 do not divide into 1 micro-batches over 8 devices' in done.stderr
   )
+  long = ['--config.rl.capacity=1024', '--steps=old log-probabilities']
+  least = {}
+  for flags in (long, [*long, '--capacity=auto']):
+    done = run_program(str(path), 'cpu:8', *rows, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *capacities, step = map(json.loads, done.stdout.splitlines())
+    least[len(capacities)] = step['flops']
+  assert capacities[0]['best'] == 512 and capacities[0]['config'] == 1024
+  # Rows of half as many tokens.
+  assert least[1] < 0.6 * least[0]
   done = run_program(
     str(path), 'cpu:8', *rows, '--steps=SFT step', '--config.model.init.vocab_size=400000000'
   )
@@ -252,7 +284,13 @@ def test_compiles_for_eight_a100_with_room(name):
     pytest.skip('no compiler for a100:8: pip install -e .[aot]')
   done = run_program(f'configs/{name}.py', 'a100:8')
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  steps = {step['name']: step for step in map(json.loads, done.stdout.splitlines())}
+  capacities, *lines, times = map(json.loads, done.stdout.splitlines())
+  steps = {step['name']: step for step in lines}
+  # Temporaries are estimated for the comparison, and known now.
+  assert capacities['best'] == capacities['config']
+  [chosen] = [c for c in capacities['capacities'] if c['capacity'] == capacities['best']]
+  assert chosen['total'] == pytest.approx(steps['DA-GRPO update']['total'], rel=0.03)
+  assert [each['name'] for each in times['compile_times']][: len(steps)] == list(steps)
   assert len(steps) == 8 and all(step['fits'] for step in steps.values())
   layers, head = weights(fit.presets.config(name))
   # Layers in bfloat16, forward and again in the backward pass, and the head: nothing in float32,
