@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dcore_jax.models import decoder
-from dcore_jax.models.attention import reference
 from dcore_jax.models.config import DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -85,48 +84,33 @@ def test_right_padded_lanes_with_different_starts():
 
 
 @pytest.mark.parametrize('held', ['stacked', 'turned'])
-@pytest.mark.parametrize('width', [1, 3])
-def test_branches_behind_trunks_equal_whole_rows(width, held):
-  """Five lanes behind two trunks of 7 and 4 tokens; the places of a trunk that nobody has do not
-  matter.
-  """
-  trunk_of = np.array([0, 1, 0, 1, 0])
-  lengths = np.array([7, 4])
-  branch = some_tokens(5, 3, seed=2)
-  tokens = some_tokens(2, 7, seed=1)
+def test_lanes_that_are_extended_by_single_tokens_equal_whole_rows(held):
+  """Each lane from its own length on, behind what was read as a row."""
+  lengths = np.array([7, 4, 1])
+  tokens = some_tokens(3, 10, seed=1)
   _, filled = EXTEND(
-    params(), CONFIG, decoder.init_cache(CONFIG, 2, 9), jnp.asarray(tokens), jnp.zeros(2, jnp.int32)
+    params(),
+    CONFIG,
+    decoder.init_cache(CONFIG, 3, 12),
+    jnp.asarray(tokens[:, :7]),
+    jnp.zeros(3, int),
   )
-  if width == 1:
-    rows_of = trunk_of
-    lane = np.arange(5)[:, None]
-    place = np.arange(5)
-  else:
-    rows_of = np.arange(2)
-    lane = np.array([[0, 2, 4], [1, 3, 0]])
-    place = np.array([0, 3, 1, 4, 2])
-
-  def unstacked(stack):
-    return tuple(stack[:, rows_of])
-
-  trunks = decoder.KVCache(unstacked(filled.k), unstacked(filled.v))
-  sharing = reference.Sharing(*map(jnp.asarray, (lengths[rows_of], lane, place)))
+  cache = decoder.KVCache(tuple(filled.k), tuple(filled.v))
   weights = decoder.turn(params()) if held == 'turned' else params()
-  branches = decoder.init_cache(CONFIG, 5, 4, stacked=False)
-  step = jax.jit(decoder.extend_branches, static_argnums=1)
+  step = jax.jit(decoder.extend_each, static_argnums=1)
   for slot in range(3):
-    at = jnp.full(5, slot)
-    hidden, branches = step(
-      weights, CONFIG, trunks, branches, sharing, jnp.asarray(branch[:, slot]), at
-    )
+    at = lengths + slot
+    token_B = jnp.asarray(tokens[np.arange(3), at])
+    hidden, cache = step(weights, CONFIG, cache, token_B, jnp.asarray(at))
     np.testing.assert_allclose(
       decoder.logits(weights, hidden), hidden @ decoder.head_matrix(params()).T, atol=1e-5
     )
-    for number in range(5):
-      whole = np.concatenate(
-        [tokens[trunk_of[number], : lengths[trunk_of[number]]], branch[number, : slot + 1]]
-      )
-      np.testing.assert_allclose(hidden[number], rows(whole[None])[0, -1], atol=1e-5)
+    for lane in range(3):
+      whole = tokens[lane, : at[lane] + 1]
+      np.testing.assert_allclose(hidden[lane], rows(whole[None])[0, -1], atol=1e-5)
+  # Beyond the lanes nothing is written.
+  _, after = step(weights, CONFIG, cache, token_B, jnp.full(3, 12))
+  jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
 @pytest.mark.parametrize('start, T', [(8, 1), (100, 1), (6, 4), (8, 3)])

@@ -1,12 +1,10 @@
-"""Grouped-query attention over a boolean mask: for training, for caches, behind shared trunks.
+"""Grouped-query attention over a boolean mask, for training and for caches.
 
 Everything runs in the layout [B, K, G, T, H] (keys [B, K, S, H]): with the batch axes first, both
 products are plain batched matrix products, which on a CPU are 2 to 5 times faster than in the [B,
 T, N, H] layout. The G query heads of a group meet their shared key head inside one product: keys
 and values are never repeated.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,95 +87,3 @@ def _row_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     for row in range(q.shape[1])
   ]
   return jnp.stack(rows, axis=1)
-
-
-class Sharing(NamedTuple):
-  """Which of B lanes reads which of R trunks.
-
-  Each trunk has W places for lanes; with W = 1 lane b reads trunk b.
-  """
-
-  length_R: jax.Array  # tokens of each trunk
-  # The lane at each place; the entry of an empty place is arbitrary and its result unused.
-  lane_RW: jax.Array
-  place_B: jax.Array  # r * W + w of each lane
-
-
-def attend_branches(
-  q_B1NH: jax.Array,
-  trunk_k_RKSH: jax.Array,
-  trunk_v_RKSH: jax.Array,
-  k_BKZH: jax.Array,
-  v_BKZH: jax.Array,
-  sharing: Sharing,
-  seen_B: jax.Array,
-) -> jax.Array:
-  """Attends with one query a lane over its trunk and the first `seen_B` slots of its branch.
-
-  The result is [B, 1, N, H]. The queries of all lanes of a trunk meet it in one product, and the
-  two parts are merged by their log-sum-exp (Juravsky et al. 2024, arXiv:2402.05099). On 2 cores, 4
-  trunks of 1,024 tokens with 8 lanes each take 0.45 ms a layer, where a copy of the trunk for every
-  lane takes 2.7 ms.
-  """
-  B, _, N, H = q_B1NH.shape
-  (R, W) = sharing.lane_RW.shape
-  K = k_BKZH.shape[1]
-  G = N // K
-  q_B1NH, rest = _scaled(q_B1NH)
-  q_BKGH = q_B1NH.reshape(B, K, G, H)
-  # Trunks have different lengths in slots of one size: slots behind a trunk's end are stale.
-  held_RS = jnp.arange(trunk_k_RKSH.shape[2])[None, :] < sharing.length_R[:, None]
-  held_BZ = jnp.arange(k_BKZH.shape[2])[None, :] < seen_B[:, None]
-  # With one lane a trunk, the queries lie as the trunks do, and nothing is gathered.
-  if W == 1:
-    trunk = _partial(q_BKGH, trunk_k_RKSH, trunk_v_RKSH, held_RS, rest)
-  else:
-    # Queries are gathered by trunk: W * G of them share each read of the trunk's keys, which is
-    # what decoding waits for.
-    q_RKWGH = q_BKGH[sharing.lane_RW].swapaxes(1, 2)
-    parts = _partial(q_RKWGH.reshape(R, K, W * G, H), trunk_k_RKSH, trunk_v_RKSH, held_RS, rest)
-
-    def by_place(x):
-      """Puts places in order of trunk and place: [R, K, W * G, x] -> [R * W, K, G, x]."""
-      return x.reshape(R, K, W, G, -1).swapaxes(1, 2).reshape(R * W, K, G, -1)
-
-    # Back from places to lanes.
-    trunk = tuple(by_place(part)[sharing.place_B] for part in parts)
-  branch = _partial(q_BKGH, k_BKZH, v_BKZH, held_BZ, rest)
-  # The log-sum-exp merge: both parts are brought to the larger maximum, then added.
-  trunk_top, trunk_total, trunk_out = trunk
-  branch_top, branch_total, branch_out = branch
-  top = jnp.maximum(trunk_top, branch_top)
-  trunk_weight = jnp.exp(trunk_top - top)
-  branch_weight = jnp.exp(branch_top - top)
-  total = trunk_total * trunk_weight + branch_total * branch_weight
-  out = trunk_out * trunk_weight + branch_out * branch_weight
-  return (out / total).astype(q_B1NH.dtype).reshape(B, 1, N, H)
-
-
-def _partial(
-  q_BKTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BS: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Attention before its division, in float32; B rows of trunks or of branches, T queries each.
-
-  Returns (largest score, sum of exp(score - largest), sum of exp(score - largest) * value).
-  """
-  B, K, T, H = q_BKTH.shape
-  S = k_BKSH.shape[2]
-  q = q_BKTH.reshape(B * K, T, H)
-  k = k_BKSH.reshape(B * K, S, H)
-  v = v_BKSH.reshape(B * K, S, H)
-  # Up to some four queries, matrix-vector products are faster on a CPU, as in `attend`.
-  scores = (
-    jax.lax.platform_dependent(q, k, cpu=_row_scores, default=_scores) if T <= 4 else _scores(q, k)
-  )
-  scores = jnp.where(mask_BS[:, None, None, :], scores.reshape(B, K, T, S) * scale, MASKED_SCORE)
-  top = scores.max(axis=-1, keepdims=True)
-  weights = jnp.exp(scores - top)
-  out = jnp.einsum(
-    'bts,bsh->bth',
-    weights.reshape(B * K, T, S).astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-  )
-  return top, weights.sum(axis=-1, keepdims=True), out.reshape(B, K, T, H)

@@ -4,7 +4,6 @@ trained with.
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dcore_jax.models.attention import reference
 
@@ -39,28 +38,3 @@ def test_prefill():
     reference.attend(q[:, None, None], k[:, None], values, jnp.ones((4, 1, S), bool))[:, 0, 0],
     wanted,
   )
-
-
-@pytest.mark.parametrize('places', [1, 8])
-def test_decoding(places):
-  """All keys but the last in trunks, one a lane or all lanes at one."""
-  q, k, wanted = drawn()
-  if places == 8:  # the first lane's keys for all
-    k = jnp.broadcast_to(k[:1], k.shape)
-    scores = np.einsum('bh,bsh->bs', *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(H)
-    wanted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    wanted /= wanted.sum(axis=1, keepdims=True)
-  values = jnp.broadcast_to(jnp.eye(S, dtype=jnp.bfloat16), (4, 1, S, S))
-  trunks = slice(0, 4 if places == 1 else 1)
-  lane_RW = jnp.arange(4)[:, None] if places == 1 else jnp.array([[0, 1, 2, 3, 0, 0, 0, 0]])
-  sharing = reference.Sharing(jnp.full(lane_RW.shape[0], S - 1), lane_RW, jnp.arange(4))
-  found = reference.attend_branches(
-    q[:, None, None],
-    k[trunks, None],
-    values[trunks],
-    k[:, None, -1:],
-    values[:, :, -1:],
-    sharing,
-    jnp.ones(4, jnp.int32),
-  )
-  check(found[:, 0, 0], wanted)
