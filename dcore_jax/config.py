@@ -196,6 +196,11 @@ class EngineSection:
     least=0,
     most=63,
   )
+  cache_dtype: str = _choice(
+    '',
+    ('', 'int8'),
+    'Keys and values: as the weights, or int8 with a scale for each slot and head.',
+  )
   tensor: int = _option(
     0,
     'Ways that the engine splits heads, ffn and vocabulary; 0 is as in training.',

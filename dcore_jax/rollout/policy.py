@@ -130,6 +130,7 @@ def engine_sizes(config: RunConfig, *, groups: bool) -> EngineSizes:
     trunks=section.trunks if groups else 0,
     steps_per_call=section.steps_per_call,
     guesses=section.guesses,
+    cache_dtype=section.cache_dtype,
   )
 
 

@@ -6,7 +6,7 @@ Gumbel number for each vocabulary entry. Truncation (top-k, then top-p, then min
 threshold by bisection over the bit patterns of the probabilities, which is exact and does not sort
 the vocabulary. Every lane has a rule of its own.
 
-Letters as in device.py, and C blocks of the vocabulary, E entries of a row that is searched.
+Letters as in passes.py, and C blocks of the vocabulary, E entries of a row that is searched.
 """
 
 import dataclasses
