@@ -93,7 +93,7 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
   monkeypatch.setattr(
     engine_lib,
     'make_executor',
-    lambda params, config, sizes: device.MeshExecutor(params, config, sizes, None),
+    lambda params, config, sizes, _: device.MeshExecutor(params, config, sizes, None),
   )
   sizes = EngineSizes(lanes=40, max_len=200, max_new=64, trunks=8)
   engine = Engine(params, MODEL, stop_ids=[], sizes=sizes)
