@@ -339,20 +339,11 @@ def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
   return jnp.einsum('md,vd->mv', hidden_MD, head_VD, preferred_element_type=jnp.float32)
 
 
-def init_cache(
-  config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32, *, stacked: bool = True
-) -> KVCache:
+def init_cache(config: DecoderConfig, B: int, S: int, dtype: Any = jnp.float32) -> KVCache:
   """Makes a cache of B lanes with S slots each; a slot is always written before it is read."""
   L = config.num_hidden_layers
-  shape = (B, config.num_key_value_heads, S, config.head_dim)
-  if stacked:
-    return KVCache(jnp.zeros((L, *shape), dtype), jnp.zeros((L, *shape), dtype))
-  keys = []
-  values = []
-  for _ in range(L):
-    keys.append(jnp.zeros(shape, dtype))
-    values.append(jnp.zeros(shape, dtype))
-  return KVCache(k=tuple(keys), v=tuple(values))
+  shape = (L, B, config.num_key_value_heads, S, config.head_dim)
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def extend(
@@ -439,8 +430,7 @@ def extend_each(
 ) -> tuple[jax.Array, KVCache]:
   """Appends one token to every lane: (final-normed hidden [B, D], cache).
 
-  This is the step of a decode loop. It sees its lane up to itself. Writes at positions beyond the
-  lane are dropped.
+  This is the step of a decode loop. Writes at positions beyond a lane are dropped.
 
   Args:
     params: the parameter tree. On a CPU, `turn`'s tree is better: there, cutting a layer out of its

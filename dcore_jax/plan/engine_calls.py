@@ -14,7 +14,7 @@ from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.compile_times import NamedProgram
-from dcore_jax.rollout import device, grids, mesh_programs
+from dcore_jax.rollout import device, grids, mesh_programs, programs
 from dcore_jax.rollout.device import SLOTS
 from dcore_jax.rollout.grids import GridShape
 from dcore_jax.rollout.mesh_programs import MeshShape, State
@@ -135,7 +135,7 @@ class EngineCalls:
 
   def _draw(self, count: int) -> jax.stages.Lowered:
     head = {**self.weights(), 'layers': {}}
-    packed = mesh_programs.pack(mesh_programs.no_draws(count))
+    packed = mesh_programs.pack(programs.no_draws(count))
     hidden_RD = self.state().hidden_RD
     return self._lower(mesh_programs.draw, head, hidden_RD, packed, count=count, shape=self._shape)
 

@@ -119,17 +119,15 @@ class BranchTable:
     branch = Branch(row=row, pages=pages, rollouts=[])
     if torn is None:
       return branch, None
-    own = self._take_page(len(pages))
+    own = self._take_page()
     pages.append(own)
     self._pool.release([torn])
     return branch, (torn, own)
 
-  def extend(self, branch: Branch, positions: int) -> int:
-    """Gives a branch the pages that hold so many positions; returns how many it was given."""
-    before = len(branch.pages)
+  def extend(self, branch: Branch, positions: int) -> None:
+    """Gives a branch the pages that hold so many positions."""
     while len(branch.pages) * self.slots < positions:
-      branch.pages.append(self._take_page(len(branch.pages)))
-    return len(branch.pages) - before
+      branch.pages.append(self._take_page())
 
   def append(self, branch: Branch, tokens: Sequence[int]) -> None:
     """Adds tokens to a text; all but the last of them have been computed."""
@@ -151,21 +149,22 @@ class BranchTable:
       self._give_up(next(iter(self._kept)))
 
   def forget(self) -> None:
-    """Gives up all branches that are kept."""
+    """Gives up all branches that are kept; none may be live."""
     for row in list(self._kept):
       self._give_up(row)
-    # Which row a text gets must not depend on what was there before.
+    # Nothing that comes must depend on what was there before.
     self._free.sort(reverse=True)
+    self._families = 0
 
   def shared_pages(self, source: int, shared: int) -> int:
     """Returns how many pages a branch from a row would have in common with live branches."""
     full = self._pages[source][: shared // self.slots] if shared else []
     return self._pool.count_live(full)
 
-  def _take_page(self, place: int) -> int:
-    while self._pool.empty(place):
+  def _take_page(self) -> int:
+    while self._pool.empty:
       self._give_up(next(iter(self._kept)))
-    return self._pool.take(place)
+    return self._pool.take()
 
   def _give_up(self, row: int) -> None:
     del self._kept[row]

@@ -3,7 +3,6 @@
 Letters as in passes.py and grids.py.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from jax.sharding import NamedSharding
 from dcore_jax import sharding
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import mesh_programs
+from dcore_jax.rollout import mesh_programs, programs
 from dcore_jax.rollout.grids import PIECE, blank, grid_shapes, lay_out
-from dcore_jax.rollout.mesh_programs import MeshShape, State, no_draws, pack
+from dcore_jax.rollout.mesh_programs import MeshShape, State, pack
 from dcore_jax.rollout.passes import Pass
-from dcore_jax.rollout.programs import DrawInputs, Drawn
+from dcore_jax.rollout.programs import DrawInputs, Drawn, no_draws, some_draws
 from dcore_jax.rollout.sizes import EngineSizes
 
 # A TPU keeps an axis of 128 where it lies; with fewer slots most caches would be padded.
@@ -30,6 +29,8 @@ SLOTS = 128
 # 156 MB.
 _FEW_DRAWS = 32
 _MOST_DRAWS = 256
+# Rollouts of one text. There is no reason for a limit; each takes a draw.
+_MOST_RIDERS = 1 << 20
 
 
 def pass_rows(sizes: EngineSizes) -> int:
@@ -65,8 +66,8 @@ class MeshExecutor:
     rows: rows of a pass at most.
     slots: positions of a page.
     pages: number of pages.
-    places: 1, since any page may hold any positions.
     guess_cost: 1.0, since a pass waits for the weights with guesses and without.
+    riders: rollouts that may ride on a text.
     steps: 1, since the host looks at every token.
     overhead: what a pass costs beside its rows, in rows: so many take as long as to read the
       weights. An A100 does 312 Tflop/s and reads 2.0 TB/s, by which 156 rows of 16-bit weights are
@@ -74,9 +75,9 @@ class MeshExecutor:
   """
 
   slots = SLOTS
-  places = 1
   steps = 1
   guess_cost = 1.0
+  riders = _MOST_RIDERS
 
   def __init__(
     self,
@@ -112,10 +113,10 @@ class MeshExecutor:
         )
       calls = [self._draw(inputs) for inputs in (work.draws, work.scores)]
     # Only here the host waits.
-    drawn, scored = (_joined(parts) for parts in jax.device_get(calls))
+    drawn, scored = (programs.joined(parts) for parts in jax.device_get(calls))
     return drawn, scored
 
-  def copy(self, source: int, target: int, positions: int = SLOTS) -> None:
+  def copy(self, source: int, target: int, positions: int) -> None:
     """Copies a page into another, all of it: that costs as much as its first positions."""
     del positions
     with self._context():
@@ -125,18 +126,12 @@ class MeshExecutor:
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
-    lowered = self._lowered()
-    progress(0, len(lowered))
 
-    def compile_one(lower: Callable[[], jax.stages.Lowered]) -> None:
+    def lowered(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
       with self._context():
-        lower().compile()
+        return lower()
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-      waiting = [pool.submit(compile_one, lower) for lower in lowered]
-      for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
-        one.result()
-        progress(ready, len(lowered))
+    programs.compile_all([functools.partial(lowered, lower) for lower in self._lowered()], progress)
 
   # --- what calls are made of ---------------------------------------------------------------------
 
@@ -186,33 +181,15 @@ class MeshExecutor:
   def _draw(self, inputs: DrawInputs | None) -> list[tuple[int, Drawn]]:
     """Draws or scores, as many at a time as there is a program for: (how many, what) of each."""
     calls = []
-    if inputs is None:
-      return calls
-    most = self._counts[-1]
-    for first in range(0, len(inputs.row_A), most):
-      used = min(len(inputs.row_A) - first, most)
+    for places in programs.pieces(inputs, self._counts[-1]):
+      used = places.stop - places.start
       count = next(count for count in self._counts if count >= used)
-      filled = jax.tree.map(_filler(first, used), no_draws(count), inputs)
       drawn = mesh_programs.draw(
-        self._head, self._state.hidden_RD, pack(filled), count=count, shape=self._shape
+        self._head,
+        self._state.hidden_RD,
+        pack(some_draws(inputs, places, count)),
+        count=count,
+        shape=self._shape,
       )
       calls.append((used, drawn))
     return calls
-
-
-def _filler(first: int, used: int) -> Callable[[Any, Any], Any]:
-  """Returns what puts some draws of an array into another one; flags are taken as they are."""
-
-  def fill(blank_A: np.ndarray, given_A: np.ndarray) -> np.ndarray:
-    if not np.ndim(given_A):
-      return given_A
-    blank_A[:used] = given_A[first : first + used]
-    return blank_A
-
-  return fill
-
-
-def _joined(parts: list[tuple[int, Drawn]]) -> Drawn | None:
-  """Returns what several calls drew, without what filled them up; None where there were none."""
-  cut = [jax.tree.map(lambda x, used=used: np.asarray(x)[:used], drawn) for used, drawn in parts]
-  return jax.tree.map(lambda *pieces: np.concatenate(pieces), *cut) if cut else None

@@ -24,9 +24,8 @@ _FIRST_RATE = 0.7
 # nothing was guessed, so that guessing is tried again.
 _WEIGHT = 0.25
 _REGAIN = 0.002
-# Tokens a row from which on no guess is looked for: even one that is right as often as the first
-# ones would not be worth its row.
-_FULL = _FIRST_RATE
+# Tokens that may wait for the index.
+_MOST_NEW = 1 << 16
 
 
 class Drafts:
@@ -49,9 +48,17 @@ class Drafts:
     self._row = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._place = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._rate_X = np.full(len(table.length_X), _FIRST_RATE)
-    # Rows and places that are not in the index yet. Where passes are full nothing is guessed, and
-    # the index is not kept.
-    self._new: list[tuple[list[int], list[int]]] = []
+    # Rows and places that are not in the index yet: it is brought up to date when it is asked.
+    self._new: list[tuple[Sequence[int], Sequence[int]]] = []
+    self._new_tokens = 0
+
+  def forget(self) -> None:
+    """Forgets all: how often something is guessed must not depend on what was there before."""
+    self._row[:] = 0
+    self._place[:] = 0
+    self._rate_X[:] = _FIRST_RATE
+    self._new.clear()
+    self._new_tokens = 0
 
   def start(self, row: int) -> None:
     """Notes the prompt of a text that begins."""
@@ -59,10 +66,18 @@ class Drafts:
     length = int(self._table.length_X[row])
     self.add([row] * (length - 1), range(1, length))
 
+  def part(self, row: int, other: int) -> None:
+    """Notes that a text goes on from another one."""
+    self._rate_X[other] = self._rate_X[row]
+
   def add(self, rows: Sequence[int], places: Sequence[int]) -> None:
     """Notes that texts have got a token at these places."""
-    if self._longest:
-      self._new.append((rows, places))
+    if not self._longest:
+      return
+    self._new.append((rows, places))
+    self._new_tokens += len(rows)
+    if self._new_tokens > _MOST_NEW:
+      self._take_in()
 
   def _take_in(self) -> None:
     """Brings the index up to date."""
@@ -71,6 +86,7 @@ class Drafts:
     row_n = np.concatenate([np.asarray(rows, np.int32) for rows, _ in self._new])
     place_n = np.concatenate([np.asarray(places, np.int32) for _, places in self._new])
     self._new.clear()
+    self._new_tokens = 0
     # A row may belong to another, shorter text by now.
     there_n = place_n < self._table.length_X[row_n]
     for which, length in enumerate(_LENGTHS):
@@ -82,7 +98,7 @@ class Drafts:
       self._place[which, entry] = place
 
   def guess(self, row_n: np.ndarray, room_n: np.ndarray, rows: int) -> list[list[int]]:
-    """Returns guesses for some texts that wait for their next token, best first for each.
+    """Returns guesses for some texts that wait for their next token.
 
     Args:
       row_n: the texts.
@@ -92,29 +108,17 @@ class Drafts:
     none: list[int] = []
     if not self._longest or not len(row_n):
       return [none] * len(row_n)
-    # Tokens a row that the pass yields without guesses. A guess is worth its row where it is right
-    # more often than that.
-    yielded = rows / (rows + self._overhead)
     rate_n = self._rate_X[row_n]
-    with np.errstate(divide='ignore'):
-      worth_n = np.floor(np.log(yielded) / np.log(np.minimum(rate_n, 0.999)))
-    want_n = np.minimum(np.minimum(worth_n, self._longest), room_n).astype(np.int64)
-    if self._cost > 1:
-      # Texts with guesses leave the others, each for a pass of its own, which costs the same
-      # however many they are.
-      want_n = np.minimum(room_n, self._longest)
-      expected_n = (1 - rate_n ** (want_n + 1)) / (1 - np.minimum(rate_n, 0.999))
-      want_n = np.where(expected_n > self._cost * max(1, rows / 2), want_n, 0)
-    if want_n.max() < 1 and yielded > _FULL:
+    want_n = self._worth(rate_n, np.minimum(room_n, self._longest), rows)
+    # A text that was often wrong is tried again after some time.
+    regained_n = np.minimum(rate_n + _REGAIN, _FIRST_RATE)
+    self._rate_X[row_n] = np.where(want_n < 1, np.maximum(regained_n, rate_n), rate_n)
+    if want_n.max() < 1:
       return [none] * len(row_n)
     self._take_in()
-    from_n, place_n = self._places(row_n)
-    found_n = from_n >= 0
-    self._rate_X[row_n] = np.where(
-      (want_n < 1) & found_n, np.minimum(rate_n + _REGAIN, _FIRST_RATE), rate_n
-    )
     result = []
     table = self._table
+    from_n, place_n = self._places(row_n)
     for source, place, want in zip(from_n.tolist(), place_n.tolist(), want_n.tolist(), strict=True):
       if source < 0 or want < 1:
         result.append(none)
@@ -122,6 +126,20 @@ class Drafts:
       end = min(place + want, int(table.length_X[source]))
       result.append(table.text_XS[source, place:end].tolist())
     return result
+
+  def _worth(self, rate_n: np.ndarray, most_n: np.ndarray, rows: int) -> np.ndarray:
+    """Returns int [n]: how many tokens are worth guessing, given how often guesses were right."""
+    rate_n = np.minimum(rate_n, 0.999)
+    if self._cost > 1:
+      # Texts with guesses leave the others, each for a pass of its own, which costs the same
+      # however many they are.
+      expected_n = (1 - rate_n ** (most_n + 1)) / (1 - rate_n)
+      return np.where(expected_n > self._cost * max(1, rows / 2), most_n, 0)
+    # A guess is worth its row where it is right more often than a pass yields tokens a row.
+    yielded = rows / (rows + self._overhead)
+    with np.errstate(divide='ignore'):
+      worth_n = np.floor(np.log(yielded) / np.log(rate_n))
+    return np.minimum(worth_n, most_n).astype(np.int64)
 
   def learn(self, row: int, guessed: int, right: int) -> None:
     """Takes note of how many of the guesses for a text were right."""

@@ -22,18 +22,18 @@ class Executor(Protocol):
     rows: rows of a pass at most.
     slots: positions of a page.
     pages: number of pages.
-    places: pages of a text that are kept apart (`PagePool`).
     overhead: what a pass costs beside its rows, in rows.
     guess_cost: what a pass with guesses for one text costs, in passes without.
+    riders: rollouts that may ride on a text.
     steps: tokens that are drawn for each text before the host looks, where nothing is guessed.
   """
 
   rows: int
   slots: int
   pages: int
-  places: int
   overhead: float
   guess_cost: float
+  riders: int
   steps: int
 
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:

@@ -138,7 +138,7 @@ class LaneTable:
     """Returns bool: tokens that end a rollout."""
     return np.isin(token_A, self._stop_ids)
 
-  def stop_string(self, rollout: InFlight, tokens: np.ndarray) -> str | None:
+  def stop_string(self, rollout: InFlight, tokens: list[int]) -> str | None:
     """Returns the stop string that the last of these tokens completes.
 
     Args:
@@ -151,8 +151,9 @@ class LaneTable:
     # A string of n bytes lies in the last n tokens where it lies in any, since each token holds at
     # least a byte.
     reach = max(len(text.encode()) for text in stops)
-    drawn = self._tokens_BZ[rollout.lane, : self.count_B[rollout.lane]]
-    tail = self._decode(np.concatenate([drawn, tokens])[-reach:].tolist())
+    count = int(self.count_B[rollout.lane])
+    drawn = self._tokens_BZ[rollout.lane, max(0, count - reach) : count]
+    tail = self._decode([*drawn.tolist(), *tokens][-reach:])
     return next((text for text in stops if text in tail), None)
 
   def record(self, lane_A: np.ndarray, step_A: np.ndarray, drawn: Drawn) -> None:

@@ -13,7 +13,7 @@ from dcore_jax.rollout.drafts import Drafts
 from dcore_jax.rollout.executors import Executor
 from dcore_jax.rollout.lane_table import InFlight, LaneTable
 from dcore_jax.rollout.page_pool import PagePool
-from dcore_jax.rollout.passes import Part, Pass, Planner
+from dcore_jax.rollout.passes import Part, Pass, Planner, as_guessed
 from dcore_jax.rollout.programs import Drawn
 from dcore_jax.rollout.requests import EngineStats
 from dcore_jax.rollout.scoring import PromptScoring, first_alternatives
@@ -35,7 +35,7 @@ class LiveBranches:
     self._executor = executor
     self._lanes = lanes
     self._stats = stats
-    self._pool = PagePool(executor.pages, executor.places)
+    self._pool = PagePool(executor.pages)
     self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
     self._drafts = Drafts(self._table, sizes.guesses, executor.overhead, executor.guess_cost)
     self._planner = Planner(
@@ -61,8 +61,9 @@ class LiveBranches:
     self._planner.patient = patient
 
   def forget(self) -> None:
-    """Gives up the texts that have ended, and their scores."""
+    """Gives up the texts that have ended, their scores, and what was learned of guesses."""
     self._table.forget()
+    self._drafts.forget()
     self._scoring.forget()
 
   def start_round(self) -> None:
@@ -88,6 +89,8 @@ class LiveBranches:
         self._ended.append(rollout)
         return True
     branch = self._fresh.get(key)
+    if branch and len(branch.rollouts) == self._executor.riders:
+      branch = None
     if branch and (not scored or branch.scored and not self._table.computed_X[branch.row]):
       # From the page on in which its prompt ends it may need pages of its own.
       own = most - n // self._table.slots
@@ -137,7 +140,9 @@ class LiveBranches:
       if self._executor.steps > 1 and all(
         part.complete and len(part.tokens) == 1 for part in parts
       ):
-        work, drawn = self._run_ahead(parts, work)
+        drawn, token_NQ = self._executor.run_ahead(work)
+        work = as_guessed(parts, work, token_NQ)
+        drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
         scored = None
       else:
         drawn, scored = self._executor.run(work)
@@ -148,28 +153,6 @@ class LiveBranches:
         ended += self._settle(complete, work, drawn)
       ended += self._end_scored([part.branch for part in parts if part.branch.rollouts])
     return ended
-
-  def _run_ahead(self, parts: Sequence[Part], work: Pass) -> tuple[Pass, Drawn]:
-    """Draws several tokens for each branch, as if what its first rollout draws had been guessed.
-
-    Returns:
-      (the pass with a draw for each of the tokens, what was drawn).
-    """
-    steps = self._executor.steps
-    drawn, text_NQ = self._executor.run_ahead(work)
-    for number, part in enumerate(parts):
-      part.tokens += text_NQ[number, :-1].tolist()
-      part.guesses = steps - 1
-      part.ahead = True
-      part.draws *= steps
-    step_A = np.tile(np.arange(steps, dtype=np.int32), len(work.lane_A))
-    index_A = np.repeat(work.draws.index_A, steps) + step_A
-    work = work._replace(
-      lane_A=np.repeat(work.lane_A, steps),
-      step_A=step_A,
-      draws=work.draws._replace(index_A=index_A),
-    )
-    return work, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
 
   def _open(self, text: np.ndarray, source: int, shared: int) -> Branch:
     branch, copied = self._table.open(text, source, shared)
@@ -276,6 +259,7 @@ class LiveBranches:
         text = np.concatenate([self._table.text_XS[branch.row, :length], given]).astype(np.int32)
         other = self._open(text, branch.row, length + len(given) - 1)
         other.rollouts = rollouts
+        self._drafts.part(branch.row, other.row)
         rows.append(other.row)
         places.append(len(text) - 1)
       self._table.append(branch, tokens)

@@ -31,8 +31,7 @@ from dcore_jax.models.attention.page_reads import PageReads, Partial
 from dcore_jax.models.attention.reference import MASKED_SCORE
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.grids import Grid, GridShape, Sharing, blank
-from dcore_jax.rollout.programs import DrawInputs, Drawn, draw_or_score, traces
-from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.programs import Drawn, draw_or_score, no_draws, traces
 
 _CACHE = ('layers', 'length', 'kv_heads', 'length', 'head_dim')
 
@@ -154,19 +153,6 @@ def _unpack(packed: jax.Array, like: Any) -> Any:
       part != 0 if leaf.dtype == bool else jax.lax.bitcast_convert_type(part, leaf.dtype)
     )
   return jax.tree.unflatten(treedef, found)
-
-
-def no_draws(count: int) -> DrawInputs:
-  """Returns inputs of so many draws from row 0, greedy, which nobody asked for."""
-  return DrawInputs(
-    row_A=np.zeros(count, np.int32),
-    key_A2=np.zeros((count, 2), np.uint32),
-    index_A=np.zeros(count, np.int32),
-    rule=jax.tree.map(lambda number: np.zeros(count, number.dtype), SamplingParams().rule()),
-    target_A=np.zeros(count, np.int32),
-    scoring=np.bool_(False),
-    listing=np.bool_(False),
-  )
 
 
 # --- programs -------------------------------------------------------------------------------------

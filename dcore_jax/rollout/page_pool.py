@@ -19,47 +19,41 @@ class PagePool:
 
   Args:
     pages: number of pages.
-    places: pages of a text that are kept apart. Its first page is then one of the first `pages /
-      places`, its second one of the next, and so on; each place has to have a page for every text
-      that there can be. 1: any page may stand anywhere.
 
   Attributes:
     promised: pages that running rollouts may still take.
   """
 
-  def __init__(self, pages: int, places: int = 1):
+  def __init__(self, pages: int):
     self.promised = 0
     self._pages = pages
-    self._places = places
     self._live_N = np.zeros(pages, np.int32)
     self._kept_N = np.zeros(pages, np.int32)
     # The smallest free page comes first: pages in use stay close together, and which page a text
     # gets depends on nothing but the order of events.
-    each = pages // places
-    self._free = [list(range(place * each, (place + 1) * each)) for place in range(places)]
+    self._free = list(range(pages))
 
   @property
   def available(self) -> int:
     """Pages that are neither live nor promised: free ones, and those of ended texts."""
-    if self._places > 1:
-      return self._pages  # there is one for every text
     return self._pages - int(np.count_nonzero(self._live_N)) - self.promised
 
-  def empty(self, place: int) -> bool:
-    """Whether every page for a place of a text is in use, if only by a text that has ended."""
-    return not self._free[place % self._places]
+  @property
+  def empty(self) -> bool:
+    """Whether every page is in use, if only by a text that has ended."""
+    return not self._free
 
   def count_live(self, pages: Iterable[int]) -> int:
     """Returns how many of these pages are live."""
     return int(np.count_nonzero(self._live_N[list(pages)]))
 
-  def take(self, place: int) -> int:
-    """Returns a free page for a place of a text, which is then live.
+  def take(self) -> int:
+    """Returns a free page, which is then live.
 
     Raises:
       IndexError: there is none.
     """
-    page = heapq.heappop(self._free[place % self._places])
+    page = heapq.heappop(self._free)
     self._live_N[page] = 1
     return page
 
@@ -88,4 +82,4 @@ class PagePool:
 
   def _free_if_unused(self, page: int) -> None:
     if not self._live_N[page] and not self._kept_N[page]:
-      heapq.heappush(self._free[page // (self._pages // self._places)], page)
+      heapq.heappush(self._free, page)

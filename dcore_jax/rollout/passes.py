@@ -8,15 +8,18 @@ Letters of this room, beside those of models/config.py (D, H, K, L, N, T, V):
 
 | letter | dimension |
 |---|---|
+| N | texts of a pass (in executors; elsewhere query heads) |
 | R | rows of a pass |
 | A | draws of a pass |
-| P | pages of a group, or of a text |
+| P | pages of a text |
 | C | slots of a page; a slot holds the keys and values of one token |
-| W | places for rows at a page |
+| W | texts that read the same pages together |
 | B | lanes of the engine; a lane holds what one rollout has drawn |
 | Z | tokens that a rollout may draw |
 | X, S | rows and positions of the table of texts (branches.py) |
 | J | alternatives of a token |
+
+Small n counts what an array has an entry for: texts, parts, places.
 """
 
 import dataclasses
@@ -69,6 +72,7 @@ class Pass(NamedTuple):
     position_R: int32.
     text_R: int32, the place in `pages` of each row's text.
     pages: for each text the pages that hold its positions, those of its rows included.
+    left_N: int32, tokens that each text may still get.
     draws: what is drawn, none where no text is complete.
     lane_A: int32, the lane of each draw.
     step_A: int32, how many guesses stand between each draw and the text's end.
@@ -79,6 +83,7 @@ class Pass(NamedTuple):
   position_R: np.ndarray
   text_R: np.ndarray
   pages: Sequence[Sequence[int]]
+  left_N: np.ndarray
   draws: DrawInputs
   lane_A: np.ndarray
   step_A: np.ndarray
@@ -93,7 +98,7 @@ class Planner:
     lanes: the rollouts.
     drafts: the guesses.
     rows: rows of a pass at most.
-    apart: whether prompts go in passes of their own.
+    apart: whether prompts, and texts with guesses, go in passes of their own.
 
   Attributes:
     patient: whether prompts are read first, and nobody draws meanwhile. Rollouts then draw side by
@@ -130,13 +135,15 @@ class Planner:
       rounds[-1].extend(self._prompts(unread, room))
     return [(parts, self._pass(parts)) for parts in rounds]
 
+  def _left(self, branches: Sequence[Branch]) -> list[int]:
+    """Returns how many tokens each text may still get: those of the rollout that may draw most."""
+    left = self._lanes.left()
+    return [max([left[rollout.lane] for rollout in branch.rollouts]) for branch in branches]
+
   def _waiting(self, waiting: Sequence[Branch]) -> list[list[Part]]:
     """Returns the parts of branches that lack one token, as many to a pass as fit."""
     rounds = []
-    left = self._lanes.left()
-    rooms = []
-    for branch in waiting:
-      rooms.append(max([left[rollout.lane] for rollout in branch.rollouts]) - 1)
+    rooms = [count - 1 for count in self._left(waiting)]
     row_n = np.array([branch.row for branch in waiting], np.int32)
     room_n = np.array(rooms, np.int32)
     end_n = self._table.length_X[row_n]
@@ -161,8 +168,12 @@ class Planner:
             complete=True,
           )
         )
+      if self._apart:
+        # What draws several tokens at once takes only texts without guesses.
+        rounds.append([part for part in parts if part.guesses])
+        parts = [part for part in parts if not part.guesses]
       rounds.append(parts)
-    return rounds
+    return [parts for parts in rounds if parts]
 
   def _prompts(self, unread: Sequence[Branch], room: int) -> list[Part]:
     """Returns pieces of prompts, first come, first served."""
@@ -219,6 +230,7 @@ class Planner:
       position_R=position_R,
       text_R=np.repeat(np.arange(len(parts), dtype=np.int32), length_n),
       pages=[part.branch.pages for part in parts],
+      left_N=np.array(self._left([part.branch for part in parts]), np.int32),
       draws=self._lanes.draw_inputs(
         lane_A, np.repeat(np.array(firsts, np.int32), count_n) + step_A, step_A
       ),
@@ -239,3 +251,26 @@ class Planner:
     if not rows:
       return None
     return self._lanes.score_inputs(np.concatenate(rows), np.concatenate(targets))
+
+
+def as_guessed(parts: Sequence[Part], work: Pass, token_NQ: np.ndarray) -> Pass:
+  """Returns a pass of single rows as if the tokens that followed had been guessed.
+
+  Args:
+    parts: its parts, to which the tokens are added.
+    work: the pass.
+    token_NQ: int32, Q tokens that each text went on with.
+  """
+  steps = token_NQ.shape[1]
+  for number, part in enumerate(parts):
+    part.tokens += token_NQ[number, :-1].tolist()
+    part.guesses = steps - 1
+    part.ahead = True
+    part.draws *= steps
+  step_A = np.tile(np.arange(steps, dtype=np.int32), len(work.lane_A))
+  index_A = np.repeat(work.draws.index_A, steps) + step_A
+  return work._replace(
+    lane_A=np.repeat(work.lane_A, steps),
+    step_A=step_A,
+    draws=work.draws._replace(index_A=index_A),
+  )

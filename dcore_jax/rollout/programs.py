@@ -1,9 +1,11 @@
-"""What the device programs of both kinds of engine share: the draws, and how they are counted.
+"""What the executors share: draws, and how programs are counted and compiled.
 
 Letters as in passes.py.
 """
 
 import collections
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcore_jax.rollout import sampling
-from dcore_jax.rollout.sampling import Alternatives, Rule
+from dcore_jax.rollout.sampling import Alternatives, Rule, SamplingParams
 
 # Compilations of each program. The body of a traced function runs once for each of them, which is
 # where they are counted.
@@ -72,3 +74,64 @@ def draw_or_score(logits_AV: jax.Array, inputs: DrawInputs) -> Drawn:
     return Drawn(*sampling.score(logits_AV, inputs.target_A))
 
   return jax.lax.cond(inputs.scoring, score, draw)
+
+
+def no_draws(count: int) -> DrawInputs:
+  """Returns inputs of so many draws from row 0, greedy, which nobody asked for."""
+  return DrawInputs(
+    row_A=np.zeros(count, np.int32),
+    key_A2=np.zeros((count, 2), np.uint32),
+    index_A=np.zeros(count, np.int32),
+    rule=jax.tree.map(lambda number: np.zeros(count, number.dtype), SamplingParams().rule()),
+    target_A=np.zeros(count, np.int32),
+    scoring=np.bool_(False),
+    listing=np.bool_(False),
+  )
+
+
+def some_draws(inputs: DrawInputs, places: slice | Sequence[int], count: int) -> DrawInputs:
+  """Returns the draws at some places, filled up to `count`; flags are taken as they are."""
+
+  def fill(blank_A: np.ndarray, given_A: np.ndarray) -> np.ndarray:
+    if not np.ndim(given_A):
+      return given_A
+    chosen_A = given_A[places]
+    blank_A[: len(chosen_A)] = chosen_A
+    return blank_A
+
+  return jax.tree.map(fill, no_draws(count), inputs)
+
+
+def pieces(inputs: DrawInputs | None, most: int) -> Iterator[slice]:
+  """Yields the places of draws that are made together, at most so many; None: there are none."""
+  count = 0 if inputs is None else len(inputs.row_A)
+  for first in range(0, count, most):
+    yield slice(first, min(first + most, count))
+
+
+def joined(parts: Sequence[tuple[int, Drawn]]) -> Drawn | None:
+  """Returns what several calls drew, (how many draws, what) each, without what filled them up.
+
+  None where there were none.
+  """
+  cut = [jax.tree.map(lambda x, used=used: np.asarray(x)[:used], drawn) for used, drawn in parts]
+  return jax.tree.map(lambda *found: np.concatenate(found), *cut) if cut else None
+
+
+def compile_all(
+  lowered: Sequence[Callable[[], jax.stages.Lowered]], progress: Callable[[int, int], None]
+) -> None:
+  """Compiles programs, two at a time; `progress` gets (those that are ready, all).
+
+  A later call of such a program finds it compiled.
+  """
+  progress(0, len(lowered))
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    waiting = [pool.submit(lambda lower=lower: lower().compile()) for lower in lowered]
+    try:
+      for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
+        one.result()
+        progress(ready, len(lowered))
+    finally:
+      # Whoever is told may want to stop.
+      pool.shutdown(cancel_futures=True)

@@ -3,7 +3,6 @@
 Letters as in passes.py.
 """
 
-import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,17 +12,16 @@ import numpy as np
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import tile_programs
+from dcore_jax.rollout import programs, tile_programs
 from dcore_jax.rollout.passes import Pass
-from dcore_jax.rollout.programs import DrawInputs, Drawn
-from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.rollout.programs import DrawInputs, Drawn, no_draws, some_draws
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.rollout.tile_programs import DecodeShape, ReadShape, Tile
 
-# Texts of a tile, and draws of it. Larger tiles fall out of a CPU's caches, smaller ones starve its
-# matrix products: a step of 8 layers of width 512 (100 MB of weights) takes 6 ms for 1 text, 12 for
-# 8 and 30 for 32.
-_TILES = ((1, 1), (8, 16), (32, 64))
+# Texts of a tile, and draws of it; where they are as many, each text has one. Larger tiles fall out
+# of a CPU's caches, smaller ones starve its matrix products: a step of 8 layers of width 512 takes
+# 6 ms for 1 text, 12 for 8 and 30 for 32 (100 MB of weights).
+_TILES = ((1, 1), (8, 16), (32, 32), (32, 64))
 # Tokens that a text gets in one call, longest last.
 _READS = (32, 128)
 # Draws of a call beside tiles.
@@ -34,6 +32,8 @@ _SHORTEST = 256
 _GROWTH = 2
 _GROWTH_OF_DEEP = 4
 _DEEP = 8  # layers
+# The same for texts that are read, whose layers are scanned.
+_GROWTH_OF_READS = 4
 
 # One compiled program: layer by layer, each copy would be dispatched on its own.
 _turn = jax.jit(decoder.turn)
@@ -59,14 +59,13 @@ class TileExecutor:
     rows: rows of a pass at most.
     slots: positions of a page: a text has one page, since a product needs its operand in one piece.
     pages: number of pages.
-    places: 1.
     overhead: what a pass costs beside its rows, in rows.
     guess_cost: what a pass with guesses for one text costs, in passes without.
+    riders: rollouts that may ride on a text.
     steps: tokens that are drawn for each text before the host looks.
   """
 
   rows = 512
-  places = 1
   # Guesses are read by another program, which takes as long as three steps of one text, however
   # many they are.
   overhead = 4.0
@@ -86,9 +85,10 @@ class TileExecutor:
     self.pages = sizes.lanes + sizes.trunks + 1
     growth = _GROWTH_OF_DEEP if config.num_hidden_layers > _DEEP else _GROWTH
     self._spans = _ladder(sizes.max_len, growth)
-    self._read_spans = _ladder(sizes.max_len, 4 * _GROWTH_OF_DEEP)
+    self._read_spans = _ladder(sizes.max_len, _GROWTH_OF_READS)
     most = next((B for B, _ in _TILES if sizes.lanes <= B), _TILES[-1][0])
     self._tiles = [(B, A) for B, A in _TILES if B <= most]
+    self.riders = self._tiles[-1][1]
     self.load(params)
     cache = decoder.init_cache(config, self.pages, sizes.max_len, params['embed'].dtype)
     # Tied to its device, as what calls return is: for an array that is not, jax compiles a program
@@ -153,17 +153,7 @@ class TileExecutor:
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
-    lowered = list(self._lowered())
-    progress(0, len(lowered))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-      waiting = [pool.submit(lambda one=one: one().compile()) for one in lowered]
-      try:
-        for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):
-          one.result()
-          progress(ready, len(lowered))
-      finally:
-        # Whoever is told may want to stop.
-        pool.shutdown(cancel_futures=True)
+    programs.compile_all(list(self._lowered()), progress)
 
   # --- what calls are made of ---------------------------------------------------------------------
 
@@ -175,7 +165,7 @@ class TileExecutor:
       for B, A in self._tiles:
         shape = DecodeShape(config=self._config, span=span, steps=self.steps)
         yield lambda B=B, A=A, shape=shape: tile_programs.decode.lower(
-          self._turned, cache, _no_tile(B), _no_draws(A), self._stop_ids, shape=shape
+          self._turned, cache, _no_tile(B), no_draws(A), self._stop_ids, shape=shape
         )
     for span in self._read_spans:
       for count in _READS:
@@ -188,7 +178,7 @@ class TileExecutor:
           np.zeros(3, np.int32),
           shape=shape,
         )
-    yield lambda: tile_programs.draw.lower(self._params, self._hidden_RD, _no_draws(_DRAWS))
+    yield lambda: tile_programs.draw.lower(self._params, self._hidden_RD, no_draws(_DRAWS))
     yield lambda: tile_programs.copy_row.lower(cache, np.int32(0), np.int32(0), np.int32(0))
 
   def _read(self, page: int, tokens: np.ndarray, start: int, row: int) -> None:
@@ -210,17 +200,12 @@ class TileExecutor:
 
   def _draw(self, inputs: DrawInputs | None) -> Drawn | None:
     """Draws or scores, `_DRAWS` rows at a time; None where there is nothing to do."""
-    if inputs is None or not len(inputs.row_A):
-      return None
-    found = []
-    for first in range(0, len(inputs.row_A), _DRAWS):
-      some = _places(inputs, slice(first, first + _DRAWS))
-      drawn = tile_programs.draw(self._params, self._hidden_RD, _filled(some, _DRAWS))
-      found.append((len(some.row_A), drawn))
-    host = []
-    for count, drawn in jax.device_get(found):
-      host.append(jax.tree.map(lambda x, count=count: x[:count], drawn))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *host)
+    calls = []
+    for places in programs.pieces(inputs, _DRAWS):
+      some = some_draws(inputs, places, _DRAWS)
+      drawn = tile_programs.draw(self._params, self._hidden_RD, some)
+      calls.append((places.stop - places.start, drawn))
+    return programs.joined(jax.device_get(calls))
 
   def _members(self, work: Pass) -> Iterator[_Members]:
     """Yields the texts of each tile, short ones first: a tile is read as far as its longest."""
@@ -241,21 +226,19 @@ class TileExecutor:
   def _decode(self, work: Pass, members: _Members) -> tuple[Tile, Drawn]:
     """Makes a decode call; returns its tile and what it will have drawn."""
     texts, draws = members
+    owner = _places_of(work.text_R[work.draws.row_A[draws]], texts)
+    alone = len(draws) == len(texts)
     B, A = next(
-      ((B, A) for B, A in self._tiles if len(texts) <= B and len(draws) <= A), self._tiles[-1]
+      (B, A) for B, A in self._tiles if len(texts) <= B and len(draws) <= A and (alone or A > B)
     )
-    # More rollouts of one text than a tile has draws are another program.
-    A = max(A, -(-len(draws) // A) * A)
-    place_of = {text: place for place, text in enumerate(texts)}
-    owner = np.array([place_of[text] for text in work.text_R[work.draws.row_A[draws]].tolist()])
     tile = _no_tile(B)
     count = len(texts)
     tile.row_B[:count] = [work.pages[text][0] for text in texts]
     tile.token_B[:count] = work.tokens_R[texts]
     tile.position_B[:count] = work.position_R[texts]
-    tile.live_B[:count] = True
     tile.leader_B[:count] = np.searchsorted(owner, np.arange(count))
-    inputs = _filled(_places(work.draws, draws), A)
+    tile.left_B[:count] = work.left_N[texts]
+    inputs = some_draws(work.draws, draws, A)
     inputs.row_A[: len(owner)] = owner
     end = int(tile.position_B.max()) + self.steps
     shape = DecodeShape(
@@ -288,38 +271,12 @@ def _no_tile(texts: int) -> Tile:
     row_B=np.zeros(texts, np.int32),
     token_B=np.zeros(texts, np.int32),
     position_B=np.zeros(texts, np.int32),
-    live_B=np.zeros(texts, bool),
+    left_B=np.zeros(texts, np.int32),
     leader_B=np.zeros(texts, np.int32),
   )
 
 
-def _places(inputs: DrawInputs, places: slice | list[int]) -> DrawInputs:
-  """Returns some of the draws."""
-  return jax.tree.map(lambda x: x[places] if np.ndim(x) else x, inputs)
-
-
-def _filled(inputs: DrawInputs, count: int) -> DrawInputs:
-  """Returns so many draws, filled up with zeros."""
-
-  def fill(x: np.ndarray) -> np.ndarray:
-    if not np.ndim(x):
-      return x
-    filled = np.zeros((count, *x.shape[1:]), x.dtype)
-    filled[: len(x)] = x
-    return filled
-
-  return jax.tree.map(fill, inputs)
-
-
-def _no_draws(count: int) -> DrawInputs:
-  """Returns draws that nobody reads."""
-  rule = SamplingParams().rule()
-  return DrawInputs(
-    row_A=np.zeros(count, np.int32),
-    key_A2=np.zeros((count, 2), np.uint32),
-    index_A=np.zeros(count, np.int32),
-    rule=jax.tree.map(lambda number: np.zeros(count, number.dtype), rule),
-    target_A=np.zeros(count, np.int32),
-    scoring=np.bool_(False),
-    listing=np.bool_(False),
-  )
+def _places_of(text_A: np.ndarray, texts: list[int]) -> np.ndarray:
+  """Returns the place of each text in a list of them."""
+  order = np.argsort(texts)
+  return order[np.searchsorted(texts, text_A, sorter=order)]

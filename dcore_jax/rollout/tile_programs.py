@@ -28,14 +28,14 @@ class Tile(NamedTuple):
     row_B: int32, their rows of the cache; different ones.
     token_B: int32, the last token of each.
     position_B: int32, its position.
-    live_B: bool, whether there is a text.
+    left_B: int32, tokens that it may still get; 0: there is no text.
     leader_B: int32, the draw that a text goes on with.
   """
 
   row_B: np.ndarray
   token_B: np.ndarray
   position_B: np.ndarray
-  live_B: np.ndarray
+  left_B: np.ndarray
   leader_B: np.ndarray
 
 
@@ -81,7 +81,7 @@ def decode(
     cache: stacked, [L, X, K, S, H]; donated.
     tile: the texts.
     inputs: of the first draws; `row_A` is the text of each, as its place in the tile.
-    stop_ids: tokens that end a text; steps end where all texts have ended.
+    stop_ids: tokens that end a text. Steps end where all texts have ended or have all they may get.
     shape: what is compiled in.
 
   Returns:
@@ -92,7 +92,9 @@ def decode(
   def draw(hidden_BD: jax.Array, step: jax.Array) -> Drawn:
     logits_BV = decoder.logits(params, hidden_BD)
     some = inputs._replace(index_A=inputs.index_A + step)
-    return draw_or_score(logits_BV[inputs.row_A], some)
+    # Where texts and draws are as many, each text has one, in their order.
+    alone = len(logits_BV) == len(some.row_A)
+    return draw_or_score(logits_BV if alone else logits_BV[some.row_A], some)
 
   def unfinished(now: _Decoding) -> jax.Array:
     return (now.step < shape.steps) & jnp.any(now.live_B)
@@ -108,7 +110,7 @@ def decode(
       step=now.step + 1,
       cache=held,
       token_B=token_B,
-      live_B=now.live_B & ~stopped_B,
+      live_B=now.live_B & ~stopped_B & (now.step + 1 < tile.left_B),
       drawn=jax.tree.map(lambda all_Q, new: all_Q.at[now.step].set(new), now.drawn, drawn),
     )
 
@@ -119,7 +121,7 @@ def decode(
     step=jnp.int32(0),
     cache=_gathered(cache, tile.row_B, shape.span),
     token_B=jnp.asarray(tile.token_B),
-    live_B=jnp.asarray(tile.live_B),
+    live_B=tile.left_B > 0,
     drawn=jax.tree.map(lambda leaf: jnp.zeros((shape.steps, *leaf.shape), leaf.dtype), one),
   )
   end = jax.lax.while_loop(unfinished, advance, start)
@@ -169,7 +171,7 @@ def _appended(
     return decoder.KVCache(one(cache.k, tile_cache.k), one(cache.v, tile_cache.v))
 
   # Rows that only fill the tile up are not written.
-  return jax.lax.fori_loop(0, jnp.sum(tile.live_B), copy, cache)
+  return jax.lax.fori_loop(0, jnp.sum(tile.left_B > 0), copy, cache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
-from dcore_jax.rollout import device, engine, grids, mesh_programs
+from dcore_jax.rollout import device, engine, grids, programs, tile_programs
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.requests import Request
@@ -140,9 +140,9 @@ def test_what_is_prepared_is_not_compiled_again():
   jax.jit(lambda x: x + 1)(np.float32(1))
   assert len(compiled) == 1
   for _ in range(2):
-    executor.copy(0, 1)
+    executor.copy(0, 1, 1)
     executor.run(a_pass([1, 4, 300]))
-    executor.copy(1, 2)
+    executor.copy(1, 2, 1)
   assert len(compiled) == 1
 
 
@@ -155,7 +155,8 @@ def a_pass(counts, pages=None, begin=0):
     position_R=np.concatenate([begin + np.arange(count, dtype=np.int32) for count in counts]),
     text_R=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
     pages=pages or [[next(free) for _ in range(-(-(begin + count) // SLOTS))] for count in counts],
-    draws=mesh_programs.no_draws(0),
+    left_N=np.ones(len(counts), np.int32),
+    draws=programs.no_draws(0),
     lane_A=np.zeros(0, np.int32),
     step_A=np.zeros(0, np.int32),
     scores=None,
@@ -216,3 +217,51 @@ def test_a_group_reads_its_prompt_once():
   [(_, grid)] = grids.lay_out(work, grids.grid_shapes(8, 4), SLOTS, 100)
   assert grid.sharing.count_S.tolist() == [3, 0]
   assert sorted(grid.sharing.block_SW[0]) == list(range(8))
+
+
+@pytest.mark.parametrize('kind', [0, 1], ids=['tiles', 'grids'])
+def test_a_stream_gives_to_the_last_bit_what_it_gives_alone(kind):
+  """Whatever ran before it: texts, guesses and how often they were right are forgotten."""
+  requests = [Request(prompt(129, 0), (0, rollout), 40) for rollout in range(3)]
+  before = [Request(prompt(length, 1), (9, length), 60) for length in (7, 130, 200)]
+  sampling = SamplingParams(0.3, seed=5)
+  engines.cache_clear()
+  want = engines(15)[kind].generate(requests, sampling)
+  engines.cache_clear()
+  runner = engines(15)[kind]
+  runner.generate(before, SamplingParams(0.0))
+  for a, b in zip(runner.generate(requests, sampling), want, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
+def test_a_tile_draws_no_more_than_its_texts_may_get():
+  tiled, _ = engines(0)
+  executor = tiled._executor
+  tile = tile_programs.Tile(
+    row_B=np.arange(8, dtype=np.int32),
+    token_B=np.full(8, 7, np.int32),
+    position_B=np.zeros(8, np.int32),
+    left_B=np.array([1, 3, 2, 0, 0, 0, 0, 0], np.int32),
+    leader_B=np.arange(8, dtype=np.int32),
+  )
+  inputs = programs.no_draws(16)._replace(row_A=np.arange(16, dtype=np.int32) % 8)
+  shape = tile_programs.DecodeShape(config=CONFIG, span=MAX_LEN, steps=4)
+  _, drawn = tile_programs.decode(
+    executor._turned, jax.tree.map(np.copy, executor._cache), tile, inputs, np.array([5]), shape=shape
+  )
+  # A draw that was made has an entropy.
+  assert (np.asarray(drawn.entropy_A) > 0).any(axis=1).tolist() == [True, True, True, False]
+
+
+def test_more_rollouts_than_a_tile_has_draws_share_several_texts():
+  sizes = EngineSizes(lanes=80, max_len=64, steps_per_call=4, trunks=8)
+  runner = Engine(params(), CONFIG, stop_ids=[5], sizes=sizes)
+  runner.prepare()
+  compiled = runner.stats.compilations
+  requests = [Request(prompt(9, 0), (0, rollout), 12) for rollout in range(80)]
+  together = runner.generate(requests, SamplingParams(1.0))
+  assert runner.stats.compilations == compiled
+  for number in (0, 70):
+    [alone] = runner.generate([requests[number]], SamplingParams(1.0))
+    np.testing.assert_array_equal(alone.tokens, together[number].tokens)

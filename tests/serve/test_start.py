@@ -129,8 +129,6 @@ def test_seconds_of_a_process_go_on():
 
 # `prepare` compiles `draw` for hidden states that are not tied to a device, as those of a pass are.
 # These are cut and put together by programs of jax's own, one for each length.
-@pytest.mark.xfail(reason='draw, and cuts of hidden states, are compiled at the first request')
-@pytest.mark.slow  # it compiles an engine of its own
 def test_nothing_is_compiled_for_requests_behind_prepare(model):
   # Of its own size, so that no other test has compiled for it.
   config = dataclasses.replace(model, head_dim=24)
