@@ -247,9 +247,9 @@ def test_a_tile_draws_no_more_than_its_texts_may_get():
   )
   inputs = programs.no_draws(16)._replace(row_A=np.arange(16, dtype=np.int32) % 8)
   shape = tile_programs.DecodeShape(config=CONFIG, span=MAX_LEN, steps=4)
-  _, drawn = tile_programs.decode(
-    executor._turned, jax.tree.map(np.copy, executor._cache), tile, inputs, np.array([5]), shape=shape
-  )
+  cache = jax.tree.map(np.copy, executor._cache)  # which is donated
+  stop_ids = np.array([5])
+  _, drawn = tile_programs.decode(executor._turned, cache, tile, inputs, stop_ids, shape=shape)
   # A draw that was made has an entropy.
   assert (np.asarray(drawn.entropy_A) > 0).any(axis=1).tolist() == [True, True, True, False]
 
