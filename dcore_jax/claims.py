@@ -32,6 +32,7 @@ def claim(
   *,
   free: Collection[str] = (),
   defaults: Any = None,
+  flag: str = '--workdir',
 ) -> None:
   """Writes down what a folder's results are made from, or checks that it was begun with the same.
 
@@ -47,6 +48,7 @@ def claim(
     defaults: a config of which the record is the JSON form, or a mapping of the record's entries to
       configs. Fields that the record in the folder lacks take their values from here: the program
       had no such field when the folder was begun. Fields that are `free` there may differ.
+    flag: of the program, that names another folder.
 
   Raises:
     ValueError: the folder belongs to another record; names the folder, every field that differs,
@@ -61,7 +63,7 @@ def claim(
     different = differences(defaults or {}, theirs, compared)
     if different:
       raise ValueError(
-        f'{str(path.parent)!r} {complaint} {"; ".join(different)}; name another --workdir'
+        f'{str(path.parent)!r} {complaint} {"; ".join(different)}; name another {flag}'
       )
   write_json_atomic(path, record)
 

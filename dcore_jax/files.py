@@ -4,10 +4,12 @@ Text and JSON are written whole or not at all. JSON and JSON-lines records are r
 name their place.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -64,7 +66,7 @@ def replace_text(path: pathlib.Path, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:
-    with beside.open('w', encoding='utf-8') as file:
+    with named_errors(path), beside.open('w', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       # A rename may reach the disk before the data: a power cut would leave an empty file.
@@ -72,6 +74,20 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path: pathlib.Path) -> Iterator[None]:
+  """Gives an error of the system the name of the file that is written.
+
+  `open` knows it; `write` on a full disk says no more than that there is no space.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def is_writer() -> bool:
@@ -84,15 +100,18 @@ def is_writer() -> bool:
   return distributed.writes()
 
 
+def data_folder() -> pathlib.Path:
+  """Returns the folder of third-party data: the environment's `DCORE_DATA`, or ../shared/data."""
+  return pathlib.Path(os.environ.get('DCORE_DATA', '../shared/data'))
+
+
 def data_path(name: str) -> pathlib.Path:
   """Finds a file or folder by its path or below the data folder.
-
-  The data folder is the environment's `DCORE_DATA`, by default ../shared/data.
 
   Raises:
     ValueError: it is in neither place.
   """
-  folder = pathlib.Path(os.environ.get('DCORE_DATA', '../shared/data'))
+  folder = data_folder()
   for path in (pathlib.Path(name), folder / name):
     if path.exists():
       return path

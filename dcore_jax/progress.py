@@ -9,13 +9,56 @@ from typing import Any, TextIO
 
 import tqdm
 
-LOG_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
+LOG_INTERVAL = 60.0  # seconds between lines where stderr is not a terminal
+SLOW = 5.0  # seconds from which on work beside the work is shown
+FIRST_LINE = 10.0  # seconds until the first of them, so that rate and time left are soon known
+COMPILE = 'compile'  # description of the bars of `show_compiling`
+
+# (description, done since the bar was made, total) -> None
+Watcher = Callable[[str, float, float | None], None]
 
 
-class _LineBar(tqdm.tqdm):
+class _Watched:
+  """Whoever is told of the bars of this process; None at most times."""
+
+  watcher: Watcher | None = None
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+  """Tells `watcher` of every bar that is made and of each `update` of it, from any thread."""
+  before = _Watched.watcher
+  _Watched.watcher = watcher
+  try:
+    yield
+  finally:
+    _Watched.watcher = before
+
+
+def tell(description: str, done: float, total: float | None) -> None:
+  """Tells whoever watches of a step; for what shows progress otherwise than by a bar."""
+  if _Watched.watcher is not None:
+    _Watched.watcher(description, done, total)
+
+
+class _Bar(tqdm.tqdm):
+  """A tqdm bar on a terminal."""
+
+  def update(self, n: float | None = 1) -> bool | None:
+    """Moves the bar; iterating over it does so now and then."""
+    shown = super().update(n)
+    if self.delay:
+      return shown
+    total = None if self.total is None else self.total - self.initial
+    tell(self.desc.removesuffix(': '), self.n - self.initial, total)
+    return shown
+
+
+class _LineBar(_Bar):
   """A tqdm bar for logs.
 
-  It prints whole lines, at most one every `LOG_INTERVAL` seconds, and a last one when it is done.
+  It prints whole lines: the first after `FIRST_LINE` seconds, then one every `LOG_INTERVAL`, and a
+  last one when it is done.
   """
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -25,6 +68,7 @@ class _LineBar(tqdm.tqdm):
     # The empty bar that tqdm shows at once says nothing in a log.
     if self.n:
       print(msg or str(self), file=self.fp, flush=True)
+      self.mininterval = LOG_INTERVAL
     return True
 
   def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **figures: Any) -> None:
@@ -40,7 +84,8 @@ class _LineBar(tqdm.tqdm):
     # tqdm's own `close` would rub the line out or move the cursor.
     self.disable = True
     self._decr_instances(self)
-    self.display()
+    if self.format_dict['elapsed'] >= self.delay:
+      self.display()
 
 
 def progress(
@@ -50,6 +95,7 @@ def progress(
   description: str = '',
   unit: str = 'it',
   stream: TextIO | None = None,
+  delay: float = 0.0,
 ) -> tqdm.tqdm:
   """Makes a progress bar on stderr.
 
@@ -59,11 +105,15 @@ def progress(
     total: number of `unit`s expected; taken from the iterable where it has a length. Without one
       there is no time left.
     stream: where to write; stderr by default, as stdout belongs to the JSON that programs print.
+    delay: shows nothing of what takes fewer seconds; for work beside the work, which nobody that
+      watches is told of.
   """
   stream = stream or sys.stderr
+  if not delay:
+    tell(description, 0, total)
   # `unit_scale` prints 12.3k tokens; counts of steps stay exact.
   if stream.isatty():
-    return tqdm.tqdm(
+    return _Bar(
       iterable,
       total=total,
       desc=description,
@@ -72,6 +122,7 @@ def progress(
       file=stream,
       dynamic_ncols=True,
       smoothing=0.1,
+      delay=delay,
     )
   # `miniters=1` looks at the clock on each update: tqdm would otherwise guess how many updates fill
   # an interval. tqdm's monitor thread (maxinterval) then has nothing to correct.
@@ -83,10 +134,11 @@ def progress(
     unit_scale=unit == 'tok',
     file=stream,
     ascii=True,
-    mininterval=LOG_INTERVAL,
+    mininterval=min(FIRST_LINE, LOG_INTERVAL),
     maxinterval=float('inf'),
     miniters=1,
     ncols=100,
+    delay=delay,
   )
 
 
@@ -98,7 +150,7 @@ def show_compiling(prepare: Callable[[Callable[[int, int], None]], Any]) -> None
       calls now and then.
   """
   # How many there are is known from the first call on.
-  with progress(total=0, description='compile', unit='program') as bar:
+  with progress(total=0, description=COMPILE, unit='program') as bar:
 
     def show(ready: int, total: int) -> None:
       bar.total = total

@@ -27,6 +27,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   'head_dim': None,
   'layers': None,
   'norm': None,
+  # The inner dimension of LoRA's two factors.
+  'rank': None,
   'length': None,
   'micro_batch': None,
   # The width of activations. It is the same dimension as `embed`, which parameters split over fsdp;

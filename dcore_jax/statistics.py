@@ -209,6 +209,84 @@ def change_probability(gained: int, lost: int) -> float:
   return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
+def difference_probability(estimate: Mapping[str, Any]) -> float | None:
+  """Computes the two-sided p value of Student's t test that a mean, or a difference, is 0.
+
+  None where the estimate has no standard error: a single unit, or equal ones.
+  """
+  error = estimate.get('standard_error')
+  if not error or estimate['n'] < 2:
+    return None
+  value = estimate.get('difference', estimate.get('mean'))
+  return float(2 * scipy.stats.t.sf(abs(value) / error, estimate['n'] - 1))
+
+
+def holm(probabilities: Sequence[float]) -> list[float]:
+  """Adjusts p values for their number, so that any false rejection stays rare (Holm 1979).
+
+  The k-th smallest of m is multiplied by m - k + 1, and none falls below a smaller one's.
+  """
+  adjusted = [0.0] * len(probabilities)
+  largest = 0.0
+  for rank, place in enumerate(np.argsort(probabilities, kind='stable')):
+    scaled = min(1.0, (len(probabilities) - rank) * probabilities[place])
+    largest = max(largest, scaled)
+    adjusted[place] = largest
+  return adjusted
+
+
+def cohens_kappa(
+  first: Sequence[str], second: Sequence[str], *, clusters: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+  """Computes how far two judges agree beyond chance, with a bootstrap interval over the units.
+
+  Args:
+    first, second: the labels that each judge gave to the same things.
+    clusters: the unit of each thing.
+    seed: of the samples.
+
+  Returns:
+    {'kappa', 'interval', 'n'}: (p - e) / (1 - e) with p the share of equal labels and e what equal
+    shares of labels would agree by chance (Cohen 1960), and n units. `kappa` is None where both
+    gave one label alone, `interval` where there are no two units.
+
+  Raises:
+    ValueError: no labels, or not as many units.
+  """
+  if not len(first) == len(second) == len(clusters) or not len(first):
+    raise ValueError(
+      f'{len(first)} and {len(second)} labels of {len(clusters)} units are no judgements'
+    )
+  names, codes = np.unique([*first, *second], return_inverse=True)
+  _, place = np.unique(list(clusters), return_inverse=True)
+  units = int(place.max()) + 1
+  # A table of labels for each unit: a sample of units is a weighted sum of them.
+  tables = np.zeros((units, len(names), len(names)))
+  np.add.at(tables, (place, codes[: len(first)], codes[len(first) :]), 1)
+  kappa = _kappa(tables.sum(0)[None])[0]
+  found = {'kappa': float(kappa) if np.isfinite(kappa) else None, 'interval': None, 'n': units}
+  if units < 2 or found['kappa'] is None:
+    return found
+  random = np.random.default_rng(seed)
+  kappas = []
+  for _ in range(_RESAMPLES // _BATCH):
+    counts = random.multinomial(units, np.full(units, 1 / units), size=_BATCH)
+    kappas.append(_kappa(np.tensordot(counts, tables, 1)))
+  # Samples of one label alone have no kappa.
+  low, high = np.nanquantile(np.concatenate(kappas), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+  found['interval'] = [min(float(low), found['kappa']), max(float(high), found['kappa'])]
+  return found
+
+
+def _kappa(tables: np.ndarray) -> np.ndarray:
+  """Computes kappa of tables [n, labels, labels] of counts; NaN where chance agrees wholly."""
+  total = tables.sum((1, 2))
+  agreed = np.trace(tables, axis1=1, axis2=2) / total
+  chance = (tables.sum(1) * tables.sum(2)).sum(1) / total**2
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return np.where(chance < 1, (agreed - chance) / (1 - chance), np.nan)
+
+
 def _standard_error(values: np.ndarray, clusters: Sequence[str] | None) -> float | None:
   """Computes the standard error of the mean of values [n] in independent clusters.
 

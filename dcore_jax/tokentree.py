@@ -137,8 +137,8 @@ class TokenTree:
 
   @property
   def dedup(self) -> float:
-    # Sequences that were dropped have empty paths, and so count on neither side.
     """Tokens of the flat sequences per token of the tree: the factor of work that merging saves."""
+    # Sequences that were dropped have empty paths, and so count on neither side.
     return sum(map(len, self.paths)) / max(1, self.live)
 
   def gather(self, values_RT: np.ndarray) -> list[np.ndarray]:

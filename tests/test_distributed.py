@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from dcore_jax import distributed
+from dcore_jax import distributed, gpu_memory
+from dcore_jax.plan import fit
+from dcore_jax.run.config import default_config, read_config
 
 PROGRAM = pathlib.Path(__file__).parent / 'hosts_program.py'
 
@@ -34,7 +36,8 @@ def start(folder: pathlib.Path, hosts: str, devices: int) -> subprocess.Popen:
 def result(process: subprocess.Popen) -> dict:
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err[-3000:]
-  return json.loads(out.splitlines()[-1])
+  # Every line is JSON: libraries write to stderr.
+  return [json.loads(line) for line in out.splitlines()][-1]
 
 
 def test_two_hosts_train_what_one_trains_and_go_back_together(tmp_path):
@@ -160,3 +163,51 @@ def test_a_second_process_compiles_nothing_anew(tmp_path, work):
   hits, misses = started()
   assert misses == 0 and hits >= compiled
   assert sorted(path.name for path in folder.iterdir()) == kept
+
+
+def test_programs_take_the_memory_that_a_plan_counts_on(monkeypatch):
+  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  monkeypatch.delenv(name, raising=False)
+  gpu_memory.take_memory()
+  assert fit.HEAD_ROOM <= float(os.environ[name]) < 1
+  # A person's own word stays.
+  monkeypatch.setenv(name, '.5')
+  gpu_memory.take_memory()
+  assert os.environ[name] == '.5'
+
+
+def test_one_device_has_a_mesh_where_host_memory_is_named():
+  c = default_config()
+  one = jax.devices()[:1]
+  assert distributed.training_mesh(read_config(c), one) is None
+  c.execution.offload = ('optimizer',)
+  assert distributed.training_mesh(read_config(c), one).size == 1
+
+
+@pytest.mark.parametrize(
+  ('variables', 'expected'),
+  [
+    ({}, None),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, []),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1'}, []),
+    ({'SLURM_STEP_TASKS_PER_NODE': '8(x2),4'}, None),
+    ({'SLURM_STEP_TASKS_PER_NODE': '12'}, None),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '1'}, []),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '8'}, None),
+  ],
+)
+def test_a_process_alone_on_its_host_has_all_devices(variables, expected):
+  assert distributed._all_devices(variables) == expected
+
+
+def test_each_host_has_a_file_of_its_own(monkeypatch):
+  path = pathlib.Path('W/replies.jsonl')
+  assert distributed.own_file(path) == path
+  monkeypatch.setattr(jax, 'process_index', lambda: 12)
+  assert distributed.own_file(path) == pathlib.Path('W/replies.host12.jsonl')
+
+
+def test_one_process_exchanges_with_itself():
+  assert distributed.gather_bytes(b'\0\xff') == [b'\0\xff']
+  assert distributed.gather_json({'a': [1, 'ü']}) == [{'a': [1, 'ü']}]
+  assert distributed.of_first(7) == 7

@@ -20,6 +20,7 @@ def test_a_log_gets_whole_lines_and_few_of_them():
 
 
 def test_a_log_gets_lines_while_the_work_goes_on(monkeypatch):
+  monkeypatch.setattr(progress, 'FIRST_LINE', 0.0)
   monkeypatch.setattr(progress, 'LOG_INTERVAL', 0.0)
   log = io.StringIO()
   with progress.progress(total=3, description='sft', stream=log) as bar:
@@ -29,6 +30,40 @@ def test_a_log_gets_lines_while_the_work_goes_on(monkeypatch):
   assert [
     f'{n}/3' in line for n, line in zip((1, 2, 3), log.getvalue().splitlines(), strict=False)
   ] == [True] * 3
+
+
+def test_a_log_gets_its_first_line_soon_and_the_others_now_and_then(monkeypatch):
+  monkeypatch.setattr(progress, 'FIRST_LINE', 0.0)
+  log = io.StringIO()
+  with progress.progress(total=5, description='sft', stream=log) as bar:
+    for _ in range(4):
+      bar.update()
+  assert ['1/5' in line for line in log.getvalue().splitlines()] == [True, False]
+  assert '4/5' in log.getvalue().splitlines()[1]
+
+
+def test_what_is_quick_is_not_shown_where_only_slow_work_is(monkeypatch):
+  told = []
+  log = io.StringIO()
+  with progress.watching(lambda *what: told.append(what)):
+    with progress.progress(total=2, description='rows', stream=log, delay=60) as bar:
+      bar.update(2)
+  assert not log.getvalue() and not told
+  monkeypatch.setattr(progress, 'FIRST_LINE', 0.0)
+  with progress.progress(total=2, description='rows', stream=log, delay=1e-9) as bar:
+    bar.update(2)
+  assert '2/2' in log.getvalue()
+
+
+def test_whoever_watches_is_told_of_every_step():
+  told = []
+  with progress.watching(lambda *what: told.append(what)):
+    with progress.progress(total=4, description='sft', stream=io.StringIO()) as bar:
+      bar.initial = bar.n = 2
+      bar.update()
+      bar.update()
+  progress.tell('nobody', 1, 1)
+  assert told == [('sft', 0, 4), ('sft', 1, 2), ('sft', 2, 2)]
 
 
 def test_a_terminal_gets_a_bar():

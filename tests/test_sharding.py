@@ -103,7 +103,7 @@ def on_eight_devices(*command: str) -> str:
   }
   # The timeout is a guard against hanging; a quiet machine needs half a minute.
   result = subprocess.run(
-    [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500
+    [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=800
   )
   assert result.returncode == 0, result.stderr[-3000:]
   return result.stdout
@@ -124,8 +124,16 @@ def test_steps_on_eight_devices_equal_those_on_one(steps):
   """The program has compared losses, gradients and placements itself."""
   meshes = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
   assert set(steps) == {(step, mesh) for step in ('sft', 'da_grpo') for mesh in meshes} | {
-    ('sft_tied', meshes[-1])
+    ('sft_tied', meshes[-1]),
+    *(('sft_lora', mesh) for mesh in meshes[1:]),
   }
+
+
+@pytest.mark.parametrize('mesh', [(1, 4, 2), (2, 2, 2)])
+def test_a_base_is_gathered_and_has_no_gradient(steps, mesh):
+  """The head's gradient, which a full step scatters over the devices, is not there."""
+  kinds = [each['kind'] for each in steps['sft_lora', mesh]]
+  assert 'all-gather' in kinds and 'reduce-scatter' not in kinds
 
 
 @pytest.mark.parametrize('step', ['sft', 'da_grpo'])
