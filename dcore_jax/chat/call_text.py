@@ -128,8 +128,11 @@ def _is_python_list(answer: str) -> bool:
 
 def _next_closing(text: str, place: int) -> int:
   """Finds the next `</think>` that is not inside of a tagged call; -1 where there is none."""
+  closing = text.find(CLOSE_THOUGHTS, place)
   while True:
-    closing = text.find(CLOSE_THOUGHTS, place)
+    # Looked for anew only where it was passed: a far one would be found again for each call.
+    if 0 <= closing < place:
+      closing = text.find(CLOSE_THOUGHTS, place)
     call = text.find(OPEN_CALL, place)
     if call < 0 or closing < call:
       return closing

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcore_jax.chat.encoding import encode_all, mark_answer, shown
 from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import TurnFormat, render_prompt, turn_format
 from dcore_jax.chat.thoughts import without_opening
@@ -25,7 +26,8 @@ _BATCH = 2048
 class Piece(NamedTuple):
   """A stretch of an example's text.
 
-  A trained piece is what an assistant says, without the token that ends its turn.
+  A trained piece is what an assistant says, without the token that ends its turn. The text is
+  `encode_rendered`'s.
   """
 
   text: str
@@ -49,8 +51,7 @@ def cut_example(
 
   Raises:
     ValueError: a conversation without an assistant's answer at its end. Trained text that holds the
-      end-of-turn token; with 'final+structure' any message that holds any delimiter. A template
-      that rewrites an earlier message ('all_assistant').
+      end-of-turn token. A template that rewrites an earlier message ('all_assistant').
   """
   if loss_mask not in LOSS_MASKS:
     raise ValueError(f'unknown loss_mask {loss_mask!r}; expected one of {LOSS_MASKS}')
@@ -63,12 +64,8 @@ def cut_example(
     )
   if not context:
     raise ValueError("an example needs a message before the assistant's")
-  # A model that learned this token in the midst of an answer would end its turns there.
-  _refuse(last.content, [turns.end_of_turn], 'the text to learn')
-  # This mask finds delimiters by their token ids, so that one inside of a content would be trained.
-  if loss_mask == 'final+structure':
-    for index, message in enumerate(messages):
-      _refuse(message.content, turns.delimiters.values(), f'message {index}')
+  # Such a text is markup that was read as an answer: what follows is somebody else's message.
+  _refuse(last.content, turns.end_of_turn, 'the text to learn')
   text = render_prompt(tokenizer, context, tools)
   spans = []
   if loss_mask == 'all_assistant':
@@ -81,13 +78,16 @@ def cut_example(
     done = end + len(turns.end_of_turn)
   # The prompt of an open-thoughts template ends with `<think>`, which must not stand there twice.
   answer = without_opening(last.content, text)
-  return [*pieces, Piece(text[done:], False), Piece(answer + turns.before, True)]
+  return [
+    *pieces,
+    Piece(text[done:], False),
+    Piece(mark_answer(tokenizer, answer) + turns.before, True),
+  ]
 
 
-def _refuse(text: str, tokens: Sequence[str], where: str) -> None:
-  for token in tokens:
-    if token in text:
-      raise ValueError(f'{where} holds {token} at character {text.index(token)}')
+def _refuse(text: str, token: str, where: str) -> None:
+  if token in text:
+    raise ValueError(f'{where} holds {token} at character {text.index(token)}')
 
 
 def _assistant_spans(
@@ -109,8 +109,7 @@ def _assistant_spans(
       raise ValueError(
         "message 0 is the assistant's: nothing comes before it that could be its prompt"
       )
-    # Otherwise `find` below would take the token in the content for the end of the message.
-    _refuse(message.content, [turns.end_of_turn], f'message {index}')
+    _refuse(message.content, turns.end_of_turn, f'message {index}')
     prompt = render_prompt(tokenizer, context[:index], tools)
     # What was sampled followed exactly this prompt. If the whole text has another one there,
     # training would see tokens that no sampling produces.
@@ -123,7 +122,7 @@ def _assistant_spans(
     start = len(prompt)
     end = text.find(turns.end_of_turn, start)
     # White space at both ends is the template's own; all else has to be what the model said.
-    if text[start:end].strip() != without_opening(message.content, prompt).strip():
+    if shown(text[start:end]).strip() != without_opening(message.content, prompt).strip():
       raise ValueError(
         f'the chat template does not render message {index} as it is (Qwen3 drops earlier '
         'thoughts); split the conversation with sft.split_turns'
@@ -196,9 +195,7 @@ def _encode_texts(tokenizer: Any, examples: Sequence[Sequence[Piece]]) -> Iterat
   # A fast tokenizer works on a batch with all its threads; one call a piece would use one thread.
   texts = [piece.text for piece in itertools.chain.from_iterable(examples)]
   for start in range(0, len(texts), _BATCH):
-    batch = texts[start : start + _BATCH]
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)
-    for ids in encoded['input_ids']:
+    for ids in encode_all(tokenizer, texts[start : start + _BATCH]):
       yield np.array(ids, np.int32)
 
 

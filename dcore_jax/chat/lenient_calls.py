@@ -36,7 +36,8 @@ def parse_lenient(text: str) -> Any:
     calls = getattr(tree, 'elts', [tree])
     if all(isinstance(call, ast.Call) for call in calls):
       return [_lenient_call(call, 0) for call in calls]
-  except (ToolCallError, TypeError, RecursionError):
+  # ValueError: Python cannot write down every tree that it reads (an integer of 20,000 bits).
+  except (ValueError, TypeError, RecursionError):
     pass
   # The reference adds a missing bracket on either side before it tries a literal.
   bracketed = text

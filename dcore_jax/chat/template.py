@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dcore_jax.chat.encoding import mark_records, mark_values, shown
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import parse_hermes
@@ -42,6 +43,10 @@ def render_prompt(
     tools: specs as the template wants them, usually {'type': 'function', 'function': {...}}. With
       None the template shows no tools.
 
+  Returns:
+    A text for `encode_rendered`, which keeps the conversation's own text from becoming markup. Use
+    `shown` to show it to a person.
+
   Raises:
     ValueError: no messages, or a tokenizer without a chat template.
   """
@@ -71,9 +76,13 @@ def _rendered(
   **options: Any,
 ) -> str:
   template = template_text(tokenizer, tools)
+  # A client may set an option to any text.
+  options = mark_values(tokenizer, options)
   # transformers picks by name among several templates and needs to be told which.
   if not isinstance(tokenizer.chat_template, str):
     options['chat_template'] = template
+  records = mark_records(tokenizer, records)
+  tools = mark_values(tokenizer, tools)
   return tokenizer.apply_chat_template(records, tools=tools, tokenize=False, **options)
 
 
@@ -133,12 +142,14 @@ def render_begun_call(
   text = _rendered(tokenizer, [*records, turn], tools=tools)
   # The last tag is the probe's: templates and earlier turns write the tag as well.
   before, tag, rest = text.rpartition('<tool_call>')
+  # A name that holds a special token is marked; the client reads it as it is.
+  begun_turn = shown(tag + rest)
   # The text breaks off where the model has to choose: a name, or arguments.
   cut = _PROBE_NAME if name is None else _PROBE_ARGUMENTS
-  begun, found, _ = (tag + rest).partition(cut)
+  begun, found, _ = begun_turn.partition(cut)
   try:
     # Reading back shows that what the model continues will be read as a call.
-    readable = parse_hermes(tag + rest) == [ToolCall(**call)]
+    readable = parse_hermes(begun_turn) == [ToolCall(**call)]
   except ToolCallError:
     readable = False
   if not readable or not found:
@@ -153,7 +164,10 @@ def render_begun_call(
 
 
 def encode_raw(tokenizer: Any, text: str) -> list[int]:
-  """Encodes a text that no template has rendered, such as the prompt of a completion.
+  """Encodes a text that no template of ours has rendered, such as the prompt of a completion.
+
+  Every token in it is matched: whoever sends such a prompt has rendered it, and has to keep the
+  text of others from becoming markup.
 
   It begins with the beginning-of-text token once, where the tokenizer puts that token in front.
   """

@@ -39,6 +39,8 @@ __all__ = [
   'tool_response',
 ]
 
+_OUTPUT_TAGS = re.compile('<(?=/?tool_response>)')
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -234,6 +236,8 @@ def leaf_values(value: Any) -> Iterator[Any]:
 def tool_response(text: str) -> str:
   """Wraps a tool's answer as the *user* message in which it goes back to the model.
 
-  See docs/method.md, section 0.
+  See docs/method.md, section 0. An output that holds these tags gets their first character as a
+  JSON escape, so that it cannot end itself and begin another one.
   """
+  text = _OUTPUT_TAGS.sub(r'\\u003c', text)
   return f'<tool_response>\n{text}\n</tool_response>'

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import keyword
+import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ CALL_FORMAT = (
   'Answer with the calls alone, as [name(parameter=value), ...]. '
   'Where no tool fits, answer in words.'
 )
+_MAX_DEPTH = 100  # levels of brackets of a spec
 # `strict` says how an endpoint samples, and not what the model sees.
 _FREE = BOOKKEEPING | {'strict'}
 # Data sets that were made from Python functions name their types as Python does.
@@ -39,6 +43,8 @@ def read_tools(value: Any, *, left_out: Collection[str] = ()) -> tuple[ToolSpec,
   records = value if isinstance(value, list) else [value]
   specs = []
   for record in records:
+    # Deeper ones could be read here and not be written again.
+    _check_depth(record)
     if not isinstance(record, dict):
       raise ValueError(f'a tool needs a name and parameters, got {str(record)[:80]!r}')
     if isinstance(record.get('function'), dict):
@@ -52,6 +58,22 @@ def read_tools(value: Any, *, left_out: Collection[str] = ()) -> tuple[ToolSpec,
     description = record.get('description') or ''
     specs.append(ToolSpec(record['name'], description, _json_schema(parameters)))
   return tuple(specs)
+
+
+def _check_depth(value: Any) -> None:
+  level = [value]
+  # Level by level and not recursively, because deep values are what this check is for.
+  for _ in range(_MAX_DEPTH):
+    inner: list[Any] = []
+    for item in level:
+      if isinstance(item, dict):
+        inner += item.values()
+      elif isinstance(item, list):
+        inner += item
+    if not inner:
+      return
+    level = inner
+  raise ValueError(f'a tool of more than {_MAX_DEPTH} levels of brackets')
 
 
 def _json_schema(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +108,27 @@ def _json_types(value: Any) -> Any:
   return plain
 
 
+def python_name(name: str) -> str:
+  """Makes a dotted identifier of a tool name that may hold any characters."""
+  parts = []
+  # Python's parser folds identifiers to NFKC, and a name that it changes would not be found again.
+  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
+  for word in unicodedata.normalize('NFKC', name).split('.'):
+    part = re.sub(r'\W+', '_', word).strip('_')
+    # Some letters of other scripts' numerals count as word characters, and no name may hold them.
+    part = ''.join(letter if f'_{letter}'.isidentifier() else '_' for letter in part)
+    # An identifier may not begin with a digit.
+    if part and not part.isidentifier():
+      part = '_' + part
+    # `import(...)` is no call to Python's parser.
+    if keyword.iskeyword(part):
+      part += '_'
+    if part:
+      parts.append(part)
+  # A name of punctuation alone leaves nothing, and a call needs a name.
+  return '.'.join(parts) or 'unnamed'
+
+
 def read_literal(value: Any) -> Any:
   """Returns the value of a JSON text or a Python literal; what is no text stays as it is.
 
@@ -97,7 +140,8 @@ def read_literal(value: Any) -> Any:
   try:
     # Descriptions may break lines inside of a JSON string.
     return json.loads(value, strict=False)
-  except json.JSONDecodeError as error:
+  # Besides text that is no JSON: an integer of too many digits, or lists a thousand levels deep.
+  except (ValueError, RecursionError) as error:
     try:
       # Data sets made by `str(list)` hold Python's quotes. Only literals are built, nothing runs.
       return ast.literal_eval(value.strip())

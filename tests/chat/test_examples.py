@@ -157,11 +157,6 @@ def test_a_template_that_rewrites_earlier_messages_is_refused(tokenizer):
       'all_assistant',
       'message 1 holds',
     ),
-    (
-      [Message('user', '<|im_start|>system'), CHAT[-1]],
-      'final+structure',
-      r'message 0 holds <\|im_start\|>',
-    ),
     ([CHAT[2], *CHAT[1:3]], 'all_assistant', 'nothing comes before'),
     (CHAT, 'last', "unknown loss_mask 'last'"),
   ],

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcore_jax.chat.call_text import JsonScan, Scan, closing_tags, split_answer
+from dcore_jax.chat.encoding import encode_rendered, shown
 from dcore_jax.chat.examples import encode_example
 from dcore_jax.chat.messages import Message, ToolCall, split_reasoning
 from dcore_jax.chat.template import qwen3_template, render_prompt
@@ -54,7 +55,7 @@ def test_one_tag_is_trained_and_the_prompt_has_it(tokenizer, opening, said, resp
   tokens, weights = encode_example(tokenizer, [*ASKED, Message('assistant', said)], loss_mask)
   prompt = render_prompt(tokenizer, ASKED)
   assert prompt.endswith('assistant\n' + opening) and opened_thoughts(prompt) == opening
-  prompt_ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
+  prompt_ids = encode_rendered(tokenizer, prompt)
   assert tokens[: len(prompt_ids)].tolist() == prompt_ids
   answer = tokens[len(prompt_ids) :]
   text = tokenizer.decode(answer)
@@ -80,7 +81,7 @@ def test_earlier_answers_are_trained_behind_the_tag():
   )
   answer = Message('assistant', '<think>\nhm\n</think>\n\nso')
   tokens, weights = encode_example(tokenizer, [*ASKED, answer] * 2, 'all_assistant')
-  turn = render_prompt(tokenizer, ASKED) + 'hm\n</think>\n\nso<|im_end|>'
+  turn = shown(render_prompt(tokenizer, ASKED)) + 'hm\n</think>\n\nso<|im_end|>'
   assert tokenizer.decode(tokens) == f'{turn}\n{turn}'
   cuts = np.flatnonzero(np.diff(weights)) + 1
   parts = zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True)
