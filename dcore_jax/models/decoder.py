@@ -8,10 +8,9 @@ import and export all follow it. Shape letters: config.py.
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,15 @@ from dcore_jax import sharding
 from dcore_jax.models import rotary
 from dcore_jax.models.attention import reference, tree_attention
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.projections import (
+  INPUTS,
+  Adapted,
+  Turned,
+  adapter_specs,
+  merged,
+  project,
+  turned_product,
+)
 
 Params = dict[str, Any]
 
@@ -34,16 +42,6 @@ REMAT: dict[str, Callable[..., bool] | None] = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'attention': jax.checkpoint_policies.save_only_these_names(tree_attention.SAVED),
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-# How many leading axes of a projection's weight are contracted. 'o' contracts (heads, head_dim).
-_INPUTS = {
-  'q': 1,
-  'k': 1,
-  'v': 1,
-  'o': 2,
-  'gate': 1,
-  'up': 1,
-  'down': 1,
 }
 # Logical axes of [B, T, N, H] and [B, K, S, H] in the rollout engine. Lanes have an axis of their
 # own, since no mesh splits them, while it does split the rows of a training batch.
@@ -184,11 +182,29 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
   return params
 
 
-def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-  """Draws every parameter by its spec; each has its own key, folded from its place in the tree."""
-  specs, treedef = jax.tree.flatten(abstract_params(config, dtype))
+def specs_of(params: Params, config: DecoderConfig) -> Params:
+  """Describes a tree of parameters, some of whose matrices may be `Adapted`, array by array."""
 
-  def draw(index, spec):
+  def beside(spec, leaf):
+    """The specs of a parameter: one, or three where it is adapted."""
+    if not isinstance(leaf, Adapted):
+      return spec
+    a, b = adapter_specs(spec, inputs=leaf.a.ndim - 2, rank=leaf.a.shape[-1])
+    return Adapted(spec, a, b, leaf.scale)
+
+  return jax.tree.map(beside, abstract_params(config), params)
+
+
+def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+  """Draws every parameter by its spec."""
+  return draw(abstract_params(config, dtype), key)
+
+
+def draw(specs: Any, key: jax.Array) -> Any:
+  """Draws a tree by its specs; each array has its own key, folded from its place in the tree."""
+  specs, treedef = jax.tree.flatten(specs)
+
+  def one(index, spec):
     """One array; its key depends on its place alone, so that shapes elsewhere do not change it."""
     if spec.init is None:
       return jnp.ones(spec.shape, spec.dtype)
@@ -197,7 +213,7 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
       spec.dtype
     )
 
-  return jax.tree.unflatten(treedef, [draw(index, spec) for index, spec in enumerate(specs)])
+  return jax.tree.unflatten(treedef, [one(index, spec) for index, spec in enumerate(specs)])
 
 
 def head_matrix(params: Params) -> jax.Array:
@@ -230,7 +246,7 @@ def hidden_states(
   dtype = execution.dtype(params)
   # The constraint also holds for the gradients, its transpose: each device then keeps only its
   # shard of a gradient, as it does of the parameter.
-  params = sharding.constrain_tree(params, abstract_params(config))
+  params = sharding.constrain_tree(params, specs_of(params, config))
   # The angles depend on positions alone, so that all layers share one table.
   cos, sin = rotary.rope_tables(
     position_BT, config.head_dim, config.rope_theta, config.rope_scaling
@@ -271,32 +287,23 @@ def cast(params: Params, dtype: Any) -> Params:
 def unstack(params: Params) -> Params:
   """Splits 'layers' into a tuple of trees, which copies each layer's arrays."""
   layers = []
-  for index in range(len(params['layers']['q'])):
+  for index in range(len(params['layers']['attn_norm'])):
     layers.append(jax.tree.map(operator.itemgetter(index), params['layers']))
   return {**params, 'layers': tuple(layers)}
-
-
-class Turned(NamedTuple):
-  """A transposed projection, outputs first.
-
-  It serves the few rows of a decode step on a CPU; `_turned_product` says why.
-  """
-
-  matrix: jax.Array  # [*out, *in]
 
 
 def turn(params: Params) -> Params:
   """Unstacks the layers and transposes every projection into a `Turned`.
 
-  On a CPU, `extend_each` and `logits` read this form fastest.
+  On a CPU, `extend_each` and `logits` read this form fastest. Adapted matrices are merged.
   """
 
   def turned(name, weight):
     """The weight with its inputs last, or as it is where it is no projection."""
-    inputs = _INPUTS.get(name)
+    inputs = INPUTS.get(name)
     if inputs is None:
       return weight
-    return Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+    return Turned(jnp.moveaxis(merged(weight), range(inputs), range(-inputs, 0)))
 
   params = unstack(params)
   layers = []
@@ -314,11 +321,11 @@ def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     # The leading axis counts layers, which `turn` has unstacked.
     shape = spec.shape[1:]
     axes = spec.axes[1:]
-    inputs = _INPUTS.get(name, 0)
+    inputs = INPUTS.get(name, 0)
     spec = dataclasses.replace(
       spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs]
     )
-    return Turned(spec) if name in _INPUTS else spec
+    return Turned(spec) if name in INPUTS else spec
 
   # All layers have the same specs.
   layer = {name: turned(name, spec) for name, spec in specs['layers'].items()}
@@ -333,7 +340,7 @@ def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
   head_VD = head_matrix(params)
   # The head needs no `Turned`: [V, D] has its outputs first already.
   if isinstance(params['layers'], tuple):
-    return _turned_product(head_VD, hidden_MD)
+    return turned_product(head_VD, hidden_MD)
   # Logits in bfloat16 would have 8 significant bits: of two tokens at 20.0 and 20.05, neither would
   # be the likelier.
   return jnp.einsum('md,vd->mv', hidden_MD, head_VD, preferred_element_type=jnp.float32)
@@ -492,36 +499,6 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def _turned_product(matrix_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
-  """float32 [M, O] = x matrix^T, computed as matrix x^T.
-
-  XLA's CPU compiler packs the right-hand operand, and packing the few rows costs less than packing
-  the weights. 16 products of 512 x 1536 on 2 cores take, in ms, with x @ W in brackets: 2.0 (2.1)
-  for 1 row, 4.6 (4.8) for 2, 3.9 (8.4) for 4, 4.8 (9.6) for 8, 7.1 (12.5) for 16, 11.0 (19.0) for
-  32.
-  """
-  # The barriers keep the compiler from transposing the product back.
-  columns_IM = jax.lax.optimization_barrier(x_MI.T)
-  return jax.lax.optimization_barrier(
-    jnp.matmul(matrix_OI, columns_IM, preferred_element_type=jnp.float32)
-  ).T
-
-
-def _project(x: jax.Array, weight: jax.Array | Turned, inputs: int = 1) -> jax.Array:
-  """Multiplies [B, T, *in] with [*in, *out]; `inputs` counts the axes *in of the weight."""
-  B, T = x.shape[:2]
-  if isinstance(weight, Turned):
-    out = weight.matrix.shape[:-inputs]
-    product = _turned_product(weight.matrix.reshape(math.prod(out), -1), x.reshape(B * T, -1))
-    return product.astype(x.dtype).reshape(B, T, *out)
-  # A product of two matrices, not a three-dimensional einsum: of that, XLA's CPU compiler makes a
-  # weight gradient that first copies its operand transposed, fused with the activation's derivative
-  # (SwiGLU block, 2,304 tokens: 615 ms of CPU time against 346 ms).
-  contracted = math.prod(weight.shape[:inputs])
-  out = x.reshape(B * T, contracted) @ weight.reshape(contracted, -1)
-  return out.reshape(B, T, *weight.shape[inputs:])
-
-
 def queries_keys_values(
   layer: Params,
   config: DecoderConfig,
@@ -541,7 +518,7 @@ def queries_keys_values(
     return sharding.constrain(x, rows, 'length', heads, 'head_dim')
 
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
-  q_BTNH, k_BTKH, v_BTKH = (_project(normed, layer[name]) for name in ('q', 'k', 'v'))
+  q_BTNH, k_BTKH, v_BTKH = (project(normed, layer[name]) for name in ('q', 'k', 'v'))
   if config.qkv_bias:
     q_BTNH, k_BTKH, v_BTKH = (
       x + layer[name][None, None]
@@ -570,11 +547,11 @@ def after_attention(
   """Returns the hidden states [B, T, D] behind a layer, given those before it and its attention."""
   out_BTNH = sharding.constrain(out_BTNH, rows, 'length', 'heads', 'head_dim')
   # `o` sums over heads, which is the one exchange of attention under tensor parallelism.
-  hidden_BTD = hidden_BTD + _project(out_BTNH, layer['o'], inputs=_INPUTS['o'])
+  hidden_BTD = hidden_BTD + project(out_BTNH, layer['o'], inputs=INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   # SwiGLU (Shazeer 2020, arXiv:2002.05202): the gate alone passes through SiLU.
-  gated = jax.nn.silu(_project(normed, layer['gate'])) * _project(normed, layer['up'])
-  return hidden_BTD + _project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])
+  gated = jax.nn.silu(project(normed, layer['gate'])) * project(normed, layer['up'])
+  return hidden_BTD + project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])
 
 
 def final_norm(params: Params, config: DecoderConfig, hidden_BTD: jax.Array) -> jax.Array:

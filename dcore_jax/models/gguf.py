@@ -20,6 +20,7 @@ from dcore_jax.models.config import DecoderConfig, RopeScaling
 from dcore_jax.models.gguf_file import GgufFile
 from dcore_jax.models.gguf_tokenizer import Tokenizer, read_tokenizer
 from dcore_jax.models.hf_checkpoint import check_target, stored_tensors, swap_in
+from dcore_jax.progress import SLOW, progress
 
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
@@ -371,7 +372,7 @@ def _write_tensors(
   shapes = {name: stored.shape for name, stored in expected.items()}
   writer = tensor_files.FileWriter(path, shapes, stored_dtype)
   try:
-    for name in writer.names:
+    for name in progress(writer.names, description='import', unit='tensor', delay=SLOW):
       tensor = file.dequantized(names[name])
       # Of 16-bit floats those of float16 end at 65,504.
       most = 65504 if dtype == 'float16' else np.finfo(np.float32).max

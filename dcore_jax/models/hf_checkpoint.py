@@ -27,6 +27,8 @@ from dcore_jax.models import tensor_files
 from dcore_jax.models.checkpoint_checks import check_folder, check_tensors
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params, abstract_params
+from dcore_jax.models.projections import is_adapted, merged
+from dcore_jax.progress import SLOW, progress
 
 # Name in params['layers'] -> (name below model.layers.{i}, number of leading input axes). None
 # stands for a vector, which has no input axes.
@@ -107,6 +109,11 @@ def stored_tensors(config: DecoderConfig) -> dict[str, Stored]:
   return {embed: top.pop(embed), **layers, **top}
 
 
+def layer_tensor(name: str) -> str:
+  """Returns the name of a layer's parameter below model.layers.{i}."""
+  return _LAYER_TENSORS[name][0]
+
+
 def load_config(directory: str | pathlib.Path) -> DecoderConfig:
   """Reads the configuration in `directory`/config.json.
 
@@ -147,8 +154,11 @@ def load_params(
   for name, stored in tensors.items():
     names.setdefault(stored.path, []).append(name)
 
+  bar = progress(total=len(tensors), description='read weights', unit='tensor', delay=SLOW)
+
   def build(path, spec, sharding=None):
     own = names[tuple(key.key for key in path)]
+    bar.update(len(own))
     if tensors[own[0]].layer is None:
       return _placed(files[own[0]], own[0], None, spec.shape, spec.dtype, sharding)
     # The stack is made on the devices and filled in place: the host holds one layer at a time.
@@ -162,7 +172,8 @@ def load_params(
     return stack
 
   trees = (specs,) if shardings is None else (specs, shardings)
-  return config, jax.tree_util.tree_map_with_path(build, *trees)
+  with bar:
+    return config, jax.tree_util.tree_map_with_path(build, *trees)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +213,8 @@ def save_checkpoint(
   Args:
     directory: the target; its parents are made.
     config: the configuration that `params` belong to.
-    params: the parameter tree, checked against `config`; sharded in any way.
+    params: the parameter tree, checked against `config`; sharded in any way. Adapted matrices are
+      merged in float32, one at a time.
     beside: the other files of the directory.
     dtype: 'bfloat16' or 'float32', of every tensor.
     overwrite: allows to replace a non-empty directory.
@@ -229,7 +241,8 @@ def save_checkpoint(
   # On the same file system as the target, so that renaming is one step.
   partial = target.parent / f'.{target.name}.partial'
   tensors = stored_tensors(config)
-  files = _split(tensors, jnp.dtype(dtype).itemsize, shard_bytes)
+  shapes = {name: stored.shape for name, stored in tensors.items()}
+  files = tensor_files.split(shapes, jnp.dtype(dtype).itemsize, shard_bytes)
 
   def start():
     # A run that was killed may have left a part of its directory.
@@ -247,7 +260,8 @@ def save_checkpoint(
       (partial / 'README.md').write_text(beside.card, encoding='utf-8')
     if len(files) > 1:
       _write_json(
-        partial / 'model.safetensors.index.json', _index(files, tensors, jnp.dtype(dtype).itemsize)
+        partial / 'model.safetensors.index.json',
+        tensor_files.index(files, shapes, jnp.dtype(dtype).itemsize),
       )
 
   # One process makes the directory and puts it in place; all write their files into it.
@@ -401,38 +415,6 @@ def _layer_setter(
 # --- export ---
 
 
-def _split(tensors: dict[str, Stored], itemsize: int, limit: int) -> dict[str, list[str]]:
-  """Returns the tensors of each file, in the order of the model, at most `limit` bytes each."""
-  groups = []
-  # The first tensor opens the first file, whatever its size.
-  size = math.inf
-  for name, stored in tensors.items():
-    more = math.prod(stored.shape) * itemsize
-    if size + more > limit:
-      groups.append([])
-      size = 0
-    groups[-1].append(name)
-    size += more
-  # transformers looks for this name first, and asks for no index beside it.
-  if len(groups) == 1:
-    return {'model.safetensors': groups[0]}
-  return {
-    f'model-{number:05d}-of-{len(groups):05d}.safetensors': names
-    for number, names in enumerate(groups, 1)
-  }
-
-
-def _index(
-  files: dict[str, list[str]], tensors: dict[str, Stored], itemsize: int
-) -> dict[str, Any]:
-  # transformers writes both totals as well, in parameters and in bytes.
-  numbers = sum(math.prod(stored.shape) for stored in tensors.values())
-  return {
-    'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
-    'weight_map': {name: file for file, names in files.items() for name in names},
-  }
-
-
 def _write_files(
   folder: pathlib.Path,
   files: dict[str, list[str]],
@@ -445,9 +427,11 @@ def _write_files(
   Gathering is collective: it goes on where writing has failed.
   """
   error = None
+  bar = progress(total=len(tensors), description='write weights', unit='tensor', delay=SLOW)
   for number, (file, names) in enumerate(files.items()):
     writer = None
     for name in sorted(names):
+      bar.update(1)
       # Files go round the processes, so that all of them write at once.
       mine = number % jax.process_count() == jax.process_index() and error is None
       tensor = _gathered(params, tensors[name], mine)
@@ -462,20 +446,22 @@ def _write_files(
         error = caught
     if writer:
       writer.close()
+  bar.close()
   if error:
     raise error
 
 
 def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
-  """Returns the tensor on the host as its file has it, in the parameter's dtype.
+  """Returns the tensor on the host as its file has it, in the parameter's dtype; merged, float32.
 
   A process that does not write it gets None.
   """
   leaf = functools.reduce(lambda tree, key: tree[key], stored.path, params)
   stacked = stored.layer is not None
   whole = None
-  if not leaf.is_fully_addressable:
-    whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+  held = jax.tree.leaves(leaf)[0]
+  if not held.is_fully_addressable:
+    whole = jax.sharding.NamedSharding(held.sharding.mesh, jax.sharding.PartitionSpec())
   if stacked or whole:
     # Waited for by all: a process that ran ahead would hold further tensors, and collectives could
     # meet in another order.
@@ -492,11 +478,16 @@ def _gathered(params: Params, stored: Stored, mine: bool) -> np.ndarray | None:
 def _taker(sharding: jax.sharding.Sharding | None) -> Callable[[jax.Array, int, bool], jax.Array]:
   """Returns a function (parameter, layer, stacked) -> the layer of a stack, placed by `sharding`.
 
-  A parameter that is no stack is returned whole.
+  A parameter that is no stack is returned whole. A layer of an adapted one is merged.
   """
 
   def take(leaf, layer, stacked):
-    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False) if stacked else leaf
+    if not stacked:
+      return leaf
+    found = jax.tree.map(
+      lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), leaf
+    )
+    return merged(found, jnp.float32)
 
   return jax.jit(take, static_argnums=2, out_shardings=sharding)
 
@@ -541,7 +532,7 @@ def _check_tree(params: Params, config: DecoderConfig) -> None:
   def flat(tree):
     return {
       jax.tree_util.keystr(path): tuple(leaf.shape)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_adapted)
     }
 
   expected = flat(abstract_params(config))

@@ -10,11 +10,13 @@ import json
 import math
 import mmap
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from dcore_jax.files import named_errors
 
 DTYPES = {
   'F32': np.dtype(np.float32),
@@ -78,7 +80,10 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
   # A damaged length could ask for terabytes; the shortest JSON object, {}, has two bytes.
   if not 2 <= length <= min(_LONGEST_HEADER, len(data) - 8):
     raise ValueError(f'its header is said to have {length} bytes, the file has {len(data)}')
-  header = json.loads(data[8:start])
+  try:
+    header = json.loads(data[8:start])
+  except RecursionError as error:
+    raise ValueError('its header has too many levels of brackets') from error
   if not isinstance(header, dict):
     raise ValueError('its header is no JSON object')
   # The metadata is text for people and tools, and no tensor.
@@ -87,8 +92,12 @@ def _read_header(data: mmap.mmap) -> dict[str, Entry]:
   for name, record in header.items():
     try:
       begin, end = record['data_offsets']
+      # JSON has numbers that are no sizes: 0.5, true, -1. A negative offset is named below.
+      integers = all(type(number) is int for number in (begin, end, *record['shape']))
+      if not integers or min(record['shape'], default=0) < 0:
+        raise ValueError('no size')
       entry = Entry(
-        dtype=record['dtype'],
+        dtype=str(record['dtype']),
         shape=tuple(record['shape']),
         begin=start + begin,
         end=start + end,
@@ -135,6 +144,7 @@ class FileWriter:
     # The library pads the header to 8 bytes, so that tensors are aligned in a memory map.
     text += b' ' * (-len(text) % 8)
     self._left = list(self.names)
+    self._path = path
     self._file = path.open('wb')
     # The header is complete before any tensor exists, because shapes and dtype fix all places.
     self._file.write(len(text).to_bytes(8, 'little') + text)
@@ -147,13 +157,15 @@ class FileWriter:
     if not self._left or name != self._left[0] or tensor.shape != tuple(self._shapes[name]):
       raise ValueError(f'{name} {list(tensor.shape)} is not what comes next: {self._left[:1]}')
     rows = tensor.reshape(1, 1) if not tensor.ndim else tensor.reshape(len(tensor), -1)
-    for block in _blocks(rows, self._dtype):
-      self._file.write(block.view(np.uint8).data)
+    with named_errors(self._path):
+      for block in _blocks(rows, self._dtype):
+        self._file.write(block.view(np.uint8).data)
     del self._left[0]
 
   def close(self) -> None:
     """Closes the file, whether or not all tensors were written."""
-    self._file.close()
+    with named_errors(self._path):
+      self._file.close()
 
 
 def _blocks(matrix: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -202,3 +214,42 @@ def _bits(array: np.ndarray) -> np.ndarray:
   """Returns the same memory as integers."""
   # numpy moves numbers of types that are not its own (bfloat16) one by one.
   return array.view(f'u{array.dtype.itemsize}')
+
+
+def split(shapes: Mapping[str, Sequence[int]], itemsize: int, limit: int) -> dict[str, list[str]]:
+  """Returns the tensors of each file of a model, in the order of the model.
+
+  Args:
+    shapes: of the tensors.
+    itemsize: bytes of a number.
+    limit: bytes of a file at most, but for a tensor that is larger by itself.
+  """
+  groups: list[list[str]] = []
+  # The first tensor opens the first file, whatever its size.
+  size = math.inf
+  for name, shape in shapes.items():
+    more = math.prod(shape) * itemsize
+    if size + more > limit:
+      groups.append([])
+      size = 0
+    groups[-1].append(name)
+    size += more
+  # transformers looks for this name first, and asks for no index beside it.
+  if len(groups) == 1:
+    return {'model.safetensors': groups[0]}
+  return {
+    f'model-{number:05d}-of-{len(groups):05d}.safetensors': names
+    for number, names in enumerate(groups, 1)
+  }
+
+
+def index(
+  files: Mapping[str, Sequence[str]], shapes: Mapping[str, Sequence[int]], itemsize: int
+) -> dict[str, Any]:
+  """Returns what model.safetensors.index.json says of `split`'s files."""
+  # transformers writes both totals as well, in parameters and in bytes.
+  numbers = sum(math.prod(shape) for shape in shapes.values())
+  return {
+    'metadata': {'total_parameters': numbers, 'total_size': numbers * itemsize},
+    'weight_map': {name: file for file, names in files.items() for name in names},
+  }

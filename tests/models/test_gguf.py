@@ -342,6 +342,8 @@ def test_numbers_beyond_float16_are_refused_for_it_alone(tmp_path, qwen2):
   path = write(tmp_path / 'a.gguf', qwen2[0], tensors)
   refused(path, 'output_norm.weight holds numbers that float16 cannot hold', dtype='float16')
   import_gguf(path, tmp_path / 'out', dtype='bfloat16')
+  kept = load_file(tmp_path / 'out' / 'model.safetensors')['model.norm.weight']
+  np.testing.assert_allclose(kept.astype(np.float32), 1e5, rtol=2**-8)
 
 
 def test_a_file_is_not_replaced_by_its_own_import(tmp_path, qwen2):

@@ -5,6 +5,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,18 @@ pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(not _FILE.is_file(), reason='no SmolLM2 (`make smollm2` fetches it)'),
 ]
-_PROMPTS = ('What is the capital of France?', 'Name three colors.', 'What is 2 plus 3?')
+_TEXT = _REPOSITORY / 'docs' / 'method.md'
+_ASKED = (
+  'What is the capital of {}?',
+  'Name three rivers in {}.',
+  'Write one sentence about {}.',
+  'Which language do people speak in {}?',
+  'Call get_weather(country) for {}, and say nothing else.',
+)
+_COUNTRIES = (
+  'France Japan Brazil Kenya Norway Canada India Egypt Peru Greece'  # ten, so that 50 are asked
+).split()
+_PROMPTS = [question.format(country) for country in _COUNTRIES for question in _ASKED]
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +57,7 @@ def theirs():
 
 def test_ids_equal(ours):
   reference = transformers.AutoTokenizer.from_pretrained(_FILE.parent, gguf_file=_FILE.name)
-  text = (_REPOSITORY / 'README.md').read_text(encoding='utf-8')
+  text = _TEXT.read_text(encoding='utf-8')
   ids = ours[1](text)['input_ids']
   assert len(ids) > 5000 and ids == reference(text)['input_ids']
   assert ours[1].decode(ids) == text
@@ -53,8 +65,8 @@ def test_ids_equal(ours):
 
 def test_logits_of_a_thousand_tokens(ours, theirs):
   folder, tokenizer = ours
-  text = (_REPOSITORY / 'README.md').read_text(encoding='utf-8')
-  ids = tokenizer(text)['input_ids'][:1000]
+  ids = tokenizer(_TEXT.read_text(encoding='utf-8'))['input_ids'][:1000]
+  assert len(ids) == 1000
   with torch.no_grad():
     want = theirs(torch.tensor([ids])).logits[0].numpy()
   config, params = hf_checkpoint.load_params(folder)
@@ -81,16 +93,37 @@ def test_greedy_answers(ours, theirs):
     messages = [{'role': 'user', 'content': question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompts.append(tokenizer(text, add_special_tokens=False)['input_ids'])
-  sizes = EngineSizes(lanes=len(prompts), max_len=128)
+  assert len(prompts) == 50
+  sizes = EngineSizes(lanes=10, max_len=128)
   engine = Engine(params, config, stop_ids=config.stop_token_ids, sizes=sizes)
   got = engine.generate(
     [Request(np.array(prompt, np.int32), (i,)) for i, prompt in enumerate(prompts)],
-    SamplingParams(temperature=0.0, max_tokens=32),
+    SamplingParams(temperature=0.0, max_tokens=24),
   )
   for prompt, completion in zip(prompts, got, strict=True):
     with torch.no_grad():
-      want = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)[0]
-    assert completion.tokens.tolist() == want[len(prompt) :].tolist()
+      want = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0]
+    assert completion.tokens.tolist() == want[len(prompt) :].tolist(), tokenizer.decode(prompt)
   first = tokenizer.decode(got[0].tokens, skip_special_tokens=True)
   print([tokenizer.decode(completion.tokens) for completion in got])
   assert 'Paris' in first
+
+
+def test_the_export_comes_back(ours, theirs, tmp_path):
+  """Bit for bit to us in float32, and as the same model to transformers."""
+  folder, tokenizer = ours
+  config, params = hf_checkpoint.load_params(folder)
+  files = hf_checkpoint.ModelFiles(tokenizer_dir=folder)
+  hf_checkpoint.save_checkpoint(tmp_path / 'out', config, params, files, dtype='float32')
+  again, loaded = hf_checkpoint.load_params(tmp_path / 'out')
+  assert again == config
+  jax.tree.map(np.testing.assert_array_equal, params, loaded)
+  del params, loaded
+  back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=torch.float32)
+  ids = tokenizer(_TEXT.read_text(encoding='utf-8'))['input_ids'][:64]
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')(tokenizer.decode(ids))[
+    'input_ids'
+  ] == list(ids)
+  with torch.no_grad():
+    got, want = (model(torch.tensor([ids])).logits for model in (back.eval(), theirs))
+  torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
