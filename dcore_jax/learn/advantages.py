@@ -1,7 +1,10 @@
 """Advantages: how much better than expected a token was (docs/method.md, sections 3.3 and 3.6).
 
 Pure numpy on the host, where rewards and entropies of the old policy live; nothing differentiates
-through them. An estimator is a function (rewards_PG, entropy_PGT, mask_PGT, *, options) ->
+through them. `learn.psi` makes DA-GRPO's inside of the compiled step: what is here is then what it
+is compared with, and what metrics of psi read.
+
+An estimator is a function (rewards_PG, entropy_PGT, mask_PGT, *, options) ->
 advantages_PGT: the reward of each rollout, the entropy in nats of the old policy's distribution
 that produced each token, and a mask that is 1 on response tokens. The result is float32, and 0
 outside the mask. Its options are keyword-only arguments with defaults. `register_estimator` enters
@@ -14,7 +17,7 @@ not finite. Letters: P prompts, G rollouts of a prompt, T response tokens of a r
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,30 +28,68 @@ Estimator = Callable[..., np.ndarray]
 # Open registries: a config file may import a module that adds to them.
 ADVANTAGES: dict[str, Estimator] = {}
 _USE_ENTROPY: set[str] = set()
+_USE_TEACHER: set[str] = set()
+
+
+class GroupParts(NamedTuple):
+  """What an estimator with psi says of rollouts before it looks at their tokens, each [P, G].
+
+  The advantage of a token is where(zero, weight min(alpha H, delta), relative).
+
+  Attributes:
+    relative_PG: group-relative advantages, float32.
+    zero_PG: bool, where psi takes their place.
+    weight_PG: factor of psi, float32.
+  """
+
+  relative_PG: np.ndarray
+  zero_PG: np.ndarray
+  weight_PG: np.ndarray
+
+
+_PARTS: dict[str, Callable[..., GroupParts]] = {}
 
 
 def register_estimator(
-  name: str, *, uses_entropy: bool = False
+  name: str,
+  *,
+  uses_entropy: bool = False,
+  uses_teacher: bool = False,
+  parts: Callable[..., GroupParts] | None = None,
 ) -> Callable[[Estimator], Estimator]:
   """Returns a decorator that makes an estimator known as `name`.
 
   Args:
     name: what `rl.estimator` is set to.
-    uses_entropy: whether the result depends on entropies. The loop then measures the gradient norm
-      of that part (psi), and may adapt `rl.alpha` to it.
+    uses_entropy: whether the result has a part that comes from entropies (psi). The loop then
+      measures the gradient norm of that part, and may adapt `rl.alpha` to it.
+    uses_teacher: whether it reads, in the place of entropies, by how much the teacher finds each
+      token more likely than the policy that drew it (nats).
+    parts: (rewards_PG, **options) -> `GroupParts`, from which the compiled step makes the same
+      advantages. Without it they are made on the host.
 
   Raises:
     ValueError: another function has this name.
   """
 
   def register(function: Estimator) -> Estimator:
-    # The same function may be registered again; another one would replace it unseen.
-    if ADVANTAGES.get(name, function) is not function:
+    # The same function may be registered again; another one would replace it unseen. A cell of a
+    # notebook that is run again defines its function anew.
+    known = ADVANTAGES.get(name, function)
+    rewritten = known.__module__ == function.__module__ == '__main__'
+    if known is not function and not rewritten:
       raise ValueError(f'an advantage estimator {name!r} is registered already')
     ADVANTAGES[name] = function
+    # What an earlier definition declared holds no longer.
+    _USE_ENTROPY.discard(name)
+    _PARTS.pop(name, None)
     # The loop measures psi's part of the gradient for these alone: it costs a backward pass.
     if uses_entropy:
       _USE_ENTROPY.add(name)
+    if uses_teacher:
+      _USE_TEACHER.add(name)
+    if parts is not None:
+      _PARTS[name] = parts
     return function
 
   return register
@@ -79,9 +120,26 @@ def make_estimator(name: str, options: Mapping[str, Any]) -> Estimator:
   return functools.partial(function, **taken)
 
 
+def make_parts(name: str, options: Mapping[str, Any]) -> Callable[[np.ndarray], GroupParts] | None:
+  """Binds options as `make_estimator` does -> rewards_PG -> parts; None where there are none.
+
+  `psi_when_wrong = 'punish'` has none: psi then depends on the rollout's other tokens.
+  """
+  function = _PARTS.get(name)
+  if function is None or options.get('psi_when_wrong') == 'punish':
+    return None
+  taken = {option: options[option] for option in options_of(function) if option in options}
+  return functools.partial(function, **taken)
+
+
 def uses_entropy(name: str) -> bool:
   """Tells whether the estimator's result has a part that comes from entropies, psi."""
   return name in _USE_ENTROPY
+
+
+def uses_teacher(name: str) -> bool:
+  """Tells whether the estimator reads a teacher's log-probabilities."""
+  return name in _USE_TEACHER
 
 
 # --- estimators that read rewards alone ---
@@ -92,8 +150,8 @@ def grpo_advantages(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
   """A = (R - mean) / (std + 1e-6) over the group, std with ddof 1 (D-CORE, eq. 2)."""
-  rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  return _spread(_standardised(rewards_PG), rewards_PG, mask_PGT)
+  rewards_PG, _, mask_PGT = checked(rewards_PG, entropy_PGT, mask_PGT)
+  return spread(standardised(rewards_PG), rewards_PG, mask_PGT)
 
 
 @register_estimator('dr_grpo')
@@ -104,8 +162,8 @@ def dr_grpo_advantages(
 
   Dividing by the deviation favours groups whose rewards hardly differ.
   """
-  rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  return _spread(_centred(rewards_PG), rewards_PG, mask_PGT)
+  rewards_PG, _, mask_PGT = checked(rewards_PG, entropy_PGT, mask_PGT)
+  return spread(_centred(rewards_PG), rewards_PG, mask_PGT)
 
 
 @register_estimator('rloo')
@@ -113,17 +171,45 @@ def rloo_advantages(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> np.ndarray:
   """A = R - mean of the group's other rollouts = (R - mean) G / (G - 1) (Ahmadian et al. 2024)."""
-  rewards_PG, _, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
+  rewards_PG, _, mask_PGT = checked(rewards_PG, entropy_PGT, mask_PGT)
   # The group's mean includes the rollout itself; the factor makes it the mean of the others.
   G = rewards_PG.shape[1]
-  return _spread(_centred(rewards_PG) * np.float32(G / max(1, G - 1)), rewards_PG, mask_PGT)
+  return spread(_centred(rewards_PG) * np.float32(G / max(1, G - 1)), rewards_PG, mask_PGT)
 
 
 # --- estimators with the entropy where rewards say nothing ---
 
 
+def da_grpo_parts(
+  rewards_PG: np.ndarray,
+  *,
+  zero_test: str = 'group',
+  psi_multiplier: float = 1.0,
+  psi_when_wrong: str = 'reinforce',
+  right_above: float = 0.0,
+) -> GroupParts:
+  """The parts of `da_grpo_advantages`, with its options.
+
+  Wrong rollouts have no weight unless they are reinforced.
+  """
+  rewards_PG = np.asarray(rewards_PG, np.float32)
+  relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
+  weight_PG = np.full(rewards_PG.shape, psi_multiplier, np.float32)
+  if psi_when_wrong != 'reinforce':
+    # 'ignore' leaves wrong rollouts without a gradient, as in GRPO.
+    weight_PG = np.where(rewards_PG > right_above, weight_PG, np.float32(0))
+  return GroupParts(relative_PG=relative_PG, zero_PG=zero_PG, weight_PG=weight_PG)
+
+
+def check_scale(alpha: float, delta: float) -> None:
+  """Raises ValueError for a weight or a bound of psi that is negative or no number."""
+  # Written so that NaN is refused as well.
+  if not (alpha >= 0 and delta >= 0):
+    raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
+
+
 # Options are keyword-only arguments, one each: the registry's contract.
-@register_estimator('da_grpo', uses_entropy=True)
+@register_estimator('da_grpo', uses_entropy=True, parts=da_grpo_parts)
 def da_grpo_advantages(  # noqa: PLR0913
   rewards_PG: np.ndarray,
   entropy_PGT: np.ndarray,
@@ -160,26 +246,34 @@ def da_grpo_advantages(  # noqa: PLR0913
   Raises:
     ValueError: an option that means nothing.
   """
-  # Written so that NaN is refused as well.
-  if not (alpha >= 0 and delta >= 0):
-    raise ValueError(f'alpha = {alpha} and delta = {delta} must not be negative')
+  check_scale(alpha, delta)
   if psi_when_wrong not in ('reinforce', 'ignore', 'punish'):
     raise ValueError(
       f"unknown psi_when_wrong {psi_when_wrong!r}; expected 'reinforce', 'ignore' or 'punish'"
     )
-  rewards_PG, entropy_PGT, mask_PGT = _checked(rewards_PG, entropy_PGT, mask_PGT)
-  # psi replaces the advantage and is never added to it: the two are not on one scale.
-  relative_PG, zero_PG = _zero_advantages(rewards_PG, zero_test)
+  rewards_PG, entropy_PGT, mask_PGT = checked(rewards_PG, entropy_PGT, mask_PGT)
+  parts = da_grpo_parts(
+    rewards_PG,
+    zero_test=zero_test,
+    psi_multiplier=psi_multiplier,
+    psi_when_wrong=psi_when_wrong,
+    right_above=right_above,
+  )
   # Eq. 7: the bound keeps single tokens of high entropy from dominating an update.
   psi_PGT = np.minimum(alpha * entropy_PGT * mask_PGT, delta)
-  if psi_when_wrong != 'reinforce':
-    wrong_PGT = np.float32(0)
-    if psi_when_wrong == 'punish':
-      # The maximum is over the rollout, so that its least certain token is not punished.
-      wrong_PGT = psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0)
-    # 'ignore' has 0 for wrong rollouts, which leaves them without a gradient, as in GRPO.
-    psi_PGT = np.where(rewards_PG[:, :, None] > right_above, psi_PGT, wrong_PGT)
-  chosen_PGT = np.where(zero_PG[:, :, None], psi_multiplier * psi_PGT, relative_PG[:, :, None])
+  weighted_PGT = parts.weight_PG[:, :, None] * psi_PGT
+  if psi_when_wrong == 'punish':
+    # The maximum is over the rollout, so that its least certain token is not punished.
+    wrong_PGT = psi_PGT - psi_PGT.max(axis=2, keepdims=True, initial=0)
+    right_PG1 = rewards_PG[:, :, None] > right_above
+    weighted_PGT = np.where(right_PG1, weighted_PGT, psi_multiplier * wrong_PGT)
+  return choose(parts, weighted_PGT, mask_PGT)
+
+
+def choose(parts: GroupParts, psi_PGT: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+  """where(zero, psi, relative) on the tokens of the mask, float32 [P, G, T]."""
+  # psi replaces the advantage and is never added to it: the two are not on one scale.
+  chosen_PGT = np.where(parts.zero_PG[:, :, None], psi_PGT, parts.relative_PG[:, :, None])
   return (chosen_PGT * mask_PGT).astype(np.float32)
 
 
@@ -295,8 +389,8 @@ def adapted_alpha(
 
   Args:
     alpha: the present one.
-    measured: the policy's entropy (nats a token), or psi's share of the gradient norm. A value that
-      is not finite changes nothing.
+    measured: what a larger alpha is taken to raise, e.g. the policy's entropy (nats a token) or
+      reflections of a response. A value that is not finite changes nothing.
     target: what the measure is to be.
     rate: of the logarithm, a step.
     low: least alpha.
@@ -396,7 +490,7 @@ def uniform_groups(rewards_PG: np.ndarray) -> np.ndarray:
 # --- parts of the estimators ---
 
 
-def _checked(
+def checked(
   rewards_PG: np.ndarray, entropy_PGT: np.ndarray, mask_PGT: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """The arguments of an estimator as float32, or ValueError."""
@@ -431,7 +525,7 @@ def _centred(rewards_PG: np.ndarray) -> np.ndarray:
   return rewards_PG - total_P1 / np.float32(G)
 
 
-def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
+def standardised(rewards_PG: np.ndarray) -> np.ndarray:
   """(R - mean) / (std + 1e-6)."""
   centred_PG = _centred(rewards_PG)
   G = rewards_PG.shape[1]
@@ -442,7 +536,7 @@ def _standardised(rewards_PG: np.ndarray) -> np.ndarray:
   return centred_PG / (np.sqrt(variance_P1).astype(np.float32) + _EPSILON)
 
 
-def _spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
+def spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarray) -> np.ndarray:
   """Gives all tokens of a rollout its advantage -> [P, G, T].
 
   Groups of equal rewards get exactly 0, whatever their mean rounds to.
@@ -454,7 +548,7 @@ def _spread(relative_PG: np.ndarray, rewards_PG: np.ndarray, mask_PGT: np.ndarra
 
 def _zero_advantages(rewards_PG: np.ndarray, zero_test: str) -> tuple[np.ndarray, np.ndarray]:
   """(group-relative advantage, where psi replaces it), both [P, G]."""
-  relative_PG = _standardised(rewards_PG)
+  relative_PG = standardised(rewards_PG)
   if zero_test == 'group':
     return relative_PG, np.broadcast_to(uniform_groups(rewards_PG), rewards_PG.shape)
   if zero_test == 'token':

@@ -105,9 +105,11 @@ class Batches:
     order = np.zeros(0, np.int64)
     for index in range(step, len(self)):
       epoch, place = divmod(index, self.per_epoch)
+      # Once an epoch, and where a resumed run begins in the middle of one.
       if place == 0 or index == step:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.tree.rows)
       chosen = order[place * shape.rows : (place + 1) * shape.rows]
+      # Each micro-batch is divided, and not the step: all hosts work on one at the same time.
       by_host = chosen.reshape(shape.accumulate, shape.hosts, -1)
       yield self.tree.batch(
         by_host[:, shape.host].reshape(-1),

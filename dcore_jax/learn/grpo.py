@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from dcore_jax import sharding, tokentree
-from dcore_jax.learn import advantages, head, objectives, optimizer
+from dcore_jax.learn import advantages, head, lora, objectives, optimizer, psi
 from dcore_jax.learn.step import Metrics, accumulate, loss_token_states, token_scores
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
@@ -31,7 +31,16 @@ ScorePass = Callable[[Any, tokentree.RowBatch], tuple[jax.Array, jax.Array]]
 _DEFAULT_EXECUTION = Execution()
 _BY_TOKEN = ('clip_share', 'entropy', 'importance')  # metrics that are means over tokens
 # Values that the loss is linear in, beside a token's weight in it.
-_BY_LOSS = ('advantage', 'advantage_up', 'advantage_down', 'psi', 'uniform')
+_BY_LOSS = (
+  'advantage',
+  'advantage_up',
+  'advantage_down',
+  'psi',
+  'without_psi',
+  'psi_up',
+  'psi_down',
+  'uniform',
+)
 
 
 # --- responses on the host ---
@@ -51,8 +60,14 @@ class Response:
     old_logp: float32 [m], those of the policy before the update, at the training temperature.
     entropy: float32 [m], nats, of the old policy's distributions.
     ref_logp: float32 [m], those of the reference policy.
+    teacher_prompt: int32, the prompt with the reference in view; None without a teacher.
+    teacher_logp: float32 [m], log-probabilities of the same tokens behind that prompt.
     advantage: float32 [m].
     psi: float32 [m], the part of the advantage that comes from entropies.
+    relative: the group-relative part of the advantage, where the step itself chooses between the
+      two; with the next two.
+    zero_variance: 1 where psi takes its place, else 0.
+    psi_weight: float32 [m], the factor of min(alpha H, delta) there.
     uniform: 1 where the rewards of the response's group are all equal, else 0.
     sequence: number of the response in its mini-batch.
     updated: 1 where updates lie between the old policy and the present one, else 0.
@@ -64,11 +79,26 @@ class Response:
   old_logp: np.ndarray
   entropy: np.ndarray
   ref_logp: np.ndarray | None = None
+  teacher_prompt: np.ndarray | None = None
+  teacher_logp: np.ndarray | None = None
   advantage: np.ndarray | None = None
   psi: np.ndarray | None = None
+  relative: float | None = None
+  zero_variance: float | None = None
+  psi_weight: np.ndarray | None = None
   uniform: float | None = None
   sequence: int | None = None
   updated: float | None = None
+
+  @property
+  def teacher_gap(self) -> np.ndarray:
+    """float32 [m], by how much the teacher finds a token more likely than the old policy, nats."""
+    return self.teacher_logp - self.old_logp
+
+  @property
+  def without_psi(self) -> np.ndarray:
+    """float32 [m], the rest of the advantage."""
+    return self.advantage - self.psi
 
 
 def pack_responses(
@@ -165,8 +195,8 @@ def lay_values(
     extras['sequence'] = tree.scatter(numbers, np.int32)
   values = {}
   if names & objectives.SIDES:
-    sides = [objectives.advantage_sides(response.advantage) for response in responses]
-    values = {name: [side[name] for side in sides] for name in objectives.SIDES}
+    sides = [_sides(response, in_step=bool(names & psi.SIDES)) for response in responses]
+    values = {name: [side[name] for side in sides] for name in sides[0]}
   for name in sorted(names - extras.keys()):
     # A scalar of a response is spread over its tokens, as the loss reads one value a token.
     own = values.get(name) or [
@@ -178,6 +208,19 @@ def lay_values(
     mean_RT = tree.add_up(weighted) / np.where(total_RT, total_RT, 1)
     extras[name] = mean_RT.astype(np.float32)
   return tree.with_extras(**extras)
+
+
+def _sides(response: Response, *, in_step: bool) -> dict[str, np.ndarray]:
+  """The response's advantages by sign; with psi in the step the two parts of them apart."""
+  if not in_step:
+    return objectives.advantage_sides(response.advantage)
+  shape = response.tokens.shape
+  # The choice between the two is the rollout's, so that it is made before rollouts are added up.
+  relative = np.float32(0) if response.zero_variance else response.relative
+  weight = response.psi_weight if response.zero_variance else np.float32(0)
+  return objectives.advantage_sides(np.broadcast_to(relative, shape)) | psi.weight_sides(
+    np.broadcast_to(weight, shape)
+  )
 
 
 def gather_values(
@@ -196,8 +239,10 @@ def with_advantages(
   rewards_PG: np.ndarray,
   estimator: advantages.Estimator,
   psi_tokens: Sequence[Sequence[np.ndarray]] | None = None,
+  parts: advantages.GroupParts | None = None,
+  signal: Literal['entropy', 'teacher_gap'] = 'entropy',
 ) -> list[list[Response]]:
-  """Gives responses their advantage, psi and `uniform`.
+  """Gives responses their advantage, psi and `uniform`; with `parts` also what these are made of.
 
   An advantage belongs to a rollout. An episode has several responses, and none where its first
   prompt was too long.
@@ -207,18 +252,20 @@ def with_advantages(
     rewards_PG: reward of each rollout.
     estimator: one of `advantages.ADVANTAGES` with its options bound.
     psi_tokens: for each response which of its tokens may have psi, bool [m]; all by default.
+    parts: of the same rewards, for a step that puts psi into advantages itself.
+    signal: which value of the tokens the estimator reads.
 
   Raises:
     ValueError: the rewards do not number the rollouts.
   """
   # The estimators compute in float32, and groups must be uniform for both or for neither.
   rewards_PG = np.float32(rewards_PG)
-  entropies = [_joined([each.entropy for each in responses]) for responses in rollouts]
+  signals = [_joined([getattr(each, signal) for each in responses]) for responses in rollouts]
   allowed = None
   if psi_tokens is not None:
     allowed = [_joined(marks, bool) for marks in psi_tokens]
   # An episode's rollout is one sequence of tokens to the estimator, all its responses together.
-  advantage, psi = advantages.token_advantages(estimator, rewards_PG, entropies, allowed)
+  advantage, psi_part = advantages.token_advantages(estimator, rewards_PG, signals, allowed)
   # One verdict for each group, given to all tokens of its rollouts.
   uniform_P1 = advantages.uniform_groups(rewards_PG)
   uniform = np.broadcast_to(uniform_P1, rewards_PG.shape).reshape(-1)
@@ -227,19 +274,38 @@ def with_advantages(
     # The rollout's advantages are cut again at the ends of its responses.
     changed = []
     start = 0
-    for response in responses:
+    for place, response in enumerate(responses):
       stop = start + len(response.tokens)
       changed.append(
         dataclasses.replace(
           response,
           advantage=advantage[number][start:stop],
-          psi=psi[number][start:stop],
+          psi=psi_part[number][start:stop],
           uniform=float(uniform[number]),
+          **_parts_of(response, parts, number, psi_tokens and psi_tokens[number][place]),
         )
       )
       start = stop
     result.append(changed)
   return result
+
+
+def _parts_of(
+  response: Response,
+  parts: advantages.GroupParts | None,
+  rollout: int,
+  allowed: np.ndarray | None,
+) -> dict[str, Any]:
+  """The fields of a response that the parts of its rollout's advantage go to."""
+  if parts is None:
+    return {}
+  weight = np.full(len(response.tokens), parts.weight_PG.reshape(-1)[rollout], np.float32)
+  return {
+    'relative': parts.relative_PG.reshape(-1)[rollout],
+    'zero_variance': float(parts.zero_PG.reshape(-1)[rollout]),
+    # Tokens without a wanted word keep the advantage 0 of their rollout.
+    'psi_weight': weight if allowed is None else weight * allowed,
+  }
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type = np.float32) -> np.ndarray:
@@ -350,16 +416,21 @@ def make_grpo_step(
   *,
   temperature: float = 1.0,
   execution: Execution = _DEFAULT_EXECUTION,
-) -> Callable[[optimizer.TrainState, tokentree.RowBatch], tuple[optimizer.TrainState, Metrics]]:
-  """The jitted step (state, batch) -> (state, metrics); the state is donated.
+) -> Callable[..., tuple[optimizer.TrainState, Metrics]]:
+  """The jitted step (state, batch, psi's scale, frozen) -> (state, metrics); the state is donated.
+
+  Where `loss.entropy_of` says so, the step makes advantages of their parts by `learn.psi`, with
+  alpha and delta of a `psi.PsiScale` that it takes as an argument. Otherwise the batch brings whole
+  advantages, and the scale is None. Under LoRA `frozen` is what the adapters in the state stand
+  beside; otherwise it is None.
 
   Sums over loss tokens are divided once, by what the aggregation of the whole batch says; a token's
   weight in the tree counts beside it. A statistic of the objective costs GSPO one more vocabulary
   projection. KL-Cov, which compares the tokens of all micro-batches, costs one more forward pass.
 
-  Metrics: loss, pg_loss, kl and uniform_kl, divided as the loss is; clip_share, entropy (of the
-  current policy) and importance, means over tokens; weight, grad_norm, skipped. Those of terms that
-  are off are absent.
+  Metrics: loss, pg_loss, kl, uniform_kl and entropy_bonus, divided as the loss is; clip_share,
+  entropy (of the current policy) and importance, means over tokens; weight, grad_norm, skipped.
+  Those of terms that are off are absent.
 
   Args:
     config: of the decoder.
@@ -372,9 +443,14 @@ def make_grpo_step(
     _objective_sum, config=config, loss=loss, temperature=temperature, execution=execution
   )
 
-  def grpo_step(state, batch):
+  def grpo_step(state, batch, scale=None, frozen=None):
+    def loss_sum(params, micro):
+      return objective_sum(lora.attach(frozen, params), micro)
+
     # Runs once, while the step is traced: names are known then, and a missing one is a clear error.
-    _check_extras(batch, loss.extras)
+    objectives.check_extras(batch.extras, loss.extras)
+    if (scale is None) == bool(loss.entropy_of):
+      raise ValueError(f'entropy_of = {loss.entropy_of!r} and a scale of psi go together')
     weight, total = objectives.aggregate(
       batch.weight, batch.extras.get('sequence_weight'), loss.aggregation, loss.max_tokens
     )
@@ -382,14 +458,18 @@ def make_grpo_step(
     if loss.aggregation == 'sequence':
       # Weights now are shares of a sequence; means over tokens need those of the tree.
       extras = extras | {'token_weight': batch.weight}
+    if loss.entropy_of:
+      extras = extras | psi.scale_values(scale, batch.weight)
     batch = batch._replace(weight=weight, extras=extras)
     # Computed over all micro-batches before the first gradient, because its order statistics need
     # all tokens.
     if loss.scope == 'mini-batch':
-      logp_AM = _batch_logp(state.params, batch, config, temperature, execution)
-      batch = batch._replace(extras=loss.with_statistic(logp_AM, batch.weight, batch.extras))
+      params = lora.attach(frozen, state.params)
+      logp_AM, entropy_AM = _batch_scores(params, batch, config, temperature, execution)
+      extras = loss.with_statistic(logp_AM, batch.weight, batch.extras, entropy_AM)
+      batch = batch._replace(extras=extras)
     # Undivided sums are added, so that the result does not depend on the number of micro-batches.
-    grads, sums = accumulate(objective_sum, state.params, batch)
+    grads, sums = accumulate(loss_sum, state.params, batch)
     # A batch without loss tokens has loss and gradient 0, not NaN: hence the bound on divisors.
     weight = sums.pop('weight')
     by_loss = 1 / jnp.maximum(total, 1e-8)
@@ -409,21 +489,27 @@ def make_grpo_step(
   return jax.jit(grpo_step, donate_argnums=0)
 
 
-def _batch_logp(
+def _batch_scores(
   params: Any,
   batch: tokentree.RowBatch,
   config: DecoderConfig,
   temperature: float,
   execution: Execution,
-) -> jax.Array:
-  """Log-probabilities [A, M] of the loss tokens; micro-batches without weight are skipped."""
+) -> tuple[jax.Array, jax.Array]:
+  """(log-probabilities, entropies) [A, M] of the loss tokens.
+
+  Micro-batches without weight are skipped.
+  """
 
   def score(micro):
-    def logp():
-      return token_scores(params, config, micro, temperature=temperature, execution=execution)[0]
+    def scores():
+      return token_scores(params, config, micro, temperature=temperature, execution=execution)
+
+    def nothing():
+      return jnp.zeros_like(micro.weight), jnp.zeros_like(micro.weight)
 
     # Micro-batches that only fill the batch up would cost a whole forward pass.
-    return jax.lax.cond(jnp.any(micro.weight != 0), logp, lambda: jnp.zeros_like(micro.weight))
+    return jax.lax.cond(jnp.any(micro.weight != 0), scores, nothing)
 
   return jax.lax.map(score, batch)
 
@@ -450,21 +536,25 @@ def _objective_sum(
   # Statistics are constants of the loss: no gradient flows into them.
   extras = micro.extras
   if loss.scope == 'micro-batch':
-    logp_M, _ = head.log_probs_and_entropy(
+    logp_M, entropy_M = head.log_probs_and_entropy(
       # The decoder is run once: statistic and loss share its hidden states.
       *jax.lax.stop_gradient((hidden_MD, matrix_VD)),
       micro.target,
       temperature,
       used_M=micro.weight,
     )
-    extras = loss.with_statistic(logp_M, micro.weight, extras)
+    extras = loss.with_statistic(logp_M, micro.weight, extras, entropy_M)
   total, sums = head.token_loss(
     objective,
     hidden_MD,
     matrix_VD,
     micro.target,
     (micro.weight, extras),
-    head.LossOptions(temperature=temperature, entropy='value'),
+    head.LossOptions(
+      temperature=temperature,
+      # Only the bonus differentiates the entropy; metrics and psi read its value.
+      entropy='gradient' if loss.entropy_bonus else 'value',
+    ),
   )
   # Added here because the gap depends on hidden states, which the loss of a token does not see.
   if loss.uniform_kl:
@@ -477,53 +567,3 @@ def _objective_sum(
       'loss': sums['loss'] + loss.uniform_kl * rest,
     }
   return total, sums
-
-
-def make_psi_norm(
-  config: DecoderConfig,
-  *,
-  temperature: float = 1.0,
-  execution: Execution = _DEFAULT_EXECUTION,
-  aggregation: str = 'token',
-  max_tokens: int = 4096,
-) -> Callable[[Any, tokentree.RowBatch], jax.Array]:
-  """The jitted (params, batch) -> norm of the gradient that psi alone contributes to a first step.
-
-  On a first step the ratios are 1, so that it is the gradient of the mean of -psi log pi (psi is an
-  extra of the batch), aggregated as in the step. It costs a backward pass: meant for measuring on
-  one mini-batch how much of an update is due to psi.
-  """
-  # Only the other aggregations need to know how long a token's sequence is.
-  needed = {'psi'} if aggregation == 'token' else {'psi', 'sequence_weight'}
-
-  def objective(logp_C, _, values):
-    weight_C, psi_C = values
-    # No clipping: at the first step no ratio has moved.
-    return -jnp.sum(weight_C * psi_C * logp_C), ()
-
-  def psi_sum(params, micro):
-    hidden_MD = loss_token_states(params, config, micro, execution)
-    return head.token_loss(
-      objective,
-      hidden_MD,
-      decoder.head_matrix(params),
-      micro.target,
-      (micro.weight, micro.extras['psi']),
-      head.LossOptions(temperature=temperature),
-    )
-
-  def psi_norm(params, batch):
-    _check_extras(batch, needed)
-    weight, total = objectives.aggregate(
-      batch.weight, batch.extras.get('sequence_weight'), aggregation, max_tokens
-    )
-    grads, _ = accumulate(psi_sum, params, batch._replace(weight=weight))
-    return optax.global_norm(grads) / jnp.maximum(total, 1e-8)
-
-  return jax.jit(psi_norm)
-
-
-def _check_extras(batch: tokentree.RowBatch, needed: AbstractSet[str]) -> None:
-  missing = needed - batch.extras.keys()
-  if missing:
-    raise ValueError(f'the batch lacks the extras {sorted(missing)}')

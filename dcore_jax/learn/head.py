@@ -22,50 +22,20 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from dcore_jax import sharding
-
-# Float32 logits of one chunk: 2^25 of them are 128 MiB, or 220 tokens of Qwen3's vocabulary. An
-# accelerator needs more tokens a chunk, 2^29 logits, to hide the traffic of adding a chunk's [V, D]
-# gradient to the sum: each of its entries takes 8 bytes of traffic and 6 C operations.
-_CHUNK_ENTRIES = {'cpu': 2**25, 'gpu': 2**29, 'tpu': 2**29}
-# On a TPU a chunk's tokens are a multiple of this, since its tiles hold 8 rows of float32 and 16 of
-# bfloat16. Its compiler takes 150 s for each reshape between [32769, 4096] and [9, 3641, 4096], and
-# 1 s between [32832, 4096] and [9, 3648, 4096].
-_TILE_ROWS = 16
+from dcore_jax.learn.token_chunks import (
+  Split,
+  Tokens,
+  chunked,
+  first_id,
+  joined,
+  on_devices,
+  over_chunks,
+  psum,
+  sum_over_tokens,
+  where_used,
+)
 
 Objective = Callable[[jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
-
-
-class _Split(NamedTuple):
-  """Mesh axes as a device sees them inside of shard_map; empty tuples without a mesh.
-
-  Attributes:
-    vocab: the axes that split the rows of the head.
-    tokens: those that split the loss tokens.
-    columns: those that split the columns of the head where it is stored.
-  """
-
-  vocab: tuple[str, ...] = ()
-  tokens: tuple[str, ...] = ()
-  columns: tuple[str, ...] = ()
-
-
-class _Tokens(NamedTuple):
-  """What comes with each loss token: leaves [M, ...], cut into chunks [N, C, ...].
-
-  Attributes:
-    hidden: hidden states.
-    targets: token ids.
-    values: pytree; a chunk in which all of them are 0 is skipped.
-    saved: of a backward pass that recomputes logits, what the forward pass kept.
-    bars: gradients with respect to (log-probability, entropy), of the same pass.
-  """
-
-  hidden: jax.Array
-  targets: jax.Array
-  values: Any
-  saved: Any = None
-  bars: Any = None
 
 
 class _Scores(NamedTuple):
@@ -178,134 +148,6 @@ def uniform_gap(
   return gap_M + math.log(head_VD.shape[0])
 
 
-# --- chunks and devices ---------------------------------------------------------------------------
-
-
-def _chunked(tokens: _Tokens, V: int, chunk: int | None) -> _Tokens:
-  """Cuts leaves [M, ...] into [N, C, ...], filled up with zeros."""
-  M = tokens.targets.shape[0]
-  # A caller's chunk is an upper bound, hence more chunks; the default is a size to stay near.
-  if chunk:
-    N = math.ceil(M / chunk)
-  else:
-    # Rounded down, so that a chunk may be nearly twice as large: two halves of 128 tokens take a
-    # third longer than 256 tokens at once.
-    N = M // max(1, _CHUNK_ENTRIES.get(sharding.platform(), 2**25) // V)
-  N = max(1, N)
-  C = math.ceil(M / N)
-  # A single chunk is not reshaped, so that its size may stay odd.
-  if not chunk and N > 1 and sharding.platform() == 'tpu':
-    C += -C % _TILE_ROWS
-
-  def cut(leaf: jax.Array) -> jax.Array:
-    # Zeros everywhere: a padding token has weight 0 and target 0, which is a valid id.
-    fill = [(0, N * C - M)] + [(0, 0)] * (leaf.ndim - 1)
-    return jnp.pad(leaf, fill).reshape(N, C, *leaf.shape[1:])
-
-  return jax.tree.map(cut, tokens)
-
-
-def _joined(chunks_NC: jax.Array, M: int) -> jax.Array:
-  """Puts chunks together again, [N, C, ...] -> [M, ...], without what filled them up."""
-  return chunks_NC.reshape(-1, *chunks_NC.shape[2:])[:M]
-
-
-def _over_chunks(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
-  """Does what `lax.scan` does, without a loop where there is one chunk.
-
-  A loop would keep the compiler from fusing the chunk with what stands around it.
-  """
-  if jax.tree.leaves(chunks)[0].shape[0] > 1:
-    return jax.lax.scan(step, carry, chunks)
-  carry, out = step(carry, jax.tree.map(lambda leaf: leaf[0], chunks))
-  return carry, jax.tree.map(lambda leaf: leaf[None], out)
-
-
-def _where_used(step: Callable, nothing: Callable, chunks: _Tokens) -> Callable:
-  """Returns `step`, or of several chunks `nothing` for those whose values are all 0.
-
-  Batches have room for more loss tokens than most of them hold, and the unused room lies at their
-  end. Devices that share a vocabulary hold the same values, so all of them take the same branch.
-  """
-  leaves = jax.tree.leaves(chunks.values)
-  if not leaves or leaves[0].shape[0] == 1:
-    return step
-
-  def step_or_nothing(carry, part):
-    leaves = jax.tree.leaves(part.values)
-    # All leaves count: where only the advantage is 0, an objective may still have a KL term.
-    used = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in leaves]))
-    # `cond` runs one branch, where `jnp.where` would compute the chunk and discard it.
-    return jax.lax.cond(used, step, nothing, carry, part)
-
-  return step_or_nothing
-
-
-def _on_devices(
-  function: Callable[[_Split, _Tokens, jax.Array], Any],
-  tokens: _Tokens,
-  head_VD: jax.Array,
-  out_kinds: tuple[str, ...],
-) -> Any:
-  """Calls function(split, tokens, head), under a mesh on each device's part.
-
-  The head is cast to the dtype of the hidden states first. The kinds of results are: 'tokens' split
-  along the first axis like the batch, 'head_gradient' as the head is stored, 'all' the same
-  everywhere.
-  """
-  # Cast before the devices gather it, so that 2 bytes an entry travel instead of 4.
-  head_VD = head_VD.astype(tokens.hidden.dtype)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    # Without a mesh the split is empty, and every exchange below is left out.
-    return function(_Split(), tokens, head_VD)
-  by_token = sharding.partition_spec(('batch',), tokens.targets.shape, mesh)
-  # Inside, each device has whole rows of the head: `hidden` is never split, as `embed` may be.
-  by_vocabulary = sharding.partition_spec(('vocab', 'hidden'), head_VD.shape, mesh)
-  specs = {
-    'tokens': by_token,
-    'head_gradient': sharding.partition_spec(('vocab', 'embed'), head_VD.shape, mesh),
-    'all': jax.sharding.PartitionSpec(),
-  }
-  split = _Split(
-    vocab=sharding.mesh_axes('vocab'),
-    tokens=sharding.mesh_axes('batch'),
-    columns=sharding.mesh_axes('embed'),
-  )
-  run = jax.shard_map(
-    functools.partial(function, split),
-    in_specs=(by_token, by_vocabulary),
-    out_specs=tuple(specs[kind] for kind in out_kinds),
-    # Unchecked by jax: results of kind 'all' are equal on all devices because `_psum` summed them.
-    check_vma=False,
-  )
-  return run(tokens, head_VD)
-
-
-def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
-  # Without axes there is nothing to sum, and no mesh that `psum` could name.
-  return jax.lax.psum(tree, axes) if axes else tree
-
-
-def _sum_over_tokens(head_grad_VD: jax.Array, split: _Split) -> jax.Array:
-  """Sums the head's gradient over the devices that hold other tokens.
-
-  Each device keeps those columns of the sum that it stores.
-  """
-  # Devices that differ in `columns` scatter; those that do not keep the whole sum.
-  whole = tuple(axis for axis in split.tokens if axis not in split.columns)
-  head_grad_VD = _psum(head_grad_VD, whole)
-  if not split.columns:
-    return head_grad_VD
-  # Scattered as it is summed: each device receives its own columns, not the whole [V, D].
-  return jax.lax.psum_scatter(head_grad_VD, split.columns, scatter_dimension=1, tiled=True)
-
-
-def _first_id(V: int, split: _Split) -> jax.Array | int:
-  """The token id of this device's first row of the head."""
-  return jax.lax.axis_index(split.vocab) * V if split.vocab else 0
-
-
 # --- one chunk ------------------------------------------------------------------------------------
 
 
@@ -315,7 +157,7 @@ def _logits(hidden_CD: jax.Array, head_VD: jax.Array, temperature: float) -> jax
   return logits_CV / temperature
 
 
-def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split, entropy: bool) -> _Scores:
+def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: Split, entropy: bool) -> _Scores:
   """Reduces the logits of a chunk, of which each device has those of its own ids."""
   V = logits_CV.shape[1]
   # Subtracting the maximum keeps exp below 1. It is taken over all devices of a vocabulary, so that
@@ -327,14 +169,14 @@ def _summary(logits_CV: jax.Array, targets_C: jax.Array, split: _Split, entropy:
   exp_CV = jnp.exp(shifted_CV)
   # Ids of other devices fall outside 0..V - 1: clipped to be looked up, then replaced by 0, so that
   # the sum over devices has one summand.
-  here_C = targets_C - _first_id(V, split)
+  here_C = targets_C - first_id(V, split)
   hit_C = jnp.take_along_axis(shifted_CV, jnp.clip(here_C, 0, V - 1)[:, None], axis=1)[:, 0]
   sums = {'exp': exp_CV.sum(axis=1), 'hit': jnp.where((0 <= here_C) & (here_C < V), hit_C, 0)}
   # With m = sum exp(s) s and Z = sum exp(s) over shifted logits s, the entropy is log Z - m / Z.
   if entropy:
     sums['moment'] = (exp_CV * shifted_CV).sum(axis=1)
   # One exchange of three numbers a token.
-  sums = _psum(sums, split.vocab)
+  sums = psum(sums, split.vocab)
   log_sum_C = jnp.log(sums['exp'])
   entropy_C = None
   if entropy:
@@ -348,7 +190,7 @@ def _logit_gradient(
   targets_C: jax.Array,
   scores: _Scores,
   bars: tuple[jax.Array, jax.Array | None],
-  split: _Split,
+  split: Split,
 ) -> jax.Array:
   """Computes the gradient [C, V] with respect to the logits of a chunk, float32.
 
@@ -363,7 +205,7 @@ def _logit_gradient(
   if entropy_bar_C is not None:
     pull_CV += entropy_bar_C[:, None] * (log_p_CV + scores.entropy[:, None])
   # Compared, not scattered: XLA fuses the comparison into the elementwise work that follows.
-  hit_CV = (targets_C - _first_id(V, split))[:, None] == jnp.arange(V)[None, :]
+  hit_CV = (targets_C - first_id(V, split))[:, None] == jnp.arange(V)[None, :]
   return jnp.where(hit_CV, logp_bar_C[:, None], 0) - jnp.exp(log_p_CV) * pull_CV
 
 
@@ -386,7 +228,7 @@ def _through_projection(
 # --- the loss and its gradient in one pass --------------------------------------------------------
 
 
-def _zero_sums(objective: Objective, options: LossOptions, chunks: _Tokens) -> Any:
+def _zero_sums(objective: Objective, options: LossOptions, chunks: Tokens) -> Any:
   """Returns zeros of what the objective gives for a chunk: (loss, sums)."""
   # Shapes suffice to learn what the objective returns; nothing is computed.
   scores = jax.ShapeDtypeStruct(chunks.targets.shape[1:], jnp.float32)
@@ -400,10 +242,10 @@ def _zero_sums(objective: Objective, options: LossOptions, chunks: _Tokens) -> A
 
 
 def _loss_shard(
-  objective: Objective, options: LossOptions, split: _Split, tokens: _Tokens, head_VD: jax.Array
+  objective: Objective, options: LossOptions, split: Split, tokens: Tokens, head_VD: jax.Array
 ) -> tuple[jax.Array, Any]:
   """Returns (loss, sums) without a gradient."""
-  chunks = _chunked(tokens, head_VD.shape[0], options.chunk)
+  chunks = chunked(tokens, head_VD.shape[0], options.chunk)
 
   def step(total, part):
     logits_CV = _logits(part.hidden, head_VD, options.temperature)
@@ -416,9 +258,9 @@ def _loss_shard(
     return total, None
 
   zeros = _zero_sums(objective, options, chunks)
-  total, _ = _over_chunks(_where_used(step, nothing, chunks), zeros, chunks)
+  total, _ = over_chunks(where_used(step, nothing, chunks), zeros, chunks)
   # Devices of one vocabulary hold the same total; only those with other tokens are summed.
-  return _psum(total, split.tokens)
+  return psum(total, split.tokens)
 
 
 def _objective_gradient(
@@ -444,10 +286,11 @@ def _objective_gradient(
 
 
 def _loss_and_gradient_shard(
-  objective: Objective, options: LossOptions, split: _Split, tokens: _Tokens, head_VD: jax.Array
-) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-  """Returns (loss, sums, gradient of hidden [M, D], gradient of the head [V, D])."""
-  chunks = _chunked(tokens, head_VD.shape[0], options.chunk)
+  objective: Objective, options: LossOptions, to_head: bool, split: Split, *arrays: Any
+) -> tuple[Any, ...]:
+  """Returns (loss, sums, gradient of hidden [M, D], gradient of the head [V, D] if `to_head`)."""
+  tokens, head_VD = arrays
+  chunks = chunked(tokens, head_VD.shape[0], options.chunk)
 
   def step(carry, part):
     total, head_grad_VD = carry
@@ -459,7 +302,8 @@ def _loss_and_gradient_shard(
     hidden_grad_CD, chunk_grad_VD = _through_projection(
       grad_CV, part.hidden, head_VD, options.temperature
     )
-    head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
+    if to_head:  # the compiler leaves a product out that is not used
+      head_grad_VD = chunk_grad_VD if head_grad_VD is None else head_grad_VD + chunk_grad_VD
     return (jax.tree.map(jnp.add, total, added), head_grad_VD), hidden_grad_CD
 
   def nothing(carry, part):
@@ -467,55 +311,61 @@ def _loss_and_gradient_shard(
 
   # A single chunk needs no sum to add to: [V, D] in float32 are 2.5 GB for Qwen3 8B.
   several = chunks.targets.shape[0] > 1
-  head_zero = jnp.zeros(head_VD.shape, jnp.float32) if several else None
+  head_zero = jnp.zeros(head_VD.shape, jnp.float32) if several and to_head else None
   zeros = _zero_sums(objective, options, chunks)
-  (total, head_grad_VD), hidden_grad_NCD = _over_chunks(
-    _where_used(step, nothing, chunks), (zeros, head_zero), chunks
+  (total, head_grad_VD), hidden_grad_NCD = over_chunks(
+    where_used(step, nothing, chunks), (zeros, head_zero), chunks
   )
-  loss, sums = _psum(total, split.tokens)
-  hidden_grad_MD = _joined(hidden_grad_NCD, tokens.targets.shape[0])
+  loss, sums = psum(total, split.tokens)
+  hidden_grad_MD = joined(hidden_grad_NCD, tokens.targets.shape[0])
   # Each device has pulled back through its own ids; their sum is the gradient.
-  hidden_grad_MD = _psum(hidden_grad_MD, split.vocab).astype(tokens.hidden.dtype)
-  return loss, sums, hidden_grad_MD, _sum_over_tokens(head_grad_VD, split)
+  hidden_grad_MD = psum(hidden_grad_MD, split.vocab).astype(tokens.hidden.dtype)
+  if not to_head:
+    return loss, sums, hidden_grad_MD
+  return loss, sums, hidden_grad_MD, sum_over_tokens(head_grad_VD, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_loss(objective, options, hidden_MD, head_VD, targets_M, values):
-  tokens = _Tokens(hidden=hidden_MD, targets=targets_M, values=values)
+  tokens = Tokens(hidden=hidden_MD, targets=targets_M, values=values)
   function = functools.partial(_loss_shard, objective, options)
-  return _on_devices(function, tokens, head_VD, ('all', 'all'))
+  return on_devices(function, tokens, head_VD, ('all', 'all'))
 
 
-def _token_loss_forward(objective, options, hidden_MD, head_VD, targets_M, values):
-  tokens = _Tokens(hidden=hidden_MD, targets=targets_M, values=values)
-  function = functools.partial(_loss_and_gradient_shard, objective, options)
-  loss, sums, hidden_grad_MD, head_grad_VD = _on_devices(
-    function, tokens, head_VD, ('all', 'all', 'tokens', 'head_gradient')
-  )
-  # In the head's own dtype, as jax requires of a gradient.
-  return (loss, sums), (hidden_grad_MD, head_grad_VD.astype(head_VD.dtype))
+def _token_loss_forward(objective, options, *arrays):
+  hidden_MD, head_VD, targets_M, values = jax.tree.map(lambda array: array.value, arrays)
+  tokens = Tokens(hidden=hidden_MD, targets=targets_M, values=values)
+  # A head that is not trained (LoRA) has no gradient: [V, D] in float32 are 2.5 GB for Qwen3-8B.
+  to_head = arrays[1].perturbed
+  function = functools.partial(_loss_and_gradient_shard, objective, options, to_head)
+  kinds = ('all', 'all', 'tokens', 'head_gradient')
+  loss, sums, *grads = on_devices(function, tokens, head_VD, kinds if to_head else kinds[:-1])
+  if to_head:
+    # In the head's own dtype, as jax requires of a gradient.
+    grads[1] = grads[1].astype(head_VD.dtype)
+  return (loss, sums), tuple(grads)
 
 
 def _token_loss_backward(objective, options, grads, bars):
   loss_bar, _ = bars  # the sums are for logging
   # The loss is a scalar, so that its gradient only scales what the forward pass has computed.
-  hidden_grad_MD, head_grad_VD = (grad * loss_bar.astype(grad.dtype) for grad in grads)
-  return hidden_grad_MD, head_grad_VD, None, None
+  hidden_grad_MD, *head_grad = (grad * loss_bar.astype(grad.dtype) for grad in grads)
+  return hidden_grad_MD, head_grad[0] if head_grad else None, None, None
 
 
-_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+_token_loss.defvjp(_token_loss_forward, _token_loss_backward, symbolic_zeros=True)
 
 
 # --- log-probabilities and entropies --------------------------------------------------------------
 
 
 def _score_shard(
-  temperature: float, chunk: int | None, split: _Split, tokens: _Tokens, head_VD: jax.Array
+  temperature: float, chunk: int | None, split: Split, tokens: Tokens, head_VD: jax.Array
 ) -> tuple[_Scores, jax.Array | None]:
   """Returns (scores [M], the logits [M, V] where they are kept)."""
-  chunks = _chunked(tokens, head_VD.shape[0], chunk)
+  chunks = chunked(tokens, head_VD.shape[0], chunk)
   # One chunk's logits fit by choice of the chunk size. Under a split vocabulary each device has
-  # others, which `_on_devices` cannot return by token.
+  # others, which `on_devices` cannot return by token.
   keep = chunks.targets.shape[0] == 1 and not split.vocab
 
   def step(_, part):
@@ -528,15 +378,15 @@ def _score_shard(
     # 0 is what the docstring promises for tokens that are not used.
     return None, (_Scores(logp=zeros_C, entropy=zeros_C, partition=zeros_C), None)
 
-  _, scores = _over_chunks(_where_used(step, nothing, chunks), None, chunks)
-  return jax.tree.map(lambda leaf: _joined(leaf, tokens.targets.shape[0]), scores)
+  _, scores = over_chunks(where_used(step, nothing, chunks), None, chunks)
+  return jax.tree.map(lambda leaf: joined(leaf, tokens.targets.shape[0]), scores)
 
 
 def _score_gradient_shard(
-  temperature: float, chunk: int | None, split: _Split, tokens: _Tokens, head_VD: jax.Array
+  temperature: float, chunk: int | None, split: Split, tokens: Tokens, head_VD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (gradient of hidden [M, D], gradient of the head [V, D])."""
-  chunks = _chunked(tokens, head_VD.shape[0], chunk)
+  chunks = chunked(tokens, head_VD.shape[0], chunk)
 
   def step(head_grad_VD, part):
     scores, logits_CV = part.saved
@@ -549,12 +399,12 @@ def _score_gradient_shard(
   def nothing(head_grad_VD, part):
     return head_grad_VD, jnp.zeros(part.hidden.shape, jnp.float32)
 
-  head_grad_VD, hidden_grad_NCD = _over_chunks(
-    _where_used(step, nothing, chunks), jnp.zeros(head_VD.shape, jnp.float32), chunks
+  head_grad_VD, hidden_grad_NCD = over_chunks(
+    where_used(step, nothing, chunks), jnp.zeros(head_VD.shape, jnp.float32), chunks
   )
-  hidden_grad_MD = _joined(hidden_grad_NCD, tokens.targets.shape[0])
-  hidden_grad_MD = _psum(hidden_grad_MD, split.vocab).astype(tokens.hidden.dtype)
-  return hidden_grad_MD, _sum_over_tokens(head_grad_VD, split)
+  hidden_grad_MD = joined(hidden_grad_NCD, tokens.targets.shape[0])
+  hidden_grad_MD = psum(hidden_grad_MD, split.vocab).astype(tokens.hidden.dtype)
+  return hidden_grad_MD, sum_over_tokens(head_grad_VD, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -565,9 +415,9 @@ def _scores(temperature, chunk, hidden_MD, head_VD, targets_M, used_M):
 def _scores_forward(temperature, chunk, *arrays):
   # With symbolic zeros each array comes wrapped; outside of differentiation it does not.
   hidden_MD, head_VD, targets_M, used_M = (getattr(array, 'value', array) for array in arrays)
-  tokens = _Tokens(hidden=hidden_MD, targets=targets_M, values=used_M)
+  tokens = Tokens(hidden=hidden_MD, targets=targets_M, values=used_M)
   function = functools.partial(_score_shard, temperature, chunk)
-  scores, logits_MV = _on_devices(function, tokens, head_VD, ('tokens', 'tokens'))
+  scores, logits_MV = on_devices(function, tokens, head_VD, ('tokens', 'tokens'))
   # The backward pass has no use for the log-probabilities themselves.
   tokens = tokens._replace(saved=(scores._replace(logp=None), logits_MV))
   # Chunks are cut again in the backward pass: `tokens` is kept as the caller gave it.
@@ -582,7 +432,7 @@ def _scores_backward(temperature, chunk, residuals, bars):
   if logp_bar_M is None:
     logp_bar_M = jnp.zeros(tokens.targets.shape, jnp.float32)
   function = functools.partial(_score_gradient_shard, temperature, chunk)
-  hidden_grad_MD, head_grad_VD = _on_devices(
+  hidden_grad_MD, head_grad_VD = on_devices(
     function,
     tokens._replace(bars=(logp_bar_M, entropy_bar_M)),
     head_VD,

@@ -15,13 +15,14 @@ negative ones: `Objective.merges` declares it, and `PolicyLoss` computes with th
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dcore_jax.learn import psi
 from dcore_jax.learn.advantages import options_of
 
 _LOG_RATIO_BOUND = 20.0  # e^20 = 5e8: beyond, a ratio says nothing and may overflow
@@ -32,7 +33,8 @@ _KL_BOUND = 10.0
 # Per loss token: advantage (or its sides, see `advantage_sides`), old_logp and what else a loss
 # asks for: ref_logp, behaviour_logp, sequence (its number), sequence_weight (see `aggregate`),
 # updated (1 where updates lie between the old policy and the present one), uniform (1 in a group
-# whose rewards are all equal).
+# whose rewards are all equal); with psi in the step, in place of advantages what `psi` makes them
+# of.
 Values = Mapping[str, jax.Array]
 
 # What `advantage_sides` splits an advantage into.
@@ -307,6 +309,13 @@ def aggregate(
   return weight, sequences * max_tokens
 
 
+def check_extras(extras: Mapping[str, Any], needed: Set[str]) -> None:
+  """Raises ValueError that names the values which a batch should have brought."""
+  missing = needed - extras.keys()
+  if missing:
+    raise ValueError(f'the batch lacks the extras {sorted(missing)}')
+
+
 def advantage_sides(advantage: np.ndarray) -> dict[str, np.ndarray]:
   """Splits advantages by their sign, float32 arrays of the same shape.
 
@@ -338,8 +347,14 @@ class PolicyLoss:
     kl_coefficient: of the KL to the reference policy; 0 needs none.
     kl_estimator: 'k1', 'k2' or 'k3'.
     uniform_kl: coefficient of KL(uniform || policy) on the tokens of groups whose rewards are all
-      equal, where psi acts; both may act together.
+      equal, where psi acts; both may act together. It pushes mass to all ids of the vocabulary
+      alike, whatever they mean.
+    entropy_bonus: coefficient of -H, the entropy of the present policy, with its exact gradient. It
+      is that of KL(policy || uniform) = log V - H, which pushes mass to what is nearly as likely.
+    entropy_bonus_on: 'all' tokens, or those of 'uniform' groups.
     importance_cap: > 0 weighs tokens by `importance_weights`.
+    entropy_of: whose entropy psi is made of in the step: 'old' is the policy that sampled, as
+      published; 'current' the policy that is updated. '': the batch brings whole advantages.
 
   Raises:
     ValueError: naming a field with a value that means nothing.
@@ -356,12 +371,17 @@ class PolicyLoss:
   kl_coefficient: float = 0.0
   kl_estimator: str = 'k3'
   uniform_kl: float = 0.0
+  entropy_bonus: float = 0.0
+  entropy_bonus_on: str = 'all'
   importance_cap: float = 0.0
+  entropy_of: str = ''
 
   def __post_init__(self):
     _check_name('objective', self.objective, tuple(OBJECTIVES))
     _check_name('aggregation', self.aggregation, ('token', 'sequence', 'dr'))
     _check_name('kl_estimator', self.kl_estimator, ('k1', 'k2', 'k3'))
+    _check_name('entropy_bonus_on', self.entropy_bonus_on, ('all', 'uniform'))
+    _check_name('entropy_of', self.entropy_of, ('', 'old', 'current'))
     # Checked alike: no number of the loss may be negative, infinite or NaN.
     numbers = {
       field.name: getattr(self, field.name)
@@ -384,14 +404,19 @@ class PolicyLoss:
     """Values a batch must bring for each loss token."""
     # Only what the loss reads is put on the tree: each value is an array of the size of the batch.
     names = {'old_logp', *OBJECTIVES[self.objective].needs}
-    names |= SIDES if self.merges else {'advantage'}
+    if not self.entropy_of:
+      names |= SIDES if self.merges else {'advantage'}
+    else:
+      names |= SIDES | psi.SIDES if self.merges else psi.OF_ROLLOUT
+    if self.entropy_of == 'old':
+      names.add('entropy')
     if self.kl_coefficient:
       # A reference policy costs a forward pass of each batch, which runs without the KL need not
       # make.
       names.add('ref_logp')
     if self.importance_cap:
       names.add('behaviour_logp')
-    if self.uniform_kl:
+    if self.uniform_kl or (self.entropy_bonus and self.entropy_bonus_on == 'uniform'):
       names.add('uniform')
     if self.aggregation != 'token':
       names.add('sequence_weight')
@@ -411,14 +436,16 @@ class PolicyLoss:
     return OBJECTIVES[self.objective].scope
 
   def with_statistic(
-    self, logp: jax.Array, weight: jax.Array, values: Values
+    self, logp: jax.Array, weight: jax.Array, values: Values, entropy: jax.Array | None = None
   ) -> dict[str, jax.Array]:
     """Adds the objective's statistic to `values`.
 
-    It is computed from log-probabilities [M] or [A, M] of the current parameters.
+    It is computed from log-probabilities [M] or [A, M] of the current parameters, and from their
+    entropies where psi is made of these.
     """
     function = OBJECTIVES[self.objective].statistic
-    statistic = function(logp, weight, values, **self._options(function))
+    read = self._with_advantage(values, entropy)
+    statistic = function(logp, weight, read, **self._options(function))
     # The name of the function is the contract between a statistic and the loss that reads it.
     return {**values, function.__name__: jax.lax.stop_gradient(statistic)}
 
@@ -432,7 +459,7 @@ class PolicyLoss:
     Of KL(uniform || policy) = -logp - gap it has the first half; `grpo` adds the gap, which depends
     on hidden states.
     """
-    pg_M, clipped_M = self._objective(logp_M, values)
+    pg_M, clipped_M = self._objective(logp_M, self._with_advantage(values, entropy_M))
 
     # Sums and not means: they are added over chunks and micro-batches, and divided once.
     def summed(x_M):
@@ -458,7 +485,19 @@ class PolicyLoss:
     if self.uniform_kl:
       sums['uniform_kl'] = -summed(values['uniform'] * logp_M)
       loss += self.uniform_kl * sums['uniform_kl']
+    if self.entropy_bonus:
+      bonus_M = entropy_M * values['uniform'] if self.entropy_bonus_on == 'uniform' else entropy_M
+      sums['entropy_bonus'] = summed(bonus_M)
+      loss -= self.entropy_bonus * sums['entropy_bonus']
     return loss, sums
+
+  def _with_advantage(self, values: Values, entropy: jax.Array | None) -> Values:
+    """The values with the advantage that the objective reads, where the step makes it."""
+    if not self.entropy_of:
+      return values
+    if self.entropy_of == 'old':
+      entropy = values['entropy']
+    return psi.with_advantage(values, entropy, merged=self.merges)
 
   def _objective(self, logp_M: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
     """(loss, share of it that is clipped) of the objective, each a mean over a token's rollouts."""

@@ -83,9 +83,13 @@ def init_state(
   step = jnp.zeros((), jnp.int32)
   if offload:
     check_offload()
-  # Without a mesh there is one device, and nothing to place.
+  # Without a mesh there is one device. Arrays are tied to it, as those are that a step returns: jax
+  # compiles the step once more for arrays that are not.
   if jax.sharding.get_abstract_mesh().empty:
-    return TrainState(params=params, opt_state=tx.init(params), step=step)
+    state = TrainState(params=params, opt_state=tx.init(params), step=step)
+    first = jax.tree.leaves(params)[0]
+    # Nothing that is being traced has a place.
+    return state if isinstance(first, jax.core.Tracer) else jax.device_put(state, first.sharding)
   # Scalars are on every device, as steps read them everywhere.
   whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
   memory = HOST if offload else None
@@ -332,13 +336,22 @@ def _decayed(params: Any) -> Any:
 def _muon_or_adam(params: Any) -> Any:
   """Which of the two updates a parameter."""
 
-  def name(path: tuple, _: Any) -> str:
+  def name(path: tuple, leaf: Any) -> str:
     # Embedding and head are matrices too, but Muon is meant for hidden layers (Jordan 2024).
-    return 'muon' if path[-1].key in _MUON_AXES else 'adam'
+    return 'muon' if _muon_axes_of(path, leaf) else 'adam'
 
   return jax.tree_util.tree_map_with_path(name, params)
 
 
 def _muon_axes(params: Any) -> Any:
   # None leaves a parameter to Adam.
-  return jax.tree_util.tree_map_with_path(lambda path, _: _MUON_AXES.get(path[-1].key), params)
+  return jax.tree_util.tree_map_with_path(_muon_axes_of, params)
+
+
+def _muon_axes_of(path: tuple, leaf: Any) -> _MuonAxes | None:
+  # The two factors of LoRA, [L, *in, rank] and [L, rank, *out].
+  if path[-1].key == 'a':
+    return _MuonAxes(tuple(range(1, leaf.ndim - 1)), (leaf.ndim - 1,))
+  if path[-1].key == 'b':
+    return _MuonAxes((1,), tuple(range(2, leaf.ndim)))
+  return _MUON_AXES.get(path[-1].key)

@@ -76,6 +76,7 @@ def accumulate(
   gradient = jax.grad(loss, has_aux=True)
   first = jax.tree.map(lambda leaf: leaf[0], batch)
   if batch.weight.shape[0] == 1:
+    # Without zeros to add to, which are a second gradient in memory.
     return gradient(params, first)
   shapes = jax.eval_shape(gradient, params, first)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

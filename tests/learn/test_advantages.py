@@ -204,6 +204,7 @@ def test_estimators_by_name_take_their_own_options():
     psi_when_wrong='ignore',
     right_above=0.0,
     lanes=3,
+    signs_P=np.ones(1),
   )
   estimator = advantages.make_estimator('da_grpo', config)
   np.testing.assert_allclose(estimator(*group([4] * 8))[0, 0], (0.8, 2, 0, 1.6, 2, 2), rtol=1e-6)
@@ -212,6 +213,15 @@ def test_estimators_by_name_take_their_own_options():
   assert advantages.uses_entropy('rl_zvp') and not advantages.uses_entropy('rloo')
   with pytest.raises(ValueError, match="'grpo' is registered already"):
     advantages.register_estimator('grpo')(lambda rewards_PG, entropy_PGT, mask_PGT: mask_PGT)
+  # A cell of a notebook that is run again replaces what it defined, and what that declared.
+  first, second = (lambda *arrays: arrays[2] for _ in range(2))
+  first.__module__ = second.__module__ = '__main__'
+  try:
+    advantages.register_estimator('cell', uses_entropy=True)(first)
+    advantages.register_estimator('cell')(second)
+    assert advantages.ADVANTAGES['cell'] is second and not advantages.uses_entropy('cell')
+  finally:
+    del advantages.ADVANTAGES['cell']
   with pytest.raises(ValueError, match="unknown estimator 'ppo'"):
     advantages.make_estimator('ppo', config)
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from dcore_jax import tokentree
-from dcore_jax.learn import advantages, grpo, objectives, optimizer
+from dcore_jax.learn import advantages, grpo, objectives, optimizer, psi_gradient
 
 REWARDS = np.float32([[4, 4, -2, 1], [-3, -3, -3, -3]])  # the second group has no variance
 DA_GRPO = functools.partial(advantages.da_grpo_advantages, alpha=0.1, delta=0.5)
@@ -168,11 +168,26 @@ def test_psi_gradient_is_measured_apart(config, params, sgd_step, scored, accumu
   """
   _, _, tree, logp, _ = scored
   on_policy = tree.with_extras(old_logp=tree.scatter(logp))
-  norm = grpo.make_psi_norm(config)(params, on_policy.batch(accumulate=accumulate))
+  norm = psi_gradient.make_psi_norm(config)(params, on_policy.batch(accumulate=accumulate))
   grads, _ = sgd_step(with_advantage(on_policy, tree.extras['psi']).batch())
   np.testing.assert_allclose(norm, optax.global_norm(grads), rtol=1e-4)
   _, mixed = sgd_step(on_policy.batch())
   assert 0 < norm < mixed['grad_norm']
+
+
+def test_the_cosine_is_that_of_two_steps(config, params, sgd_step, scored):
+  """One whose only advantage is psi, and one with the rest of it."""
+  _, _, tree, logp, _ = scored
+  on_policy = tree.with_extras(old_logp=tree.scatter(logp))
+  rest_RT = tree.extras['advantage'] - tree.extras['psi']
+  measured = on_policy.with_extras(without_psi=rest_RT).batch(accumulate=2)
+  cosine = psi_gradient.make_psi_cosine(config)(params, measured)
+  flat = []
+  for part_RT in (tree.extras['psi'], rest_RT):
+    grads, _ = sgd_step(with_advantage(on_policy, part_RT).batch())
+    flat.append(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)]))
+  wanted = flat[0] @ flat[1] / (np.linalg.norm(flat[0]) * np.linalg.norm(flat[1]))
+  np.testing.assert_allclose(cosine, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -318,7 +333,9 @@ def test_uniform_is_a_group_and_not_a_rollout_at_its_mean(scored):
 def test_psi_norm_aggregates_as_the_step_does(config, params, sgd_step, wide, scored):
   _, tree = wide
   tree = with_advantage(tree, tree.extras['psi']).with_extras(old_logp=tree.scatter(scored[3]))
-  norm = grpo.make_psi_norm(config, aggregation='sequence')(params, tree.batch(accumulate=2))
+  norm = psi_gradient.make_psi_norm(config, aggregation='sequence')(
+    params, tree.batch(accumulate=2)
+  )
   grads, _ = sgd_step(
     tree.batch(accumulate=2), aggregation='sequence', objective='gspo', clip_low=0.2, clip_high=0.4
   )

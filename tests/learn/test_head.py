@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcore_jax.learn import head
+from dcore_jax import sharding
+from dcore_jax.learn import head, token_chunks
 
 
 def plain(hidden, matrix, targets, temperature):
@@ -152,8 +153,8 @@ def test_token_loss_equals_the_plain_form(chunk, entropy):
 
 def test_chunks_for_a_tpu_are_whole_tiles(monkeypatch):
   """37 tokens in chunks of 19 would be split across its tiles, which takes its compiler minutes."""
-  monkeypatch.setattr(head.sharding, 'platform', lambda: 'tpu')
-  monkeypatch.setitem(head._CHUNK_ENTRIES, 'tpu', 16 * 53)
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  monkeypatch.setitem(token_chunks._CHUNK_ENTRIES, 'tpu', 16 * 53)
   hidden, matrix, targets = problem()
   values = (jnp.linspace(-1, 2, 37), jnp.linspace(0, 1, 37))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcore_jax.learn import advantages, grpo, objectives, optimizer
+from dcore_jax.learn import advantages, grpo, objectives, optimizer, psi_gradient
 
 DA_GRPO = functools.partial(advantages.da_grpo_advantages, alpha=0.1, delta=0.5)
 CAPACITY = 48
@@ -131,7 +131,7 @@ def test_merged_rollouts_give_loss_metrics_and_gradient_of_single_ones(
 
 @functools.cache
 def psi_norm(config, aggregation):
-  return grpo.make_psi_norm(config, aggregation=aggregation)
+  return psi_gradient.make_psi_norm(config, aggregation=aggregation)
 
 
 @pytest.mark.parametrize('aggregation', ['token', 'sequence'])

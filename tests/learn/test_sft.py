@@ -146,3 +146,12 @@ def test_refuses_batches_that_cannot_be():
     batches(dialogues(), BatchShape(rows=4, accumulate=3), capacity=64, epochs=1, seed=0)
   with pytest.raises(ValueError, match='no sequence fits'):
     batches(dialogues(), BatchShape(rows=4), capacity=4, epochs=1, seed=0)
+
+
+def test_the_mean_loss_is_that_of_a_step_on_tree_and_flat_rows(config, params, sgd_step):
+  flat = tokentree.pack(dialogues(), 64, merge=False)
+  tree = tokentree.pack(dialogues(), 64)
+  assert tree.dedup > 1
+  wanted, _ = sgd_step(tokentree.pack(dialogues(), 64, rows_multiple=8).batch(budget=512))
+  for packed in (tree, flat):
+    assert sft.mean_loss(params, config, packed) == pytest.approx(float(wanted), rel=1e-5)
