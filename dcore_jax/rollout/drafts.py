@@ -20,10 +20,8 @@ _LENGTHS = (6, 4, 3, 2)
 _SIZE = 1 << 18  # entries of the index
 # A guess is expected to be right so often, before anything is known.
 _FIRST_RATE = 0.7
-# Weight of a new verdict in the running mean, and what a text regains with each token for which
-# nothing was guessed, so that guessing is tried again.
-_WEIGHT = 0.25
-_REGAIN = 0.002
+# Weight of a token that was put to the test in the running mean: about ten of them count.
+_WEIGHT = 0.1
 # Tokens that may wait for the index.
 _MOST_NEW = 1 << 16
 
@@ -48,6 +46,9 @@ class Drafts:
     self._row = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._place = np.zeros((len(_LENGTHS), _SIZE), np.int32)
     self._rate_X = np.full(len(table.length_X), _FIRST_RATE)
+    # Guesses that were not worth their pass, by row. Whether they would have been right is known
+    # when the text has gone on, and costs nothing.
+    self._kept: dict[int, list[int]] = {}
     # Rows and places that are not in the index yet: it is brought up to date when it is asked.
     self._new: list[tuple[Sequence[int], Sequence[int]]] = []
     self._new_tokens = 0
@@ -57,18 +58,21 @@ class Drafts:
     self._row[:] = 0
     self._place[:] = 0
     self._rate_X[:] = _FIRST_RATE
+    self._kept.clear()
     self._new.clear()
     self._new_tokens = 0
 
   def start(self, row: int) -> None:
     """Notes the prompt of a text that begins."""
     self._rate_X[row] = _FIRST_RATE
+    self._kept.pop(row, None)
     length = int(self._table.length_X[row])
     self.add([row] * (length - 1), range(1, length))
 
   def part(self, row: int, other: int) -> None:
     """Notes that a text goes on from another one."""
     self._rate_X[other] = self._rate_X[row]
+    self._kept.pop(other, None)
 
   def add(self, rows: Sequence[int], places: Sequence[int]) -> None:
     """Notes that texts have got a token at these places."""
@@ -109,23 +113,41 @@ class Drafts:
     if not self._longest or not len(row_n):
       return [none] * len(row_n)
     rate_n = self._rate_X[row_n]
-    want_n = self._worth(rate_n, np.minimum(room_n, self._longest), rows)
-    # A text that was often wrong is tried again after some time.
-    regained_n = np.minimum(rate_n + _REGAIN, _FIRST_RATE)
-    self._rate_X[row_n] = np.where(want_n < 1, np.maximum(regained_n, rate_n), rate_n)
-    if want_n.max() < 1:
-      return [none] * len(row_n)
+    most_n = np.minimum(room_n, self._longest)
     self._take_in()
-    result = []
-    table = self._table
     from_n, place_n = self._places(row_n)
-    for source, place, want in zip(from_n.tolist(), place_n.tolist(), want_n.tolist(), strict=True):
-      if source < 0 or want < 1:
-        result.append(none)
-        continue
-      end = min(place + want, int(table.length_X[source]))
-      result.append(table.text_XS[source, place:end].tolist())
+    # A text that goes on from its own end does so for as long as one likes.
+    known_n = np.where(from_n == row_n, most_n, self._table.length_X[from_n] - place_n)
+    most_n = np.where(from_n < 0, 0, np.minimum(most_n, known_n))
+    want_n = self._worth(rate_n, most_n, rows)
+    # What is not worth its pass is compared with what is drawn: one token, or all that are drawn
+    # before the host looks, where guesses have passes of their own.
+    told_n = np.where(want_n > 0, want_n, most_n if self._cost > 1 else np.minimum(most_n, 1))
+    result = []
+    for row, source, place, told, want in zip(
+      row_n.tolist(),
+      from_n.tolist(),
+      place_n.tolist(),
+      told_n.tolist(),
+      want_n.tolist(),
+      strict=True,
+    ):
+      found = self._continued(row, source, place, told) if told else none
+      # What is guessed is put to the test by the pass itself.
+      self._kept[row] = none if want else found
+      result.append(found if want else none)
     return result
+
+  def _continued(self, row: int, source: int, place: int, want: int) -> list[int]:
+    """Returns up to `want` tokens that stand in a text from a place on.
+
+    A text that goes in circles is guessed to go on so: behind its end it begins again at the place.
+    """
+    length = int(self._table.length_X[source])
+    found: list[int] = self._table.text_XS[source, place : min(place + want, length)].tolist()
+    if source == row and found:
+      found = (found * -(-want // len(found)))[:want]
+    return found
 
   def _worth(self, rate_n: np.ndarray, most_n: np.ndarray, rows: int) -> np.ndarray:
     """Returns int [n]: how many tokens are worth guessing, given how often guesses were right."""
@@ -144,8 +166,19 @@ class Drafts:
   def learn(self, row: int, guessed: int, right: int) -> None:
     """Takes note of how many of the guesses for a text were right."""
     # What stands behind the first wrong guess was not put to the test.
-    share = right / min(right + 1, guessed)
-    self._rate_X[row] += _WEIGHT * (share - self._rate_X[row])
+    tested = min(right + 1, guessed)
+    weight = 1 - (1 - _WEIGHT) ** tested
+    self._rate_X[row] += weight * (right / tested - self._rate_X[row])
+
+  def check(self, row: int, tokens: Sequence[int]) -> None:
+    """Takes note of how a text went on for which nothing was guessed."""
+    kept = self._kept.pop(row, None)
+    count = min(len(kept), len(tokens)) if kept else 0
+    if count:
+      right = 0
+      while right < count and kept[right] == tokens[right]:
+        right += 1
+      self.learn(row, count, right)
 
   def _places(self, row_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (row, position) where each text's last tokens were followed by something; row -1."""
@@ -184,4 +217,6 @@ class Drafts:
     # Multiplication modulo 2^64 by an odd constant spreads the tokens over all bits.
     for k in range(length):
       mixed_n = (mixed_n ^ gram_nk[:, k]) * np.uint64(0x9E3779B97F4A7C15)
+    # The upper 18 of 64 bits, which is a place among the `_SIZE` entries: a product's lower bits
+    # depend on the lower bits of its factors alone.
     return (mixed_n >> np.uint64(46)).astype(np.int64)

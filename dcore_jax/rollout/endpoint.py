@@ -114,6 +114,8 @@ class OpenAIBackend:
     self._api_key = api_key or os.environ.get('OPENAI_API_KEY') or 'none'
     self._journal = ReplyJournal(journal) if journal else None
     self._dialect = Dialect()
+    # Of answers; the first of another name is told.
+    self._models = {model}
 
   def stream(self, source: ChatSource, sampling: SamplingParams) -> Iterator[tuple[Tag, Reply]]:
     """Answers as `Backend.stream` says.
@@ -321,12 +323,25 @@ class OpenAIBackend:
     for attempt in range(self.limits.retries + 1):
       # The client does not check what a server sends: any part may be missing, or something else.
       try:
-        return _reply(await client.chat.completions.create(**body))
+        completion = await client.chat.completions.create(**body)
+        reply = _reply(completion)
+        self._note_model(getattr(completion, 'model', None))
+        return reply
       except (AttributeError, IndexError, TypeError, ValueError) as error:
         malformed = error
       # Seconds. As long as the client waits after a failure that it recognises by itself.
       await asyncio.sleep(min(8, 0.5 * 2**attempt))
     raise _Failed(f'{self.base_url} answers without a message: {malformed!r}') from malformed
+
+  def _note_model(self, name: Any) -> None:
+    """Tells of an answer of another model than was asked: a server may serve what it likes."""
+    # Providers answer with the full name of a version, so that it is no error.
+    if not isinstance(name, str) or not name or len(self._models) > 1 or name in self._models:
+      return
+    self._models.add(name)
+    logging.warning(
+      '%s was asked for the model %r, and answers as %r', self.base_url, self.model, name[:100]
+    )
 
 
 def _in_vain(error: Any, body: dict[str, Any]) -> str:

@@ -32,8 +32,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dcore_jax import distributed
+from dcore_jax.learn.lora import merge_stack
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.models.projections import is_adapted
 from dcore_jax.rollout import programs
 from dcore_jax.rollout import sampling as sampling_lib
 from dcore_jax.rollout.executors import make_executor
@@ -105,6 +108,7 @@ class Engine:
     # Handles are never used again, so that a late `cancel` cannot end another rollout.
     self._handles = 0
     self._streaming = False
+    self._is_prepared = False
     self._rollouts: dict[int, InFlight] = {}
     # First in, first out; a rollout that cannot have a branch yet keeps its place.
     self._queue: collections.deque[InFlight] = collections.deque()
@@ -130,7 +134,7 @@ class Engine:
   def free(self) -> int:
     """Lanes that neither run a rollout nor are promised to one that waits."""
     # Waiting rollouts take lanes at the next step, so that theirs count as taken.
-    return max(0, self._lanes.free - len(self._queue))
+    return max(0, self.lanes - len(self._rollouts))
 
   @property
   def busy(self) -> bool:
@@ -140,13 +144,17 @@ class Engine:
   def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
     """Compiles all programs that the engine will ever call, several at a time.
 
-    An engine that was not prepared compiles each where it is first needed.
+    An engine that was not prepared compiles each where it is first needed. A second call does
+    nothing, also with other weights: programs are compiled for their shapes.
 
     Args:
       progress: is called with (programs that are ready, all programs).
     """
+    if self._is_prepared:
+      return
     before = programs.traces.total()
     self._executor.prepare(progress or (lambda ready, total: None))
+    self._is_prepared = True
     self.stats.compilations += programs.traces.total() - before
 
   def submit(self, request: Request, sampling: SamplingParams) -> int:
@@ -184,8 +192,8 @@ class Engine:
     rollout = self._rollouts.get(handle)
     if rollout is None:
       raise ValueError(f'cancel: there is no rollout {handle}')
-    # One that waits has no lane to free, but would be given one.
-    if rollout.lane is None:
+    # One that waits has no branch to leave, but would be given one.
+    if rollout in self._queue:
       self._queue.remove(rollout)
     else:
       self._live.leave(rollout)
@@ -226,7 +234,8 @@ class Engine:
     They are cast to the engine's dtype and placed as the old ones are, without a copy where they
     already are so: a caller that donates its own parameters to a training step must update the
     engine before the next stream. The old ones are let go first, because there may be no room for
-    both (Qwen3-14B: 30 GB in 2 bytes a parameter).
+    both (Qwen3-14B: 30 GB in 2 bytes a parameter). Adapted matrices are merged, one after the
+    other, unless the engine was made with such.
 
     Raises:
       ValueError: another tree or other shapes.
@@ -234,16 +243,37 @@ class Engine:
     """
     if self._rollouts or self._streaming:
       raise RuntimeError('update during a stream: its rollouts would mix two policies')
+    self._replace(params)
+
+  def exchange(self, params: decoder.Params) -> None:
+    """Replaces the weights as `update` does, while rollouts are in flight, which go on.
+
+    The keys and values of their texts are computed anew. What they draw from now on is what the new
+    weights draw behind their texts, to the last log-probability; what they have drawn stays.
+
+    Raises:
+      ValueError: another tree or other shapes; the old weights stay.
+      RuntimeError: a stream is running, whose consumer takes all of it for one policy's.
+    """
+    if self._streaming:
+      raise RuntimeError('exchange during a stream: its rollouts would mix two policies')
+    self._replace(params)
+
+  def _replace(self, params: decoder.Params) -> None:
     # Other shapes would compile every program anew, in the middle of a training run.
-    old = jax.tree.map(jnp.shape, self.params)
-    new = jax.tree.map(jnp.shape, params)
+    plain = not any(map(is_adapted, jax.tree.leaves(self.params, is_leaf=is_adapted)))
+    whole = is_adapted if plain else None
+    old = jax.tree.map(np.shape, self.params)
+    new = jax.tree.map(lambda leaf: tuple(leaf.shape), params, is_leaf=whole)
     if old != new:
       raise ValueError(f'update: parameters of shapes {new} do not fit {old}')
+    # In front of those that came later, and with the lanes that they have.
+    self._queue.extendleft(reversed(self._live.suspend()))
     # Shapes and shardings stay; the arrays themselves are let go.
     places = jax.tree.map(_place_of, self.params)
     del self.params
     self._executor.unload()
-    self.params = jax.tree.map(_put, params, places)
+    self.params = jax.tree.map(_put, params, places, is_leaf=whole)
     self._executor.load(self.params)
     # Keys and values of the old weights are of no use to the new ones.
     self._live.forget()
@@ -340,17 +370,21 @@ class Engine:
 
   def _admit(self) -> None:
     """Gives waiting rollouts lanes and branches, in order."""
-    if not self._queue or not self._lanes.free:
+    if not self._queue or not self._may_run(self._queue[0]):
       return
     self._live.start_round()
     later = []
-    while self._queue and self._lanes.free:
+    while self._queue and self._may_run(self._queue[0]):
       rollout = self._queue.popleft()
       # A rollout that has to wait does not hold up those behind it: their prompts may be there.
       if not self._live.admit(rollout):
         later.append(rollout)
     # Those that wait keep their places before the ones that came after them.
     self._queue.extendleft(reversed(later))
+
+  def _may_run(self, rollout: InFlight) -> bool:
+    # Rollouts that were suspended have kept their lanes.
+    return rollout.lane is not None or bool(self._lanes.free)
 
 
 def _committed(tree: Any) -> Any:
@@ -368,5 +402,8 @@ def _place_of(held: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _put(value: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
+  # Waited for, so that no more than one matrix is there twice.
+  if is_adapted(value):
+    value = jax.block_until_ready(merge_stack(value, place.dtype))
   # Cast on the way, so that no second copy in the trainer's dtype stays on the device.
-  return jax.device_put(jnp.asarray(value, place.dtype), place.sharding)
+  return distributed.moved(jnp.asarray(value, place.dtype), place.sharding)

@@ -28,7 +28,7 @@ class InFlight:
     key: uint32 [2], of its random stream.
     sampling: its rule.
     top: alternatives to be reported with each token.
-    prompt_top: the same for the tokens of the prompt; None: they are not scored.
+    prompt_top: the same for the tokens of the prompt; None: they are not scored, or have been.
     lane: None while it waits.
     reported: tokens that the caller knows of.
     listed: alternatives of the tokens that the caller does not know of yet.
@@ -99,6 +99,13 @@ class LaneTable:
     # In the order of `Rule`'s fields, which both sides share.
     for number_B, number in zip(self._rule, rollout.sampling.rule(), strict=True):
       number_B[lane] = number
+
+  def text(self, rollout: InFlight) -> np.ndarray:
+    """Returns int32, the prompt of a rollout and what it has drawn."""
+    if rollout.lane is None:
+      return rollout.prompt
+    drawn = self._tokens_BZ[rollout.lane, : self.count_B[rollout.lane]]
+    return np.concatenate([rollout.prompt, drawn])
 
   def vacate(self, lane: int) -> None:
     """Frees a lane."""

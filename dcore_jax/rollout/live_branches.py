@@ -12,10 +12,11 @@ from dcore_jax.rollout.branches import Branch, BranchTable
 from dcore_jax.rollout.drafts import Drafts
 from dcore_jax.rollout.executors import Executor
 from dcore_jax.rollout.lane_table import InFlight, LaneTable
+from dcore_jax.rollout.page_budget import PageBudget
 from dcore_jax.rollout.page_pool import PagePool
 from dcore_jax.rollout.passes import Part, Pass, Planner, as_guessed
 from dcore_jax.rollout.programs import Drawn
-from dcore_jax.rollout.requests import EngineStats
+from dcore_jax.rollout.requests import EngineStats, PromptScores
 from dcore_jax.rollout.scoring import PromptScoring, first_alternatives
 from dcore_jax.rollout.settle import Verdicts, settle
 from dcore_jax.rollout.sizes import EngineSizes
@@ -35,8 +36,9 @@ class LiveBranches:
     self._executor = executor
     self._lanes = lanes
     self._stats = stats
-    self._pool = PagePool(executor.pages)
-    self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, self._pool)
+    pool = PagePool(executor.pages)
+    self._table = BranchTable(sizes.lanes, sizes.trunks, sizes.max_len, executor.slots, pool)
+    self._budget = PageBudget(pool, self._table, lanes)
     self._drafts = Drafts(self._table, sizes.guesses, executor.overhead, executor.guess_cost)
     self._planner = Planner(
       self._table,
@@ -68,7 +70,7 @@ class LiveBranches:
 
   def start_round(self) -> None:
     """Notes how many pages the rollouts that run may still take, before others are admitted."""
-    self._pool.promised = sum(self._promise(branch) for branch in self._branches)
+    self._budget.start_round(self._branches)
 
   def admit(self, rollout: InFlight) -> bool:
     """Lets a rollout ride on a branch, if there is room for it now (after `start_round`).
@@ -76,34 +78,39 @@ class LiveBranches:
     Returns:
       Whether it does. If not, it waits: for pages, or for a text that it shares much with.
     """
-    prompt = rollout.prompt
+    # One that was suspended has drawn already, and reads its own tokens as a prompt.
+    prompt = self._lanes.text(rollout)
     n = len(prompt)
-    most = self._pages(n + rollout.limit)
+    most = self._budget.most(rollout)
     key = prompt.tobytes()
     scored = rollout.prompt_top is not None
     if scored and (scores := self._scoring.known(key)):
-      rollout.prompt_scores = first_alternatives(scores, rollout.prompt_top)
+      _give_scores(rollout, scores)
       scored = False
       if not rollout.limit:
         self._lanes.start(rollout)
         self._ended.append(rollout)
         return True
     branch = self._fresh.get(key)
+    # On a CPU all draws of a text are made in one tile, which has room for so many.
     if branch and len(branch.rollouts) == self._executor.riders:
       branch = None
+    # Scores come from the pass that reads a prompt: who wants them needs all of it still unread.
     if branch and (not scored or branch.scored and not self._table.computed_X[branch.row]):
       # From the page on in which its prompt ends it may need pages of its own.
       own = most - n // self._table.slots
-      if self._pool.available < own:
+      if not self._budget.has(own):
         return False
       self._stats.reused_tokens += n - 1
     else:
       source, shared, wait = self._table.find(prompt)
+      # For the same reason nothing is taken from another text. Others wait for a text of which they
+      # could share much, instead of computing it beside it.
       if scored:
         shared = 0
       elif wait:
         return False
-      if self._pool.available < most - self._table.shared_pages(source, shared):
+      if not self._budget.has(most - self._table.shared_pages(source, shared)):
         return False
       branch = self._open(prompt, source, shared)
       branch.scored = scored
@@ -113,13 +120,29 @@ class LiveBranches:
       own = most - len(branch.pages)
       self._stats.reused_tokens += shared
       self._stats.scored_tokens += n if scored else 0
-    self._pool.promised += own
-    self._lanes.start(rollout)
+    self._budget.promise(own)
+    if rollout.lane is None:
+      self._lanes.start(rollout)
     branch.rollouts.append(rollout)
     return True
 
+  def suspend(self) -> list[InFlight]:
+    """Takes all rollouts off their branches, in the order in which they came.
+
+    They keep their lanes, and go on where they are admitted again. Scores of prompts that are not
+    complete are lost with the branches.
+    """
+    rollouts = []
+    for branch in list(self._branches):
+      rollouts += branch.rollouts
+      self._close(branch)
+    return sorted(rollouts, key=lambda rollout: rollout.handle)
+
   def leave(self, rollout: InFlight) -> None:
     """Takes a rollout off its branch."""
+    if rollout in self._ended:
+      self._ended.remove(rollout)
+      return
     branch = next(branch for branch in self._branches if rollout in branch.rollouts)
     branch.rollouts.remove(rollout)
     if not branch.rollouts:
@@ -137,11 +160,13 @@ class LiveBranches:
     ended = [*self._ended, *self._end_scored(list(self._branches))]
     self._ended.clear()
     for parts, work in self._planner.plan(list(self._branches)):
+      # Tokens are drawn ahead where every text has one row: prompts and guesses have several.
       if self._executor.steps > 1 and all(
         part.complete and len(part.tokens) == 1 for part in parts
       ):
         drawn, token_NQ = self._executor.run_ahead(work)
         work = as_guessed(parts, work, token_NQ)
+        # [A, steps] -> [A * steps], in which guesses are laid out too.
         drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), drawn)
         scored = None
       else:
@@ -172,30 +197,18 @@ class LiveBranches:
     if self._fresh.get(branch.key) is branch:
       del self._fresh[branch.key]
 
-  def _pages(self, positions: int) -> int:
-    return -(-positions // self._table.slots)
-
-  def _promise(self, branch: Branch) -> int:
-    """Returns the pages that the rollouts of a branch may still take."""
-    positions = int(self._table.length_X[branch.row])
-    lanes = [rollout.lane for rollout in branch.rollouts]
-    left = (self._lanes.limit_B[lanes] - self._lanes.count_B[lanes]).tolist()
-    # Whoever stays on the branch has its pages; the others need all from the one on in which their
-    # text ends.
-    most = max(self._pages(positions + count) for count in left) - len(branch.pages)
-    others = sorted(left, reverse=True)[1:]
-    own = positions // self._table.slots
-    return max(0, most) + sum(self._pages(positions + count) - own for count in others)
-
   def _count(self, parts: Sequence[Part], work: Pass) -> None:
     stats = self._stats
     stats.passes += 1
     stats.rows += len(work.tokens_R)
-    stats.slots_read += sum(len(pages) for pages in work.pages) * self._table.slots
+    stats.slots_read += self._slots(work)
     for part in parts:
       stats.guessed_tokens += 0 if part.ahead else part.guesses
       # The last token of a prompt counts as one that is drawn from.
       stats.prefill_tokens += len(part.tokens) - part.guesses - part.complete
+
+  def _slots(self, work: Pass) -> int:
+    return sum(len(pages) for pages in work.pages) * self._table.slots
 
   def _advance(self, parts: Sequence[Part], scored: Drawn | None) -> None:
     """Notes which positions are computed, and takes the scores of prompts."""
@@ -220,7 +233,7 @@ class LiveBranches:
       scores = self._scoring.take(row, branch.key)
       for rollout in branch.rollouts:
         if rollout.prompt_top is not None:
-          rollout.prompt_scores = first_alternatives(scores, rollout.prompt_top)
+          _give_scores(rollout, scores)
       done = [rollout for rollout in branch.rollouts if not rollout.limit]
       branch.rollouts = [rollout for rollout in branch.rollouts if rollout.limit]
       ended += done
@@ -241,6 +254,7 @@ class LiveBranches:
     width_n = []
     rows = []
     places = []
+    steps = 1
     for part in parts:
       outcome = settle(part, verdicts, lanes)
       accepted_n += outcome.accepted
@@ -250,12 +264,15 @@ class LiveBranches:
       length = int(self._table.length_X[branch.row])
       # Guesses that were right are computed already.
       tokens, branch.rollouts = outcome.stays
-      if part.ahead:
-        self._stats.rows += len(tokens) - 1
-      elif part.guesses:
+      if part.guesses and not part.ahead:
         self._stats.right_guesses += len(tokens) - 1
         self._drafts.learn(branch.row, part.guesses, len(tokens) - 1)
+      else:
+        self._stats.rows += len(tokens) - 1
+        steps = max(steps, len(tokens))
+        self._drafts.check(branch.row, tokens)
       for given, rollouts in outcome.leaves:
+        # All but the last of their tokens are computed, in the pages of the branch that they leave.
         text = np.concatenate([self._table.text_XS[branch.row, :length], given]).astype(np.int32)
         other = self._open(text, branch.row, length + len(given) - 1)
         other.rollouts = rollouts
@@ -265,12 +282,23 @@ class LiveBranches:
       self._table.append(branch, tokens)
       rows += [branch.row] * len(tokens)
       places += range(length, length + len(tokens))
+      # Something has been drawn: who has the same prompt can no longer join, but read its pages.
       self._not_fresh(branch)
       if not branch.rollouts:
         self._close(branch)
+    # Draws behind a rollout's first wrong guess are of a text that is not its own.
     counted_A = work.step_A < np.repeat(accepted_n, width_n)
     taken = jax.tree.map(lambda x: x[counted_A], drawn)
     lanes.record(work.lane_A[counted_A], work.step_A[counted_A], taken)
     self._stats.decoded_tokens += len(taken.token_A)
+    # Each step of those who draw ahead reads all once more.
+    self._stats.passes += steps - 1
+    self._stats.slots_read += (steps - 1) * self._slots(work)
     self._drafts.add(rows, places)
     return ended
+
+
+def _give_scores(rollout: InFlight, scores: PromptScores) -> None:
+  rollout.prompt_scores = first_alternatives(scores, rollout.prompt_top)
+  # Not asked for again where the rollout is admitted once more.
+  rollout.prompt_top = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.rollout.backends import (
@@ -73,7 +74,7 @@ class LocalBackend:
           body = self._body(request, sampling)
           reply = self._without_engine(body)
           text = '' if reply else self._render(request)
-          prompt = self.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+          prompt = encode_rendered(self.tokenizer, text) if text else []
           # The same test as the engine's own, which would end the stream with an error.
           if len(prompt) >= self.engine.max_len:
             reply = _too_long(prompt)

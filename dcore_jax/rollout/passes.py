@@ -33,6 +33,10 @@ from dcore_jax.rollout.drafts import Drafts
 from dcore_jax.rollout.lane_table import LaneTable
 from dcore_jax.rollout.programs import DrawInputs
 
+# Tokens of prompts that are read between two passes of those who draw, where they have no place in
+# these: as many as make a product efficient.
+_PIECE = 128
+
 
 @dataclasses.dataclass(eq=False)
 class Part:
@@ -130,8 +134,9 @@ class Planner:
     if unread:
       room = self._rows - sum(len(part.tokens) for part in rounds[-1]) if rounds else 0
       if self._apart or 2 * room < self._rows:
+        # Who draws waits for a piece of a prompt, and not for as much as there could be.
+        room = min(_PIECE, self._rows) if rounds else self._rows
         rounds.append([])
-        room = self._rows
       rounds[-1].extend(self._prompts(unread, room))
     return [(parts, self._pass(parts)) for parts in rounds]
 
@@ -143,6 +148,7 @@ class Planner:
   def _waiting(self, waiting: Sequence[Branch]) -> list[list[Part]]:
     """Returns the parts of branches that lack one token, as many to a pass as fit."""
     rounds = []
+    # Behind the last right guess one more token is drawn, which must be within the limit as well.
     rooms = [count - 1 for count in self._left(waiting)]
     row_n = np.array([branch.row for branch in waiting], np.int32)
     room_n = np.array(rooms, np.int32)
@@ -151,6 +157,7 @@ class Planner:
     for first in range(0, len(waiting), self._rows):
       some = slice(first, first + self._rows)
       guesses = self._drafts.guess(row_n[some], room_n[some], len(row_n[some]))
+      # Every text has its own row before any guess gets one.
       spare = self._rows - len(guesses)
       parts = []
       for branch, end, last, guessed in zip(
@@ -216,6 +223,7 @@ class Planner:
         for rollout in part.branch.rollouts:
           lanes.append(rollout.lane)
           counts.append(1 + part.guesses)
+          # The row of the last known token, from which the first draw is; those of guesses follow.
           firsts.append(row - 1 - part.guesses)
     count_n = np.array(counts, np.int32)
     lane_A = np.repeat(np.array(lanes, np.int32), count_n)
@@ -261,8 +269,10 @@ def as_guessed(parts: Sequence[Part], work: Pass, token_NQ: np.ndarray) -> Pass:
     work: the pass.
     token_NQ: int32, Q tokens that each text went on with.
   """
+  # One rule then settles both: a draw counts if its text is the rollout's own up to there.
   steps = token_NQ.shape[1]
   for number, part in enumerate(parts):
+    # The last token has no row yet: nothing was drawn behind it.
     part.tokens += token_NQ[number, :-1].tolist()
     part.guesses = steps - 1
     part.ahead = True

@@ -17,10 +17,10 @@ import transformers
 from jax.sharding import Mesh
 
 import dcore_jax
-from dcore_jax import distributed, sharding
+from dcore_jax import distributed, hub, sharding
 from dcore_jax.chat.template import turn_format
 from dcore_jax.config import ExecutionSection, ModelSection, RunConfig
-from dcore_jax.files import data_path, read_json
+from dcore_jax.files import read_json
 from dcore_jax.models import decoder, presets
 from dcore_jax.models.checkpoint_checks import check_folder
 from dcore_jax.models.config import DecoderConfig
@@ -66,10 +66,18 @@ class Policy:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
       # Sliced on the device: only these numbers are copied to the host.
-      first_row = leaf[(0,) * (leaf.ndim - 1)]
-      digest.update(np.asarray(first_row[:_NAMED_NUMBERS], np.float32).tobytes())
+      first_row = leaf[(0,) * (leaf.ndim - 1)][:_NAMED_NUMBERS]
+      digest.update(distributed.on_host(first_row).astype(np.float32).tobytes())
     source = self.path.name if self.path else 'random'
     return f'{source}-{digest.hexdigest()[:8]}'
+
+  @property
+  def words(self) -> str:
+    """What a person calls the model: where it is, and its size."""
+    where = 'random weights'
+    if self.path:
+      where = 'the organism' if self.path == ORGANISM else str(self.path)
+    return f'{where} ({self.config.param_count / 1e6:,.1f} M parameters)'
 
   @property
   def stop_ids(self) -> list[int]:
@@ -111,6 +119,19 @@ def make_execution(section: ExecutionSection) -> Execution:
     unroll=section.unroll,
     offload=section.offload,
   )
+
+
+def base_dtype(config: RunConfig, mesh: Mesh | None) -> Any:
+  """Returns the dtype in which a run's stages load parameters.
+
+  Those that are trained are float32. Under LoRA the base is not, and has the dtype of computation.
+  """
+  if not config.lora.rank:
+    return jnp.dtype(jnp.float32)
+  # What computes is asked for by the mesh in context.
+  with jax.set_mesh(mesh):
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    return make_execution(config.execution).dtype({'embed': shape})
 
 
 def engine_sizes(config: RunConfig, *, groups: bool) -> EngineSizes:
@@ -158,8 +179,8 @@ def make_engine(
   # for few tokens.
   engine_mesh = distributed.engine_mesh(config, mesh)
   if engine_mesh:
-    placed = sharding.shardings(decoder.abstract_params(policy.config), engine_mesh)
-    params = jax.device_put(params, placed)
+    placed = sharding.shardings(decoder.specs_of(params, policy.config), engine_mesh)
+    params = jax.tree.map(distributed.moved, params, placed)
   sizes = engine_sizes(config, groups=groups)
   return Engine(params, policy.config, stop_ids=policy.stop_ids, sizes=sizes)
 
@@ -186,10 +207,10 @@ def load_tokenizer(
   """
   if config.path:
     # What is no model directory has no tokenizer either, which would be said first.
-    check_folder(data_path(config.path))
+    check_folder(hub.find(config.path, 'model'))
   # Random weights need a tokenizer of their own; without one it is the organism's.
   path = config.tokenizer or config.path
-  folder = data_path(path) if path else ORGANISM
+  folder = hub.find(path, 'model') if path else ORGANISM
   held = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
   if not held:
     # transformers makes an empty one from config.json then, and says nothing.
@@ -215,8 +236,7 @@ def load_policy(config: ModelSection, *, seed: int) -> Policy:
     ValueError: a path that is not there or holds another model than `preset`, a tokenizer larger
       than the embedding. (And `load` where a checkpoint does not fit its config.)
   """
-  # A relative path may also lie below the data folder.
-  path = data_path(config.path) if config.path else ORGANISM
+  path = hub.find(config.path, 'model') if config.path else ORGANISM
   if config.init and config.path:
     raise ValueError(
       f'model.init asks for random weights and model.path = {config.path!r} for stored ones; '

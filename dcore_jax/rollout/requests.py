@@ -53,6 +53,8 @@ class Completion:
       string was completed.
     stop: the stop string that the last token completed, if any.
     prompt_len: tokens of the prompt.
+    versions: int32 [m], number of the weights that drew each token, where a fleet of servers did
+      (`rollout.fleet`); None of an engine, whose weights are those of the caller.
   """
 
   tokens: np.ndarray
@@ -65,6 +67,7 @@ class Completion:
   finished: bool
   stop: str | None
   prompt_len: int
+  versions: np.ndarray | None = None
 
 
 class PromptScores(NamedTuple):
@@ -97,6 +100,8 @@ class Progress:
       because the engine does not keep them.
     top: alternatives [k, request's `top`]; None if the request asks for none.
     prompt: the scores of the prompt, with the first progress, if the request asks for them.
+    version: number of the weights that drew the tokens, as a server counts them; the engine itself
+      does not count.
   """
 
   handle: int
@@ -106,6 +111,7 @@ class Progress:
   completion: Completion | None
   top: Alternatives | None = None
   prompt: PromptScores | None = None
+  version: int = 0
 
 
 @dataclasses.dataclass

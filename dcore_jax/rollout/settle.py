@@ -69,7 +69,9 @@ def settle(part: Part, verdicts: Verdicts, lanes: LaneTable) -> Outcome:
       else:
         by_token.setdefault(token, []).append(number)
     if not by_token:
+      # The text is kept up to here though nobody rides on it: a later turn may begin with it.
       return Outcome(accepted, ended, ([*guessed[:step], token], []), leaves)
+    # Behind the last guess there is a draw, and no guess that it could agree with.
     guess = guessed[step] if step < len(guessed) else None
     kept = _kept(by_token, guess)
     for token, numbers in by_token.items():

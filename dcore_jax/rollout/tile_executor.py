@@ -3,8 +3,9 @@
 Letters as in passes.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +18,31 @@ from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.programs import DrawInputs, Drawn, no_draws, some_draws
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.rollout.tile_programs import DecodeShape, ReadShape, Tile
+from dcore_jax.rollout.tiling import Members, Tiling, bucket, ladder
 
-# Texts of a tile, and draws of it; where they are as many, each text has one. Larger tiles fall out
-# of a CPU's caches, smaller ones starve its matrix products: a step of 8 layers of width 512 takes
-# 6 ms for 1 text, 12 for 8 and 30 for 32 (100 MB of weights).
-_TILES = ((1, 1), (8, 16), (32, 32), (32, 64))
-# Tokens that a text gets in one call, longest last.
-_READS = (32, 128)
-# Draws of a call beside tiles.
-_DRAWS = 32
-# The shortest span of positions that is compiled for. Each is that many times as long as the one
-# before it; layers are compiled one by one, so that a deep model has to do with fewer.
-_SHORTEST = 256
-_GROWTH = 2
-_GROWTH_OF_DEEP = 4
-_DEEP = 8  # layers
-# The same for texts that are read, whose layers are scanned.
+# Tokens that a text gets in one call, longest last. A read of 30 layers of width 576 takes 60 and
+# 222 ms, a step of one text 25.
+_READS = (16, 128)
+# Tokens that are read by the longest call; for fewer, short ones are faster.
+_LONG_READ = 49
+# Draws of a call beside tiles: as many as a text with guesses has.
+_DRAWS = 16
+# Spans of reads, whose layers are scanned: each is that many times as long as the one before it.
 _GROWTH_OF_READS = 4
 
 # One compiled program: layer by layer, each copy would be dispatched on its own.
 _turn = jax.jit(decoder.turn)
 
 
-class _Members(NamedTuple):
-  """Texts of a pass that are decoded together, and the draws of them; places in the pass."""
+def _on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the function without the mesh in context, which may be a trainer's over all hosts."""
 
-  texts: list[int]
-  draws: list[int]
+  @functools.wraps(function)
+  def alone(*arguments: Any) -> Any:
+    with jax.set_mesh(None):
+      return function(*arguments)
+
+  return alone
 
 
 class TileExecutor:
@@ -71,6 +70,7 @@ class TileExecutor:
   overhead = 4.0
   guess_cost = 3.0
 
+  @_on_one_device
   def __init__(
     self,
     params: decoder.Params,
@@ -83,17 +83,19 @@ class TileExecutor:
     self.steps = sizes.steps_per_call
     self.slots = sizes.max_len
     self.pages = sizes.lanes + sizes.trunks + 1
-    growth = _GROWTH_OF_DEEP if config.num_hidden_layers > _DEEP else _GROWTH
-    self._spans = _ladder(sizes.max_len, growth)
-    self._read_spans = _ladder(sizes.max_len, _GROWTH_OF_READS)
-    most = next((B for B, _ in _TILES if sizes.lanes <= B), _TILES[-1][0])
-    self._tiles = [(B, A) for B, A in _TILES if B <= most]
-    self.riders = self._tiles[-1][1]
+    self._read_spans = ladder(sizes.max_len, _GROWTH_OF_READS)
     self.load(params)
     cache = decoder.init_cache(config, self.pages, sizes.max_len, params['embed'].dtype)
     # Tied to its device, as what calls return is: for an array that is not, jax compiles a program
     # of its own.
     self._cache = jax.device_put(cache, params['embed'].sharding)
+    self._tiling = Tiling(
+      sizes,
+      layers=config.num_hidden_layers,
+      weight_bytes=_bytes(params),
+      slot_bytes=_bytes(cache) // (self.pages * self.slots),
+    )
+    self.riders = self._tiling.most_draws
     # Of a pass, with room behind it for the padding of its last piece.
     hidden_RD = jnp.zeros((self.rows + _READS[-1], config.hidden_size), params['embed'].dtype)
     self._hidden_RD = jax.device_put(hidden_RD, params['embed'].sharding)
@@ -103,12 +105,14 @@ class TileExecutor:
     del self._params
     del self._turned
 
+  @_on_one_device
   def load(self, params: decoder.Params) -> None:
     """Takes other weights of the same shapes."""
     self._params = params
     # A copy for the few rows of a step, layer by layer and transposed (`decoder.turn`).
     self._turned = _turn(params)
 
+  @_on_one_device
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
     """Runs a pass: what was drawn and what was scored, on the host."""
     rows_n = np.bincount(work.text_R, minlength=len(work.pages))
@@ -120,6 +124,7 @@ class TileExecutor:
     drawn, scored = (self._draw(inputs) for inputs in (work.draws, work.scores))
     return drawn, scored
 
+  @_on_one_device
   def run_ahead(self, work: Pass) -> tuple[Drawn, np.ndarray]:
     """Draws `steps` tokens for texts that have one row each.
 
@@ -127,7 +132,7 @@ class TileExecutor:
       (what was drawn [A, steps], the tokens that each text went on with [texts, steps]).
     """
     calls = []
-    for members in self._members(work):
+    for members in self._tiling.divide(work):
       calls.append((members, self._decode(work, members)))
     texts = np.zeros((len(work.pages), self.steps), np.int32)
     all_drawn = None
@@ -145,6 +150,7 @@ class TileExecutor:
       texts[members.texts] = drawn.token_A[leaders]
     return all_drawn, texts
 
+  @_on_one_device
   def copy(self, source: int, target: int, positions: int) -> None:
     """Copies the first positions of a page into another."""
     self._cache = tile_programs.copy_row(
@@ -153,7 +159,8 @@ class TileExecutor:
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
     """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
-    programs.compile_all(list(self._lowered()), progress)
+    # Each is traced on a thread, which has a context of its own.
+    programs.compile_all([_on_one_device(lower) for lower in self._lowered()], progress)
 
   # --- what calls are made of ---------------------------------------------------------------------
 
@@ -161,8 +168,8 @@ class TileExecutor:
     """Yields for each program what traces it."""
     # Lowering reads no more than shapes and places, and donates nothing.
     cache = self._cache
-    for span in self._spans:
-      for B, A in self._tiles:
+    for span in self._tiling.spans:
+      for B, A in self._tiling.tiles:
         shape = DecodeShape(config=self._config, span=span, steps=self.steps)
         yield lambda B=B, A=A, shape=shape: tile_programs.decode.lower(
           self._turned, cache, _no_tile(B), no_draws(A), self._stop_ids, shape=shape
@@ -183,12 +190,13 @@ class TileExecutor:
 
   def _read(self, page: int, tokens: np.ndarray, start: int, row: int) -> None:
     """Appends tokens to a text; their hidden states are those of the pass from `row` on."""
-    for first in range(0, len(tokens), _READS[-1]):
-      piece = tokens[first : first + _READS[-1]]
-      count = next(count for count in _READS if count >= len(piece))
+    first = 0
+    while first < len(tokens):
+      count = _READS[-1] if len(tokens) - first >= _LONG_READ else _READS[0]
+      piece = tokens[first : first + count]
       padded = np.zeros(count, np.int32)
       padded[: len(piece)] = piece
-      span = _bucket(self._read_spans, start + first + len(piece))
+      span = bucket(self._read_spans, start + first + len(piece))
       self._cache, self._hidden_RD = tile_programs.read(
         self._params,
         self._cache,
@@ -197,6 +205,7 @@ class TileExecutor:
         np.array([page, start + first, row + first], np.int32),
         shape=ReadShape(config=self._config, span=span),
       )
+      first += count
 
   def _draw(self, inputs: DrawInputs | None) -> Drawn | None:
     """Draws or scores, `_DRAWS` rows at a time; None where there is nothing to do."""
@@ -207,30 +216,11 @@ class TileExecutor:
       calls.append((places.stop - places.start, drawn))
     return programs.joined(jax.device_get(calls))
 
-  def _members(self, work: Pass) -> Iterator[_Members]:
-    """Yields the texts of each tile, short ones first: a tile is read as far as its longest."""
-    by_text: list[list[int]] = [[] for _ in work.pages]
-    for draw, text in enumerate(work.text_R[work.draws.row_A].tolist()):
-      by_text[text].append(draw)
-    most_texts, most_draws = self._tiles[-1]
-    members = _Members([], [])
-    for text in np.argsort(work.position_R, kind='stable').tolist():
-      full = len(members.texts) == most_texts
-      if members.texts and (full or len(members.draws) + len(by_text[text]) > most_draws):
-        yield members
-        members = _Members([], [])
-      members.texts.append(text)
-      members.draws.extend(by_text[text])
-    yield members
-
-  def _decode(self, work: Pass, members: _Members) -> tuple[Tile, Drawn]:
+  def _decode(self, work: Pass, members: Members) -> tuple[Tile, Drawn]:
     """Makes a decode call; returns its tile and what it will have drawn."""
     texts, draws = members
     owner = _places_of(work.text_R[work.draws.row_A[draws]], texts)
-    alone = len(draws) == len(texts)
-    B, A = next(
-      (B, A) for B, A in self._tiles if len(texts) <= B and len(draws) <= A and (alone or A > B)
-    )
+    B, A = self._tiling.tile_for(members)
     tile = _no_tile(B)
     count = len(texts)
     tile.row_B[:count] = [work.pages[text][0] for text in texts]
@@ -240,29 +230,16 @@ class TileExecutor:
     tile.left_B[:count] = work.left_N[texts]
     inputs = some_draws(work.draws, draws, A)
     inputs.row_A[: len(owner)] = owner
-    end = int(tile.position_B.max()) + self.steps
-    shape = DecodeShape(
-      config=self._config, span=_bucket(self._spans, min(end, self.slots)), steps=self.steps
-    )
+    span = self._tiling.span(int(tile.position_B.max()))
+    shape = DecodeShape(config=self._config, span=span, steps=self.steps)
     self._cache, drawn = tile_programs.decode(
       self._turned, self._cache, tile, inputs, self._stop_ids, shape=shape
     )
     return tile, drawn
 
 
-def _ladder(longest: int, growth: int) -> list[int]:
-  """Returns the spans that programs are compiled for, up to the longest."""
-  spans = []
-  span = _SHORTEST
-  while span < longest:
-    spans.append(span)
-    span *= growth
-  return [*spans, longest]
-
-
-def _bucket(ladder: Sequence[int], length: int) -> int:
-  """Returns the smallest span that holds `length`."""
-  return ladder[int(np.searchsorted(ladder, length))]
+def _bytes(arrays: Any) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
 def _no_tile(texts: int) -> Tile:

@@ -12,25 +12,13 @@ import numpy as np
 import pytest
 
 from dcore_jax.models import decoder
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import tile_programs
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
+from tests.rollout.tiny_model import CONFIG
 
-CONFIG = DecoderConfig(
-  vocab_size=37,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=8,
-  rope_theta=1000.0,
-  initializer_range=0.3,
-  max_position_embeddings=512,
-)
 STOP = 5
 MAX_LEN = 128
 PROGRAMS = (
@@ -208,6 +196,9 @@ def test_new_weights_rules_and_numbers_of_alternatives_compile_nothing():
   first = runner.generate(made, SamplingParams())
   cached = [function._cache_size() for function in PROGRAMS]
   runner.update(params(2))
+  told = []
+  runner.prepare(lambda *programs: told.append(programs))
+  assert not told
   second = runner.generate(made, SamplingParams())
   assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(first, second, strict=True))
   runner.update(params())
@@ -332,9 +323,9 @@ def test_stats_and_progress():
 def test_short_prompts_share_a_pass():
   runner = engine(lanes=8, guesses=0)
   done = runner.generate(requests(7, lengths=(9,)), SamplingParams())
-  # All prompts are read in one pass, which draws a token for each; then each pass draws four.
+  # All prompts are read in one pass, which draws a token for each; so does every pass after it.
   longest = max(len(completion.tokens) for completion in done)
-  assert runner.stats.passes == 1 + -(-(longest - 1) // 4)
+  assert runner.stats.passes == longest
 
 
 @pytest.mark.parametrize(

@@ -10,27 +10,16 @@ import pytest
 from dcore_jax import tokentree
 from dcore_jax.learn import grpo
 from dcore_jax.models import decoder, hf_checkpoint
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
+from tests.rollout import tiny_model
 
 PAD = 0
 STOPS = (5, 9)
 SIZES = EngineSizes(lanes=16, max_len=128, max_new=64, steps_per_call=8)
-CONFIG = DecoderConfig(
-  vocab_size=31,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=8,
-  rope_theta=1000.0,
-  initializer_range=0.3,
-  max_position_embeddings=256,
-)
+CONFIG = dataclasses.replace(tiny_model.CONFIG, vocab_size=31, max_position_embeddings=256)
 
 
 @functools.cache

@@ -10,26 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcore_jax.models import decoder
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout import device, engine, grids, programs, tile_programs
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
+from tests.rollout.tiny_model import CONFIG
 
-CONFIG = DecoderConfig(
-  vocab_size=37,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=8,
-  rope_theta=1000.0,
-  initializer_range=0.3,
-  max_position_embeddings=512,
-)
 LANES = 8
 MAX_LEN = 400
 SLOTS = device.SLOTS
@@ -87,7 +75,7 @@ def test_both_executors_give_the_same(groups, guesses, temperature):
 
 
 def test_guesses_are_among_what_is_compared():
-  requests = [Request(prompt(129, 0), (0, rollout), 40) for rollout in range(6)]
+  requests = [Request(prompt(129, 0), (0, rollout), 200) for rollout in range(6)]
   for each in engines(15):
     each.generate(requests, SamplingParams(0.0))
     assert each.stats.right_guesses

@@ -9,24 +9,12 @@ import numpy as np
 import pytest
 
 from dcore_jax.models import decoder
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
+from tests.rollout.tiny_model import CONFIG
 
-CONFIG = DecoderConfig(
-  vocab_size=37,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=8,
-  rope_theta=1000.0,
-  initializer_range=0.3,
-  max_position_embeddings=512,
-)
 LETTERS = 'abcdefghijklmnopqrstuvwxyz0123456789_'
 
 

@@ -1,5 +1,6 @@
 """Log-probabilities of prompts against full forward passes, alone and beside other rollouts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,24 +9,13 @@ import numpy as np
 import pytest
 
 from dcore_jax.models import decoder
-from dcore_jax.models.config import DecoderConfig
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.requests import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
+from tests.rollout import tiny_model
 
-CONFIG = DecoderConfig(
-  vocab_size=37,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=8,
-  rope_theta=1000.0,
-  initializer_range=0.3,
-  max_position_embeddings=2048,
-)
+CONFIG = dataclasses.replace(tiny_model.CONFIG, max_position_embeddings=2048)
 MAX_LEN = 1100
 
 
