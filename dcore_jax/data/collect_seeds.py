@@ -1,13 +1,14 @@
 """Gathers seeds from several sources, without duplicates and without test tasks."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dcore_jax.data.benchmark_tasks import TESTS
 from dcore_jax.data.overlap import Overlap, fingerprint
-from dcore_jax.data.seed_sources import load_seeds
+from dcore_jax.data.seed_sources import Found, load_seeds
 from dcore_jax.data.seeds import KINDS, Seed
+from dcore_jax.progress import SLOW, progress
 
 
 def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
@@ -21,7 +22,8 @@ def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
   """
   tasks = []
   absent = {}
-  for name, read in TESTS.items():
+  tests = progress(list(TESTS.items()), description='read tests', unit='test', delay=SLOW)
+  for name, read in tests:
     try:
       tasks += read()
     except ValueError as error:
@@ -39,10 +41,7 @@ def load_overlap(*, allow_unchecked: bool) -> tuple[Overlap, dict[str, str]]:
 def collect(
   sources: Sequence[str], overlap: Overlap, *, count: int, seed: int
 ) -> tuple[list[Seed], dict[str, Any]]:
-  """Returns the seeds of all sources, in order, and a report of counts.
-
-  Of duplicates the first one stays. A seed that repeats a test task is refused, and with it every
-  other turn of its dialogue and trial of its task: their histories contain the same words.
+  """Loads the seeds of all sources and returns what `gather` makes of them.
 
   Args:
     sources: as `seed_sources.load_seeds` takes them.
@@ -53,17 +52,38 @@ def collect(
   Raises:
     ValueError: a source that cannot be read, or two seeds of one id.
   """
+  found = ((source, load_seeds(source, count=count, seed=seed)) for source in sources)
+  return gather(found, overlap)
+
+
+def gather(
+  sources: Iterable[tuple[str, Found]], overlap: Overlap
+) -> tuple[list[Seed], dict[str, Any]]:
+  """Returns the seeds of all sources, in order, and a report of counts.
+
+  Of duplicates the first one stays. A seed that repeats a test task is refused, and with it every
+  other turn of its dialogue and trial of its task: their histories contain the same words.
+
+  Args:
+    sources: the name and the seeds of each source.
+    overlap: the test tasks.
+
+  Raises:
+    ValueError: two seeds of one id.
+  """
   kept: list[Seed] = []
   refusals: list[dict[str, str]] = []
   duplicates = 0
   # One set for all sources, since data sets are often made from each other.
   seen = set()
   report = {}
-  for source in sources:
-    found = load_seeds(source, count=count, seed=seed)
+  for source, found in sources:
     # All seeds of a source are compared before the first is kept, because a match in a later turn
     # also refuses the earlier turns of its dialogue.
-    matches = {one.id: overlap.find(one) for one in found.seeds}
+    compared = progress(
+      found.seeds, description=f'compare {source} with tests', unit='seed', delay=SLOW
+    )
+    matches = {one.id: overlap.find(one) for one in compared}
     spoiled = {_group(one): matches[one.id] for one in found.seeds if matches[one.id]}
     before = len(kept)
     for one in found.seeds:

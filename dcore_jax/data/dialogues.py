@@ -8,15 +8,12 @@ hermes  specs through the template's `tools`, calls as <tool_call> JSON, tool re
 
 import dataclasses
 import json
-import keyword
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from dcore_jax.chat.messages import BOOKKEEPING, Message, ToolCall, ToolSpec
 from dcore_jax.chat.tool_calls import print_calls, tool_response
-from dcore_jax.chat.tool_specs import system_text
+from dcore_jax.chat.tool_specs import python_name, system_text
 
 CALL_STYLES = ('python', 'hermes')
 
@@ -103,27 +100,6 @@ def _refuse_equal_names(tools: Sequence[ToolSpec]) -> None:
   names = [tool.name for tool in tools]
   if len(set(names)) < len(names):
     raise ValueError(f'two tools have one name: {sorted(names)}')
-
-
-def python_name(name: str) -> str:
-  """Makes a dotted identifier of a tool name that may hold any characters."""
-  parts = []
-  # Python's parser folds identifiers to NFKC, and a name that it changes would not be found again.
-  # Dots are kept, because BFCL's tools have names such as `math.factorial`.
-  for word in unicodedata.normalize('NFKC', name).split('.'):
-    part = re.sub(r'\W+', '_', word).strip('_')
-    # Some letters of other scripts' numerals count as word characters, and no name may hold them.
-    part = ''.join(letter if f'_{letter}'.isidentifier() else '_' for letter in part)
-    # An identifier may not begin with a digit.
-    if part and not part.isidentifier():
-      part = '_' + part
-    # `import(...)` is no call to Python's parser.
-    if keyword.iskeyword(part):
-      part += '_'
-    if part:
-      parts.append(part)
-  # A name of punctuation alone leaves nothing, and a call needs a name.
-  return '.'.join(parts) or 'unnamed'
 
 
 def write_row(dialogue: Dialogue, style: str) -> Record:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from absl import logging
 
+from dcore_jax import hub
 from dcore_jax.data import reference_rows, row_schemas
 from dcore_jax.data.dialogues import CALL_STYLES, Record
 from dcore_jax.data.record_files import TEXT_FILES, Found, Unreadable, file_kind, read_records
@@ -15,7 +15,6 @@ from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.files import data_path
 
 _FILES = (*TEXT_FILES, '.parquet')
-_HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 # What adapters raise for records that are built otherwise than their schema says. An error of the
 # program itself could be among them; it is logged, as every record that is left out is.
 ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -31,9 +30,10 @@ def load_records(name: str) -> list[Found]:
   `datasets`, fields without a value are taken out again.
 
   Args:
-    name: a JSON, JSON-lines or CSV file, perhaps compressed (.gz, .zst), or a Parquet file or
-      folder that `datasets` reads, by its path or below the data folder. Otherwise
-      `owner/name[#configuration]` on the hub (its split `train`).
+    name: a JSON, JSON-lines or CSV file, perhaps compressed (.gz, .zst), or a Parquet file, by its
+      path or below the data folder; a folder there, or `owner/name[@revision]` on the hub (see
+      `hub`). Behind a # stands a file of the folder, or a configuration; without one, a folder of
+      one text file is that file, and `datasets` reads the split `train` of any other.
 
   Returns:
     The records in order; an `Unreadable` in the place of one that cannot be parsed.
@@ -41,19 +41,19 @@ def load_records(name: str) -> list[Found]:
   Raises:
     ValueError: nothing of that name, or a file that cannot be read.
   """
-  # Paths and hub names both may hold a slash: a file is recognised by its ending.
-  place, _, configuration = name.partition('#')
-  kind = file_kind(pathlib.Path(place))
-  on_hub = kind not in _FILES and _HUB_NAME.fullmatch(place)
-  try:
-    # A local file of the same name has precedence over the hub: nothing is downloaded then.
-    path = data_path(place)
-  except ValueError:
-    if not on_hub:
-      raise
-    path = None
-  if path is not None and path.is_file():
-    if kind in TEXT_FILES:
+  place, _, part = name.partition('#')
+  path = find_records(place)
+  if path.is_dir():
+    if part and file_kind(pathlib.Path(part)) in _FILES:
+      path = _inside(path, part, name)
+    else:
+      # One file is all there is to read, and no guess of `datasets` is needed.
+      held = [file for file in sorted(path.rglob('*')) if file_kind(file) in TEXT_FILES]
+      others = any(path.rglob('*.parquet'))
+      if len(held) == 1 and not part and not others:
+        path = held[0]
+  if path.is_file():
+    if file_kind(path) in TEXT_FILES:
       return read_records(path)
     # `datasets` would guess the format of any other file, and fail with an error about itself.
     if path.suffix != '.parquet':
@@ -64,19 +64,47 @@ def load_records(name: str) -> list[Found]:
   import datasets
 
   try:
-    if path is None:
-      options = [configuration] if configuration else []
-      found = datasets.load_dataset(place, *options, split='train')
-    elif path.is_dir():
-      found = datasets.load_dataset(str(path), split='train')
+    if path.is_dir():
+      # The card of a data set is in its folder, and says which files its parts are.
+      options = [part] if part else []
+      found = datasets.load_dataset(str(path), *options, split='train')
     else:
       found = datasets.load_dataset('parquet', data_files=str(path), split='train')
-  except Exception as error:  # the network, the hub and readers of files raise errors of all kinds
-    raise ValueError(
-      f'{name!r} can be loaded neither from disk nor from the hub: {error}'
-    ) from error
+  except Exception as error:  # readers of files raise errors of all kinds
+    raise ValueError(f'{name!r} cannot be read: {error}') from error
   # Arrow gives every record all columns, so absent fields come back as None.
   return [_without_nulls(record) for record in found.to_list()]
+
+
+def names_file(place: str) -> bool:
+  """Whether a place is the path of a file of rows: hub names hold a slash, too, and no ending."""
+  return file_kind(pathlib.Path(place)) in _FILES
+
+
+def find_records(place: str) -> pathlib.Path:
+  """Finds the file or folder of a data set, here or on the hub.
+
+  Args:
+    place: as `load_records` takes it, without what stands behind a #.
+
+  Raises:
+    ValueError: it is nowhere, see `hub.find`.
+  """
+  if names_file(place) or not hub.is_name(place):
+    return data_path(place)
+  # What is here goes before the hub: nothing is downloaded then.
+  return hub.find(place, 'dataset')
+
+
+def _inside(folder: pathlib.Path, part: str, name: str) -> pathlib.Path:
+  """Returns a file of a data set; raises ValueError where its folder has no such file."""
+  path = folder / part
+  # A name must not lead out of the folder; links into the hub's cache are its own.
+  if pathlib.PurePath(part).is_absolute() or '..' in pathlib.PurePath(part).parts:
+    raise ValueError(f'{name!r}: {part!r} leads out of the data set')
+  if not path.is_file():
+    raise ValueError(f'{name!r}: the data set has no file {part!r}')
+  return path
 
 
 def _without_nulls(value: Any) -> Any:
@@ -184,7 +212,7 @@ def _by_schema(
   return adapted
 
 
-def _split_schema(name: str) -> tuple[str | None, str]:
+def split_schema(name: str) -> tuple[str | None, str]:
   """Returns (schema, or None where it is to be guessed; place) of `[schema:]place`."""
   schema, _, place = name.partition(':')
   # Only known schemas are split off: a path may contain a colon of its own.
@@ -221,7 +249,7 @@ def sft_rows(
   left_out = 0
   for name in names:
     # Each data set may have its own schema, so that a run can mix sources.
-    schema, place = _split_schema(name)
+    schema, place = split_schema(name)
     found = adapt_rows(
       load_records(place), place, call_style=call_style, unreadable=unreadable, schema=schema
     )
@@ -277,7 +305,7 @@ def rl_points(names: Sequence[str], *, unreadable: str = 'error') -> list[Decisi
   """
   points = []
   for name in names:
-    schema, place = _split_schema(name)
+    schema, place = split_schema(name)
 
     # The default binds the schema of this data set; a closure would see that of the last one.
     def convert(record: Record, name: str, schema: str | None = schema) -> list[DecisionPoint]:

@@ -2,6 +2,7 @@
 
     ToolRL rows, and every schema of `row_schemas` that ends with the assistant's message: the
         messages before it are the prompt
+    pivot rows, see `pivot_rows`
     messages (or a prompt that is a list of them), tools, and the reference in a field of its own:
         ground_truth, answer, answers, reference, or reward_model.ground_truth
     seeds, which give one prompt for each step of their reference
@@ -18,8 +19,9 @@ from dcore_jax.chat.call_text import split_answer
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.chat.tagged_calls import read_text
 from dcore_jax.chat.tool_calls import parse_calls, parse_reference, print_calls
-from dcore_jax.data import chat_rows, row_schemas
-from dcore_jax.data.dialogues import Record, check_row, python_messages, python_name
+from dcore_jax.chat.tool_specs import python_name
+from dcore_jax.data import chat_rows, pivot_rows, row_schemas
+from dcore_jax.data.dialogues import Record, check_row, python_messages
 from dcore_jax.data.record_files import refuse_surrogates
 from dcore_jax.data.seeds import DecisionPoint, Seed, decision_points
 
@@ -92,6 +94,8 @@ def is_seed(record: Record) -> bool:
 
 def has_reference(record: Record) -> bool:
   """Says whether a record has messages and, in another field, a reference."""
+  if pivot_rows.is_pivot(record):
+    return True
   has_messages = any(record.get(field) is not None for field in chat_rows.MESSAGE_FIELDS)
   # A prompt that is a text belongs to the schema `completion`, which has no reference.
   return (has_messages or isinstance(record.get('prompt'), list)) and bool(_references(record))
@@ -112,6 +116,8 @@ def read_asked(record: Record, name: str) -> Asked:
   Raises:
     ValueError: naming the message or field that cannot be read.
   """
+  if pivot_rows.is_pivot(record):
+    record = pivot_rows.with_messages(record)
   references = _references(record)
   # To choose one of them would be a guess, and rewards would depend on it.
   if len(references) > 1:

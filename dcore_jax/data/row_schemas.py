@@ -30,7 +30,7 @@ from dcore_jax.chat.python_calls import ToolCallError
 from dcore_jax.chat.tagged_calls import read_calls, tagged_blocks
 from dcore_jax.chat.thoughts import take_thoughts
 from dcore_jax.chat.tool_calls import parse_python, print_calls
-from dcore_jax.chat.tool_specs import CALL_FORMAT, read_tools
+from dcore_jax.chat.tool_specs import CALL_FORMAT, python_name, read_tools
 from dcore_jax.data import chat_rows, pairs
 from dcore_jax.data.dialogues import (
   FREE_FIELDS,
@@ -38,7 +38,6 @@ from dcore_jax.data.dialogues import (
   DialogueTurn,
   Record,
   check_row,
-  python_name,
   python_named,
   write_row,
 )
@@ -48,6 +47,7 @@ _LISTED_NAME = re.compile(r'^(\d+\. Name: )(.*)$', re.MULTILINE)
 # What begins a call. The tag alone may be a word about calls.
 _TAGGED_CALL = re.compile(r'<tool_call>\s*[\[{]')
 _TAGGED_RESPONSE = re.compile(r'<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
+_MOST_TOOL_LISTS = 16
 _TAGGED_TOOLS = re.compile(r'<tools>\s*([\[{].*?[\]}])\s*</tools>', re.DOTALL)
 # How Hermes's prompts say what a row's own style says: the format of calls up to its example, and
 # the sentences that introduce the tools.
@@ -303,11 +303,15 @@ def _toolace(record: Record, name: str) -> Dialogue:
     try:
       # raw_decode stops where the list ends, since prose follows it.
       listed, size = json.JSONDecoder().raw_decode(system[start:])
-    except json.JSONDecodeError as error:
+    # Besides text that is no JSON: an integer of too many digits, lists a thousand levels deep.
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'the list of functions in the system text is not JSON: {error}') from error
     tools = read_tools(listed)
     # The words that introduce the list ("Here is a list of functions:") go with it.
-    before = re.sub(r'[^.\n]*:\s*$', '', system[:start]).strip()
+    before = system[:start].strip()
+    if before.endswith(':'):
+      # Found from the end: a regular expression would begin at every character of a long text.
+      before = before[: max(before.rfind('.'), before.rfind('\n')) + 1].strip()
     after = system[start + size :].strip()
     # ToolACE's rule of the call format is left out, because the row's own style states one.
     kept = [part for part in (before, after) if part and 'in the format of [' not in part]
@@ -338,6 +342,9 @@ def _hermes(record: Record, name: str) -> Dialogue:
   listed = record.get('tools')
   if not listed:
     # Some of its files have no field of tools; the <tools> block in the system text lists them.
+    # Each tag may be followed to the end of the text.
+    if policy.count('<tools>') > _MOST_TOOL_LISTS:
+      raise ValueError(f'the system text holds more than {_MOST_TOOL_LISTS} <tools> tags')
     tagged = _TAGGED_TOOLS.search(policy)
     listed = tagged[1] if tagged else []
   tools = read_tools(listed)
@@ -391,6 +398,10 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
 
 def _outputs(text: str) -> list[str]:
   """Returns the outputs that stand in tags; the whole text where there is more than that."""
+  # A last tag that is never closed is text beside the outputs. Without this, each opening tag might
+  # be followed to the end of the text.
+  if text.rfind('<tool_response>') > text.rfind('</tool_response>'):
+    return [text]
   outputs = _TAGGED_RESPONSE.findall(text)
   beside = _TAGGED_RESPONSE.sub('', text)
   return outputs if outputs and not beside.strip() else [text]

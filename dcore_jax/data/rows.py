@@ -19,6 +19,7 @@ from dcore_jax.chat.template import TurnFormat, turn_format
 from dcore_jax.config import SftSection
 from dcore_jax.data.records import adapt_rows, sft_rows
 from dcore_jax.files import read_rows
+from dcore_jax.progress import SLOW, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _encode(
   examples = []
   # The first problem is logged: thousands of rows of one schema fail for one reason.
   problem = ''
-  for row in rows:
+  for row in progress(rows, description='read rows', unit='row', delay=SLOW):
     try:
       pieces = cut_example(tokenizer, turns, row.messages, loss_mask, row.tools)
       examples.append(_without_untrained(pieces, row.messages, turns))

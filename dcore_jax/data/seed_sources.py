@@ -1,6 +1,6 @@
 """Makes seeds from the tasks of worlds, recorded dialogues, published rows, and seed files.
 
-WORLD        tasks of a world, by its name in `worlds/registry.py`: toolworld, bfcl, or your own
+WORLD        tasks of a world, as `registry.named_world` takes it: toolworld, mcp:FILE.json, ...
 taubench     recorded trajectories of tau-bench (taubench:FILE for another file than gpt-4o's
              airline ones)
 tau2         training tasks of tau2-bench, their reference actions executed
@@ -27,7 +27,7 @@ from dcore_jax.data.records import ODD, convert_records, load_records
 from dcore_jax.data.seeds import Seed
 from dcore_jax.data.world_seeds import task_seeds
 from dcore_jax.worlds.environment import World, WorldTask
-from dcore_jax.worlds.registry import WORLDS, WorldSection, check_kinds, find_world, make_world
+from dcore_jax.worlds.registry import WORLDS, WorldSection, check_kinds, make_world, named_world
 
 # What a task set is for. Sets with different purposes get different seeds, because they must not
 # overlap: the train split serves distillation, reinforcement learning and the organism's
@@ -135,7 +135,7 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   """
   name, _, place = source.partition(':')
   # Names of worlds and benchmarks come before files, because they need no path.
-  if source in WORLDS:
+  if name in WORLDS:
     return _world_source(source, count, seed)
   # These references are executed while they are read, so there is no file to be named.
   if source == 'tau2':
@@ -153,12 +153,14 @@ def load_seeds(source: str, *, count: int, seed: int) -> Found:
   def read(record: dict[str, Any], number: str, found: Found) -> list[Seed]:
     return _read_record(record, schema, number, found)
 
-  return _collect(load_records(place), read, pathlib.Path(place).name.partition('.')[0])
+  # Ids do not change with the commit that a name of the hub is pinned to.
+  stem = pathlib.Path(place.partition('@')[0]).name.partition('.')[0]
+  return _collect(load_records(place), read, stem)
 
 
 def _world_source(name: str, count: int, seed: int) -> Found:
-  """Makes seeds of `count` training tasks of each kind of a world with default options."""
-  world = find_world(name)()
+  """Makes seeds of `count` training tasks of each kind of a world; see `registry.named_world`."""
+  world = named_world(name)
   # BFCL's tasks take the number as it is, because files of seeds have been made in that way; no
   # other task set comes near its small numbers.
   drawn = seed if name == 'bfcl' else seed * 10 + SEEDS
@@ -228,6 +230,10 @@ def _read_record(record: dict[str, Any], schema: str | None, name: str, found: F
 def _asked_seed(record: dict[str, Any], name: str) -> Seed:
   """Makes a seed of messages and the reference response in a field of its own."""
   asked = reference_rows.read_asked(record, name)
+  dialogue = ''
+  # The steps of one recorded dialogue have its words in common.
+  if record.get('trajectory_id') is not None:
+    dialogue = f'{name.rpartition("-")[0]}-trajectory{record["trajectory_id"]}'
   return Seed(
     id=str(record['id']) if record.get('id') is not None else name,
     # A row with one reference answer is one response: several calls in it are parallel.
@@ -236,6 +242,7 @@ def _asked_seed(record: dict[str, Any], name: str) -> Seed:
     calls=asked.calls,
     tool_response=(),
     answer=asked.words,
+    dialogue=dialogue,
   )
 
 
@@ -283,7 +290,7 @@ class _Step:
 
 
 @dataclasses.dataclass
-class _Request:
+class DialogueRequest:
   """A user turn of a dialogue, and the steps in which the assistant dealt with it."""
 
   query: str
@@ -291,6 +298,7 @@ class _Request:
 
   @property
   def calls(self) -> tuple[ToolCall, ...]:
+    """The calls of all steps."""
     calls: tuple[ToolCall, ...] = ()
     for step in self.steps:
       calls += step.message.calls
@@ -298,6 +306,7 @@ class _Request:
 
   @property
   def outputs(self) -> tuple[str, ...]:
+    """What came back for them."""
     outputs: tuple[str, ...] = ()
     for step in self.steps:
       outputs += tuple(step.outputs)
@@ -330,7 +339,7 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
   # A seed has one system message, at its start. Dropping a later one would lose an instruction.
   if any(turn.role == 'system' for turn in dialogue.turns):
     raise ValueError('a system message stands inside the dialogue, where no seed can show it')
-  requests = _requests(dialogue.turns)
+  requests = dialogue_requests(dialogue.turns)
   for number, request in enumerate(requests):
     calls = request.calls
     outputs = request.outputs
@@ -370,12 +379,12 @@ def dialogue_seeds(dialogue: Dialogue, found: Found, *, refusals: bool = True) -
         history.append(Message('user', '\n'.join(map(tool_response, step.outputs))))
 
 
-def _requests(turns: Sequence[DialogueTurn]) -> list[_Request]:
+def dialogue_requests(turns: Sequence[DialogueTurn]) -> list[DialogueRequest]:
   """Groups a dialogue by user turns, with the assistant's messages and their outputs."""
-  requests: list[_Request] = []
+  requests: list[DialogueRequest] = []
   for turn in turns:
     if turn.role == 'user':
-      requests.append(_Request(turn.text, []))
+      requests.append(DialogueRequest(turn.text, []))
     elif not requests:
       continue  # a greeting before anything is asked
     elif turn.role == 'assistant':

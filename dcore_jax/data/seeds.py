@@ -188,6 +188,12 @@ class DecisionPoint:
   task: str = ''
   task_kind: str = ''
 
+  def to_row(self) -> dict[str, Any]:
+    """Returns a training row whose answer is the reference, without thoughts."""
+    answer = Message('assistant', self.reference)
+    messages = [message.to_json() for message in (*self.messages, answer)]
+    return {'id': self.id, 'conversations': messages}
+
 
 def decision_points(seed: Seed) -> Iterator[DecisionPoint]:
   """Yields each prompt of the reference solution with the reference answer to it.

@@ -8,6 +8,9 @@ from dcore_jax.worlds.environment import UserTurn, World, WorldTask
 def task_seeds(world: World, task: WorldTask) -> list[Seed]:
   """Makes a seed of each turn of a task, with what executes calls from that turn on.
 
+  A turn with neither calls nor an answer has nothing to learn from. It gives no seed, and ends the
+  dialogue, since nobody knows what has been done in it.
+
   Args:
     world: the world that made the task.
     task: one of its tasks.
@@ -17,6 +20,8 @@ def task_seeds(world: World, task: WorldTask) -> list[Seed]:
   history = [Message('system', world.system_text(task))]
   done: list[ToolCall] = []
   for number, turn in enumerate(task.turns):
+    if not turn.calls and not turn.answer:
+      break
     # A task that is judged on its first response ends with its calls. Only where the dialogue goes
     # on, or nothing is called, is a text part of the reference.
     answer = '' if one_response and turn.calls else turn.answer

@@ -81,8 +81,7 @@ class TaskEpisode:
       self.done = True
     elif calls:
       self._run(calls)
-      # Its reference calls one at a time, its report, and some spare.
-      if self._steps_in_turn >= len(turn.calls) + 1 + SPARE_STEPS:
+      if self._steps_in_turn >= self._most_steps(turn):
         self._fail('too many steps')
     else:
       self._end_turn(text, answer, turn)
@@ -97,6 +96,11 @@ class TaskEpisode:
     if not self.done:
       return Outcome(False, 'unfinished', self._steps)
     return Outcome(not self._failure, self._failure, self._steps)
+
+  def _most_steps(self, turn: UserTurn) -> int:
+    """The assistant messages of a turn, before it is stopped."""
+    # Its reference calls one at a time, its report, and some spare.
+    return len(turn.calls) + 1 + SPARE_STEPS
 
   def _run(self, calls: list[ToolCall]) -> None:
     outputs = [self._sandbox.run(call) for call in calls]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from dcore_jax.worlds.bfcl_world import BfclWorld
 from dcore_jax.worlds.environment import Sandbox, World
+from dcore_jax.worlds.mcpworld.world import McpWorld
 from dcore_jax.worlds.toolworld.world import ToolWorld
 
 # Filled by `register_world`, at the end of this module for the package's own worlds.
@@ -97,27 +98,51 @@ def check_kinds(field: str, counts: Mapping[str, int], world: World) -> None:
     raise ValueError(f'{field}: no number of tasks of kind {lacking}; the world has {kinds}')
 
 
+def named_world(name: str) -> World:
+  """Returns a world as a person names it on a command line.
+
+  Args:
+    name: a name of WORLDS, for its default options; or NAME:PLACE, where the world's class has a
+      method `named` that makes it of PLACE.
+
+  Raises:
+    ValueError: an unknown world, one that is not installed, or one that takes no place.
+  """
+  base, colon, place = name.partition(':')
+  world = find_world(base)
+  if not colon:
+    return world()
+  if not hasattr(world, 'named'):
+    raise ValueError(f'the world {base!r} takes nothing behind its name, got {place!r}')
+  return world.named(place)
+
+
 def world_and_kind(name: str, kind: str) -> tuple[World | None, str]:
   """Returns a world with its default options and a kind of its tasks, as a person names them.
 
   Args:
-    name: a name of WORLDS, or 'none'.
-    kind: '' is 'sequential', or the world's first kind where it has none of that name.
+    name: as `named_world` takes it, or 'none'.
+    kind: '' is 'sequential', or the first kind that has a held-out task where it has none.
 
   Returns:
     The world (None for 'none') and the kind.
 
   Raises:
-    ValueError: an unknown world or kind, or a world that is not installed.
+    ValueError: an unknown world or kind, a world that is not installed, or one without a held-out
+      task (of the kind).
   """
   if name == 'none':
     return None, ''
-  world = find_world(name)()
-  if not kind:
-    kind = 'sequential' if 'sequential' in world.kinds else world.kinds[0]
-  if kind not in world.kinds:
+  world = named_world(name)
+  if kind and kind not in world.kinds:
     raise ValueError(f'unknown kind {kind!r} of world {name!r}; expected one of {world.kinds}')
-  return world, kind
+  # A false key goes first, and the sort keeps the order of the others.
+  kinds = [kind] if kind else sorted(world.kinds, key=lambda one: one != 'sequential')
+  # A world whose tasks come from a file may have none of a kind.
+  for one in kinds:
+    if world.tasks(one, 1, seed=0, split='eval'):
+      return world, one
+  raise ValueError(f'the world {name!r} has no held-out task of kind {" or ".join(kinds)}')
 
 
 def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
@@ -138,3 +163,4 @@ def open_sandbox(record: Mapping[str, Any]) -> Sandbox:
 # Registered here and not where they are defined: a program that imports the registry knows both.
 register_world('toolworld')(ToolWorld)
 register_world('bfcl')(BfclWorld)
+register_world('mcp')(McpWorld)

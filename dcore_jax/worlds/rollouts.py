@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.chat.thoughts import opened_thoughts, with_opening
@@ -98,7 +99,7 @@ class _Acted:
     )
 
 
-def _stream_names(tasks: Sequence[WorldTask]) -> list[tuple[int, ...]]:
+def stream_names(tasks: Sequence[WorldTask]) -> list[tuple[int, ...]]:
   """(A hash of the kind's name, the place among the tasks of the kind) of each task.
 
   Tasks of two kinds share no random numbers, and what is sampled for one kind does not depend on
@@ -123,7 +124,7 @@ class _Acting:
     progress: Callable[[int], Any] | None,
   ):
     if keys is None:
-      keys = _stream_names(tasks)
+      keys = stream_names(tasks)
     self.acted = [
       _Acted(task, world.episode(task), key) for task, key in zip(tasks, keys, strict=True)
     ]
@@ -214,7 +215,7 @@ def act(
       acted = acting.acted[number]
       # Rendered anew each time, since the template drops earlier thoughts.
       text = render_prompt(tokenizer, acted.episode.messages)
-      prompt = tokenizer(text, add_special_tokens=False)['input_ids']
+      prompt = encode_rendered(tokenizer, text)
       # A response of a hundred calls is followed by a hundred outputs, so any prompt can grow too
       # long.
       if len(prompt) >= engine.max_len:

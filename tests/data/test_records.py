@@ -102,7 +102,7 @@ def test_unreadable_records_are_an_error_or_counted(tmp_path, caplog):
     sources.sft_rows([str(tmp_path / 'empty.jsonl')])
 
 
-def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monkeypatch):
+def test_parquet_files_and_folders_go_through_datasets(tmp_path, monkeypatch):
   import datasets
 
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
@@ -120,12 +120,6 @@ def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monke
     CHAT['conversations'],
     sources.sft_rows([write(tmp_path / 'x.jsonl', [XLAM])]).rows[0]['conversations'],
   ]
-  asked = []
-
-  def load(*arguments, **options):
-    asked.append((arguments, options))
-    return data
-
   assert [
     row['conversations']
     for row in sources.sft_rows([str(tmp_path / 'folder' / 'train.parquet')]).rows
@@ -133,23 +127,14 @@ def test_parquet_files_folders_and_hub_names_go_through_datasets(tmp_path, monke
   assert [
     row['conversations'] for row in sources.sft_rows([str(tmp_path / 'folder')]).rows
   ] == expected
-  monkeypatch.setattr(datasets, 'load_dataset', load)
-  for name in ('Team-ACE/ToolACE', 'owner/name-v1.5#part'):
-    assert [row['conversations'] for row in sources.sft_rows([name]).rows] == expected
-  assert asked == [
-    (('Team-ACE/ToolACE',), {'split': 'train'}),
-    (('owner/name-v1.5', 'part'), {'split': 'train'}),
-  ]
-
-  def offline(*arguments, **options):
-    raise ConnectionError('no route')
-
-  monkeypatch.setattr(datasets, 'load_dataset', offline)
-  with pytest.raises(
-    ValueError,
-    match="'Team-ACE/ToolACE' can be loaded neither from disk nor from the hub: no route",
-  ):
-    sources.sft_rows(['Team-ACE/ToolACE'])
+  # A configuration is what the card of the folder says it is.
+  (tmp_path / 'folder' / 'README.md').write_text(
+    '---\nconfigs:\n- config_name: part\n  data_files: train.parquet\n---\n'
+  )
+  rows = sources.sft_rows([f'{tmp_path / "folder"}#part']).rows
+  assert [row['conversations'] for row in rows] == expected
+  with pytest.raises(ValueError, match="folder#nope' cannot be read"):
+    sources.sft_rows([f'{tmp_path / "folder"}#nope'])
   with pytest.raises(ValueError, match='is not there'):
     sources.sft_rows(['nowhere/rows.jsonl'])
 

@@ -18,8 +18,9 @@ from dcore_jax.data import tau2_tasks
 from dcore_jax.data.benchmark_tasks import TESTS
 from dcore_jax.data.collect_seeds import collect, load_overlap
 from dcore_jax.data.overlap import Overlap, TestTask
+from dcore_jax.data.rows import parse_rows
 from dcore_jax.data.seed_sources import load_seeds
-from dcore_jax.data.seeds import Seed
+from dcore_jax.data.seeds import DecisionPoint, Seed
 from dcore_jax.distill.solve import Distiller
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -467,3 +468,11 @@ def test_the_seeds_of_a_world_stay_the_same_to_the_letter(name, digest):
     pytest.skip(str(error))
   text = json.dumps([seed.to_json() for seed in found.seeds])
   assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
+
+
+def test_a_decision_point_is_a_training_row():
+  point = DecisionPoint('a/0', 'single', (Message('user', 'find x'),), '[find(name="x")]')
+  [row] = parse_rows([point.to_row()])
+  assert row.id == 'a/0'
+  assert [message.content for message in row.messages] == ['find x', '[find(name="x")]']
+  assert row.messages[-1].role == 'assistant'

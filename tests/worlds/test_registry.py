@@ -233,7 +233,9 @@ def test_a_config_names_a_world_and_its_options(config):
   with pytest.raises(ValueError, match="world.options of 'adding'.*'begin'"):
     make_world(config.world)
   config.world.name = 'addition'
-  with pytest.raises(ValueError, match="unknown world 'addition'.*'adding', 'bfcl', 'toolworld'"):
+  with pytest.raises(
+    ValueError, match="unknown world 'addition'.*'adding', 'bfcl', 'mcp', 'toolworld'"
+  ):
     make_world(config.world)
   toolworld = make_world(default_config().world)
   assert isinstance(toolworld, ToolWorld) and toolworld.max_subtasks == 4
