@@ -20,10 +20,11 @@ Subtasks = list[tuple[str, list[int] | None]]
 MAX_CHARS = 65_536  # characters of a reply that are read; an answer of 16k tokens fits
 _STARTS = 64  # arrays that are tried; a long reply full of brackets must not take minutes
 # Finds a JSON string as a whole, so that the brackets inside of it are not counted, or a bracket
-# outside of one.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# outside of one. A string that never ends is taken to the end of the text: else each quote in it
+# would be looked at as a beginning.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 # Finds a comma before a closing bracket. Strings are matched first, to keep the commas in them.
-_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+(?:"|\\?\Z))|,(?=\s*[\]}])', re.DOTALL)
 
 
 def decompose_messages(

@@ -4,7 +4,8 @@ Everything needed to stop it anywhere and go on stands in its folder:
 
 W/distill/claim.json               what the rows are made with and from; others need another W
 W/distill/labels.jsonl             pseudo-labelled seeds, where the config asks for them
-W/distill/replies.jsonl            the journal of completions: what was answered is not asked again
+W/distill/replies.jsonl            the journal of completions: what was answered is not asked again;
+                                   further hosts have replies.host1.jsonl and so on
 W/distill/rows-00000.jsonl         rows of seeds 0..shard_seeds-1 in their order; written when all
                                    of them are finished
 W/distill/outcomes-00000.jsonl     what became of each of these seeds, and what it cost
@@ -18,12 +19,15 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dcore_jax import distributed
 from dcore_jax.config import DistillSection, LabelsSection, RunConfig
 from dcore_jax.data.seeds import Seed
 from dcore_jax.distill.algorithm import SeedOutcome, check_ids, distill, label, summarise
+from dcore_jax.distill.divided import added, divide_seeds
+from dcore_jax.distill.scripted import ScriptedBackend
 from dcore_jax.distill.shards import Clock, Shards, json_lines
 from dcore_jax.distill.solve import Distiller
 from dcore_jax.distill.wording import load_wording
@@ -43,7 +47,7 @@ from dcore_jax.rollout.sampling import SamplingParams
 
 # Whether the decomposer sees the reference calls, or labels take their place.
 REFERENCES = ('shown', 'hidden', 'pseudo')
-BACKENDS = ('local', 'openai')
+BACKENDS = ('local', 'openai', 'scripted')
 
 Local = Callable[[pathlib.Path], LocalBackend]  # journal -> our engine with the base model
 
@@ -83,7 +87,10 @@ def run_distillation(
   clock = Clock(folder / 'seconds.json')
   distiller = _make_distiller(section)
   sampling = _make_sampling(config)
-  backend = _make_backend(section, folder / 'replies.jsonl', local)
+  if section.backend == 'scripted':
+    backend = ScriptedBackend(seeds, distiller.wording.prompts)
+  else:
+    backend = _make_backend(section, distributed.own_file(folder / 'replies.jsonl'), local)
   # Before the first row: a folder of other rows must not be added to.
   _claim(folder, _describe(config, seeds, distiller, sampling, backend))
   # The engine may have served other stages. Only what distillation adds is counted.
@@ -100,26 +107,35 @@ def run_distillation(
   # The seeds of all unfinished shards are begun together: while the last seeds of one shard are
   # under way, those of the next keep the engine's lanes busy.
   # Whole shards only: an unfinished one is begun again, from the journal of replies.
-  numbers = run.unfinished()
+  numbers = distributed.of_first(run.unfinished())
   progress(len(seeds) - len(numbers))
   # Finished by an earlier call: nothing is recomputed, and the same content is returned.
-  if not numbers and (folder / 'distill.json').exists():
+  if not numbers and distributed.of_first((folder / 'distill.json').exists()):
     return read_json(folder / 'distill.json')
   # Without numbers all rows are written, but the call that wrote them was killed before it summed
   # them up.
   if numbers:
-    for place, outcome in distill([seeds[n] for n in numbers], backend, sampling, distiller):
-      run.file(numbers[place], outcome)
+
+    def rows_of(some: Sequence[Seed]) -> Iterator[tuple[int, SeedOutcome]]:
+      return distill(some, backend, sampling, distiller)
+
+    def ended(count: int) -> None:
       clock.tick()
-      progress(1)
+      progress(count)
+
+    for place, outcome in divide_seeds(rows_of, [seeds[n] for n in numbers], ended):
+      run.file(numbers[place], outcome)
+    # The first host has written the files, which all of them read.
+    distributed.wait_for_others('distilled')
   # From the files, not from memory: earlier calls have written some of them.
   summary = summarise(_asked_records(run, given, labels)) | labels.counts
   summary['model'] = backend.model
   summary['wording'] = distiller.wording.version
-  summary['usage'] = backend.usage.record()
+  summary['usage'] = added(distributed.gather_json(backend.usage.record()))
   summary['seconds'] = round(clock.write(), 1)
   if before:
-    spent = since(before, backend.engine.stats)
+    counts = distributed.gather_json(vars(since(before, backend.engine.stats)))
+    spent = EngineStats(**added(counts))
     summary['tokens_per_row'] = round(spent.tokens_per_row, 4)
   _finish(folder, run, summary)
   return summary
@@ -370,10 +386,10 @@ def _pseudo_labels(
   if not options.base_url:
     return _labelled(folder, seeds, backend, sampling, options.samples)
   # A journal of its own: another model answers, and its questions may be the same.
-  journal = folder / 'label_replies.jsonl'
+  journal = distributed.own_file(folder / 'label_replies.jsonl')
   labeller = endpoint(section, options.base_url, options.model, journal, prices(options))
   labels = _labelled(folder, seeds, labeller, sampling, options.samples)
-  labels.counts['labels']['usage'] = labeller.usage.record()
+  labels.counts['labels']['usage'] = added(distributed.gather_json(labeller.usage.record()))
   return labels
 
 
@@ -387,8 +403,12 @@ def _labelled(
   """Labels seeds, or reads labels.jsonl where an earlier call has written it."""
   path = folder / 'labels.jsonl'
   # Labels are made once. A later call reads them, so that all rows have the same.
-  if not path.exists():
-    found: dict[int, SeedOutcome] = dict(label(seeds, backend, sampling, samples))
+  if not distributed.of_first(path.exists()):
+
+    def labels_of(some: Sequence[Seed]) -> Iterator[tuple[int, SeedOutcome]]:
+      return label(some, backend, sampling, samples)
+
+    found = dict(divide_seeds(labels_of, seeds))
     records = []
     for number, seed in enumerate(seeds):
       outcome = found[number]
@@ -398,6 +418,7 @@ def _labelled(
         # Dropped seeds are written, too, so that a later call can count them.
         records.append({'id': seed.id, 'dropped': outcome.reason})
     replace_text(path, json_lines(records))
+    distributed.wait_for_others('labelled')
   records = read_json_lines(path)
   reasons = {record['id']: record['dropped'] for record in records if 'dropped' in record}
   dropped = dict(collections.Counter(reasons.values()))
