@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcore_jax.chat.messages import Message
-from dcore_jax.evaluate.lazy_reasoning import is_lazy
+from dcore_jax.evaluate.behaviour.lazy_reasoning import is_lazy
 from dcore_jax.evaluate.measure import measure
 from dcore_jax.files import replace_text
 from dcore_jax.progress import progress
@@ -41,22 +41,18 @@ def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict
     name: the model's, for the progress bar.
 
   Raises:
-    ValueError: no tasks, or a world that cannot be made.
+    ValueError: no tasks, in the config or in the world, or a world that cannot be made.
   """
   section = config.evaluate
-  if section.tasks < 1:
-    raise ValueError(f'evaluate.tasks = {section.tasks} must be at least 1')
   # The sampling seed is the config's own: all models answer from the same random streams.
   world = make_world(config.world)
   sampling = SamplingParams(
     temperature=section.temperature, max_tokens=section.max_tokens, seed=config.seed
   )
+  asked = held_out_tasks(config, world)
   trajectories = {}
-  total = section.tasks * len(world.kinds)
-  with progress(total=total, description=f'evaluate {name}') as bar:
-    # One list for each kind, because all figures are reported by kind.
-    for kind in world.kinds:
-      tasks = world.tasks(kind, section.tasks, seed=config.seed + _EVALUATE, split='eval')
+  with progress(total=sum(map(len, asked.values())), description=f'evaluate {name}') as bar:
+    for kind, tasks in asked.items():
       trajectories[kind] = actor(world, tasks, sampling, bar.update)
   folder.mkdir(parents=True, exist_ok=True)
   lines = []
@@ -65,6 +61,26 @@ def evaluate(config: Any, folder: pathlib.Path, actor: Actor, name: str) -> dict
   # Written in one go after the last task: a file that is there is complete.
   replace_text(folder / 'trajectories.jsonl', ''.join(lines))
   return measure(trajectories)
+
+
+def held_out_tasks(config: Any, world: World) -> dict[str, list[WorldTask]]:
+  """Draws the tasks that models are measured on, by kind; they follow from the config alone.
+
+  Raises:
+    ValueError: no tasks, in the config or in the world.
+  """
+  if config.evaluate.tasks < 1:
+    raise ValueError(f'evaluate.tasks = {config.evaluate.tasks} must be at least 1')
+  asked = {}
+  # One list for each kind, because all figures are reported by kind.
+  for kind in world.kinds:
+    tasks = world.tasks(kind, config.evaluate.tasks, seed=config.seed + _EVALUATE, split='eval')
+    # A world whose tasks come from a file may have none of a kind.
+    if tasks:
+      asked[kind] = tasks
+  if not asked:
+    raise ValueError(f'the world {config.world.name!r} has no held-out task')
+  return asked
 
 
 def evaluate_backend(

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dcore_jax.evaluate.behaviours import behaviour_counts
-from dcore_jax.evaluate.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
+from dcore_jax.evaluate.behaviour.labels import behaviour_counts
+from dcore_jax.evaluate.behaviour.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
 from dcore_jax.statistics import estimate_mean, estimate_share
 from dcore_jax.worlds.rollouts import Trajectory
 

@@ -132,6 +132,9 @@ class Unmarked:
   def __call__(self, *arguments, **options):
     return self._tokenizer(*arguments, **options)
 
+  def __len__(self):
+    return len(self._tokenizer)
+
   def __getattr__(self, name):
     return getattr(self._tokenizer, name)
 

@@ -1,6 +1,6 @@
 """Judges BFCL answers with the checker of bfcl-eval 2025.6.16, in a process of its own.
 
-`bfcl_score` starts it as `python -m dcore_jax.evaluate.bfcl_worker FOLDER` with one job a line on
+`score` starts it as `python -m dcore_jax.evaluate.bfcl.checker FOLDER` with one job a line on
 stdin, and reads one verdict a line from stdout. FOLDER is the one that holds the package.
 
 The checker passes text that a model wrote to `eval` in two places: sums inside of arguments, and
@@ -15,34 +15,20 @@ import inspect
 import json
 import operator
 import os
-import resource
+import re
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dcore_jax.chat import python_calls
+from dcore_jax.evaluate.confined.confinement import confine
 
-_SECONDS = 10  # processor time of one item; the slowest right answers take a tenth of a second
+_SECONDS = 3600  # of processor time; the parent ends it after less for a single answer
 _BYTES = 2 << 30  # address space: the checker with all tasks needs a quarter of it
 _MAX_ELEMENTS = 65_536  # of a text or list that a multiplication makes
 _MAX_EXPONENT = 1_024
-# What begins the names of Python's audit events that an answer has no need of.
-_FORBIDDEN = (
-  'socket.',
-  'subprocess.',
-  'ctypes.',
-  'shutil.',
-  'os.exec',
-  'os.fork',
-  'os.posix_spawn',
-  'os.system',
-  'os.remove',
-  'os.rename',
-  'os.rmdir',
-)
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
   ast.Add: operator.add,
   ast.Sub: operator.sub,
@@ -52,6 +38,8 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
   ast.Mod: operator.mod,
   ast.Pow: operator.pow,
 }
+# As the harness has it: tags on the lines of the call, or without them, are none.
+_TAGGED = re.compile(r'<tool_call>\n(.*?)\n</tool_call>', re.DOTALL)
 _LANGUAGES = {'java': 'Java', 'javascript': 'JavaScript'}
 
 
@@ -237,7 +225,7 @@ class Checker:
   def _calls(self, job: Mapping[str, Any]) -> str:
     language = _LANGUAGES.get(job['category'], 'Python')
     try:
-      calls = self._decode(job['result'], language)
+      calls = self._decode(job, language)
     except Exception:  # pylint: disable=broad-except
       return 'ast_decoder:decoder_failed'
     if not self.formats.is_function_calling_format_output(calls):
@@ -255,7 +243,7 @@ class Checker:
   def _relevance(self, job: Mapping[str, Any]) -> str:
     wanted = 'irrelevance' not in job['category']
     try:
-      called = not self.formats.is_empty_output(self._decode(job['result'], 'Python'))
+      called = not self.formats.is_empty_output(self._decode(job, 'Python'))
     except Refused:
       # The text is a call, only the value of an argument is not known.
       called = True
@@ -276,7 +264,7 @@ class Checker:
       steps = []
       for step in turn:
         try:
-          calls = self._decode_for_execution(step)
+          calls = self._decode_for_execution(step, job.get('fc', False))
         # What is no call is a message to the user, and ends nothing.
         except Exception:  # pylint: disable=broad-except
           continue
@@ -288,16 +276,38 @@ class Checker:
     )
     return '' if found['valid'] else found['error_type']
 
-  def _decode(self, result: Any, language: str) -> Any:
+  def _decode(self, job: Mapping[str, Any], language: str) -> Any:
+    result = job['result']
+    if isinstance(result, str) and job.get('fc'):
+      return [{call['name']: dict(call['arguments'].items())} for call in _tagged_calls(result)]
     if isinstance(result, str):
       return self.decoding.default_decode_ast_prompting(result, language)
     # An interface for calls as data: [{name: arguments}], arguments as JSON text.
     return [{name: _arguments(call[name])} for call in result for name in list(call)[:1]]
 
-  def _decode_for_execution(self, step: Any) -> list[str]:
-    if isinstance(step, str):
+  def _decode_for_execution(self, step: Any, fc: bool) -> list[str]:
+    if isinstance(step, str) and fc:
+      step = [{call['name']: call['arguments']} for call in _tagged_calls(step)]
+    elif isinstance(step, str):
       return self.decoding.default_decode_execute_prompting(step)
     return self.decoding.convert_to_function_call(step)
+
+
+def _tagged_calls(text: str) -> list[dict[str, Any]]:
+  """Reads calls between tags as the harness's handler of Qwen3 does.
+
+  One that is not JSON, or no object, leaves no calls at all.
+  """
+  calls = []
+  for found in _TAGGED.findall(text):
+    try:
+      call = json.loads(found)
+    except ValueError:
+      return []
+    if not isinstance(call, dict):
+      return []
+    calls.append(call)
+  return calls
 
 
 def _arguments(given: Any) -> Any:
@@ -313,35 +323,17 @@ def _stand_in(name: str, **attributes: Any) -> None:
 # --- the process ---
 
 
-def _refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
-  # `open` tells path, mode and flags; reading is what imports and tasks need.
-  writes = event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-  if writes or event.startswith(_FORBIDDEN):
-    raise PermissionError(f'{event} is not allowed here')
-
-
-def _confine() -> None:
-  """Takes from this process what judging does not need: network, programs, files, memory."""
-  # A hook stays for the life of the process; nothing that runs in it can take it away.
-  sys.addaudithook(_refuse_event)
-  resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-  # Standard output is a pipe and no file; nothing else is written.
-  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def main(folder: str) -> None:
   """Judges the jobs of stdin."""
+  # bfcl-eval makes folders for results when it is imported. This one goes with the process.
+  os.environ['BFCL_PROJECT_ROOT'] = os.getcwd()
   checker = Checker(folder)
   answers = sys.stdout
   # What the APIs print would stand between the verdicts.
   sys.stdout = open(os.devnull, 'w', encoding='utf-8')
-  _confine()
+  confine(seconds=_SECONDS, memory=_BYTES, folders=[folder, *sys.path])
+  print('{"ready": true}', file=answers, flush=True)
   for line in sys.stdin:
-    # Where a call computes for longer, the kernel ends the process. No signal handler could: Python
-    # runs none during one long operation.
-    spent = int(time.process_time())
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + _SECONDS, resource.RLIM_INFINITY))
     print(json.dumps(checker.judge(json.loads(line))), file=answers, flush=True)
 
 

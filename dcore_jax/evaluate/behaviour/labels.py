@@ -4,6 +4,12 @@ The paper counts decomposition, reflection, verification and deduction, and does
 patterns. These are our own small sets of English markers. Each is a phrase that announces the
 behaviour, matched at word boundaries and in any case, so 'attribute' holds no 'but'. They serve to
 compare models with each other, before and after training; a single count says little.
+
+A thought is a sentence or a line. It has one label, by the first of these rules that holds:
+
+1. A line that begins with a number and a dot is 'decomposition': an item of a plan.
+2. The behaviour whose markers it holds most of. Of equally many, the one that is announced first.
+3. 'other', where it holds none.
 """
 
 import re
@@ -30,9 +36,36 @@ MARKERS = {
   r'|it follows|as a result|so (?:the|we|i|it|this|that)|because|since',
 }
 BEHAVIOURS = tuple(MARKERS)
+OTHER = 'other'
+LABELS = (*BEHAVIOURS, OTHER)
 _PATTERNS = {
   name: re.compile(rf'\b(?:{pattern})\b', re.IGNORECASE) for name, pattern in MARKERS.items()
 }
+# Sentences end behind a letter or a bracket, so that '1. ' and '2.5' end none.
+_ENDS = re.compile(r'(?<=[^\W\d_][.?!])\s+|(?<=[)\]"\'][.?!])\s+|\n+')
+_ITEM = re.compile(r'\d+\s?\.\s*[^\W\d]')
+_TAG = re.compile(r'</?think>')
+
+
+def split_thoughts(text: str) -> list[str]:
+  """Splits a reasoning into sentences and lines; pieces without a letter are left out."""
+  pieces = [piece.strip() for piece in _ENDS.split(_TAG.sub('', text))]
+  return [piece for piece in pieces if any(letter.isalpha() for letter in piece)]
+
+
+def label_thought(thought: str) -> str:
+  """Returns the label of a thought, one of LABELS, by the rules above."""
+  if _ITEM.match(thought):
+    return 'decomposition'
+  best = OTHER
+  # More markers win, then an earlier first marker.
+  rank = (0, 0)
+  for name, pattern in _PATTERNS.items():
+    places = [found.start() for found in pattern.finditer(thought)]
+    if places and (len(places), -places[0]) > rank:
+      best = name
+      rank = (len(places), -places[0])
+  return best
 
 
 def count_behaviours(text: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dcore_jax.evaluate.behaviours import BEHAVIOURS, behaviour_counts, count_behaviours
+from dcore_jax.evaluate.behaviour.labels import BEHAVIOURS, behaviour_counts, count_behaviours
 
 
 @pytest.mark.parametrize(

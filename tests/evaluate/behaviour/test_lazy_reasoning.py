@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dcore_jax.evaluate import lazy_reasoning
-from dcore_jax.evaluate.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
+from dcore_jax.evaluate.behaviour import lazy_reasoning
+from dcore_jax.evaluate.behaviour.lazy_reasoning import count_reflections, is_lazy, lazy_ratio
 from experiments import analyze
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_reflections_are_substrings_in_any_case():

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcore_jax.evaluate import bfcl_score
-from dcore_jax.evaluate.bfcl_worker import Evaluator, Refused
+from dcore_jax.evaluate.bfcl import score as bfcl_score
+from dcore_jax.evaluate.bfcl.checker import Evaluator, Refused
+from dcore_jax.evaluate.confined.worker import Ended
 from dcore_jax.worlds import bfcl
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 PUBLISHED = pathlib.Path(os.environ.get('DCORE_DATA', '../shared/data')) / 'dcore_published'
 
 
@@ -239,22 +240,41 @@ def test_files_of_other_versions_and_no_files_are_told(tmp_path, package):
 
 
 def test_an_answer_that_ends_the_process_is_wrong_and_the_next_one_is_judged(monkeypatch):
-  right = {'correct': True, 'reason': '', 'refused': []}
-  runs = [(-24, [right], ''), (-9, [], ''), (0, [right], '')]
-  sizes = []
+  begun = []
 
-  def run(jobs, package):
-    sizes.append(len(jobs))
-    return runs.pop(0)
+  class Judging:
+    """Ends over the answers 'too long' and 'too large', and by itself over 'broken'."""
 
-  monkeypatch.setattr(bfcl_score, '_run_worker', run)
-  items = [bfcl_score.Item(answer(f'simple_{place}'), {}, None) for place in range(4)]
-  verdicts = bfcl_score.judge(items, 'simple', pathlib.Path())
+    def __init__(self, module, arguments):
+      begun.append(arguments)
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *details):
+      pass
+
+    def allow(self, seconds, patience):
+      assert 0 < seconds <= patience
+
+    def ask_json(self, job):
+      ends = {'too long': 'limit', 'too large': 'signal_9', 'broken': 'exit'}
+      if job['result'] in ends:
+        raise Ended(ends[job['result']])
+      return {'correct': True, 'reason': '', 'refused': []}
+
+  monkeypatch.setattr(bfcl_score, 'Worker', Judging)
+
+  def verdicts_on(results):
+    items = [bfcl_score.Item({'result': result}, {'id': 'simple_0'}, None) for result in results]
+    return bfcl_score.judge(items, 'simple', pathlib.Path('/there/bfcl_eval'))
+
+  verdicts = verdicts_on(['right', 'too long', 'too large', 'right'])
   assert [verdict['correct'] for verdict in verdicts] == [True, False, False, True]
-  assert sizes == [4, 2, 1]
-  runs.append((1, [], 'Traceback\nImportError: no module\n'))
-  with pytest.raises(ValueError, match='status 1: ImportError: no module'):
-    bfcl_score.judge(items, 'simple', pathlib.Path())
+  assert verdicts[1]['refused'] == ['the checker was ended: limit']
+  assert begun == [['/there']] * 3
+  with pytest.raises(ValueError, match='ended over simple_0 of simple'):
+    verdicts_on(['right', 'broken'])
 
 
 # --- the checker itself ---
@@ -327,25 +347,6 @@ def test_turns_are_acted_out_by_the_apis_alone(package, tmp_path):
   correct = [verdict['correct'] for verdict in verdicts]
   assert correct == [True, False, True, True, False, False, False]
   assert len(verdicts[2]['refused']) == 2
-  assert not made.exists()
-
-
-def test_the_process_has_no_network_and_writes_no_file(package, tmp_path):
-  made = tmp_path / 'made'
-  code = f"""
-import socket, subprocess
-from dcore_jax.evaluate import bfcl_worker
-bfcl_worker._confine()
-for forbidden in (
-  socket.socket, lambda: subprocess.run(['true']), lambda: open({str(made)!r}, 'w')
-):
-  try:
-    forbidden()
-  except PermissionError:
-    print('refused')
-"""
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-  assert done.stdout.split() == ['refused'] * 3, done.stderr
   assert not made.exists()
 
 

@@ -10,6 +10,7 @@ reflections and more than 300 tokens (min_reflections=4, min_tokens=300).
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from dcore_jax.files import decode_utf8
@@ -31,6 +32,36 @@ GROUPS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LazyRule:
+  """When the reasoning of a wrong answer counts as lazy.
+
+  Attributes:
+    min_reflections: it reflects at least so often.
+    min_tokens: it is longer than that.
+    whole_words: words are counted and not substrings, so that 'attribute' holds no 'but'.
+  """
+
+  min_reflections: int
+  min_tokens: int
+  whole_words: bool = False
+
+  def of(self, reasoning: str, n_tokens: int, wrong: bool) -> bool:
+    """Says whether a reasoning is lazy."""
+    if not wrong or n_tokens <= self.min_tokens:
+      return False
+    return count_reflections(reasoning, whole_words=self.whole_words) >= self.min_reflections
+
+
+# 'released' is the script behind the published ratios, 'paper' is what the paper's text says.
+RULES = {
+  'released': LazyRule(3, 200),
+  'paper': LazyRule(4, 300),
+  'released_words': LazyRule(3, 200, whole_words=True),
+  'paper_words': LazyRule(4, 300, whole_words=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
   """One BFCL item.
 
@@ -43,10 +74,14 @@ class Result:
   reasonings: tuple[str, ...]
 
 
-def count_reflections(text: str, words: Sequence[str] = REFLECTION_WORDS) -> int:
-  """Counts how often the words occur in `text`, as substrings and in any case."""
+def count_reflections(
+  text: str, words: Sequence[str] = REFLECTION_WORDS, *, whole_words: bool = False
+) -> int:
+  """Counts how often the words occur in `text`, in any case, as substrings or as whole words."""
   # 'But' at the start of a sentence counts as well.
   lowered = text.lower()
+  if whole_words:
+    return len(re.findall(rf'\b(?:{"|".join(words)})\b', lowered))
   return sum(lowered.count(word) for word in words)
 
 
@@ -176,6 +211,15 @@ def read_failures(path: pathlib.Path) -> set[str]:
   Raises:
     ValueError: a line that is neither, with file and line, or an empty file.
   """
+  return {row['id'] for row in read_score_rows(path)}
+
+
+def read_score_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the failing items of a BFCL score file, with all of their fields.
+
+  Raises:
+    ValueError: see `read_failures`.
+  """
   rows = _rows(path)
   # Without its summary line the first failing item would be taken for the summary and lost.
   where, summary = next(rows, (str(path), None))
@@ -185,12 +229,12 @@ def read_failures(path: pathlib.Path) -> set[str]:
     raise ValueError(
       f'{where}: a score file begins with its accuracy, this one with {sorted(summary)}'
     )
-  failures = set()
+  failures = []
   for where, row in rows:
     # Only ids are compared with the result file. Other fields depend on the category.
     if 'id' not in row:
       raise ValueError(f'{where}: a failing item needs an id, has {sorted(row)}')
-    failures.add(row['id'])
+    failures.append(row)
   return failures
 
 

@@ -6,31 +6,28 @@ left out and listed with its reason; the other items are scored. Folder OUT gets
 bfcl_scores.json      {category: {'correct', 'total', 'accuracy', 'published', ...}}, see `score`
 trajectories.jsonl    every scored item, in the form of `held_out`
 
-Answers are judged in another process, see `bfcl_worker`, which has no network, writes no files and
+Answers are judged in another process, see `checker`, which has no network, writes no files and
 is ended where an answer takes too much time or memory.
 """
 
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dcore_jax
 from dcore_jax.chat.call_text import CLOSE_THOUGHTS, OPEN_THOUGHTS
-from dcore_jax.evaluate.lazy_reasoning import (
+from dcore_jax.evaluate.behaviour.lazy_reasoning import (
   find_category,
   inference_failed,
   parse_row,
   read_failures,
 )
+from dcore_jax.evaluate.confined.worker import Ended, Worker
 from dcore_jax.files import decode_utf8, read_json_lines, replace_text, write_json_atomic
+from dcore_jax.progress import SLOW, progress
 from dcore_jax.worlds.bfcl import package_folder
 
 SCORES_FILE = 'bfcl_scores.json'
@@ -57,6 +54,9 @@ CATEGORIES = (
 )
 # Published result files are older than this release, which has given one item another id.
 _RENAMED = {'live_multiple_1052-79-0': 'live_multiple_1052-279-0'}
+_CHECKER = 'dcore_jax.evaluate.bfcl.checker'
+_SECONDS = 10.0  # processor time of one item; the slowest right answers take a tenth of a second
+_PATIENCE = 12  # how much longer it may take by the clock, on a busy machine
 _MAX_DEPTH = 64  # levels of lists in a result: turns, steps, calls and their values need a dozen
 _RESULT_FILE = re.compile(r'BFCL_v(\d+)_(\w+)_result\.json')
 
@@ -108,7 +108,7 @@ def score(
   present, left_out = _find_categories(results)
   categories = {}
   lines = []
-  for category in present:
+  for category in progress(present, description='score', unit='category', delay=SLOW):
     items, missing = read_items(find_category(results, category, 'result'), category, package)
     verdicts = judge(items, category, package)
     records = []
@@ -116,7 +116,7 @@ def score(
       if verdict['correct'] is None:
         missing.append({'id': item.row['id'], 'line': None, 'reason': verdict['reason']})
       else:
-        records.append(_record(category, item, verdict))
+        records.append(make_record(category, item, verdict))
     lines += [json.dumps(record) + '\n' for record in records]
     published = find_category(scores, category, 'score') if scores else None
     categories[category] = _summary(records, missing, published)
@@ -177,7 +177,7 @@ def read_items(
     category: BFCL's name.
     package: the folder of bfcl_eval.
   """
-  tasks = _tasks(category, package)
+  tasks = read_tasks(category, package)
   answered: collections.Counter[str] = collections.Counter()
   items = []
   left_out = []
@@ -232,7 +232,7 @@ def _clean(text: str) -> str:
   return text[:200].encode('utf-8', 'backslashreplace').decode()
 
 
-def _tasks(category: str, package: pathlib.Path) -> dict[str, list[tuple[dict[str, Any], Any]]]:
+def read_tasks(category: str, package: pathlib.Path) -> dict[str, list[tuple[dict[str, Any], Any]]]:
   """Returns the tasks of a category with their references, by id; v3 has one id twice."""
   questions = read_json_lines(package / 'data' / f'BFCL_v3_{category}.json')
   path = package / 'data' / 'possible_answer' / f'BFCL_v3_{category}.json'
@@ -249,75 +249,50 @@ def _tasks(category: str, package: pathlib.Path) -> dict[str, list[tuple[dict[st
 # --- judging ---
 
 
-def judge(items: Sequence[Item], category: str, package: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the verdict of `bfcl_worker` on each item.
+def judge(
+  items: Sequence[Item], category: str, package: pathlib.Path, fc: bool = False
+) -> list[dict[str, Any]]:
+  """Returns the verdict of `checker` on each item.
 
   An answer over which the process ends is wrong, and the next process goes on behind it.
 
+  Args:
+    items: answers.
+    category: BFCL's name.
+    package: the folder of bfcl_eval.
+    fc: results that are text have calls between tags, as Qwen3 writes them.
+
   Raises:
-    ValueError: the process cannot begin to judge.
+    ValueError: the process cannot begin to judge, or ends by itself.
   """
-  lines = []
-  for item in items:
-    job = {'category': category, 'result': item.row['result'], 'task': item.task}
-    lines.append(json.dumps(job | {'answer': item.answer}) + '\n')
   verdicts: list[dict[str, Any]] = []
-  while len(verdicts) < len(lines):
-    code, found, errors = _run_worker(lines[len(verdicts) :], package)
-    verdicts += found
-    if len(verdicts) == len(lines):
-      break
-    # A negative code is a signal, by which the kernel keeps the limits.
-    if code >= 0:
-      last = (errors.strip().splitlines() or ['no message'])[-1]
-      raise ValueError(f'the checker of BFCL ended with status {code}: {last}')
-    reason = f'the checker was ended by signal {-code}: too much time or memory'
-    verdicts.append({'correct': False, 'reason': 'limit', 'refused': [reason]})
+  while len(verdicts) < len(items):
+    # Most processes judge all that is left; one that ends has judged up to a bad answer.
+    with Worker(_CHECKER, [str(package.parent)]) as worker:
+      for item in items[len(verdicts) :]:
+        job = {'category': category, 'result': item.row['result'], 'task': item.task, 'fc': fc}
+        worker.allow(_SECONDS, _PATIENCE * _SECONDS)
+        try:
+          verdicts.append(worker.ask_json(job | {'answer': item.answer}))
+        except Ended as ended:
+          if str(ended) == 'exit':
+            name = item.task.get('id')
+            raise ValueError(f'the checker of BFCL ended over {name} of {category}') from ended
+          reason = f'the checker was ended: {ended}'
+          verdicts.append({'correct': False, 'reason': 'limit', 'refused': [reason]})
+          break
   return verdicts
-
-
-def _run_worker(
-  jobs: Sequence[str], package: pathlib.Path
-) -> tuple[int, list[dict[str, Any]], str]:
-  """Runs one process -> (exit code, verdicts that it came to, its stderr)."""
-  # The process imports this package, wherever it was imported from.
-  places = [str(pathlib.Path(dcore_jax.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
-  with tempfile.TemporaryDirectory() as folder:
-    # Nothing of the environment is needed, and some of it is secret.
-    environment = {
-      'PATH': os.environ.get('PATH', ''),
-      'PYTHONPATH': os.pathsep.join(
-        str(pathlib.Path(place).resolve())
-        for place in os.pathsep.join(places).split(os.pathsep)
-        if place
-      ),
-      # bfcl-eval makes folders for results when it is imported.
-      'BFCL_PROJECT_ROOT': folder,
-    }
-    module = 'dcore_jax.evaluate.bfcl_worker'
-    done = subprocess.run(
-      [sys.executable, '-B', '-m', module, str(package.parent)],
-      input=''.join(jobs),
-      capture_output=True,
-      encoding='utf-8',
-      cwd=folder,
-      env=environment,
-      check=False,
-    )
-  # A line without its end is of a verdict that was not written whole.
-  whole = done.stdout.split('\n')[:-1]
-  return done.returncode, [json.loads(line) for line in whole], done.stderr
 
 
 # --- results ---
 
 
-def _record(category: str, item: Item, verdict: dict[str, Any]) -> dict[str, Any]:
-  """Returns an item as a trajectory of `held_out`, which `report.compare` reads."""
+def make_record(category: str, item: Item, verdict: dict[str, Any]) -> dict[str, Any]:
+  """Returns an item with its verdict as a trajectory of `held_out`, for `report.compare`."""
   messages = []
   given = item.row['result']
   reasoning = item.row.get('reasoning_content')
-  if not category.startswith('multi_turn'):
+  if not category.startswith(('multi_turn', 'memory')):
     given = [[given]]
     reasoning = [[reasoning]]
   # A model that was ended early has fewer turns than the task.
