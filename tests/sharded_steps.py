@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from dcore_jax import sharding, tokentree
-from dcore_jax.learn import grpo, objectives, optimizer, sft
+from dcore_jax.config import LoraSection
+from dcore_jax.learn import grpo, lora, objectives, optimizer, sft
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.collectives import collectives
@@ -38,6 +39,7 @@ TIED = dataclasses.replace(CONFIG, model_type='qwen2', tie_word_embeddings=True)
 EXECUTION = decoder.Execution(
   attention='reference', remat='full', unroll=False
 )  # the attention that compiles fastest
+LORA = LoraSection(rank=3, alpha=6.0)
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
 SGD = optax.sgd(1.0)  # what a step takes off the parameters is the gradient
 make_params = jax.jit(decoder.init_params, static_argnums=0)
@@ -93,6 +95,28 @@ def gradient(step, config, tree, mesh):
   return float(metrics['loss']), taken, [each._asdict() for each in collectives(compiled.as_text())]
 
 
+def adapter_gradient(step, config, tree, mesh):
+  """The same of adapters beside a base; neither factor is zero."""
+  with jax.set_mesh(mesh):
+    placed = sharding.shardings(decoder.abstract_params(config), mesh) if mesh else None
+    batch = sharding.place_batch(tree.batch(shards=sharding.shards()), whole=True)
+    base = jax.device_put(make_params(config, jax.random.key(0)), placed)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, lora.init_adapters(config, LORA, 0))
+    before = jax.device_get(adapters)
+    state = optimizer.init_state(adapters, SGD)
+    frozen = lora.Frozen(base, lora.scale(LORA))
+    if mesh:
+      check_places(adapters, sharding.shardings(lora.abstract_adapters(config, LORA), mesh))
+    compiled = step.lower(state, batch, frozen).compile()
+    after, metrics = compiled(state, batch, frozen)
+    taken = jax.tree.map(np.subtract, before, jax.device_get(after.params))
+    merged = jax.device_get(lora.merge(lora.attach(frozen, after.params)))
+  if mesh:
+    check_places(after.params, sharding.shardings(lora.abstract_adapters(config, LORA), mesh))
+  sent = [each._asdict() for each in collectives(compiled.as_text())]
+  return float(metrics['loss']), {'gradient': taken, 'merged': merged}, sent
+
+
 def check_places(tree, placed) -> None:
   for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True):
     assert leaf.sharding == place, (leaf.sharding, place)
@@ -130,14 +154,16 @@ def main() -> None:
 
   for name, make, config, meshes in (
     ('sft', make_sft, CONFIG, MESHES),
+    ('sft_lora', make_sft, CONFIG, MESHES[1:]),
     ('da_grpo', make_grpo, CONFIG, MESHES),
     ('sft_tied', make_sft, TIED, MESHES[-1:]),
   ):
     step = make(config)
     data = tree if name == 'da_grpo' else dataclasses.replace(tree, extras={})
-    loss, grads, _ = gradient(step, config, data, None)
+    measure = adapter_gradient if name == 'sft_lora' else gradient
+    loss, grads, _ = measure(step, config, data, None)
     for ways in meshes:
-      got_loss, got, sent = gradient(step, config, data, sharding.make_mesh(*ways))
+      got_loss, got, sent = measure(step, config, data, sharding.make_mesh(*ways))
       np.testing.assert_allclose(got_loss, loss, rtol=1e-5, err_msg=f'{name} {ways}')
       close = functools.partial(np.testing.assert_allclose, atol=1e-5, err_msg=f'{name} {ways}')
       jax.tree.map(close, got, grads)

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from dcore_jax import tokentree
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.claims import claim
 from dcore_jax.config import Range
@@ -38,7 +39,7 @@ def encode_document(tokenizer: Any, document: corpus.Document) -> tokentree.Toke
   """Encodes prompt, target and end of turn; the target's pieces carry their loss weights."""
   # Rendered by the chat template, so that pretraining shows the prompts that inference has.
   rendered = render_prompt(tokenizer, document.prompt)
-  prompt = tokenizer(rendered, add_special_tokens=False)['input_ids']
+  prompt = encode_rendered(tokenizer, rendered)
   tokens = list(prompt)
   weights = [0.0] * len(prompt)
   # Pieces are encoded one by one, since no token may cross a change of weight.

@@ -9,10 +9,13 @@ checksum of each leaf (`train.checksum`, computed where the leaf is), and compar
 """
 
 import collections
+import contextlib
+import errno
+import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +145,8 @@ class Checkpoints:
     if stored:
       arguments['tree'] = ocp.args.StandardSave(stored)
     # `force`: Orbax would otherwise skip steps by a rule of its own.
-    self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+    with _full_disk(self._directory):
+      self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
   def restore(
     self, example: PyTree, step: int | None = None
@@ -181,11 +185,13 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when all that was saved is on disk."""
-    self._manager.wait_until_finished()
+    with _full_disk(self._directory):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the disk and frees Orbax's threads."""
-    self._manager.close()
+    with _full_disk(self._directory):
+      self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -242,6 +248,22 @@ class Checkpoints:
     self._keep.scores.pop(step, None)
     # Orbax caches the list of steps.
     self._manager.reload()
+
+
+@contextlib.contextmanager
+def _full_disk(directory: pathlib.Path) -> Iterator[None]:
+  """Turns what tensorstore says of a full disk, a page of text, into the system's own error.
+
+  The step that was being written is not complete: the next process deletes it.
+  """
+  try:
+    yield
+  except Exception as error:
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      if f"[os_error_code='{number}']" in text or os.strerror(number) in text:
+        raise OSError(number, os.strerror(number), str(directory)) from error
+    raise
 
 
 def read_part(step_dir: pathlib.Path, example: PyTree) -> PyTree:

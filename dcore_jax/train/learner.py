@@ -11,36 +11,40 @@ import dataclasses
 import functools
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from dcore_jax import sharding
 from dcore_jax.config import RlSection
-from dcore_jax.learn import advantages, grpo, objectives
+from dcore_jax.learn import advantages, grpo, lora, objectives, psi_gradient
 from dcore_jax.learn.grpo import Response
-from dcore_jax.learn.optimizer import HOST, TrainState, check_offload
+from dcore_jax.learn.optimizer import TrainState
+from dcore_jax.learn.psi import PsiScale
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.fleet import Fleet
 from dcore_jax.rollout.policy import Policy
-from dcore_jax.tokentree import RowBatch, TokenTree
+from dcore_jax.tokentree import TokenTree
+from dcore_jax.train.mini_batches import MiniBatch, Packer, flat
+from dcore_jax.train.other_policies import Reference, with_teacher_logp
+from dcore_jax.train.psi_measure import Psi, PsiMeasure
 from dcore_jax.train.rl_options import (
   OptimizerOptions,
+  alpha_measure,
+  group_parts,
   make_estimator,
   next_alpha,
   optimizer_options,
   policy_loss,
-  rows_multiple,
 )
-from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
+from dcore_jax.train.rollout_batch import RolloutBatch
 from dcore_jax.train.sources import RolloutSource
-from dcore_jax.train.throughput import forward_flops
+from dcore_jax.train.throughput import forward_flops, product_flops
 
 Params = Any
 # Nats. The engine's own log-probabilities and entropies stand in for the trainer's where they
@@ -55,6 +59,7 @@ class Programs(NamedTuple):
   score: grpo.ScorePass
   step: Any
   psi_norm: Any
+  psi_cosine: Any
 
 
 # Cached by all that is compiled in. Runs of a sweep, and tests, often differ in nothing else.
@@ -67,113 +72,21 @@ def _programs(
   loss: objectives.PolicyLoss,
 ) -> Programs:
   tx = optimizer.make()
+  # As the step has them: what is measured is a part of its gradient.
+  measured = {
+    'temperature': temperature,
+    'execution': execution,
+    'aggregation': loss.aggregation,
+    'max_tokens': loss.max_tokens,
+  }
   return Programs(
     tx=tx,
     score=grpo.make_score_pass(model, temperature=temperature, execution=execution),
     step=grpo.make_grpo_step(model, tx, loss, temperature=temperature, execution=execution),
-    psi_norm=grpo.make_psi_norm(
-      model,
-      temperature=temperature,
-      execution=execution,
-      aggregation=loss.aggregation,
-      max_tokens=loss.max_tokens,
-    ),
+    psi_norm=psi_gradient.make_psi_norm(model, **measured),
+    # Compiled where it is called first: only runs that measure it pay for it.
+    psi_cosine=psi_gradient.make_psi_cosine(model, **measured),
   )
-
-
-class Reference:
-  """The frozen policy of the KL term: a copy in the dtype of computation.
-
-  With `execution.offload` it lies in host memory while it is not needed.
-
-  Raises:
-    ValueError: offloading where there is no such memory.
-  """
-
-  def __init__(self, params: Params, execution: Execution):
-    # The reference is only scored, so that two bytes a number suffice where the policy computes in
-    # bfloat16.
-    dtype = execution.dtype(params)
-    # A copy even where the dtype is the same: the first update donates the parameters' memory.
-    copied = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=True), params)
-    # Where each array belongs on the devices, to bring it back after offloading.
-    self._placed = jax.tree.map(lambda leaf: leaf.sharding, copied)
-    self._held = copied
-    if 'reference' in execution.offload:
-      check_offload()
-      self._held = jax.tree.map(
-        lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), copied
-      )
-
-  def params(self) -> Params:
-    """The parameters on the devices, for as long as the caller holds them."""
-    # Nothing moves where the arrays are there already.
-    return jax.device_put(self._held, self._placed)
-
-
-@dataclasses.dataclass(frozen=True)
-class MiniBatch:
-  """The rollouts of one optimizer step.
-
-  Attributes:
-    rollouts: the responses of each rollout, prompt by prompt.
-    rewards_PG: reward of each rollout.
-    tree: all responses, packed, without values.
-  """
-
-  rollouts: list[list[Response]]
-  rewards_PG: np.ndarray
-  tree: TokenTree
-
-  @property
-  def responses(self) -> list[Response]:
-    """All responses, in the order in which the tree has them."""
-    return _flat(self.rollouts)
-
-  @property
-  def groups(self) -> list[list[Response]]:
-    """The responses of each prompt's rollouts together, in the order of the tree."""
-    P, G = self.rewards_PG.shape
-    return [_flat(self.rollouts[p * G : (p + 1) * G]) for p in range(P)]
-
-  def with_responses(self, responses: Sequence[Response]) -> 'MiniBatch':
-    """The same rollouts with other values; `responses` are in the order of the property."""
-    return dataclasses.replace(self, rollouts=_like(self.rollouts, responses))
-
-
-def _flat(rollouts: Sequence[Sequence[Any]]) -> list[Any]:
-  flat = []
-  for responses in rollouts:
-    flat += responses
-  return flat
-
-
-def _like(rollouts: Sequence[Sequence[Any]], flat: Sequence[Any]) -> list[list[Any]]:
-  """The inverse of `_flat`: cuts the list as the rollouts are."""
-  result = []
-  start = 0
-  for responses in rollouts:
-    result.append(list(flat[start : start + len(responses)]))
-    start += len(responses)
-  return result
-
-
-def sampled_responses(rollout: Rollout) -> list[Response]:
-  """The responses of a rollout with what the engine has reported of their tokens."""
-  responses = []
-  for prompt, completion in rollout.exchanges:
-    responses.append(
-      Response(
-        prompt=prompt,
-        tokens=completion.tokens,
-        # The engine's two numbers differ where sampling was truncated: one is of the truncated
-        # policy, the other of the whole one, which a trainer computes.
-        behaviour_logp=completion.logprobs,
-        old_logp=completion.full_logprobs,
-        entropy=completion.entropies,
-      )
-    )
-  return responses
 
 
 class Scores(NamedTuple):
@@ -190,20 +103,6 @@ class Scores(NamedTuple):
   gap: np.ndarray
   entropy_gap: np.ndarray
   flops: float
-
-
-class Psi(NamedTuple):
-  """What psi contributes to the first mini-batch that has any.
-
-  Attributes:
-    norm: of its gradient, on the device.
-    share: the part of the mini-batch's loss tokens that the norm was divided by.
-    place: number of the mini-batch.
-  """
-
-  norm: jax.Array
-  share: float
-  place: int
 
 
 @dataclasses.dataclass
@@ -249,6 +148,8 @@ class Update:
       # The share is of the update that the measured mini-batch makes, not of the first one.
       whole = float(values[self.psi.place]['grad_norm'])  # NaN where the update was skipped
       row['psi_grad_share'] = row['psi_grad_norm'] / whole if whole else 0.0
+      if self.psi.cosine is not None:
+        row['psi_cosine'] = float(self.psi.cosine)
     row |= self.facts
     row['skipped'] = int(sum(value['skipped'] for value in values))
     for name, seconds in self.seconds.items():
@@ -268,34 +169,43 @@ class Learner:
     source: what the rollouts answer; its sizes fix the shapes of a step.
     config: section `rl`.
     execution: how the training passes run.
+    frozen: what the adapters in the train state stand beside; None where all parameters are in it.
 
   Attributes:
     alpha: weight of the entropy in psi; changes where `rl.alpha_measure` names what it has to hold.
     programs: the compiled functions.
+    packer: lays rollouts out in rows.
   """
 
   def __init__(
     self,
     policy: Policy,
-    engine: Engine,
+    engine: Engine | Fleet,
     source: RolloutSource,
     config: RlSection,
     execution: Execution,
+    *,
+    frozen: lora.Frozen | None = None,
   ):
     self.alpha = config.alpha
     self._policy = policy
     self._engine = engine
+    self._frozen = frozen
     self._config = config
     # Resolved once: a wrong option is an error before the first rollout.
     self._loss = policy_loss(config)
-    self._warned_of_cuts = False
+    self._of_fleet = isinstance(engine, Fleet)
     self._with_psi = advantages.uses_entropy(config.estimator)
-    # Loss tokens of a micro-batch. All places are budgeted: where prompts are shared, most tokens
-    # of a row are sampled ones.
-    self._budget = config.rows * config.capacity
-    # The longest response that the engine can give, all turns of an episode together.
-    response = source.responses * min(config.max_tokens, engine.max_new)
-    self._rows = rows_multiple(config, source.longest_prompt, response)
+    self._taught = advantages.uses_teacher(config.estimator)
+    self.packer = Packer(
+      config,
+      source,
+      engine.max_new,
+      policy.tokenizer.pad_token_id,
+      # Tokens that are merged have one probability under the policy that drew them. Servers may
+      # draw equal tokens with unequal weights.
+      merge=self._loss.merges and not self._of_fleet,
+    )
     # Positional, since lru_cache takes a keyword for another key.
     self.programs = _programs(
       policy.config,
@@ -304,28 +214,46 @@ class Learner:
       config.temperature,
       self._loss,
     )
+    self._measure = PsiMeasure(
+      functools.partial(self.programs.psi_norm, frozen=frozen),
+      functools.partial(self.programs.psi_cosine, frozen=frozen),
+      self.packer.row_batch,
+      self._loss.aggregation,
+    )
 
   def adapt_alpha(self, row: dict[str, float]) -> None:
     """Takes the numbers of a step, before the next one's advantages are computed."""
     # Measured on this step, used from the next one on: alpha follows with one step's delay.
-    if self._config.alpha_measure == 'entropy':
-      self.alpha = next_alpha(self._config, self.alpha, row['entropy'])
-    elif self._config.alpha_measure == 'psi_share':
-      # A step without psi says nothing about alpha: NaN leaves it as it is.
-      self.alpha = next_alpha(self._config, self.alpha, row['psi_grad_share'] or math.nan)
+    if self._config.alpha_measure:
+      self.alpha = next_alpha(self._config, self.alpha, alpha_measure(self._config, row))
 
   def update(
-    self, state: TrainState, reference: Reference | None, batch: RolloutBatch
+    self,
+    state: TrainState,
+    reference: Reference | None,
+    batch: RolloutBatch,
+    *,
+    cosine: bool = False,
   ) -> tuple[TrainState, Update]:
     """Dispatches all optimizer steps on one rollout batch, and the engine's update.
+
+    Args:
+      state: parameters and moments; donated.
+      reference: the policy of the KL term, where there is one.
+      batch: the scored rollouts.
+      cosine: whether to measure the angle between the gradients of psi and of GRPO.
 
     Returns:
       (the state after them, what is under way).
     """
     # Both phases are in every row of metrics, also where one is not run.
     seconds = {'score': 0.0, 'reference': 0.0}
+    taught_flops = 0.0
     with _timed(seconds, 'score'):
-      minis, scores = self._score(state.params, self.mini_batches(batch))
+      params = lora.attach(self._frozen, state.params)
+      minis, scores = self._score(params, self.packer.mini_batches(batch))
+      if self._taught:
+        minis, taught_flops = self._with_teacher(params, minis)
       minis = [self._with_advantages(number, mini) for number, mini in enumerate(minis)]
     # Only a KL term reads the reference.
     if self._config.kl_coefficient:
@@ -336,28 +264,40 @@ class Learner:
     how = self._loss.aggregation
     trees = [grpo.lay_values(mini.tree, mini.responses, names, how) for mini in minis]
     # Before the updates: psi's gradient is that of the policy which sampled.
-    psi = self._psi(state.params, minis, trees) if self._with_psi else None
+    psi = None
+    if self._with_psi:
+      laid = [(mini.responses, tree) for mini, tree in zip(minis, trees, strict=True)]
+      psi = self._measure.norm(state.params, laid)
+      if cosine:
+        psi = psi._replace(cosine=self._measure.cosine(state.params, laid))
+    # Arguments and not constants of the program: alpha may change with every step.
+    scale = None
+    if self._loss.entropy_of:
+      scale = PsiScale(alpha=np.float32(self.alpha), delta=np.float32(self._config.delta))
     began = time.monotonic()
     values = []
     for tree in trees:  # while the device works on one, the host lays the next one out
       state, value = self.programs.step(
-        state, sharding.place_batch(self._row_batch(tree), whole=True)
+        state, sharding.place_batch(self.packer.row_batch(tree), whole=True), scale, self._frozen
       )
       values.append(value)
     # Dispatched before the host adds anything up, so that the next rollouts can begin.
-    self._engine.update(state.params)
+    self._engine.update(lora.attach(self._frozen, state.params))
     # Sampling computes what a forward pass does, and an update three times that.
     passes = 5 if self._config.kl_coefficient else 4
     # Counted from the trees, without padding: what the mathematics needs. Rollouts that repeat each
     # other count once, though each was sampled.
-    forward = sum(forward_flops(self._policy.config, mini.tree) for mini in minis)
+    flops = passes * sum(forward_flops(self._policy.config, mini.tree) for mini in minis)
+    if self._frozen is not None:
+      # A base that is not trained has no products for its gradient.
+      flops -= sum(product_flops(self._policy.config, mini.tree) for mini in minis)
     update = Update(
       began=began,
       seconds=seconds,
       values=values,
       psi=psi,
       facts=self._facts(minis, scores),
-      flops=passes * forward + sum(part.flops for part in scores),
+      flops=flops + taught_flops + sum(part.flops for part in scores),
     )
     return state, update
 
@@ -370,68 +310,23 @@ class Learner:
     entropy = 0.0
     for mini in minis:
       entropy += mini.tree.add_up([response.entropy for response in mini.responses]).sum()
+    # Warns as well, once a run.
+    cut = self.packer.cut_groups(minis)
     facts = {
       'logp_gap_mean': float(gap.mean()),
       'logp_gap_max': float(gap.max()),
       'scored_fraction': len(gap) / sampled,
       'dedup': float(np.mean([mini.tree.dedup for mini in minis])),
-      'cut_groups': self._cut_groups(minis),
+      'cut_groups': cut,
       'entropy': float(entropy / sampled),
     }
     if self._with_psi:
       facts['alpha'] = self.alpha
+    if self._taught:
+      gaps = [response.teacher_gap for mini in minis for response in mini.responses]
+      # The estimate of KL(policy || teacher) a token, before the update.
+      facts['teacher_kl'] = float(-np.concatenate(gaps).mean())
     return facts
-
-  def _cut_groups(self, minis: Sequence[MiniBatch]) -> int:
-    """Counts the groups that no row could hold, and warns of the first ones of a run."""
-    sizes = []
-    for mini in minis:
-      sizes += grpo.cut_groups(mini.tree, mini.groups, merge=self._loss.merges)
-    if sizes and not self._warned_of_cuts:
-      self._warned_of_cuts = True
-      warnings.warn(
-        f'{len(sizes)} groups of rollouts need more than a row of rl.capacity = '
-        f'{self._config.capacity} tokens, the largest {max(sizes)}: each of their rows computes '
-        'their prompt again. A larger rl.capacity saves that, where it fits in memory.',
-        stacklevel=2,
-      )
-    return len(sizes)
-
-  def mini_batches(self, batch: RolloutBatch) -> list[MiniBatch]:
-    """Splits a rollout batch into the mini-batches of its optimizer steps, and packs them."""
-    # Prompts divide evenly over the updates, which `check_options` has made sure of.
-    size = len(batch.kinds) // self._config.updates
-    minis = []
-    for first in range(0, len(batch.kinds), size):
-      rollouts = [sampled_responses(made) for made in batch.of(first, first + size)]
-      minis.append(
-        # Groups stay whole: a mini-batch has complete prompts, and so all rewards of its groups.
-        MiniBatch(
-          rollouts=rollouts,
-          rewards_PG=batch.total_PG[first : first + size],
-          tree=self._pack(_flat(rollouts)),
-        )
-      )
-    return minis
-
-  def _pack(self, responses: Sequence[Response]) -> TokenTree:
-    # Without a padding token any id will do, since padding weighs nothing.
-    tree = grpo.pack_responses(
-      responses,
-      self._config.capacity,
-      self._rows,
-      self._policy.tokenizer.pad_token_id or 0,
-      merge=self._loss.merges,
-    )
-    if tree.dropped:  # `check_options` has made sure that rollouts fit
-      raise AssertionError(
-        f'{len(tree.dropped)} rollouts are longer than rl.capacity = {self._config.capacity}'
-      )
-    return tree
-
-  def _row_batch(self, tree: TokenTree) -> RowBatch:
-    accumulate = tree.rows // self._config.rows
-    return tree.batch(budget=self._budget, accumulate=accumulate, shards=sharding.shards())
 
   def _score(self, params: Params, minis: list[MiniBatch]) -> tuple[list[MiniBatch], list[Scores]]:
     """Settles the old policy's log-probabilities and entropies -> (mini-batches, what was scored).
@@ -440,14 +335,15 @@ class Learner:
     Whether it does is measured on the first group. Where it does not, or computes in another dtype,
     the trainer scores everything.
     """
-    # Only a float32 engine can agree to 1e-4.
-    if self._engine.params['embed'].dtype == np.float32:
-      rollouts = _flat([mini.rollouts for mini in minis])
+    # Only a float32 engine can agree to 1e-4. A fleet tells numbers of older weights, and no
+    # entropies.
+    if self._engine.params['embed'].dtype == np.float32 and not self._of_fleet:
+      rollouts = flat([mini.rollouts for mini in minis])
       # A rollout has no response where its first prompt was too long.
       made = [responses for responses in rollouts if responses]
       # One group shows it: engine and trainer differ by their kernels, not by their prompts.
-      tried = _flat(made[: self._config.group])
-      trial = self._scores(params, self._pack(tried), tried)
+      tried = flat(made[: self._config.group])
+      trial = self._scores(params, self.packer.pack(tried), tried)
       if max(trial.gap.max(), trial.entropy_gap.max()) <= _EXACT:
         return minis, [trial]
     scores = [self._scores(params, mini.tree, mini.responses) for mini in minis]
@@ -458,9 +354,7 @@ class Learner:
 
   def _scores(self, params: Params, tree: TokenTree, responses: Sequence[Response]) -> Scores:
     """One pass over the tree of these responses."""
-    logp_RT, entropy_RT = grpo.score_rows(
-      self.programs.score, params, tree, self._config.rows, self._budget
-    )
+    logp_RT, entropy_RT = self._score_rows(params, tree)
     logp = grpo.gather_values(tree, responses, logp_RT)
     # Both are read off the same pass, so that the entropy costs no forward pass of its own.
     entropy = grpo.gather_values(tree, responses, entropy_RT)
@@ -476,29 +370,57 @@ class Learner:
       flops=forward_flops(self._policy.config, tree),
     )
 
+  def _score_rows(self, params: Params, tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
+    """Scores a tree under any policy -> (log-probabilities, entropies), float32 [R, T]."""
+    # Old policy, reference and teacher in passes of one shape, so that one program serves them all.
+    return grpo.score_rows(self.programs.score, params, tree, self._config.rows, self.packer.budget)
+
   def _with_advantages(self, number: int, mini: MiniBatch) -> MiniBatch:
     """Gives the responses of mini-batch `number` all values but those of the reference."""
     responses = mini.responses
-    if 'sequence' in self._loss.extras and len(responses) > self._budget:
+    if 'sequence' in self._loss.extras and len(responses) > self.packer.budget:
       # Sums over sequences have as many places as a micro-batch has loss tokens.
       raise ValueError(
-        f'{len(responses)} responses of a mini-batch exceed rl.rows x rl.capacity = {self._budget}'
+        f'{len(responses)} responses of a mini-batch exceed rl.rows x rl.capacity = '
+        f'{self.packer.budget}'
       )
     # None: every token may have its psi.
     psi_tokens = None
     if self._config.psi_words:
       words = self._config.psi_words
       marks = grpo.reflective_tokens(responses, self._policy.tokenizer, words)
-      psi_tokens = _like(mini.rollouts, marks)
+      psi_tokens = mini.by_rollout(marks)
     # Made anew for each mini-batch, since alpha changes from step to step.
-    estimator = make_estimator(self._config, self.alpha)
-    rollouts = grpo.with_advantages(mini.rollouts, mini.rewards_PG, estimator, psi_tokens)
+    estimator = make_estimator(self._config, self.alpha, mini.signs_P)
+    parts = None
+    if self._loss.entropy_of:
+      parts = group_parts(self._config, mini.rewards_PG, mini.signs_P)
+    signal = 'teacher_gap' if self._taught else 'entropy'
+    rollouts = grpo.with_advantages(
+      mini.rollouts, mini.rewards_PG, estimator, psi_tokens, parts, signal
+    )
     # The first mini-batch is trained on the very policy that its old log-probabilities are of.
     updated = 1.0 if number else 0.0
     numbered = []
-    for sequence, response in enumerate(_flat(rollouts)):
+    for sequence, response in enumerate(flat(rollouts)):
       numbered.append(dataclasses.replace(response, sequence=sequence, updated=updated))
     return mini.with_responses(numbered)
+
+  def _with_teacher(
+    self, params: Params, minis: Sequence[MiniBatch]
+  ) -> tuple[list[MiniBatch], float]:
+    """Gives all responses the teacher's log-probabilities -> (mini-batches, operations)."""
+
+    def score(tree: TokenTree) -> np.ndarray:
+      return self._score_rows(params, tree)[0]
+
+    result = []
+    flops = 0.0
+    for mini in minis:
+      responses, tree = with_teacher_logp(mini.responses, self.packer.pack_taught, score)
+      result.append(mini.with_responses(responses))
+      flops += forward_flops(self._policy.config, tree)
+    return result, flops
 
   def _with_reference(self, reference: Reference, minis: Sequence[MiniBatch]) -> list[MiniBatch]:
     """Gives all responses their log-probabilities under the reference policy."""
@@ -506,47 +428,13 @@ class Learner:
     held = reference.params()
     result = []
     for mini in minis:
-      # In rows of the same shape as for the old policy, so that one program serves both.
-      logp_RT, _ = grpo.score_rows(
-        self.programs.score, held, mini.tree, self._config.rows, self._budget
-      )
+      logp_RT, _ = self._score_rows(held, mini.tree)
       logp = grpo.gather_values(mini.tree, mini.responses, logp_RT)
       responses = []
       for response, ref_logp in zip(mini.responses, logp, strict=True):
         responses.append(dataclasses.replace(response, ref_logp=ref_logp))
       result.append(mini.with_responses(responses))
     return result
-
-  def _psi(self, params: Params, minis: Sequence[MiniBatch], trees: Sequence[TokenTree]) -> Psi:
-    """Measures psi's gradient on the first mini-batch that has any psi, by one backward pass."""
-    for place, (mini, tree) in enumerate(zip(minis, trees, strict=True)):
-      responses = mini.responses
-      # A group whose rewards differ has no psi under DA-GRPO; the first mini-batch may have none.
-      if not any(response.psi.any() for response in responses):
-        continue
-      # What an aggregation needs beside it is on the tree already.
-      laid = grpo.lay_values(tree, responses, {'psi'}, self._loss.aggregation)
-      batch = self._row_batch(laid)
-      share = 1.0
-      # Under other aggregations the weight of a token depends on its whole sequence.
-      if self._loss.aggregation == 'token':
-        batch, share = only_psi(batch)
-      norm = self.programs.psi_norm(params, sharding.place_batch(batch, whole=True))
-      return Psi(norm=norm, share=share, place=place)
-    # Zeros on the device: a step without psi has the same metrics as any other.
-    return Psi(norm=jnp.zeros(()), share=1.0, place=0)
-
-
-def only_psi(batch: RowBatch) -> tuple[RowBatch, float]:
-  """Leaves micro-batches without psi out -> (the batch, the share of the weight that is left).
-
-  The backward pass skips micro-batches without weight. A norm over the rest was divided by the
-  rest's weight only: times the share it is that of the whole mini-batch.
-  """
-  has_psi_A1 = batch.extras['psi'].any(axis=1, keepdims=True)
-  weight_AM = batch.weight * has_psi_A1
-  share = float(weight_AM.sum() / batch.weight.sum())
-  return batch._replace(weight=weight_AM), share
 
 
 @contextlib.contextmanager

@@ -1,16 +1,21 @@
-"""Numbers of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard."""
+"""Numbers of a run: one JSON object a line in `metrics.jsonl`, also for TensorBoard and sinks."""
 
 import json
 import math
 import os
 import pathlib
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 from dcore_jax import distributed
-from dcore_jax.files import replace_text
+from dcore_jax.files import named_errors, replace_text
+from dcore_jax.train.sinks import Sink
 
 METRICS_FILE = 'metrics.jsonl'
 
@@ -20,9 +25,14 @@ class Metrics:
 
   Of several hosts only the first writes. A line that a killed process left half written is cut off
   on opening, so that the next row starts on a line of its own.
+
+  Args:
+    workdir: the folder.
+    sinks: other programs that get each row, see `train.sinks`; closed with the files.
   """
 
-  def __init__(self, workdir: str | os.PathLike):
+  def __init__(self, workdir: str | os.PathLike, sinks: Sequence[Sink] = ()):
+    self._sinks = list(sinks)
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / METRICS_FILE
     # All hosts have the same numbers, and two writers would interleave their lines in one file.
@@ -34,8 +44,7 @@ class Metrics:
     # Before the file is opened for appending: the position of the next row is the end of the file.
     _cut_torn_line(self._path)
     self._file = self._path.open('a', encoding='utf-8')
-    # Ten seconds instead of TensorBoard's two minutes, so that a run can be watched live.
-    self._board = tensorboardX.SummaryWriter(str(self._workdir / 'tensorboard'), flush_secs=10)
+    self._board = _Board(self._workdir / 'tensorboard')
 
   def write(self, stage: str, step: int, **scalars: Any) -> None:
     """Writes one row {'stage', 'step', **scalars}; values that are not finite become null.
@@ -52,13 +61,13 @@ class Metrics:
     if not self._file:
       return
     row = {'stage': stage, 'step': int(step), **values}
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    # A killed process loses its buffers; a person who watches the run reads the file meanwhile.
-    self._file.flush()
-    for name, value in values.items():
-      # TensorBoard has no place for null.
-      if value is not None:
-        self._board.add_scalar(f'{stage}/{name}', value, int(step))
+    with named_errors(self._path):
+      self._file.write(json.dumps(row, allow_nan=False) + '\n')
+      # A killed process loses its buffers; a person who watches the run reads the file meanwhile.
+      self._file.flush()
+    self._board.write(stage, int(step), values)
+    for sink in self._sinks:
+      sink.write(stage, int(step), values)
 
   def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
     """Drops the rows of a stage from `step` on and returns those before.
@@ -79,14 +88,50 @@ class Metrics:
   def close(self) -> None:
     """Closes the files."""
     if self._file:
-      self._file.close()
+      with named_errors(self._path):
+        self._file.close()
       self._board.close()
+    for sink in self._sinks:
+      sink.close()
 
   def __enter__(self) -> 'Metrics':
     return self
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+class _Board:
+  """Writes numbers for TensorBoard.
+
+  Without tensorboardX's own writer, whose thread dies on a full disk: its queue is then full after
+  ten numbers, and a run that waits for room in it waits for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    folder.mkdir(exist_ok=True)
+    self._folder = folder
+    self._flushed = 0.0
+    with named_errors(folder):
+      self._events = EventsWriter(str(folder / 'events'))
+
+  def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
+    found = []
+    for name, value in values.items():
+      # TensorBoard has no place for null.
+      if value is not None:
+        found.append(Summary.Value(tag=f'{stage}/{name}', simple_value=float(value)))
+    event = Event(step=step, wall_time=time.time(), summary=Summary(value=found))
+    with named_errors(self._folder):
+      self._events.write_event(event)
+      # A flush waits for the disk; every 10 s a run that is watched shows something new.
+      if time.monotonic() - self._flushed > 10:
+        self._flushed = time.monotonic()
+        self._events.flush()
+
+  def close(self) -> None:
+    with named_errors(self._folder):
+      self._events.close()
 
 
 def read_metrics(workdir: str | os.PathLike, stage: str | None = None) -> list[dict[str, Any]]:

@@ -8,106 +8,39 @@ the step's row as soon as the device has its numbers. Rollouts are journaled wav
 """
 
 import concurrent.futures
-import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from dcore_jax.config import RlSection
+from dcore_jax.learn import lora
 from dcore_jax.learn.optimizer import init_state
 from dcore_jax.models.attention import tree_attention
 from dcore_jax.models.decoder import Execution
-from dcore_jax.progress import progress
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.fleet import Fleet
 from dcore_jax.rollout.policy import Policy
-from dcore_jax.statistics import paired_difference
+from dcore_jax.train import stopping
 from dcore_jax.train.checkpoint import STATE, Checkpoints
-from dcore_jax.train.checksum import tree_sum
+from dcore_jax.train.fleet_sampler import make_sampler
 from dcore_jax.train.journal import RolloutJournal
-from dcore_jax.train.learner import Learner, Reference, Update
+from dcore_jax.train.learner import Learner, Update
+from dcore_jax.train.live import StepView, step_view
+from dcore_jax.train.other_policies import Reference
 from dcore_jax.train.prompt_order import PromptOrder, set_aside, training_order
+from dcore_jax.train.rl_checkpoints import HeldOut, Position, RlCheckpoints
 from dcore_jax.train.rl_options import check_options
 from dcore_jax.train.rollout_batch import RolloutBatch, rollout_metrics
-from dcore_jax.train.sampler import SampledStep, Sampler
+from dcore_jax.train.sampler import MEASURED, SampledStep
+from dcore_jax.train.skips import Skips
 from dcore_jax.train.sources import RolloutSource
 from dcore_jax.train.stage_run import StageRun
 from dcore_jax.train.throughput import matmul_rate
 
 Params = Any
-
-
-@dataclasses.dataclass
-class Position:
-  """What a checkpoint holds beside the train state. Field names are the file's.
-
-  Attributes:
-    prompts: fingerprint of the source, and of which items are held out.
-    reference: sum over the bits of the reference policy. It is what the stage starts from, which
-      stays where it is, and is not stored again.
-    alpha: weight of the entropy, which may have been adapted.
-    seconds: the time that the run has taken, all processes together.
-    before: `rollout_metrics` of the held-out prompts before the first step; None without any.
-    after: the same at the newest checkpoint.
-    prompts_before: `prompt_means` behind them.
-    prompts_after: the same at the newest checkpoint.
-  """
-
-  prompts: int
-  reference: int
-  alpha: float
-  seconds: float = 0.0
-  before: dict[str, float] | None = None
-  after: dict[str, float] | None = None
-  prompts_before: dict[str, list[float]] | None = None
-  prompts_after: dict[str, list[float]] | None = None
-
-  def resumed(self, stored: dict[str, Any], folder: str) -> 'Position':
-    """Returns the stored position if it belongs to the same prompts and reference as this one.
-
-    Raises:
-      ValueError: it belongs to others.
-    """
-    position = Position(**stored)
-    different = []
-    # Prompts that are held out now may have been trained on by the run that was stored.
-    if position.prompts != self.prompts:
-      different.append('prompts')
-    # The KL term against another reference policy would be another objective.
-    if position.reference != self.reference:
-      different.append('reference')
-    if different:
-      raise ValueError(
-        f'the checkpoints in {folder!r} were made from other {" and ".join(different)}'
-      )
-    return position
-
-  def measure(self, sampler: Sampler, held_out: Sequence[int]) -> None:
-    """Measures the engine's present policy as the one after the newest step."""
-    self.after, self.prompts_after = sampler.measured(held_out)
-
-  def differences(
-    self, tasks: Sequence[str], reward_bounds: tuple[float, float]
-  ) -> dict[str, dict[str, Any]] | None:
-    """Returns `paired_difference` of each of the prompt means; None without held-out prompts.
-
-    Args:
-      tasks: the task of each held-out prompt. Tasks are the units, because what makes one step of a
-        task hard makes the others hard, too.
-      reward_bounds: the least and the largest reward.
-    """
-    if not self.prompts_after:
-      return None
-    # The number of reflections has no largest value, and so no bounds.
-    bounds = {'reward': reward_bounds, 'right_fraction': (0.0, 1.0)}
-    result = {}
-    for name, before in self.prompts_before.items():
-      result[name] = paired_difference(
-        before, self.prompts_after[name], clusters=tasks, bounds=bounds.get(name)
-      ) | {'prompts': len(before)}
-    return result
 
 
 class _Times(NamedTuple):
@@ -142,38 +75,108 @@ def _step_row(
 
 
 class _RowWriter:
-  """Writes rows of steps on a thread of its own, and shows the newest on the progress bar."""
+  """Writes rows of steps on a thread of its own, one at a time, and shows the newest to a person.
 
-  def __init__(self, run: StageRun, engine: Engine, bar: Any, peak: float):
+  Args:
+    run: gets the rows.
+    engine: has the weights of a step when the step is over.
+    learner: adapts alpha to the numbers of each step.
+    view: what a person sees.
+    peak: operations a second that MFU refers to.
+    skips: counts updates that were not made, and ends a run of too many.
+  """
+
+  def __init__(
+    self,
+    run: StageRun,
+    engine: Engine | Fleet,
+    learner: Learner,
+    view: StepView,
+    peak: float,
+    skips: Skips,
+  ):
     self._run = run
     self._engine = engine
-    self._bar = bar
+    self._learner = learner
+    self._view = view
     self._peak = peak
+    self._skips = skips
     # One thread, so that rows come in the order of their steps.
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._waiting: concurrent.futures.Future | None = None
+    self._ended = 0.0
 
-  def submit(
-    self, step: int, sampled: SampledStep, update: Update, times: _Times
-  ) -> concurrent.futures.Future:
-    """Starts to write the row of a step; the result is (when the step ended, its row)."""
-    return self._thread.submit(self._write, step, sampled, update, times)
+  def submit(self, step: int, sampled: SampledStep, update: Update, judged: float) -> None:
+    """Starts to write the row of a step, whose rollouts had been judged at that time."""
+    # A step is timed from the end of the one before: what overlaps counts once.
+    times = _Times(began=self._ended, sampled=judged - sampled.judging, judged=judged)
+    self._waiting = self._thread.submit(self._write, step, sampled, update, times)
+
+  def wait(self) -> None:
+    """Waits for the row that is being written, if any; alpha of the next step follows from it."""
+    if self._waiting:
+      self._ended, row = self._waiting.result()
+      self._waiting = None
+      self._learner.adapt_alpha(row)
+
+  def restart_clock(self) -> None:
+    """Leaves the time since the last row to no step."""
+    self._ended = time.monotonic()
 
   def _write(
     self, step: int, sampled: SampledStep, update: Update, times: _Times
   ) -> tuple[float, dict[str, float]]:
+    """Returns when the step ended, and its row."""
     row = _step_row(sampled.batch, update, self._engine, self._peak, times) | sampled.asked
     self._run.metrics.write('rl', step, **row)
-    reward = f'{row["reward"]:.2f}'
-    self._bar.set_postfix(reward=reward, zero=f'{row["zero_variance_fraction"]:.2f}')
-    self._bar.update(1)
+    self._view.see(step, row)
+    # Behind the row, which says what the gradients were.
+    self._skips.see(step, row)
     return update.ended, row
 
   def __enter__(self) -> '_RowWriter':
+    self.restart_clock()
     return self
 
   def __exit__(self, *_) -> None:
     # Waits for the last row, which a run must not end without.
     self._thread.shutdown()
+
+
+class _Prompts(NamedTuple):
+  """The prompts of a source, divided.
+
+  Attributes:
+    order: draws those of each step.
+    held_out: are measured and not trained on.
+    fingerprint: of all this; a run does not go on with another one.
+  """
+
+  order: PromptOrder
+  held_out: HeldOut
+  fingerprint: int
+
+
+def _divide(source: RolloutSource, config: RlSection, run: StageRun) -> _Prompts:
+  """Sets prompts aside to be measured; the others are trained on."""
+  aside_seed = run.seed if run.held_out_seed is None else run.held_out_seed
+  held_out = set_aside(source.labels, config.validation, aside_seed)
+  fingerprint = source.fingerprint
+  if held_out:
+    # What was measured before must be compared on the same prompts, and they must not have been
+    # trained on.
+    fingerprint = zlib.crc32(repr((fingerprint, held_out)).encode())
+  return _Prompts(
+    order=PromptOrder(
+      items=training_order(source.kinds, held_out), prompts=config.prompts, seed=run.seed
+    ),
+    held_out=HeldOut(
+      items=held_out,
+      tasks=[source.labels[item].task for item in held_out],
+      reward_bounds=source.reward_bounds,
+    ),
+    fingerprint=fingerprint,
+  )
 
 
 def run_rl(
@@ -183,156 +186,110 @@ def run_rl(
   config: RlSection,
   run: StageRun,
   *,
-  make_engine: Callable[[Params], Engine],
+  make_engine: Callable[[Params], Engine | Fleet],
   execution: Execution,
 ) -> tuple[Params, dict[str, Any]]:
   """Trains by (DA-)GRPO; resumes from the newest checkpoint.
 
   Args:
-    params: the weights to start from; donated. The KL term is against a frozen copy of them.
+    params: the weights to start from; donated. The KL term is against a frozen copy of them. Under
+      LoRA they are the base and the reference themselves, and nothing is donated or copied.
     policy: the model and tokenizer of these weights.
     source: what is asked, and how answers are judged.
     config: section `rl`; `dcore_jax.config` says what each field means.
     run: its metrics get a row a step as stage 'rl', and a row a checkpoint as 'validation'. The
-      journal of rollouts lies among its checkpoints. Its seed is of prompt order and sampling.
-    make_engine: builds the rollout engine for given weights.
+      journal of rollouts lies among its checkpoints. Its seed is of prompt order, sampling and
+      adapters.
+    make_engine: builds the rollout engine for given weights, or the fleet that stands for it.
     execution: how the training passes run.
 
   Returns:
-    (parameters, result). The result has `prompts`; `validation`: `rollout_metrics` before and after
-    on prompts that are not trained on, with the same random streams, `paired_difference` over their
-    tasks, and the `prompt_means` behind it; `best_step`: the checkpoint with the highest reward
-    there, which is kept beside the newest two; `attention`; and of earlier processes `resumed_at`
-    and `seconds_before`.
+    (parameters, result). The parameters have adapters attached, see `learn.lora`. The result has
+    `prompts`, `attention`, `resumed_at`, and what `RlCheckpoints.result` says.
 
   Raises:
-    ValueError: options or sizes that do not fit each other, or checkpoints made from other prompts
-      or from another model.
+    ValueError: options or sizes that do not fit each other, checkpoints made from other prompts or
+      from another model, or more than `rl.most_skipped` steps in a row without a finite gradient.
   """
-  held_out = set_aside(source.labels, config.validation, run.seed)
-  tasks = [source.labels[item].task for item in held_out]
-  items = training_order(source.kinds, held_out)
-  prompts = source.fingerprint
-  if held_out:
-    # What was measured before must be compared on the same prompts, and they must not have been
-    # trained on.
-    prompts = zlib.crc32(repr((prompts, held_out)).encode())
+  prompts = _divide(source, config, run)
   # Arrays that an update or a checkpoint returns are tied to their devices. Tying these from the
   # start saves compiling every program a second time.
   params = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), params)
-  order = PromptOrder(items=items, prompts=config.prompts, seed=run.seed)
-  engine = make_engine(params)
+  trained, frozen = lora.split(params, policy.config, run.lora, run.seed)
+  # An engine of plain weights takes merged ones with every update; new adapters add nothing yet.
+  unmerged = frozen is not None and run.lora.rollouts == 'unmerged'
+  engine = make_engine(lora.attach(frozen, trained) if unmerged else params)
   # After the engine is made, whose limits are among what is checked.
   check_options(config, engine, source)
   journal = RolloutJournal(run.checkpoints / 'rollouts')
-  sampler = Sampler(engine, source, order, config, journal)
-  learner = Learner(policy, engine, source, config, execution)
-  # Made before the first update, which donates `params`: the copy costs memory only if it is read.
-  reference = Reference(params, execution) if config.kl_coefficient else None
-  # The sum over the bits is what a checkpoint stores of the reference, whose weights it leaves out.
-  position = Position(prompts=prompts, reference=int(tree_sum(params)), alpha=config.alpha)
-  state = init_state(params, learner.programs.tx, offload='optimizer' in execution.offload)
+  measured = RolloutJournal(run.checkpoints.parent / MEASURED)
+  sampler = make_sampler(engine, source, prompts.order, config, journal, measured)
+  learner = Learner(policy, engine, source, config, execution, frozen=frozen)
+  # Before the first update, which donates `params`.
+  reference = _make_reference(params, config, execution, frozen)
+  position = Position.first(prompts.fingerprint, params, config.alpha)
+  state = init_state(trained, learner.programs.tx, offload='optimizer' in execution.offload)
   with (
     Checkpoints(run.checkpoints / STATE) as saved,
-    progress(total=config.steps, description=config.estimator) as bar,
+    step_view(config.steps, config.estimator) as view,
+    stopping.in_steps(),
+    sampler,
   ):
-    # A run without a checkpoint begins here.
-    start = 0
-    opened = time.monotonic()
-    found = saved.restore(state)
-    if found:
-      state, stored, start = found
-      position = position.resumed(stored, str(run.checkpoints))
-      learner.alpha = position.alpha
+    checkpoints = RlCheckpoints(saved, run, position, prompts.held_out, sampler, journal)
+    state, start = checkpoints.restore(state)
+    if start:
+      learner.alpha = checkpoints.alpha
       # The engine was made with the weights that the stage starts from.
-      engine.update(state.params)
-      bar.initial = start
-      bar.n = start
-    # A resumed run has measured this before its first step, and reads it from the checkpoint.
-    elif held_out:
-      position.measure(sampler, held_out)
-      position.before = position.after
-      position.prompts_before = position.prompts_after
-    # What the processes before this one took; time between them does not count.
-    seconds_before = position.seconds
+      engine.update(lora.attach(frozen, state.params))
+      view.resume(start)
+    else:
+      checkpoints.measure_start()
     peak = matmul_rate(execution.dtype(params).name)
-    # Rows that a killed process wrote after its last checkpoint are written again.
-    run.metrics.rewind('rl', start)
-    run.metrics.rewind('validation', start)
-    with _RowWriter(run, engine, bar, peak) as writer:
-      waiting = None
-      ended = time.monotonic()
+    skips = _rewind(run, config, start)
+    with _RowWriter(run, engine, learner, view, peak, skips) as writer:
       for step in range(start, config.steps):
         sampled = sampler.step(step)
         judged = time.monotonic()
-        if waiting:
-          # Alpha of this step follows from the numbers of the one before, also in a resumed run.
-          # That row is long done, because these rollouts needed the weights of its step.
-          ended, row = waiting.result()
-          learner.adapt_alpha(row)
+        # Alpha of this step follows from the numbers of the one before, also in a resumed run. That
+        # row is long done, because these rollouts needed the weights of its step.
+        writer.wait()
+        # By the number of the step, so that a resumed run measures the same ones.
+        cosine = bool(config.cosine_every) and step % config.cosine_every == 0
         # Dispatches and returns: the device works on while the next rollouts are asked for.
-        state, update = learner.update(state, reference, sampled.batch)
-        # A step is timed from the end of the one before: what overlaps counts once.
-        times = _Times(began=ended, sampled=judged - sampled.judging, judged=judged)
-        waiting = writer.submit(step, sampled, update, times)
+        state, update = learner.update(state, reference, sampled.batch, cosine=cosine)
+        writer.submit(step, sampled, update, judged)
         # The last step always has a checkpoint, which the export reads.
-        if (step + 1) % config.checkpoint_every and step + 1 < config.steps:
-          continue
-        # The row must be on disk before the checkpoint that stands for its step.
-        ended, row = waiting.result()
-        waiting = None
-        learner.adapt_alpha(row)
-        if held_out:
-          position.measure(sampler, held_out)
-          change = position.differences(tasks, source.reward_bounds)
-          _write_validation(run, step, position, change['reward'])
-        position.seconds = seconds_before + time.monotonic() - opened
-        position.alpha = learner.alpha
-        # Checkpoints keep the best step by this number; without held-out prompts no step is the
-        # best.
-        score = position.after['reward'] if position.after else None
-        # A checkpoint is named by the next step, with which a resumed run goes on.
-        saved.save(step + 1, state, dataclasses.asdict(position), score=score)
-        _forget_rollouts(journal, saved)
-        ended = time.monotonic()
-  return state.params, {
-    'prompts': len(items),
+        due = not (step + 1) % config.checkpoint_every or step + 1 == config.steps
+        stopped = stopping.asked()
+        if due or stopped:
+          # The row must be on disk before the checkpoint that stands for its step.
+          writer.wait()
+          # A run that is told to end measures nothing first. The next checkpoint that is due has
+          # the same rows as without the end.
+          checkpoints.save(step, state, learner.alpha, measure=due)
+          if stopped:
+            stopping.stop()
+          writer.restart_clock()
+  return lora.attach(frozen, state.params), {
+    'prompts': len(prompts.order.items),
     'resumed_at': start,
-    'seconds_before': seconds_before,
-    'best_step': saved.best_step,
     'attention': tree_attention.resolve(execution.attention),
-    'validation': {
-      'before': position.before,
-      'after': position.after,
-      'difference': position.differences(tasks, source.reward_bounds),
-      'by_prompt': {
-        'tasks': tasks,
-        'before': position.prompts_before,
-        'after': position.prompts_after,
-      },
-    },
+    **checkpoints.result(),
   }
 
 
-def _write_validation(run: StageRun, step: int, position: Position, change: dict[str, Any]) -> None:
-  """Writes the row of a checkpoint; `change` is the paired difference of its reward."""
-  # One task alone has no interval.
-  low, high = change['interval'] or (None, None)
-  run.metrics.write(
-    'validation',
-    step,
-    **position.after,
-    reward_difference=change['difference'],
-    reward_difference_error=change['standard_error'],
-    reward_difference_low=low,
-    reward_difference_high=high,
-  )
+def _make_reference(
+  params: Params, config: RlSection, execution: Execution, frozen: lora.Frozen | None
+) -> Reference | None:
+  """Returns the policy of the KL term; None without one, since its copy would cost memory."""
+  if not config.kl_coefficient:
+    return None
+  return Reference(params, execution, copied=frozen is None)
 
 
-def _forget_rollouts(journal: RolloutJournal, saved: Checkpoints) -> None:
-  """Deletes the rollouts that no resumed run can need.
-
-  A damaged newest checkpoint makes a run fall back to the one before, whose rollouts stay.
-  """
-  steps = saved.all_steps()
-  journal.forget(steps[-2] if len(steps) > 1 else 0)
+def _rewind(run: StageRun, config: RlSection, start: int) -> Skips:
+  """Cuts off the rows behind the step to go on with; returns who counts skips from there on."""
+  # Rows that a killed process wrote after its last checkpoint are written again.
+  rows = run.metrics.rewind('rl', start)
+  run.metrics.rewind('validation', start)
+  return Skips('rl', config.most_skipped, updates=config.updates, rows=rows)

@@ -4,9 +4,12 @@ A wrong option is an error here, before anything is sampled, and not hours later
 first reads it.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import optax
@@ -21,6 +24,13 @@ from dcore_jax.train.sources import RolloutSource
 # GSPO's published clips are about a hundred times smaller. Its ratio is a mean over the tokens of a
 # response, which stays close to 1.
 _GSPO_CLIP = 0.05
+# What alpha may be adapted to hold, and the metric that measures it.
+_MEASURES = {
+  'entropy': 'entropy',
+  'norm_share': 'psi_grad_share',
+  'reflections': 'reflections',
+  'uniform_share': 'zero_variance_fraction',
+}
 
 
 def policy_loss(config: RlSection) -> objectives.PolicyLoss:
@@ -38,11 +48,17 @@ def policy_loss(config: RlSection) -> objectives.PolicyLoss:
     kl_coefficient=config.kl_coefficient,
     kl_estimator=config.kl_estimator,
     uniform_kl=config.uniform_kl,
+    entropy_bonus=config.entropy_bonus,
+    entropy_bonus_on=config.entropy_bonus_on,
     importance_cap=config.importance_cap,
+    # An estimator that the step cannot make brings whole advantages.
+    entropy_of=config.entropy_of if _parts(config) else '',
   )
 
 
-def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
+def make_estimator(
+  config: RlSection, alpha: float, signs_P: np.ndarray | None = None
+) -> advantages.Estimator:
   """Returns the advantage estimator that `rl.estimator` names, with the options of the section.
 
   An option that only an estimator from outside this package knows keeps its default.
@@ -50,19 +66,41 @@ def make_estimator(config: RlSection, alpha: float) -> advantages.Estimator:
   Args:
     config: section `rl`.
     alpha: stands for `rl.alpha`, which may be adapted during a run.
+    signs_P: signs of the groups, for the placebo.
   """
-  return advantages.make_estimator(
-    config.estimator,
-    {
-      # An estimator takes those of these options that it knows.
-      'alpha': alpha,
-      'delta': config.delta,
-      'zero_test': config.zero_test,
-      'psi_multiplier': config.psi_multiplier,
-      'psi_when_wrong': config.psi_when_wrong,
-      'right_above': config.right_above,
-    },
-  )
+  options = _psi_options(config, signs_P) | {
+    'alpha': alpha,
+    'delta': config.delta,
+    'top_share': config.top_share,
+    'shaping_kappa': config.shaping_kappa,
+    'virtual_reward': config.virtual_reward,
+    'positive_weight': config.positive_weight,
+  }
+  return advantages.make_estimator(config.estimator, options)
+
+
+def group_parts(
+  config: RlSection, rewards_PG: np.ndarray, signs_P: np.ndarray | None = None
+) -> advantages.GroupParts:
+  """Returns what the step makes advantages of; only where `policy_loss(config).entropy_of`."""
+  return _parts(config, signs_P)(rewards_PG)
+
+
+def _parts(
+  config: RlSection, signs_P: np.ndarray | None = None
+) -> Callable[[np.ndarray], advantages.GroupParts] | None:
+  return advantages.make_parts(config.estimator, _psi_options(config, signs_P))
+
+
+def _psi_options(config: RlSection, signs_P: np.ndarray | None) -> dict[str, Any]:
+  # An estimator takes those of these options that it knows.
+  return {
+    'signs_P': signs_P,
+    'zero_test': config.zero_test,
+    'psi_multiplier': config.psi_multiplier,
+    'psi_when_wrong': config.psi_when_wrong,
+    'right_above': config.right_above,
+  }
 
 
 def next_alpha(config: RlSection, alpha: float, measured: float) -> float:
@@ -75,6 +113,18 @@ def next_alpha(config: RlSection, alpha: float, measured: float) -> float:
     low=config.alpha_low,
     high=config.alpha_high,
   )
+
+
+def alpha_measure(config: RlSection, row: Mapping[str, float]) -> float:
+  """Returns what `rl.alpha_measure` names, of a step's row; NaN where the step says nothing."""
+  name = _MEASURES[config.alpha_measure]
+  # Under dynamic sampling the groups that were asked count, and not those that were kept.
+  if name == 'zero_variance_fraction':
+    return row.get('asked_zero_variance', row[name])
+  # A step without psi has a share of 0, which says nothing about alpha.
+  if name == 'psi_grad_share':
+    return row[name] or math.nan
+  return row[name]
 
 
 def length_penalty(config: RlSection, lengths: np.ndarray) -> np.ndarray:
@@ -191,13 +241,16 @@ def check_section(config: RlSection) -> None:
       f'unknown rl.reward {config.reward!r}; expected one of {sorted(rewards.REWARDS)}'
     )
   # The loss checks its own options when it is made.
-  policy_loss(config)
+  with _in_section():
+    policy_loss(config)
   _check_companions(config)
   # Options of functions are checked by the functions themselves, on the smallest input they take.
   nothing_PG = np.zeros((1, 2))
   nothing_PGT = np.zeros((1, 2, 1))
-  make_estimator(config, config.alpha)(nothing_PG, nothing_PGT, nothing_PGT)
-  advantages.select_groups(nothing_PG, 1, uniform_share=config.uniform_share)
+  with _in_section():
+    estimator = make_estimator(config, config.alpha, signs_P=np.ones(1))
+    estimator(nothing_PG, nothing_PGT, nothing_PGT)
+    advantages.select_groups(nothing_PG, 1, uniform_share=config.uniform_share)
   # The buffer is the last part of the longest response, in which the penalty grows.
   if config.overlong_buffer > config.max_tokens:
     raise ValueError(
@@ -205,6 +258,18 @@ def check_section(config: RlSection) -> None:
       f'{config.max_tokens}, the longest response'
     )
   _check_alpha(config)
+  _check_psi(config)
+  _check_teacher(config)
+  _check_fleet(config)
+
+
+@contextlib.contextmanager
+def _in_section() -> Iterator[None]:
+  """Tells what functions that know no config find wrong as said in the section `rl`."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'rl: {error}') from error
 
 
 def _check_companions(config: RlSection) -> None:
@@ -239,9 +304,15 @@ def _check_companions(config: RlSection) -> None:
 
 
 def _check_alpha(config: RlSection) -> None:
-  if config.alpha_measure not in ('', 'entropy', 'psi_share'):
+  if config.alpha_measure == 'psi_share':
     raise ValueError(
-      f"unknown rl.alpha_measure {config.alpha_measure!r}; expected '', 'entropy' or 'psi_share'"
+      "rl.alpha_measure = 'psi_share' is called 'norm_share' now: it is a share of norms, and no "
+      'share of what an update does'
+    )
+  if config.alpha_measure and config.alpha_measure not in _MEASURES:
+    raise ValueError(
+      f'unknown rl.alpha_measure {config.alpha_measure!r}; expected one of {sorted(_MEASURES)}, '
+      "or ''"
     )
   # Called for its checks of target, rate and bounds alone; the result is not used.
   if config.alpha_measure:
@@ -253,6 +324,46 @@ def _check_alpha(config: RlSection) -> None:
     )
 
 
+def _check_psi(config: RlSection) -> None:
+  if config.entropy_of == 'current' and not _parts(config):
+    raise ValueError(
+      f"rl.entropy_of = 'current' needs an estimator whose psi the step makes: da_grpo without "
+      f"psi_when_wrong = 'punish', not {config.estimator!r}"
+    )
+
+
+def _check_teacher(config: RlSection) -> None:
+  if not advantages.uses_teacher(config.estimator):
+    return
+  if '{reference}' not in config.teacher:
+    raise ValueError(f'rl.teacher = {config.teacher!r} shows no {{reference}}')
+  if config.episodes:
+    raise ValueError(
+      f'rl.estimator = {config.estimator!r} needs a reference answer for each prompt, which '
+      'rl.episodes does not have'
+    )
+
+
+def _check_fleet(config: RlSection) -> None:
+  fleet = config.fleet
+  if not fleet.endpoints:
+    return
+  if fleet.publish_every > fleet.staleness + 1:
+    raise ValueError(
+      f'rl.fleet.publish_every = {fleet.publish_every} leaves weights that lack '
+      f'{fleet.publish_every - 1} updates, and rl.fleet.staleness allows {fleet.staleness}'
+    )
+  # What another policy drew would be taken for the present one's.
+  if not config.importance_cap:
+    raise ValueError(
+      'rl.fleet: rollouts of servers are weighed by the ratio of the two policies; set '
+      'rl.importance_cap, to 2 for example'
+    )
+  for url in fleet.endpoints:
+    if not url.startswith(('http://', 'https://')):
+      raise ValueError(f'rl.fleet.endpoints: {url!r} is no address; http://HOST:8000/v1 is one')
+
+
 def _check_sizes(config: RlSection, engine: Engine, source: RolloutSource) -> None:
   """ValueError where a prompt does not fit the engine, or a rollout not a packed row."""
   if source.longest_prompt >= engine.max_len:
@@ -260,6 +371,12 @@ def _check_sizes(config: RlSection, engine: Engine, source: RolloutSource) -> No
       f'a prompt of {source.longest_prompt} tokens leaves no room in '
       f'engine.max_len = {engine.max_len}; '
       f'rl.max_prompt_tokens = {config.max_prompt_tokens} drops only longer ones'
+    )
+  taught = source.longest_teacher_prompt + min(config.max_tokens, engine.max_new)
+  if source.longest_teacher_prompt and taught > config.capacity:
+    raise ValueError(
+      f"rl.capacity = {config.capacity} does not hold a teacher's prompt with its response, "
+      f'{taught} tokens'
     )
   # Later prompts of an episode grow up to the engine's limit; a single response has its own.
   longest = engine.max_len

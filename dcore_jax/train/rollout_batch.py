@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcore_jax.evaluate.lazy_reasoning import LOGGED_WORDS, count_reflections
+from dcore_jax.evaluate.behaviour.lazy_reasoning import LOGGED_WORDS, count_reflections
 from dcore_jax.learn import advantages
 from dcore_jax.worlds.environment import Outcome
 from dcore_jax.worlds.rollouts import Exchange
@@ -23,11 +23,13 @@ class Rollout(NamedTuple):
     exchanges: the prompt and the response of each turn, as token ids.
     texts: the responses as texts.
     outcome: a world's verdict; None if no world judged the rollout.
+    teacher_prompt: the prompt with the reference in view, where a teacher reads it.
   """
 
   exchanges: list[Exchange]
   texts: list[str]
   outcome: Outcome | None = None
+  teacher_prompt: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RolloutBatch:
     format_PG: the part of it for the form of the answer.
     correctness_PG: the part for its content.
     right_PG: bool, whether the answer is as good as the reference.
+    signs_P: +1 or -1 for each group, drawn for the placebo of psi; None without it.
   """
 
   kinds: list[str]
@@ -49,6 +52,7 @@ class RolloutBatch:
   format_PG: np.ndarray
   correctness_PG: np.ndarray
   right_PG: np.ndarray
+  signs_P: np.ndarray | None = None
 
   def of(self, first: int, last: int) -> list[Rollout]:
     """Returns the rollouts of the prompts first .. last - 1."""
@@ -59,7 +63,7 @@ class RolloutBatch:
 def take_groups(batches: Sequence[RolloutBatch], groups: Sequence[int]) -> RolloutBatch:
   """Takes groups by their numbers in the batches laid end to end.
 
-  All batches have equally many rollouts in each group.
+  All batches have equally many rollouts in each group. Signs are drawn afterwards.
   """
   # Python lists, because rollouts are objects; the arrays of all batches are joined below.
   kinds = []

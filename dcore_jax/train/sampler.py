@@ -1,18 +1,22 @@
 """Rollouts of a step: sampled in waves, kept in a journal, scored, and selected (DAPO's rounds)."""
 
+import contextlib
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dcore_jax.config import RlSection
-from dcore_jax.learn import advantages
+from dcore_jax.learn import advantages, controls
+from dcore_jax.rollout.divided import Recalled, Recorder, divide, is_divided, sample_share
 from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.streams import Counted, Stream
 from dcore_jax.train.checksum import tree_sum
-from dcore_jax.train.journal import JournaledEngine, RolloutJournal
+from dcore_jax.train.journal import JournaledWave, RolloutJournal
 from dcore_jax.train.prompt_order import PromptOrder
 from dcore_jax.train.rl_options import length_penalty, sampling_params
 from dcore_jax.train.rollout_batch import (
@@ -24,6 +28,8 @@ from dcore_jax.train.rollout_batch import (
 )
 from dcore_jax.train.sources import RolloutSource
 
+# Folder of the journal of measurements, beside those of the stages' checkpoints.
+MEASURED = 'measured'
 _MEASURED = 2**32 - 1  # the random stream of measurements; no step has this number
 
 
@@ -33,7 +39,7 @@ class SampledStep(NamedTuple):
   Attributes:
     batch: the scored groups.
     judging: seconds that scoring took.
-    asked: figures of all groups that were asked, if some were left out; else none.
+    asked: figures of all groups that were asked, if some were left out, and of a fleet.
   """
 
   batch: RolloutBatch
@@ -50,6 +56,8 @@ class Sampler:
     order: which items each step asks; its seed is that of sampling, too.
     config: section `rl`.
     journal: where rollouts are kept until a checkpoint covers them; None keeps none.
+    measured: where rollouts of held-out items are kept, so that stages which measure the same
+      weights sample them once; None keeps none.
   """
 
   def __init__(
@@ -59,14 +67,25 @@ class Sampler:
     order: PromptOrder,
     config: RlSection,
     journal: RolloutJournal | None = None,
+    measured: RolloutJournal | None = None,
   ):
     self._engine = engine
     self._source = source
     self._order = order
     self._config = config
     self._journal = journal
+    self._measured = measured
     # One seed for order and sampling: a run is repeated by one number.
     self._sampling = sampling_params(config, order.seed)
+
+  def __enter__(self) -> 'Sampler':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Lets go of what is under way; one engine has nothing under way between two steps."""
 
   def step(self, step: int) -> SampledStep:
     """Samples, scores and selects the groups of a step.
@@ -86,7 +105,8 @@ class Sampler:
       parts.append(self._penalised(judged))
       judging += time.monotonic() - began
       if not config.dynamic_rounds:
-        return SampledStep(batch=parts[0], judging=judging, asked={})
+        batch = self._signed(parts[0], step, range(config.prompts))
+        return SampledStep(batch=batch, judging=judging, asked={})
       rewards_PG = np.concatenate([part.total_PG for part in parts])
       kept = advantages.select_groups(
         rewards_PG, config.prompts, uniform_share=config.uniform_share
@@ -101,8 +121,14 @@ class Sampler:
       'asked_zero_variance': float(advantages.uniform_groups(rewards_PG).mean()),
     }
     # In the order in which they were asked.
-    batch = take_groups(parts, np.sort(np.concatenate([kept, filling])))
+    groups = np.sort(np.concatenate([kept, filling]))
+    batch = self._signed(take_groups(parts, groups), step, groups)
     return SampledStep(batch=batch, judging=judging, asked=asked)
+
+  def _signed(self, batch: RolloutBatch, step: int, places: Sequence[int]) -> RolloutBatch:
+    """Draws the signs of the groups, each by its place among all that the step has asked."""
+    signs_P = controls.group_signs(self._order.seed, step, places)
+    return dataclasses.replace(batch, signs_P=signs_P)
 
   def _penalised(self, batch: RolloutBatch) -> RolloutBatch:
     """Adds DAPO's penalty for responses that come close to the limit, if the config asks for it.
@@ -126,42 +152,66 @@ class Sampler:
     chosen = self._order.chosen(step, turn)
     wave = self._config.wave
     # Rollouts of other weights must never be taken for these, e.g. after a fallback.
-    weights = int(tree_sum(self._engine.params)) if self._journal else 0
+    weights = self._origin() if self._journal else 0
     # File numbers go on over the turns of a step.
     waves_before = turn * -(-len(chosen) // wave)
     rollouts = []
     for first in range(0, len(chosen), wave):
       items = chosen[first : first + wave]
-      engine = self._engine
+      number = waves_before + first // wave
+      engine = self._serving(step, number)
+      file = None
       if self._journal:
-        engine = self._journaled(step, waves_before + first // wave, items, weights)
+        file = self._file(engine, step, number, items, weights)
       # Items are numbered over all turns of the step, so that a further turn has streams of its
       # own.
       places = range(turn * len(chosen) + first, turn * len(chosen) + first + len(items))
-      rollouts += self._sample(engine, items, step, places)
+      rollouts += self._sample(engine, items, step, places, file)
     return rollouts
 
-  def _journaled(self, step: int, wave: int, items: list[int], weights: int) -> JournaledEngine:
-    """Returns the engine behind a wave's journal.
+  def _origin(self) -> int:
+    """Returns the sum over the bits of the weights that rollouts are made with."""
+    # An engine of one host's devices is not on the trainer's mesh, which is in context.
+    alone = jax.set_mesh(None) if is_divided(self._engine) else contextlib.nullcontext()
+    with alone:
+      return int(tree_sum(self._engine.params))
 
-    The file's fingerprint is made of all that rollouts depend on.
-    """
+  def _serving(self, step: int, wave: int) -> Engine:
+    """Returns what makes the rollouts of a wave of a step."""
+    del step, wave  # one engine makes all
+    return self._engine
+
+  def _file(
+    self, engine: Engine, step: int, wave: int, items: list[int], weights: int
+  ) -> JournaledWave:
+    """Returns the file of a wave."""
+    return self._journal.wave(step, wave, self._fingerprint(engine, items, weights))
+
+  def _fingerprint(self, engine: Engine, items: Sequence[int], weights: int) -> int:
+    """Returns a number that is made of all that rollouts depend on."""
     origin = (
       weights,
       self._source.fingerprint,
-      items,
+      list(items),
       self._config.group,
       self._sampling,
-      self._engine.max_len,
+      engine.max_len,
     )
     # The text of these values is part of the file format: another order would be another run.
-    fingerprint = zlib.crc32(repr(origin).encode())
-    return self._journal.engine(self._engine, step, wave, fingerprint)
+    return zlib.crc32(repr(origin).encode())
 
   def measured(self, items: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Returns (`rollout_metrics`, `prompt_means`) of held-out items, from the same streams always.
+    """Returns (`rollout_metrics`, `prompt_means`) of held-out items, see `measure`."""
+    batch = self.measure(items)
+    return rollout_metrics(batch), prompt_means(batch)
 
-    The stream of an item is its own, whichever others are held out.
+  def measure(
+    self, items: Sequence[int], told: Callable[[int], None] | None = None
+  ) -> RolloutBatch:
+    """Samples and scores a group of each item, from the same streams always.
+
+    The stream of an item is its own, whichever others are asked. `told` is called with 1 for each
+    completion that is sampled here and now.
     """
     streams = []
     taken = set()
@@ -172,18 +222,33 @@ class Sampler:
         stream = (stream + 1) % 2**32
       taken.add(stream)
       streams.append(stream)
+    engine = self._measuring()
+    file = None
+    if self._measured:
+      fingerprint = self._fingerprint(engine, items, self._origin())
+      # Its own file for each policy: an earlier one may be measured again.
+      file = self._measured.wave(fingerprint, 0, fingerprint)
     # Without the length penalty: measurements compare policies by the task's own reward.
-    batch = self._source.judge(items, self._sample(self._engine, items, _MEASURED, streams))
-    return rollout_metrics(batch), prompt_means(batch)
+    rollouts = self._sample(engine, items, _MEASURED, streams, file, told)
+    return self._source.judge(items, rollouts)
+
+  def _measuring(self) -> Engine:
+    """Returns what makes the rollouts of measurements, with the newest weights."""
+    return self._engine
 
   def _sample(
     self,
-    engine: Engine | JournaledEngine,
+    engine: Engine,
     items: Sequence[int],
     step: int,
     streams: Sequence[int],
+    file: JournaledWave | None = None,
+    told: Callable[[int], None] | None = None,
   ) -> list[Rollout]:
-    """Samples a group of each item; `streams` number the items among those of the step."""
+    """Samples a group of each item, or reads what an earlier process has sampled.
+
+    `streams` number the items among those of the step; `told` hears of each completion.
+    """
     repeated = []
     keys = []
     for item, stream in zip(items, streams, strict=True):
@@ -192,4 +257,23 @@ class Sampler:
         repeated.append(item)
         # A random stream is named by what is asked, so that waves and lanes do not matter.
         keys.append((step, stream, g))
-    return self._source.sample(engine, repeated, keys, self._sampling)
+
+    def sample(engine: Engine | Stream, numbers: Sequence[int]) -> list[Rollout]:
+      if told and not isinstance(engine, Recalled):
+        engine = Counted(engine, told)
+      chosen = [repeated[number] for number in numbers]
+      return self._source.sample(engine, chosen, [keys[n] for n in numbers], self._sampling)
+
+    if file is None:
+      return divide(engine, len(keys), sample)
+    made = file.read()
+    if made is None and not is_divided(engine):
+      recorder = Recorder(engine)
+      rollouts = sample(recorder, range(len(keys)))
+      file.write(recorder.made)
+      return rollouts
+    if made is None:
+      made = sample_share(engine, len(keys), sample)
+      file.write(made)
+    recalled = Recalled(made, lanes=engine.lanes, max_len=engine.max_len)
+    return sample(recalled, range(len(keys)))

@@ -15,13 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dcore_jax.chat.encoding import encode_rendered
+from dcore_jax.chat.messages import Message
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.chat.thoughts import opened_thoughts, with_opening
 from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.learn import rewards
 from dcore_jax.rollout.engine import Engine, Request
 from dcore_jax.rollout.sampling import SamplingParams
-from dcore_jax.train.journal import JournaledEngine
+from dcore_jax.rollout.streams import Stream
 from dcore_jax.train.prompt_order import Label
 from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
 from dcore_jax.worlds.environment import World
@@ -37,6 +39,7 @@ class RolloutSource(Protocol):
     reward_bounds: the least and the largest reward of a rollout.
     fingerprint: tells whether a checkpoint was made from the same items.
     longest_prompt: tokens of the longest first prompt.
+    longest_teacher_prompt: the same of the prompts that a teacher reads; 0 without one.
     responses: the most responses that a rollout has, or as many as are usual; shapes are compiled
       for this number.
   """
@@ -46,11 +49,12 @@ class RolloutSource(Protocol):
   reward_bounds: tuple[float, float]
   fingerprint: int
   longest_prompt: int
+  longest_teacher_prompt: int
   responses: int
 
   def sample(
     self,
-    engine: Engine | JournaledEngine,
+    engine: Engine | Stream,
     chosen: Sequence[int],
     keys: Sequence[tuple[int, ...]],
     sampling: SamplingParams,
@@ -71,26 +75,47 @@ class RolloutSource(Protocol):
 class Prompt:
   """A decision point with its prompt as token ids, int32 [n].
 
-  `opening` is the tag by which the prompt opens the thoughts, '' where it does not.
+  `opening` is the tag by which the prompt opens the thoughts, '' where it does not. `taught` is the
+  prompt that the teacher reads, int32, where there is one.
   """
 
   point: DecisionPoint
   tokens: np.ndarray
   opening: str = ''
+  taught: np.ndarray | None = None
 
 
 def encode_prompts(
-  tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: int
+  tokenizer: Any, points: Sequence[DecisionPoint], max_tokens: int, teacher: str = ''
 ) -> tuple[list[Prompt], int]:
-  """Returns (prompts of at most `max_tokens` tokens, number of prompts dropped as longer)."""
+  """Returns (prompts of at most `max_tokens` tokens, number of prompts dropped as longer).
+
+  A prompt is dropped as well where the teacher's is longer.
+
+  Args:
+    tokenizer: the policy's.
+    points: what to ask.
+    max_tokens: of a prompt.
+    teacher: what the teacher reads behind the last message; see `rl.teacher`. '' for none.
+  """
   prompts = []
   for point in points:
     text = render_prompt(tokenizer, list(point.messages))
-    tokens = np.array(tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    tokens = np.array(encode_rendered(tokenizer, text), np.int32)
+    taught = _taught_tokens(tokenizer, point, teacher) if teacher else None
     # Never truncated: a prompt without its end is another question.
-    if len(tokens) <= max_tokens:
-      prompts.append(Prompt(point, tokens, opened_thoughts(text)))
+    if max(len(tokens), 0 if taught is None else len(taught)) <= max_tokens:
+      prompts.append(Prompt(point, tokens, opened_thoughts(text), taught))
   return prompts, len(points) - len(prompts)
+
+
+def _taught_tokens(tokenizer: Any, point: DecisionPoint, teacher: str) -> np.ndarray:
+  """The prompt with the reference in view."""
+  *before, last = point.messages
+  # Replaced and not formatted: requests and calls hold braces of their own.
+  shown = last.content + teacher.replace('{reference}', point.reference)
+  text = render_prompt(tokenizer, [*before, dataclasses.replace(last, content=shown)])
+  return np.array(encode_rendered(tokenizer, text), np.int32)
 
 
 def opening(point: DecisionPoint) -> str:
@@ -106,6 +131,15 @@ def opening(point: DecisionPoint) -> str:
     if message.role == 'user' or end:
       break
   return hashlib.sha256('\n'.join(told).encode()).hexdigest()
+
+
+def first_request(messages: Sequence[Message]) -> str:
+  """Returns what is asked first in a dialogue, whatever its system message says; '' for nothing."""
+  for message in messages:
+    if message.role == 'user':
+      # ToolRL's rows hold a dialogue in one message.
+      return message.content.partition('</user>')[0].strip()
+  return ''
 
 
 def _labels(prompts: Sequence[Prompt]) -> list[Label]:
@@ -140,12 +174,15 @@ class Questions:
     self._tokenizer = tokenizer
     self._prompts = prompts
     self._reward = reward
+    self.points = [prompt.point for prompt in prompts]
     # Rewards are reported by the kind of the point, which is finer than the kind of its task.
     self.kinds = [prompt.point.kind for prompt in prompts]
     self.labels = _labels(prompts)
     self.reward_bounds = rewards.BOUNDS
     self.responses = 1
     self.longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
+    taught = [len(prompt.taught) for prompt in prompts if prompt.taught is not None]
+    self.longest_teacher_prompt = max(taught, default=0)
     # Prompt and reference both shape the rewards: a run with other references is another run.
     contents = [prompt.tokens.tobytes() + prompt.point.reference.encode() for prompt in prompts]
     self.fingerprint = zlib.crc32(b'\n'.join(contents))
@@ -158,7 +195,7 @@ class Questions:
 
   def sample(
     self,
-    engine: Engine | JournaledEngine,
+    engine: Engine | Stream,
     chosen: Sequence[int],
     keys: Sequence[tuple[int, ...]],
     sampling: SamplingParams,
@@ -174,7 +211,13 @@ class Questions:
     for index, completion, text in zip(chosen, completions, texts, strict=True):
       prompt = self._prompts[index]
       exchange = Exchange(prompt.tokens, completion)
-      rollouts.append(Rollout(exchanges=[exchange], texts=[with_opening(text, prompt.opening)]))
+      rollouts.append(
+        Rollout(
+          exchanges=[exchange],
+          texts=[with_opening(text, prompt.opening)],
+          teacher_prompt=prompt.taught,
+        )
+      )
     return rollouts
 
   def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
@@ -213,7 +256,7 @@ def short_tasks(
 
 def _first_prompt_tokens(tokenizer: Any, world: World, task: Any) -> int:
   text = render_prompt(tokenizer, world.episode(task).messages)
-  return len(tokenizer(text, add_special_tokens=False)['input_ids'])
+  return len(encode_rendered(tokenizer, text))
 
 
 class Episodes:
@@ -240,12 +283,13 @@ class Episodes:
     self.responses = max((task.steps + len(task.turns) for task in tasks), default=1)
     lengths = [_first_prompt_tokens(tokenizer, world, task) for task in tasks]
     self.longest_prompt = max(lengths, default=0)
+    self.longest_teacher_prompt = 0
     # Tasks are drawn from a seed, so that their names identify them.
     self.fingerprint = zlib.crc32('\n'.join(task.id for task in tasks).encode())
 
   def sample(
     self,
-    engine: Engine | JournaledEngine,
+    engine: Engine | Stream,
     chosen: Sequence[int],
     keys: Sequence[tuple[int, ...]],
     sampling: SamplingParams,

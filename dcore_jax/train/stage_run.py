@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from dcore_jax.config import LoraSection
 from dcore_jax.train.metrics import Metrics
 
 
@@ -15,6 +16,9 @@ class StageRun:
     metrics: where its rows go.
     checkpoints: its own folder, for parameters, optimizer and position.
     seed: of everything that it draws.
+    held_out_seed: of what is set aside; None: `seed`. Stages of one run, and repetitions that start
+      from one of them, set the same aside.
+    lora: with a rank, adapters are trained, and checkpoints hold them without their base.
   """
 
   # Rows of other stages share the file, told apart by the stage's name.
@@ -22,3 +26,5 @@ class StageRun:
   # Not shared: two stages in one folder would go on with each other's steps.
   checkpoints: pathlib.Path
   seed: int
+  lora: LoraSection = LoraSection()
+  held_out_seed: int | None = None

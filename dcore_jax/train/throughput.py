@@ -21,15 +21,21 @@ def forward_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
   Layers run on every token, attention on the position + 1 keys that a token sees, and the head on
   loss tokens.
   """
-  head = 2.0 * config.vocab_size * config.hidden_size
   # Two products, q k and p v, of two operations a component.
   one_key = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-  return (
-    tree.live * (config.flops_per_token(1) - head)
-    # The key that a token always sees, itself, is counted in flops_per_token(1).
-    + one_key * float(tree.position.sum(dtype=np.int64))
-    + head * np.count_nonzero(tree.weight)
-  )
+  # The key that a token always sees, itself, is counted among the products.
+  return product_flops(config, tree) + one_key * float(tree.position.sum(dtype=np.int64))
+
+
+def product_flops(config: DecoderConfig, tree: tokentree.TokenTree) -> float:
+  """Operations of the products with matrices of the model in a forward pass over a tree.
+
+  A gradient of the matrices takes as many, and is left out where they are frozen. A token's own key
+  is counted, too.
+  """
+  head = 2.0 * config.vocab_size * config.hidden_size
+  layers = tree.live * (config.flops_per_token(1) - head)
+  return layers + head * np.count_nonzero(tree.weight)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from dcore_jax.chat.messages import split_reasoning
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.chat.tool_calls import parse_calls
 from dcore_jax.distill.decompose import parse_subtasks
-from dcore_jax.evaluate.lazy_reasoning import count_reflections
+from dcore_jax.evaluate.behaviour.lazy_reasoning import count_reflections
 from dcore_jax.organism import corpus
 from dcore_jax.organism.pretrain import encode_document
 from dcore_jax.organism.tokenizer import build_tokenizer

@@ -20,7 +20,7 @@ from dcore_jax.rollout.engine import Completion, Engine
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.run.config import default_config
-from dcore_jax.train.learner import sampled_responses
+from dcore_jax.train.mini_batches import sampled_responses
 from dcore_jax.train.prompt_order import PromptOrder
 from dcore_jax.train.rollout_batch import prompt_means, rollout_metrics
 from dcore_jax.train.sampler import Sampler
@@ -268,7 +268,7 @@ def test_an_engine_computes_the_new_part_of_a_dialogue_and_its_log_probabilities
   batch.total_PG[:] = [[3, -3, 3], [-3, -3, 3]]
   start = init_state(tiny_rl.params(), learner.programs.tx)
   # An episode's responses share little here, so that no row holds a group.
-  with pytest.warns(UserWarning, match='2 groups of rollouts need more .* rl.capacity = 256'):
+  with pytest.warns(UserWarning, match='2 of 2 groups of rollouts need more .* rl.capacity = 256'):
     state, update = learner.update(start, None, batch)
   numbers = update.numbers(engine)
   assert numbers['scored_fraction'] < 1 and numbers['logp_gap_max'] < 1e-5

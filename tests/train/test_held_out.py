@@ -8,8 +8,9 @@ import pytest
 from dcore_jax.chat.messages import Message, ToolCall
 from dcore_jax.data.row_schemas import toolrl_point
 from dcore_jax.data.seeds import DecisionPoint, Seed, decision_points
+from dcore_jax.run.checks import check_tasks
 from dcore_jax.run.config import default_config, read_config
-from dcore_jax.run.pipeline import check_tasks, rl_source
+from dcore_jax.run.rl_source import rl_source
 from dcore_jax.train import sampler as sampling
 from dcore_jax.train.prompt_order import Label, PromptOrder, set_aside
 from dcore_jax.train.sampler import Sampler

@@ -1,6 +1,9 @@
+import struct
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from dcore_jax import files
 from dcore_jax.train import metrics
@@ -82,3 +85,23 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
   path.write_text('{')
   with pytest.raises(ValueError, match='summary.json is not JSON'):
     files.read_json(path)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+  with metrics.Metrics(tmp_path) as out:
+    for step in range(3):
+      out.write('rl', step, reward=0.5 * step, kl=None, skipped=0)
+  [path] = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  data = path.read_bytes()
+  found = []
+  while data:
+    [length] = struct.unpack('<Q', data[:8])
+    event = Event.FromString(data[12 : 12 + length])
+    for value in event.summary.value:
+      found.append((event.step, value.tag, value.simple_value))
+    # Behind the length and behind the event stand their checksums, 4 bytes each.
+    data = data[16 + length :]
+  wanted = []
+  for step in range(3):
+    wanted += [(step, 'rl/reward', 0.5 * step), (step, 'rl/skipped', 0.0)]
+  assert found == wanted

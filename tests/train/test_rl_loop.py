@@ -6,25 +6,33 @@ import copy
 import dataclasses
 import json
 import re
+import sys
 import threading
-import warnings
 
 import jax
 import numpy as np
 import pytest
 
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.config import RL_PRESETS, RunConfig
 from dcore_jax.learn import advantages
-from dcore_jax.learn.optimizer import Schedule, init_state
+from dcore_jax.learn.controls import group_signs
+from dcore_jax.learn.optimizer import init_state
 from dcore_jax.models.decoder import Execution
-from dcore_jax.overrides import with_fields
+from dcore_jax.rollout.engine import Engine
+from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.tokentree import RowBatch
 from dcore_jax.train import learner as learner_module
 from dcore_jax.train import rl_loop
-from dcore_jax.train.learner import Learner, Reference, Update, only_psi
+from dcore_jax.train.learner import Learner, Update
 from dcore_jax.train.metrics import Metrics, read_metrics
-from dcore_jax.train.rl_options import check_options, check_section, optimizer_options
+from dcore_jax.train.other_policies import Reference
+from dcore_jax.train.psi_measure import only_psi
+from dcore_jax.train.rl_options import (
+  alpha_measure,
+  check_options,
+  check_section,
+  next_alpha,
+)
 from dcore_jax.train.sampler import Sampler
 from dcore_jax.train.sources import Questions, encode_prompts
 from dcore_jax.worlds.rollouts import Exchange
@@ -43,7 +51,7 @@ from tests.train.tiny_rl import (
 )
 
 
-def one_step(rewards_PG, batches=None, **changes):
+def one_step(rewards_PG, batches=None, *, cosine=False, **changes):
   """(state after, numbers) of the updates, by default one, on rollouts whose rewards are replaced.
 
   Batches of the optimizer steps are added to the list `batches`.
@@ -59,12 +67,12 @@ def one_step(rewards_PG, batches=None, **changes):
   if batches is not None:
     compiled = learner.programs.step
 
-    def step(state, data):
+    def step(state, data, *rest):
       batches.append(data)
-      return compiled(state, data)
+      return compiled(state, data, *rest)
 
     learner.programs = learner.programs._replace(step=step)
-  state, update = learner.update(state, Reference(start, Execution()), batch)
+  state, update = learner.update(state, Reference(start, Execution()), batch, cosine=cosine)
   return state, update.numbers(engine)
 
 
@@ -185,6 +193,19 @@ def test_an_engine_that_is_not_exact_is_found_out(monkeypatch, name):
   assert one_step(MIXED)[1]['scored_fraction'] == 1
 
 
+def test_what_a_cache_in_int8_costs_is_among_the_metrics(monkeypatch):
+  """And the old policy is then the trainer's, not the engine's."""
+
+  def rounding_engine(params):
+    sizes = EngineSizes(lanes=8, max_len=96, cache_dtype='int8')
+    return Engine(params, POLICY.config, stop_ids=[TOKENIZER.eos_token_id], sizes=sizes)
+
+  monkeypatch.setattr(sys.modules[__name__], 'make_engine', rounding_engine)
+  numbers = one_step(MIXED)[1]
+  assert 1e-5 < numbers['logp_gap_mean'] < numbers['logp_gap_max'] < 0.1
+  assert numbers['scored_fraction'] == 1
+
+
 def test_the_norm_of_psi_is_measured_on_the_micro_batches_that_have_any():
   """The others are left out; the share refers the norm to the loss tokens of the whole batch."""
   weight = np.ones((4, 8), np.float32)
@@ -208,7 +229,7 @@ def test_the_share_of_psi_is_of_the_update_that_it_is_in():
 
 
 def test_alpha_follows_what_was_measured_and_nothing_else():
-  config = rl_config(alpha_measure='psi_share', alpha_target=0.5)
+  config = rl_config(alpha_measure='norm_share', alpha_target=0.5)
   learner = make_learner(make_engine(params()), questions(config), config)
   for share in (0.0, np.nan):  # no psi, a skipped update
     learner.adapt_alpha({'psi_grad_share': share, 'entropy': 1.0})
@@ -217,11 +238,51 @@ def test_alpha_follows_what_was_measured_and_nothing_else():
   assert learner.alpha > config.alpha
 
 
+@pytest.mark.parametrize(
+  ('measure', 'row', 'grows'),
+  [
+    ('reflections', {'reflections': 0.2}, True),
+    ('reflections', {'reflections': 3.0}, False),
+    ('uniform_share', {'zero_variance_fraction': 0.9}, False),
+    # Those that dynamic sampling has left out count, too.
+    ('uniform_share', {'zero_variance_fraction': 0.9, 'asked_zero_variance': 0.1}, True),
+  ],
+)
+def test_alpha_holds_what_the_config_names(measure, row, grows):
+  section = rl_config(alpha_measure=measure, alpha_target=0.5)
+  check_section(section)
+  alpha = next_alpha(section, 0.4, alpha_measure(section, row))
+  assert (alpha > 0.4) == grows and alpha != 0.4
+
+
+def test_the_placebo_moves_as_far_as_psi():
+  """The update is its gradient alone; its signs are those of the step."""
+  uniform = np.float32([[1, 1, 1, 1]] * 2)
+  options = dict(kl_coefficient=0.0, validation=0)
+  norms = []
+  for estimator in ('da_grpo', 'psi_placebo'):
+    _, numbers = one_step(uniform, estimator=estimator, **options)
+    norms.append(numbers['psi_grad_norm'])
+    np.testing.assert_allclose(numbers['psi_grad_norm'], numbers['grad_norm'], rtol=1e-4)
+  # Of two groups, so that their signs may make the sum another; each is psi's in size.
+  assert min(norms) > 0.1 * max(norms)
+  config = rl_config()
+  batch = make_sampler(make_engine(params()), questions(config), config).step(2).batch
+  np.testing.assert_array_equal(batch.signs_P, group_signs(1, 2, range(2)))
+
+
+def test_the_angle_between_psi_and_grpo_is_measured_where_both_are():
+  for rewards, updates, known in ((MIXED, 1, True), (MIXED, 2, False)):
+    _, numbers = one_step(rewards, updates=updates, cosine=True)
+    assert np.isfinite(numbers['psi_cosine']) == known
+  assert 'psi_cosine' not in one_step(MIXED)[1]
+
+
 def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatch, caplog):
   lengths = []
   update = Learner.update
 
-  def cut_short(self, state, reference, batch):  # a random model hardly ever stops
+  def cut_short(self, state, reference, batch, **options):  # a random model hardly ever stops
     rng = np.random.default_rng(len(lengths))
     for rollout in batch.rollouts:
       (prompt, whole) = rollout.exchanges[0]
@@ -236,7 +297,7 @@ def test_every_program_is_compiled_once_though_lengths_vary(tmp_path, monkeypatc
       )
       rollout.exchanges[0] = Exchange(prompt, cut)
     lengths.append(sum(len(rollout.exchanges[0].completion.tokens) for rollout in batch.rollouts))
-    return update(self, state, reference, batch)
+    return update(self, state, reference, batch, **options)
 
   monkeypatch.setattr(Learner, 'update', cut_short)
 
@@ -281,80 +342,6 @@ def test_the_next_rollouts_do_not_wait_for_the_numbers_of_a_step(tmp_path, monke
   assert [row['step'] for row in read_metrics(tmp_path, 'rl')] == [0, 1]
 
 
-@pytest.mark.parametrize(
-  ('changes', 'message'),
-  [
-    (dict(prompts=7), 'too few'),
-    (dict(validation=9), 'rl.validation = 9'),
-    (dict(updates=3), 'does not divide'),
-    (dict(estimator='nope'), 'nope'),
-    (dict(reward='nope'), 'nope'),
-    (dict(wave=0), 'rl.wave'),
-    (dict(objective='nope'), 'nope'),
-    (dict(alpha_measure='nope'), 'nope'),
-    (dict(estimator='grpo', psi_words=('wait',)), 'psi_words'),
-    (dict(updates=0), 'rl.updates = 0'),
-    (dict(group=0), 'rl.group = 0'),
-    (dict(checkpoint_every=0), 'rl.checkpoint_every = 0'),
-    (dict(dynamic_rounds=-1), 'rl.dynamic_rounds = -1'),
-    (dict(zero_test='nope'), 'nope'),
-    (dict(psi_when_wrong='nope'), 'nope'),
-    (dict(alpha=-1.0), 'alpha = -1.0'),
-    (dict(uniform_share=2.0), 'uniform_share'),
-    (dict(overlong_buffer=13), 'rl.overlong_buffer = 13 exceeds rl.max_tokens = 12'),
-    (dict(clip=-1.0), 'rl.clip = -1.0 must be at least 0'),
-    (dict(learning_rate=-1e-3), 'rl.learning_rate = -0.001'),
-    (dict(temperature=0.0), 'rl.temperature = 0.0'),
-    (dict(warmup_steps=4), 'rl.warmup_steps = 4 exceeds rl.steps = 3'),
-    (dict(objective='gspo'), 'rl.clip_low = 0.0003 .here 0.2., rl.clip_high = 0.0004'),
-  ],
-)
-def test_configs_that_cannot_work(tmp_path, changes, message):
-  """Before anything is sampled."""
-
-  class Idle:
-    def __init__(self, engine):
-      self.params = engine.params
-      self.max_len = engine.max_len
-      self.max_new = engine.max_new
-
-  with pytest.raises((ValueError, KeyError), match=message):
-    train(tmp_path, rl_config(**changes), engine=lambda params: Idle(make_engine(params)))
-  assert not list((tmp_path / 'checkpoints').rglob('[0-9]*'))
-
-
-@pytest.mark.parametrize(
-  'changes, said',
-  [
-    (dict(objective='cispo'), 'rl.clip_low = 1.0 .here 0.2.'),
-    (dict(estimator='dr_grpo'), 'rl.aggregation = dr .here token., rl.kl_coefficient = 0.0'),
-    (dict(objective='gspo', clip_low=3e-4, clip_high=4e-4), 'rl.aggregation = sequence'),
-  ],
-)
-def test_what_belongs_to_a_method_is_named(changes, said):
-  with pytest.warns(UserWarning, match=said):
-    check_section(rl_config(**changes))
-
-
-@pytest.mark.parametrize('preset', RL_PRESETS)
-def test_a_preset_is_complete(preset):
-  section = with_fields(RunConfig(), rl__preset=preset).rl
-  with warnings.catch_warnings():
-    warnings.simplefilter('error')
-    check_section(section)
-    # Nor does it lack anything where its values are written out.
-    check_section(dataclasses.replace(section, preset=''))
-
-
-def test_the_learning_rate_rises_over_the_first_rollout_batches():
-  section = rl_config(steps=5, updates=2, warmup_steps=2, learning_rate=1.0)
-  rate = optimizer_options(section).schedule.rate(1.0)
-  np.testing.assert_allclose(
-    [rate(step) for step in range(10)], [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1], rtol=1e-6
-  )
-  assert optimizer_options(rl_config()).schedule == Schedule()
-
-
 def test_a_clip_of_0_trains(tmp_path):
   """It once scaled every gradient to nothing."""
   trained, _ = train(tmp_path, rl_config(steps=1, validation=0, clip=0.0))
@@ -371,12 +358,16 @@ def test_options_of_the_loss_reach_the_step(tmp_path):
     aggregation='sequence',
     importance_cap=2.0,
     uniform_kl=0.1,
+    entropy_bonus=0.1,
+    entropy_of='current',
+    cosine_every=1,
     psi_words=('o',),
     kl_coefficient=0.0,
   )
   train(tmp_path, rl_config(steps=1, validation=0, **options))
   (row,) = read_metrics(tmp_path, 'rl')
   np.testing.assert_allclose(row['importance'], 1, atol=1e-4)
+  assert row['entropy_bonus'] > 0 and row['psi_cosine'] is None
   assert row['uniform_kl'] > 0 and row['psi_grad_norm'] > 0 and 'kl' not in row
 
 
@@ -449,7 +440,7 @@ def test_dynamic_sampling_and_length_penalties_go_with_psi(tmp_path):
     uniform_share=0.5,
     overlong_buffer=8,
     psi_when_wrong='punish',
-    alpha_measure='psi_share',
+    alpha_measure='norm_share',
   )
   train(tmp_path, rl_config(steps=2, validation=0, **options))
   rows = read_metrics(tmp_path, 'rl')
@@ -483,7 +474,7 @@ def test_a_tokenizer_without_a_token_for_padding_will_do():
   for tokenizer in (TOKENIZER, bare):
     policy = dataclasses.replace(POLICY, tokenizer=tokenizer)
     learner = Learner(policy, engine, source, config, Execution())
-    packed.append(learner.mini_batches(batch)[0].tree)
+    packed.append(learner.packer.mini_batches(batch)[0].tree)
   assert bare.pad_token_id is None and (packed[1].tokens >= 0).all()
   np.testing.assert_array_equal(packed[0].weight, packed[1].weight)
 
