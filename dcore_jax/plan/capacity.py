@@ -143,10 +143,10 @@ def update_temporaries(run: RunShapes, micro_batches: int) -> int:
   gradients = device_bytes(run.parameters())
   # A loop over micro-batches adds the gradients of one to their sum.
   sums = 2 if micro_batches > 1 else 1
-  layers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.parameters()['layers']))
+  layers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.compute_weights()['layers']))
   gathered = 2 * layers / model.num_hidden_layers / tensor
   # The head's gradient is whole and float32 until the devices have added theirs up.
-  head = 4 * model.vocab_size / tensor * D
+  head = 4 * model.vocab_size / tensor * D if run.frozen is None else 0
   return int(tokens * item * (kept + working) + sums * gradients + item * gathered + head)
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import jax
 
+from dcore_jax.progress import COMPILE, SLOW, progress
+
 _Result = TypeVar('_Result')
 
 
@@ -63,7 +65,7 @@ def _cpu_seconds() -> float:
 def compile_all(programs: Sequence[NamedProgram]) -> list[CompileTime]:
   """Compiles programs for their times alone."""
   times = []
-  for program in programs:
+  for program in progress(programs, description=COMPILE, unit='program', delay=SLOW):
     # Not kept: what a compiled program of 8B takes on the host would add up.
     _, needed = measured(program.name, lambda lower=program.lower: lower().compile())
     times.append(needed)

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dcore_jax import sharding
+from dcore_jax.config import LoraSection
+from dcore_jax.learn import lora
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.compile_times import NamedProgram
@@ -34,6 +36,7 @@ class EngineCalls:
   prompt: tokens of the longest prompt.
   groups: whether rollouts share prompts, eight to one; otherwise each has its own.
   dtype: dtype of weights, and of the cache where `sizes` name no other.
+  adapted: section `lora` where rollouts read unmerged adapters; otherwise None.
   """
 
   model: DecoderConfig
@@ -42,10 +45,20 @@ class EngineCalls:
   prompt: int
   groups: bool = True
   dtype: Any = jnp.bfloat16
+  adapted: LoraSection | None = None
 
   def weights(self) -> decoder.Params:
     """Returns the weights as shapes."""
-    return sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
+    base = sharding.abstract(decoder.abstract_params(self.model, self.dtype), self.mesh)
+    if self.adapted is None:
+      return base
+    return lora.attach(lora.Frozen(base, lora.scale(self.adapted)), self.adapters())
+
+  def adapters(self) -> lora.Adapters:
+    """Returns the adapters of `adapted` as shapes, in the dtype of the weights."""
+    specs = lora.abstract_adapters(self.model, self.adapted)
+    cast = jax.tree.map(lambda spec: dataclasses.replace(spec, dtype=self.dtype), specs)
+    return sharding.abstract(cast, self.mesh)
 
   def all_weights(self) -> Any:
     """Returns all weights that the engine holds, as trees of shapes."""

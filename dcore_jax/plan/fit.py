@@ -22,10 +22,12 @@ from dcore_jax.plan.capacity import Choice
 from dcore_jax.plan.compile_times import CompileTime
 from dcore_jax.plan.programs import Program
 from dcore_jax.plan.shapes import RunShapes, device_bytes, host_bytes
+from dcore_jax.progress import SLOW, progress
 from dcore_jax.rollout.policy import ORGANISM
 
 HEAD_ROOM = 0.9  # share of a device's memory that a step may use
 _LARGEST = 6  # buffers named where a step does not fit
+_COMPARED = ('a100-80g', 'h100', 'v5p', 'v6e')  # times in the table, beside those of the target
 _GIB = 2**30
 # A line of HLO that makes an array: its type, its shape, and the jax operation it was made for.
 _MADE = re.compile(
@@ -165,7 +167,8 @@ def plan(config: RunConfig, target: str, steps: tuple[str, ...] = ()) -> list[St
   limit = _limit(target)
   # In the order of the run, whatever the order on the command line.
   wanted = [program for program in known if not steps or program.name in steps]
-  return [_step_plan(run, program, limit) for program in wanted]
+  bar = progress(wanted, description='plan', unit='program', delay=SLOW)
+  return [_step_plan(run, program, limit) for program in bar]
 
 
 class _Compiled(NamedTuple):
@@ -365,13 +368,15 @@ def table(plans: list[StepPlan], target: str) -> str:
   """Returns the plans as text for people."""
   # All steps are planned for the same devices.
   limit = plans[0].limit
+  # The target's own times first; all accelerators would not fit a line.
+  columns = list(dict.fromkeys([roofline.of_target(target), *_COMPARED]))[: len(_COMPARED)]
   lines = [
     f'{target}, GiB a device; at most {limit / _GIB:.1f} of {limit / HEAD_ROOM / _GIB:.1f}',
     f'{"step":28}{"arguments":>10}{"temporary":>10}{"beside":>8}{"total":>8}  fits   sent  '
-    + '  '.join(f'{name:>21}' for name in roofline.ACCELERATORS),
+    + '  '.join(f'{name:>21}' for name in columns),
   ]
   # First what decides, in columns; then what explains it; at last what to do.
-  lines += [_row(step) for step in plans]
+  lines += [_row(step, columns) for step in plans]
   lines += [_work_line(step) for step in plans]
   lines += _unit_lines(plans)
   for step in plans:
@@ -382,10 +387,9 @@ def table(plans: list[StepPlan], target: str) -> str:
   return '\n'.join(lines)
 
 
-def _row(step: StepPlan) -> str:
-  times = '  '.join(
-    f'{bound.seconds:8.3f} s {bound.by:>7} {bound.mfu:3.0%}' for bound in step.bounds.values()
-  )
+def _row(step: StepPlan, columns: list[str]) -> str:
+  bounds = [step.bounds[name] for name in columns]
+  times = '  '.join(f'{bound.seconds:8.3f} s {bound.by:>7} {bound.mfu:3.0%}' for bound in bounds)
   beside = sum(step.beside.values()) / _GIB
   sent = sum(kind['bytes'] for kind in step.collectives.values()) / _GIB
   fits = 'yes' if step.fits else 'NO'

@@ -12,11 +12,13 @@ from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from dcore_jax import tokentree
 from dcore_jax.config import RlSection
-from dcore_jax.learn import advantages, grpo, optimizer, sft
+from dcore_jax.learn import advantages, grpo, lora, optimizer, psi_gradient, sft
+from dcore_jax.learn.psi import PsiScale
 from dcore_jax.plan import group_rows, roofline
 from dcore_jax.plan.compile_times import NamedProgram
 from dcore_jax.plan.engine_calls import EngineCalls
@@ -72,6 +74,8 @@ def of_run(run: RunShapes) -> list[Program]:
       found.append(reference_scores(run))
     if advantages.uses_entropy(config.rl.estimator):
       found.append(psi_norm(run))
+      if config.rl.cosine_every:
+        found.append(psi_cosine(run))
     found += [grpo_update(run), prefill(run), decode(run)]
   outside_rl = any(stage == 'distill' or stage.startswith('evaluate') for stage in config.stages)
   # With a trunk for each lane, as without `engine.trunks`, the call would be the same as in RL.
@@ -116,8 +120,8 @@ def sft_step(run: RunShapes) -> Program:
   step = sft.make_sft_step(run.model, tx, run.execution)
   return Program(
     name='SFT step',
-    lower=functools.partial(_lower, run, step, state, batch),
-    arguments={'train state': state, 'batch': batch},
+    lower=functools.partial(_lower, run, step, state, batch, run.frozen),
+    arguments={'train state': state, 'batch': batch} | _base(run),
     beside={},
     work=_training_work(run, R, T, T) * A + _update_work(run),
     calls=1,
@@ -139,7 +143,8 @@ def old_scores(run: RunShapes) -> Program:
     'reference policy': device_bytes(run.reference),
   }
   # The policy is scored with its float32 parameters, which lie on the devices anyway.
-  return _score(run, 'old log-probabilities', state.params, beside)
+  params = lora.attach(run.frozen, state.params)
+  return _score(run, 'old log-probabilities', params, beside)
 
 
 def reference_scores(run: RunShapes) -> Program:
@@ -214,11 +219,23 @@ def _mini_batch(run: RunShapes, extras: AbstractSet[str]) -> _MiniBatch:
 
 def psi_norm(run: RunShapes) -> Program:
   """Returns the gradient of psi alone on one mini-batch, which a step takes for its norm."""
+  return _psi_gradient(run, 'gradient of psi', psi_gradient.make_psi_norm, {'psi'})
+
+
+def psi_cosine(run: RunShapes) -> Program:
+  """Returns the two gradients whose angle is measured every `rl.cosine_every` steps."""
+  name = 'angle of psi to GRPO'
+  return _psi_gradient(run, name, psi_gradient.make_psi_cosine, {'psi', 'without_psi'})
+
+
+def _psi_gradient(
+  run: RunShapes, name: str, make: Callable[..., Any], parts: AbstractSet[str]
+) -> Program:
   section = run.config.rl
   loss = rl_options.policy_loss(section)
   state = run.state(rl_optimizer(section))
-  mini = _mini_batch(run, loss.extras | {'psi'})
-  norm = grpo.make_psi_norm(
+  mini = _mini_batch(run, loss.extras | parts)
+  measured = make(
     run.model,
     temperature=section.temperature,
     execution=run.execution,
@@ -228,11 +245,12 @@ def psi_norm(run: RunShapes) -> Program:
   # The moments wait for the update that follows; this call does not read them.
   moments = {'moments': device_bytes(state.opt_state)}
   return Program(
-    name='gradient of psi',
-    lower=functools.partial(_lower, run, norm, state.params, mini.batch),
-    arguments={'parameters': state.params, 'batch': mini.batch},
+    name=name,
+    lower=functools.partial(_lower, run, measured, state.params, mini.batch, run.frozen),
+    arguments={'parameters': state.params, 'batch': mini.batch} | _base(run),
     beside=moments | run.engine_bytes() | run.reference_bytes(),
-    work=mini.gradient * mini.used,
+    # A gradient for each part.
+    work=mini.gradient * (mini.used * len(parts)),
     calls=1,
     per=_RL_STEP,
     loop_share=mini.used_share,
@@ -246,6 +264,10 @@ def grpo_update(run: RunShapes) -> Program:
   loss = rl_options.policy_loss(section)
   state = run.state(tx)
   mini = _mini_batch(run, loss.extras)
+  scale = None
+  if loss.entropy_of:
+    number = jax.ShapeDtypeStruct((), np.float32)
+    scale = PsiScale(alpha=number, delta=number)
   step = grpo.make_grpo_step(
     run.model,
     tx,
@@ -255,14 +277,19 @@ def grpo_update(run: RunShapes) -> Program:
   )
   return Program(
     name='DA-GRPO update',
-    lower=functools.partial(_lower, run, step, state, mini.batch),
-    arguments={'train state': state, 'batch': mini.batch},
+    lower=functools.partial(_lower, run, step, state, mini.batch, scale, run.frozen),
+    arguments={'train state': state, 'batch': mini.batch} | _base(run),
     beside=run.engine_bytes() | run.reference_bytes(),
     work=mini.gradient * mini.used + _update_work(run),
     calls=section.updates,
     per=_RL_STEP,
     loop_share=mini.used_share,
   )
+
+
+def _base(run: RunShapes) -> dict[str, Any]:
+  """Returns the base among the arguments of a step, where there is one."""
+  return {} if run.frozen is None else {'base': run.frozen}
 
 
 def _lower(run: RunShapes, function: Any, *arguments: Any) -> jax.stages.Lowered:
@@ -280,7 +307,12 @@ def _training_work(
   """
   rows = R / run.shards
   remat = run.execution.remat
-  return _tensor_share(run, roofline.training(run.model, rows, T, rows * loss_tokens, remat, seen))
+  work = roofline.training(run.model, rows, T, rows * loss_tokens, remat, seen)
+  if run.frozen is not None:
+    # One product less for each matrix, that of its gradient; attention, here of a single key, has
+    # all of its own. Products of adapters are not counted.
+    work = work + roofline.forward(run.model, rows, T, rows * loss_tokens, 1) * -1
+  return _tensor_share(run, work)
 
 
 def _tensor_share(run: RunShapes, work: Work) -> Work:
@@ -353,7 +385,8 @@ def decode_apart(run: RunShapes) -> Program:
 def _beside_engine(run: RunShapes) -> dict[str, int]:
   # The engine and the trainer share the devices: training state stays while rollouts are made.
   state = run.state(rl_optimizer(run.config.rl))
-  return {'train state': device_bytes(state)} | run.reference_bytes()
+  base = {} if run.shares_base else run.base_bytes()
+  return {'train state': device_bytes(state)} | base | run.reference_bytes()
 
 
 def _decode_work(run: RunShapes, calls: EngineCalls) -> Work:

@@ -31,10 +31,14 @@ class Accelerator:
   link_rate: float
 
 
-# Dense rates without sparsity, from the vendors' data sheets.
+# Dense rates without sparsity, from the vendors' data sheets; data-centre GPUs on SXM boards.
 ACCELERATORS: Mapping[str, Accelerator] = {
   'a100-80g': Accelerator(312e12, 2.039e12, 300e9),
   'h100': Accelerator(989e12, 3.35e12, 450e9),
+  'h200': Accelerator(989e12, 4.8e12, 450e9),
+  'b200': Accelerator(2250e12, 7.7e12, 900e9),
+  'rtx4090': Accelerator(165e12, 1.008e12, 32e9),
+  'v5e': Accelerator(197e12, 0.819e12, 200e9),
   'v5p': Accelerator(459e12, 2.765e12, 600e9),
   'v6e': Accelerator(918e12, 1.64e12, 448e9),
 }

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dcore_jax import distributed, sharding, tokentree
 from dcore_jax.config import RunConfig
-from dcore_jax.learn import optimizer
+from dcore_jax.learn import lora, optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.plan.engine_calls import EngineCalls
@@ -96,7 +96,9 @@ class RunShapes:
     execution: how training passes run.
     mesh: of the training.
     shards: devices that the rows of a batch are divided over.
-    reference: the reference policy, in host memory where `execution.offload` says so.
+    reference: the reference policy, in host memory where `execution.offload` says so; nothing
+      under LoRA, where it is the base.
+    frozen: under LoRA what the adapters stand beside; otherwise None.
     engine: the engine's calls.
 
   Raises:
@@ -117,12 +119,18 @@ class RunShapes:
       parameters = {'embed': jax.ShapeDtypeStruct((), jnp.float32)}
       # The dtype in which training passes compute.
       self.dtype = self.execution.dtype(parameters)
-    # Parameters and moments are float32, whatever training passes compute in.
-    self._specs = decoder.abstract_params(model)
     weights = self.compute_weights()
-    # A reference policy is not trained, so that it is kept in the dtype of computation alone.
-    everything = jax.tree.map(lambda _: True, weights)
-    self.reference = self._on_host(weights, 'reference', everything)
+    # Parameters and moments are float32, whatever training passes compute in.
+    if config.lora.rank:
+      self._specs = lora.abstract_adapters(model, config.lora)
+      self.frozen = lora.Frozen(weights, lora.scale(config.lora))
+      self.reference = {}
+    else:
+      self._specs = decoder.abstract_params(model)
+      self.frozen = None
+      # A reference policy is not trained, so that it is kept in the dtype of computation alone.
+      everything = jax.tree.map(lambda _: True, weights)
+      self.reference = self._on_host(weights, 'reference', everything)
     engine_mesh = distributed.engine_mesh(config, self.mesh)
     # The engine's own functions, so that the plan has the sizes that the run will have.
     sizes = engine_sizes(config, groups=not config.rl.episodes)
@@ -134,11 +142,26 @@ class RunShapes:
       # A prompt must leave room for one token.
       prompt=min(config.rl.max_prompt_tokens, sizes.max_len - 1),
       dtype=self.dtype,
+      adapted=config.lora if self._unmerged else None,
     )
 
-  def parameters(self) -> decoder.Params:
-    """Returns the trained parameters, float32."""
+  @property
+  def _unmerged(self) -> bool:
+    """Whether rollouts read adapters beside their base."""
+    return self.frozen is not None and self.config.lora.rollouts == 'unmerged'
+
+  def parameters(self) -> Any:
+    """Returns what is trained, float32: all parameters, or the adapters."""
     return sharding.abstract(self._specs, self.mesh)
+
+  def base_bytes(self) -> dict[str, int]:
+    """Returns bytes of the base on each device, where there is one."""
+    return {} if self.frozen is None else {'base': device_bytes(self.frozen)}
+
+  @property
+  def shares_base(self) -> bool:
+    """Whether the engine's weights are the base's own arrays: unmerged, and split as those are."""
+    return self._unmerged and dict(self.engine.mesh.shape) == dict(self.mesh.shape)
 
   def compute_weights(self) -> decoder.Params:
     """Returns weights of the model in the dtype of computation, on the mesh of the training."""
@@ -155,15 +178,16 @@ class RunShapes:
 
   def engine_bytes(self) -> dict[str, int]:
     """Returns bytes that the engine holds on each device, by name."""
+    weights = self.engine.adapters() if self.shares_base else self.engine.all_weights()
     return {
-      'engine weights': device_bytes(self.engine.all_weights()),
+      'engine weights': device_bytes(weights),
       'engine caches': device_bytes(self.engine.state()),
     }
 
   def reference_bytes(self) -> dict[str, int]:
     """Returns bytes of the reference policy on each device, where the run has one."""
     # Without a KL term nothing reads a reference policy, and the run holds none.
-    if not self.config.rl.kl_coefficient:
+    if not self.config.rl.kl_coefficient or self.frozen is not None:
       return {}
     return {'reference policy': device_bytes(self.reference)}
 

@@ -2,7 +2,7 @@
 
 The step is compiled for them.
 
-    accelerators = topology.target('a100:8')    # or 'a100:16', 'v5p:2x2x2', 'v5e:2x4' ..., 'cpu:8'
+    accelerators = topology.target('a100:8')    # or 'h100:16', 'v5p:2x2x2', 'v5e:2x4' ..., 'cpu:8'
     mesh = sharding.make_mesh(fsdp=8, devices=accelerators.devices)
     with jax.set_mesh(mesh):    # kernels ask the mesh in context what they are compiled for
       compiled = jax.jit(step).lower(*shapes).compile()    # shapes carry NamedShardings on the mesh
@@ -17,6 +17,7 @@ and `refusal` reads its error. The GPU compiler does not: compare the footprint.
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,16 @@ _ANY_GPU = {
   'compile_time_toolkit_version': '"12.9.0"',
   'dnn_version': '"9.10.0"',
 }
+# What the two generations behind the A100 share, unless an entry says something else.
+_HOPPER = _ANY_GPU | {
+  'cuda_compute_capability': '{ major: 9 minor: 0 }',
+  'core_count': 132,
+  'fpus_per_core': 128,
+  'clock_rate_ghz': 1.98,
+  'l2_cache_size': 50 << 20,
+  'shared_memory_per_core': 228 << 10,
+  'shared_memory_per_block_optin': 227 << 10,
+}
 _GPUS = {
   'a100': (
     'NVIDIA A100-SXM4-80GB',
@@ -58,8 +69,53 @@ _GPUS = {
       'shared_memory_per_block_optin': 163 << 10,
     },
   ),
+  # A consumer's GPU. Its blocks have 99 KiB of shared memory, the least of these.
+  'rtx4090': (
+    'NVIDIA GeForce RTX 4090',
+    _ANY_GPU
+    | {
+      'cuda_compute_capability': '{ major: 8 minor: 9 }',
+      'core_count': 128,
+      'fpus_per_core': 128,
+      'clock_rate_ghz': 2.52,
+      'threads_per_core_limit': 1536,
+      'device_memory_size': 25_393_692_672,
+      'memory_bandwidth': 1_008_000_000_000,
+      'l2_cache_size': 72 << 20,
+      'shared_memory_per_core': 100 << 10,
+      'shared_memory_per_block_optin': 99 << 10,
+    },
+  ),
+  'h100': (
+    'NVIDIA H100 80GB HBM3',
+    _HOPPER | {'device_memory_size': 84_978_434_048, 'memory_bandwidth': 3_352_320_000_000},
+  ),
+  'h200': (
+    'NVIDIA H200',
+    _HOPPER | {'device_memory_size': 151_397_597_184, 'memory_bandwidth': 4_800_000_000_000},
+  ),
+  'b200': (
+    'NVIDIA B200',
+    _HOPPER
+    | {
+      'cuda_compute_capability': '{ major: 10 minor: 0 }',
+      'core_count': 148,
+      'clock_rate_ghz': 1.965,
+      'device_memory_size': 191_514_411_008,
+      'memory_bandwidth': 7_672_320_000_000,
+      'l2_cache_size': 132_644_864,
+    },
+  ),
 }
 _TPU_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # high-bandwidth memory of a chip
+# What jax calls a chip.
+_TPU_KINDS = {
+  'TPU v5 lite': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v5p': 'v5p',
+  'TPU v6 lite': 'v6e',
+  'TPU v6e': 'v6e',
+}
 # How libtpu says that a program is too large, before or after it has laid the program out; and the
 # arrays that it lists in the second case.
 _SIZE = r'([\d.]+)([KMGT])'
@@ -111,9 +167,9 @@ def target(name: str) -> Target:
   plans, not one that trains.
 
   Args:
-    name: 'a100:COUNT' (up to 8, or whole hosts of 8), a TPU slice 'v5p:2x2x2', 'v5e:2x4',
-      'v6e:2x4', or 'cpu:COUNT', this host's processor as so many devices, which are real and share
-      its memory.
+    name: 'a100:COUNT' (up to 8, or whole hosts of 8), and so with h100, h200, b200 and rtx4090; a
+      TPU slice 'v5p:2x2x2', 'v5e:2x4', 'v6e:2x4'; or 'cpu:COUNT', this host's processor as so many
+      devices, which are real and share its memory.
 
   Raises:
     ValueError: no accelerator of that name, or jax has begun with another number of CPU devices.
@@ -133,6 +189,37 @@ def target(name: str) -> Target:
     f'unknown accelerators {name!r}; cpu and {sorted(_GPUS)} take a count, up to '
     f'{_GPUS_PER_HOST} or whole hosts (a100:8), {sorted(_TPU_BYTES)} a shape (v5p:2x2x2)'
   )
+
+
+def name_of(devices: Sequence[jax.Device]) -> str:
+  """Returns the name by which `target` knows the devices that are here.
+
+  Raises:
+    ValueError: no name stands for them.
+  """
+  kind = devices[0].device_kind
+  if devices[0].platform == 'cpu':
+    return f'cpu:{len(devices)}'
+  for name, (described, _) in _GPUS.items():
+    if kind == described:
+      return f'{name}:{len(devices)}'
+  if kind in _TPU_KINDS:
+    name = _TPU_KINDS[kind]
+    # A slice is known by its shape, which its chips tell by where they are.
+    sides = [max(places) + 1 for places in zip(*(chip.coords for chip in devices), strict=True)]
+    # Where there is no third dimension, it is 1.
+    grid = sides if name == 'v5p' else sides[:2]
+    return f'{name}:{"x".join(map(str, grid))}'
+  raise ValueError(
+    f'no plan for {len(devices)} x {kind}; experiments.plan knows {sorted(_GPUS)} and '
+    f'{sorted(_TPU_BYTES)}'
+  )
+
+
+def known_bytes(name: str) -> int:
+  """Returns the memory of each device of a target of GPUs or TPUs, whose compiler may be absent."""
+  kind = name.partition(':')[0]
+  return _GPUS[kind][1]['device_memory_size'] if kind in _GPUS else _TPU_BYTES[kind]
 
 
 def footprint(compiled: jax.stages.Compiled, host_arguments: int = 0) -> Footprint:

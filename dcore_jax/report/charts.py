@@ -131,5 +131,19 @@ def rl_charts(rows: list[dict]) -> list[dict[str, Any]]:
     # A logarithmic axis shows both norms, also if psi's part is small.
     log=True,
   )
+  add(
+    'Share of ψ',
+    "Norm of ψ's part over that of the whole gradient. Most of it is noise: it does not say what ψ "
+    'does.',
+    'rl-share',
+    {'psi_grad_share': 'share of norms'},
+    percent=True,
+  )
+  add(
+    'Direction of ψ',
+    'Cosine between the gradient of ψ and that of GRPO, on one mini-batch of a measured step.',
+    'rl-direction',
+    {'psi_cosine': 'cosine'},
+  )
   add('KL to the SFT model', 'Nats per token.', 'rl-kl', {'kl': 'KL'})
   return charts

@@ -29,6 +29,8 @@ _CURVES = (
   'reflections',
   'grad_norm',
   'psi_grad_norm',
+  'psi_grad_share',
+  'psi_cosine',
   'kl',
   'response_tokens',
   'logp_gap_mean',
@@ -90,7 +92,16 @@ def collect_summary(
     # Differences come with intervals, so that a reader sees which of them are chance.
     'changes': _changes(workdir, list(measured)),
     'seconds': {stage: result['seconds'] for stage, result in results.items()},
+    # Results of earlier versions have none.
+    'compile_seconds': {
+      stage: result['compile_seconds']
+      for stage, result in results.items()
+      if 'compile_seconds' in result
+    },
   }
+  gathered = workdir / 'recipe' / 'result.json'
+  if gathered.exists():
+    collected['recipe'] = read_json(gathered)
   # A stage that has not been run is left out; times stand together under `seconds`.
   for stage in ('distill', 'sft'):
     if stage in results:
@@ -138,7 +149,8 @@ def _trace(names: Sequence[str], task: Sequence[dict[str, Any]]) -> dict[str, An
   columns = []
   for name, record in zip(names, task, strict=True):
     shown = {field: record[field] for field in ('messages', 'correct', 'lazy')}
-    columns.append({'stage': name} | shown)
+    # By its id the page of all traces is linked to.
+    columns.append({'stage': name, 'id': record.get('id')} | shown)
   return {'query': task[0]['query'], 'kind': task[0]['kind'], 'columns': columns}
 
 
@@ -179,7 +191,8 @@ def _curves(workdir: pathlib.Path) -> dict[str, list[float | None]]:
 
 
 def _without_seconds(result: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in result.items() if name != 'seconds'}
+  times = ('seconds', 'compile_seconds')
+  return {name: value for name, value in result.items() if name not in times}
 
 
 def _trajectories(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:

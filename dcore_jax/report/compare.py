@@ -1,8 +1,10 @@
 """Compares what two models made of the same tasks: paired differences, and the verdicts that flip.
 
-A folder is a run's work directory, with W/evaluate_<model>/trajectories.jsonl, or a folder that
-holds one trajectories.jsonl itself, as `experiments.evaluate` and `experiments.bfcl_score` write
-it. A task is the same where kind, id and request are: other seeds may give another task one id.
+A folder is a run's work directory, with W/evaluate_<model>/trajectories.jsonl, or it has a folder
+for each suite, or it holds one trajectories.jsonl itself, as `experiments.evaluate` and
+`experiments.bfcl_score` write it. A task is the same where kind, id and request are: other seeds
+may give another task one id. A record with a `task` is one of several trials of it (tau2-bench):
+trials are paired by their ids, and the task is the unit.
 
 compare.html    one page that fetches nothing: figures, and both traces of every flip
 compare.json    the figures and the ids of the flips
@@ -17,21 +19,22 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dcore_jax.evaluate.bfcl_score import SCORES_FILE
-from dcore_jax.evaluate.lazy_reasoning import count_reflections
-from dcore_jax.files import read_json, read_json_lines, replace_text, write_json_atomic
+from dcore_jax.evaluate.behaviour.lazy_reasoning import count_reflections
+from dcore_jax.evaluate.bfcl.score import SCORES_FILE
+from dcore_jax.evaluate.trajectories import find_trajectories, model_folder, read_trajectories
+from dcore_jax.files import read_json, replace_text, write_json_atomic
 from dcore_jax.pages import render_page
+from dcore_jax.progress import SLOW, progress
 from dcore_jax.report import figures
 from dcore_jax.report import traces as traces_lib
 from dcore_jax.statistics import (
   bootstrap_difference,
   change_probability,
+  estimate_mean,
   estimate_share,
   paired_difference,
 )
 
-_FILE = 'trajectories.jsonl'
-_EVALUATED = 'evaluate_'
 ALL = 'all'
 _SHARES = (0.0, 1.0)
 
@@ -101,7 +104,7 @@ def compare(
     comparisons.append(found)
     for folder, name, count in zip((a, b), names, found.only, strict=True):
       if count:
-        notes.append(f'{count} tasks are in {folder / _folder(name)} alone and are left out')
+        notes.append(f'{count} tasks are in {model_folder(folder, name)} alone and are left out')
   if not any(comparison.pairs for comparison in comparisons):
     raise ValueError(f'{a} and {b} have no task in common')
   for text in notes:
@@ -136,50 +139,9 @@ def _describe(folder: pathlib.Path) -> dict[str, Any]:
   return {'folder': str(folder), 'run': run, 'notes': notes}
 
 
-def _folder(name: str) -> str:
-  return _EVALUATED + name if name else ''
-
-
 def _models(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   """Reads the records of each model of a folder, by its name."""
-  if (folder / _FILE).exists():
-    return {'': _records(folder / _FILE)}
-  found = {}
-  for path in sorted(folder.glob(f'{_EVALUATED}*/{_FILE}')):
-    found[path.parent.name.removeprefix(_EVALUATED)] = _records(path)
-  if not found:
-    raise ValueError(f'no {_FILE} in {folder} or in a folder {_EVALUATED}* of it')
-  return found
-
-
-def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  records = []
-  for number, record in enumerate(read_json_lines(path), 1):
-    where = f'{path}, record {number}'
-    if not isinstance(record, dict):
-      raise ValueError(f'{where}: expected an object, got {type(record).__name__}')
-    for field, kind in (('id', str), ('kind', str), ('correct', bool)):
-      if not isinstance(record.get(field), kind):
-        raise ValueError(f'{where}: {field} = {record.get(field)!r:.80} is no {kind.__name__}')
-    messages = record.setdefault('messages', [])
-    # The page shows role and text of each.
-    if not isinstance(messages, list) or not all(
-      isinstance(message, dict) and {'role', 'content'} <= message.keys() for message in messages
-    ):
-      raise ValueError(f'{where}: messages are no list of objects with role and content')
-    records.append(_whole(record))
-  return records
-
-
-def _whole(value: Any) -> Any:
-  """Returns JSON data without halves of letters, which no file of UTF-8 text can hold."""
-  if isinstance(value, str):
-    return value.encode('utf-8', 'backslashreplace').decode()
-  if isinstance(value, list):
-    return [_whole(item) for item in value]
-  if isinstance(value, dict):
-    return {_whole(key): _whole(item) for key, item in value.items()}
-  return value
+  return {name: read_trajectories(path) for name, path in find_trajectories(folder).items()}
 
 
 # --- pairs ---
@@ -205,7 +167,7 @@ def _matched(
   if not pairs:
     raise ValueError(
       f'{folders[0]} holds {_listed(models_a)} and {folders[1]} {_listed(models_b)}: '
-      f'name one, such as {folders[0] / _folder(next(iter(models_a)))}'
+      f'name one, such as {model_folder(folders[0], next(iter(models_a)))}'
     )
   for folder, rest in zip(folders, (rest_a, rest_b), strict=True):
     notes += [f'the model {name} is in {folder} alone and is left out' for name in rest]
@@ -232,7 +194,9 @@ def _keys(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
   seen: collections.Counter[tuple[str, str, str]] = collections.Counter()
   keys = []
   for record in records:
-    task = (record['kind'], record['id'], str(record.get('query', '')))
+    # A simulated user words the request of a task anew in each trial.
+    request = str(record.get('task') or record.get('query', ''))
+    task = (record['kind'], record['id'], request)
     keys.append((*task, seen[task]))
     seen[task] += 1
   return keys
@@ -256,52 +220,97 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
     'common': len(comparison.pairs),
     'only_a': comparison.only[0],
     'only_b': comparison.only[1],
-    'kinds': {kind: _figures(pairs) for kind, pairs in groups.items()},
+    'kinds': _all_figures(groups),
     **flips,
   }
 
 
-def _figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-  """Returns the figures of some tasks.
-
-  'accuracy' and 'lazy' (shares of tasks) have 'a', 'b', 'difference', 'gained', 'lost' and the
-  'p_value' of McNemar's exact test. 'reflections' (a response) and 'reasoning_tokens' (a task) have
-  the means 'a' and 'b' and a 'difference' with a bootstrap interval. What the records of either
-  side lack is absent.
-  """
-  found = {'n': len(pairs), 'accuracy': _verdicts(pairs, 'correct')}
-  if all(isinstance(side.get('lazy'), bool) for pair in pairs for side in (pair.a, pair.b)):
-    found['lazy'] = _verdicts(pairs, 'lazy')
-  for name, measure in _MEASURES.items():
-    values = [(measure(pair.a), measure(pair.b)) for pair in pairs]
-    if not any(value is None for both in values for value in both):
-      before, after = zip(*values, strict=True)
-      found[name] = {
-        'a': sum(before) / len(before),
-        'b': sum(after) / len(after),
-        'difference': bootstrap_difference(before, after, clusters=_ids(pairs)),
-      }
+def _all_figures(groups: dict[str, list[Pair]]) -> dict[str, dict[str, Any]]:
+  found = {}
+  total = len(groups) * len(_MEASURES)
+  # Each interval takes thousands of samples of the tasks.
+  with progress(total=total, description='compare', unit='figure', delay=SLOW) as bar:
+    for kind, pairs in groups.items():
+      found[kind] = _figures(pairs, bar.update)
   return found
 
 
-def _verdicts(pairs: Sequence[Pair], field: str) -> dict[str, Any]:
-  before = [pair.a[field] for pair in pairs]
-  after = [pair.b[field] for pair in pairs]
-  gained = sum(second > first for first, second in zip(before, after, strict=True))
-  lost = sum(second < first for first, second in zip(before, after, strict=True))
+@dataclasses.dataclass(frozen=True)
+class _Units:
+  """A measurement of both models, one value a unit.
+
+  Attributes:
+    before, after: of A and of B; of a task with several trials, the mean over them.
+    names: tell units apart, except that an id that occurs twice names two of them.
+    trials: whether some unit has several.
+  """
+
+  before: list[float]
+  after: list[float]
+  names: list[str]
+  trials: bool
+
+  @classmethod
+  def of(cls, pairs: Sequence[Pair], measure: Callable[[dict[str, Any]], float]) -> '_Units':
+    groups: dict[Any, list[Pair]] = {}
+    for place, pair in enumerate(pairs):
+      # An id is unique within its kind alone.
+      key = (pair.kind, pair.a['task']) if 'task' in pair.a else place
+      groups.setdefault(key, []).append(pair)
+    means = []
+    for side in ('a', 'b'):
+      values = [[measure(getattr(pair, side)) for pair in group] for group in groups.values()]
+      means.append([sum(found) / len(found) for found in values])
+    firsts = [group[0] for group in groups.values()]
+    names = [f'{pair.kind} {pair.a.get("task", pair.a["id"])}' for pair in firsts]
+    return cls(*means, names, len(groups) < len(pairs))
+
+
+def _figures(pairs: Sequence[Pair], advance: Callable[[int], Any]) -> dict[str, Any]:
+  """Returns the figures of some tasks.
+
+  'n' counts tasks. 'accuracy' and 'lazy' (shares of tasks) have 'a', 'b', 'difference', 'gained',
+  'lost' and the 'p_value' of McNemar's exact test. 'reflections' (a response), 'reasoning_tokens'
+  (a task), and 'format' and 'reward' of prompts that RL sets aside have the means 'a' and 'b' and a
+  'difference' with a bootstrap interval. What the records of either side lack is absent. A task
+  with several trials counts by its mean over them: it was gained where that rose, and the test is
+  the sign test. `advance` is called after each measure with 1.
+  """
+  accuracy = _Units.of(pairs, lambda record: record['correct'])
+  found = {'n': len(accuracy.names), 'accuracy': _verdicts(accuracy)}
+  if all(isinstance(side.get('lazy'), bool) for pair in pairs for side in (pair.a, pair.b)):
+    found['lazy'] = _verdicts(_Units.of(pairs, lambda record: record['lazy']))
+  for name, measure in _MEASURES.items():
+    if not any(measure(side) is None for pair in pairs for side in (pair.a, pair.b)):
+      units = _Units.of(pairs, measure)
+      found[name] = {
+        'a': sum(units.before) / len(units.before),
+        'b': sum(units.after) / len(units.after),
+        'difference': bootstrap_difference(units.before, units.after, clusters=units.names),
+      }
+    advance(1)
+  return found
+
+
+def _verdicts(units: _Units) -> dict[str, Any]:
+  gained = sum(second > first for first, second in zip(units.before, units.after, strict=True))
+  lost = sum(second < first for first, second in zip(units.before, units.after, strict=True))
   return {
-    'a': estimate_share(sum(before) / len(before), len(before)),
-    'b': estimate_share(sum(after) / len(after), len(after)),
-    'difference': paired_difference(before, after, clusters=_ids(pairs), bounds=_SHARES),
+    'a': _share(units, units.before),
+    'b': _share(units, units.after),
+    'difference': paired_difference(
+      units.before, units.after, clusters=units.names, bounds=_SHARES
+    ),
     'gained': gained,
     'lost': lost,
     'p_value': change_probability(gained, lost),
   }
 
 
-def _ids(pairs: Sequence[Pair]) -> list[str]:
-  # An id is unique within its kind alone.
-  return [f'{pair.kind} {pair.a["id"]}' for pair in pairs]
+def _share(units: _Units, values: Sequence[float]) -> dict[str, Any]:
+  if units.trials:
+    return estimate_mean(values, bounds=_SHARES)
+  return estimate_share(sum(values) / len(values), len(values))
 
 
 def _reflections(record: dict[str, Any]) -> float | None:
@@ -316,7 +325,17 @@ def _reasoning_tokens(record: dict[str, Any]) -> float | None:
   return float(sum(lengths))
 
 
-_MEASURES = {'reflections': _reflections, 'reasoning_tokens': _reasoning_tokens}
+def _scored(field: str) -> Callable[[dict[str, Any]], float | None]:
+  """Returns a reader of what prompts that RL sets aside are scored by."""
+  return lambda record: figures.number(record.get(field))
+
+
+_MEASURES = {
+  'reflections': _reflections,
+  'reasoning_tokens': _reasoning_tokens,
+  'format': _scored('format'),
+  'reward': _scored('reward'),
+}
 
 
 # --- page and table ---

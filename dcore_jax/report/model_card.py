@@ -74,7 +74,7 @@ def _introduction(
     start = 'random weights'
   elif path:
     # Only the last part of a path: a card is published, and folders may say whose they are.
-    start = f'`{path.rstrip("/").split("/")[-1]}`'
+    start = f'`{path.rstrip("/").split("/")[-1]}`'.replace('@', ' at ')
   else:
     start = 'the model organism of dcore_jax'
   # Counted on the exported architecture and not taken from its name.

@@ -23,6 +23,33 @@ class _Part(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='ignore', frozen=True)
 
 
+class Estimate(_Part):
+  """A mean of n units with its interval, see `statistics`."""
+
+  mean: _Number | None
+  n: _Number | None
+  interval: tuple[_Number, _Number] | None = None
+  unit: str = TASKS
+
+
+class SuiteScore(_Part):
+  """One figure of an evaluation suite, see `evaluate.suites.Score`."""
+
+  category: str
+  metric: str
+  estimate: Estimate
+  floor: _Number | None = None
+  published: _Number | None = None
+
+
+class SuiteFigures(_Part):
+  """What a suite has measured, see `evaluate.suites.SuiteResult`."""
+
+  version: str
+  scores: list[SuiteScore]
+  notes: list[str] = []
+
+
 class Stage(_Part):
   """Figures of one model on held-out tasks, by kind of task and over all of them."""
 
@@ -32,6 +59,7 @@ class Stage(_Part):
   decomposition_rate: _Share | None
   reflections_per_response: _Number | None
   reasoning_tokens_mean: _Number | None
+  suites: dict[str, SuiteFigures] = {}
 
   @pydantic.model_validator(mode='after')
   def _same_kinds(self) -> 'Stage':
@@ -114,6 +142,7 @@ class Summary(_Part):
   rl: Curves | None = None
   export: str | None = None
   seconds: dict[str, _Number | None]
+  compile_seconds: dict[str, _Number | None] = {}
 
   @pydantic.model_validator(mode='after')
   def _changes_are_of_stages(self) -> 'Summary':

@@ -221,6 +221,33 @@ def habit_table(stages: Stages) -> list[dict[str, Any]]:
   return rows
 
 
+def suite_table(stages: Stages) -> dict[str, Any] | None:
+  """Returns {'rows': [{'suite', 'label', 'cells': [text], 'floor', 'published'}], 'notes'}.
+
+  None where no stage has figures of evaluation suites.
+  """
+  rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+  notes: dict[str, None] = {}
+  for place, stage in enumerate(stages.values()):
+    for suite, result in (stage.get('suites') or {}).items():
+      for score in result.get('scores') or ():
+        label = f'{kind_label(score["category"])}, {score["metric"]}'
+        row = rows.setdefault(
+          (suite, score['category'], score['metric']),
+          # A stage without this figure has a dash.
+          {'suite': suite, 'label': label, 'cells': [shown(None)] * len(stages)},
+        )
+        row['cells'][place] = shown(score['estimate'], 3)
+        # Both are of the tasks and the model family, and the same in every stage.
+        row['floor'] = plain(number(score.get('floor')), 3)
+        row['published'] = plain(number(score.get('published')), 3)
+      found = list(result.get('notes') or ())
+      if left_out := result.get('left_out'):
+        found.append(f'{len(left_out)} tasks without a verdict are in no figure.')
+      notes.update(dict.fromkeys(f'{suite}, {list(stages)[place]}: {note}' for note in found))
+  return {'rows': list(rows.values()), 'notes': list(notes)} if rows else None
+
+
 def funnel(distill: dict[str, Any] | None) -> list[dict[str, Any]]:
   """Bars of {'label', 'count', 'percent', 'role': seeds | dropped | kept}; [] where nothing was
   distilled.
@@ -247,12 +274,60 @@ def funnel(distill: dict[str, Any] | None) -> list[dict[str, Any]]:
   ]
 
 
-def seconds(seconds: dict[str, Any] | None) -> list[dict[str, Any]]:
-  """Bars of {'label', 'text', 'percent'}: where the time went."""
+def seconds(
+  seconds: dict[str, Any] | None, compiling: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+  """Bars of {'label', 'text', 'compiling', 'percent'}: where the time went.
+
+  Args:
+    seconds: of each stage.
+    compiling: of each stage, while some thread compiled, where it is known.
+  """
   known = {name: value for name, value in (seconds or {}).items() if number(value) is not None}
   # Bars are relative to the longest stage; 1 keeps stages of 0 seconds from dividing by 0.
   longest = max(known.values(), default=0) or 1
   return [
-    {'label': _stage_name(name), 'text': format_seconds(value), 'percent': 100 * value / longest}
+    {
+      'label': _stage_name(name),
+      'text': format_seconds(value),
+      'compiling': _compile_text((compiling or {}).get(name)),
+      'percent': 100 * value / longest,
+    }
     for name, value in known.items()
+  ]
+
+
+def _compile_text(value: Any) -> str:
+  # Less is noise: every stage compiles a dozen small programs.
+  found = number(value)
+  return f'{format_seconds(found)} of compiling' if found and found >= 1 else ''
+
+
+# Fields of an RL step's row, in the order in which the phases come.
+_PHASES = {
+  'seconds_rollout': 'rollouts',
+  'seconds_rewards': 'rewards',
+  'seconds_score': 'old policy',
+  'seconds_reference': 'reference',
+  'seconds_update': 'updates',
+  'seconds_engine_update': 'weights to the engine',
+}
+
+
+def phases(rows: list[dict]) -> list[dict[str, Any]]:
+  """Bars of {'label', 'text', 'percent'}: what the RL steps spent their time on, all together.
+
+  Compiling, which the first step waits for, is inside of the phases. Phases that took nothing are
+  left out; what no phase counts, such as checkpoints, is not shown.
+  """
+  totals = {label: sum(_measured(rows, field)) for field, label in _PHASES.items()}
+  whole = sum(totals.values())
+  return [
+    {
+      'label': label,
+      'text': f'{format_seconds(value)}, {percent(value / whole, 0)}',
+      'percent': 100 * value / whole,
+    }
+    for label, value in totals.items()
+    if value > 0
   ]

@@ -1,6 +1,7 @@
 """Splits the conversations of the report into reasoning, its hesitant words, and other text."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from dcore_jax.report.figures import kind_label
@@ -11,8 +12,15 @@ _HESITATION = re.compile(r'\b(wait|but|alternatively|however)\b', re.IGNORECASE)
 _THINK = re.compile(r'<think>(.*?)(?:</think>|\Z)', re.DOTALL)
 
 
-def trace(trace: dict[str, Any]) -> dict[str, Any]:
-  """Returns a task with one column a stage, its texts split into segments."""
+def trace(
+  trace: dict[str, Any], places: Mapping[tuple[str, Any], int] | None = None
+) -> dict[str, Any]:
+  """Returns a task with one column a stage, its texts split into segments.
+
+  Args:
+    trace: the task, see `report.write_report`.
+    places: number of each trace on the page of all traces, by stage and id.
+  """
   query = str(trace.get('query', ''))
   columns = []
   for column in trace.get('columns') or []:
@@ -28,6 +36,7 @@ def trace(trace: dict[str, Any]) -> dict[str, Any]:
         'correct': column.get('correct'),
         'lazy': column.get('lazy'),
         'messages': messages,
+        'place': (places or {}).get((column.get('stage', ''), column.get('id'))),
       }
     )
   kind = trace.get('kind', '')

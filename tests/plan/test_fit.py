@@ -131,8 +131,11 @@ def test_the_calls_are_those_of_the_engine(monkeypatch):
 
 
 def test_a_plan_of_one_device():
-  plans = {step.name: step for step in fit.plan(read_config(tiny_config()), 'cpu:1')}
-  assert len(plans) == 7 and all(step.fits and not step.collectives for step in plans.values())
+  config = tiny_config()
+  config.rl.cosine_every = 4
+  plans = {step.name: step for step in fit.plan(read_config(config), 'cpu:1')}
+  assert plans['angle of psi to GRPO'].total > plans['gradient of psi'].total
+  assert len(plans) == 8 and all(step.fits and not step.collectives for step in plans.values())
   state = 3 * 4 * MODEL.param_count
   assert (
     0 <= plans['SFT step'].arguments - state < 8000
@@ -154,6 +157,35 @@ def test_a_plan_of_one_device():
   assert [step['compile_time']['name'] for step in written] == list(plans)
   assert all(step['compile_time']['seconds'] > 0 for step in written)
   assert 'a DA-GRPO step, at least' in fit.table(list(plans.values()), 'cpu:1')
+
+
+@pytest.mark.parametrize('rollouts', ['merged', 'unmerged'])
+def test_a_plan_with_adapters(rollouts):
+  """One base, no moments of it, no reference policy, and no gradient of its matrices."""
+  c = tiny_config()
+  steps = ('SFT step', 'reference log-probabilities', 'DA-GRPO update', 'decode')
+  full = fit.plan(read_config(c), 'cpu:1', steps)
+  c.lora.update(dict(rank=2, rollouts=rollouts))
+  plans = {step.name: step for step in fit.plan(read_config(c), 'cpu:1', steps)}
+  # q, k, v, o and three of the feed-forward layer, float32; and two moments.
+  widths = 3 * (16 + 24) + (16 + 16) + 2 * (16 + 8) + (16 + 16)
+  state = 3 * 4 * 2 * widths
+  base = 4 * MODEL.param_count
+  assert 0 <= plans['SFT step'].arguments - state - base < 8000
+  assert plans['reference log-probabilities'].beside['parameters'] == state // 3
+  update = plans['DA-GRPO update'].beside
+  assert set(update) == {'engine weights', 'engine caches'}
+  decode = plans['decode']
+  assert decode.beside['train state'] == pytest.approx(state, abs=64)
+  if rollouts == 'unmerged':
+    # The base is the engine's.
+    assert update['engine weights'] == state // 3 and 'base' not in decode.beside
+  else:
+    assert update['engine weights'] >= base and decode.beside['base'] == base
+  for before in full:
+    if before.name in ('SFT step', 'DA-GRPO update'):
+      # Two products of three; attention, which has no matrices, keeps its three.
+      assert 2 / 3 < plans[before.name].flops / before.flops < 0.8
 
 
 def test_what_is_not_in_groups_is_planned_where_groups_have_trunks_of_their_own():

@@ -3,11 +3,12 @@
 # ruff: noqa: E501 (errors are quoted as compilers print them)
 
 import importlib.util
+import types
 
 import jax
 import pytest
 
-from dcore_jax.plan import topology
+from dcore_jax.plan import roofline, topology
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,44 @@ def test_the_processor_as_a_target_has_as_many_devices_as_jax_began_with():
   assert devices == jax.devices() and 1 << 20 < memory
   with pytest.raises(ValueError, match=f'cpu:{count + 1}: jax has begun with {count} CPU devices'):
     topology.target(f'cpu:{count + 1}')
+
+
+@pytest.mark.parametrize(
+  'kind,name',
+  [
+    ('NVIDIA A100-SXM4-80GB', 'a100'),
+    ('NVIDIA H100 80GB HBM3', 'h100'),
+    ('NVIDIA H200', 'h200'),
+    ('NVIDIA B200', 'b200'),
+    ('NVIDIA GeForce RTX 4090', 'rtx4090'),
+  ],
+)
+def test_a_gpu_that_is_here_is_known_by_name_and_has_a_roofline(kind, name):
+  gpu = types.SimpleNamespace(device_kind=kind, platform='gpu')
+  assert topology.name_of([gpu] * 4) == f'{name}:4'
+  # The two tables are of the same device.
+  accelerator = roofline.ACCELERATORS[roofline.of_target(f'{name}:4')]
+  rate = topology._GPUS[name][1]['memory_bandwidth']
+  assert accelerator.memory_rate == pytest.approx(rate, rel=0.01)
+  assert 20 << 30 < topology.known_bytes(f'{name}:4') < 200 << 30
+
+
+@pytest.mark.parametrize('kind,name', [('TPU v5 lite', 'v5e:2x4'), ('TPU v6 lite', 'v6e:2x4')])
+def test_a_slice_that_is_here_is_known_by_its_shape(kind, name):
+  chips = [
+    types.SimpleNamespace(device_kind=kind, platform='tpu', coords=(x, y, 0))
+    for x in range(2)
+    for y in range(4)
+  ]
+  assert topology.name_of(chips) == name
+  assert roofline.of_target(name) == name.partition(':')[0]
+  assert topology.known_bytes(name) in (16 << 30, 32 << 30)
+
+
+def test_devices_that_no_plan_knows_are_named():
+  gpu = types.SimpleNamespace(device_kind='NVIDIA T4', platform='gpu')
+  with pytest.raises(ValueError, match='no plan for 1 x NVIDIA T4'):
+    topology.name_of([gpu])
 
 
 LAID_OUT = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory space \

@@ -3,11 +3,13 @@
 import csv
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
 import pytest
 
+from dcore_jax.report import compare as compare_lib
 from dcore_jax.report.compare import compare
 from tests.report.test_report import Page
 
@@ -86,12 +88,53 @@ def test_kinds_have_their_own_rows_and_means_their_intervals(tmp_path):
   assert compare(tmp_path / 'a', tmp_path / 'b', tmp_path / 'again') == found
 
 
+def test_intervals_that_take_their_time_show_how_far_they_are(tmp_path, monkeypatch, capsys):
+  # As if every figure were slow.
+  monkeypatch.setattr(compare_lib, 'SLOW', 1e-9)
+  records = [record(place, place % 2 == 0, kind) for place in range(4) for kind in 'ab']
+  a = write(tmp_path / 'a', records)
+  compare(a, a, tmp_path / 'out')
+  # Four measures of two kinds and of both together, whether the records have them or not.
+  assert 'compare: 100%' in (told := capsys.readouterr().err) and '12/12' in told
+
+
 def test_an_id_that_occurs_twice_is_two_tasks_of_one_unit(tmp_path):
   a = write(tmp_path / 'a', [record(0, True), record(0, False), record(1, True)])
   b = write(tmp_path / 'b', [record(0, False), record(0, False)])
   (shown,) = compare(a, b, tmp_path / 'out')['comparisons']
   assert (shown['common'], shown['only_a'], shown['lost']) == (2, 1, ['single-0'])
   assert shown['kinds']['single']['accuracy']['difference']['n'] == 1
+
+
+def test_a_task_with_several_trials_is_one_unit(tmp_path):
+  """Four trials that all went alike are no four tasks: figures are those of the means."""
+
+  def trials(side, *shares):
+    records = []
+    for task, right in enumerate(shares):
+      for trial in range(4):
+        more = {'task': str(task), 'query': f'{side} asks in words of its own'}
+        records.append(record(f'{task}-{trial}', trial < right, 'retail', **more))
+    return write(tmp_path / side, records)
+
+  found = compare(trials('a', 4, 4, 2, 0), trials('b', 4, 0, 3, 0), tmp_path / 'out')
+  (shown,) = found['comparisons']
+  assert (shown['common'], shown['only_a'], shown['only_b']) == (16, 0, 0)
+  figures = shown['kinds']['retail']
+  accuracy = figures['accuracy']
+  assert figures['n'] == accuracy['a']['n'] == accuracy['difference']['n'] == 4
+  assert (accuracy['a']['mean'], accuracy['b']['mean']) == (0.625, 0.4375)
+  # One task each way, and not one trial against four.
+  assert (accuracy['gained'], accuracy['lost'], accuracy['p_value']) == (1, 1, 1.0)
+  differences = [0, -1, 0.25, 0]
+  error = statistics.stdev(differences) / 2
+  assert accuracy['difference']['difference'] == statistics.mean(differences)
+  assert accuracy['difference']['standard_error'] == pytest.approx(error)
+  assert shown['lost'] == [f'retail-1-{trial}' for trial in range(4)]
+  # A trial that one side lacks is not compared, and its task is still one unit.
+  one = write(tmp_path / 'one', [record('1-0', True, 'retail', task='1')])
+  (shown,) = compare(tmp_path / 'a', one, tmp_path / 'out')['comparisons']
+  assert (shown['common'], shown['only_a'], shown['kinds']['retail']['n']) == (1, 15, 1)
 
 
 def test_models_of_work_directories_belong_together_by_name(tmp_path):
@@ -118,6 +161,32 @@ def test_models_of_work_directories_belong_together_by_name(tmp_path):
     'the model da_grpo',
     'the model rloo',
   ]
+
+
+def test_suites_belong_together_by_name(tmp_path):
+  for run, suites in (('a', ('bfcl', 'gsm8k', 'tau2')), ('b', ('gsm8k', 'bfcl', 'acebench'))):
+    for suite in suites:
+      write(tmp_path / run / suite, [record(0, run == 'b', suite)])
+  notes = []
+  a, b = tmp_path / 'a', tmp_path / 'b'
+  # One of each is left, and they have nothing in common.
+  found = compare(a, b, tmp_path / 'out', note=notes.append)
+  assert [shown['models'] for shown in found['comparisons']] == [['bfcl'] * 2, ['gsm8k'] * 2]
+  assert [note.split(' in ')[1].split(' alone')[0] for note in notes] == [
+    str(a / 'tau2'),
+    str(b / 'acebench'),
+  ]
+
+
+def test_rewards_are_compared_by_task(tmp_path):
+  """Prompts that RL sets aside have several answers, and tasks several prompts."""
+  a = [record(place, False, task=f't{place // 2}', reward=-3.0, format=0.0) for place in range(8)]
+  b = [{**item, 'reward': -3.0 + 2 * (place % 2), 'format': 1.0} for place, item in enumerate(a)]
+  folders = (write(tmp_path / 'a', a), write(tmp_path / 'b', b))
+  figures = compare(*folders, tmp_path / 'out')['comparisons'][0]['kinds']['single']
+  assert (figures['reward']['a'], figures['reward']['b']) == (-3, -2)
+  assert (figures['reward']['difference']['difference'], figures['n']) == (1, 4)
+  assert figures['format']['difference']['difference'] == 1
 
 
 def test_items_without_a_score_are_told(tmp_path):
@@ -153,7 +222,7 @@ def test_text_of_models_stays_text(tmp_path):
     ([record(0, 'yes')], r"b/trajectories.jsonl, record 1: correct = 'yes' is no bool"),
     ([record(0, True), [1]], 'record 2: expected an object, got list'),
     ([record(0, True, messages=['text'])], 'record 1: messages are no list of objects'),
-    (None, 'no trajectories.jsonl in .*/b or in a folder evaluate_'),
+    (None, 'no trajectories.jsonl in .*/b or in a folder of it'),
   ],
 )
 def test_what_cannot_be_compared_is_one_error(tmp_path, records, said):

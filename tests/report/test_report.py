@@ -1,5 +1,6 @@
 import copy
 import html.parser
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from dcore_jax import files
 from dcore_jax.report import report, traces
+from dcore_jax.report.summary import validate_summary
 from tests.report import example_run
 
 VOID = {'meta', 'br', 'img', 'link', 'input', 'hr'}
@@ -200,6 +202,50 @@ def test_behaviours_and_a_single_step_are_drawn():
   assert 'Thought types' in text and 'verification' in text and 'all wrong' in text
 
 
+def test_psi_and_time_are_divided():
+  summary = example_run.a_summary()
+  summary['compile_seconds'] = {'evaluate_base': 30.0, 'sft': 0.2}
+  validate_summary(summary)
+  rows = [
+    {'stage': 'rl', 'step': step, 'psi_grad_share': 0.25, 'seconds_reference': 0.0}
+    | {'seconds_rollout': 6.0, 'seconds_update': 2.0, 'seconds': 9.0}
+    for step in range(3)
+  ]
+  text = ' '.join(Page(report.render_report(summary, rows, [])).text.split())
+  assert 'Share of ψ' in text
+  assert '41.2 s 30.0 s of compiling' in text and text.count('of compiling') == 1
+  assert (
+    'rollouts 18.0 s, 75 % updates 6.0 s, 25 %' in text
+    and 'reference' not in text.split('by phase')[1].split('Every figure')[0]
+  )
+  # Runs of earlier versions know neither.
+  text = Page(report.render_report(example_run.a_summary(), [], [])).text
+  assert 'compiling' not in text and 'by phase' not in text
+
+
+def test_every_trace_that_is_shown_leads_to_the_page_of_all(tmp_path):
+  message = {'role': 'assistant', 'content': 'so'}
+  for name, ids in (('base', 'ab'), ('da_grpo', 'ab')):
+    folder = tmp_path / f'evaluate_{name}'
+    folder.mkdir()
+    records = [
+      {'id': one, 'kind': 'single', 'query': 'q', 'correct': True, 'messages': [message]}
+      for one in ids
+    ]
+    lines = [json.dumps(record) + '\n' for record in records]
+    (folder / 'trajectories.jsonl').write_text(''.join(lines))
+  columns = [
+    {'stage': stage, 'id': one, 'messages': [message], 'correct': True, 'lazy': False}
+    for stage, one in (('base', 'b'), ('da_grpo', 'b'), ('sft', 'b'))
+  ]
+  traces_shown = [{'query': 'q', 'kind': 'single', 'columns': columns}]
+  report.write_report(tmp_path, example_run.a_summary(), [], traces_shown)
+  page = Page((tmp_path / 'report.html').read_text())
+  linked = [name for name in page.references if name.startswith('traces.html')]
+  # The sources lie one after the other there: base a, base b, da_grpo a, da_grpo b.
+  assert linked == ['traces.html', 'traces.html#1', 'traces.html#3', 'traces.html']
+
+
 def test_another_estimator_and_other_kinds_are_shown():
   summary = example_run.a_summary()
   stage = summary['stages'].pop('da_grpo')
@@ -231,3 +277,31 @@ def test_the_program_checks_and_renders_again(tmp_path):
   assert checked.returncode == 1 and 'stages.sft.n is missing' in checked.stderr
   nowhere = run('--check', f'--workdir={tmp_path / "nowhere"}')
   assert nowhere.returncode == 1 and 'Traceback' not in nowhere.stderr
+
+
+def test_suites_are_shown_with_interval_floor_and_published_figure():
+  summary = example_run.a_summary()
+  assert 'Evaluation suites' not in Page(report.render_report(summary, [], [])).text
+  estimate = {'mean': 0.68, 'interval': [0.59, 0.75], 'n': 128, 'unit': 'tasks'}
+  score = {'category': 'overall', 'metric': 'accuracy', 'estimate': estimate}
+  for stage, published in (('base', 0.705), ('da_grpo', 0.705)):
+    summary['stages'][stage]['suites'] = {
+      'gsm8k': {
+        'suite': 'gsm8k',
+        'version': '1',
+        'scores': [score | {'floor': 0.0, 'published': published}],
+        'notes': ['<b>The first 128 tasks.</b>'],
+        'left_out': [{'id': '7', 'reason': 'too long'}],
+      }
+    }
+  validate_summary(summary)
+  text = Page(report.render_report(summary, [], [])).text
+  row = ' '.join(text.partition('gsm8k: overall, accuracy')[2].split())
+  # The stage between them has no suites.
+  shown = '0.680 [0.590, 0.750] (128 tasks)'
+  assert row.startswith(f'{shown}–{shown}0.0000.705')
+  assert 'gsm8k, base: <b>The first 128 tasks.</b>' in text
+  assert 'gsm8k, da_grpo: 1 tasks without a verdict' in text
+  summary['stages']['base']['suites']['gsm8k']['scores'][0]['floor'] = 'none'
+  with pytest.raises(ValueError, match='gsm8k.scores'):
+    validate_summary(summary)

@@ -13,6 +13,10 @@ def test_the_published_shape_passes_and_stages_may_be_left_out():
   summary['stages']['base']['accuracy']['multi_turn'] = None
   summary['stages']['base']['behaviours'] = {'reflection': 2.0}
   validate_summary(summary)
+  # What may not be left out.
+  del summary['stages']
+  with pytest.raises(ValueError, match='stages is missing'):
+    validate_summary(summary)
 
 
 def test_stages_and_kinds_may_have_any_name():
@@ -29,6 +33,10 @@ def test_stages_and_kinds_may_have_any_name():
   pair = {'difference': 0.0, 'standard_error': None, 'n': 4}
   summary['changes'] = [{'from': 'base', 'to': 'my_estimator', 'accuracy': {'riddle': pair}}]
   validate_summary(summary)
+  # Their figures are checked like those of known names.
+  stage['n']['riddle'] = 'four'
+  with pytest.raises(ValueError, match="stages.my_estimator.n.riddle = 'four'"):
+    validate_summary(summary)
 
 
 def test_all_that_is_wrong_is_named_at_once():
