@@ -4,27 +4,26 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import huggingface_hub
 import jax
 
 from dcore_jax import distributed
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.messages import Message, ToolCall, ToolSpec
 from dcore_jax.chat.template import render_records
 from dcore_jax.chat.thoughts import opened_thoughts
 from dcore_jax.chat.tool_specs import read_tools
 from dcore_jax.config import ModelSection
-from dcore_jax.files import data_path
 from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.decoder import Params
 from dcore_jax.models.hf_checkpoint import ModelFiles, save_checkpoint
 from dcore_jax.models.module import Decoder
 from dcore_jax.progress import show_compiling
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_policy
+from dcore_jax.rollout.model_folders import find_model_folder
+from dcore_jax.rollout.policy import find_stop_ids, load_policy
 from dcore_jax.rollout.requests import Completion, Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.rollout.sizes import EngineSizes
@@ -33,9 +32,6 @@ from dcore_jax.serve.replies import ReplyParser
 
 Conversation = str | Sequence[Message | dict[str, Any]]
 
-_HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
-# Weights, configuration and tokenizer. Never Python: a repository's own code is not run.
-_HUB_FILES = ('*.safetensors', '*.json', '*.jinja', 'merges.txt', 'tokenizer.model')
 # What Qwen3 recommends for thinking.
 SAMPLING = {'temperature': 0.6, 'top_p': 0.95, 'top_k': 20}
 _LANES = 8  # answers sampled at once; memory is set aside for all of them
@@ -190,7 +186,7 @@ def load(name: str | pathlib.Path = 'organism', *, dtype: str = 'auto') -> Model
   """
   # Before anything is compiled, or the first programs would not be kept.
   distributed.keep_programs()
-  folder = _find_folder(str(name))
+  folder = find_model_folder(str(name))
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   if dtype not in ('float32', 'bfloat16'):
@@ -242,7 +238,7 @@ def generate(
   requests = []
   for number, conversation in enumerate(conversations):
     text = render_records(model.tokenizer, _records(conversation), shown or None)
-    prompt = model.tokenizer(text, add_special_tokens=False)['input_ids']
+    prompt = encode_rendered(model.tokenizer, text)
     # Rendered templates hold their special tokens as text; a second beginning of text would be
     # one that the model was not trained on.
     texts.append(text)
@@ -300,31 +296,6 @@ def sampling_rule(options: Mapping[str, Any]) -> SamplingParams:
       raise ValueError(f'unknown option of sampling {name!r}{hint}')
   # What is given replaces what Qwen3 recommends, field by field.
   return SamplingParams(**(SAMPLING | dict(options)))
-
-
-def _find_folder(name: str) -> pathlib.Path:
-  """Finds the directory of a model, and downloads it if only the hub has it."""
-  # The empty name is the default of config fields, which means the packaged model.
-  if name in ('', 'organism'):
-    return ORGANISM
-  # A directory goes before the hub: what was downloaded or trained here is asked for by its path.
-  try:
-    return data_path(name)
-  except ValueError:
-    # What cannot be a hub name keeps the error about the directory, which is what was meant.
-    if not _HUB_NAME.fullmatch(name):
-      raise
-  try:
-    # Subfolders hold other formats of the same weights.
-    path = huggingface_hub.snapshot_download(
-      name, allow_patterns=list(_HUB_FILES), ignore_patterns=['*/*']
-    )
-  except Exception as error:  # whatever the network, the hub or a proxy raises
-    raise ValueError(
-      f'{name!r} is no directory here, and it cannot be downloaded from the Hugging Face hub: '
-      f'{error}'
-    ) from error
-  return pathlib.Path(path)
 
 
 def _records(conversation: Conversation) -> list[dict[str, Any]]:

@@ -8,34 +8,37 @@ sections (engine, execution, mesh, world) hold as well.
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh
 
-from dcore_jax import distributed, sharding
+from dcore_jax import distributed
+from dcore_jax.api.calls import as_policy, configured, refuse_two_sources
 from dcore_jax.api.model import Model
 from dcore_jax.claims import claim, hold
-from dcore_jax.config import RunConfig
+from dcore_jax.config import LoraSection, RunConfig
 from dcore_jax.data.rows import given_rows, section_sequences, training_rows
 from dcore_jax.data.seed_sources import config_seeds
 from dcore_jax.data.seeds import DecisionPoint, Seed
 from dcore_jax.distill.stage import run_distillation
 from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.files import read_rows
-from dcore_jax.models import decoder
-from dcore_jax.overrides import overlay, to_json
+from dcore_jax.learn import lora
+from dcore_jax.overrides import to_json
 from dcore_jax.progress import progress, show_compiling
 from dcore_jax.rollout.local_backend import LocalBackend
-from dcore_jax.rollout.policy import Policy, make_engine
-from dcore_jax.run.config import read_config
-from dcore_jax.run.pipeline import check_fields, make_execution, rl_seed, rl_source
+from dcore_jax.rollout.policy import base_dtype, make_engine
+from dcore_jax.run.checks import check_fields
+from dcore_jax.run.fleet import make_fleet
+from dcore_jax.run.pipeline import make_execution
+from dcore_jax.run.rl_source import rl_seed, rl_source
 from dcore_jax.train.metrics import Metrics
 from dcore_jax.train.rl_loop import run_rl
 from dcore_jax.train.sft_loop import run_sft
+from dcore_jax.train.sinks import open_sinks
 from dcore_jax.train.stage_run import StageRun
 from dcore_jax.worlds.registry import make_world
 from dcore_jax.worlds.rollouts import act
@@ -70,10 +73,10 @@ def distill_seeds(
   Raises:
     ValueError: an unknown option, seeds both given and named by one, or no row that could be kept.
   """
-  settings = _configured('distill', options, config, seed)
-  _check_source('seeds', seeds, options, ('files', 'tasks'))
+  settings = configured('distill', options, config, seed)
+  refuse_two_sources('seeds', seeds, options, ('files', 'tasks'))
   # The stages take a policy, which loads its weights anew for each use.
-  policy = _policy(model)
+  policy = as_policy(model)
   mesh = distributed.training_mesh(settings)
   seeds = config_seeds(settings) if seeds is None else seeds
 
@@ -122,29 +125,29 @@ def sft(
     ValueError: an unknown option, rows that cannot be trained on, rows both given and named by
       `files`, or a `workdir` that holds another fine-tuning.
   """
-  settings = _configured('sft', options, config, seed)
+  settings = configured('sft', options, config, seed)
   section = settings.sft
-  policy = _policy(model)
+  policy = as_policy(model)
   mesh = distributed.training_mesh(settings)
-  _check_source('rows', rows, options, ('files',))
+  refuse_two_sources('rows', rows, options, ('files',))
   with _folder(workdir) as folder:
     # Rows that are given pass the same system prompt, splitting and limits as those of files.
     if rows is None:
       rows, _ = training_rows(section, folder)
     else:
       rows, _ = given_rows(rows, section)
-    params = policy.load(mesh)
+    params = policy.load(mesh, base_dtype(settings, mesh))
     # Claimed before training: a folder of another fine-tuning would be resumed from.
     _claim(folder, 'sft', settings, section, policy.name(params))
     # The model is what is asked for; the figures of the stage are in a workdir's metrics.jsonl.
-    with Metrics(folder) as metrics, jax.set_mesh(mesh):
+    with Metrics(folder, open_sinks(settings, folder)) as metrics, jax.set_mesh(mesh):
       # The pipeline's folders, so that its tools find what is in a work directory.
       checkpoints = folder / 'checkpoints' / 'sft'
-      run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=settings.seed)
+      run = StageRun(metrics, checkpoints, settings.seed, settings.lora)
       _, sequences = section_sequences(model.tokenizer, rows, section)
       execution = make_execution(settings.execution)
       params, _ = run_sft(params, policy, sequences, section, run, execution=execution)
-  return model.with_params(params)
+      return model.with_params(lora.merge(params, jnp.float32))
 
 
 def da_grpo(
@@ -175,17 +178,19 @@ def da_grpo(
     ValueError: an unknown option, points both given and named by one, sizes that do not fit each
       other, or a `workdir` that holds another reinforcement.
   """
-  settings = _configured('rl', options, config, seed)
+  settings = configured('rl', options, config, seed)
   section = settings.rl
   # Fields of `rl` that contradict each other are refused before a model is copied.
   check_fields(settings)
-  _check_source('points', points, options, ('files', 'tasks', 'episodes'))
-  policy = _policy(model)
+  refuse_two_sources('points', points, options, ('files', 'tasks', 'episodes'))
+  policy = as_policy(model)
   mesh = distributed.training_mesh(settings)
   world = make_world(settings.world)
   source, _ = rl_source(settings, model.tokenizer, world, points)
 
   def engine(params: Any) -> Any:
+    if section.fleet.endpoints:
+      return make_fleet(settings, policy, params, folder)
     # The rollouts of an episode's group share its first prompt alone.
     made = make_engine(settings, policy, params, mesh, groups=not section.episodes)
     show_compiling(made.prepare)
@@ -193,13 +198,19 @@ def da_grpo(
 
   with _folder(workdir) as folder:
     # The loop makes its frozen reference from them before the first update.
-    params = policy.load(mesh)
+    params = policy.load(mesh, base_dtype(settings, mesh))
     _claim(folder, 'rl', settings, section, policy.name(params))
     # The stage names logical axes only, and finds the mesh that splits them in the context.
-    with Metrics(folder) as metrics, jax.set_mesh(mesh):
+    with Metrics(folder, open_sinks(settings, folder)) as metrics, jax.set_mesh(mesh):
       checkpoints = folder / 'checkpoints' / section.estimator
       # The pipeline's seed of this stage, so that both draw the same prompts and rollouts.
-      run = StageRun(metrics=metrics, checkpoints=checkpoints, seed=rl_seed(settings))
+      run = StageRun(
+        metrics,
+        checkpoints,
+        rl_seed(settings),
+        settings.lora,
+        held_out_seed=settings.seed,
+      )
       params, _ = run_rl(
         params,
         policy,
@@ -209,7 +220,7 @@ def da_grpo(
         make_engine=engine,
         execution=make_execution(settings.execution),
       )
-  return model.with_params(params)
+      return model.with_params(lora.merge(params, jnp.float32))
 
 
 def evaluate_model(
@@ -232,9 +243,9 @@ def evaluate_model(
   Raises:
     ValueError: an unknown option.
   """
-  settings = _configured('evaluate', options, config, seed)
+  settings = configured('evaluate', options, config, seed)
   # By section `engine`, and not the engine that answers: the pipeline's stages have these figures.
-  policy = _policy(model)
+  policy = as_policy(model)
   mesh = distributed.training_mesh(settings)
   engine = make_engine(settings, policy, policy.load(mesh), mesh)
   show_compiling(engine.prepare)
@@ -247,61 +258,15 @@ def evaluate_model(
     return evaluate(settings, folder, actor, model.folder.name)
 
 
-def _configured(
-  section: str,
-  options: Mapping[str, Any],
-  config: ml_collections.ConfigDict | RunConfig | None,
-  seed: int | None,
-) -> RunConfig:
-  """Returns the config of a call, with `options` in one section; ValueError names unknown ones."""
-  # Checked as a config file is, so that an option that no section has cannot be ignored.
-  values: dict[str, Any] = {section: dict(options)}
-  if seed is not None:
-    values['seed'] = seed
-  # Without a config the defaults are the paper's.
-  return overlay(RunConfig() if config is None else read_config(config), values)
-
-
-def _check_source(
-  what: str, given: Any, options: Mapping[str, Any], sources: Sequence[str]
-) -> None:
-  """Raises ValueError where data is given and named by an option: one would be ignored."""
-  # An option that is empty or False names no data.
-  named = [name for name in sources if options.get(name)]
-  if given is not None and named:
-    raise ValueError(f'{what} are given, and {named[0]} names others: leave one of them out')
-
-
-def _policy(model: Model) -> Policy:
-  """Returns the model as a policy whose parameters are copied at every load."""
-
-  def load(mesh: Mesh | None) -> Any:
-    # A training step donates its parameters, and would take the person's model away.
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32, copy=True), model.params())
-    # Without a mesh the arrays stay where the model has them.
-    if mesh is None:
-      return params
-    # Placed by the axes of the specs, as a checkpoint that is loaded under this mesh.
-    specs = decoder.abstract_params(model.config)
-    return jax.device_put(params, sharding.shardings(specs, mesh))
-
-  # A model that was trained here has the tokenizer and the stop tokens of the one it came from.
-  return Policy(
-    config=model.config,
-    load=load,
-    tokenizer=model.tokenizer,
-    tokenizer_dir=model.folder,
-    path=model.folder,
-  )
-
-
 def _claim(folder: pathlib.Path, stage: str, settings: RunConfig, section: Any, name: str) -> None:
   """Ties checkpoints to the weights and options that they were made from."""
   # Checkpoints are resumed from: without this, a second call on the same folder would return the
   # first call's model whatever it was asked for.
   mine = {'model': name, 'seed': settings.seed, 'options': to_json(section)}
+  mine['lora'] = to_json(settings.lora)
   complaint = f'holds the stage {stage} with other'
-  claim(folder / f'{stage}.json', mine, complaint, defaults={'options': type(section)()})
+  defaults = {'options': type(section)(), 'lora': LoraSection()}
+  claim(folder / f'{stage}.json', mine, complaint, defaults=defaults)
 
 
 @contextlib.contextmanager

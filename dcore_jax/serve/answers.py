@@ -101,7 +101,8 @@ class Report:
     alternatives: how many likely tokens are listed beside each sampled token.
     prompt_logprobs: how many are listed beside each token of the prompt; None: the prompt has no
       log-probabilities in the answer.
-    token_ids: whether the answer lists the ids of prompt and answer.
+    token_ids: whether the answer lists the ids of prompt and answer, and for each token of the
+      answer the version of the weights that drew it.
     ids_as_tokens: whether log-probabilities name tokens by their ids.
   """
 
@@ -131,6 +132,7 @@ class Choice(abc.ABC):
     self._report = report
     self._reader = TextReader(tokenizer, report.stop)
     self._token_ids: list[int] = []
+    self._versions: list[int] = []  # of the weights that drew each token
     self._prompt_scores: PromptScores | None = None
     self._scored: list[Scored] = []
     # How much earlier pieces of the stream have carried, so that no piece repeats it.
@@ -146,6 +148,7 @@ class Choice(abc.ABC):
     """Returns entries for `choices` of a stream's pieces, and keeps what they say for `whole`."""
     done = part.completion
     self._token_ids += part.tokens.tolist()
+    self._versions += [part.version] * len(part.tokens)
     if part.prompt is not None:
       self._prompt_scores = part.prompt
     if self._report.logprobs:
@@ -173,6 +176,7 @@ class Choice(abc.ABC):
       self._streamed_scores = len(self._scored)
     if pieces and self._report.token_ids:
       pieces[0]['token_ids'] = self._token_ids[self._streamed_ids :]
+      pieces[0]['weight_versions'] = self._versions[self._streamed_ids :]
       self._streamed_ids = len(self._token_ids)
     return pieces
 
@@ -220,6 +224,7 @@ class Choice(abc.ABC):
     found['logprobs'] = self._show_logprobs(0) if self._report.logprobs else None
     if self._report.token_ids:
       found['token_ids'] = self._token_ids
+      found['weight_versions'] = self._versions
     return found
 
   def _about_prompt(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The HTTP server: OpenAI's chat completions, completions and models on the engine's lanes, with
-/health and /metrics.
+/health, /metrics and, where the server allows it, /update_weights.
 
 `requests.py` says what is honoured of a request, `replies.py` how thoughts and tool calls are told
 apart. What a model wrote is text to be sent; nothing here acts on it.
@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hmac
-import os
 import pathlib
 import secrets
 import time
@@ -38,11 +37,20 @@ from dcore_jax.serve.requests import (
   SamplingRequest,
 )
 from dcore_jax.serve.scheduler import Scheduler
+from dcore_jax.serve.served_model import ServedModel
 from dcore_jax.serve.telemetry import Telemetry
+from dcore_jax.serve.weights import UPDATE_PATH, WeightUpdates, read_update
 
 # Requests are counted by these paths. Every other path counts as 'other', or a scanner could make
 # up as many Prometheus series as it likes.
-_PATHS = ('/v1/chat/completions', '/v1/completions', '/v1/models', '/health', '/metrics')
+_PATHS = (
+  '/v1/chat/completions',
+  '/v1/completions',
+  '/v1/models',
+  '/health',
+  '/metrics',
+  UPDATE_PATH,
+)
 IGNORED_FIELDS = 'x-ignored-fields'
 _MOST_LOGGED = 256  # names of ignored fields that the log keeps apart
 T = TypeVar('T')
@@ -58,7 +66,11 @@ class Limits:
   max_tokens: int
   body_bytes: int = 4 * 2**20
   body_seconds: float = 30.0  # for a body to arrive
+  # Without a whole head of a request, or for an answer to which nobody listens.
+  idle_seconds: float = 60.0
   requests: int = 256  # under way, bodies that are still arriving included
+  # The directory below which new weights may lie; None: none are taken.
+  weights: pathlib.Path | None = None
 
 
 class Service:
@@ -84,16 +96,16 @@ class Service:
   ):
     self.scheduler = scheduler
     self.tokenizer = tokenizer
-    self.names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    # time.time(), since clients are shown a date.
+    self.model = ServedModel(names, folder, scheduler.engine.max_len, created=int(time.time()))
     self.limits = limits
-    self._prompts = PromptReader(tokenizer, scheduler.engine.config.vocab_size, self._check_model)
-    self._folder = folder
+    self._prompts = PromptReader(tokenizer, scheduler.engine.config.vocab_size, self.model.check)
+    self._updates = WeightUpdates(scheduler, limits.weights)
     self._logged: set[str] = set()
     self.telemetry = Telemetry(scheduler)
     self.draining = False  # refuse what comes from now on
     self.under_way = 0  # requests of the API
     self._api_key = api_key.encode()
-    self._started = int(time.time())
     # Templates and tokenizers take a second for megabytes of text, which would hold up every stream
     # of the event loop. There is one thread, since tokenizers are not made for several.
     self._encoder = concurrent.futures.ThreadPoolExecutor(1, 'encoder')
@@ -104,6 +116,7 @@ class Service:
       Route('/v1/models/{name:path}', self._one_model),
       Route('/health', self._health),
       Route('/metrics', self._metrics),
+      Route(UPDATE_PATH, self._update_weights, methods=['POST']),
     ]
     self.app = Starlette(
       routes=routes,
@@ -166,47 +179,31 @@ class Service:
       # Before the engine has counted its programs, there are none to divide by.
       starting = {'status': 'starting', 'programs': programs, 'share': ready / max(total, 1)}
       return JSONResponse(starting, 503, RETRY_AFTER)
-    return JSONResponse({'status': 'ok'})
+    return JSONResponse({'status': 'ok', 'weights_version': self.scheduler.version})
+
+  async def _update_weights(self, request: Request) -> Response:
+    # Whoever may change the weights says what all other clients are told.
+    if not self._api_key:
+      raise Refusal(403, 'weights are taken only by a server that asks for a key (--api_key_env)')
+    update = read_update(await self._body(request))
+    return JSONResponse(await self._updates.take(update))
 
   async def _metrics(self, _: Request) -> Response:
     return Response(self.telemetry.text(), media_type='text/plain; version=0.0.4')
 
   async def _models(self, _: Request) -> Response:
-    return JSONResponse({'object': 'list', 'data': list(map(self._card, self.names))})
+    return JSONResponse({'object': 'list', 'data': self.model.cards()})
 
   async def _one_model(self, request: Request) -> Response:
     name = request.path_params['name']
-    self._check_model(name)
-    return JSONResponse(self._card(name))
+    self.model.check(name)
+    return JSONResponse(self.model.card(name))
 
   async def _nowhere(self, request: Request, _: Exception) -> Response:
     # A client whose base URL lacks /v1 learns it from here.
     paths = ', '.join(_PATHS)
     path = request.url.path
     return await respond(request, Refusal(404, f'there is no {path} here, but {paths}'))
-
-  def _card(self, name: str) -> dict[str, Any]:
-    return {
-      'id': name,
-      'object': 'model',
-      'created': self._started,
-      'owned_by': 'dcore_jax',
-      'max_model_len': self.scheduler.engine.max_len,
-    }
-
-  def _check_model(self, name: str) -> None:
-    if name not in self.names and not self._is_folder(name):
-      known = ' or '.join(map(repr, self.names))
-      raise Refusal(404, f'there is no model {name!r} here, but {known}', 'model_not_found')
-
-  def _is_folder(self, name: str) -> bool:
-    """Whether this is a path of the model: harnesses name it by what they were given."""
-    if self._folder is None or os.sep not in name:
-      return False
-    try:
-      return pathlib.Path(name).resolve() == self._folder.resolve()
-    except (OSError, ValueError):  # too long, or with a NUL
-      return False
 
   def _ignored(self, asked: SamplingRequest) -> dict[str, str]:
     """Returns the header that names what is ignored of a request; the log names each once."""
@@ -420,7 +417,7 @@ class _Gate:
       await send(message)
 
     # Health and metrics are answered in every state, also while the server drains.
-    api = scope['path'].startswith('/v1/')
+    api = scope['path'].startswith('/v1/') or scope['path'] == UPDATE_PATH
     service.under_way += api
     try:
       refusal = service.refusal(scope) if api else None

@@ -11,6 +11,7 @@ import jinja2.meta
 import jinja2.sandbox
 import transformers
 
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.template import (
   encode_raw,
   render_begun_call,
@@ -85,7 +86,7 @@ class PromptReader:
       raise RequestError(
         f'the chat template cannot show this conversation: {error}', 'messages'
       ) from error
-    return asked, self._encode(text), bool(opened_thoughts(text)), begun
+    return asked, encode_rendered(self._tokenizer, text), bool(opened_thoughts(text)), begun
 
   def _begin_call(
     self, asked: ChatCompletionRequest, records: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -130,8 +131,7 @@ class PromptReader:
     return asked, prompts, texts
 
   def _encode_prompt(self, text: str, special: bool) -> list[int]:
-    # A rendered chat prompt has its special tokens in its text; a completion's text has none.
-    return encode_raw(self._tokenizer, text) if special else self._encode(text)
-
-  def _encode(self, text: str) -> list[int]:
+    # Raw by design: whoever sends a prompt has rendered it, and every token in it is matched.
+    if special:
+      return encode_raw(self._tokenizer, text)
     return self._tokenizer(text, add_special_tokens=False)['input_ids']

@@ -54,7 +54,8 @@ class SamplingRequest(Body):
   every request has its own. These are not OpenAI's: `top_k` (0 and -1 keep all tokens), `min_p`,
   `stop_token_ids` (of those that end an answer anyway), `prompt_logprobs` (of every token of the
   prompt, with as many alternatives), `return_token_ids` (of prompt and answer, as they were read
-  and sampled) and `return_tokens_as_token_ids` (in log-probabilities: 'token_id:5').
+  and sampled; beside them `weight_versions`, one for each token of the answer) and
+  `return_tokens_as_token_ids` (in log-probabilities: 'token_id:5').
   `max_completion_tokens` goes before `max_tokens`.
   """
 

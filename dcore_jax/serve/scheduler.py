@@ -5,11 +5,14 @@ happens to one of them is told to the job's `deliver`, on the engine's thread, w
 hands it on.
 """
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dcore_jax.rollout.engine import Engine, Progress, Request
 from dcore_jax.rollout.sampling import SamplingParams
@@ -45,6 +48,9 @@ class Scheduler:
   Args:
     engine: nobody else may touch it from now on, but for its sizes and its stats.
     max_waiting: rollouts that may wait for a lane.
+
+  Attributes:
+    version: number of the weights; 0 are those that the engine was made with.
   """
 
   def __init__(self, engine: Engine, max_waiting: int):
@@ -53,6 +59,7 @@ class Scheduler:
     self.engine = engine
     self.max_waiting = max_waiting
     self.failure: Exception | None = None
+    self.version = 0
     # Programs that are compiled, and all; all are 0 until the engine has counted them.
     self.programs = (0, 0)
     self._prepared = threading.Event()
@@ -128,6 +135,22 @@ class Scheduler:
     # The engine is in the midst of a step, perhaps; its own thread cancels between two steps.
     self._commands.put(functools.partial(self._drop, job, place))
 
+  def exchange(self, params: Any, version: int) -> concurrent.futures.Future:
+    """Replaces the engine's weights between two steps; rollouts in flight go on under the new ones.
+
+    Progress tells the version by which its tokens were drawn.
+
+    Returns:
+      A future of None. Its error is ValueError where the weights do not fit, which leaves the old
+      ones in use, or Stopped.
+    """
+    done: concurrent.futures.Future = concurrent.futures.Future()
+    with self._lock:
+      if self._closed:
+        raise self._stopped()
+      self._commands.put(functools.partial(self._exchange, params, version, done))
+    return done
+
   def close(self) -> None:
     """Ends every rollout (Stopped is delivered) and the thread."""
     with self._lock:
@@ -195,8 +218,26 @@ class Scheduler:
         job.handles[place] = handle
         self._jobs[handle] = job, place
 
+  def _exchange(self, params: Any, version: int, done: concurrent.futures.Future) -> None:
+    if self._closed:
+      done.set_exception(self._stopped())
+      return
+    try:
+      self.engine.exchange(params)
+    except Exception as error:
+      done.set_exception(error)
+      # Other weights are refused before anything is changed. Any other error leaves an engine
+      # without weights.
+      if isinstance(error, ValueError):
+        return
+      raise
+    self.version = version
+    done.set_result(None)
+
   def _report(self, part: Progress) -> None:
     job, place = self._jobs[part.handle]
+    # Weights change between two steps alone: all of these tokens are of the present ones.
+    part = dataclasses.replace(part, version=self.version)
     if part.completion is None:
       job.deliver(place, part)
     else:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -20,11 +21,14 @@ from dcore_jax.config import ModelSection
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.policy import load_policy
 from dcore_jax.rollout.sizes import EngineSizes
+from dcore_jax.serve.connections import IdleConnections
 from dcore_jax.serve.openai_api import Service
 
 # Tokens of prompt and answer if nobody says otherwise.
 _MAX_LEN = 4096
 _LAST_PORT = 65535
+# Addresses that no other machine reaches.
+_LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 _IMPORTED = time.monotonic()
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -119,6 +123,57 @@ def check_port(port: int) -> None:
     raise ValueError(f'port = {port}; expected 0 (any that is free) to {_LAST_PORT}')
 
 
+def check_reach(host: str, key: str, insecure: bool) -> None:
+  """Checks that only those who have a key can use a server that others can reach.
+
+  Raises:
+    ValueError: an address beside this machine's own, no key, and nobody who says that it is meant.
+  """
+  if key or insecure or not reaches_others(host):
+    return
+  raise ValueError(
+    f'{host} may be reached by others, and no key is asked for: set --api_key_env, or say '
+    '--insecure'
+  )
+
+
+def reaches_others(host: str) -> bool:
+  """Whether a server that listens on this address may be reached from other machines."""
+  return host not in _LOOPBACK
+
+
+def check_tls(certificate: str, key: str) -> tuple[str, str] | None:
+  """Returns the files of TLS for `Server`; None where none are named.
+
+  Raises:
+    ValueError: one without the other, or files that are no certificate and its key.
+  """
+  if not certificate and not key:
+    return None
+  if not (certificate and key):
+    raise ValueError('--tls_cert and --tls_key go together')
+  try:
+    # As uvicorn will; here the error comes before the model is loaded.
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+  except OSError as error:  # what ssl raises is one, too
+    raise ValueError(f'{certificate} and {key} are no certificate and its key: {error}') from error
+  return certificate, key
+
+
+def check_weights(directory: str, key: str) -> None:
+  """Checks that new weights are taken from a directory that is there, and not from anybody.
+
+  Raises:
+    ValueError: there is no such directory, or no key.
+  """
+  if not directory:
+    return
+  if not key:
+    raise ValueError('--weights_dir lets clients replace the weights: set --api_key_env, too')
+  if not pathlib.Path(directory).is_dir():
+    raise ValueError(f'--weights_dir = {directory!r} is no directory')
+
+
 def process_seconds() -> float:
   """Returns the seconds since this process began; off Linux, since this module was imported."""
   try:
@@ -137,7 +192,8 @@ class Server(uvicorn.Server):
   A second signal ends it at once. It ends by itself where the engine fails.
 
   As soon as it listens, the engine compiles its programs. Requests that come meanwhile wait for it,
-  and /health answers 503. Then `announce` is told the URL.
+  and /health answers 503. Then `announce` is told the URL. With `tls`, the paths of a certificate
+  and of its key, it speaks HTTPS.
   """
 
   def __init__(
@@ -147,13 +203,24 @@ class Server(uvicorn.Server):
     port: int,
     drain_seconds: float,
     announce: Callable[[str], None] = lambda url: None,
+    tls: tuple[str, str] | None = None,
   ):
     # After draining nothing is under way; clients that do not close their connections get a second.
+    certificate, key = tls or (None, None)
     super().__init__(
       uvicorn.Config(
-        service.app, host, port, log_level='warning', timeout_graceful_shutdown=1, ws='none'
+        service.app,
+        host,
+        port,
+        log_level='warning',
+        timeout_graceful_shutdown=1,
+        ws='none',
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
       )
     )
+    self._scheme = 'https' if tls else 'http'
+    self._idle = IdleConnections(service.limits.idle_seconds)
     self._service = service
     self._drain_seconds = drain_seconds
     self._deadline = float('inf')
@@ -172,7 +239,8 @@ class Server(uvicorn.Server):
     self._announced = True
     # With port 0 the operating system has chosen one, which only the socket knows.
     host, port, *_ = self.servers[0].sockets[0].getsockname()
-    self._announce(f'http://[{host}]:{port}/v1' if ':' in host else f'http://{host}:{port}/v1')
+    place = f'[{host}]' if ':' in host else host
+    self._announce(f'{self._scheme}://{place}:{port}/v1')
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """Begins to drain at the first signal, and ends the process at the second."""
@@ -196,6 +264,7 @@ class Server(uvicorn.Server):
     # uvicorn calls this ten times a second.
     if service.scheduler.ready and not self._announced:
       self._tell()
+    self._idle.look(self.server_state.connections, time.monotonic())
     overdue = time.monotonic() > self._deadline
     if overdue and self._closing is None:
       # After the present step the scheduler ends the rollouts that are left, and their requests

@@ -25,7 +25,7 @@ def test_the_package_is_imported_in_no_time():
 
 
 def test_every_name_is_a_documented_function():
-  assert len(dcore_jax.__all__) == 10
+  assert len(dcore_jax.__all__) == 12
   for name in dcore_jax.__all__:
     function = getattr(dcore_jax, name)
     assert inspect.isfunction(function) and len(inspect.getdoc(function).splitlines()) > 5, name

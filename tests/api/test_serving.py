@@ -17,11 +17,14 @@ def test_a_model_is_served_and_taken_back(organism):
   # Other tests of this process may have a server of their own under way.
   before = engine_threads()
   server = dcore_jax.serve_model(
-    organism, port=0, name=['small', 'other'], lanes=2, background=True
+    organism, port=0, name=['small', 'other'], lanes=2, background=True, api_key='secret'
   )
   try:
     assert len(engine_threads() - before) == 1
-    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0) as client:
+    with openai.OpenAI(base_url=server.url, api_key='guessed', max_retries=0) as client:
+      with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    with openai.OpenAI(base_url=server.url, api_key='secret', max_retries=0) as client:
       assert [model.id for model in client.models.list()] == ['small', 'other']
       choice = client.completions.create(model='small', prompt='find the order', max_tokens=4)
       assert choice.usage.completion_tokens == 4
@@ -42,6 +45,12 @@ def test_a_port_that_is_taken_is_named(tiny):
     port = taken.getsockname()[1]
     with pytest.raises(OSError, match=f'listen on 127.0.0.1:{port}'):
       dcore_jax.serve_model(tiny, port=port, lanes=2, background=True)
+
+
+def test_others_are_served_only_with_a_key(tiny):
+  for host in ('0.0.0.0', '::', 'example.org'):
+    with pytest.raises(ValueError, match='may be reached by others.*api_key'):
+      dcore_jax.serve_model(tiny, host=host, port=0, background=True)
 
 
 def test_a_conversation_in_the_terminal(organism, capsys):

@@ -4,7 +4,6 @@ script says.
 
 import contextlib
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from dcore_jax.rollout.engine import Completion, Engine, EngineStats, Progress
 from dcore_jax.rollout.requests import PromptScores
 from dcore_jax.rollout.sampling import Alternatives
 from dcore_jax.serve.server import Server
+from tests.waiting import until
 
 # The template of the organism's own prompts, tools as it knows them: a signature a line in the
 # system turn.
@@ -57,6 +57,7 @@ class ScriptedEngine:
     self.compiled.set()
     self.broken = None
     self.cancelled = []
+    self.exchanged = []
     self.prompts = []
     self.go.set()
     self._rollouts = {}
@@ -87,6 +88,11 @@ class ScriptedEngine:
     limit = sampling.max_tokens if request.max_tokens is None else request.max_tokens
     self._rollouts[self._count] = [0, limit, request]
     return self._count
+
+  def exchange(self, params):
+    if params == 'too large':
+      raise ValueError('parameters do not fit')
+    self.exchanged.append(params)
 
   def cancel(self, handle):
     del self._rollouts[handle]
@@ -142,18 +148,9 @@ def running(service, drain_seconds=30.0, ready=True):
   thread.start()
   until(lambda: server.started or not thread.is_alive())
   if ready:
-    # On a busy machine it takes a minute to compile what has never been.
-    until(lambda: service.scheduler.ready or not thread.is_alive(), 300)
+    until(lambda: service.scheduler.ready or not thread.is_alive())
   try:
     yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}', server
   finally:
     server.should_exit = server.force_exit = True
     thread.join()
-
-
-def until(condition, seconds=60):
-  """Waits until it holds; a condition that never comes is a failure."""
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline, 'waited in vain'
-    time.sleep(0.005)

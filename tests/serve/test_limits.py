@@ -11,7 +11,7 @@ import time
 import openai
 import pytest
 
-from tests.serve.servers import until
+from tests.waiting import until
 
 CHAT = {'model': 'm', 'messages': [{'role': 'user', 'content': 'find'}]}
 

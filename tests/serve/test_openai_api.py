@@ -17,7 +17,8 @@ from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.worlds.toolworld.world import ToolWorld
-from tests.serve.servers import SIGNATURES, engine_like, running, until
+from tests.serve.servers import SIGNATURES, engine_like, running
+from tests.waiting import until
 
 FIND = {
   'type': 'function',
@@ -416,5 +417,5 @@ def test_metrics_count_tokens(served, client):
     after['dcore_time_to_first_token_seconds_count']
     > before['dcore_time_to_first_token_seconds_count']
   )
-  assert read_url(f'{url}/health') == '{"status":"ok"}'
+  assert read_url(f'{url}/health') == '{"status":"ok","weights_version":0}'
   until(lambda: service.scheduler.in_flight == 0)

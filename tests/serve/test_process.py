@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from dcore_jax.serve.server import load_model
-from tests.serve.servers import until
+from tests.waiting import until
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,8 @@ import pytest
 from dcore_jax.rollout.engine import Request
 from dcore_jax.rollout.sampling import SamplingParams
 from dcore_jax.serve.scheduler import Overloaded, Scheduler, Stopped
-from tests.serve.servers import ScriptedEngine, until
+from tests.serve.servers import ScriptedEngine
+from tests.waiting import until
 
 RULE = SamplingParams()
 
@@ -103,3 +104,22 @@ def test_closing_ends_what_runs_and_what_waits(made):
   assert sorted(engine.cancelled) == [1, 2, 3]
   with pytest.raises(Stopped, match='no requests any more'):
     scheduler.submit([request()], RULE, listen(events))
+
+
+def test_progress_tells_by_which_weights_its_tokens_were_drawn(made):
+  engine, scheduler, events = made
+  engine.go.clear()
+  scheduler.submit([request()], RULE, listen(events))
+  scheduler.exchange('weights', 7).result(timeout=30)
+  with pytest.raises(ValueError, match='do not fit'):
+    scheduler.exchange('too large', 8).result(timeout=30)
+  engine.go.set()
+  assert [events.get(timeout=30)[1].version for _ in range(3)] == [7, 7, 7]
+  assert engine.exchanged == ['weights'] and scheduler.version == 7
+
+
+def test_weights_for_an_engine_that_has_stopped_are_refused(made):
+  _, scheduler, _ = made
+  scheduler.close()
+  with pytest.raises(Stopped):
+    scheduler.exchange('weights', 7)

@@ -21,7 +21,8 @@ from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import Server, process_seconds
-from tests.serve.servers import ScriptedEngine, running, until
+from tests.serve.servers import ScriptedEngine, running
+from tests.waiting import until
 
 
 def read(url):
@@ -56,7 +57,7 @@ def test_health_tells_how_far_the_start_is(starting):
   assert 'dcore_engine_ready 0.0' in read(f'{url}/metrics')[2]
   engine.compiled.set()
   until(lambda: service.scheduler.ready)
-  assert read(f'{url}/health')[::2] == (200, '{"status":"ok"}')
+  assert read(f'{url}/health')[::2] == (200, '{"status":"ok","weights_version":0}')
   assert 'dcore_engine_ready 1.0' in read(f'{url}/metrics')[2]
 
 
