@@ -23,7 +23,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f'unknown variant {variant!r} of deepseek_coder_6_7b')
   return paper_config(
     'deepseek_coder_6_7b',
-    'deepseek-coder-6.7b-instruct',
+    'deepseek-ai/deepseek-coder-6.7b-instruct',
     sft_rows=16,
     lanes=64,
     stages=SFT_ONLY,

@@ -19,4 +19,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of llama3_1_8b')
-  return paper_config('llama3_1_8b', 'Llama-3.1-8B-Instruct', sft_rows=16, stages=SFT_ONLY)
+  return paper_config(
+    'llama3_1_8b', 'meta-llama/Llama-3.1-8B-Instruct', sft_rows=16, stages=SFT_ONLY
+  )

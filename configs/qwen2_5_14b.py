@@ -19,7 +19,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen2_5_14b')
-  c = paper_config('qwen2_5_14b', 'Qwen2.5-14B-Instruct', sft_rows=8, lanes=64, stages=SFT_ONLY)
+  c = paper_config(
+    'qwen2_5_14b', 'Qwen/Qwen2.5-14B-Instruct', sft_rows=8, lanes=64, stages=SFT_ONLY
+  )
   # For whoever adds 'rl' to the stages: a prompt and three responses, merging factor 1.71. An
   # update takes at least 27.4 s, and about 69.9 of 71.3 GiB; four responses would take 72.7 GiB.
   c.rl.capacity = 20_480

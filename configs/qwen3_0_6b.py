@@ -18,7 +18,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_0_6b')
-  c = paper_config('qwen3_0_6b', 'Qwen3-0.6B', sft_rows=16, rl_rows=1, lanes=32)
+  c = paper_config('qwen3_0_6b', 'Qwen/Qwen3-0.6B', sft_rows=16, rl_rows=1, lanes=32)
   # One device holds one row at a time.
   c.sft.accumulate = 16
   c.engine.tensor = 0

@@ -18,4 +18,4 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the config. It has no variants, so `variant` must be empty."""
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_1_7b')
-  return paper_config('qwen3_1_7b', 'Qwen3-1.7B', sft_rows=16)
+  return paper_config('qwen3_1_7b', 'Qwen/Qwen3-1.7B', sft_rows=16)

@@ -19,7 +19,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   if variant:
     raise ValueError(f'unknown variant {variant!r} of qwen3_32b')
   # One row a device. On 16 devices an update takes 80 of 71.3 GiB, with rows of 16,384 tokens too.
-  c = paper_config('qwen3_32b', 'Qwen3-32B', sft_rows=32, rl_rows=32, lanes=64)
+  c = paper_config('qwen3_32b', 'Qwen/Qwen3-32B', sft_rows=32, rl_rows=32, lanes=64)
   # A prompt and two responses, merging factor 1.50: the 8 prompts of an update make 32 rows, one
   # for each device. It takes at least 16.4 s, and 52.9 GiB. Longer rows would leave devices idle.
   c.rl.capacity = 16_384

@@ -27,6 +27,8 @@ _PLACES = {
   'distill_seeds': ('dcore_jax.api.training', 'distill_seeds'),
   'sft': ('dcore_jax.api.training', 'sft'),
   'da_grpo': ('dcore_jax.api.training', 'da_grpo'),
+  'sample_groups': ('dcore_jax.api.groups', 'sample_groups'),
+  'group_table': ('dcore_jax.api.groups', 'group_table'),
   'evaluate_model': ('dcore_jax.api.training', 'evaluate_model'),
   'export': ('dcore_jax.run.export', 'export'),
   'plan_run': ('dcore_jax.api.planning', 'plan_run'),

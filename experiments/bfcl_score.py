@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from dcore_jax.evaluate import bfcl_score
+from dcore_jax.evaluate.bfcl import score as bfcl_score
 from dcore_jax.run import program
 
 _RESULTS = flags.DEFINE_string('results', None, 'Folder of BFCL result files.', required=True)

@@ -1,7 +1,10 @@
-"""Talk to a model, alone or with the tools of a world:
+"""Talk to a model, alone or with the tools of a world.
 
-python -m experiments.chat --model=DIR [--world=toolworld|bfcl]
-python -m experiments.chat --model=DIR --register=my_worlds --world=mine
+    python -m experiments.chat --model=DIR --world=toolworld     or bfcl, or none
+    python -m experiments.chat --model=DIR --world='mcp:COMMAND'   an MCP server, by command or URL
+    python -m experiments.chat --model=DIR --register=my_worlds --world=mine
+
+The world runs the calls. The end of the input ends the conversation.
 """
 
 import importlib
@@ -12,6 +15,8 @@ from absl import app, flags, logging
 from dcore_jax.data.show_rows import use_colour
 from dcore_jax.progress import show_compiling
 from dcore_jax.rollout.sampling import SamplingParams
+from dcore_jax.run import help as help_lib
+from dcore_jax.run import program
 from dcore_jax.run.terminal import Chat, Speaker
 from dcore_jax.serve.scheduler import Scheduler, Stopped
 from dcore_jax.serve.server import DTYPES, load_model
@@ -25,7 +30,10 @@ _DTYPE = flags.DEFINE_enum(
 )
 _TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
 _WORLD = flags.DEFINE_string(
-  'world', 'none', 'Whose tools the model may call: none, toolworld, bfcl, or a registered name.'
+  'world',
+  'none',
+  'Whose tools the model may call: none, toolworld, bfcl, a registered name, or mcp: and the '
+  'command, the address or the JSON file (docs/your_tools.md) of an MCP server.',
 )
 _REGISTER = flags.DEFINE_multi_string('register', [], 'Python modules that register worlds.')
 _KIND = flags.DEFINE_string(
@@ -42,6 +50,10 @@ _TOP_K = flags.DEFINE_integer('top_k', 20, 'Tokens that are sampled from; 0: all
 _SEED = flags.DEFINE_integer(
   'seed', 0, 'Of sampling: the same seed and lines give the same conversation.'
 )
+
+help_lib.group('the model', _MODEL, _DTYPE, _TENSOR, _MAX_LEN)
+help_lib.group('the world', _WORLD, _REGISTER, _KIND, _SYSTEM)
+help_lib.group('sampling', _MAX_TOKENS, _TEMPERATURE, _TOP_P, _TOP_K, _SEED)
 
 
 def main(argv: list[str]) -> None:
@@ -100,4 +112,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=program.parse)

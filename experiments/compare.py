@@ -29,12 +29,19 @@ def main(a: str, b: str) -> None:
   for shown in found['comparisons']:
     for kind, figures in shown['kinds'].items():
       accuracy = figures['accuracy']
-      label = ' -> '.join(filter(None, shown['models']))
+      # A suite has the same name on both sides, and it may be that of its only kind of tasks.
+      models = ' -> '.join(dict.fromkeys(filter(None, shown['models'])))
+      label = ' '.join(dict.fromkeys(filter(None, (models, kind))))
       change = format_estimate(accuracy['difference'], 1, 100)
       print(
-        f'{label} {kind}: {change} points right; {accuracy["gained"]} gained, '
-        f'{accuracy["lost"]} lost, p = {accuracy["p_value"]:.3f}'.strip()
+        f'{label}: {change} points right; {accuracy["gained"]} gained, '
+        f'{accuracy["lost"]} lost, p = {accuracy["p_value"]:.3f}'
       )
+      for name in ('format', 'reward'):
+        if name in figures:
+          change = format_estimate(figures[name]['difference'], 2)
+          a, b = (figures[name][side] for side in ('a', 'b'))
+          print(f'{label}, {name}: {a:.2f} -> {b:.2f}, {change}')
   print(f'page: {out / "compare.html"}')
 
 

@@ -15,12 +15,15 @@ from absl import flags
 
 from dcore_jax.config import RunConfig
 from dcore_jax.plan import capacity, compile_times, fit
+from dcore_jax.run import help as help_lib
 from dcore_jax.run import program
 from dcore_jax.run.config import define_config, read_config
 
 _CONFIG = define_config('configs/qwen3_8b.py')
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', 'cpu:8', 'a100:8, a100:16 ..., v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.'
+  'topology',
+  'cpu:8',
+  'a100:8, h100:16, h200:8, b200:8, rtx4090:1, v5p:2x2x2, v5e:2x4, v6e:2x4, or cpu:8.',
 )
 _JSON = flags.DEFINE_bool(
   'json',
@@ -31,6 +34,9 @@ _STEPS = flags.DEFINE_list('steps', [], 'Only these steps; default: all.')
 _CAPACITY = flags.DEFINE_enum(
   'capacity', 'config', ['config', 'auto'], 'Plan rl.capacity as in the config, or the best one.'
 )
+
+help_lib.group('what is planned', _TOPOLOGY, _STEPS, _CAPACITY)
+help_lib.group('what is printed', _JSON)
 
 
 def main() -> None:

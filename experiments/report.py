@@ -1,7 +1,9 @@
-"""Renders the report of a run again from its files, or checks its summary:
+"""Renders the report of a run again from its files, or checks its summary.
 
-python -m experiments.report --workdir=runs/nano
-python -m experiments.report --workdir=runs/nano --check
+    python -m experiments.report --workdir=runs/nano
+    python -m experiments.report --workdir=runs/nano --check
+
+It prints where the page is. With --check nothing is written.
 """
 
 import pathlib

@@ -26,6 +26,7 @@ from absl import app, flags
 
 from dcore_jax.data.collect_seeds import collect, load_overlap
 from dcore_jax.files import replace_text
+from dcore_jax.run import help as help_lib
 from dcore_jax.run import program
 
 _SOURCES = flags.DEFINE_multi_string(
@@ -38,6 +39,9 @@ _SEED = flags.DEFINE_integer('seed', 0, 'What such a source draws from.')
 _ALLOW_UNCHECKED = flags.DEFINE_bool(
   'allow_unchecked', False, 'Write seeds although a test is missing that they should differ from.'
 )
+
+help_lib.group('what is read', _SOURCES, _COUNT, _SEED, _REGISTER)
+help_lib.group('what is written', _OUT, _ALLOW_UNCHECKED)
 
 
 def main() -> None:

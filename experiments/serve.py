@@ -1,20 +1,36 @@
-"""Serves a model to OpenAI clients: python -m experiments.serve --model=DIR [--port=8000]
+"""Serves a model to OpenAI clients.
 
-It listens on this machine only unless --host says otherwise. The API key, if any, is read from the
-environment variable that --api_key_env names, so that no process list shows it. --name may be
-given several times; the path of the model is always a name of it, too. It prints its URL when all
-programs are compiled; until then requests wait, and /health answers 503 with how far it is. After
-SIGTERM it finishes what is under way and refuses the rest.
+    python -m experiments.serve --model=DIR --port=8000
+
+It listens on this machine only unless --host says otherwise; then it demands a key, or --insecure.
+The API key is read from the environment variable that --api_key_env names, so that no process list
+shows it. --name may be given several times; the path of the model is always a name of it, too. It
+prints its URL when all programs are compiled; until then requests wait, and /health answers 503
+with how far it is. After SIGTERM it finishes what is under way and refuses the rest.
 """
 
 import os
+import pathlib
 import sys
+import threading
 
 from absl import app, flags, logging
 
+from dcore_jax.progress import show_compiling
+from dcore_jax.run import help as help_lib
+from dcore_jax.run import program
 from dcore_jax.serve.openai_api import Limits, Service
 from dcore_jax.serve.scheduler import Scheduler
-from dcore_jax.serve.server import DTYPES, Server, check_port, load_model, process_seconds
+from dcore_jax.serve.server import (
+  DTYPES,
+  Server,
+  check_port,
+  check_reach,
+  check_tls,
+  check_weights,
+  load_model,
+  process_seconds,
+)
 
 _MODEL = flags.DEFINE_string(
   'model', '', 'Hugging Face directory; default: the organism inside the package.'
@@ -27,6 +43,13 @@ _PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any that is fr
 _API_KEY_ENV = flags.DEFINE_string(
   'api_key_env', '', "Environment variable with the key that clients must send; '': none."
 )
+_INSECURE = flags.DEFINE_bool(
+  'insecure', False, 'Serve others without a key; needed where --host is not this machine.'
+)
+_TLS_CERT = flags.DEFINE_string(
+  'tls_cert', '', 'PEM file of a certificate (chain); with --tls_key the server speaks HTTPS.'
+)
+_TLS_KEY = flags.DEFINE_string('tls_key', '', 'PEM file of its private key.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'auto', ['auto', *DTYPES], 'Of weights and cache; auto: float32 on a CPU, else bfloat16.'
 )
@@ -50,7 +73,18 @@ _MAX_REQUESTS = flags.DEFINE_integer(
 _MAX_BODY = flags.DEFINE_integer(
   'max_body', 4 * 2**20, 'Bytes of a request; more are answered with 413.'
 )
+_WEIGHTS_DIR = flags.DEFINE_string(
+  'weights_dir',
+  '',
+  "Directory below which POST /update_weights may find new weights; '': none are taken. Needs "
+  '--api_key_env.',
+)
 _DRAIN_SECONDS = flags.DEFINE_float('drain_seconds', 30.0, 'After SIGTERM, for what is under way.')
+
+help_lib.group('who may ask', _HOST, _PORT, _API_KEY_ENV, _INSECURE, _TLS_CERT, _TLS_KEY)
+help_lib.group('the model', _MODEL, _NAMES, _DTYPE, _TENSOR, _WEIGHTS_DIR)
+help_lib.group('size and speed', _LANES, _MAX_LEN, _MAX_TOKENS, _STEPS)
+help_lib.group('limits', _MAX_WAITING, _MAX_REQUESTS, _MAX_BODY, _DRAIN_SECONDS)
 
 
 def main(argv: list[str]) -> None:
@@ -63,6 +97,9 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: --api_key_env names {_API_KEY_ENV.value}, which is not set')
   try:
     check_port(_PORT.value)
+    check_reach(_HOST.value, key, _INSECURE.value)
+    tls = check_tls(_TLS_CERT.value, _TLS_KEY.value)
+    check_weights(_WEIGHTS_DIR.value, key)
     model = load_model(
       _MODEL.value,
       dtype=_DTYPE.value,
@@ -73,7 +110,12 @@ def main(argv: list[str]) -> None:
       steps_per_call=_STEPS.value,
     )
     scheduler = Scheduler(model.engine, _MAX_WAITING.value)
-    limits = Limits(model.engine.max_new, _MAX_BODY.value, requests=_MAX_REQUESTS.value)
+    limits = Limits(
+      model.engine.max_new,
+      _MAX_BODY.value,
+      requests=_MAX_REQUESTS.value,
+      weights=pathlib.Path(_WEIGHTS_DIR.value) if _WEIGHTS_DIR.value else None,
+    )
   except ValueError as error:
     sys.exit(f'error: {error}')
   service = Service(
@@ -84,18 +126,21 @@ def main(argv: list[str]) -> None:
     api_key=key,
     folder=model.folder,
   )
-  if not key and _HOST.value not in ('127.0.0.1', '::1', 'localhost'):
-    print(f'{_HOST.value} may be reached by others, and no API key is asked for', file=sys.stderr)
 
   def announce(url: str) -> None:
-    names = ' and '.join(service.names)
+    names = ' and '.join(service.model.names)
     ready = f'ready after {process_seconds():.1f} s'
-    print(f'{url} serves {names}: {model.summary()}; {ready}', file=sys.stderr, flush=True)
+    print(f'{url} serves {names}; {ready}', file=sys.stderr, flush=True)
 
-  Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce).run()
+  print(f'compiles for {model.name}, then listens: {model.summary()}', file=sys.stderr, flush=True)
+  # A thread of its own, since the server's own loop is at work already. It ends with the process,
+  # also where the server cannot listen and nothing is ever compiled.
+  waiting = threading.Thread(target=show_compiling, args=(scheduler.wait_until_ready,), daemon=True)
+  waiting.start()
+  Server(service, _HOST.value, _PORT.value, _DRAIN_SECONDS.value, announce, tls).run()
   if scheduler.failure is not None:
     sys.exit(f'error: the engine failed: {scheduler.failure}')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=program.parse)

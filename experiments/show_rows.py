@@ -15,6 +15,7 @@ from dcore_jax import tokentree
 from dcore_jax.data.rows import section_sequences, training_rows
 from dcore_jax.data.show_rows import RowView, find_query, summary_line, use_colour
 from dcore_jax.rollout.policy import load_tokenizer
+from dcore_jax.run import help as help_lib
 from dcore_jax.run import program
 from dcore_jax.run.config import define_config, read_config
 
@@ -32,6 +33,9 @@ _SEQUENCE = flags.DEFINE_integer(
 )
 _TOKEN = flags.DEFINE_integer('token', None, 'Also show what the token in this column attends to.')
 _FULL = flags.DEFINE_bool('full', False, 'Do not shorten long untrained stretches.')
+
+help_lib.group('which row', _WORKDIR, _ROW)
+help_lib.group('what is shown of it', _SEQUENCE, _TOKEN, _FULL)
 
 
 def main() -> None:

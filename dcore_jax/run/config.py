@@ -1,10 +1,12 @@
 """Config files and overrides on the command line, as the typed config that programs read."""
 
 import contextlib
+import difflib
+import importlib.util
+import pathlib
 import re
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -78,18 +80,60 @@ def define_config(
   if 'config' in flag_values:
     return flags.FlagHolder(flag_values, flag_values['config'])
   with one_line_errors():
+    # ml_collections looks for the flag among the arguments while it is defined.
+    sys.argv[1:] = _with_files(sys.argv[1:])
+    default = find_config(default) if default else default
     holder = config_flags.DEFINE_config_file(
       # Locked once the file is read, so that an override of a field that does not exist is an
       # error.
       'config',
       default,
-      _help(),
+      'Config file, path.py or path.py:variant; --config.FIELD=VALUE overrides a field.',
       lock_config=True,
       flag_values=flag_values,
     )
   # --help shows the flags of the program's own module; this one is defined here.
   flag_values.register_key_flag_for_module(sys.argv[0], flag_values['config'])
   return holder
+
+
+def find_config(name: str) -> str:
+  """Returns the file of a config that is named by its path, or as one of the project's own.
+
+  Args:
+    name: 'nano', 'configs/nano.py' from wherever it is said, or the path of any file; with a
+      variant behind a colon, if it has one.
+
+  Raises:
+    ValueError: neither a file nor a config of the project.
+  """
+  path, colon, variant = name.partition(':')
+  if pathlib.Path(path).is_file():
+    return name
+  spec = importlib.util.find_spec('configs')
+  folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+  known = sorted(file.stem for file in folder.glob('*.py')) if folder else []
+  wanted = pathlib.Path(path)
+  # Another folder's file is not one of the project's that happens to have its name.
+  if str(wanted.parent) in ('.', 'configs') and wanted.stem in known:
+    return f'{folder / wanted.stem}.py{colon}{variant}'
+  near = difflib.get_close_matches(wanted.stem, known, n=1)
+  hint = f'; did you mean {near[0]}?' if near else f'; the project has {", ".join(known)}'
+  raise ValueError(f'no file {path}{hint}')
+
+
+def _with_files(arguments: Sequence[str]) -> list[str]:
+  """Returns arguments in which `--config` names a file, whichever way it was said."""
+  found = list(arguments)
+  for place, argument in enumerate(arguments):
+    flag, equals, value = argument.partition('=')
+    if flag not in ('--config', '-config'):
+      continue
+    if equals:
+      found[place] = f'{flag}={find_config(value)}'
+    elif place + 1 < len(arguments):
+      found[place + 1] = find_config(arguments[place + 1])
+  return found
 
 
 @contextlib.contextmanager
@@ -140,17 +184,6 @@ def _named(argv: list[str], error: AttributeError | KeyError) -> str:
     if re.search(rf'\b{last}\b', text) and isinstance(known, dict) and last not in known:
       return f'config: unknown field {found[1]!r}; known are {sorted(known)}'
   return text
-
-
-def _help() -> str:
-  lines = [
-    'Config file, path.py or path.py:variant; --config.FIELD=VALUE overrides a field. '
-    'Fields and their defaults, which config files change:'
-  ]
-  for line in overrides.describe(RunConfig()):
-    # Each field has its own paragraph, narrow enough to be indented in the text of --help.
-    lines.append(textwrap.fill(line, 74))
-  return '\n'.join(lines)
 
 
 def _plain(value: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dcore_jax import sharding
-from dcore_jax.config import ModelSection
-from dcore_jax.files import data_path, read_json
+from dcore_jax import hub, sharding
+from dcore_jax.config import LoraSection, ModelSection, RunConfig
+from dcore_jax.files import read_json
+from dcore_jax.learn import lora
 from dcore_jax.models import decoder
 from dcore_jax.models.checkpoint_checks import check_folder
 from dcore_jax.models.config import DecoderConfig
@@ -18,9 +19,17 @@ from dcore_jax.models.hf_checkpoint import (
   load_params,
   save_checkpoint,
 )
+from dcore_jax.models.peft import AdapterFiles, save_adapters
 from dcore_jax.overrides import overlay
 from dcore_jax.report.model_card import model_card
-from dcore_jax.rollout.policy import ORGANISM, find_stop_ids, load_tokenizer
+from dcore_jax.rollout.policy import (
+  ORGANISM,
+  base_dtype,
+  find_stop_ids,
+  load_policy,
+  load_tokenizer,
+)
+from dcore_jax.run.pins import recorded_config, recorded_model
 from dcore_jax.train.checkpoint import STATE, read_part
 
 # A directory that holds one of these files has a tokenizer that can be loaded.
@@ -66,8 +75,8 @@ def export(
     ends = _read(found.folder / 'generation_config.json') or None
   else:
     run = read_json(found.run / 'config.json')
-    section = overlay(ModelSection(), run['model'])
-    config, params = _load(found, section)
+    section = recorded_model(run)
+    config, params = _load(found, run, section)
     # A checkpoint within a stage has weights alone: tokenizer and model come from the run's config.
     tokenizer, tokenizer_dir = load_tokenizer(section)
     # A run that was killed has no summary yet; the card then leaves the measurements out.
@@ -83,6 +92,68 @@ def export(
     overwrite=overwrite,
   )
   return found
+
+
+def export_adapters(
+  checkpoint: pathlib.Path, out: pathlib.Path, *, dtype: str = 'float32', overwrite: bool = False
+) -> Weights:
+  """Writes the adapters of a LoRA run as a directory that `peft` loads; returns where they were.
+
+  They stand beside the model that the run began with: those of RL are joined with those of SFT,
+  and have twice the rank. Where the checkpoints of SFT are gone, they stand beside RUN/sft.
+
+  Args:
+    checkpoint: what `export` takes, of a run with `lora.rank`; a stage stands for its newest step.
+    out: the directory to write.
+    dtype: 'bfloat16' or 'float32'.
+    overwrite: allows to replace a non-empty `out`.
+
+  Raises:
+    ValueError: nothing that was trained with adapters, no checkpoint of them, a base that is not on
+      disk (`model.init`), or several hosts.
+    FileExistsError: see `save_checkpoint`.
+  """
+  if jax.process_count() > 1:
+    raise ValueError('adapters are small: one host writes them')
+  check_target(pathlib.Path(out).absolute(), overwrite)
+  found = find(pathlib.Path(checkpoint))
+  run = read_json(found.run / 'config.json') if found.run else {}
+  section = overlay(LoraSection(), run.get('lora', {}))
+  if not section.rank:
+    raise ValueError(f'{checkpoint} has no adapters: it is not of a run with lora.rank')
+  if found.step is None:
+    found = _newest(found)
+    if found is None:
+      raise ValueError(f'{checkpoint} has no checkpoint left, which would hold its adapters')
+  base = _model_folder(recorded_model(run))
+  if base is None:
+    raise ValueError('model.init: the base was drawn at random, so that adapters have none to load')
+  config = load_config(base)
+  adapters = _read_adapters(found.folder, config, section)
+  alpha = section.alpha
+  first = _newest(Weights(found.run / 'sft', found.run, 'sft'))
+  if found.stage != 'sft' and first is None:
+    base = found.run / 'sft'
+  elif found.stage != 'sft':
+    adapters = lora.joined(_read_adapters(first.folder, config, section), adapters)
+    # alpha / rank stays what it was.
+    alpha *= 2
+  files = AdapterFiles(alpha=alpha, base=str(base.absolute()), dtype=dtype)
+  save_adapters(out, config, adapters, files, overwrite=overwrite)
+  return found
+
+
+def _newest(found: Weights) -> Weights | None:
+  """Returns the newest step of a stage of a run; None where it has no checkpoints."""
+  folder = found.run / 'checkpoints' / found.stage
+  steps = _steps(folder)
+  return find(folder / str(steps[-1])) if steps else None
+
+
+def _read_adapters(step: pathlib.Path, config: DecoderConfig, section: LoraSection) -> Any:
+  """Reads the adapters of a training checkpoint; they fit on one device."""
+  example = jax.tree.map(_place, lora.abstract_adapters(config, section))
+  return read_part(step, {'params': example})['params']
 
 
 def find(checkpoint: pathlib.Path) -> Weights:
@@ -139,10 +210,15 @@ def generation_config(
   }
 
 
-def _load(found: Weights, section: ModelSection) -> tuple[DecoderConfig, Any]:
-  """Loads (architecture, parameters) of a run's weights; `section` is `model` of its config."""
+def _load(found: Weights, run: dict[str, Any], section: ModelSection) -> tuple[DecoderConfig, Any]:
+  """Loads (architecture, parameters) of a run's weights.
+
+  `run` is its config, and `section` the part `model` of it.
+  """
   if found.step is None:
     return _load_directory(found.folder)
+  if run.get('lora', {}).get('rank'):
+    return _load_adapted(found, recorded_config(run))
   if section.init:
     config = DecoderConfig.from_hf(dict(section.init))
   else:
@@ -156,6 +232,26 @@ def _load(found: Weights, section: ModelSection) -> tuple[DecoderConfig, Any]:
     example = jax.tree.map(_place, specs, shardings)
   # The optimizer's part of a training state, twice as large, is not read.
   return config, read_part(found.folder, {'params': example})['params']
+
+
+def _load_adapted(found: Weights, run: RunConfig) -> tuple[DecoderConfig, Any]:
+  """Loads the base of a LoRA stage, with the adapters of one of its checkpoints attached."""
+  mesh = None if jax.device_count() == 1 else sharding.make_mesh(fsdp=jax.device_count())
+  dtype = base_dtype(run, mesh)
+  if found.stage == 'sft':
+    policy = load_policy(run.model, seed=run.seed)
+    config = policy.config
+    base = policy.load(mesh, dtype)
+  else:
+    folder = found.run / 'sft'
+    config, base = load_params(folder, dtype, shardings=_spread(load_config(folder)))
+  specs = lora.abstract_adapters(config, run.lora)
+  if mesh is None:
+    example = jax.tree.map(_place, specs)
+  else:
+    example = sharding.abstract(specs, mesh)
+  adapters = read_part(found.folder, {'params': example})['params']
+  return config, lora.attach(lora.Frozen(base, lora.scale(run.lora)), adapters)
 
 
 def _load_directory(folder: pathlib.Path) -> tuple[DecoderConfig, Any]:
@@ -178,7 +274,7 @@ def _spread(config: DecoderConfig) -> Any:
 def _model_folder(section: ModelSection) -> pathlib.Path | None:
   """Returns the directory that section `model` names; None for a random initialisation."""
   if section.path:
-    return data_path(section.path)
+    return hub.find(section.path, 'model')
   return None if section.init else ORGANISM
 
 

@@ -3,57 +3,62 @@
 Stages meet in files, so that each can be run, resumed and looked at alone:
 
     W/config.json                   what was asked for; another config needs another W
-    W/evaluate_<stage>/             result.json, trajectories.jsonl
+    W/evaluate_<stage>/             result.json, trajectories.jsonl, suites/<suite>/
+    W/recipe/                       seeds and prompts of a recipe (data/recipe.py)
     W/distill/                      rows-*.jsonl and more (distill/stage.py), result.json
-    W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json
+    W/sft/, W/<estimator>/          a Hugging Face directory in float32, result.json; under LoRA
+                                    with the stage's adapters merged into it
     W/export/                       the final Hugging Face directory
     W/summary.json, W/report.html   what other programs, and people, read
 
 A stage whose result.json is there is not run again.
 """
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from dcore_jax import distributed, sharding
+from dcore_jax import distributed
 from dcore_jax.claims import claim, hold
-from dcore_jax.config import STAGES, ExecutionSection, RunConfig
-from dcore_jax.data.records import rl_points
+from dcore_jax.config import ExecutionSection, RunConfig
+from dcore_jax.data import recipe
 from dcore_jax.data.rows import section_sequences, training_rows
-from dcore_jax.data.seed_sources import RL, config_seeds, training_tasks
-from dcore_jax.data.seeds import DecisionPoint, decision_points
-from dcore_jax.data.world_seeds import task_seeds
+from dcore_jax.data.seed_sources import config_seeds
 from dcore_jax.distill.stage import check_rows, run_distillation
-from dcore_jax.distill.wording import load_wording
-from dcore_jax.evaluate.held_out import evaluate
 from dcore_jax.files import read_json, write_json_atomic
-from dcore_jax.models import decoder
 from dcore_jax.models.decoder import Execution
-from dcore_jax.models.hf_checkpoint import ModelFiles, load_params, save_checkpoint
 from dcore_jax.overrides import to_json
-from dcore_jax.progress import progress, show_compiling, stage
+from dcore_jax.progress import progress, stage, watching
 from dcore_jax.report.collect import collect_summary, collect_traces, stage_folders
 from dcore_jax.report.model_card import model_card
 from dcore_jax.report.report import write_report
 from dcore_jax.rollout.engine import Engine
-from dcore_jax.rollout.local_backend import LocalBackend
-from dcore_jax.rollout.policy import load_policy, make_engine
+from dcore_jax.rollout.fleet import Fleet
+from dcore_jax.rollout.policy import load_policy
+from dcore_jax.run import memory
+from dcore_jax.run.checks import check_fields, check_tasks
+from dcore_jax.run.compile_clock import compiling
 from dcore_jax.run.config import read_config
-from dcore_jax.run.export import generation_config
-from dcore_jax.train import rl_options, sft_loop
+from dcore_jax.run.evaluation import StageEvaluation
+from dcore_jax.run.fleet import make_fleet
+from dcore_jax.run.forecast import Forecast, describe, find_parts
+from dcore_jax.run.needed import find_needed
+from dcore_jax.run.pins import FIELD
+from dcore_jax.run.rl_source import rl_seed, run_source
+from dcore_jax.run.stage_models import StageModels
+from dcore_jax.train import held_out_prompts
 from dcore_jax.train.metrics import Metrics, read_metrics
 from dcore_jax.train.rl_loop import run_rl
 from dcore_jax.train.sft_loop import run_sft
-from dcore_jax.train.sources import Episodes, Questions, RolloutSource, encode_prompts, short_tasks
+from dcore_jax.train.sinks import open_sinks
+from dcore_jax.train.sources import RolloutSource
 from dcore_jax.train.stage_run import StageRun
-from dcore_jax.worlds.environment import World
-from dcore_jax.worlds.registry import check_kinds, make_world
-from dcore_jax.worlds.rollouts import act
+from dcore_jax.worlds.registry import make_world
 
 
 class Pipeline:
@@ -78,18 +83,21 @@ class Pipeline:
     # The world and its tasks are checked first, because their errors need no model.
     self.world = make_world(self.config.world)
     check_tasks(self.config, self.world)
+    asked = self.config
+    self.config, commits, suites = find_needed(asked, workdir)
     self.mesh = distributed.training_mesh(self.config)
     self.policy = load_policy(self.config.model, seed=self.config.seed)
-    self.execution = make_execution(self.config.execution)
-    # One engine at most: keys and values of its lanes fill most of a device's memory.
-    self._engine: Engine | None = None
-    self._grouped = False
+    self.models = StageModels(self.config, self.policy, self.mesh, workdir)
+    self._evaluation = StageEvaluation(self.config, self.policy, suites, self.world, workdir)
+    self._execution = make_execution(self.config.execution)
     # A run that another process is at work on keeps the record of how that one was started.
     with hold(workdir):
       claim(
         workdir / 'config.json',
-        to_json(self.config),
+        # As it was asked for: a commit is no part of what a person may not change.
+        to_json(asked) | {FIELD: commits},
         'holds results of a config that differs in',
+        free=(FIELD,),
         defaults=RunConfig(),
       )
     # Only the first host writes, and no other one may look into the folder before it has.
@@ -100,16 +108,20 @@ class Pipeline:
     """The name of the last trained model: the estimator's."""
     return self.config.rl.estimator
 
-  def run(self) -> dict[str, Any]:
+  def run(self, *, announce: bool = False) -> dict[str, Any]:
     """Runs what is asked for and not there yet; returns the summary.
+
+    Args:
+      announce: says on stderr what will be done, and how long it takes.
 
     Raises:
       ValueError: another process is at work in the work directory.
     """
     with hold(self.workdir):
-      return self._run()
+      return self._run(self._announced() if announce and distributed.writes() else Forecast(()))
 
-  def _run(self) -> dict[str, Any]:
+  def _run(self, forecast: Forecast) -> dict[str, Any]:
+    self._prepare_recipe()
     # Stages run in the order of `stage_folders`, whatever order the config names them in.
     steps: dict[str, Callable[[], dict[str, Any]]] = {
       'evaluate_base': lambda: self.evaluate('base'),
@@ -126,7 +138,10 @@ class Pipeline:
       if name == 'export':
         self._forget_outdated(result)
       if name in self.config.stages:
-        self._run_stage(name, steps[name], result)
+        forecast.begin(name)
+        with watching(forecast.see):
+          self._run_stage(name, steps[name], result)
+        forecast.end(name)
     # Also after a call with few stages: the summary says what is there, whichever call made it.
     summary = collect_summary(self.workdir, self.config, self.policy.config)
     write_json_atomic(self.workdir / 'summary.json', summary)
@@ -135,6 +150,30 @@ class Pipeline:
         traces = collect_traces(self.workdir, self.final, self.config.report.traces)
         write_report(self.workdir, summary, read_metrics(self.workdir), traces)
     return summary
+
+  def _announced(self) -> Forecast:
+    """Says what will be done; returns who says how long it takes."""
+    done = []
+    waiting = []
+    for name, folder in stage_folders(self.final).items():
+      if name in self.config.stages:
+        ended = (self.workdir / folder / 'result.json').exists()
+        (done if ended else waiting).append(name)
+    if 'report' in self.config.stages:
+      waiting.append('report')
+    parts = find_parts(self.config, len(self.world.kinds), self.workdir, waiting)
+    model = f'{self.policy.words}, on {jax.device_count()} x {jax.devices()[0].device_kind}'
+    print(describe(model, self.workdir, parts, done), file=sys.stderr, flush=True)
+    return Forecast(parts)
+
+  def _prepare_recipe(self) -> None:
+    """Gathers the data of the config's recipe, where it has one, and says what became of it."""
+    if not any(sources for _, _, sources in recipe.parts(self.config)):
+      return
+    with stage('recipe'):
+      report = recipe.prepare(self.config, self.workdir / recipe.FOLDER)
+    distributed.wait_for_others('recipe')
+    print(recipe.format_report(report), file=sys.stderr)
 
   def _run_stage(
     self, name: str, run_stage: Callable[[], dict[str, Any]], result: pathlib.Path
@@ -146,175 +185,127 @@ class Pipeline:
         check_rows(self.config, result.parent)
       return
     # The result is written last: its file says that the stage is complete.
-    with stage(name) as timer:
+    with stage(name) as timer, memory.explained(name), compiling() as compiled:
       values = run_stage()
     # A stage that was resumed adds the time that its earlier processes took. Distillation, which
     # other programs run as well, keeps its own time in `seconds`.
     seconds = {'seconds': timer.seconds + values.get('seconds_before', 0.0)}
+    # Of this process: one that goes on takes most programs from the cache.
+    seconds['compile_seconds'] = compiled.seconds
     result.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(result, seconds | values)
     distributed.wait_for_others(name)
+
+  def _last_trained(self) -> str:
+    """The name of the model that the run would hand out now."""
+    return next((name for name in (self.final, 'sft') if self.models.has(name)), 'base')
 
   def _forget_outdated(self, export: pathlib.Path) -> None:
     """Removes the result of an export that was made before the last stage was."""
     if export.exists() and read_json(export)['stage'] != self._last_trained():
       export.unlink(missing_ok=True)
 
-  # --- models ---
-
-  def params(self, name: str) -> Any:
-    """Loads the parameters of a stage: 'base', or one that this work directory holds."""
-    # Read anew at every call: training donates its parameters, and a copy that is kept beside them
-    # would take memory from the engine.
-    if name == 'base':
-      return self.policy.load(self.mesh)
-    path = self.workdir / name
-    if not (path / 'config.json').exists():
-      raise ValueError(f'stage {name!r} has no result in {str(self.workdir)!r}; run it first')
-    shardings = None
-    if self.mesh:
-      specs = decoder.abstract_params(self.policy.config)
-      shardings = sharding.shardings(specs, self.mesh)
-    # Each device reads its own slices, so that a model need not fit on one device.
-    _, params = load_params(path, shardings=shardings)
-    return params
-
-  def engine(self, params: Any, *, groups: bool = False) -> Engine:
-    """Returns the run's one engine with the given weights.
-
-    It computes in the dtype of computation and on its own mesh. An engine of another size is let
-    go first: there may be no room for the caches of both.
-
-    Args:
-      params: the weights.
-      groups: whether rollouts come in groups that share a prompt, see `make_engine`.
-    """
-    # Without fewer trunks than lanes, groups and single prompts have the same engine.
-    if self._grouped != groups and self.config.engine.trunks:
-      self._engine = None
-    if self._engine is None:
-      self._engine = make_engine(self.config, self.policy, params, self.mesh, groups=groups)
-      self._grouped = groups
-      # Once for all stages: later ones only change the weights.
-      show_compiling(self._engine.prepare)
-    else:
-      self._engine.update(params)
-    return self._engine
-
-  # Stages hand their models on in float32: rounded to bfloat16, whose steps near 1 are 0.8 %, the
-  # updates of a whole RL stage (learning rate 1e-6) could vanish.
-  def _save(self, name: str, params: Any, dtype: str = 'float32', card: str | None = None) -> None:
-    policy = self.policy
-    save_checkpoint(
-      self.workdir / name,
-      policy.config,
-      params,
-      ModelFiles(
-        tokenizer_dir=policy.tokenizer_dir,
-        generation_config=generation_config(policy.path, policy.config, policy.tokenizer),
-        card=card,
-      ),
-      dtype=dtype,
-      overwrite=True,
-    )
-
-  def _last_trained(self) -> str:
-    """The name of the model that the run would hand out now."""
-    for name in (self.final, 'sft'):
-      if (self.workdir / name / 'config.json').exists():
-        return name
-    return 'base'
-
   # --- stages ---
 
   def evaluate(self, name: str) -> dict[str, Any]:
-    """Acts out held-out tasks of every kind, the same ones with every model."""
-    engine = self.engine(self.params(name))
-    tokenizer = self.policy.tokenizer
-
-    def actor(world, tasks, sampling, told):
-      return act(engine, tokenizer, world, tasks, sampling, told)
-
-    # Evaluation does not know engines: an endpoint can act the same tasks out.
-    return evaluate(self.config, self.workdir / f'evaluate_{name}', actor, name)
+    """Measures a model on what `evaluate.suites` names; raises what `StageEvaluation` does."""
+    params = self.models.params(name)
+    identity = self._evaluation.identity(params)
+    return self._evaluation.measure(name, self.models.engine(params), identity)
 
   def distill(self) -> dict[str, Any]:
     """Lets the base model write training rows (D-CORE, algorithm 1) into W/distill.
 
+    Several hosts divide the seeds among them.
+
     Raises:
-      ValueError: several hosts. Which subtask is asked next depends on when answers come, so that
-        they would not stay in step.
+      ValueError: one engine over several hosts. Which subtask is asked next depends on when answers
+        come, so that the hosts would not stay in step.
     """
-    if jax.process_count() > 1:
+    local = self.config.distill.backend == 'local'
+    if jax.process_count() > 1 and local and not self.config.engine.apart:
       raise ValueError(
-        'distillation is the work of one host: run it there with --stages=distill, or against an '
-        'endpoint, before the others join'
+        'distillation needs an engine on each host (engine.apart) or an endpoint '
+        "(distill.backend = 'openai')"
       )
-    seeds = config_seeds(self.config)
-
-    # A function, since a config that names an endpoint needs no engine here.
-    def local(journal: pathlib.Path) -> LocalBackend:
-      params = self.params('base')
-      # Taken from the float32 weights, so that the journal's answers stay valid whatever dtype the
-      # engine computes in.
-      name = self.policy.name(params)
-      engine = self.engine(params)
-      return LocalBackend(engine, self.policy.tokenizer, journal=journal, model=name)
-
+    if self.config.recipe.seeds:
+      seeds = recipe.read_part(self.workdir / recipe.FOLDER, 'seeds')
+    else:
+      seeds = config_seeds(self.config)
     folder = self.workdir / 'distill'
     with progress(total=len(seeds), description='distill') as bar:
-      return run_distillation(self.config, folder, seeds, local, progress=bar.update)
+      return run_distillation(self.config, folder, seeds, self.models.backend, progress=bar.update)
+
+  def _rl_source(self) -> tuple[RolloutSource, int]:
+    """Returns what RL asks, and how many prompts were dropped for their length."""
+    return run_source(self.config, self.policy.tokenizer, self.world, self.workdir)
+
+  def _metrics(self) -> Metrics:
+    return Metrics(self.workdir, open_sinks(self.config, self.workdir))
 
   def sft(self) -> dict[str, Any]:
     """Fine-tunes the base model on the distilled rows, or on the files that the config names."""
     rows, unreadable = training_rows(self.config.sft, self.workdir)
-    if self.mesh:
-      # The engine's caches make room for activations; what it compiled is kept by jax.
-      self._engine = None
+    self.models.let_engine_go()
+    found = len(rows)
+    if self.config.sft.hold_out:
+      source, _ = self._rl_source()
+      rows = held_out_prompts.without_held_out(rows, source, self.config.rl, seed=self.config.seed)
+    held_out = found - len(rows)
     kept, sequences = section_sequences(self.policy.tokenizer, rows, self.config.sft)
     # Rows that were read and then not used are counted too, so that the result accounts for every
     # row.
     unreadable += len(rows) - len(kept)
-    with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
+    with self._metrics() as metrics, jax.set_mesh(self.mesh):
       run = StageRun(
         metrics=metrics,
         checkpoints=self.workdir / 'checkpoints' / 'sft',
         seed=self.config.seed,
+        lora=self.config.lora,
       )
       params, result = run_sft(
-        self.params('base'),
+        self.models.params('base'),
         self.policy,
         sequences,
         self.config.sft,
         run,
-        execution=self.execution,
+        execution=self._execution,
       )
-    self._save('sft', params)
-    return result | {'unreadable': unreadable}
+    self.models.save('sft', params)
+    return result | {'unreadable': unreadable, 'held_out': held_out}
 
   def rl(self) -> dict[str, Any]:
     """Trains the fine-tuned model by (DA-)GRPO."""
     # The source is made before the weights are loaded: a file that cannot be read is then found at
     # once.
-    source, dropped = rl_source(self.config, self.policy.tokenizer, self.world)
+    source, dropped = self._rl_source()
     # The rollouts of an episode's group share its first prompt alone.
     groups = not self.config.rl.episodes
-    with Metrics(self.workdir) as metrics, jax.set_mesh(self.mesh):
+
+    def rollouts(params: Any) -> Engine | Fleet:
+      if not self.config.rl.fleet.endpoints:
+        return self.models.engine(params, groups=groups)
+      self.models.let_engine_go()
+      return make_fleet(self.config, self.policy, params, self.workdir)
+
+    with self._metrics() as metrics, jax.set_mesh(self.mesh):
       run = StageRun(
         metrics=metrics,
         checkpoints=self.workdir / 'checkpoints' / self.final,
         seed=rl_seed(self.config),
+        lora=self.config.lora,
+        held_out_seed=self.config.seed,
       )
       params, result = run_rl(
-        self.params('sft'),
+        self.models.params('sft'),
         self.policy,
         source,
         self.config.rl,
         run,
-        make_engine=lambda params: self.engine(params, groups=groups),
-        execution=self.execution,
+        make_engine=rollouts,
+        execution=self._execution,
       )
-    self._save(self.final, params)
+    self.models.save(self.final, params)
     return result | {'prompts_dropped': dropped}
 
   def export(self) -> dict[str, Any]:
@@ -322,52 +313,14 @@ class Pipeline:
     name = self._last_trained()
     summary = collect_summary(self.workdir, self.config, self.policy.config)
     card = model_card(to_json(self.config), self.policy.config, stage=name, summary=summary)
+    self.models.let_engine_go()
     # Read anew from the stage's float32 directory, and rounded once to the dtype of the export.
-    self._save('export', self.params(name), self.config.export.dtype, card)
+    params = self.models.params(name, jnp.float32)
+    self.models.save('export', params, self.config.export.dtype, card)
     return {'path': str(self.workdir / 'export'), 'stage': name}
 
 
 # --- what a config says ---
-
-
-def check_fields(config: RunConfig) -> None:
-  """Checks what fields mean together.
-
-  Raises:
-    ValueError: a stage that there is not, or options that mean nothing or exclude each other.
-  """
-  unknown = [name for name in config.stages if name not in STAGES]
-  if unknown:
-    raise ValueError(f'unknown stages {unknown}; expected some of {STAGES}')
-  if 'distill' in config.stages:
-    load_wording(config.distill.wording)
-  sft_loop.check_section(config.sft)
-  rl_options.check_section(config.rl)
-  if config.rl.episodes:
-    defaults = RunConfig().rl
-    # An option that episodes never read would be ignored without a word.
-    _check_unset('files', config.rl.files, defaults.files)
-    _check_unset('reward', config.rl.reward, defaults.reward)
-
-
-def check_tasks(config: RunConfig, world: World) -> None:
-  """Checks the numbers of tasks of the stages that will draw tasks of the world.
-
-  Raises:
-    ValueError: a kind that the world lacks, or one without a number.
-  """
-  for stage_name, section in (('distill', config.distill), ('rl', config.rl)):
-    # Files take the place of the world's tasks, whose numbers then mean nothing.
-    if stage_name in config.stages and not section.files:
-      check_kinds(f'{stage_name}.tasks', section.tasks, world)
-
-
-def _check_unset(field: str, value: Any, default: Any) -> None:
-  if value != default:
-    raise ValueError(
-      f'rl.episodes acts out tasks of the world and rewards the state they leave; rl.{field} = '
-      f'{value!r} is for single prompts: set one of them'
-    )
 
 
 def make_execution(section: ExecutionSection) -> Execution:
@@ -379,49 +332,3 @@ def make_execution(section: ExecutionSection) -> Execution:
     unroll=section.unroll,
     offload=section.offload,
   )
-
-
-def rl_seed(config: RunConfig) -> int:
-  """Returns the seed of prompt order and sampling: a sweep repeats a run with other `rl.seed`s."""
-  # 1000 keeps the repetitions of one run apart from runs with the next seeds.
-  return config.seed + 1000 * config.rl.seed
-
-
-def rl_source(
-  config: RunConfig,
-  tokenizer: Any,
-  world: World,
-  points: Sequence[DecisionPoint] | None = None,
-) -> tuple[RolloutSource, int]:
-  """Returns what reinforcement learning asks, and how many prompts were dropped for their length.
-
-  Args:
-    config: the whole config; its sections `rl` and `world`, and its `seed`.
-    tokenizer: renders and counts the prompts.
-    world: where episodes are acted out.
-    points: decision points to ask, instead of those that the config names.
-  """
-  section = config.rl
-  # Too long prompts are dropped and counted now: they would end the step that draws them.
-  if section.episodes:
-    tasks = training_tasks(config, section.tasks, RL)
-    short, dropped = short_tasks(tokenizer, world, tasks, section.max_prompt_tokens)
-    return Episodes(tokenizer, world, short), dropped
-  if points is None:
-    if section.files:
-      points = rl_points(section.files, unreadable=section.unreadable)
-    else:
-      points = _world_points(config)
-  prompts, dropped = encode_prompts(tokenizer, points, section.max_prompt_tokens)
-  return Questions(tokenizer, prompts, section.reward), dropped
-
-
-def _world_points(config: RunConfig) -> list[DecisionPoint]:
-  world = make_world(config.world)
-  points = []
-  for task in training_tasks(config, config.rl.tasks, RL):
-    for seed in task_seeds(world, task):
-      # A turn of a dialogue is a seed of another kind than the dialogue.
-      for point in decision_points(seed):
-        points.append(dataclasses.replace(point, task=task.id, task_kind=task.kind))
-  return points

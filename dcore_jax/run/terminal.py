@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from dcore_jax.chat.encoding import encode_rendered
 from dcore_jax.chat.messages import Message, split_reasoning
 from dcore_jax.chat.template import render_prompt
 from dcore_jax.chat.thoughts import opened_thoughts, with_opening
@@ -55,7 +56,7 @@ class Speaker:
       ValueError: the conversation has grown too long.
     """
     text = render_prompt(self._tokenizer, messages)
-    prompt = np.array(self._tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
+    prompt = np.array(encode_rendered(self._tokenizer, text), np.int32)
     # The engine's thread puts progress in, and this thread takes it out and prints.
     events: queue.SimpleQueue = queue.SimpleQueue()
     reader = TextReader(self._tokenizer, self._sampling.stop)
@@ -183,7 +184,10 @@ class Chat:
     if not number.isdigit():
       raise ValueError(f'{number!r} is no number of a task')
     # Tasks are drawn in order from one seed, so that the last of N + 1 is always the same task N.
-    self._task = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')[-1]
+    tasks = self._world.tasks(kind, int(number) + 1, seed=0, split='eval')
+    if not tasks:
+      raise ValueError(f'the world has no task of kind {kind!r}')
+    self._task = tasks[-1]
     self._kind = kind
     self._session = self._world.session(self._task)
     for message in self._world.episode(self._task).messages:
@@ -192,6 +196,10 @@ class Chat:
 
   def _take_state(self, _: list[str]) -> None:
     state = self._session.state
+    if isinstance(state, list):
+      # A world that sees no state shows what has been done.
+      self._speaker.show('\n'.join(map(str, state)) + '\n')
+      return
     if not isinstance(state, dict):
       raise ValueError('the state is too large to be shown')
     for table, rows in state.items():

@@ -16,7 +16,8 @@ from dcore_jax.data.dialogues import CALL_STYLES
 from dcore_jax.distill.solve import VERIFY
 from dcore_jax.distill.stage import BACKENDS, REFERENCES
 from dcore_jax.run import config
-from dcore_jax.run.pipeline import check_fields
+from dcore_jax.run import help as help_lib
+from dcore_jax.run.checks import check_fields
 
 
 def test_a_config_overlays_the_defaults_and_is_frozen():
@@ -88,7 +89,7 @@ def test_every_field_is_described():
   assert sum(line.startswith('rl.alpha = 0.1: ') for line in lines) == 1
   assert all(line.rpartition(': ')[2] and 'None' not in line for line in lines)
   assert any(line.startswith('distill.concurrency = 64 (may change): ') for line in lines)
-  assert 'rl.alpha = 0.1: ' in config._help()
+  assert 'rl.alpha = 0.1: ' in help_lib._fields('rl')
 
 
 def test_the_flag_takes_a_file_a_variant_and_overrides(tmp_path, monkeypatch):

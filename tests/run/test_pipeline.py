@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -102,23 +101,16 @@ def test_only_groups_share_trunks(tmp_path):
   config = nano.get_config('quick')
   config.engine.update(dict(lanes=16, trunks=4))
   pipeline = Pipeline(config, tmp_path)
-  params = pipeline.params('base')
+  params = pipeline.models.params('base')
 
   def trunks(**options):
-    return pipeline.engine(params, **options).sizes.trunks
+    return pipeline.models.engine(params, **options).sizes.trunks
 
-  measured = pipeline.engine(params)
-  assert trunks() == 16 and pipeline.engine(params) is measured
+  measured = pipeline.models.engine(params)
+  assert trunks() == 16 and pipeline.models.engine(params) is measured
   assert trunks(groups=True) == 4 and trunks() == 16
   backend = local_backend(pipeline.config, tmp_path / 'replies.jsonl')
   assert backend.engine.sizes.trunks == 16
-
-
-def test_distillation_is_the_work_of_one_host(tmp_path, monkeypatch):
-  pipeline = Pipeline(nano.get_config('quick'), tmp_path)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='the work of one host'):
-    pipeline.distill()
 
 
 def test_export_alone_copies_the_organism(tmp_path):
@@ -219,3 +211,64 @@ def test_the_program_fails_with_one_message(tmp_path, flags):
     check=False,
   )
   assert done.returncode != 0 and 'nope' in done.stderr and not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'said'),
+  [
+    ('suites', ('world', 'gsm9k'), "unknown suites \\['gsm9k'\\]"),
+    ('suites', (), 'names nothing to measure'),
+    ('suite_options', 'gsm8k.shots=1', 'unknown option'),
+    ('suite_options', 'math500.seconds=1', 'not among evaluate.suites'),
+    ('limit', 3, 'evaluate.limit is for suites'),
+  ],
+)
+def test_suites_are_checked_before_anything_is_loaded(tmp_path, field, value, said):
+  config = nano.get_config('quick')
+  config.evaluate[field] = value
+  with pytest.raises(ValueError, match=said):
+    Pipeline(config, tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
+def test_data_of_a_suite_is_looked_for_where_a_stage_runs_it(tmp_path, monkeypatch):
+  monkeypatch.setenv('DCORE_DATA', str(tmp_path))
+  config = nano.get_config('quick')
+  config.evaluate.suites = ('world', 'gsm8k')
+  config.stages = ('export',)
+  Pipeline(config, tmp_path / 'w')
+  config.stages = ('evaluate_base',)
+  with pytest.raises(ValueError, match='gsm8k_test.jsonl'):
+    Pipeline(config, tmp_path / 'w')
+
+
+@pytest.mark.slow
+def test_a_stage_runs_suites_with_its_own_engine(tmp_path, monkeypatch):
+  """The world's tasks, then a suite through a server, then the engine is the pipeline's again."""
+  (tmp_path / 'transfer').mkdir()
+  rows = [{'question': f'What is {n}?', 'answer': f'#### {n}'} for n in range(3)]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (tmp_path / 'transfer' / 'gsm8k_test.jsonl').write_text(text)
+  monkeypatch.setenv('DCORE_DATA', str(tmp_path))
+  config = nano.get_config('quick')
+  config.stages = ('evaluate_base', 'report')
+  config.evaluate.update(dict(tasks=1, max_tokens=4, suites=('world', 'gsm8k'), limit=2))
+  config.engine.update(dict(lanes=4, trunks=0))
+  pipeline = Pipeline(config, tmp_path / 'w')
+  summary = pipeline.run()
+  stage = summary['stages']['base']
+  [score] = stage['suites']['gsm8k']['scores']
+  assert score['estimate']['n'] == 2 and stage['n']['single'] == 1
+  folder = tmp_path / 'w' / 'evaluate_base'
+  assert (folder / 'suites' / 'gsm8k' / 'trajectories.jsonl').exists()
+  assert 'Evaluation suites' in (tmp_path / 'w' / 'report.html').read_text()
+  # Begun again without its result, the stage takes everything from its files.
+  before = (folder / 'suites' / 'gsm8k' / 'replies.jsonl').read_bytes()
+  (folder / 'result.json').unlink()
+  again = pipeline.run()
+  assert again['stages']['base']['suites'] == stage['suites']
+  assert (folder / 'suites' / 'gsm8k' / 'replies.jsonl').read_bytes() == before
+  # Suites alone.
+  config.evaluate.suites = ('gsm8k',)
+  alone = Pipeline(config, tmp_path / 'alone').run()['stages']['base']
+  assert alone['accuracy'] == {} and alone['suites']['gsm8k']['scores'][0]['estimate']['n'] == 2

@@ -15,7 +15,8 @@ from dcore_jax.serve.scheduler import Scheduler
 from dcore_jax.serve.server import load_model
 from dcore_jax.worlds.registry import WORLDS
 from dcore_jax.worlds.toolworld.world import ToolWorld
-from tests.serve.servers import ScriptedEngine, until
+from tests.serve.servers import ScriptedEngine
+from tests.waiting import until
 
 
 @pytest.fixture(scope='module')
