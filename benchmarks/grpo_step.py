@@ -28,7 +28,7 @@ Bounds are the multiply-adds at the rate of one large matrix product.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,10 +41,10 @@ from benchmarks import measure, repeated
 from benchmarks.measure import line, say
 from benchmarks.organism_step import OrganismStep
 from benchmarks.peers import Peer, trl_peer
+from benchmarks.random_prompts import Numbers, Words, prompts
 from configs import nano
 from dcore_jax import tokentree
 from dcore_jax.chat.template import render_prompt
-from dcore_jax.data.seeds import DecisionPoint
 from dcore_jax.learn import grpo, objectives, optimizer
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
@@ -54,9 +54,7 @@ from dcore_jax.rollout.policy import ORGANISM, Policy
 from dcore_jax.rollout.sizes import EngineSizes
 from dcore_jax.train.learner import Learner
 from dcore_jax.train.prompt_order import PromptOrder
-from dcore_jax.train.rollout_batch import Rollout, RolloutBatch
 from dcore_jax.train.sampler import Sampler
-from dcore_jax.train.sources import Prompt, Questions
 from dcore_jax.train.throughput import forward_flops, matmul_rate
 
 PROMPTS = 4
@@ -333,35 +331,6 @@ def tiny(vocabulary: int) -> DecoderConfig:
   )
 
 
-class Words:
-  """What our loop asks of a tokenizer, for texts of numbers."""
-
-  pad_token_id = 0
-
-  def batch_decode(self, rows: list[np.ndarray], skip_special_tokens: bool) -> list[str]:
-    """Ids with spaces between."""
-    del skip_special_tokens
-    return [' '.join(map(str, row)) for row in rows]
-
-
-class Numbers(Questions):
-  """Prompts of random tokens; a response is worth as many as it has different tokens."""
-
-  def judge(self, chosen: Sequence[int], rollouts: list[Rollout]) -> RolloutBatch:
-    """Scores responses by how many different tokens they have."""
-    values_PG = np.float32([len(set(rollout.texts[0].split())) for rollout in rollouts]).reshape(
-      len(chosen), -1
-    )
-    return RolloutBatch(
-      kinds=[self.kinds[index] for index in chosen],
-      rollouts=rollouts,
-      total_PG=values_PG,
-      format_PG=values_PG * 0,
-      correctness_PG=values_PG,
-      right_PG=values_PG > 30,
-    )
-
-
 def small() -> None:
   """A whole step where fixed costs count.
 
@@ -387,10 +356,9 @@ def small() -> None:
   rng = np.random.default_rng(0)
   params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
   tokens = rng.integers(2, 256, (4, 32)).astype(np.int32)
-  point = DecisionPoint('', 'single', (), '')
   engine = Engine(params, config, stop_ids=[1], sizes=EngineSizes(lanes=32, max_len=64))
   policy = Policy(config=config, load=None, tokenizer=Words(), tokenizer_dir=ORGANISM, path=None)
-  source = Numbers(Words(), [Prompt(point, row) for row in tokens], '')
+  source = Numbers(prompts(tokens))
   order = PromptOrder(items=range(4), prompts=4, seed=0)
   sampler = Sampler(engine, source, order, c)
   learner = Learner(policy, engine, source, c, Execution())

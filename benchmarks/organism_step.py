@@ -14,7 +14,8 @@ from dcore_jax.models.decoder import Execution
 from dcore_jax.rollout.engine import Engine
 from dcore_jax.rollout.policy import load_policy
 from dcore_jax.rollout.sizes import EngineSizes
-from dcore_jax.train.learner import Learner, Reference
+from dcore_jax.train.learner import Learner
+from dcore_jax.train.other_policies import Reference
 from dcore_jax.train.prompt_order import PromptOrder
 from dcore_jax.train.rollout_batch import RolloutBatch
 from dcore_jax.train.sampler import Sampler

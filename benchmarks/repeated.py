@@ -19,7 +19,8 @@ from configs import nano
 from dcore_jax.learn import grpo, objectives, optimizer
 from dcore_jax.models.decoder import Execution
 from dcore_jax.tokentree import TokenTree
-from dcore_jax.train.learner import Learner, Reference
+from dcore_jax.train.learner import Learner
+from dcore_jax.train.other_policies import Reference
 from dcore_jax.train.rollout_batch import RolloutBatch
 
 # Rollouts of a group of 8 that differ. In the last steps of configs/nano.py 2.5 to 3.6 do.
@@ -78,7 +79,7 @@ class Updates:
   @property
   def used_rows(self) -> int:
     """Rows of all mini-batches that hold anything."""
-    minis = self.learner.mini_batches(self._batch)
+    minis = self.learner.packer.mini_batches(self._batch)
     return sum(int(mini.tree.weight.any(axis=1).sum()) for mini in minis)
 
 

@@ -36,24 +36,13 @@ from absl import app, flags
 
 from benchmarks.measure import line, say
 from benchmarks.server import make_tokenizer
+from benchmarks.shapes import SMOLLM2
 from dcore_jax.models import decoder, hf_checkpoint
-from dcore_jax.models.config import DecoderConfig
 
 CASES = ('start', 'streams', 'requests')
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Which of {", ".join(CASES)} to run.')
 _MODELS = flags.DEFINE_list('models', ['organism', '135M'], 'Which models to serve.')
 
-SMOLLM2 = DecoderConfig(
-  vocab_size=49152,
-  hidden_size=576,
-  intermediate_size=1536,
-  num_hidden_layers=30,
-  num_attention_heads=9,
-  num_key_value_heads=3,
-  head_dim=64,
-  tie_word_embeddings=True,
-  max_position_embeddings=8192,
-)
 LANES = 8
 # Seconds until it is ready, cold and warm, that are asked for on two quiet cores.
 WANTED = {('135M', 'cold'): 30, ('135M', 'warm'): 12}
@@ -156,8 +145,27 @@ async def clients(model: Model, port: int) -> list[list[float]]:
   return answers
 
 
-def start(model: Model, kind: str, cache: pathlib.Path, folder: pathlib.Path) -> float:
-  """Measures one start of a server, and prints it; returns its seconds."""
+class Start(NamedTuple):
+  """One start of a server.
+
+  Attributes:
+    ready: seconds until it is ready.
+    first_token: seconds until the first token of a request that is sent then.
+    parts: seconds of what is done before it is ready.
+    counts: 'programs' that were asked for until it was ready, those 'compiled' of them, and 'late'
+      ones, which were asked for afterwards.
+    seconds: of 'compile' and 'trace' until it was ready, and of 'late' programs.
+  """
+
+  ready: float
+  first_token: float
+  parts: dict[str, float]
+  counts: dict[str, int]
+  seconds: dict[str, float]
+
+
+def start(model: Model, kind: str, cache: pathlib.Path, folder: pathlib.Path) -> Start:
+  """Measures one start of a server; `kind` names its log in the folder."""
   log = folder / f'{model.name}-{kind}.jsonl'
   with server(model, cache, log) as started:
     first = min(asyncio.run(stream(started.port, list(range(1, 17)), 1)))
@@ -166,34 +174,55 @@ def start(model: Model, kind: str, cache: pathlib.Path, folder: pathlib.Path) ->
   # The log is written a little before the ready line is read.
   late = [event for event in events if event['at'] > started.ready]
 
-  def seconds(name: str) -> float:
-    return sum(event['seconds'] for event in early if event['kind'] == name)
+  def seconds(some: list[dict[str, Any]], name: str) -> float:
+    return sum(event['seconds'] for event in some if event['kind'] == name)
 
   def count(some: list[dict[str, Any]], name: str) -> int:
     return sum(event['kind'] == name for event in some)
 
   ready = started.ready - started.began
   imports = next(event['at'] for event in early if event['kind'] == 'imports') - started.began
-  weights = seconds('weights')
-  engine = seconds('engine')
-  parts = {'imports': imports, 'tokenizer': seconds('policy'), 'weights': weights, 'engine': engine}
+  parts = {
+    'imports': imports,
+    'tokenizer': seconds(early, 'policy'),
+    'weights': seconds(early, 'weights'),
+    'engine': seconds(early, 'engine'),
+  }
+  return Start(
+    ready=ready,
+    first_token=first - started.began,
+    parts=parts | {'prepare and the rest': ready - sum(parts.values())},
+    counts={
+      'programs': count(early, 'compile'),
+      'compiled': count(early, 'miss'),
+      'late': count(late, 'compile'),
+    },
+    seconds={
+      'compile': seconds(early, 'compile'),
+      'trace': seconds(early, 'trace'),
+      'late': seconds(late, 'compile'),
+    },
+  )
+
+
+def print_start(model: Model, kind: str, measured: Start) -> None:
+  """Prints the line of a start."""
   line(
     f'start, {model.name}, {kind}',
     'seconds that are asked for',
-    ready,
+    measured.ready,
     WANTED.get((model.name, kind)),
     'seconds',
     wanted=1.0,
-    first_token=first - started.began,
-    parts=parts | {'prepare and the rest': ready - sum(parts.values())},
-    programs=count(early, 'compile'),
-    compiled=count(early, 'miss'),
-    compile_seconds=seconds('compile'),
-    trace_seconds=seconds('trace'),
-    late=count(late, 'compile'),
-    late_compile_seconds=sum(one['seconds'] for one in late if one['kind'] == 'compile'),
+    first_token=measured.first_token,
+    parts=measured.parts,
+    programs=measured.counts['programs'],
+    compiled=measured.counts['compiled'],
+    compile_seconds=measured.seconds['compile'],
+    trace_seconds=measured.seconds['trace'],
+    late=measured.counts['late'],
+    late_compile_seconds=measured.seconds['late'],
   )
-  return ready
 
 
 def streams(model: Model, cache: pathlib.Path, folder: pathlib.Path) -> None:
@@ -263,7 +292,9 @@ def main(_) -> None:
       cache = folder / 'cache'
       if 'start' in _CASES.value:
         for kind in ('cold', 'warm'):
-          say(f'{name}, {kind}: ready after {start(model, kind, cache, folder):.1f} s')
+          measured = start(model, kind, cache, folder)
+          print_start(model, kind, measured)
+          say(f'{name}, {kind}: ready after {measured.ready:.1f} s')
       if 'streams' in _CASES.value:
         streams(model, cache, folder)
       if 'requests' in _CASES.value and name == '135M':
