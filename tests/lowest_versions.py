@@ -11,7 +11,7 @@ import sys
 import tomllib
 
 # Extras whose packages are compilers or notebooks, which the tests do without.
-_EXTRAS = ('test', 'serve')
+_EXTRAS = ('test', 'serve', 'evaluate')
 _REQUIREMENT = re.compile(
   r'(?P<name>[\w.-]+)(\[[\w,-]+\])?(>=|==)(?P<version>[\w.]+)(?P<marker> *;.*)?'
 )

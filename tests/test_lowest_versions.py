@@ -18,7 +18,8 @@ def test_every_requirement_has_a_lowest_version():
 
 
 def test_a_requirement_without_a_bound_is_named():
-  project = {'dependencies': ['numpy'], 'optional-dependencies': {'test': [], 'serve': []}}
+  extras = {'test': [], 'serve': [], 'evaluate': []}
+  project = {'dependencies': ['numpy'], 'optional-dependencies': extras}
   with pytest.raises(ValueError, match="'numpy' has no lower bound"):
     lowest(project)
   project['dependencies'] = ['jax[tpu]>=0.10.2', "torch==2.13.0; python_version < '3.12'"]
