@@ -63,7 +63,8 @@ def claim(
     different = differences(defaults or {}, theirs, compared)
     if different:
       raise ValueError(
-        f'{str(path.parent)!r} {complaint} {"; ".join(different)}; name another {flag}'
+        f'{str(path.parent)!r} {complaint} {"; ".join(different)}; name another {flag}, '
+        'or give the old values'
       )
   write_json_atomic(path, record)
 

@@ -297,7 +297,8 @@ def check_rows(config: RunConfig, folder: pathlib.Path) -> None:
   different = differences(RunConfig(), theirs, _settings(config))
   if different:
     raise ValueError(
-      f'{str(folder)!r} was distilled with other {"; ".join(different)}; name another --workdir'
+      f'{str(folder)!r} was distilled with other {"; ".join(different)}; name another --workdir, '
+      'or give the old values'
     )
 
 
@@ -348,7 +349,8 @@ def _claim(folder: pathlib.Path, mine: dict[str, Any]) -> None:
     different = differences(defaults, read_json(path), json.loads(json.dumps(compared)))
     if different:
       raise ValueError(
-        f'{str(folder)!r} was begun with other {"; ".join(different)}; name another --workdir'
+        f'{str(folder)!r} was begun with other {"; ".join(different)}; name another --workdir, '
+        'or give the old values'
       )
   else:
     # Whole or not at all: half a claim would lock the folder for good.

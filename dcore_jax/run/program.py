@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from dcore_jax.train import stopping
 
 # By custom the exit status is 128 and the number of the signal: 130 for Ctrl-C, 143 for SIGTERM.
 _SIGNALLED = 128
+_format_warning = warnings.formatwarning
 
 
 def run(
@@ -47,6 +49,7 @@ def run(
     # error. The error itself is raised as well.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
+    warnings.formatwarning = _warning_text
     stopping.handle_signals()
     # Before jax is asked for a device.
     gpu_memory.take_memory()
@@ -68,6 +71,16 @@ def run(
       raise
 
   app.run(checked, flags_parser=parse)
+
+
+def _warning_text(message: Warning | str, category: type[Warning], *place: Any) -> str:
+  """Returns a warning as a program prints it; where it stands in the code says nothing to a person.
+
+  `UserWarning` is what this package warns of; others are for developers.
+  """
+  if issubclass(category, UserWarning):
+    return f'warning: {message}\n'
+  return _format_warning(message, category, *place)
 
 
 def _command() -> str:

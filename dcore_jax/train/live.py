@@ -3,10 +3,12 @@
 The table has, for each figure, its newest value, the mean of the last steps, and its course.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -14,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dcore_jax.progress import format_seconds, progress, tell
+from dcore_jax.progress import SLOW, format_seconds, progress, tell
 
 _RECENT = 10  # steps of the mean, and of the time that a step takes
 _WIDTH = 40  # steps of the course that is drawn
@@ -52,6 +54,9 @@ class StepView(Protocol):
   def see(self, step: int, row: Mapping[str, Any]) -> None:
     """Takes the row of a step that is over."""
 
+  def beside(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows work between two steps while it goes on; what it returns is told of each part."""
+
   def __enter__(self) -> 'StepView':
     """Begins to show."""
 
@@ -79,6 +84,7 @@ class BarView:
   """A progress bar with reward and zero variance."""
 
   def __init__(self, total: int, description: str, stream: TextIO):
+    self._stream = stream
     self._bar = progress(total=total, description=description, unit='step', stream=stream)
 
   def resume(self, step: int) -> None:
@@ -95,6 +101,14 @@ class BarView:
       {label: f'{row[name]:.2g}' for label, name in shown.items() if row.get(name) is not None}
     )
     self._bar.update(1)
+
+  @contextlib.contextmanager
+  def beside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """See `StepView`."""
+    with progress(
+      total=total, description=what, unit='answer', stream=self._stream, delay=SLOW
+    ) as bar:
+      yield bar.update
 
   def __enter__(self) -> 'BarView':
     self._bar.__enter__()
@@ -114,6 +128,8 @@ class LiveView:
     self._done = 0
     self._rows: list[Mapping[str, Any]] = []
     self._since = time.monotonic()
+    # (work between two steps, parts of it that are done, all parts)
+    self._beside: tuple[str, int, int] | None = None
     self._live = Live(
       console=console, get_renderable=self.drawing, refresh_per_second=_REFRESHES, transient=False
     )
@@ -130,6 +146,19 @@ class LiveView:
     self._done = step + 1
     self._since = time.monotonic()
     tell(self._description, self._done - self._begun, self._total - self._begun)
+
+  @contextlib.contextmanager
+  def beside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """See `StepView`."""
+
+    def count(parts: int) -> None:
+      self._beside = (what, self._beside[1] + parts, total)
+
+    self._beside = (what, 0, total)
+    try:
+      yield count
+    finally:
+      self._beside = None
 
   def __enter__(self) -> 'LiveView':
     self._live.__enter__()
@@ -170,7 +199,11 @@ class LiveView:
     left = seconds_left([_number(row.get('seconds')) for row in self._rows], self._left(), running)
     # Before the first step is over nothing is measured.
     parts.append('time left after the first step' if left is None else _left_text(left))
-    if self._left():
+    # A copy: the loop's thread may have ended it by the next line.
+    beside = self._beside
+    if beside:
+      parts.append('{}: {} of {}'.format(*beside))
+    elif self._left():
       parts.append(f'this step {format_seconds(running)}')
     return Text(', '.join(parts))
 

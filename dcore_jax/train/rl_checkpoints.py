@@ -13,6 +13,7 @@ from dcore_jax.statistics import paired_difference
 from dcore_jax.train.checkpoint import Checkpoints
 from dcore_jax.train.checksum import tree_sum
 from dcore_jax.train.journal import RolloutJournal
+from dcore_jax.train.live import StepView
 from dcore_jax.train.sampler import Sampler
 from dcore_jax.train.stage_run import StageRun
 
@@ -106,6 +107,7 @@ class RlCheckpoints:
     held_out: what is measured.
     sampler: measures the engine's present policy.
     journal: the rollouts of the steps since a checkpoint.
+    view: shows how far a measurement is.
   """
 
   def __init__(
@@ -116,6 +118,7 @@ class RlCheckpoints:
     held_out: HeldOut,
     sampler: Sampler,
     journal: RolloutJournal,
+    view: StepView,
   ):
     self._saved = saved
     self._run = run
@@ -123,6 +126,7 @@ class RlCheckpoints:
     self._held_out = held_out
     self._sampler = sampler
     self._journal = journal
+    self._view = view
     self._opened = time.monotonic()
     # What the processes before this one took; time between them does not count.
     self._seconds_before = 0.0
@@ -205,7 +209,9 @@ class RlCheckpoints:
 
   def _measure(self) -> None:
     position = self._position
-    position.after, position.prompts_after = self._sampler.measured(self._held_out.items)
+    items = self._held_out.items
+    with self._view.beside('held-out prompts', len(items) * self._sampler.group) as told:
+      position.after, position.prompts_after = self._sampler.measured(items, told)
 
   def _write_row(self, step: int, change: dict[str, Any]) -> None:
     """Writes the row of a checkpoint; `change` is the paired difference of its reward."""

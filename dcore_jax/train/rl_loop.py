@@ -235,7 +235,7 @@ def run_rl(
     stopping.in_steps(),
     sampler,
   ):
-    checkpoints = RlCheckpoints(saved, run, position, prompts.held_out, sampler, journal)
+    checkpoints = RlCheckpoints(saved, run, position, prompts.held_out, sampler, journal, view)
     state, start = checkpoints.restore(state)
     if start:
       learner.alpha = checkpoints.alpha

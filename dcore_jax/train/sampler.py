@@ -78,6 +78,11 @@ class Sampler:
     # One seed for order and sampling: a run is repeated by one number.
     self._sampling = sampling_params(config, order.seed)
 
+  @property
+  def group(self) -> int:
+    """Rollouts of each item."""
+    return self._config.group
+
   def __enter__(self) -> 'Sampler':
     return self
 
@@ -200,9 +205,11 @@ class Sampler:
     # The text of these values is part of the file format: another order would be another run.
     return zlib.crc32(repr(origin).encode())
 
-  def measured(self, items: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
+  def measured(
+    self, items: Sequence[int], told: Callable[[int], None] | None = None
+  ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Returns (`rollout_metrics`, `prompt_means`) of held-out items, see `measure`."""
-    batch = self.measure(items)
+    batch = self.measure(items, told)
     return rollout_metrics(batch), prompt_means(batch)
 
   def measure(

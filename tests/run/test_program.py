@@ -4,6 +4,8 @@ import sys
 import pytest
 
 PROGRAM = """
+import warnings
+
 from dcore_jax.run import config, program
 
 _CONFIG = config.define_config('configs/nano.py')
@@ -14,6 +16,8 @@ def main():
     raise ValueError('seven')
   if _CONFIG.value.seed == 8:
     raise KeyboardInterrupt
+  if _CONFIG.value.seed == 9:
+    return warnings.warn('nine')
   print(config.read_config(_CONFIG.value).rl.alpha)
 
 
@@ -42,6 +46,7 @@ program.run(main)
     ('--config=nano:quick', 0, '0.1'),
     ('--config=configs/nano.py:nope', 1, "unknown variant 'nope' of nano"),
     ('--config.seed=7', 1, 'error: seven'),
+    ('--config.seed=9', 0, 'warning: nine'),
     ('--help=rll', 1, 'error: --help=rll: the config has no such section; did you mean rl?'),
   ],
 )

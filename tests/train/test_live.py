@@ -49,6 +49,26 @@ def test_a_terminal_gets_a_table():
   assert 'groups without variance' in console.file.getvalue()
 
 
+def test_work_between_two_steps_is_counted():
+  view = live.LiveView(2, 'grpo', Console(file=io.StringIO()))
+  view.see(0, ROW)
+  with view.beside('held-out prompts', 48) as told:
+    told(5)
+    told(7)
+    assert 'held-out prompts: 12 of 48' in drawn(view)
+  assert 'held-out' not in drawn(view) and 'this step' in drawn(view)
+
+
+def test_work_between_two_steps_is_a_line_of_a_log_where_it_takes_long(monkeypatch):
+  for slow, lines in ((0.0, 1), (60.0, 0)):
+    monkeypatch.setattr(live, 'SLOW', slow)
+    log = io.StringIO()
+    view = live.BarView(2, 'grpo', log)
+    with view.beside('held-out prompts', 12) as told:
+      told(12)
+    assert log.getvalue().count('held-out prompts: 100%') == lines
+
+
 def test_a_run_that_goes_on_begins_where_it_was():
   view = live.LiveView(8, 'grpo', Console(file=io.StringIO()))
   told = []
