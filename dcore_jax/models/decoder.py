@@ -8,6 +8,7 @@ import and export all follow it. Shape letters: config.py.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,10 @@ from dcore_jax.models.config import DecoderConfig
 from dcore_jax.models.projections import (
   INPUTS,
   Adapted,
-  Turned,
   adapter_specs,
-  merged,
   project,
+  project_all,
+  turn_layer,
   turned_product,
 )
 
@@ -293,43 +294,12 @@ def unstack(params: Params) -> Params:
 
 
 def turn(params: Params) -> Params:
-  """Unstacks the layers and transposes every projection into a `Turned`.
+  """Unstacks the layers and transposes their projections (`projections.turn_layer`).
 
   On a CPU, `extend_each` and `logits` read this form fastest. Adapted matrices are merged.
   """
-
-  def turned(name, weight):
-    """The weight with its inputs last, or as it is where it is no projection."""
-    inputs = INPUTS.get(name)
-    if inputs is None:
-      return weight
-    return Turned(jnp.moveaxis(merged(weight), range(inputs), range(-inputs, 0)))
-
   params = unstack(params)
-  layers = []
-  for layer in params['layers']:
-    layers.append({name: turned(name, weight) for name, weight in layer.items()})
-  return {**params, 'layers': tuple(layers)}
-
-
-def abstract_turned(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-  """Describes the tree that `turn` returns, as `abstract_params` describes the stacked one."""
-  specs = abstract_params(config, dtype)
-
-  def turned(name, spec):
-    """The spec of one layer's array, with its inputs last where it is a projection."""
-    # The leading axis counts layers, which `turn` has unstacked.
-    shape = spec.shape[1:]
-    axes = spec.axes[1:]
-    inputs = INPUTS.get(name, 0)
-    spec = dataclasses.replace(
-      spec, shape=shape[inputs:] + shape[:inputs], axes=axes[inputs:] + axes[:inputs]
-    )
-    return Turned(spec) if name in INPUTS else spec
-
-  # All layers have the same specs.
-  layer = {name: turned(name, spec) for name, spec in specs['layers'].items()}
-  return {**specs, 'layers': (layer,) * config.num_hidden_layers}
+  return {**params, 'layers': tuple(turn_layer(layer) for layer in params['layers'])}
 
 
 def logits(params: Params, hidden_MD: jax.Array) -> jax.Array:
@@ -449,11 +419,10 @@ def extend_each(
     position_B: where they go, >= 0.
   """
   position_B1 = position_B[:, None]
-  cos, sin = rotary.rope_tables(
-    position_B1, config.head_dim, config.rope_theta, config.rope_scaling
+  # Without the barrier, XLA's CPU compiler computes cosines and sines anew in every layer.
+  tables = jax.lax.optimization_barrier(
+    rotary.rope_tables(position_B1, config.head_dim, config.rope_theta, config.rope_scaling)
   )
-  lane_B = jnp.arange(token_B.shape[0])
-  mask_B1S = reference.cache_mask(position_B1, cache.k[0].shape[2])
   hidden_B1D = params['embed'][token_B][:, None]
   # Lists, since each layer replaces its own array.
   keys = list(cache.k)
@@ -462,22 +431,40 @@ def extend_each(
   for index, layer in enumerate(
     params['layers'] if isinstance(params['layers'], tuple) else unstack(params)['layers']
   ):
-
-    def attend(q_B1NH, k_B1KH, v_B1KH, index=index):
-      """Writes one key and value a lane, then attends over the lane."""
-      for held, new_B1KH in ((keys, k_B1KH), (values, v_B1KH)):
-        # A slice stands between the two index arrays: numpy's rule then puts their axis first, so
-        # that the update is [B, K, H].
-        held[index] = (
-          held[index]
-          .at[lane_B, :, position_B]
-          .set(new_B1KH[:, 0].astype(held[index].dtype), mode='drop')
-        )
-      return reference.attend(q_B1NH, keys[index], values[index], mask_B1S)
-
-    hidden_B1D = _block(layer, config, hidden_B1D, cos, sin, attend, rows='lanes')
+    hidden_B1D, keys[index], values[index] = _extend_layer(
+      layer, config, hidden_B1D, (keys[index], values[index]), position_B1, tables
+    )
   hidden_B1D = _rms_norm(hidden_B1D, params['final_norm'], config.rms_norm_eps)
   return hidden_B1D[:, 0], KVCache(tuple(keys), tuple(values))
+
+
+# Traced once for all layers, and for all programs of the same shapes.
+@functools.partial(jax.jit, static_argnames='config')
+def _extend_layer(
+  layer: Params,
+  config: DecoderConfig,
+  hidden_B1D: jax.Array,
+  cache: tuple[jax.Array, jax.Array],
+  position_B1: jax.Array,
+  tables: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Runs a layer of `extend_each`: (hidden states, keys, values); `tables` are of the rotary."""
+  position_B = position_B1[:, 0]
+  lane_B = jnp.arange(len(position_B))
+  written = []
+
+  def attend(q_B1NH, k_B1KH, v_B1KH):
+    """Writes one key and value a lane, then attends over the lane."""
+    for held, new_B1KH in zip(cache, (k_B1KH, v_B1KH), strict=True):
+      # A slice stands between the two index arrays: numpy's rule then puts their axis first, so
+      # that the update is [B, K, H].
+      new_BKH = new_B1KH[:, 0].astype(held.dtype)
+      written.append(held.at[lane_B, :, position_B].set(new_BKH, mode='drop'))
+    mask_B1S = reference.cache_mask(position_B1, cache[0].shape[2])
+    return reference.attend(q_B1NH, *written, mask_B1S)
+
+  hidden_B1D = _block(layer, config, hidden_B1D, *tables, attend, rows='lanes')
+  return hidden_B1D, *written
 
 
 def _embedded(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
@@ -518,7 +505,7 @@ def queries_keys_values(
     return sharding.constrain(x, rows, 'length', heads, 'head_dim')
 
   normed = _rms_norm(hidden_BTD, layer['attn_norm'], config.rms_norm_eps)
-  q_BTNH, k_BTKH, v_BTKH = (project(normed, layer[name]) for name in ('q', 'k', 'v'))
+  q_BTNH, k_BTKH, v_BTKH = project_all(normed, layer, ('q', 'k', 'v'))
   if config.qkv_bias:
     q_BTNH, k_BTKH, v_BTKH = (
       x + layer[name][None, None]
@@ -550,8 +537,9 @@ def after_attention(
   hidden_BTD = hidden_BTD + project(out_BTNH, layer['o'], inputs=INPUTS['o'])
   normed = _rms_norm(hidden_BTD, layer['mlp_norm'], config.rms_norm_eps)
   # SwiGLU (Shazeer 2020, arXiv:2002.05202): the gate alone passes through SiLU.
-  gated = jax.nn.silu(project(normed, layer['gate'])) * project(normed, layer['up'])
-  return hidden_BTD + project(sharding.constrain(gated, rows, 'length', 'mlp'), layer['down'])
+  gate_BTF, up_BTF = project_all(normed, layer, ('gate', 'up'))
+  gated_BTF = sharding.constrain(jax.nn.silu(gate_BTF) * up_BTF, rows, 'length', 'mlp')
+  return hidden_BTD + project(gated_BTF, layer['down'])
 
 
 def final_norm(params: Params, config: DecoderConfig, hidden_BTD: jax.Array) -> jax.Array:

@@ -65,8 +65,9 @@ class EngineCalls:
     if sharding.platform(self.mesh) != 'cpu' or self.mesh.size > 1:
       return self.weights()
     # One CPU has a second copy, layer by layer and transposed.
-    turned = sharding.abstract(decoder.abstract_turned(self.model, self.dtype), self.mesh)
-    return self.weights(), turned
+    weights = self.weights()
+    turned = jax.eval_shape(decoder.turn, weights)
+    return weights, jax.tree.map(lambda leaf: _placed(leaf, self._everywhere), turned)
 
   def state(self) -> State:
     """Returns cache and hidden states as shapes."""
@@ -79,14 +80,12 @@ class EngineCalls:
       device.cache_dtype(self.sizes, self.dtype),
     )
 
-    def place(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-      """The same shape, placed on the mesh."""
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
     # On one device the engine has no placement; shapes need one, to say which devices they are for.
     state = jax.eval_shape(make)
     cache = self._shape.placement or self._everywhere
-    return jax.tree.map(place, state, mesh_programs.state_placement(state, cache, self._everywhere))
+    return jax.tree.map(
+      _placed, state, mesh_programs.state_placement(state, cache, self._everywhere)
+    )
 
   def prefill(self) -> jax.stages.Lowered:
     """Returns the call for pieces of prompts."""
@@ -168,3 +167,8 @@ class EngineCalls:
     # The engine's programs are traced under its own mesh.
     with jax.set_mesh(self.mesh):
       return program.lower(*placed, **static)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+  """Returns the same shape, placed on the mesh."""
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -125,7 +125,7 @@ class MeshExecutor:
       )
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
-    """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
+    """Compiles all programs; `progress` gets (those that are ready, all)."""
 
     def lowered(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
       with self._context():

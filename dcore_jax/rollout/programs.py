@@ -5,6 +5,7 @@ Letters as in passes.py.
 
 import collections
 import concurrent.futures
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from dcore_jax.rollout.sampling import Alternatives, Rule, SamplingParams
 # Compilations of each program. The body of a traced function runs once for each of them, which is
 # where they are counted.
 traces = collections.Counter()
+# Programs that are compiled side by side. The compiler of a large one takes a gigabyte.
+_COMPILERS = min(4, os.cpu_count() or 1)
 
 
 class DrawInputs(NamedTuple):
@@ -121,12 +124,12 @@ def joined(parts: Sequence[tuple[int, Drawn]]) -> Drawn | None:
 def compile_all(
   lowered: Sequence[Callable[[], jax.stages.Lowered]], progress: Callable[[int, int], None]
 ) -> None:
-  """Compiles programs, two at a time; `progress` gets (those that are ready, all).
+  """Compiles programs side by side; `progress` gets (those that are ready, all).
 
   A later call of such a program finds it compiled.
   """
   progress(0, len(lowered))
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+  with concurrent.futures.ThreadPoolExecutor(_COMPILERS) as pool:
     waiting = [pool.submit(lambda lower=lower: lower().compile()) for lower in lowered]
     try:
       for ready, one in enumerate(concurrent.futures.as_completed(waiting), start=1):

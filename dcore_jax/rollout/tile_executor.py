@@ -158,7 +158,7 @@ class TileExecutor:
     )
 
   def prepare(self, progress: Callable[[int, int], None]) -> None:
-    """Compiles all programs, two at a time; `progress` gets (those that are ready, all)."""
+    """Compiles all programs; `progress` gets (those that are ready, all)."""
     # Each is traced on a thread, which has a context of its own.
     programs.compile_all([_on_one_device(lower) for lower in self._lowered()], progress)
 
@@ -228,6 +228,7 @@ class TileExecutor:
     tile.position_B[:count] = work.position_R[texts]
     tile.leader_B[:count] = np.searchsorted(owner, np.arange(count))
     tile.left_B[:count] = work.left_N[texts]
+    tile = tile._replace(draws=np.int32(len(owner)))
     inputs = some_draws(work.draws, draws, A)
     inputs.row_A[: len(owner)] = owner
     span = self._tiling.span(int(tile.position_B.max()))
@@ -250,6 +251,7 @@ def _no_tile(texts: int) -> Tile:
     position_B=np.zeros(texts, np.int32),
     left_B=np.zeros(texts, np.int32),
     leader_B=np.zeros(texts, np.int32),
+    draws=np.int32(0),
   )
 
 

@@ -18,7 +18,12 @@ import numpy as np
 
 from dcore_jax.models import decoder
 from dcore_jax.models.config import DecoderConfig
+from dcore_jax.rollout import sampling
 from dcore_jax.rollout.programs import DrawInputs, Drawn, draw_or_score, traces
+
+# XLA's CPU compiler would cut a program into 32 parts and optimise each on its own, which takes a
+# fifth more time in all. Programs are compiled side by side instead (`programs.compile_all`).
+_COMPILER_OPTIONS = {'xla_cpu_parallel_codegen_split_count': 1}
 
 
 class Tile(NamedTuple):
@@ -30,6 +35,7 @@ class Tile(NamedTuple):
     position_B: int32, its position.
     left_B: int32, tokens that it may still get; 0: there is no text.
     leader_B: int32, the draw that a text goes on with.
+    draws: int32 [], how many draws there are.
   """
 
   row_B: np.ndarray
@@ -37,6 +43,7 @@ class Tile(NamedTuple):
   position_B: np.ndarray
   left_B: np.ndarray
   leader_B: np.ndarray
+  draws: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,16 @@ class _Decoding(NamedTuple):
   drawn: Drawn  # [Q, A, ...]
 
 
-@functools.partial(jax.jit, static_argnames='shape', donate_argnames='cache')
+# Traced once for all programs of as many texts.
+_draw = jax.jit(sampling.draw)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames='shape',
+  donate_argnames='cache',
+  compiler_options=_COMPILER_OPTIONS,
+)
 def decode(
   params: decoder.Params,
   cache: decoder.KVCache,
@@ -80,7 +96,8 @@ def decode(
     params: the tree of `decoder.turn`.
     cache: stacked, [L, X, K, S, H]; donated.
     tile: the texts.
-    inputs: of the first draws; `row_A` is the text of each, as its place in the tile.
+    inputs: of the first draws; `row_A` is the text of each, as its place in the tile. They are made
+      B at a time, in as many pieces as there are draws: A is a multiple of B.
     stop_ids: tokens that end a text. Steps end where all texts have ended or have all they may get.
     shape: what is compiled in.
 
@@ -89,12 +106,34 @@ def decode(
   """
   traces['decode'] += 1
 
-  def draw(hidden_BD: jax.Array, step: jax.Array) -> Drawn:
+  B = len(tile.row_B)
+  A = len(inputs.row_A)
+  pieces = (tile.draws + B - 1) // B
+  # Of all steps at once: the generator is no part of the loop.
+  uniform_QA2 = jax.vmap(
+    lambda index_A: sampling.uniforms(sampling.token_keys(inputs.key_A2, index_A))
+  )(inputs.index_A[None] + jnp.arange(shape.steps)[:, None])
+
+  def draw_piece(piece: jax.Array, logits_BV: jax.Array, step: jax.Array) -> Drawn:
+    def cut(x: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(x, piece * B, B)
+
+    uniform_B2 = cut(jax.lax.dynamic_index_in_dim(uniform_QA2, step, keepdims=False))
+    rule = jax.tree.map(cut, inputs.rule)
+    logits_BV = logits_BV[cut(inputs.row_A)].astype(jnp.float32)
+    return Drawn(*_draw(logits_BV, uniform_B2, rule, inputs.listing))
+
+  def draw_all(hidden_BD: jax.Array, step: jax.Array, drawn: Drawn) -> Drawn:
     logits_BV = decoder.logits(params, hidden_BD)
-    some = inputs._replace(index_A=inputs.index_A + step)
-    # Where texts and draws are as many, each text has one, in their order.
-    alone = len(logits_BV) == len(some.row_A)
-    return draw_or_score(logits_BV if alone else logits_BV[some.row_A], some)
+
+    def add(piece: jax.Array, drawn: Drawn) -> Drawn:
+      def put(all_QA: jax.Array, new_B: jax.Array) -> jax.Array:
+        start = (step, piece * B) + (0,) * (new_B.ndim - 1)
+        return jax.lax.dynamic_update_slice(all_QA, new_B[None], start)
+
+      return jax.tree.map(put, drawn, draw_piece(piece, logits_BV, step))
+
+    return jax.lax.fori_loop(0, pieces, add, drawn)
 
   def unfinished(now: _Decoding) -> jax.Array:
     return (now.step < shape.steps) & jnp.any(now.live_B)
@@ -103,26 +142,25 @@ def decode(
     # A text that has ended writes past the end, where what is written is dropped.
     position_B = jnp.where(now.live_B, tile.position_B + now.step, shape.span)
     hidden_BD, held = decoder.extend_each(params, shape.config, now.cache, now.token_B, position_B)
-    drawn = draw(hidden_BD, now.step)
-    token_B = drawn.token_A[tile.leader_B]
+    drawn = draw_all(hidden_BD, now.step, now.drawn)
+    token_B = drawn.token_A[now.step, tile.leader_B]
     stopped_B = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
     return _Decoding(
       step=now.step + 1,
       cache=held,
       token_B=token_B,
       live_B=now.live_B & ~stopped_B & (now.step + 1 < tile.left_B),
-      drawn=jax.tree.map(lambda all_Q, new: all_Q.at[now.step].set(new), now.drawn, drawn),
+      drawn=drawn,
     )
 
-  one = jax.eval_shape(
-    draw, jax.ShapeDtypeStruct((len(tile.row_B), shape.config.hidden_size), cache.k.dtype), 0
-  )
+  logits_BV = jax.ShapeDtypeStruct((B, shape.config.vocab_size), jnp.float32)
+  one = jax.eval_shape(draw_piece, 0, logits_BV, 0)
   start = _Decoding(
     step=jnp.int32(0),
     cache=_gathered(cache, tile.row_B, shape.span),
     token_B=jnp.asarray(tile.token_B),
     live_B=tile.left_B > 0,
-    drawn=jax.tree.map(lambda leaf: jnp.zeros((shape.steps, *leaf.shape), leaf.dtype), one),
+    drawn=jax.tree.map(lambda leaf: jnp.zeros((shape.steps, A, *leaf.shape[1:]), leaf.dtype), one),
   )
   end = jax.lax.while_loop(unfinished, advance, start)
   return _appended(cache, end.cache, tile, shape), end.drawn
@@ -187,7 +225,12 @@ class ReadShape:
   span: int
 
 
-@functools.partial(jax.jit, static_argnames='shape', donate_argnames=('cache', 'hidden_RD'))
+@functools.partial(
+  jax.jit,
+  static_argnames='shape',
+  donate_argnames=('cache', 'hidden_RD'),
+  compiler_options=_COMPILER_OPTIONS,
+)
 def read(
   params: decoder.Params,
   cache: decoder.KVCache,
@@ -222,7 +265,7 @@ def read(
   return cache, jax.lax.dynamic_update_slice(hidden_RD, hidden_1TD[0], (first, 0))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
 def draw(params: decoder.Params, hidden_RD: jax.Array, inputs: DrawInputs) -> Drawn:
   """Draws from hidden states, or scores tokens behind them; a fixed number of each.
 
@@ -239,7 +282,7 @@ def draw(params: decoder.Params, hidden_RD: jax.Array, inputs: DrawInputs) -> Dr
 _PIECE = 128
 
 
-@functools.partial(jax.jit, donate_argnames='cache')
+@functools.partial(jax.jit, donate_argnames='cache', compiler_options=_COMPILER_OPTIONS)
 def copy_row(
   cache: decoder.KVCache, source: jax.Array, target: jax.Array, positions: jax.Array
 ) -> decoder.KVCache:

@@ -11,10 +11,10 @@ import numpy as np
 from dcore_jax.rollout.passes import Pass
 from dcore_jax.rollout.sizes import EngineSizes
 
-# Texts of a tile, and draws of it; where they are as many, each text has one. Larger tiles fall out
-# of a CPU's caches, smaller ones starve its matrix products: a step of 8 layers of width 512 takes
-# 6 ms for 1 text, 12 for 8 and 30 for 32 (100 MB of weights).
-_TILES = ((1, 1), (8, 16), (32, 32), (32, 64))
+# Texts of a tile, and most draws of it, which are made as many at a time as it has texts. Larger
+# tiles fall out of a CPU's caches, smaller ones starve its matrix products: a step of 8 layers of
+# width 512 takes 6 ms for 1 text, 12 for 8 and 30 for 32 (100 MB of weights).
+_TILES = ((1, 8), (8, 16), (32, 64))
 # The shortest span of positions that is compiled for. Each is that many times as long as the one
 # before it; layers are compiled one by one, so that a deep model has to do with fewer.
 _SHORTEST = 256
@@ -101,9 +101,7 @@ class Tiling:
     """Returns the smallest (texts, draws) that a program for these members is compiled for."""
     texts = len(members.texts)
     draws = len(members.draws)
-    # A program of as many draws as texts takes each draw for the text in its place.
-    alone = draws == texts
-    return next((B, A) for B, A in self.tiles if texts <= B and draws <= A and (alone or A > B))
+    return next((B, A) for B, A in self.tiles if texts <= B and draws <= A)
 
 
 def _tiles(lanes: int) -> list[tuple[int, int]]:

@@ -223,7 +223,9 @@ def test_a_stream_gives_to_the_last_bit_what_it_gives_alone(kind):
     np.testing.assert_array_equal(a.logprobs, b.logprobs)
 
 
-def test_a_tile_draws_no_more_than_its_texts_may_get():
+@pytest.mark.parametrize(('draws', 'made'), [(8, 8), (9, 16)])
+def test_a_tile_draws_no_more_than_it_is_asked_for(draws, made):
+  """No more than its texts may get, and as many draws at a time as it has texts."""
   tiled, _ = engines(0)
   executor = tiled._executor
   tile = tile_programs.Tile(
@@ -232,6 +234,7 @@ def test_a_tile_draws_no_more_than_its_texts_may_get():
     position_B=np.zeros(8, np.int32),
     left_B=np.array([1, 3, 2, 0, 0, 0, 0, 0], np.int32),
     leader_B=np.arange(8, dtype=np.int32),
+    draws=np.int32(draws),
   )
   inputs = programs.no_draws(16)._replace(row_A=np.arange(16, dtype=np.int32) % 8)
   shape = tile_programs.DecodeShape(config=CONFIG, span=MAX_LEN, steps=4)
@@ -239,7 +242,9 @@ def test_a_tile_draws_no_more_than_its_texts_may_get():
   stop_ids = np.array([5])
   _, drawn = tile_programs.decode(executor._turned, cache, tile, inputs, stop_ids, shape=shape)
   # A draw that was made has an entropy.
-  assert (np.asarray(drawn.entropy_A) > 0).any(axis=1).tolist() == [True, True, True, False]
+  expected_QA = np.zeros((4, 16), bool)
+  expected_QA[:3, :made] = True
+  np.testing.assert_array_equal(np.asarray(drawn.entropy_A) > 0, expected_QA)
 
 
 def test_more_rollouts_than_a_tile_has_draws_share_several_texts():

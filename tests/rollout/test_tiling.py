@@ -67,7 +67,7 @@ def test_each_text_is_in_one_tile_that_is_compiled(made):
 
 
 def test_no_tile_has_more_places_than_there_are_lanes():
-  assert make_tiling(1).tiles == [(1, 1)]
-  assert make_tiling(4).tiles == [(1, 1), (4, 8)]
-  assert make_tiling(16).tiles == [(1, 1), (8, 16), (16, 16), (16, 32)]
-  assert make_tiling(64).tiles == [(1, 1), (8, 16), (32, 32), (32, 64)]
+  assert make_tiling(1).tiles == [(1, 8)]
+  assert make_tiling(4).tiles == [(1, 8), (4, 8)]
+  assert make_tiling(16).tiles == [(1, 8), (8, 16), (16, 32)]
+  assert make_tiling(64).tiles == [(1, 8), (8, 16), (32, 64)]
