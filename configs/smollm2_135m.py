@@ -12,9 +12,10 @@ Variants:  :quick  few rows, prompts and steps, for a look at the whole way
 Needs:     ToolRL's rlla_sft.json, GSM8K and HumanEval in the data folder (`DCORE_DATA`), and 93 MB
            from PyPI the first time
 Hardware:  2 CPU cores, 12 GB of memory (estimated)
-Time:      seven hours with the control, five without, :quick 30 minutes; estimates from the rate of
-           SFT steps and of the base model's answers beside other work
-Result:    none yet: no run has come to its end
+Time:      :quick 42 minutes with the control, measured; whole, seven hours with it and five without,
+           estimated from that
+Result:    of :quick, docs/results.md: answers in the format 0 -> 69 % after SFT; the whole run has
+           not been made
 """
 
 import ml_collections
