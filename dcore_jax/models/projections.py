@@ -23,7 +23,7 @@ INPUTS = {
   'down': 1,
 }
 # Projections that have the same inputs, which `turn_layer` joins.
-JOINED = (('q', 'k', 'v'), ('gate', 'up'))
+_JOINED = (('q', 'k', 'v'), ('gate', 'up'))
 
 
 @jax.tree_util.register_dataclass
@@ -178,13 +178,13 @@ def _key(names: tuple[str, ...]) -> str:
 
 
 def turn_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
-  """Transposes the projections of a layer, and joins those of `JOINED`; the rest stays.
+  """Transposes the projections of a layer, and joins those of `_JOINED`; the rest stays.
 
   Adapted matrices are merged.
   """
   rest = dict(layer)
   turned = {}
-  for names in (*JOINED, ('o',), ('down',)):
+  for names in (*_JOINED, ('o',), ('down',)):
     matrices = []
     outs = []
     for name in names:

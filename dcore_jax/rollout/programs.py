@@ -19,7 +19,7 @@ from dcore_jax.rollout.sampling import Alternatives, Rule, SamplingParams
 # Compilations of each program. The body of a traced function runs once for each of them, which is
 # where they are counted.
 traces = collections.Counter()
-# Programs that are compiled side by side. The compiler of a large one takes a gigabyte.
+# Programs that are compiled side by side; each takes the memory of a compiler.
 _COMPILERS = min(4, os.cpu_count() or 1)
 
 
