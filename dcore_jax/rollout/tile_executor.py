@@ -30,9 +30,6 @@ _DRAWS = 16
 # Spans of reads, whose layers are scanned: each is that many times as long as the one before it.
 _GROWTH_OF_READS = 4
 
-# One compiled program: layer by layer, each copy would be dispatched on its own.
-_turn = jax.jit(decoder.turn)
-
 
 def _on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
   """Returns the function without the mesh in context, which may be a trainer's over all hosts."""
@@ -110,7 +107,7 @@ class TileExecutor:
     """Takes other weights of the same shapes."""
     self._params = params
     # A copy for the few rows of a step, layer by layer and transposed (`decoder.turn`).
-    self._turned = _turn(params)
+    self._turned = decoder.turn(params)
 
   @_on_one_device
   def run(self, work: Pass) -> tuple[Drawn | None, Drawn | None]:
