@@ -212,6 +212,21 @@ def test_bootstrap_intervals_hold_the_truth_and_know_their_units():
   assert all(hit / draws > 0.86 for hit in hits.values()), hits
 
 
+# Plain percentiles give 0.63, 0.78 and 0.91. Samples of 5 units have few different means.
+@pytest.mark.parametrize(('n', 'least'), [(5, 0.8), (8, 0.93), (20, 0.96)])
+def test_bootstrap_intervals_of_few_units_are_as_wide_as_others(n, least):
+  rng = np.random.default_rng(n)
+  ratios = []
+  for _ in range(40):
+    after = rng.normal(size=n)
+    width, expected = (
+      float(np.diff(estimate(np.zeros(n), after)['interval'])[0])
+      for estimate in (bootstrap_difference, paired_difference)
+    )
+    ratios.append(width / expected)
+  assert least < np.mean(ratios) < 1.05
+
+
 def test_bootstrap_intervals_repeat_and_need_a_spread():
   before, after = np.arange(12.0), np.arange(12.0) ** 1.5
   found = bootstrap_difference(before, after)
