@@ -12,8 +12,8 @@ Variants:  :quick  few rows, prompts and steps, for a look at the whole way
 Needs:     ToolRL's rlla_sft.json, GSM8K and HumanEval in the data folder (`DCORE_DATA`), and 93 MB
            from PyPI the first time
 Hardware:  2 CPU cores, 12 GB of memory (estimated)
-Time:      :quick 42 minutes with the control, measured; whole, seven hours with it and five without,
-           estimated from that
+Time:      :quick 42 minutes with the control, measured; the whole run seven hours with it and five
+           without, estimated from that
 Result:    of :quick, docs/results.md: answers in the format 0 -> 69 % after SFT; the whole run has
            not been made
 """
