@@ -41,6 +41,11 @@ _SEEDS = flags.DEFINE_integer('seeds', None, f'Repetitions of every setting; def
 _CHECKPOINTS = flags.DEFINE_integer(
   'checkpoints', None, f'SFT checkpoints to start from, where 0 is none; default: {CHECKPOINTS}.'
 )
+_SETTINGS = flags.DEFINE_list(
+  'settings',
+  [],
+  'Settings that are run and compared, by name, with commas between them; default: all.',
+)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time, each in a process on a core of its own.')
 _SFT_RUN = flags.DEFINE_string(
   'sft_run', '', 'Work directory whose SFT checkpoint is the only start; default: make them.'
@@ -52,7 +57,7 @@ _WORKDIR = flags.DEFINE_string(
   'and the name of the suite.',
 )
 
-help_lib.group('what is swept', _SUITE, _SEEDS, _CHECKPOINTS, _SFT_RUN)
+help_lib.group('what is swept', _SUITE, _SETTINGS, _SEEDS, _CHECKPOINTS, _SFT_RUN)
 help_lib.group('how it runs', _WORKDIR, _JOBS)
 
 
@@ -61,13 +66,15 @@ def main() -> None:
   suite = _SUITE.value
   seeds = SEEDS[suite] if _SEEDS.value is None else _SEEDS.value
   workdir = pathlib.Path(_WORKDIR.value or f'runs/ablation/{suite}')
-  sft_run = pathlib.Path(_SFT_RUN.value) if _SFT_RUN.value else None
   checkpoints = _CHECKPOINTS.value
-  if checkpoints is None:
-    # A given start is one, however many a suite would make.
-    checkpoints = 1 if sft_run else max(1, CHECKPOINTS[suite])
-  elif not CHECKPOINTS[suite]:
+  if checkpoints is not None and not CHECKPOINTS[suite]:
     raise ValueError(f'the suite {suite} starts from no SFT checkpoint: leave --checkpoints out')
+  if _SFT_RUN.value:
+    if checkpoints not in (None, 1):
+      raise ValueError(f'--sft_run is one checkpoint, and {checkpoints} are asked for')
+    starts = pathlib.Path(_SFT_RUN.value)
+  else:
+    starts = max(1, CHECKPOINTS[suite]) if checkpoints is None else checkpoints
   config = read_config(_CONFIG.value)  # a wrong one leaves no folder behind
   where = f'{workdir}/{suite}.json, .md, .csv and .png, and a folder a run'
   print(f'sweeps {suite} with {seeds} seeds; results go to {where}', file=sys.stderr, flush=True)
@@ -77,9 +84,9 @@ def main() -> None:
       config,
       workdir,
       seeds=seeds,
-      checkpoints=checkpoints,
+      settings=_SETTINGS.value,
+      starts=starts,
       processes=_JOBS.value,
-      sft_run=sft_run,
     )
   print(format_table(content), file=sys.stderr)
   print(json.dumps(content))

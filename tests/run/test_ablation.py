@@ -4,6 +4,7 @@ An invented pipeline shows which configs are run, and gives figures to put besid
 """
 
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -96,8 +97,8 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
   monkeypatch.setattr(
     ablate,
     'run_suite',
-    lambda suite, config, workdir, seeds, checkpoints, processes, sft_run: (
-      asked.update({suite: (seeds, checkpoints, config.name, config.rl.alpha)})
+    lambda suite, config, workdir, seeds, settings, starts, processes: (
+      asked.update({suite: (seeds, starts, config.name, config.rl.alpha, settings)})
       or {'suite': suite, 'table': []}
     ),
   )
@@ -105,7 +106,14 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
   for suite, *more in (
     ('decomposition', '--config=configs/nano.py:decomposition'),
     ('alpha_delta',),
-    ('psi', '--seeds=2', '--config=configs/nano.py:tiny', '--config.rl.alpha=0.4'),
+    (
+      'psi',
+      '--seeds=2',
+      '--settings=grpo,psi_placebo',
+      '--config=configs/nano.py:tiny',
+      '--config.rl.alpha=0.4',
+    ),
+    ('psi_rivals', f'--sft_run={tmp_path}'),
   ):
     with flagsaver.flagsaver():
       monkeypatch.setattr(
@@ -114,12 +122,28 @@ def test_the_program_repeats_what_needs_intervals(tmp_path, monkeypatch, capsys)
       flags.FLAGS(sys.argv)
       ablate.main()
   assert asked == {
-    'decomposition': (3, 1, 'configs/nano.py:decomposition', 0.1),
-    'alpha_delta': (1, 1, 'configs/nano.py', 0.1),
-    'psi': (2, 2, 'configs/nano.py:tiny', 0.4),
+    'decomposition': (3, 1, 'configs/nano.py:decomposition', 0.1, []),
+    'alpha_delta': (1, 1, 'configs/nano.py', 0.1, []),
+    'psi': (2, 2, 'configs/nano.py:tiny', 0.4, ['grpo', 'psi_placebo']),
+    'psi_rivals': (4, tmp_path, 'configs/nano.py', 0.1, []),
   }
   assert set(ablation.SEEDS) == set(ablation.SUITES)
   capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'named'),
+  [
+    (('--suite=psi', '--sft_run=w', '--checkpoints=2'), 'one checkpoint, and 2 are asked for'),
+    (('--suite=decomposition', '--checkpoints=2'), 'starts from no SFT checkpoint'),
+  ],
+)
+def test_a_start_that_does_not_fit_is_named(tmp_path, monkeypatch, arguments, named):
+  with flagsaver.flagsaver():
+    monkeypatch.setattr(sys, 'argv', ['ablate', f'--workdir={tmp_path}', *arguments])
+    flags.FLAGS(sys.argv)
+    with pytest.raises(ValueError, match=named):
+      ablate.main()
 
 
 def test_one_seed_has_no_interval(tmp_path):
@@ -134,7 +158,9 @@ def test_one_seed_has_no_interval(tmp_path):
   [
     (dict(suite='x', seeds=1), 'unknown suite'),
     (dict(suite='decomposition', seeds=0), 'seeds = 0'),
-    (dict(suite='decomposition', seeds=1, sft_run='w'), 'base model'),
+    (dict(suite='decomposition', seeds=1, starts=pathlib.Path('w')), 'base model'),
+    (dict(suite='psi', seeds=1, settings=['grpo', 'placebo']), "no setting 'placebo'"),
+    (dict(suite='psi', seeds=1, starts=0), 'checkpoints = 0'),
     (dict(suite='psi', seeds=1, steps=0), 'rl.steps = 0'),
     (dict(suite='psi', seeds=1, validation=0), 'rl.validation = 0'),
   ],
@@ -178,7 +204,7 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
   config = nano.get_config('tiny')
   config.rl.alpha = 0.4
   config.rl.psi_words = ('wait',)
-  content = ablation.run_suite(suite, config, tmp_path / 'sweep', seeds=1, sft_run=start)
+  content = ablation.run_suite(suite, config, tmp_path / 'sweep', seeds=1, starts=start)
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'da_grpo'} == alphas
   assert {row['alpha'] for row in content['table'] if row['estimator'] == 'grpo'} == {None}
   assert all(
@@ -202,6 +228,27 @@ def test_alpha_is_the_settings_or_else_the_configs(tmp_path, monkeypatch, suite,
     assert len(different) == len(content['table'])
 
 
+def test_only_the_settings_that_are_named_are_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, 'Pipeline', InventedReinforcement)
+  start = tmp_path / 'start' / 'sft'
+  start.mkdir(parents=True)
+  (start / 'config.json').write_text('{}')
+  content = ablation.run_suite(
+    'psi',
+    nano.get_config('tiny'),
+    tmp_path / 'sweep',
+    seeds=2,
+    settings=['psi_placebo', 'da_grpo'],
+    starts=start.parent,
+  )
+  ran = [(run['setting'], run['seed']) for run in content['runs']]
+  assert ran == [('da_grpo', 0), ('psi_placebo', 0), ('da_grpo', 1), ('psi_placebo', 1)]
+  first, second = content['table']
+  # Without the suite's first setting there is nothing to be different from, but the placebo.
+  assert first['against_first'] == second['against_first'] == {}
+  assert first['against_placebo']['reward']['n'] == 2
+
+
 def test_a_sweep_goes_on_from_the_same_weights_alone(tmp_path, monkeypatch):
   """In as many files as they have."""
   monkeypatch.setattr(runs, 'Pipeline', InventedReinforcement)
@@ -214,7 +261,7 @@ def test_a_sweep_goes_on_from_the_same_weights_alone(tmp_path, monkeypatch):
   def sweep():
     config = nano.get_config('tiny')
     workdir = tmp_path / 'sweep'
-    ablation.run_suite('psi', config, workdir, seeds=1, sft_run=tmp_path / 'start')
+    ablation.run_suite('psi', config, workdir, seeds=1, starts=tmp_path / 'start')
 
   sweep()
   sweep()

@@ -268,10 +268,8 @@ def test_jobs_side_by_side():
   assert sorted(runs.run_jobs(square, jobs, 2)) == [(0, 0), (1, 1), (2, 4)]
 
 
-def test_checkpoints_are_for_suites_that_share_them(tmp_path):
+def test_a_sweep_needs_a_process(tmp_path):
   config = nano.get_config('tiny')
-  with pytest.raises(ValueError, match='one checkpoint, and 2 are asked for'):
-    ablation.run_suite('psi', config, tmp_path, seeds=1, checkpoints=2, sft_run=tmp_path)
   with pytest.raises(ValueError, match='jobs = 0'):
     ablation.run_suite('psi', config, tmp_path, seeds=1, processes=0)
 
