@@ -54,8 +54,11 @@ class StepView(Protocol):
   def see(self, step: int, row: Mapping[str, Any]) -> None:
     """Takes the row of a step that is over."""
 
-  def beside(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows work between two steps while it goes on; what it returns is told of each part."""
+  def beside(self, what: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows work between two steps while it goes on; what it returns is told of each part.
+
+    `total` is the number of parts, where that is known.
+    """
 
   def __enter__(self) -> 'StepView':
     """Begins to show."""
@@ -103,7 +106,7 @@ class BarView:
     self._bar.update(1)
 
   @contextlib.contextmanager
-  def beside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+  def beside(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """See `StepView`."""
     with progress(
       total=total, description=what, unit='answer', stream=self._stream, delay=SLOW
@@ -128,8 +131,8 @@ class LiveView:
     self._done = 0
     self._rows: list[Mapping[str, Any]] = []
     self._since = time.monotonic()
-    # (work between two steps, parts of it that are done, all parts)
-    self._beside: tuple[str, int, int] | None = None
+    # (work between two steps, parts of it that are done, all parts where known)
+    self._beside: tuple[str, int, int | None] | None = None
     self._live = Live(
       console=console, get_renderable=self.drawing, refresh_per_second=_REFRESHES, transient=False
     )
@@ -148,7 +151,7 @@ class LiveView:
     tell(self._description, self._done - self._begun, self._total - self._begun)
 
   @contextlib.contextmanager
-  def beside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+  def beside(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """See `StepView`."""
 
     def count(parts: int) -> None:
@@ -202,7 +205,8 @@ class LiveView:
     # A copy: the loop's thread may have ended it by the next line.
     beside = self._beside
     if beside:
-      parts.append('{}: {} of {}'.format(*beside))
+      what, done, total = beside
+      parts.append(f'{what}: {done}' if total is None else f'{what}: {done} of {total}')
     elif self._left():
       parts.append(f'this step {format_seconds(running)}')
     return Text(', '.join(parts))

@@ -210,7 +210,7 @@ class RlCheckpoints:
   def _measure(self) -> None:
     position = self._position
     items = self._held_out.items
-    with self._view.beside('held-out prompts', len(items) * self._sampler.group) as told:
+    with self._view.beside('held-out prompts', self._sampler.answers(items)) as told:
       position.after, position.prompts_after = self._sampler.measured(items, told)
 
   def _write_row(self, step: int, change: dict[str, Any]) -> None:

@@ -78,10 +78,11 @@ class Sampler:
     # One seed for order and sampling: a run is repeated by one number.
     self._sampling = sampling_params(config, order.seed)
 
-  @property
-  def group(self) -> int:
-    """Rollouts of each item."""
-    return self._config.group
+  def answers(self, items: Sequence[int]) -> int | None:
+    """Returns how many completions `measure` samples; None where that is not known before."""
+    if self._source.responses > 1:
+      return None
+    return len(items) * self._config.group
 
   def __enter__(self) -> 'Sampler':
     return self

@@ -57,6 +57,10 @@ def test_work_between_two_steps_is_counted():
     told(7)
     assert 'held-out prompts: 12 of 48' in drawn(view)
   assert 'held-out' not in drawn(view) and 'this step' in drawn(view)
+  # Nobody knows how many answers episodes will have.
+  with view.beside('held-out prompts', None) as told:
+    told(5)
+    assert 'held-out prompts: 5' in drawn(view) and '5 of' not in drawn(view)
 
 
 def test_work_between_two_steps_is_a_line_of_a_log_where_it_takes_long(monkeypatch):
