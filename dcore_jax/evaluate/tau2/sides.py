@@ -46,7 +46,7 @@ class Side:
   def __getattr__(self, name: str) -> Any:
     return getattr(self._inner, name)
 
-  def generate_nextmessage_record(self, message: Any, state: Any) -> tuple[Any, Any]:
+  def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
     """Asks the side for its next message.
 
     Raises:
@@ -54,7 +54,7 @@ class Side:
     """
     self._tell({'turn': self._name})
     try:
-      answer, state = self._inner.generate_nextmessage_record(message, state)
+      answer, state = self._inner.generate_next_message(message, state)
     # litellm, its HTTP client and the parsing of arguments raise errors of many kinds.
     except Exception as error:  # pylint: disable=broad-except
       raise fault_of(self._name, error) from error

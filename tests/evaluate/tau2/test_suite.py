@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from dcore_jax.evaluate.suites import Served, SuiteSettings, make_suite, write_result
 from dcore_jax.evaluate.tau2 import environment as tau2_environment
 from dcore_jax.evaluate.tau2 import score as tau2_score
-from dcore_jax.evaluate.tau2.scripted_user import scripted_reply
-from dcore_jax.evaluate.tau2.sides import fault_of
+from dcore_jax.evaluate.tau2.scripted_user import ScriptedUser, scripted_reply
+from dcore_jax.evaluate.tau2.sides import Fault, Side, fault_of
 from dcore_jax.evaluate.tau2.simulation import could_stop
 from dcore_jax.evaluate.tau2.suite import Tau2, simulation_seed
 from dcore_jax.files import data_folder, read_json, read_json_lines
@@ -290,6 +290,44 @@ def test_errors_of_requests_have_reasons():
     found = fault_of('user', raised)
     assert (found.side, found.reason) == ('user', reason)
     assert found.final == (reason in ('unreachable', 'refused'))
+
+
+class Said(types.SimpleNamespace):
+  """A message of tau2, as far as a side reads it."""
+
+  tool_calls = usage = raw_data = None
+
+  def has_text_content(self):
+    return bool(self.content)
+
+  def is_tool_call(self):
+    return False
+
+
+@pytest.mark.parametrize(
+  ('said', 'reason'), [('Cancel it.', None), ('', 'empty_reply'), ('{', 'arguments_not_json')]
+)
+def test_a_side_tells_what_it_says_and_is_to_blame_for_what_it_does_not(said, reason):
+  """It stands where tau2's orchestrator asks: around the very method that tau2's own sides have."""
+
+  def message(**fields):
+    if fields['content'] == '{':
+      raise json.JSONDecodeError('bad', '{', 1)
+    return Said(**fields)
+
+  told = []
+  side = Side('user', ScriptedUser(said, message), told.append)
+  state = side.get_init_state()
+  hello = Said(role='assistant', content='Hi!')
+  if reason is None:
+    answer, state = side.generate_next_message(hello, state)
+    assert (answer.content, state) == (said, 1)
+    assert told[1]['message']['content'] == said
+  else:
+    with pytest.raises(Fault) as caught:
+      side.generate_next_message(hello, state)
+    assert (caught.value.side, caught.value.reason) == ('user', reason)
+  assert told[0] == {'turn': 'user'}
 
 
 def test_a_user_who_was_not_asked_again_could_not_stop():
