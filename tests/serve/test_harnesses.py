@@ -116,10 +116,11 @@ doc_to_text: '{{{{question}}}}'
 {rest}
 metadata: {{version: 1}}
 """
+# An empty line would stop a model that thinks at the end of its thoughts, before any content.
 GENERATE = """
 output_type: generate_until
 doc_to_target: '{{answer}}'
-generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 24, do_sample: false}
+generation_kwargs: {until: ["###"], max_gen_toks: 96, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 CHOOSE = """
