@@ -99,7 +99,10 @@ class Service:
     # time.time(), since clients are shown a date.
     self.model = ServedModel(names, folder, scheduler.engine.max_len, created=int(time.time()))
     self.limits = limits
-    self._prompts = PromptReader(tokenizer, scheduler.engine.config.vocab_size, self.model.check)
+    engine = scheduler.engine
+    self._prompts = PromptReader(
+      tokenizer, engine.config.vocab_size, self.model.check, engine.max_len
+    )
     self._updates = WeightUpdates(scheduler, limits.weights)
     self._logged: set[str] = set()
     self.telemetry = Telemetry(scheduler)

@@ -11,7 +11,7 @@ import jinja2.meta
 import jinja2.sandbox
 import transformers
 
-from dcore_jax.chat.encoding import encode_rendered
+from dcore_jax.chat.encoding import encode_rendered, shown
 from dcore_jax.chat.template import (
   encode_raw,
   render_begun_call,
@@ -47,12 +47,18 @@ class PromptReader:
     tokenizer: a transformers tokenizer with a chat template.
     vocabulary: the number of token ids that the model knows.
     check_model: raises an error if a name is no name of the model.
+    room: the most tokens of a prompt.
   """
 
-  def __init__(self, tokenizer: Any, vocabulary: int, check_model: Callable[[str], None]):
+  def __init__(
+    self, tokenizer: Any, vocabulary: int, check_model: Callable[[str], None], room: int
+  ):
     self._tokenizer = tokenizer
     self._vocabulary = vocabulary
     self._check_model = check_model
+    self._room = room
+    # A token has at most as many characters as its entry, which has one for each byte or character.
+    self._longest_token = max(map(len, tokenizer.get_vocab()))
 
   def read_chat(self, body: bytes) -> tuple[ChatCompletionRequest, list[int], bool, str]:
     """Reads a chat request.
@@ -86,6 +92,7 @@ class PromptReader:
       raise RequestError(
         f'the chat template cannot show this conversation: {error}', 'messages'
       ) from error
+    self._check_length(shown(text), 'messages')
     return asked, encode_rendered(self._tokenizer, text), bool(opened_thoughts(text)), begun
 
   def _begin_call(
@@ -130,7 +137,28 @@ class PromptReader:
       texts.append(text if asked.echo else None)
     return asked, prompts, texts
 
+  def _check_length(self, text: str, field: str) -> None:
+    """Refuses a text that has too many tokens however it is cut into tokens.
+
+    Encoding megabytes takes seconds, for which all other prompts would wait.
+    """
+    least = -(-len(text) // self._longest_token)
+    if least <= self._room:
+      return
+    normalizer = self._tokenizer.backend_tokenizer.normalizer
+    if normalizer is not None:
+      # Unicode's normal forms have fewer characters than the text.
+      least = -(-len(normalizer.normalize_str(text)) // self._longest_token)
+    if least > self._room:
+      raise RequestError(
+        f'the prompt has at least {least} tokens; prompt and answer together may have '
+        f'{self._room} tokens',
+        field,
+        'context_length_exceeded',
+      )
+
   def _encode_prompt(self, text: str, special: bool) -> list[int]:
+    self._check_length(text, 'prompt')
     # Raw by design: whoever sends a prompt has rendered it, and every token in it is matched.
     if special:
       return encode_raw(self._tokenizer, text)
