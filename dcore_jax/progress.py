@@ -44,13 +44,23 @@ def tell(description: str, done: float, total: float | None) -> None:
 class _Bar(tqdm.tqdm):
   """A tqdm bar on a terminal."""
 
+  def __init__(self, iterable: Iterable | None, *, description: str, delay: float, **options: Any):
+    # A bar that TQDM_DISABLE turns off has no more than its count, and that stays at 0.
+    self.initial = 0
+    self.postfix = None
+    self._description = description
+    self._silent = delay > 0
+    super().__init__(iterable, desc=description, delay=delay, **options)
+
   def update(self, n: float | None = 1) -> bool | None:
     """Moves the bar; iterating over it does so now and then."""
     shown = super().update(n)
-    if self.delay:
+    if self.disable:
+      self.n += n
+    if self._silent:
       return shown
     total = None if self.total is None else self.total - self.initial
-    tell(self.desc.removesuffix(': '), self.n - self.initial, total)
+    tell(self._description, self.n - self.initial, total)
     return shown
 
 
@@ -116,7 +126,7 @@ def progress(
     return _Bar(
       iterable,
       total=total,
-      desc=description,
+      description=description,
       unit=unit,
       unit_scale=unit == 'tok',
       file=stream,
@@ -129,7 +139,7 @@ def progress(
   return _LineBar(
     iterable,
     total=total,
-    desc=description,
+    description=description,
     unit=unit,
     unit_scale=unit == 'tok',
     file=stream,

@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +67,32 @@ def test_whoever_watches_is_told_of_every_step():
       bar.update()
   progress.tell('nobody', 1, 1)
   assert told == [('sft', 0, 4), ('sft', 1, 2), ('sft', 2, 2)]
+
+
+def test_bars_can_be_turned_off(monkeypatch):
+  """By the variable that tqdm reads, where a program has many users' logs."""
+  script = """
+from dcore_jax import progress
+told = []
+with progress.watching(lambda *what: told.append(what)):
+  with progress.progress(total=4, description='work') as bar:
+    bar.initial = bar.n = 1
+    bar.set_postfix(loss=1.0)
+    bar.update(2)
+  with progress.progress(total=2, description='slow', delay=9.0) as bar:
+    bar.update(2)
+  progress.show_compiling(lambda show: (show(1, 2), show(2, 2)))
+  assert list(progress.progress([5, 6])) == [5, 6]
+assert ('work', 2, 3) in told and ('compile', 2, 2) in told and ('slow', 2, 2) not in told, told
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    env=os.environ | {'TQDM_DISABLE': '1'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
 def test_a_terminal_gets_a_bar():
