@@ -25,6 +25,8 @@ def finished(folder, *, loss=0.5, seconds=1.0, answers=('a', 'b')):
   (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   replies = [json.dumps({'key': key, 'seconds': seconds}) + '\n' for key in answers]
   (folder / 'distill' / 'replies.jsonl').write_text(''.join(replies))
+  row = {'id': 'a', 'conversations': [], 'provenance': {'seconds': seconds}}
+  (folder / 'distill' / 'rows-00000.jsonl').write_text(json.dumps(row) + '\n')
   return folder
 
 
