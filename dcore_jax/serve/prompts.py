@@ -145,7 +145,11 @@ class PromptReader:
     least = -(-len(text) // self._longest_token)
     if least <= self._room:
       return
-    normalizer = self._tokenizer.backend_tokenizer.normalizer
+    backend = getattr(self._tokenizer, 'backend_tokenizer', None)
+    if backend is None:
+      # What it makes of white space and accents cannot be asked.
+      return
+    normalizer = backend.normalizer
     if normalizer is not None:
       # Unicode's normal forms have fewer characters than the text.
       least = -(-len(normalizer.normalize_str(text)) // self._longest_token)
