@@ -12,6 +12,7 @@ with equal values have no standard error either; their interval covers the diffe
 sample may have missed.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ def paired_difference(
   Args:
     before, after: as many measurements each, at least one.
     unit, clusters: see `estimate_mean`.
-    bounds: the least and the largest possible measurement; by default the range of the given ones.
+    bounds: the least and the largest possible measurement, which no interval exceeds. Without them
+      the range of the measurements stands in where all differences are equal, and only there.
 
   Raises:
     ValueError: measurements that are no pairs.
@@ -143,7 +145,10 @@ def paired_difference(
   largest = float(max(high, both.max()) - min(low, both.min()))
   # Measurements that are all one value, without known bounds, do not say what others could be.
   reach = (-largest, largest) if largest else None
-  found = estimate_mean(second - first, unit=unit, clusters=clusters, bounds=reach)
+  estimate = functools.partial(estimate_mean, second - first, unit=unit, clusters=clusters)
+  found = estimate(bounds=reach if bounds else None)
+  if bounds is None and found['standard_error'] is None:
+    found = estimate(bounds=reach)
   # Verdicts 0 and 1 have an interval of their own that holds for few changes. It needs independent
   # pairs, so clusters keep the general one.
   if found['n'] == first.size > 1 and np.isin(both, (0, 1)).all():

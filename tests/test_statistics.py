@@ -58,6 +58,15 @@ def test_what_tasks_have_in_common_does_not_widen_a_difference():
       paired_difference(*pair)
 
 
+def test_few_runs_do_not_bound_what_others_could_give():
+  """Two runs, t = 12.7062 with one degree of freedom: further than any of them differs."""
+  found = paired_difference([0.1, 0.1], [0.2, 0.4], unit=RUNS)
+  half = 12.706205 * 0.1
+  assert found['interval'] == pytest.approx([0.2 - half, 0.2 + half])
+  bounded = paired_difference([0.1, 0.1], [0.2, 0.4], unit=RUNS, bounds=SHARES)
+  assert bounded['interval'] == pytest.approx([-1, 1])
+
+
 def test_one_unit_has_no_interval():
   for found in (
     paired_difference([True], [False]),
