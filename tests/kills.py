@@ -44,8 +44,8 @@ SIZES = {
   'rl.checkpoint_every': 1,
   'engine.lanes': 8,
 }
-# Words in the names of numbers that are times, or tell of restarts.
-_OF_TIME = ('seconds', 'per_second', 'tflops', 'mfu', 'resumed_at', 'from_journal', 'requests')
+# Words in the names of numbers that are times, or that tell of the process that came to the end.
+_OF_TIME = ('seconds', 'per_second', 'tflops', 'mfu', 'resumed_at', 'usage', 'tokens_per_row')
 
 
 def command(folder: pathlib.Path) -> list[str]:
