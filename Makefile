@@ -23,7 +23,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LOCK := requirements.lock
 
-.PHONY: setup harnesses clients smollm2 real real-quick wheel test-wheel docker train bfcl tau2 peft quick lint fuzz test test-all test-lowest test-aot test-aot-all audit lock bench device pretrain docs reference clean
+.PHONY: setup harnesses clients smollm2 real real-quick wheel test-wheel docker train bfcl tau2 peft quick lint fuzz fuzz-guided test test-all test-lowest test-aot test-aot-all audit lock bench device pretrain docs reference clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -33,6 +33,7 @@ help:
 	@echo 'make lint       format, style, the order of rooms, declared dependencies'
 	@echo 'make test       the tests but the slow ones'
 	@echo 'make fuzz       a million mutated inputs for each reader of what others wrote; INPUTS=1000 for less'
+	@echo 'make fuzz-guided  one of them, TARGET=calls, for SECONDS=600, by what reaches new code'
 	@echo 'make test-all   all tests, and test-lowest'
 	@echo 'make test-lowest  the quick tests with the lowest versions that pyproject.toml allows, in an environment $(VENV)-lowest'
 	@echo 'make test-aot   compile kernels for A100 and TPU and the steps of Qwen3-8B and 14B, in an environment $(VENV)-aot'
@@ -166,6 +167,13 @@ test: setup
 INPUTS ?= 1000000
 fuzz: setup
 	$(RUN) -m tests.fuzz.run --inputs=$(INPUTS)
+
+# Guided by coverage: one reader until an input breaks it, or the time is up.
+TARGET ?= calls
+SECONDS ?= 600
+fuzz-guided: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	$(RUN) -m tests.fuzz.guided $(TARGET) -max_total_time=$(SECONDS)
 
 # With LLVM's optimisations, which the quick tests do without (tests/conftest.py).
 test-all: setup

@@ -11,7 +11,7 @@ from tests.fuzz.targets import Target
 
 # A generous limit for a few kilobytes. Of the processor's time, since the machine may be busy.
 SECONDS = 20
-_LONGEST = 4096  # bytes of an input
+LONGEST = 4096  # bytes of an input
 _POOL = 256  # inputs that are mutated further
 
 
@@ -44,7 +44,7 @@ def mutate(random_: random.Random, target: Target, pool: list[bytes]) -> bytes:
       data[place:place] = other[start : start + random_.randint(1, 64)]
     else:
       data[place:place] = random_.choice(target.words) * random_.choice([1, 3, 100])
-  return bytes(data[:_LONGEST])
+  return bytes(data[:LONGEST])
 
 
 def attempt(target: Target, data: bytes) -> Failure | None:
