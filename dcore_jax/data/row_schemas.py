@@ -368,15 +368,18 @@ def _read_turns(records: Sequence[Record], tools: Sequence[ToolSpec]) -> tuple[D
   turns = []
   last = -1
   for number, record in enumerate(records):
-    role = _ROLES.get(record.get('from'))
+    if not isinstance(record, dict):
+      raise ValueError(f'message {number} is of type {type(record).__name__}, and no object')
+    speaker = record.get('from')
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     text = record.get('value')
-    where = f'message {number} ({record.get("from")})'
+    where = f'message {number} ({speaker})'
     refuse_unknown(record, ('from', 'value', *chat_rows.TRAIN_FIELDS), where)
     # Read for all speakers: a mark of a wrong type is an error wherever it stands.
     trained = chat_rows.is_trained(record, where)
     if role is None or not isinstance(text, str):
       raise ValueError(
-        f'message {number} is by {record.get("from")!r} with a value of type '
+        f'message {number} is by {speaker!r} with a value of type '
         f'{type(text).__name__}; expected text by one of {sorted(_ROLES)}'
       )
     if role == 'function_call':
